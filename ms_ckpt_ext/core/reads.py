@@ -1,0 +1,339 @@
+"""From pieces to I/O: bounded batches of long reads, each carrying its copies.
+
+1. Every target box is cut into *tiles*: boxes of at most `Limits.tile` bytes that are contiguous in the target. Tiles
+   of different targets that cover the same rows of a parameter go into the same batch, so what they share is read once.
+2. A tile's pieces become strided copies; their source spans, sorted and merged, become reads. A gap smaller than a
+   page is read over (the kernel reads it anyway); a span that is mostly gap is read run by run instead.
+3. A piece that is one long run on both sides and lands once needs no buffer: it becomes a `Direct` copy.
+
+All of it is values: files and sinks are numbers, offsets are bytes. Reads of a batch may finish in any order; the
+batch is complete when all have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Callable, NamedTuple, Union
+
+from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.plan import Sourced, SourceTensor, locate
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.strided import StridedCopy, byte_box, strided_copy, strides_of
+
+
+class Extent(NamedTuple):
+    """A stretch of a file: byte offset from its start, and length in bytes.
+
+    For an encrypted file both are those of the decrypted bytes; its reader translates.
+    """
+
+    offset: int
+    length: int
+
+
+class Landing(NamedTuple):
+    """Where a target array's bytes go: a sink's number, and the extents that they fill one after another."""
+
+    sink: int
+    extents: tuple[Extent, ...]
+
+
+class Target(NamedTuple):
+    """A box of a parameter that is wanted, row-major, at every one of `landings`."""
+
+    region: Region
+    landings: tuple[Landing, ...]
+
+
+class Task(NamedTuple):
+    """A source parameter and the boxes that are wanted of it."""
+
+    tensor: SourceTensor
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in bytes that shape the I/O.
+
+    Attributes:
+        tile: the most a batch assembles before it writes; bounds memory per worker at about twice this.
+        gap: gaps up to this are read over.
+        direct: runs from this length on are copied without a buffer.
+        chunk: the longest single direct copy, so that workers share a long one.
+    """
+
+    tile: int = 8 << 20
+    gap: int = 4096
+    direct: int = 256 << 10
+    chunk: int = 32 << 20
+
+
+class Direct(NamedTuple):
+    """Copy `length` bytes from a file to a sink, no buffer needed."""
+
+    file: int
+    source: int
+    sink: int
+    target: int
+    length: int
+
+
+class ReadCopy(NamedTuple):
+    """Part of a read that lands in a stretch: `copy.source` counts from the read, `copy.target` from the stretch."""
+
+    stretch: int
+    copy: StridedCopy
+
+
+class Read(NamedTuple):
+    """Fill one buffer with `extents` of a file, one after another, then make the copies."""
+
+    file: int
+    extents: tuple[Extent, ...]
+    copies: tuple[ReadCopy, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read."""
+        return sum(extent.length for extent in self.extents)
+
+
+class Place(NamedTuple):
+    """`length` bytes of a stretch, from `skip` on, go to `offset` of a sink."""
+
+    sink: int
+    offset: int
+    skip: int
+    length: int
+
+
+class Stretch(NamedTuple):
+    """Contiguous bytes that a batch assembles, and every place where they go."""
+
+    nbytes: int
+    places: tuple[Place, ...]
+
+
+class Batch(NamedTuple):
+    """Reads that together fill stretches completely."""
+
+    reads: tuple[Read, ...]
+    stretches: tuple[Stretch, ...]
+
+
+Unit = Union[Direct, Batch]
+Stored = Callable[[int, str], tuple[Extent, ...]]
+"""(file number, stored name) -> where the tensor's bytes lie in that file."""
+
+
+def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[Unit]:
+    """Turn tasks into units that can run in any order, on any worker.
+
+    Raises CoverageError or LayoutMismatchError from planning, before the first unit that depends on it.
+    """
+    chooser = _Balance()
+    batch = _BatchBuilder(stored, limits)
+    for task in tasks:
+        dtype = task.tensor.meta.dtype
+        staged = []
+        for target in task.targets:
+            copies = [
+                (sourced.files, strided_copy(sourced.piece, target.region.shape, dtype))
+                for sourced in locate(task.tensor, target.region)
+            ]
+            if len(target.landings) > 1 or any(copy.run < limits.direct for _, copy in copies):
+                staged.append(target)
+                continue
+            for files, copy in copies:
+                file = chooser.pick(files, copy.nbytes)
+                yield from _direct(file, stored(file, task.tensor.stored_name), target.landings[0], copy, limits)
+        for block in _blocks([target.region for target in staged], dtype, limits.tile):
+            for target in staged:
+                tile = target.region.intersect(block)
+                if tile is not None:
+                    batch.add(task.tensor, target, tile, chooser)
+            if batch.nbytes >= limits.tile:
+                yield batch.finish()
+    if batch.nbytes:
+        yield batch.finish()
+
+
+class _Balance:
+    """Spreads reading over the files that hold the same bytes: the one with the least so far, then the first."""
+
+    def __init__(self) -> None:
+        self._assigned: dict[int, int] = {}
+
+    def pick(self, files: tuple[int, ...], nbytes: int) -> int:
+        file = files[0] if len(files) == 1 else min(files, key=lambda f: self._assigned.get(f, 0))
+        self._assigned[file] = self._assigned.get(file, 0) + nbytes
+        return file
+
+
+def ranges(extents: tuple[Extent, ...], offset: int, length: int) -> Iterator[Extent]:
+    """Where bytes `offset .. offset + length` of an array lie, when the array fills `extents` one after another."""
+    for extent in extents:
+        if length <= 0:
+            return
+        if offset < extent.length:
+            take = min(length, extent.length - offset)
+            yield Extent(extent.offset + offset, take)
+            offset, length = 0, length - take
+        else:
+            offset -= extent.length
+
+
+def _direct(
+    file: int, extents: tuple[Extent, ...], landing: Landing, copy: StridedCopy, limits: Limits
+) -> Iterator[Direct]:
+    for source, target in copy.runs():
+        for lying, landed in _paired(ranges(extents, source, copy.run), ranges(landing.extents, target, copy.run)):
+            for start in range(0, landed.length, limits.chunk):
+                length = min(limits.chunk, landed.length - start)
+                yield Direct(file, lying.offset + start, landing.sink, landed.offset + start, length)
+
+
+def _paired(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Extent, Extent]]:
+    """Cut two runs of extents of the same total length at each other's seams."""
+    a, b = next(left, None), next(right, None)
+    while a and b:
+        length = min(a.length, b.length)
+        yield Extent(a.offset, length), Extent(b.offset, length)
+        a = Extent(a.offset + length, a.length - length) if a.length > length else next(left, None)
+        b = Extent(b.offset + length, b.length - length) if b.length > length else next(right, None)
+
+
+def _blocks(regions: list[Region], dtype: DType, tile: int) -> Iterator[Region]:
+    """Cut the hull of `regions` into boxes of at most `tile` bytes, each contiguous in any of the regions it meets."""
+    if not regions:
+        return
+    start = tuple(map(min, zip(*(region.start for region in regions))))
+    stop = tuple(map(max, zip(*(region.stop for region in regions))))
+    yield from _cut(Region(start, stop), 0, dtype, tile)
+
+
+def _cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
+    shape = box.shape
+    if axis == len(shape) or dtype.nbytes(box.size) <= tile:
+        yield box
+        return
+    row = dtype.nbytes(prod(shape[axis + 1 :]))
+    step = max(1, tile // row)
+    if axis == len(shape) - 1 and dtype.bits % 8:
+        step = max(8, step // 8 * 8)  # a packed type is cut between bytes
+    for low in range(box.start[axis], box.stop[axis], step):
+        high = min(low + step, box.stop[axis])
+        part = Region((*box.start[:axis], low, *box.start[axis + 1 :]), (*box.stop[:axis], high, *box.stop[axis + 1 :]))
+        if row > tile and axis + 1 < len(shape):
+            yield from _cut(part, axis + 1, dtype, tile)
+        else:
+            yield part
+
+
+class _Span(NamedTuple):
+    """A stretch of a file that a batch needs, and what it is for; copies count from the file's start."""
+
+    start: int
+    stop: int
+    copy: ReadCopy
+
+
+class _BatchBuilder:
+    """Collects tiles until a batch is full."""
+
+    def __init__(self, stored: Stored, limits: Limits) -> None:
+        self._stored = stored
+        self._limits = limits
+        self._reset()
+
+    def _reset(self) -> None:
+        self.nbytes = 0
+        self._spans: dict[int, list[_Span]] = {}
+        self._scattered: list[Read] = []
+        self._stretches: list[Stretch] = []
+
+    def add(self, tensor: SourceTensor, target: Target, tile: Region, chooser: _Balance) -> None:
+        """Add one tile: a box of `target` that is contiguous there."""
+        dtype = tensor.meta.dtype
+        shape, box = byte_box(target.region.shape, tile.relative_to(target.region.start), dtype)
+        offset = sum(low * stride for low, stride in zip(box.start, strides_of(shape)))
+        number = len(self._stretches)
+        self._stretches.append(Stretch(box.size, self._places(target, offset, box.size)))
+        self.nbytes += box.size
+        for piece, files in locate(tensor, tile):
+            copy = strided_copy(piece, tile.shape, dtype)
+            file = chooser.pick(files, copy.nbytes)
+            extents = self._stored(file, tensor.stored_name)
+            if len(extents) == 1:
+                base = extents[0].offset + copy.source
+                spans = self._spans.setdefault(file, [])
+                spans.append(_Span(base, base + copy.source_span, ReadCopy(number, copy._replace(source=base))))
+            else:
+                lying = tuple(ranges(extents, copy.source, copy.source_span))
+                self._scattered.append(Read(file, lying, (ReadCopy(number, copy._replace(source=0)),)))
+
+    @staticmethod
+    def _places(target: Target, offset: int, nbytes: int) -> tuple[Place, ...]:
+        places = []
+        for landing in target.landings:
+            skip = 0
+            for extent in ranges(landing.extents, offset, nbytes):
+                places.append(Place(landing.sink, extent.offset, skip, extent.length))
+                skip += extent.length
+        return tuple(places)
+
+    def finish(self) -> Batch:
+        """The batch so far; the builder starts anew."""
+        reads = [read for file, spans in self._spans.items() for read in self._merge(file, spans)]
+        batch = Batch(tuple(reads + self._scattered), tuple(self._stretches))
+        self._reset()
+        return batch
+
+    def _merge(self, file: int, spans: list[_Span]) -> Iterator[Read]:
+        for cluster in _clusters(spans, self._limits.gap, self._limits.tile):
+            length = max(span.stop for span in cluster) - cluster[0].start
+            wanted = sum(span.copy.copy.nbytes for span in cluster)
+            if wanted < 0.8 * length and any(_wasteful(span, self._limits.gap) for span in cluster):
+                runs = [run for span in cluster for run in _explode(span)]
+                for part in _clusters(runs, self._limits.gap, self._limits.tile):
+                    yield _read(file, part)
+            else:
+                yield _read(file, cluster)
+
+
+def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
+    """Group spans that overlap or lie at most `gap` apart, up to `most` bytes unless they overlap."""
+    cluster: list[_Span] = []
+    stop = 0
+    for span in sorted(spans, key=lambda s: s.start):
+        if cluster and not (span.start < stop or (span.start <= stop + gap and span.stop - cluster[0].start <= most)):
+            yield cluster
+            cluster = []
+        stop = max(stop, span.stop) if cluster else span.stop
+        cluster.append(span)
+    if cluster:
+        yield cluster
+
+
+def _wasteful(span: _Span, gap: int) -> bool:
+    copy = span.copy.copy
+    return bool(copy.counts) and copy.source_strides[-1] - copy.run > gap
+
+
+def _explode(span: _Span) -> Iterator[_Span]:
+    copy = span.copy.copy
+    for source, target in copy.runs():
+        run = StridedCopy(copy.run, (), source, (), target, ())
+        yield _Span(source, source + copy.run, ReadCopy(span.copy.stretch, run))
+
+
+def _read(file: int, cluster: list[_Span]) -> Read:
+    start = cluster[0].start
+    stop = max(span.stop for span in cluster)
+    copies = tuple(
+        span.copy._replace(copy=span.copy.copy._replace(source=span.copy.copy.source - start)) for span in cluster
+    )
+    return Read(file, (Extent(start, stop - start),), copies)

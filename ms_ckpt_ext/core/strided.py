@@ -1,0 +1,122 @@
+"""A piece as bytes: one strided copy from a row-major array into another.
+
+Boxes become byte boxes by one more axis of item size (packed types below a byte scale the last axis instead). Axes
+that are contiguous on both sides are merged, so what remains is the fewest, longest runs: a row split is one run, a
+column split one run a row.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+from typing import Iterator, NamedTuple
+
+from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.plan import Piece
+from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.errors import LayoutMismatchError
+
+
+class StridedCopy(NamedTuple):
+    """Copy `counts` runs of `run` bytes.
+
+    Attributes:
+        run: length of the contiguous stretch, in bytes.
+        counts: extents of the outer axes, outermost first; () for a single run.
+        source, target: byte offset of the first run in each array.
+        source_strides, target_strides: byte distance of neighbours on every outer axis.
+    """
+
+    run: int
+    counts: Shape
+    source: int
+    source_strides: Shape
+    target: int
+    target_strides: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes copied."""
+        total = self.run
+        for count in self.counts:
+            total *= count
+        return total
+
+    @property
+    def source_span(self) -> int:
+        """Bytes from the first to the last one touched in the source."""
+        return self.run + sum((c - 1) * s for c, s in zip(self.counts, self.source_strides))
+
+    @property
+    def target_span(self) -> int:
+        """Bytes from the first to the last one touched in the target."""
+        return self.run + sum((c - 1) * s for c, s in zip(self.counts, self.target_strides))
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(source offset, target offset) of every run, in row-major order."""
+        for index in product(*map(range, self.counts)):
+            yield (
+                self.source + sum(i * s for i, s in zip(index, self.source_strides)),
+                self.target + sum(i * s for i, s in zip(index, self.target_strides)),
+            )
+
+
+def byte_box(shape: Shape, region: Region, dtype: DType) -> tuple[Shape, Region]:
+    """Shape and region in bytes. Raises LayoutMismatchError when a packed type is cut inside a byte."""
+    if dtype.bits % 8 == 0:
+        width = dtype.bits // 8
+        return (*shape, width), Region((*region.start, 0), (*region.stop, width))
+    scaled = (
+        [extent * dtype.bits for extent in (shape[-1], region.start[-1], region.stop[-1])] if shape else [dtype.bits]
+    )
+    if not shape or any(bits % 8 for bits in scaled):
+        raise LayoutMismatchError(
+            f"a box {region} of shape {list(shape)} cuts {dtype.name} elements ({dtype.bits} bits) inside a byte; "
+            "split another axis, or the last one at a byte boundary"
+        )
+    last, low, high = (bits // 8 for bits in scaled)
+    return (*shape[:-1], last), Region((*region.start[:-1], low), (*region.stop[:-1], high))
+
+
+def strides_of(shape: Shape) -> Shape:
+    """Row-major strides of a byte array."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= extent
+    return tuple(reversed(strides))
+
+
+@lru_cache(maxsize=8192)
+def strided_copy(piece: Piece, target_shape: Shape, dtype: DType) -> StridedCopy:
+    """The copy that moves `piece` from its source slice into a target array of `target_shape`."""
+    return _strided_copy(piece.source_shape, piece.in_source, target_shape, piece.in_target, dtype)
+
+
+def _strided_copy(
+    source_shape: Shape, in_source: Region, target_shape: Shape, in_target: Region, dtype: DType
+) -> StridedCopy:
+    source_bytes, source_box = byte_box(source_shape, in_source, dtype)
+    target_bytes, target_box = byte_box(target_shape, in_target, dtype)
+    source_strides, target_strides = strides_of(source_bytes), strides_of(target_bytes)
+    source = sum(low * stride for low, stride in zip(source_box.start, source_strides))
+    target = sum(low * stride for low, stride in zip(target_box.start, target_strides))
+    run, axes = 1, []
+    for count, s, t in reversed(list(zip(source_box.shape, source_strides, target_strides))):
+        if count == 1:
+            continue
+        if not axes and s == run and t == run:
+            run *= count
+        elif axes and s == axes[-1][0] * axes[-1][1] and t == axes[-1][0] * axes[-1][2]:
+            axes[-1] = (axes[-1][0] * count, axes[-1][1], axes[-1][2])
+        else:
+            axes.append((count, s, t))
+    axes.reverse()
+    return StridedCopy(
+        run,
+        tuple(count for count, _, _ in axes),
+        source,
+        tuple(s for _, s, _ in axes),
+        target,
+        tuple(t for _, _, t in axes),
+    )

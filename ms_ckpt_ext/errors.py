@@ -1,0 +1,125 @@
+"""Every error this package raises on purpose.
+
+    CheckpointError                 the root: `except CheckpointError` catches all of them
+    ├── UsageError                  an argument is wrong: fix the call                     (also a ValueError)
+    │   └── ArgumentTypeError       an argument has the wrong type                         (also a TypeError)
+    ├── MissingDependencyError      an optional package is needed and absent               (also an ImportError)
+    ├── DiscoveryError              no file, or several equally good ones, where one is needed   (also a ValueError)
+    ├── FormatError                 a file does not follow its format: path and offset     (also a ValueError)
+    │   ├── TruncatedFileError      the file ends before its own header says it should
+    │   ├── ChecksumError           the bytes are not those that were written
+    │   └── DecryptionError         wrong key, or an altered encrypted file
+    ├── StrategyError               a strategy file is unreadable or contradicts itself    (also a ValueError)
+    ├── LayoutMismatchError         slices, strategy and network disagree on a shape or a dtype  (also a ValueError)
+    ├── CoverageError               no source holds a region that a target needs           (also a ValueError)
+    ├── StorageError                the operating system refused a read or a write         (also an OSError)
+    ├── LoadError                   a network could not be filled; says what was already changed (also a RuntimeError)
+    └── TransportError              ranks could not exchange                               (also a RuntimeError)
+        ├── PeerError               another rank failed: its rank and its message
+        └── DisagreementError       ranks were started with different inputs: which ones, and what differs
+
+The built-in bases are those stock MindSpore raises in the same place, so existing `except` clauses keep working.
+A message tells what happened, where (parameter, rank, file, offset), what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class CheckpointError(Exception):
+    """Root of the tree above."""
+
+
+class UsageError(CheckpointError, ValueError):
+    """An argument is wrong; nothing was read or written."""
+
+
+class ArgumentTypeError(UsageError, TypeError):
+    """An argument has the wrong type; nothing was read or written."""
+
+
+class MissingDependencyError(CheckpointError, ImportError):
+    """A package that this call needs is not installed; the message says how to install it."""
+
+
+class DiscoveryError(CheckpointError, ValueError):
+    """A checkpoint directory lacks a file, or holds several equally good ones."""
+
+
+class FormatError(CheckpointError, ValueError):
+    """The bytes of a file do not follow its format."""
+
+
+class TruncatedFileError(FormatError):
+    """A file is shorter than its header says."""
+
+
+class ChecksumError(FormatError):
+    """Stored and computed checksums differ."""
+
+
+class DecryptionError(FormatError):
+    """A wrong key, or an encrypted file that was altered."""
+
+
+class StrategyError(CheckpointError, ValueError):
+    """A strategy file cannot be read, or contradicts itself."""
+
+
+class LayoutMismatchError(CheckpointError, ValueError):
+    """Slices, strategy and network disagree on a shape or a dtype."""
+
+
+class CoverageError(CheckpointError, ValueError):
+    """No source holds a region that a target needs."""
+
+
+class StorageError(CheckpointError, OSError):
+    """The operating system refused a read or a write; `errno` is kept."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""
+
+
+class LoadError(CheckpointError, RuntimeError):
+    """A network could not be filled. `changed` names the Parameters that may already hold new bytes."""
+
+    def __init__(self, message: str, changed: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.changed = changed
+
+
+class TransportError(CheckpointError, RuntimeError):
+    """Ranks could not exchange."""
+
+
+class PeerError(TransportError):
+    """Another rank failed; `rank` is which."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+class DisagreementError(TransportError):
+    """Ranks were started with different inputs."""
+
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another target, then run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space, then run the same command again",
+    errno.EACCES: "check the permissions of the path",
+    errno.EPERM: "check the permissions of the path",
+    errno.EROFS: "the file system is read-only: choose another target",
+    errno.ENOENT: "check that the path exists",
+    errno.EMFILE: "too many open files: raise `ulimit -n`",
+}
+
+
+def storage_error(action: str, path: str, cause: OSError) -> StorageError:
+    """Turn an `OSError` into a `StorageError` that says what was being done, to which file, and what to do."""
+    reason = os.strerror(cause.errno) if cause.errno else str(cause)
+    advice = _ADVICE.get(cause.errno or 0, "check the path and the file system")
+    return StorageError(cause.errno, f"cannot {action} {path!r}: {reason}; {advice}")
