@@ -1,0 +1,166 @@
+"""Which file of which folder is meant: MindSpore's directory and naming rules.
+
+A sharded checkpoint is `dir/rank_{N}/*.{suffix}`. With several files in a rank folder and no `file_suffix`, the
+newest counts: the one with the largest last two numbers in its name (`...-{epoch}_{step}`). A `file_suffix` of the
+forms `_T-E_S`, `-E_S`, `E_S`, `_S`, `S` selects by task, epoch and step; any other must match one file.
+Where stock MindSpore would pick one of several equally good files by chance, this raises and lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from ms_ckpt_ext.errors import DiscoveryError, FormatError
+
+FORMATS = ("safetensors", "ckpt")
+MAP_NAME = "param_name_map.json"
+HYPER_NAME = "hyper_param.safetensors"
+HF_INDEX_NAME = "model.safetensors.index.json"
+_RANK_DIR = re.compile(r"^rank_(\d+)$")
+_SUFFIX_FORMS = (
+    (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step
+    (re.compile(r"^-?\d+_\d+$"), "-"),  # epoch_step
+    (re.compile(r"^_?\d+$"), "_"),  # step
+)
+
+
+class UnifiedFiles(NamedTuple):
+    """A merged checkpoint: where each parameter is, and the file of training scalars if there is one."""
+
+    files: dict[str, str]
+    names: Optional[dict[str, str]]
+    hyper: Optional[str]
+
+
+def is_sharded(directory: str) -> bool:
+    """True when `directory` holds `rank_{N}` folders."""
+    return bool(_rank_dirs(directory))
+
+
+def kinds(directory: str) -> set[str]:
+    """Which of the known formats the rank folders hold files of."""
+    names = [child.name for folder in _rank_dirs(directory).values() for child in folder.iterdir()]
+    return {suffix for suffix in FORMATS if any(name.endswith(f".{suffix}") for name in names)}
+
+
+def _rank_dirs(directory: str) -> dict[int, Path]:
+    root = Path(directory)
+    if not root.is_dir():
+        raise DiscoveryError(f"no such checkpoint directory: {directory!r}; check the path")
+    found = {int(m[1]): child for child in root.iterdir() if (m := _RANK_DIR.match(child.name)) and child.is_dir()}
+    return dict(sorted(found.items()))
+
+
+def rank_files(directory: str, suffix: str = "safetensors", file_suffix: Optional[str] = None) -> dict[int, str]:
+    """The file of every rank: rank -> path, ranks ascending. A rank folder without a file of the kind is left out.
+
+    Args:
+        directory: holds the `rank_{N}` folders.
+        suffix: "safetensors" or "ckpt".
+        file_suffix: end of the wanted file's name, without `.suffix`; None for the newest.
+
+    Raises:
+        DiscoveryError: no such directory, no rank folder with such a file, or several equally good files.
+    """
+    folders = _rank_dirs(directory)
+    if not folders:
+        raise DiscoveryError(
+            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*.{suffix}"
+        )
+    found = {rank: _rank_file(folder, suffix, file_suffix) for rank, folder in folders.items()}
+    files = {rank: path for rank, path in found.items() if path}
+    if not files:
+        raise DiscoveryError(
+            f"none of the {len(folders)} rank folders in {directory!r} holds a *.{suffix} file; check format and path"
+        )
+    return files
+
+
+def _rank_file(folder: Path, suffix: str, file_suffix: Optional[str]) -> Optional[str]:
+    files = sorted(str(p) for p in folder.iterdir() if p.name.endswith(f".{suffix}") and p.is_file())
+    if file_suffix is None:
+        return _newest(files, folder) if files else None
+    matching = [f for f in files if f.endswith(f"{file_suffix}.{suffix}")]
+    if not matching:
+        raise DiscoveryError(
+            f"no file in {str(folder)!r} ends with '{file_suffix}.{suffix}'; it holds "
+            f"{[os.path.basename(f) for f in files]}: give the longest common suffix of the wanted files"
+        )
+    return matching[0] if len(matching) == 1 else _by_suffix(matching, suffix, file_suffix, folder)
+
+
+def _newest(files: list[str], folder: Path) -> str:
+    def age(path: str) -> list[int]:
+        return [int(n) for n in re.findall(r"\d+", os.path.basename(path))][-2:]
+
+    newest = max(map(age, files))
+    return _only([f for f in files if age(f) == newest], folder, "are equally new by the numbers in their names")
+
+
+def _by_suffix(matching: list[str], suffix: str, file_suffix: str, folder: Path) -> str:
+    for form, lead in _SUFFIX_FORMS:
+        if form.match(file_suffix):
+            wanted = file_suffix if file_suffix.startswith(lead) else lead + file_suffix
+            exact = [f for f in matching if f.endswith(f"{wanted}.{suffix}")]
+            if "-" in wanted[1:]:  # a task number is not a rank number
+                exact = [f for f in exact if not f.endswith(f"rank{wanted}.{suffix}")]
+            shortest = min((len(os.path.basename(f)) for f in exact), default=0)
+            exact = [f for f in exact if len(os.path.basename(f)) == shortest]
+            return _only(exact or matching, folder, f"match file_suffix {file_suffix!r} equally well")
+    return _only(matching, folder, f"match file_suffix {file_suffix!r} equally well")
+
+
+def _only(files: list[str], folder: Path, why: str) -> str:
+    if len(files) == 1:
+        return files[0]
+    raise DiscoveryError(
+        f"{len(files)} files in {str(folder)!r} {why}: {[os.path.basename(f) for f in files]}; "
+        "set file_suffix to the longest common suffix of the wanted files, or move the others away"
+    )
+
+
+def unified_files(directory: str) -> UnifiedFiles:
+    """The files of a merged checkpoint: MindSpore's map, Hugging Face's index, or a single file.
+
+    Raises:
+        DiscoveryError: no such directory, no file, or several files and no map.
+        FormatError: the map is not what it should be.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise DiscoveryError(f"no such checkpoint directory: {directory!r}; check the path")
+    present = sorted(p.name for p in root.iterdir() if p.name.endswith(".safetensors") and p.is_file())
+    if not present:
+        raise DiscoveryError(f"{directory!r} holds no .safetensors file; check the path and the format")
+    hyper = str(root / HYPER_NAME) if HYPER_NAME in present and len(present) > 1 else None
+    index = next((root / name for name in (MAP_NAME, HF_INDEX_NAME) if (root / name).is_file()), None)
+    if len(present) == 1:
+        return UnifiedFiles({present[0]: str(root / present[0])}, None, None)
+    if index is None:
+        raise DiscoveryError(
+            f"{directory!r} holds {len(present)} .safetensors files but neither {MAP_NAME} nor {HF_INDEX_NAME}, so "
+            "nothing says which parameter is where: the merge that wrote it did not finish; run it again"
+        )
+    names = _read_map(index)
+    missing = sorted({file for file in names.values() if not (root / file).is_file()})
+    if missing:
+        raise DiscoveryError(f"{str(index)!r} names {missing}, which {directory!r} does not hold; restore them")
+    return UnifiedFiles({file: str(root / file) for file in sorted(set(names.values()))}, names, hyper)
+
+
+def _read_map(path: Path) -> dict[str, str]:
+    try:
+        content = json.loads(path.read_bytes())
+        names = content.get("weight_map", content)
+    except (OSError, ValueError, AttributeError) as error:
+        raise FormatError(f"{str(path)!r} is not a parameter map ({error}); run the merge again") from error
+    ok = isinstance(names, dict) and all(
+        isinstance(v, str) and os.path.basename(v) == v and v not in ("", ".", "..") for v in names.values()
+    )
+    if not ok or not names:
+        raise FormatError(f"{str(path)!r} must map parameter names to file names in its folder; run the merge again")
+    return names

@@ -1,0 +1,167 @@
+"""safetensors files: 8-byte little-endian header length, JSON header, then the tensors without gaps.
+
+The reader checks everything a header can get wrong before any content is used. The writer lays tensors out as the
+safetensors library does (dtype descending, then name), so a file written here is byte-identical to the library's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.errors import FormatError, TruncatedFileError, UsageError
+from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.storage.reader import ByteReader
+
+MAX_HEADER = 100_000_000
+"""The safetensors library's own limit on the header, in bytes."""
+METADATA = "__metadata__"
+DEDUPLICATED = "remove_redundancy"
+"""MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
+_ADVICE = "the file is damaged or was not completely written: restore it, or choose another checkpoint"
+
+
+def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
+    """Read and check the header.
+
+    Raises:
+        TruncatedFileError: the file ends before its header or its tensors do.
+        FormatError: it is not a safetensors file, or its header contradicts itself.
+    """
+    path, length = reader.path, _header_length(reader)
+    header = _read_header(reader, length)
+    metadata = header.pop(METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path!r}: {METADATA} must map strings to strings; {_ADVICE}")
+    tensors = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
+    _check_coverage(path, tensors, 8 + length, reader.size)
+    return FileIndex(path, reader.size, mtime_ns, tensors, metadata)
+
+
+def _header_length(reader: ByteReader) -> int:
+    if reader.size < 8:
+        raise TruncatedFileError(
+            f"{reader.path!r} holds {reader.size} bytes; a safetensors file starts with an 8-byte header length: {_ADVICE}"
+        )
+    head = bytearray(8)
+    reader.read_into(0, memoryview(head))
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER:
+        raise FormatError(
+            f"{reader.path!r}: bytes 0-7 announce a header of {length} bytes, more than the format's limit of "
+            f"{MAX_HEADER}: this is not a safetensors file (it starts with {bytes(head)!r})"
+        )
+    if 8 + length > reader.size:
+        raise TruncatedFileError(
+            f"{reader.path!r}: the header needs {8 + length} bytes, the file has {reader.size}; {_ADVICE}"
+        )
+    return length
+
+
+def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
+    raw = bytearray(length)
+    reader.read_into(8, memoryview(raw))
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except _DuplicateError as error:
+        raise FormatError(f"{reader.path!r}: the header names {error.args[0]!r} twice; {_ADVICE}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{reader.path!r}: bytes 8-{7 + len(raw)} are not a JSON header ({error}): not a safetensors file, or damaged"
+        ) from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{reader.path!r}: the header is a JSON {type(header).__name__}, expected an object")
+    return header
+
+
+class _DuplicateError(Exception):
+    """A JSON object has the same key twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _entry(path: str, name: str, raw: Any, base: int) -> TensorEntry:
+    try:
+        dtype, shape, (start, stop) = DTYPES.get(raw["dtype"]), raw["shape"], raw["data_offsets"]
+        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError) as error:
+        raise FormatError(
+            f"{path!r}: header entry of {name!r} must have dtype, shape and data_offsets ({error!r}); {_ADVICE}"
+        ) from error
+    if dtype is None or dtype.name not in _WRITABLE:
+        raise FormatError(f"{path!r}: parameter {name!r} has dtype {raw['dtype']!r}, which safetensors does not define")
+    if not numbers_ok:
+        raise FormatError(
+            f"{path!r}: parameter {name!r} has shape {shape}, offsets {[start, stop]}: "
+            f"expected whole numbers of at least 0; {_ADVICE}"
+        )
+    bits = prod(shape) * dtype.bits
+    if (stop - start) * 8 != bits:
+        raise FormatError(
+            f"{path!r}: parameter {name!r} ({dtype.name}{list(shape)}) needs {bits / 8:g} bytes, "
+            f"its offsets {[start, stop]} give {stop - start}; {_ADVICE}"
+        )
+    return TensorEntry(dtype, tuple(shape), (Extent(base + start, stop - start),))
+
+
+_WRITABLE = {name for name in DTYPES if name not in ("C128", "STR")}
+
+
+def _check_coverage(path: str, tensors: Mapping[str, TensorEntry], base: int, size: int) -> None:
+    at, before = base, "the header"
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].extents[0]):
+        extent = entry.extents[0]
+        if extent.offset != at:
+            what = "overlaps" if extent.offset < at else f"leaves a gap of {extent.offset - at} bytes after"
+            raise FormatError(
+                f"{path!r}: parameter {name!r} at data offset {extent.offset - base} {what} {before!r}; {_ADVICE}"
+            )
+        at, before = extent.offset + extent.length, name
+    if at > size:
+        raise TruncatedFileError(f"{path!r}: the tensors end at byte {at}, the file has {size}; {_ADVICE}")
+    if at < size:
+        raise FormatError(f"{path!r}: {size - at} bytes after the last tensor belong to none; {_ADVICE}")
+
+
+def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
+    """Lay out a file for `specs`. Raises UsageError for a dtype the format cannot hold, or a name given twice."""
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names) or METADATA in names:
+        clash = next((n for n in names if names.count(n) > 1), METADATA)
+        raise UsageError(f"cannot write two tensors named {clash!r} into one safetensors file; rename one")
+    for spec in specs:
+        if spec.dtype.name not in _WRITABLE:
+            raise UsageError(
+                f"parameter {spec.name!r} is {spec.dtype.mindspore}, which safetensors cannot hold; write .ckpt instead"
+            )
+    ordered = sorted(specs, key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name))
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    places = []
+    for spec in ordered:
+        length = spec.dtype.nbytes(prod(spec.shape))
+        header[spec.name] = {
+            "dtype": spec.dtype.name,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + length],
+        }
+        places.append((spec, Extent(offset, length)))
+        offset += length
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    tensors = {
+        spec.name: TensorEntry(spec.dtype, spec.shape, (Extent(base + extent.offset, extent.length),))
+        for spec, extent in places
+    }
+    return FileLayout(base + offset, ((0, len(text).to_bytes(8, "little") + text),), tensors)

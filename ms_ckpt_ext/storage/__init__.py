@@ -1,0 +1,1 @@
+"""Moving bytes to and from files: ranged reads, preallocated writes, copies inside the kernel, atomic publishing."""

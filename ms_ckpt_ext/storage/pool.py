@@ -1,0 +1,109 @@
+"""Open readers, shared by threads and bounded in number: 1,024 source files do not need 1,024 descriptors."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Callable, Protocol
+
+from ms_ckpt_ext.errors import StorageError
+from ms_ckpt_ext.storage.reader import ByteReader
+
+
+class SourceFile(Protocol):
+    """What the pool must know of a file: where it is, and what it was like when its header was read."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+
+
+@dataclass
+class _Open:
+    reader: ByteReader
+    users: int = 0
+
+
+@dataclass
+class ReadCount:
+    """What was asked of the storage, for tests, benchmarks and reports."""
+
+    reads: int = 0
+    nbytes: int = 0
+    files: set[str] = field(default_factory=set)
+
+
+class ReaderPool:
+    """Readers by file number, opened on first use, the least recently used closed beyond `most`."""
+
+    def __init__(self, files: Sequence[SourceFile], opener: Callable[[str], ByteReader], most: int = 256) -> None:
+        self._files = files
+        self._opener = opener
+        self._most = most
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._lock = threading.Lock()
+        self.count = ReadCount()
+
+    def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset` of a file."""
+        with self.use(file) as reader:
+            reader.read_into(offset, buffer)
+        self.tally(file, len(buffer))
+
+    def tally(self, file: int, nbytes: int) -> None:
+        """Count a read that was made through `use`."""
+        with self._lock:
+            self.count.reads += 1
+            self.count.nbytes += nbytes
+            self.count.files.add(self._files[file].path)
+
+    @contextmanager
+    def use(self, file: int) -> Iterator[ByteReader]:
+        """The reader of a file, kept open while in use. Raises StorageError when the file changed since its index."""
+        with self._lock:
+            held = self._open.get(file)
+            if held is None:
+                held = self._open[file] = _Open(self._checked(file))
+            held.users += 1
+            self._open.move_to_end(file)
+            self._evict()
+        try:
+            yield held.reader
+        finally:
+            with self._lock:
+                held.users -= 1
+
+    def _checked(self, file: int) -> ByteReader:
+        known = self._files[file]
+        reader = self._opener(known.path)
+        if (reader.disk_size, reader.mtime_ns) != (known.size, known.mtime_ns):
+            reader.close()
+            raise StorageError(
+                0,
+                f"{known.path!r} changed since its header was read ({known.size} bytes then, {reader.disk_size} now): "
+                "something is writing to the checkpoint; run again when it is at rest",
+            )
+        return reader
+
+    def _evict(self) -> None:
+        for file in [f for f, held in self._open.items() if held.users == 0][: max(0, len(self._open) - self._most)]:
+            self._open.pop(file).reader.close()
+
+    def close(self) -> None:
+        """Close every reader."""
+        with self._lock:
+            for held in self._open.values():
+                held.reader.close()
+            self._open.clear()
+
+    def __enter__(self) -> ReaderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

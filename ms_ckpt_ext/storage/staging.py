@@ -1,0 +1,231 @@
+"""Output that appears whole or not at all, and survives being killed.
+
+1. A job writes into a hidden folder of the target directory, named after a fingerprint of everything that decides the
+   result. A file is written as `NAME.partial`, synced, and renamed to `NAME` there when it is complete.
+2. A second run of the same job finds the finished files by that fingerprint and does not write them again. Folders of
+   other jobs that nobody is running any more are removed.
+3. When every file of the job is there, the old result is taken away (its index first), the new files are moved into
+   place, and the index comes last. Killed in between, the target holds either no index, or no complete set of files;
+   the next run finishes the move.
+4. A lock a task holds while it runs keeps two jobs from writing into one target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from ms_ckpt_ext.errors import StorageError, storage_error
+
+_FOLDER = ".ms_ckpt_ext-"
+MANIFEST = ".ms_ckpt_ext.json"
+_PUBLISHING = "publishing"
+
+
+class Staging:
+    """The hidden folder of one job in one target directory."""
+
+    def __init__(self, target: str, job: str, task: str = "task-1-of-1") -> None:
+        self.target = Path(target)
+        self.job = job
+        self.folder = self.target / (_FOLDER + job)
+        self._task = task
+        self._lock: Optional[int] = None
+        self._made: list[Path] = []
+
+    def open(self) -> None:
+        """Make the folder and take the task's lock. Raises StorageError when another run holds this target."""
+        try:
+            self._make_target()
+            self.folder.mkdir(exist_ok=True)
+            self._lock = os.open(self.folder / f"{self._task}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            self._forget_target()
+            raise storage_error("write into", str(self.target), error) from error
+        if not _try_lock(self._lock):
+            self.close()
+            raise self._busy()
+        for other in self.target.glob(_FOLDER + "*"):
+            if other != self.folder and not _remove_if_idle(other):
+                self.close()
+                _remove_if_idle(self.folder)
+                raise self._busy()
+
+    def _busy(self) -> StorageError:
+        return StorageError(
+            errno.EBUSY,
+            f"another run is writing into {str(self.target)!r}; wait for it to end, or choose another target",
+        )
+
+    def _make_target(self) -> None:
+        missing = [p for p in (self.target, *self.target.parents) if not p.exists()]
+        self.target.mkdir(parents=True, exist_ok=True)
+        self._made = missing
+
+    def _forget_target(self) -> None:
+        for made in self._made:
+            with contextlib.suppress(OSError):
+                made.rmdir()
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise StorageError when the target's file system has less than `nbytes` free."""
+        free = shutil.disk_usage(self.folder).free
+        if nbytes > free:
+            raise StorageError(
+                errno.ENOSPC,
+                f"{str(self.target)!r} needs {nbytes:,} bytes for this job, its file system has {free:,} free; "
+                "free some space or choose another target, then run the same command again",
+            )
+
+    def partial(self, name: str) -> str:
+        """Where to write a file of this name."""
+        path = self.folder / (name + ".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def accept(self, name: str) -> None:
+        """Declare the written and synced file complete."""
+        os.rename(self.folder / (name + ".partial"), self.folder / name)
+
+    def discard_partials(self) -> None:
+        """Remove what was not completed."""
+        for path in self.folder.rglob("*.partial"):
+            path.unlink(missing_ok=True)
+
+    def holds(self, name: str, size: int, literals: Sequence[tuple[int, bytes]]) -> bool:
+        """True when a complete file of this name is there already (or was moved into place before a kill)."""
+        places = [self.folder / name]
+        if (self.folder / _PUBLISHING).exists():
+            places.append(self.target / name)
+        return any(_matches(path, size, literals) for path in places)
+
+    def published(self, names: Mapping[str, int]) -> bool:
+        """True when the target holds the untouched result of this very job."""
+        try:
+            manifest = json.loads((self.target / MANIFEST).read_bytes())
+            return manifest["job"] == self.job and all(
+                manifest["files"][name] == [size, (self.target / name).stat().st_mtime_ns]
+                and (self.target / name).stat().st_size == size
+                for name, size in names.items()
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the job's publishing lock: one task at a time looks whether the set is complete."""
+        lock = os.open(self.folder / "publish.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    def publish(self, names: Sequence[str], index: Mapping[str, bytes], replaces: Sequence[str]) -> None:
+        """Move the complete set into place; `index` (name -> contents) comes last.
+
+        Args:
+            names: every file of the job, relative to the target.
+            index: files that make the result loadable.
+            replaces: files of an older result that must go, besides those of the same names.
+        """
+        try:
+            (self.folder / _PUBLISHING).touch()
+            waiting = [name for name in names if (self.folder / name).exists()]
+            for name in (*index, MANIFEST, *replaces, *waiting):
+                (self.target / name).unlink(missing_ok=True)
+            for name in waiting:
+                (self.target / name).parent.mkdir(parents=True, exist_ok=True)
+                os.rename(self.folder / name, self.target / name)
+            for folder in {(self.target / name).parent for name in names}:
+                _sync_folder(folder)
+            for name, contents in {**index, MANIFEST: self._manifest(names)}.items():
+                _write_atomically(self.target / name, contents)
+            _sync_folder(self.target)
+        except OSError as error:
+            raise storage_error("publish the result in", str(self.target), error) from error
+        self.remove()
+
+    def _manifest(self, names: Sequence[str]) -> bytes:
+        files = {}
+        for name in names:
+            status = (self.target / name).stat()
+            files[name] = [status.st_size, status.st_mtime_ns]
+        content: dict[str, Any] = {"job": self.job, "files": files}
+        return json.dumps(content, indent=1).encode()
+
+    def remove(self) -> None:
+        """Remove the folder: the job is done, or nothing of it is worth keeping."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """After an error: keep finished files for the next run, remove all else."""
+        self.discard_partials()
+        kept = [p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
+        if not kept:
+            self.remove()
+            self._forget_target()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _matches(path: Path, size: int, literals: Sequence[tuple[int, bytes]]) -> bool:
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != size:
+                return False
+            return all(file.seek(offset) == offset and file.read(len(data)) == data for offset, data in literals)
+    except OSError:
+        return False
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_if_idle(folder: Path) -> bool:
+    """Remove a job's folder unless one of its tasks is running."""
+    for lock in folder.glob("*.lock"):
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if not _try_lock(descriptor):
+                return False
+        finally:
+            os.close(descriptor)
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _write_atomically(path: Path, contents: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
