@@ -1,0 +1,42 @@
+"""Checkpoint resharding for MindSpore: drop-in functions that read less, hold less and survive more.
+
+Importing this package does not import mindspore; what needs it imports it when it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ms_ckpt_ext._version import __version__
+
+_PUBLIC = {
+    "CheckpointError": "errors",
+    "as_strategy": "api",
+    "load_distributed_checkpoint": "api",
+    "merge_pipeline_strategys": "api",
+    "training_scalars": "api",
+    "unified_safetensors": "api",
+}
+
+__all__ = [
+    "CheckpointError",
+    "__version__",
+    "as_strategy",
+    "load_distributed_checkpoint",
+    "merge_pipeline_strategys",
+    "training_scalars",
+    "unified_safetensors",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,32 @@
+"""This process's place among the ranks, as MindSpore knows it."""
+
+from __future__ import annotations
+
+import logging
+
+from ms_ckpt_ext.errors import MissingDependencyError
+
+try:
+    import mindspore
+    from mindspore.communication import get_group_size, get_rank
+except ImportError as error:
+    raise MissingDependencyError(
+        f"this call needs MindSpore, which cannot be imported ({error}); install it with "
+        "`pip install 'mindspore>=2.7' 'numpy<2'`, or run an offline job, which does not need it"
+    ) from error
+
+__all__ = ["group_size", "mindspore", "own_rank"]
+
+
+def own_rank() -> int:
+    """Global rank of this process; 0, with a warning, where communication was not initialised."""
+    try:
+        return int(get_rank())
+    except RuntimeError:
+        logging.getLogger("ms_ckpt_ext").warning("communication is not initialised: loading the slices of rank 0")
+        return 0
+
+
+def group_size(name: str) -> int:
+    """Number of ranks of a communication group."""
+    return int(get_group_size(name))

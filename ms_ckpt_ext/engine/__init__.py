@@ -1,0 +1,1 @@
+"""Runs plans: catalog of a source, file-to-file jobs, and loads into memory."""

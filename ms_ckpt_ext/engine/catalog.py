@@ -1,0 +1,266 @@
+"""A checkpoint as a source: which parameters it has, and in which files the slices of each lie.
+
+Sharded (`rank_N/…` with a strategy) or merged (`part*.safetensors` with a map), the result is the same value, so jobs
+do not care. Files may lack what a strategy promises (a deduplicated slice is in one of its ranks' files only, a
+weights-only checkpoint has no optimizer states): planning asks for a region and finds it or fails by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+from ms_ckpt_ext.core.layout import Cell, Layout, whole
+from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
+from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.registry import open_reader, read_indexes
+
+INT4 = "Int4"
+"""Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What a checkpoint holds.
+
+    Attributes:
+        files: tables of contents; a file's number is its place here.
+        tensors: name -> parameter that the strategy (or the map) lists.
+        extras: name -> what lies outside it, whole: training scalars and the like, from the lowest rank that has it.
+        notes: parameter name -> metadata that must travel with it ("Int4").
+    """
+
+    files: tuple[FileIndex, ...]
+    tensors: Mapping[str, SourceTensor]
+    extras: Mapping[str, SourceTensor]
+    notes: Mapping[str, str]
+
+    def stored(self, file: int, name: str) -> tuple[Extent, ...]:
+        """Where the bytes of a stored name lie in a file."""
+        return self.files[file].tensors[name].extents
+
+
+def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy) -> Catalog:
+    """Read the headers of a sharded checkpoint.
+
+    Raises:
+        LayoutMismatchError: ranks disagree on a parameter's dtype, or a slice's shape contradicts the strategy.
+        StrategyError: the strategy has no parameter in common with the files.
+        FormatError, StorageError: a header cannot be read.
+    """
+    ranks = list(files_by_rank)
+    indexes = tuple(read_indexes(files_by_rank.values()))
+    by_rank = {rank: number for number, rank in enumerate(ranks)}
+    tensors = {}
+    for name, stages in strategy.layouts.items():
+        if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+            continue
+        tensor = _sharded_tensor(name, stages, strategy, by_rank, indexes)
+        if tensor is not None:
+            tensors[name] = tensor
+    if not tensors:
+        raise StrategyError(
+            f"{strategy.origin} and the checkpoint have no parameter in common: the strategy lists "
+            f"{_some(strategy.layouts)}, the files hold {_some(n for i in indexes for n in i.tensors)}; "
+            "check that the strategy belongs to this model"
+        )
+    extras = _extras(indexes, set(strategy.layouts))
+    return Catalog(indexes, tensors, extras, _notes(indexes))
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(set(names))
+    return ", ".join(map(repr, listed[:3])) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def _sharded_tensor(
+    name: str,
+    stages: Mapping[int, Layout],
+    strategy: Strategy,
+    by_rank: Mapping[int, int],
+    indexes: tuple[FileIndex, ...],
+) -> Optional[SourceTensor]:
+    first: Optional[tuple[int, TensorEntry]] = None
+    full: Optional[tuple[int, ...]] = None
+    merged: dict[tuple[int, ...], tuple[dict[Cell, list[int]], dict[Cell, list[int]]]] = {}
+    for stage, layout in stages.items():
+        base = stage * strategy.devices_per_stage
+        holders, expected = merged.setdefault(layout.parts, ({}, {}))
+        entry_here: Optional[TensorEntry] = None
+        for local, cell in enumerate(layout.cells):
+            expected.setdefault(cell, []).append(base + local)
+            number = by_rank.get(base + local)
+            entry = None if number is None else indexes[number].tensors.get(name)
+            if entry is None or number is None:
+                continue
+            if first is None:
+                first = (number, entry)
+            if entry.dtype is not first[1].dtype or (entry_here and entry.shape != entry_here.shape):
+                raise _contradiction(name, indexes, first, (number, entry))
+            entry_here = entry
+            holders.setdefault(cell, []).append(number)
+        if entry_here is not None:
+            full = _agreed_shape(name, layout, entry_here, full, strategy)
+    if first is None or full is None:
+        return None
+    placements = tuple(
+        Placement(parts, {c: tuple(f) for c, f in holders.items()}, {c: tuple(r) for c, r in expected.items()})
+        for parts, (holders, expected) in merged.items()
+    )
+    return SourceTensor(TensorMeta(name, first[1].dtype, full), name, placements)
+
+
+def _agreed_shape(
+    name: str, layout: Layout, entry: TensorEntry, full: Optional[tuple[int, ...]], strategy: Strategy
+) -> tuple[int, ...]:
+    try:
+        shape = layout.full_shape(entry.shape)
+    except LayoutMismatchError as error:
+        raise LayoutMismatchError(
+            f"parameter {name!r}: {error}; check that {strategy.origin} belongs to this checkpoint"
+        ) from error
+    if full is not None and full != shape:
+        raise LayoutMismatchError(
+            f"parameter {name!r}: its slices make a shape of {list(full)} in one pipeline stage and {list(shape)} in "
+            f"another; check that {strategy.origin} belongs to this checkpoint"
+        )
+    return shape
+
+
+def _contradiction(
+    name: str, indexes: tuple[FileIndex, ...], a: tuple[int, TensorEntry], b: tuple[int, TensorEntry]
+) -> LayoutMismatchError:
+    def told(at: tuple[int, TensorEntry]) -> str:
+        return f"{at[1].dtype.name}{list(at[1].shape)} in {indexes[at[0]].path!r}"
+
+    return LayoutMismatchError(
+        f"parameter {name!r} is {told(a)} but {told(b)}; all slices of a parameter have one dtype and shape: "
+        "check that the files come from one save and that the strategy belongs to them"
+    )
+
+
+def _extras(indexes: tuple[FileIndex, ...], known: set[str]) -> dict[str, SourceTensor]:
+    """Everything outside the strategy, whole on every rank that has it."""
+    found: dict[str, tuple[TensorEntry, list[int]]] = {}
+    for number, index in enumerate(indexes):
+        for name in index.tensors.keys() - known:
+            if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+                continue
+            entry = index.tensors[name]
+            before, numbers = found.setdefault(name, (entry, []))
+            if (entry.dtype, entry.shape) != (before.dtype, before.shape):
+                raise _contradiction(name, indexes, (numbers[0], before), (number, entry))
+            numbers.append(number)
+    return {name: _whole_tensor(name, entry, numbers[:1]) for name, (entry, numbers) in sorted(found.items())}
+
+
+def _whole_tensor(name: str, entry: TensorEntry, files: Iterable[int]) -> SourceTensor:
+    parts = whole(len(entry.shape)).parts
+    cell = (0,) * len(entry.shape)
+    return SourceTensor(
+        TensorMeta(name, entry.dtype, entry.shape), name, (Placement(parts, {cell: tuple(files)}, {cell: (0,)}),)
+    )
+
+
+def _notes(indexes: tuple[FileIndex, ...]) -> dict[str, str]:
+    return {key: value for index in indexes for key, value in index.metadata.items() if value == INT4}
+
+
+def merged_catalog(directory: str) -> Catalog:
+    """Read the headers of a merged (unified) checkpoint, MindSpore's or Hugging Face's.
+
+    Raises:
+        DiscoveryError: files or the map are missing.
+        FormatError: the map names a parameter that its file lacks.
+    """
+    found = discovery.unified_files(directory)
+    paths = list(found.files.values()) + ([found.hyper] if found.hyper else [])
+    indexes = tuple(read_indexes(paths))
+    numbers = {file: number for number, file in enumerate(found.files)}
+    tensors = {name: _whole_tensor(name, entry, [number]) for name, number, entry in _listed(found, numbers, indexes)}
+    extras = {}
+    if found.hyper:
+        last = len(indexes) - 1
+        extras = {name: _whole_tensor(name, entry, [last]) for name, entry in indexes[last].tensors.items()}
+    return Catalog(indexes, tensors, extras, _notes(indexes))
+
+
+def _listed(
+    found: discovery.UnifiedFiles, numbers: Mapping[str, int], indexes: tuple[FileIndex, ...]
+) -> Iterator[tuple[str, int, TensorEntry]]:
+    if found.names is None:
+        for name, entry in indexes[0].tensors.items():
+            yield name, 0, entry
+        return
+    for name, file in found.names.items():
+        number = numbers[file]
+        entry = indexes[number].tensors.get(name)
+        if entry is None:
+            raise FormatError(
+                f"the map says parameter {name!r} is in {indexes[number].path!r}, which does not hold it; "
+                "map and files come from different merges: run the merge again"
+            )
+        yield name, number, entry
+
+
+def open_catalog(
+    directory: str, strategy: Optional[Strategy], file_suffix: Optional[str] = None, require_sharded: bool = False
+) -> Catalog:
+    """A sharded directory (needs its strategy unless a single rank saved it) or a merged one.
+
+    Raises:
+        DiscoveryError: also when several rank folders come without a strategy.
+    """
+    if not require_sharded and not discovery.is_sharded(directory):
+        return merged_catalog(directory)
+    files = discovery.rank_files(directory, "safetensors", file_suffix)
+    if strategy is not None:
+        return sharded_catalog(files, strategy)
+    if len(files) > 1:
+        raise DiscoveryError(
+            f"{directory!r} holds {len(files)} rank folders, so the strategy that cut them is needed: "
+            "give the training job's strategy file"
+        )
+    (index,) = read_indexes(files.values())
+    tensors = {name: _whole_tensor(name, entry, [0]) for name, entry in index.tensors.items()}
+    return Catalog((index,), tensors, {}, _notes((index,)))
+
+
+_NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
+    "U64": "u8", "F16": "f2", "F32": "f4", "F64": "f8", "C64": "c8", "BF16": "u2"
+}
+
+
+def read_extras(directory: str, strategy: Optional[Strategy], file_suffix: Optional[str]) -> dict[str, np.ndarray]:
+    """The contents of everything outside the strategy; without one, of every single-element parameter."""
+    if strategy is None and discovery.is_sharded(directory):
+        path = next(iter(discovery.rank_files(directory, "safetensors", file_suffix).values()))
+        (index,) = read_indexes([path])
+        catalog = Catalog((index,), {}, _extras((index,), set()), {})
+        names = [name for name, entry in index.tensors.items() if math.prod(entry.shape) == 1]
+    else:
+        catalog = open_catalog(directory, strategy, file_suffix)
+        names = list(catalog.extras)
+    return {name: _read_whole(catalog, catalog.extras[name]) for name in names}
+
+
+def _read_whole(catalog: Catalog, tensor: SourceTensor) -> np.ndarray:
+    """One small tensor, read in one go."""
+    (file,) = next(iter(tensor.placements[0].holders.values()))
+    data = bytearray()
+    with open_reader(catalog.files[file].path) as reader:
+        for offset, length in catalog.stored(file, tensor.stored_name):
+            part = bytearray(length)
+            reader.read_into(offset, memoryview(part))
+            data += part
+    dtype = _NUMPY.get(tensor.meta.dtype.name)
+    flat = np.frombuffer(bytes(data), np.dtype(dtype or "u1"))
+    return flat.reshape(tensor.meta.shape) if dtype else flat

@@ -1,0 +1,226 @@
+"""What the offline jobs want: the output files of a merge, and of a re-cut.
+
+A merge writes every parameter whole, spread over parts of similar size; a re-cut writes every rank's slices under
+another strategy. Training scalars and whatever else lies outside the strategy go along whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Callable, Optional, Union
+
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.offline import Job, Output, Wanted
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.formats import discovery, registry
+from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
+
+Choice = Callable[[str], Union[bool, str]]
+PART_BYTES = 3 << 30
+"""MindSpore's size of a part of a merged checkpoint."""
+_STALE = re.compile(r"^(part\d+|model-\d{5}-of-\d{5}|hyper_param)\.safetensors$")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a merge is to be written.
+
+    Attributes:
+        choice: keeps (True), drops (False) or renames (a str) a parameter; None keeps all.
+        task, tasks: this call writes share `task` (from 1) of `tasks`.
+        naming: "mindspore" (`part0.safetensors`, `param_name_map.json`, `hyper_param.safetensors`) or "huggingface"
+            (`model-00001-of-00002.safetensors`, `model.safetensors.index.json`).
+        part_bytes: aim for parts of at most this many bytes; a larger parameter has a part of its own.
+    """
+
+    choice: Optional[Choice] = None
+    task: int = 1
+    tasks: int = 1
+    naming: str = "mindspore"
+    part_bytes: int = PART_BYTES
+
+    def __post_init__(self) -> None:
+        if self.naming not in ("mindspore", "huggingface"):
+            raise UsageError(f"naming must be 'mindspore' or 'huggingface', got {self.naming!r}")
+        if self.part_bytes < 1:
+            raise UsageError(f"the size limit of a part must be at least 1 byte, got {self.part_bytes}")
+        if not 1 <= self.task <= self.tasks:
+            raise UsageError(
+                f"split_dst_file must be (task, tasks) with 1 <= task <= tasks, got ({self.task}, {self.tasks})"
+            )
+
+
+def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
+    """Every parameter whole, in parts.
+
+    Raises:
+        ArgumentTypeError: the choice function returned something other than bool or str.
+        UsageError: two parameters get the same name, or nothing is left.
+    """
+    named = _named(catalog, options.choice)
+    sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
+    count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
+    groups = _balanced(sizes, min(count, len(sizes)))
+    parts = [
+        _output(_part_name(options.naming, number, len(groups)), [(n, named[n], None) for n in group], catalog)
+        for number, group in enumerate(groups)
+    ]
+    weight_map = {name: part.name for part in parts for name in sorted(w.name for w in part.wanted)}
+    mine = _shares([part.layout.size for part in parts], options.tasks)[options.task - 1]
+    outputs = [parts[number] for number in mine]
+    others = [part for number, part in enumerate(parts) if number not in mine]
+    if catalog.extras:
+        name = discovery.HYPER_NAME if options.naming == "mindspore" else None
+        scalars = _output(name or "scalars.safetensors", [(n, t, None) for n, t in catalog.extras.items()], catalog)
+        (outputs if options.task == 1 else others).append(scalars)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    index_name = discovery.MAP_NAME if options.naming == "mindspore" else discovery.HF_INDEX_NAME
+    names = {part.name for part in parts} | {discovery.HYPER_NAME if catalog.extras else ""}
+    return Job(
+        catalog,
+        tuple(outputs),
+        tuple((output.name, output.layout) for output in others),
+        {index_name: json.dumps(index, indent=4).encode()},
+        tuple(name for name in _stale(target) if name not in names and name != index_name),
+        f"task-{options.task}-of-{options.tasks}",
+    )
+
+
+def _named(catalog: Catalog, choice: Optional[Choice]) -> dict[str, SourceTensor]:
+    named: dict[str, SourceTensor] = {}
+    for name, tensor in catalog.tensors.items():
+        chosen = True if choice is None else choice(name)
+        if not isinstance(chosen, (bool, str)):
+            raise ArgumentTypeError(
+                f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
+                f"{type(chosen).__name__} for parameter {name!r}"
+            )
+        if chosen is False:
+            continue
+        new = name if chosen is True else str(chosen)
+        if new in named:
+            raise UsageError(
+                f"choice_func gives both {named[new].meta.name!r} and {name!r} the name {new!r}; names must stay unique"
+            )
+        named[new] = tensor
+    if not named:
+        raise UsageError("choice_func dropped every parameter; nothing would be written")
+    return named
+
+
+def _nbytes(tensor: SourceTensor) -> int:
+    return tensor.meta.dtype.nbytes(math.prod(tensor.meta.shape))
+
+
+def _balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
+    """Spread names over `count` groups, largest first, each to the group with the least so far."""
+    groups: list[list[str]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        least = totals.index(min(totals))
+        groups[least].append(name)
+        totals[least] += sizes[name]
+    return groups
+
+
+def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:
+    """Spread numbered parts over tasks by bytes."""
+    shares = _balanced({str(number): size for number, size in enumerate(sizes)}, tasks)
+    return [{int(number) for number in share} for share in shares]
+
+
+def _part_name(naming: str, number: int, count: int) -> str:
+    if naming == "mindspore":
+        return f"part{number}.safetensors"
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _stale(target: str) -> list[str]:
+    """Files of an older merge in the target."""
+    if not os.path.isdir(target):
+        return []
+    indexes = (discovery.MAP_NAME, discovery.HF_INDEX_NAME)
+    return [name for name in os.listdir(target) if _STALE.match(name) or name in indexes]
+
+
+def _output(
+    name: str,
+    wanted: Iterable[tuple[str, SourceTensor, Optional[Region]]],
+    catalog: Catalog,
+) -> Output:
+    """Lay out one file. A region of None means the whole parameter."""
+    boxes = [(new, tensor, box or _whole(tensor)) for new, tensor, box in wanted]
+    specs = [
+        TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes
+    ]
+    notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
+    layout: FileLayout = registry.lay_out(name, specs, {"format": "ms", **notes})
+    return Output(name, layout, tuple(Wanted(*box) for box in boxes))
+
+
+def _whole(tensor: SourceTensor) -> Optional[Region]:
+    return Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
+
+
+def recut_job(
+    catalog: Catalog,
+    strategy: Optional[Strategy],
+    ranks: Sequence[int],
+    name_map: Mapping[str, str],
+    file_name: Callable[[int], str],
+) -> Job:
+    """The slices of `ranks` under `strategy` (None: one device), one file per rank.
+
+    Args:
+        name_map: name in the target -> name in the source.
+        file_name: rank -> file, relative to the target directory.
+
+    Raises:
+        LayoutMismatchError: a parameter cannot be cut as the strategy says.
+        UsageError: no parameter of the strategy is in the checkpoint.
+    """
+    outputs = []
+    for rank in ranks:
+        wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank, name_map)]
+        wanted += [(name, tensor, None) for name, tensor in catalog.extras.items()]
+        outputs.append(_output(file_name(rank), wanted, catalog))
+    return Job(catalog, tuple(outputs))
+
+
+def rank_boxes(
+    catalog: Catalog, strategy: Optional[Strategy], rank: int, name_map: Mapping[str, str]
+) -> list[tuple[str, SourceTensor, Optional[Region]]]:
+    """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it."""
+    if strategy is None:
+        back = {source: target for target, source in name_map.items()}
+        return [(back.get(name, name), tensor, _whole(tensor)) for name, tensor in catalog.tensors.items()]
+    found = []
+    for name in strategy.names_of(rank):
+        tensor = catalog.tensors.get(name_map.get(name, name))
+        if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+            found.append((name, tensor, _box(name, tensor, strategy, rank)))
+    if not found:
+        raise UsageError(
+            f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "
+            "check that strategy and checkpoint belong to the same model, and name_map if you use one"
+        )
+    return found
+
+
+def _box(name: str, tensor: SourceTensor, strategy: Strategy, rank: int) -> Optional[Region]:
+    layout = strategy.layout(name, rank)
+    assert layout is not None  # names_of() says so
+    if not all(tensor.meta.shape):
+        return None
+    try:
+        return layout.region(rank % strategy.devices_per_stage, tensor.meta.shape)
+    except LayoutMismatchError as error:
+        raise LayoutMismatchError(f"parameter {name!r} under {strategy.origin}: {error}") from error

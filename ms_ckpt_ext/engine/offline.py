@@ -1,0 +1,219 @@
+"""File-to-file jobs: merge, re-cut, convert. All differ only in the list of files they want.
+
+1. Every output file is laid out first: names, dtypes, shapes, so every offset is known before a byte moves.
+2. What each file wants of each parameter becomes one task per parameter, so that bytes wanted by several files are
+   read once.
+3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
+4. When the whole set is complete, it is published (see `storage.staging`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Callable, NamedTuple, Optional
+
+import xxhash
+
+from ms_ckpt_ext.core.plan import SourceTensor, locate
+from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.engine import pump
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.formats.index import FileLayout
+from ms_ckpt_ext.formats.registry import open_reader
+from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.sink import FileSink
+from ms_ckpt_ext.storage.staging import Staging
+
+_PLAN_VERSION = b"1"
+"""Part of every job's fingerprint: raised when the same inputs would give other bytes."""
+
+
+class Wanted(NamedTuple):
+    """One tensor of an output file: its name there, and the box of a source parameter it holds."""
+
+    name: str
+    tensor: SourceTensor
+    region: Optional[Region]
+    """None for a tensor without elements."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file to write: its name relative to the target, its layout, and what fills it."""
+
+    name: str
+    layout: FileLayout
+    wanted: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A set of output files that belong together.
+
+    Attributes:
+        source: where the bytes come from.
+        outputs: the files this task writes.
+        others: (name, size) of the files that other tasks of the same job write.
+        index: files that make the set loadable, published last: name -> contents.
+        replaces: files of an older result in the target that must not survive.
+        task: name of this task, unique within the job.
+    """
+
+    source: Catalog
+    outputs: tuple[Output, ...]
+    others: tuple[tuple[str, FileLayout], ...] = ()
+    index: Mapping[str, bytes] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    task: str = "task-1-of-1"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job did: counts in bytes and calls."""
+
+    bytes_read: int
+    reads: int
+    bytes_written: int
+    files_written: tuple[str, ...]
+    files_kept: tuple[str, ...]
+    published: bool
+
+
+Progress = Callable[[int], None]
+"""Told the number of bytes that have landed since the last call."""
+
+
+def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progress = lambda _: None) -> Report:
+    """Run a job into `target`.
+
+    Raises:
+        CoverageError, LayoutMismatchError: planning failed; nothing was written.
+        StorageError: no space, no permission, another run is writing there; finished files are kept for a rerun.
+    """
+    tasks = tasks_of(job.outputs)
+    for task in tasks:
+        for wanted in task.targets:
+            locate(task.tensor, wanted.region)
+    staging = Staging(target, _fingerprint(job, tasks), job.task)
+    everything = {output.name: output.layout for output in job.outputs} | dict(job.others)
+    if staging.published({name: layout.size for name, layout in everything.items()}):
+        return Report(0, 0, 0, (), tuple(everything), True)
+    staging.open()
+    try:
+        report = _fill(job, staging, workers, limits, progress)
+        with staging.alone():
+            complete = all(staging.holds(name, layout.size, layout.literals) for name, layout in everything.items())
+            if complete:
+                staging.publish(tuple(everything), job.index, job.replaces)
+        return Report(*report, complete)
+    except BaseException:
+        staging.abandon()
+        raise
+    finally:
+        staging.close()
+
+
+def tasks_of(outputs: Sequence[Output]) -> list[Task]:
+    """One task per source parameter, in the order of first use, with every box that any output wants of it."""
+    wanted: dict[int, tuple[SourceTensor, dict[Region, list[Landing]]]] = {}
+    for number, output in enumerate(outputs):
+        for name, tensor, region in output.wanted:
+            if region is None:
+                continue
+            landing = Landing(number, output.layout.tensors[name].extents)
+            wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
+    return [
+        Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))
+        for tensor, regions in wanted.values()
+    ]
+
+
+def _fingerprint(job: Job, tasks: Sequence[Task]) -> str:
+    """Everything that decides the result: source files as they are, output layouts, and what goes where."""
+    digest = xxhash.xxh3_64(_PLAN_VERSION)
+    for file in job.source.files:
+        digest.update(f"{file.path}|{file.size}|{file.mtime_ns}\n".encode())
+    layouts = {output.name: output.layout for output in job.outputs} | dict(job.others)
+    for name in sorted(layouts):
+        digest.update(f"{name}|{layouts[name].size}\n".encode())
+        for offset, literal in layouts[name].literals:
+            digest.update(offset.to_bytes(8, "little") + literal)
+    for name in sorted(job.index):
+        digest.update(name.encode() + job.index[name])
+    for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):
+        cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
+        digest.update(repr((name, tensor.meta.shape, cuts)).encode())
+    return digest.hexdigest()
+
+
+def _fill(
+    job: Job, staging: Staging, workers: int, limits: Limits, progress: Progress
+) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
+    kept = {o.name for o in job.outputs if staging.holds(o.name, o.layout.size, o.layout.literals)}
+    staging.discard_partials()
+    todo = [output for output in job.outputs if output.name not in kept]
+    staging.check_space(sum(output.layout.size for output in todo))
+    with ReaderPool(job.source.files, open_reader) as readers, _Files(todo, staging) as files:
+        units = schedule(tasks_of(todo), job.source.stored, limits)
+
+        def landed(sink: int, nbytes: int) -> None:
+            files.landed(sink, nbytes)
+            progress(nbytes)
+
+        pump.run(units, readers, files.sinks, workers, landed)
+        files.settle()
+        written = sum(output.layout.size for output in todo)
+        return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
+
+
+class _Files:
+    """The files being written: each is synced and accepted when its last byte has landed."""
+
+    def __init__(self, outputs: Sequence[Output], staging: Staging) -> None:
+        self._outputs, self._staging = outputs, staging
+        self._lock = threading.Lock()
+        self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
+        self._syncs = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
+        self._accepted: list[Future[None]] = []
+        self.sinks: list[FileSink] = []
+
+    def __enter__(self) -> _Files:
+        try:
+            for number, output in enumerate(self._outputs):
+                sink = FileSink(self._staging.partial(output.name), output.layout.size)
+                self.sinks.append(sink)
+                for offset, literal in output.layout.literals:
+                    sink.write(offset, memoryview(literal))
+                if self._left[number] == 0:
+                    self._accept(number)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def landed(self, sink: int, nbytes: int) -> None:
+        with self._lock:
+            self._left[sink] -= nbytes
+            if self._left[sink] == 0:
+                self._accept(sink)
+
+    def _accept(self, number: int) -> None:
+        self._accepted.append(self._syncs.submit(self._finish, number))
+
+    def _finish(self, number: int) -> None:
+        self.sinks[number].finish()
+        self._staging.accept(self._outputs[number].name)
+
+    def settle(self) -> None:
+        """Wait until every file is on disk. Raises the first error of a sync."""
+        for future in self._accepted:
+            future.result()
+
+    def __exit__(self, *_: object) -> None:
+        self._syncs.shutdown(wait=True)
+        for sink in self.sinks:
+            sink.close()
