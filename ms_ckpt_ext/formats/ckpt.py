@@ -1,0 +1,277 @@
+"""MindSpore's `.ckpt`: a table of contents by walking tags and lengths, contents unread.
+
+The file is a concatenation of protobuf messages that MindSpore's `train/checkpoint.proto` describes:
+
+    Checkpoint  { 1 value* }
+    Value       { 1 tag string, 2 tensor, 3 maptensor }
+    TensorProto { 1 dims* int64, 2 tensor_type string, 3 tensor_content bytes }
+
+1. Walk the values. Of each, keep tag, dims, type, and where the contents lie; jump over the contents.
+2. Consecutive values with one tag are the pieces of one tensor (MindSpore cuts above 512 MiB): their contents
+   concatenate, and every piece carries the dims of the whole.
+3. `dims` empty, or `[0]` with contents, is a scalar, as `mindspore.load_checkpoint` has it. Text has the type `str`,
+   dims `[0]` and UTF-32 contents; here its shape is the number of code points.
+4. A tail `crc_num` + 10 bytes, big-endian, is the CRC-32 of everything before it.
+
+Stock MindSpore is more lenient: it fills missing bytes with zeros, ignores surplus ones, and lets the second of two
+equal names win. Here each of these is an error, for a checkpoint that does so is damaged.
+"""
+
+from __future__ import annotations
+
+import zlib
+from itertools import groupby
+from math import prod
+from typing import Iterator, NamedTuple, Optional
+
+from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES, DType
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.region import Shape
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
+from ms_ckpt_ext.formats.crypto.sniff import HEAD_BYTES, sniff
+from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
+from ms_ckpt_ext.storage.reader import ByteReader
+
+CRC_MARK = b"crc_num"
+CRC_TAIL = len(CRC_MARK) + 10
+"""Length of the checksum tail in bytes."""
+CRC_NUM, CRC_OFFSET = "crc_num", "crc_offset"
+"""Metadata keys: the stored checksum (decimal, as safetensors files have it), and where its tail begins."""
+
+INT4 = "Int4"
+"""MindSpore's packed type: two 4-bit numbers a byte, kept as int8 with a note in the metadata, as in safetensors."""
+
+MAX_RANK = 64
+"""More axes than any framework allows; a guard against nonsense."""
+MAX_TEXT = 1 << 16
+"""Longest name or type, in bytes, that is believed."""
+
+_SCALAR: Shape = (0,)
+
+
+class Value(NamedTuple):
+    """One `Value` message: a tensor, or a piece of one. `offset` is where it begins."""
+
+    tag: str
+    dims: Shape
+    type: str
+    contents: Extent
+    offset: int
+
+
+def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
+    """Table of contents of a `.ckpt` file, plain or seen through a decrypting reader.
+
+    Reads about one page per tensor, and less where tensors are small.
+
+    Raises:
+        FormatError: not a `.ckpt`, or a damaged one; the message has the offset and the parameter.
+        TruncatedFileError: the file ends early.
+        DecryptionError: the file is encrypted and `reader` does not decrypt.
+    """
+    cursor = Cursor(reader)
+    _require_checkpoint(cursor)
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for tag, pieces in groupby(_values(cursor), key=lambda value: value.tag):
+        parts = list(pieces)
+        if tag in tensors:
+            raise _bad(cursor, parts[0].offset, f"parameter {tag!r} appears a second time, not next to the first")
+        tensors[tag] = _entry(cursor, parts)
+        if parts[0].type == INT4:
+            metadata[tag] = INT4
+    metadata.update(_crc(cursor))
+    return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
+
+
+def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
+    """Compare the stored checksum with the bytes, in bounded memory; False when the file has none.
+
+    Raises:
+        ChecksumError: they differ.
+    """
+    if CRC_NUM not in index.metadata:
+        return False
+    stored, end = int(index.metadata[CRC_NUM]), int(index.metadata[CRC_OFFSET])
+    found = crc_of(reader, end)
+    if found != stored:
+        raise ChecksumError(
+            f"{index.path!r}: CRC-32 of bytes 0 to {end} is {found}, but {stored} is stored at byte {end}; "
+            "the file was damaged after it was saved: restore it or choose another checkpoint"
+        )
+    return True
+
+
+def crc_of(reader: ByteReader, end: int, piece: int = 4 << 20) -> int:
+    """CRC-32 of the first `end` bytes of a file, read `piece` bytes at a time."""
+    buffer = memoryview(bytearray(min(piece, end)))
+    crc = 0
+    for offset in range(0, end, piece):
+        part = buffer[: min(piece, end - offset)]
+        reader.read_into(offset, part)
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _values(cursor: Cursor) -> Iterator[Value]:
+    """Every value of the file in order; stops at the checksum tail or the end."""
+    while cursor.pos < cursor.size and not _at_crc(cursor):
+        field = next(fields(cursor, cursor.size))
+        if (field.number, field.wire) != (1, BYTES):
+            raise _unknown(cursor, field, "Checkpoint")
+        cursor.pos = field.value
+        yield _value(cursor, field)
+        cursor.pos = field.stop
+
+
+def _value(cursor: Cursor, outer: Field) -> Value:
+    """The value that starts at the cursor."""
+    tag: Optional[str] = None
+    tensor: Optional[tuple[Shape, str, Extent]] = None
+    map_at: Optional[int] = None
+    for field in fields(cursor, outer.stop):
+        if field.number == 1 and field.wire == BYTES and tag is None:
+            tag = _text(cursor, field, "name")
+        elif field.number == 2 and field.wire == BYTES and tensor is None:
+            tensor = _tensor(cursor, field)
+        elif field.number == 3 and field.wire == BYTES:
+            map_at = field.offset
+        else:
+            raise _unknown(cursor, field, "Value")
+    if map_at is not None:
+        raise FormatError(
+            f"{cursor.path!r}: parameter {tag!r} at byte {map_at} is a MapParameter (a hash table), which has no shape "
+            "to cut and cannot be resharded; save the checkpoint without it (choice_func of mindspore.save_checkpoint)"
+        )
+    if tag is None or tensor is None:
+        raise _bad(cursor, outer.offset, f"a value without a {'name' if tag is None else 'tensor'}")
+    return Value(tag, *tensor, outer.offset)
+
+
+def _tensor(cursor: Cursor, outer: Field) -> tuple[Shape, str, Extent]:
+    """Dims, type and place of the contents of the TensorProto whose field is `outer`."""
+    cursor.pos = outer.value
+    dims: list[int] = []
+    kind: Optional[str] = None
+    contents: Optional[Extent] = None
+    for field in fields(cursor, outer.stop):
+        if field.number == 1 and field.wire in (VARINT, BYTES):
+            dims += _dims(cursor, field)
+        elif field.number == 2 and field.wire == BYTES and kind is None:
+            kind = _text(cursor, field, "tensor_type")
+        elif field.number == 3 and field.wire == BYTES and contents is None:
+            contents = Extent(field.value, field.stop - field.value)
+        else:
+            raise _unknown(cursor, field, "TensorProto")
+        if len(dims) > MAX_RANK:
+            raise _bad(cursor, outer.offset, f"a tensor of more than {MAX_RANK} axes")
+    if kind is None or contents is None:
+        raise _bad(cursor, outer.offset, f"a tensor without {'tensor_type' if kind is None else 'tensor_content'}")
+    return tuple(dims), kind, contents
+
+
+def _dims(cursor: Cursor, field: Field) -> list[int]:
+    """The numbers of one `dims` field: one of them, or several packed ones."""
+    if field.wire == VARINT:
+        found = [field.value]
+    else:
+        found, cursor.pos = [], field.value
+        while cursor.pos < field.stop and len(found) <= MAX_RANK:
+            found.append(cursor.varint(field.stop))
+    if any(signed(dim) < 0 for dim in found):
+        raise _bad(cursor, field.offset, f"the negative dimension {min(map(signed, found))}")
+    return found
+
+
+def _text(cursor: Cursor, field: Field, what: str) -> str:
+    length = field.stop - field.value
+    if length > MAX_TEXT:
+        raise _bad(cursor, field.offset, f"a {what} of {length} bytes, above {MAX_TEXT}")
+    cursor.pos = field.value
+    raw = cursor.take(length, field.stop)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _bad(cursor, field.offset, f"a {what} that is not UTF-8 ({raw[:32]!r})") from None
+
+
+def _entry(cursor: Cursor, parts: list[Value]) -> TensorEntry:
+    """One tensor out of its consecutive values."""
+    first, total = parts[0], sum(part.contents.length for part in parts)
+    for part in parts[1:]:
+        if (part.dims, part.type) != (first.dims, first.type):
+            raise _bad(
+                cursor,
+                part.offset,
+                f"parameter {first.tag!r} goes on as {part.type} {part.dims} after {first.type} {first.dims}",
+            )
+    dtype = _dtype(cursor, first)
+    shape = _shape(dtype, first.dims, total)
+    if dtype.nbytes(prod(shape)) != total:
+        raise _bad(
+            cursor,
+            first.offset,
+            f"parameter {first.tag!r}, {first.type} {shape}, has {total} bytes in {len(parts)} value(s) "
+            f"where {dtype.nbytes(prod(shape))} are expected",
+        )
+    return TensorEntry(dtype, shape, tuple(part.contents for part in parts))
+
+
+def _shape(dtype: DType, dims: Shape, total: int) -> Shape:
+    if dtype.name == "STR":
+        return (total * 8 // dtype.bits,)
+    return () if dims == _SCALAR and total else dims
+
+
+def _dtype(cursor: Cursor, value: Value) -> DType:
+    if value.type == INT4:
+        return DTYPES["I8"]
+    if value.type not in BY_MINDSPORE:
+        raise FormatError(
+            f"{cursor.path!r}: parameter {value.tag!r} at byte {value.offset} has the unknown tensor_type "
+            f"{value.type[:64]!r}; known are {', '.join(sorted(BY_MINDSPORE))} and {INT4}; "
+            "save it in one of these, or leave it out (choice_func of mindspore.save_checkpoint)"
+        )
+    return BY_MINDSPORE[value.type]
+
+
+def _at_crc(cursor: Cursor) -> bool:
+    return cursor.size - cursor.pos == CRC_TAIL and cursor.peek(CRC_TAIL).startswith(CRC_MARK)
+
+
+def _crc(cursor: Cursor) -> dict[str, str]:
+    """The checksum tail at the cursor, where the values have stopped."""
+    if cursor.pos == cursor.size:
+        return {}
+    number = int.from_bytes(cursor.peek(CRC_TAIL)[len(CRC_MARK) :], "big")
+    return {CRC_NUM: str(number), CRC_OFFSET: str(cursor.pos)}
+
+
+def _require_checkpoint(cursor: Cursor) -> None:
+    """Refuse by its first bytes what is certainly something else, and say what it is."""
+    if cursor.size == 0:
+        raise TruncatedFileError(f"{cursor.path!r} is empty; a save was interrupted: choose another checkpoint")
+    head = cursor.peek(HEAD_BYTES)
+    container = sniff(head)
+    if container is not None:
+        raise DecryptionError(f"{cursor.path!r} is encrypted ({container}); pass the key it was saved with (dec_key)")
+    if head[0] == 0x08:
+        raise FormatError(f"{cursor.path!r} is a strategy file, not a checkpoint; pass it as the strategy instead")
+    if head[0] != 0x0A and not _at_crc(cursor):
+        raise FormatError(
+            f"{cursor.path!r} is not a MindSpore .ckpt: its first byte is 0x{head[0]:02x} where 0x0a is expected; "
+            "check the path, the format argument, and whether the file is encrypted in a way of your own"
+        )
+
+
+def _unknown(cursor: Cursor, field: Field, message: str) -> FormatError:
+    what = f"field {field.number} (wire type {field.wire}), unexpected or repeated in a {message} message"
+    return _bad(cursor, field.offset, what)
+
+
+def _bad(cursor: Cursor, offset: int, what: str) -> FormatError:
+    return FormatError(
+        f"{cursor.path!r}: at byte {offset}: {what}; the file is damaged or of another format: "
+        "restore it or choose another checkpoint"
+    )

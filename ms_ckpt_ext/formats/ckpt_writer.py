@@ -1,0 +1,128 @@
+"""Writing `.ckpt`: every offset known before a byte moves, and the bytes those of MindSpore's own writer.
+
+1. `layout` turns names, dtypes and shapes into framing literals and holes. A tensor above 512 MiB becomes several
+   values with one tag, each carrying all dims and the next 512 MiB (`_write_parameter_bytes_data` in
+   mindspore/train/serialization.py); text and scalars are framed as `save_checkpoint` frames them.
+2. Anybody fills the holes, in any order.
+3. With `crc`, the last literal is the checksum's tail with zeros in it; `seal_crc` computes and writes the number
+   when the rest is in place. A writer that streams uses `crc_tail` with its own running CRC-32.
+"""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from typing import Mapping, Optional, Sequence
+
+from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.errors import UsageError, storage_error
+from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4, crc_of
+from ms_ckpt_ext.formats.index import FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.wire import BYTES, encode_bytes, encode_number, encode_varint
+from ms_ckpt_ext.storage.reader import PlainReader
+
+PIECE = 512 << 20
+"""Most bytes of one value's contents: MindSpore's SLICE_SIZE, 512 * 1024 KiB."""
+
+
+def layout(
+    specs: Sequence[TensorSpec], *, crc: bool = False, metadata: Optional[Mapping[str, str]] = None, piece: int = PIECE
+) -> FileLayout:
+    """Where every byte of a `.ckpt` with these tensors, in this order, goes.
+
+    Args:
+        specs: the tensors. A dtype STR is text: shape (code points,), contents UTF-32.
+        crc: leave room for the checksum tail, the last 17 bytes; see `seal_crc`.
+        metadata: `{name: "Int4"}` marks int8 tensors that hold packed 4-bit numbers.
+        piece: most bytes of one value; other than the default only in tests.
+
+    Raises:
+        UsageError: a name stands twice, or a dtype has no name in MindSpore.
+    """
+    notes = metadata or {}
+    literals: list[tuple[int, bytes]] = []
+    tensors: dict[str, TensorEntry] = {}
+    offset = 0
+    for spec in specs:
+        if spec.name in tensors:
+            raise UsageError(f"parameter {spec.name!r} is to be written twice into one file; pass each name once")
+        extents = []
+        for length in _pieces(spec.dtype.nbytes(prod(spec.shape)), piece):
+            framing = _framing(spec, length, spec.dtype.name == "I8" and notes.get(spec.name) == INT4)
+            literals.append((offset, framing))
+            extents.append(Extent(offset + len(framing), length))
+            offset += len(framing) + length
+        tensors[spec.name] = TensorEntry(spec.dtype, spec.shape, tuple(extents))
+    if crc:
+        literals.append((offset, crc_tail(0)))
+        offset += CRC_TAIL
+    return FileLayout(offset, tuple(literals), tensors)
+
+
+def crc_tail(crc: int) -> bytes:
+    """The 17 bytes that end a file whose preceding bytes have this CRC-32."""
+    return CRC_MARK + crc.to_bytes(CRC_TAIL - len(CRC_MARK), "big")
+
+
+def seal_crc(path: str) -> int:
+    """Compute the CRC-32 of a finished file whose layout has `crc=True`, write it into the tail, and return it.
+
+    Reads the file once, in bounded memory.
+
+    Raises:
+        UsageError: the file does not end in a checksum tail.
+        StorageError: the operating system refused.
+    """
+    with PlainReader(path) as reader:
+        end = reader.size - CRC_TAIL
+        mark = bytearray(len(CRC_MARK))
+        if end >= 0:
+            reader.read_into(end, memoryview(mark))
+        if bytes(mark) != CRC_MARK:
+            raise UsageError(
+                f"{path!r} has no room for a checksum in its last {CRC_TAIL} bytes; lay it out with crc=True"
+            )
+        crc = crc_of(reader, end)
+    _write_at(path, end, crc_tail(crc))
+    return crc
+
+
+def _write_at(path: str, offset: int, data: bytes) -> None:
+    try:
+        fd = os.open(path, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            os.pwrite(fd, data, offset)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise storage_error("write the checksum of", path, error) from error
+
+
+def _pieces(total: int, piece: int) -> list[int]:
+    """Lengths of the values of one tensor; a tensor without elements is one empty value."""
+    return [min(piece, total - start) for start in range(0, total, piece)] or [0]
+
+
+def _framing(spec: TensorSpec, length: int, int4: bool) -> bytes:
+    """Everything of one value before its contents, which are the last thing in it."""
+    dims = (0,) if spec.dtype.name == "STR" else spec.shape
+    inner = b"".join(encode_number(1, dim) for dim in dims)
+    inner += encode_bytes(2, (INT4 if int4 else _type_name(spec)).encode()) + _open(3, length)
+    tag = encode_bytes(1, spec.name.encode())
+    tensor = _open(2, len(inner) + length) + inner
+    return _open(1, len(tag) + len(tensor) + length) + tag + tensor
+
+
+def _open(number: int, length: int) -> bytes:
+    """Key and length of a field whose `length` bytes follow."""
+    return encode_varint(number << 3 | BYTES) + encode_varint(length)
+
+
+def _type_name(spec: TensorSpec) -> str:
+    dtype: DType = spec.dtype
+    if not dtype.mindspore:
+        raise UsageError(
+            f"parameter {spec.name!r} has dtype {dtype.name}, for which .ckpt files have no name; write safetensors"
+        )
+    return dtype.mindspore

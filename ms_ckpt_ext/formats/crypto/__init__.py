@@ -1,0 +1,68 @@
+"""Encryption: MindSpore's own block format for `.ckpt`, and a chunked container for everything else.
+
+    sniff            which container a file is, by its first bytes
+    keys             where keys come from; they never show
+    blocks           DecryptingReader: MindSpore's AES-GCM, AES-CBC, SM4-CBC, at plaintext offsets
+    blocks_writer    EncryptingWriter: the same, written as a stream
+    container        ChunkedReader: authenticated, slices decrypt on their own
+    container_writer ChunkedWriter, Sealer: the same, written as a stream or chunk by chunk
+    units            the reader that both authenticated formats share
+    backend          the only module that imports `cryptography`, late
+
+Importing this package costs nothing; `cryptography` is imported when something is encrypted or decrypted.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+from ms_ckpt_ext.errors import DecryptionError
+from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader
+from ms_ckpt_ext.formats.crypto.blocks_writer import EncryptingWriter, encrypt_all
+from ms_ckpt_ext.formats.crypto.container import ChunkedReader
+from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
+from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
+from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, HEAD_BYTES, SM4, is_encrypted, sniff
+from ms_ckpt_ext.storage.reader import ByteReader
+
+__all__ = [
+    "CBC",
+    "CHUNKED",
+    "GCM",
+    "HEAD_BYTES",
+    "SM4",
+    "ChunkedReader",
+    "ChunkedWriter",
+    "DecryptingReader",
+    "EncryptingWriter",
+    "Key",
+    "KeyLike",
+    "Sealer",
+    "decrypting_reader",
+    "encrypt_all",
+    "is_encrypted",
+    "load_key",
+    "sniff",
+]
+
+
+def decrypting_reader(
+    reader: ByteReader, key: KeyLike, mode: Optional[str] = None
+) -> Union[DecryptingReader, ChunkedReader]:
+    """The reader that shows the plaintext of an encrypted file, whichever container it is.
+
+    Args:
+        reader: the file as it lies on disk; closed with the result.
+        key: the key that it was saved with.
+        mode: the container that is expected ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked"), or None for any.
+
+    Raises:
+        DecryptionError: not encrypted, another container, or a wrong key.
+    """
+    head = bytearray(min(HEAD_BYTES, reader.size))
+    reader.read_into(0, memoryview(head))
+    if sniff(bytes(head)) != CHUNKED:
+        return DecryptingReader(reader, key, mode)
+    if mode not in (None, CHUNKED):
+        raise DecryptionError(f"{reader.path!r} is a {CHUNKED} container, not {mode}; pass mode {CHUNKED!r} or None")
+    return ChunkedReader(reader, key)

@@ -1,0 +1,111 @@
+"""Keys: where they come from, how long they are, and that they show nowhere.
+
+A key is 16, 24 or 32 bytes (AES-128, -192, -256; SM4 takes 16). It comes from exactly one of: the bytes themselves, a
+file, an environment variable. A file or variable holds the raw bytes, or text with a prefix: `hex:…` or `base64:…`.
+No repr and no message contains key bytes, not even an error about them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from typing import Optional, Union
+
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, storage_error
+
+AES_LENGTHS = (16, 24, 32)
+SM4_LENGTHS = (16,)
+_MAX_FILE = 1024
+"""Most bytes of a key file that are read: the longest legal content, base64 of 32 bytes, has 51."""
+
+
+class Key:
+    """Key bytes that do not print themselves."""
+
+    __slots__ = ("_secret",)
+
+    def __init__(self, secret: bytes) -> None:
+        if len(secret) not in AES_LENGTHS:
+            raise UsageError(f"a key of {len(secret)} bytes; it must have 16, 24 or 32")
+        self._secret = bytes(secret)
+
+    def reveal(self) -> bytes:
+        """The key bytes, for a cipher and nothing else."""
+        return self._secret
+
+    def __len__(self) -> int:
+        return len(self._secret)
+
+    def __repr__(self) -> str:
+        return f"Key({len(self)} bytes, hidden)"
+
+
+KeyLike = Union[bytes, bytearray, Key]
+
+
+def as_key(key: KeyLike, lengths: tuple[int, ...] = AES_LENGTHS) -> Key:
+    """`key` as a `Key`, of one of these lengths in bytes.
+
+    Raises:
+        ArgumentTypeError: it is not bytes.
+        UsageError: it has another length.
+    """
+    if not isinstance(key, (bytes, bytearray, Key)):
+        raise ArgumentTypeError(f"a key must be bytes, not {type(key).__name__}; encode text keys yourself")
+    if len(key) not in lengths:
+        raise UsageError(f"a key of {len(key)} bytes; this cipher takes {' or '.join(map(str, lengths))}")
+    return key if isinstance(key, Key) else Key(bytes(key))
+
+
+def load_key(key: Optional[KeyLike] = None, *, file: Optional[str] = None, env: Optional[str] = None) -> Optional[Key]:
+    """The key from the one source that is given; None when none is.
+
+    Args:
+        key: the bytes themselves.
+        file: path of a file with the key.
+        env: name of an environment variable with the key.
+
+    Raises:
+        UsageError: several sources, an unset variable, or contents that are no key.
+        StorageError: the file cannot be read.
+    """
+    given = [name for name, value in (("key", key), ("file", file), ("env", env)) if value is not None]
+    if len(given) > 1:
+        raise UsageError(f"the key is given {len(given)} times, by {' and '.join(given)}; give it once")
+    if file is not None:
+        return Key(_decode(_read(file), f"key file {file!r}"))
+    if env is not None:
+        return Key(_decode(_getenv(env), f"environment variable {env}"))
+    return None if key is None else as_key(key)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(_MAX_FILE + 1)
+    except OSError as error:
+        raise storage_error("read the key file", path, error) from None
+
+
+def _getenv(name: str) -> bytes:
+    if name not in os.environ:
+        raise UsageError(f"environment variable {name} is not set; it should hold the key")
+    return os.fsencode(os.environ[name])
+
+
+def _decode(raw: bytes, source: str) -> bytes:
+    """Key bytes out of the contents of a source, which errors name and never quote."""
+    secret = raw if len(raw) in AES_LENGTHS else raw.rstrip(b"\r\n")
+    try:
+        if raw.startswith(b"hex:"):
+            secret = binascii.unhexlify(raw[4:].strip())
+        elif raw.startswith(b"base64:"):
+            secret = base64.b64decode(raw[7:].strip(), validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError(f"{source} does not hold what its prefix promises; use hex:… or base64:…") from None
+    if len(secret) not in AES_LENGTHS:
+        raise UsageError(
+            f"{source} holds a key of {len(secret)} bytes; 16, 24 or 32 are needed, raw or as text with hex: or base64:"
+        )
+    return secret

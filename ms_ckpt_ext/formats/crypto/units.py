@@ -1,0 +1,161 @@
+"""A reader over things that can only be decrypted whole.
+
+Authenticated encryption gives nothing until a whole unit (a MindSpore block of 64 MiB, or a chunk of 1 MiB) has been
+read and its tag checked. `UnitReader` serves any range of plaintext from such units:
+
+1. Units that a read covers fully are decrypted straight into the caller's buffer, many in one read, and not kept.
+2. A unit that a read covers partly is decrypted into a slot, which serves later neighbours: reading a table of
+   contents touches the same unit hundreds of times.
+
+Slots are few and reused, least recently used first, so memory is bounded and never allocated anew. A slot has a lock:
+two threads that want the same unit decrypt it once; different units go in parallel. Nothing is handed out before the
+unit's tag was checked, and a failed unit is never kept; after an error the contents of the buffer are undefined.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import Optional, Protocol
+
+from ms_ckpt_ext.errors import StorageError, TruncatedFileError
+from ms_ckpt_ext.storage.reader import ByteReader
+
+PIECE = 4 << 20
+"""Bytes of one read of ciphertext: long enough for network file systems, short enough for a processor's cache."""
+
+_local = threading.local()
+
+
+def scratch(length: int) -> memoryview:
+    """`length` bytes of this thread's own reused buffer, which is at least a `PIECE`.
+
+    Valid until the next call, which any decrypting reader makes: never a place for results.
+    """
+    buffer: Optional[bytearray] = getattr(_local, "buffer", None)
+    if buffer is None or len(buffer) < length:
+        buffer = _local.buffer = bytearray(max(length, PIECE))
+    return memoryview(buffer)[:length]
+
+
+class Units(Protocol):
+    """Plaintext cut into units, in order and without gaps."""
+
+    size: int
+    """Bytes of plaintext."""
+    largest: int
+    """Bytes of the largest unit."""
+
+    def find(self, offset: int) -> int:
+        """Number of the unit that holds plaintext byte `offset`, which exists."""
+
+    def span(self, unit: int) -> tuple[int, int]:
+        """Plaintext offsets of a unit, half-open."""
+
+    def decrypt(self, first: int, stop: int, out: memoryview) -> None:
+        """Decrypt and check units `first` to `stop` (exclusive) into `out`, which they fill exactly."""
+
+
+class _Slot:
+    """Room for one decrypted unit."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.unit: Optional[int] = None
+        self.data = bytearray()
+
+
+class UnitReader:
+    """A ByteReader of the plaintext of `units`, which are cut from `base`.
+
+    Args:
+        base: the reader of the ciphertext; closed with this one.
+        units: how it is cut and decrypted.
+        cache_bytes: most memory for units that were read in part; always at least one unit's.
+    """
+
+    fd: Optional[int] = None
+    kind = "encrypted"
+
+    def __init__(self, base: ByteReader, units: Units, cache_bytes: int) -> None:
+        self.path = base.path
+        self.size = units.size
+        self.disk_size = base.disk_size
+        self.mtime_ns = base.mtime_ns
+        self._base = base
+        self._units = units
+        self._slots: OrderedDict[int, _Slot] = OrderedDict()
+        self._most = max(1, cache_bytes // max(1, units.largest))
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with plaintext from `offset`.
+
+        Raises:
+            DecryptionError: a unit's tag does not fit.
+            TruncatedFileError: the range goes beyond the plaintext.
+            StorageError: the operating system refused.
+        """
+        require_range(self.path, self.size, offset, len(buffer), self._closed)
+        done, stop = offset, offset + len(buffer)
+        while done < stop:
+            unit = self._units.find(done)
+            low, high = self._units.span(unit)
+            if done == low and high <= stop:
+                last = self._units.find(stop) if stop < self.size else self._units.find(stop - 1) + 1
+                high = self._units.span(last - 1)[1]
+                self._units.decrypt(unit, last, buffer[done - offset : high - offset])
+            else:
+                high = min(high, stop)
+                self._copy(unit, done - low, buffer[done - offset : high - offset])
+            done = high
+
+    def _copy(self, unit: int, skip: int, out: memoryview) -> None:
+        """Copy a part of one unit, decrypting it if no slot has it."""
+        slot = self._slot(unit)
+        with slot.lock:
+            low, high = self._units.span(unit)
+            if slot.unit != unit:
+                slot.unit = None
+                if len(slot.data) < high - low:
+                    slot.data = bytearray(high - low)
+                self._units.decrypt(unit, unit + 1, memoryview(slot.data)[: high - low])
+                slot.unit = unit
+            out[:] = memoryview(slot.data)[skip : skip + len(out)]
+
+    def _slot(self, unit: int) -> _Slot:
+        """The slot for a unit: its own, a new one, or the one longest unused.
+
+        Another thread may take the slot away before its lock is held; then `slot.unit` tells, and it is filled again.
+        """
+        with self._lock:
+            slot = self._slots.pop(unit, None)
+            if slot is None:
+                slot = _Slot() if len(self._slots) < self._most else self._slots.popitem(last=False)[1]
+            self._slots[unit] = slot
+            return slot
+
+    def close(self) -> None:
+        """Release the file and forget the plaintext."""
+        self._closed = True
+        with self._lock:
+            self._slots.clear()
+        self._base.close()
+
+    def __enter__(self) -> UnitReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def require_range(path: str, size: int, offset: int, length: int, closed: bool) -> None:
+    """Raise unless the reader is open and has these bytes."""
+    if closed:
+        raise StorageError(0, f"cannot read {path!r}: the reader is closed")
+    if offset < 0 or offset + length > size:
+        raise TruncatedFileError(
+            f"{path!r} has {size} bytes of plaintext, but {length} bytes were expected at byte {offset}; "
+            "the file was truncated or replaced: restore it or choose another checkpoint"
+        )

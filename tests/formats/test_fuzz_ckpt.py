@@ -1,0 +1,171 @@
+"""Damaged files of every kind: the right data or one of our errors; nothing else, no hang, no giant allocation."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ms_ckpt_ext.errors import CheckpointError
+from ms_ckpt_ext.formats import ckpt
+from ms_ckpt_ext.formats.ckpt_writer import crc_tail
+from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter, decrypting_reader
+from ms_ckpt_ext.formats.wire import MemoryReader, encode_bytes, encode_number
+
+KEY = b"0123456789ABCDEF"
+
+
+def value(tag: bytes, dims: list[int], kind: bytes, contents: bytes) -> bytes:
+    inner = b"".join(encode_number(1, dim) for dim in dims) + encode_bytes(2, kind) + encode_bytes(3, contents)
+    return encode_bytes(1, encode_bytes(1, tag) + encode_bytes(2, inner))
+
+
+BODY = (
+    value(b"layer.0.weight", [4, 3], b"Float32", bytes(range(48)))
+    + value(b"layer.0.bias", [5], b"BFloat16", bytes(10))
+    + value(b"step", [], b"Int64", bytes(8))
+    + value(b"cut", [4], b"Int8", b"ab")
+    + value(b"cut", [4], b"Int8", b"cd")
+    + value(b"note", [0], b"str", b"a\0\0\0")
+)
+PLAIN = BODY + crc_tail(zlib.crc32(BODY))
+
+
+def in_blocks(mode: str) -> bytes:
+    sink = io.BytesIO()
+    with EncryptingWriter(sink, KEY, mode, block=64) as writer:
+        writer.write(PLAIN)
+    return sink.getvalue()
+
+
+def in_chunks() -> bytes:
+    sink = io.BytesIO()
+    with ChunkedWriter(sink, KEY, len(PLAIN), chunk=64) as writer:
+        writer.write(PLAIN)
+    return sink.getvalue()
+
+
+SEEDS = {mode: in_blocks(mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC")} | {"chunked": in_chunks(), "plain": PLAIN}
+
+
+def digest(data: bytes, encrypted: bool) -> dict[str, tuple[object, ...]]:
+    """Everything that a file says, checksum verified."""
+    reader = MemoryReader(data)
+    source = decrypting_reader(reader, KEY) if encrypted else reader
+    index = ckpt.read_index(source)
+    ckpt.verify_crc(source, index)
+    found = {}
+    for name, entry in index.tensors.items():
+        parts = []
+        for extent in entry.extents:
+            part = bytearray(extent.length)
+            source.read_into(extent.offset, memoryview(part))
+            parts.append(bytes(part))
+        found[name] = (entry.dtype.name, entry.shape, b"".join(parts))
+    return found
+
+
+TRUTH = digest(PLAIN, False)
+
+edit = st.one_of(
+    st.tuples(st.just("set"), st.integers(0, 2000), st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("cut"), st.integers(0, 2000), st.integers(1, 80)),
+    st.tuples(st.just("add"), st.integers(0, 2000), st.binary(min_size=1, max_size=24)),
+    st.tuples(st.just("end"), st.integers(0, 2000), st.just(0)),
+    st.tuples(st.just("dup"), st.integers(0, 2000), st.integers(1, 120)),
+)
+
+
+def mutate(data: bytes, edits: list[tuple[str, int, object]]) -> bytes:
+    for kind, at, what in edits:
+        at %= len(data) + 1
+        if kind == "set":
+            data = data[:at] + bytes(what) + data[at + len(bytes(what)) :]  # type: ignore[call-overload]
+        elif kind == "cut":
+            data = data[:at] + data[at + int(str(what)) :]
+        elif kind == "add":
+            data = data[:at] + bytes(what) + data[at:]  # type: ignore[call-overload]
+        elif kind == "end":
+            data = data[:at]
+        else:
+            data = data[:at] + data[at : at + int(str(what))] + data[at:]
+    return data
+
+
+@pytest.mark.parametrize("kind", list(SEEDS))
+@settings(deadline=2000, max_examples=400)
+@given(edits=st.lists(edit, min_size=1, max_size=3))
+def test_mutated_files(kind: str, edits: list[tuple[str, int, object]]) -> None:
+    data = mutate(SEEDS[kind], edits)
+    try:
+        found = digest(data, kind != "plain")
+    except CheckpointError as error:
+        assert len(str(error)) > 20
+        return
+    if kind in ("AES-GCM", "chunked"):  # authenticated: what is accepted is true
+        assert all(TRUTH.get(name) == entry for name, entry in found.items())
+    if kind == "chunked":
+        assert found == TRUTH
+
+
+@settings(deadline=2000, max_examples=500)
+@given(
+    st.binary(max_size=200), st.sampled_from(["", "0a", "0a20", "0a200a01", "d85e3a7f", "d95e3a7f", "894d53580d0a1a01"])
+)
+def test_random_bytes(data: bytes, head: str) -> None:
+    for encrypted in (False, True):
+        try:
+            digest(bytes.fromhex(head) + data, encrypted)
+        except CheckpointError:
+            pass
+
+
+numbers = st.one_of(st.integers(0, 300), st.sampled_from([2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]))
+
+
+@settings(deadline=2000, max_examples=500)
+@given(
+    st.recursive(
+        st.one_of(st.tuples(st.integers(0, 5), numbers), st.tuples(st.integers(1, 3), st.binary(max_size=20))),
+        lambda inner: st.tuples(st.integers(1, 3), st.lists(inner, max_size=4)),
+        max_leaves=12,
+    )
+)
+def test_random_messages(tree: object) -> None:
+    """Well-formed protobuf of arbitrary fields."""
+    try:
+        digest(encode(tree), False)
+    except CheckpointError:
+        pass
+
+
+def encode(tree: object) -> bytes:
+    assert isinstance(tree, tuple)
+    number, what = tree
+    if isinstance(what, int):
+        return encode_number(number, what)
+    return encode_bytes(number, what if isinstance(what, bytes) else b"".join(map(encode, what)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        value(b"w", [2**62], b"Float32", b"")[:-1] + b"\xff\xff\xff\xff\x0f",
+        b"\n\xff\xff\xff\xff\x7f" + b"\n\xff\xff\xff\xff\x0f",
+        value(b"w", [1 << 20] * 3, b"Float32", b"abcd"),
+        bytes.fromhex("d85e3a7f") + bytes(16) + b"\x18\x00\x00\x04\x10\x00\x00\x00" + bytes(16) + b"\x00\x00\x00\x04",
+        SEEDS["chunked"][:12] + b"\x00\x00\x00\x04" + SEEDS["chunked"][16:],
+    ],
+)
+def test_lies_about_length_allocate_nothing(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            digest(data, data[:1] != b"\n")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
