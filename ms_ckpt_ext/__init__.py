@@ -12,11 +12,11 @@ from ms_ckpt_ext._version import __version__
 
 _PUBLIC = {
     "CheckpointError": "errors",
-    "as_strategy": "api",
-    "load_distributed_checkpoint": "api",
-    "merge_pipeline_strategys": "api",
-    "training_scalars": "api",
-    "unified_safetensors": "api",
+    "as_strategy": "api.arguments",
+    "load_distributed_checkpoint": "api.load",
+    "merge_pipeline_strategys": "api.merge",
+    "training_scalars": "api.load",
+    "unified_safetensors": "api.merge",
 }
 
 __all__ = [

@@ -18,7 +18,7 @@ from math import prod
 from typing import Callable, NamedTuple, Union
 
 from ms_ckpt_ext.core.dtype import DType
-from ms_ckpt_ext.core.plan import Sourced, SourceTensor, locate
+from ms_ckpt_ext.core.plan import SourceTensor, locate
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strided import StridedCopy, byte_box, strided_copy, strides_of
 
@@ -212,10 +212,10 @@ def _blocks(regions: list[Region], dtype: DType, tile: int) -> Iterator[Region]:
         return
     start = tuple(map(min, zip(*(region.start for region in regions))))
     stop = tuple(map(max, zip(*(region.stop for region in regions))))
-    yield from _cut(Region(start, stop), 0, dtype, tile)
+    yield from cut(Region(start, stop), 0, dtype, tile)
 
 
-def _cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
+def cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
     shape = box.shape
     if axis == len(shape) or dtype.nbytes(box.size) <= tile:
         yield box
@@ -228,7 +228,7 @@ def _cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
         high = min(low + step, box.stop[axis])
         part = Region((*box.start[:axis], low, *box.start[axis + 1 :]), (*box.stop[:axis], high, *box.stop[axis + 1 :]))
         if row > tile and axis + 1 < len(shape):
-            yield from _cut(part, axis + 1, dtype, tile)
+            yield from cut(part, axis + 1, dtype, tile)
         else:
             yield part
 

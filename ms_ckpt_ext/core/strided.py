@@ -90,12 +90,13 @@ def strides_of(shape: Shape) -> Shape:
 @lru_cache(maxsize=8192)
 def strided_copy(piece: Piece, target_shape: Shape, dtype: DType) -> StridedCopy:
     """The copy that moves `piece` from its source slice into a target array of `target_shape`."""
-    return _strided_copy(piece.source_shape, piece.in_source, target_shape, piece.in_target, dtype)
+    return copy_box(piece.source_shape, piece.in_source, target_shape, piece.in_target, dtype)
 
 
-def _strided_copy(
+def copy_box(
     source_shape: Shape, in_source: Region, target_shape: Shape, in_target: Region, dtype: DType
 ) -> StridedCopy:
+    """The copy of a box of one array to an equal box of another, both row-major, offsets from the arrays' starts."""
     source_bytes, source_box = byte_box(source_shape, in_source, dtype)
     target_bytes, target_box = byte_box(target_shape, in_target, dtype)
     source_strides, target_strides = strides_of(source_bytes), strides_of(target_bytes)

@@ -158,9 +158,7 @@ def _output(
 ) -> Output:
     """Lay out one file. A region of None means the whole parameter."""
     boxes = [(new, tensor, box or _whole(tensor)) for new, tensor, box in wanted]
-    specs = [
-        TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes
-    ]
+    specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
     layout: FileLayout = registry.lay_out(name, specs, {"format": "ms", **notes})
     return Output(name, layout, tuple(Wanted(*box) for box in boxes))

@@ -84,7 +84,9 @@ class _Worker:
     def direct(self, unit: Direct) -> None:
         sink = self._sinks[unit.sink]
         if isinstance(sink, MemorySink):
-            self._readers.read_into(unit.file, unit.source, memoryview(sink.array[unit.target : unit.target + unit.length]))
+            self._readers.read_into(
+                unit.file, unit.source, memoryview(sink.array[unit.target : unit.target + unit.length])
+            )
         else:
             with self._readers.use(unit.file) as reader:
                 sink.copy_from(reader, unit.source, unit.target, unit.length)

@@ -62,7 +62,9 @@ class FileSink:
             except OSError as error:
                 if error.errno in _NO_KERNEL_COPY:
                     break
-                raise storage_error(f"copy {length - done} bytes into offset {offset + done} of", self.path, error) from error
+                raise storage_error(
+                    f"copy {length - done} bytes into offset {offset + done} of", self.path, error
+                ) from error
             if copied == 0:  # end of the source, or a file system that cannot say no: the buffer will tell
                 break
             done += copied

@@ -1,0 +1,85 @@
+"""What users may pass, checked once and turned into the values that jobs take."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext import progress
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
+from ms_ckpt_ext.engine import offline
+from ms_ckpt_ext.engine.offline import Job, Report
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+PathLike = Union[str, "os.PathLike[str]"]
+log = logging.getLogger("ms_ckpt_ext")
+BUFFER_BYTES = 64 << 20
+"""Default buffer budget of one worker, in bytes."""
+
+
+def path_of(value: Any, argument: str) -> str:
+    if isinstance(value, (str, os.PathLike)):
+        return str(os.fspath(value))
+    if value is None:
+        raise UsageError(f"{argument} is needed here: give a path")
+    raise ArgumentTypeError(f"{argument} must be a path, got {type(value).__name__}")
+
+
+def checked_name_map(name_map: Optional[Mapping[str, str]]) -> Mapping[str, str]:
+    if name_map is None:
+        return {}
+    if not isinstance(name_map, Mapping) or not all(isinstance(t, str) for pair in name_map.items() for t in pair):
+        raise ArgumentTypeError("name_map must map names (str) in the network to names (str) in the checkpoint")
+    sources = list(name_map.values())
+    twice = sorted({name for name in sources if sources.count(name) > 1})
+    if twice:
+        log.warning("name_map gives several network parameters the same source: %s", twice)
+    return name_map
+
+
+def workers_of(most: int) -> int:
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise UsageError(f"max_process_num must be an int of at least 1, got {most!r}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, cores, 16)
+
+
+def limits_of(buffer_bytes: int) -> Limits:
+    if not isinstance(buffer_bytes, int) or buffer_bytes < 1 << 16:
+        raise UsageError(f"buffer_bytes must be an int of at least 65536, got {buffer_bytes!r}")
+    return Limits(tile=min(Limits().tile, buffer_bytes // 4))
+
+
+def as_strategy(value: Any, rank: int = 0) -> Optional[Strategy]:
+    """Any form in which MindSpore gives layouts, as one value; None for one device.
+
+    Raises:
+        StrategyError: the value is of a legal type but its contents are not.
+        ArgumentTypeError: it is none of the legal types.
+    """
+    if value is None or isinstance(value, Strategy):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return load_strategy(value)
+    if isinstance(value, Mapping):
+        if value and all(hasattr(message, "dev_matrix") for message in value.values()):
+            return strategy_from_messages(value)
+        from ms_ckpt_ext.bridge.world import group_size
+
+        return strategy_from_layout_dict(value, rank, group_size)
+    raise ArgumentTypeError(
+        "a strategy must be a path, the dict of build_searched_strategy, a layout dict, or None; "
+        f"got {type(value).__name__}"
+    )
+
+
+def execute(job: Job, target: str, workers: int, limits: Limits, title: str) -> Report:
+    total = sum(entry.nbytes for output in job.outputs for entry in output.layout.tensors.values())
+    with progress.bar(title, total) as advance:
+        report = offline.execute(job, target, workers, limits, advance)
+    log.info("%s into %s: read %d bytes in %d reads, wrote %s", title, target, report.bytes_read, report.reads, report)
+    return report

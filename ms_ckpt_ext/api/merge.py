@@ -1,0 +1,107 @@
+"""Slices into whole parameters, file to file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Optional
+
+from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, execute, limits_of, path_of, workers_of
+from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
+from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
+
+
+def unified_safetensors(
+    src_dir: PathLike,
+    src_strategy_file: Optional[PathLike],
+    dst_dir: PathLike,
+    merge_with_redundancy: bool = True,
+    file_suffix: Optional[str] = None,
+    max_process_num: int = 64,
+    choice_func: Optional[Choice] = None,
+    split_dst_file: Any = (),
+    *,
+    naming: str = "mindspore",
+    part_bytes: int = PART_BYTES,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> Report:
+    """Merge the slices of all ranks into whole parameters, in memory that does not grow with the model.
+
+    Drop-in for `mindspore.unified_safetensors`; the arguments up to `split_dst_file` are MindSpore's.
+
+    Args:
+        src_dir: holds `rank_{N}/*.safetensors`.
+        src_strategy_file: strategy of the job that saved them: one file (merged if it has pipeline stages), or a
+            directory with one file per stage. None when a single rank saved everything whole.
+        dst_dir: gets `part{i}.safetensors`, `param_name_map.json` and, for what lies outside the strategy (training
+            scalars), `hyper_param.safetensors`. An older result there is replaced when the new one is complete.
+        merge_with_redundancy: kept for compatibility: which slices a file holds is read from the file.
+        file_suffix: which file of a rank folder, see `formats.discovery`; None for the newest.
+        max_process_num: upper bound on worker threads; never more than the cores this process may use.
+        choice_func: parameter name -> True (keep), False (drop) or a str (new name).
+        split_dst_file: (i, n): write share i of n, from 1; shares run independently, on any hosts that see `dst_dir`;
+            whoever completes the set publishes it. "auto" takes i and n from the launcher's environment.
+        naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
+        part_bytes: aim for parts of at most this many bytes.
+        buffer_bytes: buffer budget of each worker.
+
+    Returns:
+        What was read and written. `published` is False while other shares are missing.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments; nothing was written.
+        DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
+        StorageError: no space or permission; what is finished is kept for a rerun and looks unfinished to loaders.
+    """
+    source, target = path_of(src_dir, "src_dir"), path_of(dst_dir, "dst_dir")
+    if os.path.isfile(source):
+        raise UsageError(f"src_dir must be the directory that holds the rank folders, got the file {source!r}")
+    if choice_func is not None and not callable(choice_func):
+        raise ArgumentTypeError(f"choice_func must be callable, got {type(choice_func).__name__}")
+    task, tasks = _share_of(split_dst_file)
+    options = MergeOptions(choice_func, task, tasks, naming, part_bytes)
+    workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
+    _refuse_mixed(source)
+    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True)
+    return execute(merge_job(catalog, target, options), target, workers, limits, "merge")
+
+
+def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:
+    """Merge per-stage strategy files into one. Drop-in for `mindspore.merge_pipeline_strategys`.
+
+    Raises:
+        StrategyError: the directory holds no strategy files, or both kinds, or a bad one.
+    """
+    merge_strategy_files(
+        path_of(src_strategy_dirs, "src_strategy_dirs"), path_of(dst_strategy_file, "dst_strategy_file")
+    )
+
+
+def _share_of(split: Any) -> tuple[int, int]:
+    if isinstance(split, str) and split == "auto":
+        rank = os.environ.get("RANK_ID") or os.environ.get("RANK") or "0"
+        size = os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or os.environ.get("WORLD_SIZE") or "1"
+        return int(rank) + 1, int(size)
+    if not split:
+        return 1, 1
+    if not isinstance(split, (tuple, list)) or len(split) != 2 or not all(type(n) is int for n in split):
+        raise UsageError(f"split_dst_file must be () or (task, tasks), two ints from 1, or 'auto'; got {split!r}")
+    return split[0], split[1]
+
+
+def _refuse_mixed(directory: str) -> None:
+    """Both kinds of files in the rank folders: which one is meant cannot be guessed."""
+    if not discovery.is_sharded(directory):
+        raise DiscoveryError(
+            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*.safetensors"
+        )
+    kinds = discovery.kinds(directory)
+    if len(kinds) > 1:
+        raise DiscoveryError(
+            f"the rank folders of {directory!r} hold both .safetensors and .ckpt files; "
+            "move one kind away so that it is clear which is meant"
+        )
