@@ -10,7 +10,8 @@
     │   ├── ChecksumError           the bytes are not those that were written
     │   └── DecryptionError         wrong key, or an altered encrypted file
     ├── StrategyError               a strategy file is unreadable or contradicts itself    (also a ValueError)
-    ├── LayoutMismatchError         slices, strategy and network disagree on a shape or a dtype  (also a ValueError)
+    ├── LayoutMismatchError         slices, strategy and network disagree on a shape or a dtype
+    │                                                                     (also a ValueError and a RuntimeError)
     ├── CoverageError               no source holds a region that a target needs           (also a ValueError)
     ├── StorageError                the operating system refused a read or a write         (also an OSError)
     ├── LoadError                   a network could not be filled; says what was already changed (also a RuntimeError)
@@ -68,7 +69,7 @@ class StrategyError(CheckpointError, ValueError):
     """A strategy file cannot be read, or contradicts itself."""
 
 
-class LayoutMismatchError(CheckpointError, ValueError):
+class LayoutMismatchError(CheckpointError, ValueError, RuntimeError):
     """Slices, strategy and network disagree on a shape or a dtype."""
 
 

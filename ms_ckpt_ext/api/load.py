@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
@@ -16,9 +18,11 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import open_catalog, read_extras
+from ms_ckpt_ext.engine.catalog import list_checkpoint, open_catalog, read_extras
 from ms_ckpt_ext.engine.jobs import recut_job
+from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 
@@ -41,12 +45,19 @@ def load_distributed_checkpoint(
     *,
     file_suffix: Optional[str] = None,
     buffer_bytes: int = BUFFER_BYTES,
+    mode: Optional[str] = None,
+    bucket_bytes: int = BUFFER_BYTES,
+    prefetch: int = 1,
+    verify: str = "none",
+    trace: Optional[PathLike] = None,
+    timeout: float = 600.0,
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
     Drop-in for `mindspore.load_distributed_checkpoint`; the arguments up to `return_param_dict` are MindSpore's.
 
-    With a network, each rank reads just the bytes of its own slices, straight into its Parameters. With
+    With a network, this is a collective call: either each rank reads just the bytes of its own slices, straight into
+    its Parameters, or all ranks together read every byte once and exchange (see `mode`). With
     `network=None` (save mode) the slices of `rank_id`, or of every rank, go to
     `dst_safetensors_dir/rank_{N}/net.{output_format}`.
 
@@ -66,6 +77,15 @@ def load_distributed_checkpoint(
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix: which file of a rank folder of a sharded source; None for the newest.
         buffer_bytes: buffer budget of each worker.
+        mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
+            checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.
+            Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
+        bucket_bytes: staging memory of a rank for one round of a cooperative load.
+        prefetch: rounds that are read ahead.
+        verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region; "full": also
+            check the source files against their digest manifest first.
+        trace: write a Chrome trace of a cooperative load there.
+        timeout: seconds that one exchange between ranks may last.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
@@ -73,7 +93,8 @@ def load_distributed_checkpoint(
     Raises:
         UsageError, ArgumentTypeError: wrong arguments; nothing was changed.
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
-        LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
+        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or has gone.
+        LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
     _check_formats(format, output_format)
     source = path_of(unified_safetensors_dir, "unified_safetensors_dir")
@@ -89,15 +110,35 @@ def load_distributed_checkpoint(
 
         rank = live.own_rank()
         strategy = as_strategy(predict_strategy, rank)
-        catalog = open_catalog(source, trained, file_suffix)
+        options = LoadOptions(
+            mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
+            bucket_bytes=bucket_bytes,
+            prefetch=prefetch,
+            verify=verify,
+            trace="" if trace is None else path_of(trace, "trace"),
+            timeout=timeout,
+        )
         if return_param_dict:
+            catalog = open_catalog(source, trained, file_suffix)
             return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
-        return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
+        if options.mode == "direct" and verify == "none":
+            catalog = open_catalog(source, trained, file_suffix)
+            return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
+        from ms_ckpt_ext.bridge.together import Source, fill_together
+
+        look = partial(list_checkpoint, source, trained, file_suffix)
+        shared = Source(look, read_index, open_reader, trained)
+        return fill_together(network, shared, strategy, rank, names, strict_load, options, workers, limits)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
+    _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     catalog = open_catalog(source, trained, file_suffix)
-    job = recut_job(catalog, strategy, ranks, names, lambda rank: f"rank_{rank}/net.{output_format}")
+    if rank_id is None:
+        job = recut_job(catalog, strategy, ranks, names, lambda rank: f"rank_{rank}/net.{output_format}", target)
+    else:  # a target of its own, so that the ranks of a job can do this at the same time
+        job = recut_job(catalog, strategy, ranks, names, lambda _: f"net.{output_format}")
+        target = os.path.join(target, f"rank_{rank_id}")
     execute(job, target, workers, limits, "reshard")
     return True
 
@@ -128,14 +169,18 @@ def _check_formats(source: str, target: str) -> None:
             raise UsageError(f"{argument} must be 'safetensors' in this version, got {value!r}")
 
 
-def _ranks_of(rank_id: Optional[int], strategy: Optional[Strategy]) -> list[int]:
+def _check_rank(rank_id: Any) -> None:
     if rank_id is not None and (not isinstance(rank_id, int) or isinstance(rank_id, bool)):
         raise ArgumentTypeError(f"rank_id must be an int or None, got {type(rank_id).__name__}")
+    if rank_id is not None and rank_id < 0:
+        raise UsageError(f"rank_id must be at least 0, got {rank_id}")
+
+
+def _ranks_of(rank_id: Optional[int], strategy: Optional[Strategy]) -> list[int]:
     if rank_id is None:
         if strategy is not None:
             strategy.check_complete()
         return list(range(strategy.world if strategy else 1))
-    if rank_id < 0 or (strategy is not None and rank_id >= strategy.world):
-        world = strategy.world if strategy else 1
-        raise UsageError(f"rank_id must be between 0 and {world - 1} under predict_strategy, got {rank_id}")
+    if strategy is not None and rank_id >= strategy.world:
+        raise UsageError(f"rank_id must be between 0 and {strategy.world - 1} under predict_strategy, got {rank_id}")
     return [rank_id]

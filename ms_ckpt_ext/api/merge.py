@@ -45,7 +45,7 @@ def unified_safetensors(
         split_dst_file: (i, n): write share i of n, from 1; shares run independently, on any hosts that see `dst_dir`;
             whoever completes the set publishes it. "auto" takes i and n from the launcher's environment.
         naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
-        part_bytes: aim for parts of at most this many bytes.
+        part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
 
     Returns:

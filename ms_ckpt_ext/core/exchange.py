@@ -53,12 +53,10 @@ class ExchangeLimits:
     Attributes:
         bucket: staging memory of a rank for one round, all buffers together.
         chunk: aim for reads of this length.
-        gap: gaps in a file up to this are read over.
     """
 
     bucket: int = 64 << 20
     chunk: int = 4 << 20
-    gap: int = 4096
 
     @property
     def quarter(self) -> int:
@@ -278,7 +276,7 @@ def _neighbours(placed: Sequence[_Placed], limits: ExchangeLimits) -> Iterator[l
     for item in placed:
         first, last = item.extents[0], item.extents[-1]
         alike = not chunk or _interest(chunk[0].draft) == _interest(item.draft)
-        near = len(item.extents) == 1 and stop <= first.offset <= stop + limits.gap
+        near = len(item.extents) == 1 and first.offset == stop
         if chunk and not (near and alike and held + item.draft.nbytes <= limits.chunk):
             yield chunk
             chunk, held = [], 0
@@ -320,20 +318,15 @@ def _candidates(group: Sequence[_Placed], world: int, sees: Optional[Mapping[int
 
 
 def _assemble(number: int, group: Sequence[_Placed], reader: int) -> tuple[Chunk, list[Part]]:
-    """Lay the parts of a chunk out in its buffer; gaps that are read over keep their place."""
-    parts, extents, at = [], [], 0
+    """Lay the parts of a chunk out in its buffer, one after another."""
+    parts = []
+    at = 0
     for placed in group:
-        first = placed.extents[0]
-        if extents and len(group) > 1:
-            gap = first.offset - (extents[-1].offset + extents[-1].length)
-            extents[-1] = Extent(extents[-1].offset, extents[-1].length + gap + first.length)
-            at += gap
-        else:
-            extents.extend(placed.extents)
         draft = placed.draft
         parts.append(Part(draft.demand, number, at, draft.nbytes, draft.shape, draft.deliveries, draft.gathered))
         at += draft.nbytes
-    return Chunk(group[0].file, tuple(extents), at, reader), parts
+    extents = group[0].extents if len(group) == 1 else (Extent(group[0].extents[0].offset, at),)
+    return Chunk(group[0].file, extents, at, reader), parts
 
 
 class _RoundBuilder:

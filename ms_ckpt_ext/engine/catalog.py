@@ -8,9 +8,10 @@ weights-only checkpoint has no optimizer states): planning asks for a region and
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -53,12 +54,17 @@ def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy) -> Cat
 
     Raises:
         LayoutMismatchError: ranks disagree on a parameter's dtype, or a slice's shape contradicts the strategy.
-        StrategyError: the strategy has no parameter in common with the files.
+        StrategyError: the strategy has no parameter in common with the files, or is for fewer ranks or stages.
         FormatError, StorageError: a header cannot be read.
     """
-    ranks = list(files_by_rank)
-    indexes = tuple(read_indexes(files_by_rank.values()))
-    by_rank = {rank: number for number, rank in enumerate(ranks)}
+    return ranks_catalog(dict(zip(files_by_rank, read_indexes(files_by_rank.values()))), strategy)
+
+
+def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy) -> Catalog:
+    """A sharded checkpoint from the headers of its ranks' files. Raises as `sharded_catalog`."""
+    _check_world({rank: index.path for rank, index in index_of.items()}, strategy)
+    indexes = tuple(index_of.values())
+    by_rank = {rank: number for number, rank in enumerate(index_of)}
     tensors = {}
     for name, stages in strategy.layouts.items():
         if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
@@ -74,6 +80,17 @@ def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy) -> Cat
         )
     extras = _extras(indexes, set(strategy.layouts))
     return Catalog(indexes, tensors, extras, _notes(indexes))
+
+
+def _check_world(files_by_rank: Mapping[int, str], strategy: Strategy) -> None:
+    """What a strategy does not know counts as whole on every rank, so one that knows too little would give nonsense."""
+    strategy.check_complete()
+    beyond = [rank for rank in files_by_rank if rank >= strategy.world]
+    if beyond:
+        raise StrategyError(
+            f"{strategy.origin} is for {strategy.world} ranks, but the checkpoint has {files_by_rank[beyond[0]]!r}; "
+            "check that they belong together, and give the strategies of all pipeline stages (merged, or a directory)"
+        )
 
 
 def _some(names: Iterable[str]) -> str:
@@ -174,33 +191,29 @@ def _notes(indexes: tuple[FileIndex, ...]) -> dict[str, str]:
     return {key: value for index in indexes for key, value in index.metadata.items() if value == INT4}
 
 
-def merged_catalog(directory: str) -> Catalog:
-    """Read the headers of a merged (unified) checkpoint, MindSpore's or Hugging Face's.
+def parts_catalog(index_of: Mapping[str, FileIndex], names: Optional[Mapping[str, str]]) -> Catalog:
+    """A merged checkpoint from the headers of its files (by name) and its map.
 
     Raises:
-        DiscoveryError: files or the map are missing.
         FormatError: the map names a parameter that its file lacks.
     """
-    found = discovery.unified_files(directory)
-    paths = list(found.files.values()) + ([found.hyper] if found.hyper else [])
-    indexes = tuple(read_indexes(paths))
-    numbers = {file: number for number, file in enumerate(found.files)}
-    tensors = {name: _whole_tensor(name, entry, [number]) for name, number, entry in _listed(found, numbers, indexes)}
+    numbers = {file: number for number, file in enumerate(index_of)}
+    indexes = tuple(index_of.values())
+    tensors = {name: _whole_tensor(name, entry, [number]) for name, number, entry in _listed(names, numbers, indexes)}
     extras = {}
-    if found.hyper:
-        last = len(indexes) - 1
-        extras = {name: _whole_tensor(name, entry, [last]) for name, entry in indexes[last].tensors.items()}
+    scalars = numbers.get(discovery.HYPER_NAME)
+    if scalars is not None and names is not None:
+        extras = {name: _whole_tensor(name, entry, [scalars]) for name, entry in indexes[scalars].tensors.items()}
     return Catalog(indexes, tensors, extras, _notes(indexes))
 
 
 def _listed(
-    found: discovery.UnifiedFiles, numbers: Mapping[str, int], indexes: tuple[FileIndex, ...]
+    names: Optional[Mapping[str, str]], numbers: Mapping[str, int], indexes: tuple[FileIndex, ...]
 ) -> Iterator[tuple[str, int, TensorEntry]]:
-    if found.names is None:
-        for name, entry in indexes[0].tensors.items():
-            yield name, 0, entry
-        return
-    for name, file in found.names.items():
+    listed = names or dict.fromkeys(indexes[0].tensors, next(iter(numbers)))
+    for name, file in listed.items():
+        if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+            continue
         number = numbers[file]
         entry = indexes[number].tensors.get(name)
         if entry is None:
@@ -211,27 +224,58 @@ def _listed(
         yield name, number, entry
 
 
-def open_catalog(
+class Listing(NamedTuple):
+    """The files of a checkpoint, before any is opened.
+
+    Attributes:
+        files: key -> path. The key says which file is meant on any host: a rank number as text, or a file's name.
+        sharded: the keys are ranks.
+        names: the parameter map of a merged checkpoint.
+    """
+
+    files: dict[str, str]
+    sharded: bool
+    names: Optional[dict[str, str]]
+
+
+def list_checkpoint(
     directory: str, strategy: Optional[Strategy], file_suffix: Optional[str] = None, require_sharded: bool = False
-) -> Catalog:
-    """A sharded directory (needs its strategy unless a single rank saved it) or a merged one.
+) -> Listing:
+    """The files of a sharded checkpoint (needs its strategy unless a single rank saved it) or of a merged one.
 
     Raises:
         DiscoveryError: also when several rank folders come without a strategy.
     """
-    if not require_sharded and not discovery.is_sharded(directory):
-        return merged_catalog(directory)
+    merged_too = strategy is None and os.path.isfile(os.path.join(directory, discovery.MAP_NAME))
+    if not require_sharded and (merged_too or not discovery.is_sharded(directory)):
+        found = discovery.unified_files(directory)
+        paths = dict(found.files) if found.hyper is None else {**found.files, discovery.HYPER_NAME: found.hyper}
+        return Listing(paths, False, found.names)
     files = discovery.rank_files(directory, "safetensors", file_suffix)
-    if strategy is not None:
-        return sharded_catalog(files, strategy)
-    if len(files) > 1:
+    if strategy is None and len(files) > 1:
         raise DiscoveryError(
             f"{directory!r} holds {len(files)} rank folders, so the strategy that cut them is needed: "
             "give the training job's strategy file"
         )
-    (index,) = read_indexes(files.values())
-    tensors = {name: _whole_tensor(name, entry, [0]) for name, entry in index.tensors.items()}
-    return Catalog((index,), tensors, {}, _notes((index,)))
+    return Listing({str(rank): path for rank, path in files.items()}, True, None)
+
+
+def catalog_of(
+    index_of: Mapping[str, FileIndex], sharded: bool, names: Optional[Mapping[str, str]], strategy: Optional[Strategy]
+) -> Catalog:
+    """A checkpoint from its listing and the headers of its files. Raises as `ranks_catalog` and `parts_catalog`."""
+    if sharded and strategy is not None:
+        return ranks_catalog({int(key): index for key, index in index_of.items()}, strategy)
+    return parts_catalog(index_of, names)
+
+
+def open_catalog(
+    directory: str, strategy: Optional[Strategy], file_suffix: Optional[str] = None, require_sharded: bool = False
+) -> Catalog:
+    """Find the files and read their headers. Raises as `list_checkpoint` and `catalog_of`."""
+    listing = list_checkpoint(directory, strategy, file_suffix, require_sharded)
+    index_of = dict(zip(listing.files, read_indexes(listing.files.values())))
+    return catalog_of(index_of, listing.sharded, listing.names, strategy)
 
 
 _NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {

@@ -27,6 +27,7 @@ Choice = Callable[[str], Union[bool, str]]
 PART_BYTES = 3 << 30
 """MindSpore's size of a part of a merged checkpoint."""
 _STALE = re.compile(r"^(part\d+|model-\d{5}-of-\d{5}|hyper_param)\.safetensors$")
+_STALE_RANK = re.compile(r"^rank_\d+$")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class MergeOptions:
         task, tasks: this call writes share `task` (from 1) of `tasks`.
         naming: "mindspore" (`part0.safetensors`, `param_name_map.json`, `hyper_param.safetensors`) or "huggingface"
             (`model-00001-of-00002.safetensors`, `model.safetensors.index.json`).
-        part_bytes: aim for parts of at most this many bytes; a larger parameter has a part of its own.
+        part_bytes: aim for parts of at most this many bytes; with the names of Hugging Face, where it is a limit, only
+            a single larger parameter exceeds it.
     """
 
     choice: Optional[Choice] = None
@@ -69,6 +71,8 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
     count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
     groups = _balanced(sizes, min(count, len(sizes)))
+    while options.naming == "huggingface" and any(_too_large(group, sizes, options.part_bytes) for group in groups):
+        groups = _balanced(sizes, len(groups) + 1)
     parts = [
         _output(_part_name(options.naming, number, len(groups)), [(n, named[n], None) for n in group], catalog)
         for number, group in enumerate(groups)
@@ -78,16 +82,15 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     outputs = [parts[number] for number in mine]
     others = [part for number, part in enumerate(parts) if number not in mine]
     if catalog.extras:
-        name = discovery.HYPER_NAME if options.naming == "mindspore" else None
-        scalars = _output(name or "scalars.safetensors", [(n, t, None) for n, t in catalog.extras.items()], catalog)
+        scalars = _output(discovery.HYPER_NAME, [(n, t, None) for n, t in catalog.extras.items()], catalog)
         (outputs if options.task == 1 else others).append(scalars)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     index_name = discovery.MAP_NAME if options.naming == "mindspore" else discovery.HF_INDEX_NAME
-    names = {part.name for part in parts} | {discovery.HYPER_NAME if catalog.extras else ""}
+    names = {output.name for output in (*outputs, *others)}
     return Job(
         catalog,
         tuple(outputs),
-        tuple((output.name, output.layout) for output in others),
+        tuple(others),
         {index_name: json.dumps(index, indent=4).encode()},
         tuple(name for name in _stale(target) if name not in names and name != index_name),
         f"task-{options.task}-of-{options.tasks}",
@@ -129,6 +132,10 @@ def _balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
         groups[least].append(name)
         totals[least] += sizes[name]
     return groups
+
+
+def _too_large(group: Sequence[str], sizes: Mapping[str, int], most: int) -> bool:
+    return len(group) > 1 and sum(sizes[name] for name in group) > most
 
 
 def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:
@@ -174,12 +181,15 @@ def recut_job(
     ranks: Sequence[int],
     name_map: Mapping[str, str],
     file_name: Callable[[int], str],
+    target: Optional[str] = None,
 ) -> Job:
     """The slices of `ranks` under `strategy` (None: one device), one file per rank.
 
     Args:
         name_map: name in the target -> name in the source.
         file_name: rank -> file, relative to the target directory.
+        target: the target directory, when the job writes every rank there is: files of this name of ranks beyond
+            these, left by an older result, are taken away with it.
 
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
@@ -188,9 +198,19 @@ def recut_job(
     outputs = []
     for rank in ranks:
         wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank, name_map)]
-        wanted += [(name, tensor, None) for name, tensor in catalog.extras.items()]
+        taken = {name for name, _, _ in wanted}
+        wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
         outputs.append(_output(file_name(rank), wanted, catalog))
-    return Job(catalog, tuple(outputs))
+    return Job(catalog, tuple(outputs), replaces=_stale_ranks(target, [output.name for output in outputs]))
+
+
+def _stale_ranks(target: Optional[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Files in the target that are named like these but for a rank that is not among them."""
+    if target is None or not os.path.isdir(target):
+        return ()
+    base = os.path.basename(names[0])
+    found = [f"{folder}/{base}" for folder in os.listdir(target) if _STALE_RANK.match(folder)]
+    return tuple(name for name in found if name not in names and os.path.isfile(os.path.join(target, name)))
 
 
 def rank_boxes(
@@ -202,7 +222,8 @@ def rank_boxes(
         return [(back.get(name, name), tensor, _whole(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
     for name in strategy.names_of(rank):
-        tensor = catalog.tensors.get(name_map.get(name, name))
+        stored = name_map.get(name, name)
+        tensor = catalog.tensors.get(stored) or catalog.extras.get(stored)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
             found.append((name, tensor, _box(name, tensor, strategy, rank)))
     if not found:

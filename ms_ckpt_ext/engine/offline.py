@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -57,7 +59,7 @@ class Job:
     Attributes:
         source: where the bytes come from.
         outputs: the files this task writes.
-        others: (name, size) of the files that other tasks of the same job write.
+        others: the files that other tasks of the same job write.
         index: files that make the set loadable, published last: name -> contents.
         replaces: files of an older result in the target that must not survive.
         task: name of this task, unique within the job.
@@ -65,7 +67,7 @@ class Job:
 
     source: Catalog
     outputs: tuple[Output, ...]
-    others: tuple[tuple[str, FileLayout], ...] = ()
+    others: tuple[Output, ...] = ()
     index: Mapping[str, bytes] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
     task: str = "task-1-of-1"
@@ -92,15 +94,18 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
 
     Raises:
         CoverageError, LayoutMismatchError: planning failed; nothing was written.
+        UsageError: an output file would replace a file of the source.
         StorageError: no space, no permission, another run is writing there; finished files are kept for a rerun.
     """
     tasks = tasks_of(job.outputs)
     for task in tasks:
         for wanted in task.targets:
             locate(task.tensor, wanted.region)
-    staging = Staging(target, _fingerprint(job, tasks), job.task)
-    everything = {output.name: output.layout for output in job.outputs} | dict(job.others)
-    if staging.published({name: layout.size for name, layout in everything.items()}):
+    _refuse_overwrite(job, target)
+    staging = Staging(target, _fingerprint(job), job.task)
+    everything = {output.name: output.layout for output in (*job.outputs, *job.others)}
+    sizes = {name: layout.size for name, layout in everything.items()}
+    if staging.published(sizes, job.index):
         return Report(0, 0, 0, (), tuple(everything), True)
     staging.open()
     try:
@@ -109,9 +114,9 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
             complete = all(staging.holds(name, layout.size, layout.literals) for name, layout in everything.items())
             if complete:
                 staging.publish(tuple(everything), job.index, job.replaces)
-        return Report(*report, complete)
+        return Report(*report, complete or staging.published(sizes, job.index))
     except BaseException:
-        staging.abandon()
+        staging.abandon(output.name for output in job.outputs)
         raise
     finally:
         staging.close()
@@ -132,16 +137,28 @@ def tasks_of(outputs: Sequence[Output]) -> list[Task]:
     ]
 
 
-def _fingerprint(job: Job, tasks: Sequence[Task]) -> str:
+def _refuse_overwrite(job: Job, target: str) -> None:
+    """A source must outlive the run that reads it: a killed run could not be finished without it."""
+    sources = {os.path.realpath(file.path) for file in job.source.files}
+    for name in (*(output.name for output in (*job.outputs, *job.others)), *job.replaces):
+        if os.path.realpath(os.path.join(target, name)) in sources:
+            raise UsageError(
+                f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
+            )
+
+
+def _fingerprint(job: Job) -> str:
     """Everything that decides the result: source files as they are, output layouts, and what goes where."""
     digest = xxhash.xxh3_64(_PLAN_VERSION)
     for file in job.source.files:
         digest.update(f"{file.path}|{file.size}|{file.mtime_ns}\n".encode())
-    layouts = {output.name: output.layout for output in job.outputs} | dict(job.others)
-    for name in sorted(layouts):
-        digest.update(f"{name}|{layouts[name].size}\n".encode())
-        for offset, literal in layouts[name].literals:
+    for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
+        digest.update(f"{output.name}|{output.layout.size}\n".encode())
+        for offset, literal in output.layout.literals:
             digest.update(offset.to_bytes(8, "little") + literal)
+        for name, tensor, region in output.wanted:
+            corner = None if region is None else (region.start, region.stop)
+            digest.update(f"{name}|{tensor.stored_name}|{corner}\n".encode())
     for name in sorted(job.index):
         digest.update(name.encode() + job.index[name])
     for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):
@@ -154,8 +171,8 @@ def _fill(
     job: Job, staging: Staging, workers: int, limits: Limits, progress: Progress
 ) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
     kept = {o.name for o in job.outputs if staging.holds(o.name, o.layout.size, o.layout.literals)}
-    staging.discard_partials()
     todo = [output for output in job.outputs if output.name not in kept]
+    staging.discard_partials(output.name for output in todo)
     staging.check_space(sum(output.layout.size for output in todo))
     with ReaderPool(job.source.files, open_reader) as readers, _Files(todo, staging) as files:
         units = schedule(tasks_of(todo), job.source.stored, limits)
@@ -166,6 +183,7 @@ def _fill(
 
         pump.run(units, readers, files.sinks, workers, landed)
         files.settle()
+        readers.verify()
         written = sum(output.layout.size for output in todo)
         return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
 

@@ -29,13 +29,25 @@ def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], worke
         threading.Thread(target=_work, args=(source, readers, sinks, landed), name=f"pump-{n}", daemon=True)
         for n in range(workers - 1)
     ]
+    try:
+        for thread in threads:
+            thread.start()
+        _work(source, readers, sinks, landed)
+    except BaseException as error:  # noqa: BLE001 - a thread that cannot start; raised below
+        source.fail(error)
     for thread in threads:
-        thread.start()
-    _work(source, readers, sinks, landed)
-    for thread in threads:
-        thread.join()
+        _join(thread, source)
     if source.error is not None:
         raise source.error
+
+
+def _join(thread: threading.Thread, source: _Shared) -> None:
+    """Wait for a thread even through a Ctrl-C: the caller closes the files it writes to."""
+    while thread.is_alive():
+        try:
+            thread.join()
+        except BaseException as error:  # noqa: BLE001 - stops the threads; raised by run()
+            source.fail(error)
 
 
 class _Shared:

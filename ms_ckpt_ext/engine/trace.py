@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Trace:
         """The spans so far, in order of their ends."""
         return list(self._events)
 
-    def save(self, path: str) -> None:
-        """Write the trace as JSON."""
-        Path(path).write_text(json.dumps({"traceEvents": self._events}))
+    @staticmethod
+    def save_all(by_rank: Sequence[list[dict[str, Any]]], path: str) -> None:
+        """Write the events of all ranks as one trace; a rank is shown as a process."""
+        Path(path).write_text(json.dumps({"traceEvents": [event for events in by_rank for event in events]}))

@@ -138,7 +138,7 @@ def unified_files(directory: str) -> UnifiedFiles:
         raise DiscoveryError(f"{directory!r} holds no .safetensors file; check the path and the format")
     hyper = str(root / HYPER_NAME) if HYPER_NAME in present and len(present) > 1 else None
     index = next((root / name for name in (MAP_NAME, HF_INDEX_NAME) if (root / name).is_file()), None)
-    if len(present) == 1:
+    if index is None and len(present) == 1:
         return UnifiedFiles({present[0]: str(root / present[0])}, None, None)
     if index is None:
         raise DiscoveryError(

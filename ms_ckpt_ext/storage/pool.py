@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Callable, Protocol
 
-from ms_ckpt_ext.errors import StorageError
+from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage.reader import ByteReader
 
 
@@ -82,14 +83,22 @@ class ReaderPool:
     def _checked(self, file: int) -> ByteReader:
         known = self._files[file]
         reader = self._opener(known.path)
-        if (reader.disk_size, reader.mtime_ns) != (known.size, known.mtime_ns):
+        try:
+            _refuse_changed(known, reader.disk_size, reader.mtime_ns)
+        except StorageError:
             reader.close()
-            raise StorageError(
-                0,
-                f"{known.path!r} changed since its header was read ({known.size} bytes then, {reader.disk_size} now): "
-                "something is writing to the checkpoint; run again when it is at rest",
-            )
+            raise
         return reader
+
+    def verify(self) -> None:
+        """Look at every file that was read once more. Raises StorageError when one changed meanwhile."""
+        for known in self._files:
+            if known.path in self.count.files:
+                try:
+                    status = os.stat(known.path)
+                except OSError as error:
+                    raise storage_error("look again at", known.path, error) from error
+                _refuse_changed(known, status.st_size, status.st_mtime_ns)
 
     def _evict(self) -> None:
         for file in [f for f, held in self._open.items() if held.users == 0][: max(0, len(self._open) - self._most)]:
@@ -107,3 +116,12 @@ class ReaderPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _refuse_changed(known: SourceFile, size: int, mtime_ns: int) -> None:
+    if (size, mtime_ns) != (known.size, known.mtime_ns):
+        raise StorageError(
+            0,
+            f"{known.path!r} changed since its header was read ({known.size} bytes then, {size} now): "
+            "something is writing to the checkpoint; run again when it is at rest",
+        )

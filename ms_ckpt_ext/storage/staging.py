@@ -4,9 +4,9 @@
    result. A file is written as `NAME.partial`, synced, and renamed to `NAME` there when it is complete.
 2. A second run of the same job finds the finished files by that fingerprint and does not write them again. Folders of
    other jobs that nobody is running any more are removed.
-3. When every file of the job is there, the old result is taken away (its index first), the new files are moved into
-   place, and the index comes last. Killed in between, the target holds either no index, or no complete set of files;
-   the next run finishes the move.
+3. When every file of the job is there, the index is replaced by one that leads to an empty file, the old result is
+   taken away, the new files are moved into place, and the true index comes last. Killed in between, the target refuses
+   to load; the next run finishes the move.
 4. A lock a task holds while it runs keeps two jobs from writing into one target.
 """
 
@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,6 +27,10 @@ from ms_ckpt_ext.errors import StorageError, storage_error
 _FOLDER = ".ms_ckpt_ext-"
 MANIFEST = ".ms_ckpt_ext.json"
 _PUBLISHING = "publishing"
+# Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even where there is an index.
+# While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
+_OBSTACLE = "publishing-was-interrupted-run-the-job-again.safetensors"
+_UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": _OBSTACLE}}).encode()
 
 
 class Staging:
@@ -44,19 +48,33 @@ class Staging:
         """Make the folder and take the task's lock. Raises StorageError when another run holds this target."""
         try:
             self._make_target()
-            self.folder.mkdir(exist_ok=True)
-            self._lock = os.open(self.folder / f"{self._task}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._take_lock()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
             self._forget_target()
             raise storage_error("write into", str(self.target), error) from error
-        if not _try_lock(self._lock):
-            self.close()
+        if self._lock is None:
             raise self._busy()
         for other in self.target.glob(_FOLDER + "*"):
             if other != self.folder and not _remove_if_idle(other):
                 self.close()
                 _remove_if_idle(self.folder)
                 raise self._busy()
+
+    def _take_lock(self) -> None:
+        """Lock this task's file; again when a run that ended has removed it between opening and locking."""
+        path = self.folder / f"{self._task}.lock"
+        while self._lock is None:
+            self.folder.mkdir(exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            locked = _try_lock(descriptor)
+            if locked and _is_at(descriptor, path):
+                self._lock = descriptor
+                return
+            os.close(descriptor)
+            if not locked:
+                return
 
     def _busy(self) -> StorageError:
         return StorageError(
@@ -65,9 +83,8 @@ class Staging:
         )
 
     def _make_target(self) -> None:
-        missing = [p for p in (self.target, *self.target.parents) if not p.exists()]
+        self._made = [p for p in (self.target, *self.target.parents) if not p.exists()]
         self.target.mkdir(parents=True, exist_ok=True)
-        self._made = missing
 
     def _forget_target(self) -> None:
         for made in self._made:
@@ -76,7 +93,7 @@ class Staging:
 
     def check_space(self, nbytes: int) -> None:
         """Raise StorageError when the target's file system has less than `nbytes` free."""
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.target).free
         if nbytes > free:
             raise StorageError(
                 errno.ENOSPC,
@@ -94,10 +111,10 @@ class Staging:
         """Declare the written and synced file complete."""
         os.rename(self.folder / (name + ".partial"), self.folder / name)
 
-    def discard_partials(self) -> None:
-        """Remove what was not completed."""
-        for path in self.folder.rglob("*.partial"):
-            path.unlink(missing_ok=True)
+    def discard_partials(self, names: Iterable[str]) -> None:
+        """Remove what was not completed of these files; other tasks may be writing theirs."""
+        for name in names:
+            (self.folder / (name + ".partial")).unlink(missing_ok=True)
 
     def holds(self, name: str, size: int, literals: Sequence[tuple[int, bytes]]) -> bool:
         """True when a complete file of this name is there already (or was moved into place before a kill)."""
@@ -106,22 +123,26 @@ class Staging:
             places.append(self.target / name)
         return any(_matches(path, size, literals) for path in places)
 
-    def published(self, names: Mapping[str, int]) -> bool:
-        """True when the target holds the untouched result of this very job."""
+    def published(self, names: Mapping[str, int], index: Mapping[str, bytes]) -> bool:
+        """True when the target holds the untouched result of this very job: files (name -> size) and index."""
         try:
             manifest = json.loads((self.target / MANIFEST).read_bytes())
             return manifest["job"] == self.job and all(
                 manifest["files"][name] == [size, (self.target / name).stat().st_mtime_ns]
                 and (self.target / name).stat().st_size == size
                 for name, size in names.items()
-            )
+            ) and all((self.target / name).read_bytes() == contents for name, contents in index.items())
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Hold the job's publishing lock: one task at a time looks whether the set is complete."""
-        lock = os.open(self.folder / "publish.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            lock = os.open(self.folder / "publish.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # another task completed the set, published it and removed the folder
+            yield
+            return
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -139,13 +160,18 @@ class Staging:
         try:
             (self.folder / _PUBLISHING).touch()
             waiting = [name for name in names if (self.folder / name).exists()]
-            for name in (*index, MANIFEST, *replaces, *waiting):
+            if index:
+                (self.target / _OBSTACLE).touch()
+            for name in index:
+                _write_atomically(self.target / name, _UNFINISHED)
+            for name in (MANIFEST, *replaces, *waiting):
                 (self.target / name).unlink(missing_ok=True)
             for name in waiting:
                 (self.target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.rename(self.folder / name, self.target / name)
             for folder in {(self.target / name).parent for name in names}:
                 _sync_folder(folder)
+            (self.target / _OBSTACLE).unlink(missing_ok=True)
             for name, contents in {**index, MANIFEST: self._manifest(names)}.items():
                 _write_atomically(self.target / name, contents)
             _sync_folder(self.target)
@@ -165,12 +191,11 @@ class Staging:
         """Remove the folder: the job is done, or nothing of it is worth keeping."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def abandon(self) -> None:
-        """After an error: keep finished files for the next run, remove all else."""
-        self.discard_partials()
+    def abandon(self, names: Iterable[str]) -> None:
+        """After an error while writing these files: keep finished ones for the next run, remove all else."""
+        self.discard_partials(names)
         kept = [p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
-        if not kept:
-            self.remove()
+        if not kept and _remove_if_idle(self.folder, besides=f"{self._task}.lock"):
             self._forget_target()
 
     def close(self) -> None:
@@ -198,9 +223,19 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _remove_if_idle(folder: Path) -> bool:
-    """Remove a job's folder unless one of its tasks is running."""
+def _is_at(descriptor: int, path: Path) -> bool:
+    """True when `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _remove_if_idle(folder: Path, besides: str = "") -> bool:
+    """Remove a job's folder unless one of its tasks, `besides` the one with this lock, is running."""
     for lock in folder.glob("*.lock"):
+        if lock.name == besides:
+            continue
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         except OSError:

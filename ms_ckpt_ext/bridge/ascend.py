@@ -1,0 +1,105 @@
+"""Cutting and landing on the NPU: views of device tensors, and one copy per piece.
+
+A stretch of a staging buffer seen as the element type of a parameter is a view (`narrow`, `view`), and so is a box of
+it. `copy_` from one view to another moves the bytes on the device, strided axes included, and casts where the
+Parameter has another dtype. A stretch that starts between elements is moved to an aligned buffer first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mindspore import mint
+
+from ms_ckpt_ext.bridge.match import Match
+from ms_ckpt_ext.bridge.memory import mark_loaded
+from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.strided import byte_box
+from ms_ckpt_ext.transport.base import Bytes, Transport
+
+_CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
+"""Types that move elements of a width without looking at them."""
+
+
+class DeviceMover:
+    """Chunks go up to the device as they are, and are cut there."""
+
+    def __init__(self, transport: Transport[Any]) -> None:
+        self._transport = transport
+
+    def stage(self, host: Bytes) -> Any:
+        """A device buffer with the chunk's bytes."""
+        buffer = self._transport.allocate(host.size)
+        self._transport.upload(host, buffer, 0)
+        return buffer
+
+    def pack(self, source: Any, offset: int, shape: Shape, box: Region, dtype: DType, target: Any, at: int) -> None:
+        """One copy between views."""
+        shape, box, carrier, width = _carried(shape, box, dtype, offset, at)
+        cut = _cut(_array(source, offset, shape, carrier, width), box)
+        _array(target, at, box.shape, carrier, width).copy_(cut)
+
+
+class DeviceSink:
+    """A Parameter on the device."""
+
+    def __init__(self, match: Match, transport: Transport[Any]) -> None:
+        self._parameter, self._offer, self._transport = match.parameter, match.offer, transport
+        parameter, offer = match.parameter, match.offer
+        if parameter.has_init:
+            parameter.init_data()
+        if math.prod(parameter.shape) != math.prod(offer.shape):
+            parameter.set_data(mint.empty(offer.shape, dtype=parameter.dtype), slice_shape=True)
+        self._dtype = offer.tensor.meta.dtype
+
+    def place(self, source: Any, offset: int, shape: Shape, box: Region, region: Region) -> None:
+        """One copy between views, cast where the Parameter has another dtype."""
+        if self._parameter.dtype != self._offer.dtype:
+            self._place_cast(source, offset, shape, box, region)
+            return
+        lying, cut, carrier, width = _carried(shape, box, self._dtype, offset)
+        whole: Shape = self._offer.shape
+        if carrier is ms.uint8:
+            whole, region = byte_box(whole, region, self._dtype)
+        target = self._parameter.view(carrier).view(*(whole or (1,)))
+        _cut(target, region).copy_(_cut(_array(source, offset, lying, carrier, width), cut))
+
+    def _place_cast(self, source: Any, offset: int, shape: Shape, box: Region, region: Region) -> None:
+        width = self._dtype.bits // 8
+        if offset % width:
+            nbytes = math.prod(shape) * width
+            aligned = self._transport.allocate(nbytes)
+            aligned.copy_(mint.narrow(source, 0, offset, nbytes))
+            source, offset = aligned, 0
+        target = self._parameter.view(*(self._offer.shape or (1,)))
+        cut = _cut(_array(source, offset, shape, self._offer.dtype, width), box)
+        _cut(target, region).copy_(cut)
+
+    def finish(self) -> None:
+        """All pieces have landed."""
+        mark_loaded(self._parameter)
+
+
+def _carried(shape: Shape, box: Region, dtype: DType, *offsets: int) -> tuple[Shape, Region, Any, int]:
+    """Shape, box, type and width under which elements move: their own width when aligned, else single bytes."""
+    width = dtype.bits // 8
+    if width > 1 and dtype.bits % 8 == 0 and width in _CARRIERS and all(offset % width == 0 for offset in offsets):
+        return shape, box, _CARRIERS[width], width
+    return (*byte_box(shape, box, dtype), ms.uint8, 1)
+
+
+def _array(buffer: Any, offset: int, shape: Shape, dtype: Any, width: int) -> Any:
+    """An array of `shape` at byte `offset` of a flat uint8 buffer, as a view; a scalar has one axis of length 1."""
+    flat = mint.narrow(buffer, 0, offset, math.prod(shape) * width)
+    return (flat if dtype is ms.uint8 else flat.view(dtype)).view(*(shape or (1,)))
+
+
+def _cut(array: Any, box: Region) -> Any:
+    """A box of an array, as a view."""
+    for axis, (start, stop) in enumerate(zip(box.start, box.stop)):
+        if stop - start != array.shape[axis]:
+            array = mint.narrow(array, axis, start, stop - start)
+    return array

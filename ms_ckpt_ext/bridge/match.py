@@ -1,0 +1,162 @@
+"""Which Parameter takes what: names, boxes, shapes and dtypes, all settled before the first byte is read.
+
+The rules are those of `mindspore.load_param_into_net`: by name, then (unless strict) by a common prefix; casts within
+floats and within ints; Parameters that pipeline stages share are filled by their owner.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.catalog import INT4, Catalog
+from ms_ckpt_ext.engine.jobs import rank_boxes
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
+
+log = logging.getLogger("ms_ckpt_ext")
+
+_FAMILIES = (
+    {ms.float16, ms.float32, ms.float64, ms.bfloat16},
+    {ms.int8, ms.int16, ms.int32, ms.int64, ms.qint4x2},
+)
+"""MindSpore casts within a family on load (`load_param_into_net`), never between them."""
+
+
+class Offer(NamedTuple):
+    """What the checkpoint has for one name on this rank."""
+
+    tensor: SourceTensor
+    region: Optional[Region]
+    shape: tuple[int, ...]
+    dtype: Any
+    """MindSpore dtype, packed int4 included."""
+
+
+class Match(NamedTuple):
+    """A Parameter and what goes into it."""
+
+    parameter: Any
+    name: str
+    offer: Offer
+
+
+def check_cell(network: Any) -> None:
+    """Raise ArgumentTypeError unless `network` is a Cell."""
+    if not isinstance(network, ms.nn.Cell):
+        raise ArgumentTypeError(f"network must be a mindspore.nn.Cell or None, got {type(network).__name__}")
+
+
+def offers_of(
+    catalog: Catalog, strategy: Optional[Strategy], rank: int, name_map: Mapping[str, str]
+) -> dict[str, Offer]:
+    """Everything the checkpoint has for `rank` under `strategy`, by its name in the network."""
+    offers = {}
+    for name, tensor, region in rank_boxes(catalog, strategy, rank, name_map):
+        offers[name] = _offer(catalog, tensor, region)
+    for name, tensor in catalog.extras.items():
+        whole = Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
+        offers.setdefault(name, _offer(catalog, tensor, whole))
+    return offers
+
+
+def _offer(catalog: Catalog, tensor: SourceTensor, region: Optional[Region]) -> Offer:
+    packed = catalog.notes.get(tensor.stored_name) == INT4
+    dtype = ms.qint4x2 if packed else _mindspore_dtype(tensor.meta.dtype)
+    return Offer(tensor, region, region.shape if region else tensor.meta.shape, dtype)
+
+
+def _mindspore_dtype(dtype: DType) -> Any:
+    name = {"Bool": "bool_", "BFloat16": "bfloat16"}.get(dtype.mindspore, dtype.mindspore.lower())
+    return getattr(ms, name, None)
+
+
+def nbytes_of(offer: Offer) -> int:
+    """Bytes of this rank's slice, in the checkpoint's dtype."""
+    return offer.tensor.meta.dtype.nbytes(math.prod(offer.shape))
+
+
+def match_parameters(
+    network: Any, offers: Mapping[str, Offer], strict: bool
+) -> tuple[list[Match], list[str], list[str]]:
+    """Pair Parameters with offers, by name, then (unless strict) by a common prefix as MindSpore does."""
+    matches, missing = [], []
+    unused = dict.fromkeys(offers)
+    waiting: dict[str, Any] = {}
+    parallel = _is_parallel(network)
+    for _, parameter in network.parameters_and_names():
+        name = parameter.name
+        if parameter.param_info.is_pipeline_shared_param:
+            continue
+        if name in offers:
+            if type(parameter).__name__ == "MapParameter":
+                raise UsageError(
+                    f"parameter {name!r} is a MapParameter, which cannot be resharded; load it with MindSpore"
+                )
+            matches.append(Match(parameter, name, offers[name]))
+            unused.pop(name, None)
+        elif not name.startswith(ACCUMULATED_GRADIENT_PREFIX) and not (parallel and not parameter.sliced):
+            missing.append(name)
+            waiting[name] = parameter
+    if missing and not strict:
+        for match in _match_by_prefix(missing, waiting, offers):
+            matches.append(match)
+            missing.remove(match.parameter.name)
+    return matches, missing, list(unused)
+
+
+def _is_parallel(network: Any) -> bool:
+    mode = ms.context.get_auto_parallel_context("parallel_mode")
+    return mode in ("semi_auto_parallel", "auto_parallel") or type(network).__name__ == "AutoParallel"
+
+
+def _match_by_prefix(missing: Sequence[str], waiting: Mapping[str, Any], offers: Mapping[str, Offer]) -> list[Match]:
+    """MindSpore's second chance: a checkpoint saved from a wrapper has every name behind one common prefix."""
+    left, found = list(missing), []
+    while left:
+        prefixes = (offer[: -len(name)] for name in left for offer in offers if offer.endswith(name) and offer != name)
+        prefix = next(prefixes, None)
+        hits = [] if prefix is None else [name for name in left if prefix + name in offers]
+        if not hits:
+            return found
+        for name in hits:
+            log.warning("parameter %r is loaded from %r of the checkpoint, matched by suffix", name, f"{prefix}{name}")
+            found.append(Match(waiting[name], f"{prefix}{name}", offers[f"{prefix}{name}"]))
+            left.remove(name)
+    return found
+
+
+def check_fit(match: Match, strict: bool) -> None:
+    """Raise LayoutMismatchError unless the slice fits its Parameter in shape and dtype, casts included."""
+    parameter, offer = match.parameter, match.offer
+    shape = tuple(parameter.shape)
+    trimmed = offer.shape[: len(shape)] if set(offer.shape[len(shape) :]) <= {1} else offer.shape
+    if shape != trimmed and not _takes_slice(match):
+        raise LayoutMismatchError(
+            f"parameter {parameter.name!r} has shape {list(shape)} in the network, but this rank's slice of it in the "
+            f"checkpoint is {list(offer.shape)} (full shape {list(offer.tensor.meta.shape)}); "
+            "check predict_strategy, and compile the network before loading if it is parallel"
+        )
+    if offer.dtype is None:
+        raise LayoutMismatchError(
+            f"parameter {parameter.name!r} is {offer.tensor.meta.dtype.name} in the checkpoint, which MindSpore has no "
+            "dtype for; convert the checkpoint first"
+        )
+    if parameter.dtype != offer.dtype and (
+        strict or not any({parameter.dtype, offer.dtype} <= family for family in _FAMILIES)
+    ):
+        raise LayoutMismatchError(
+            f"parameter {parameter.name!r} is {parameter.dtype} in the network and {offer.dtype} in the checkpoint; "
+            + ("strict_load forbids a cast" if strict else "MindSpore casts within floats and within ints only")
+        )
+
+
+def _takes_slice(match: Match) -> bool:
+    """A Parameter that still has its full shape and is not sliced yet takes the slice and its shape."""
+    return not match.parameter.sliced and tuple(match.parameter.shape) == match.offer.tensor.meta.shape

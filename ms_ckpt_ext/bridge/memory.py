@@ -1,0 +1,135 @@
+"""Parameters as memory on the CPU, where a Parameter's host memory is its only memory.
+
+Bytes written to `Parameter.asnumpy()` are in the Parameter; that this holds is checked each time. Where it does not
+(not yet initialised or sliced, packed types), a buffer takes the bytes and becomes the Parameter's data afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+import numpy as np
+from mindspore.common.np_dtype import bfloat16
+
+from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
+from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DType
+from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.strided import copy_box
+from ms_ckpt_ext.engine.live import HostSink
+from ms_ckpt_ext.engine.pump import copy_strided
+from ms_ckpt_ext.transport.base import Bytes
+
+log = logging.getLogger("ms_ckpt_ext")
+_NUMPY: Mapping[str, Any] = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "U16": np.uint16,
+    "F16": np.float16,
+    "BF16": bfloat16,
+    "I32": np.int32,
+    "U32": np.uint32,
+    "F32": np.float32,
+    "C64": np.complex64,
+    "F64": np.float64,
+    "I64": np.int64,
+    "U64": np.uint64,
+    "C128": np.complex128,
+}
+
+
+def own_memory(parameter: Any, elements: int) -> Optional[Bytes]:
+    """The Parameter's memory as flat bytes, where writing to it is writing to the Parameter; None elsewhere."""
+    if ms.context.get_context("device_target") != "CPU" or parameter.dtype == ms.qint4x2:
+        return None
+    if math.prod(parameter.shape) != elements or not elements:
+        return None
+    if parameter.has_init:
+        parameter.init_data()
+    host = parameter.asnumpy()
+    if not host.flags.writeable or not host.flags.c_contiguous or host.ctypes.data != parameter.asnumpy().ctypes.data:
+        return None
+    return host.reshape(-1).view(np.uint8)
+
+
+def tensor_of(buffer: Bytes, offer: Offer) -> Any:
+    """A buffer of a slice's bytes as a MindSpore tensor of the checkpoint's dtype."""
+    if offer.dtype == ms.qint4x2:
+        return ms.Tensor(buffer.view(np.int8).reshape(offer.shape), dtype=ms.qint4x2)
+    numpy = _NUMPY.get(offer.tensor.meta.dtype.name)
+    if numpy is not None:
+        return ms.Tensor.from_numpy(buffer.view(numpy).reshape(offer.shape))
+    return ms.Tensor.from_numpy(buffer.reshape(offer.shape)).view(offer.dtype)  # 8-bit floats, which numpy lacks
+
+
+def give(match: Match, buffer: Bytes) -> None:
+    """Make a buffer the data of its Parameter, cast as MindSpore casts."""
+    parameter = match.parameter
+    tensor = tensor_of(buffer, match.offer)
+    if tensor.shape != parameter.shape and len(tensor.shape) > len(parameter.shape):
+        tensor = tensor.reshape(parameter.shape)
+    if tensor.dtype != parameter.dtype:
+        log.warning("parameter %r is cast from %s to %s", parameter.name, tensor.dtype, parameter.dtype)
+        tensor = ms.Tensor(tensor.asnumpy(), parameter.dtype)
+    parameter.set_data(tensor, bool(parameter.sliced) or tensor.shape != parameter.shape)
+    mark_loaded(parameter)
+
+
+def mark_loaded(parameter: Any) -> None:
+    """Tell MindSpore that the Parameter has its data."""
+    if hasattr(parameter, "init_param") and not parameter.init_param:
+        parameter.init_param = True
+
+
+class CastSink:
+    """A Parameter's memory of another dtype: every piece is cast as it lands."""
+
+    def __init__(self, memory: Bytes, shape: Shape, source: DType, parameter: Any) -> None:
+        self._memory, self._shape, self._source = memory, shape, source
+        self._dtype = parameter.dtype
+        self._target = BY_MINDSPORE[str(parameter.dtype)]
+
+    def place(self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region) -> None:
+        """Cut, cast, copy."""
+        whole = Region((0,) * len(shape), box.shape)
+        piece = np.empty(self._source.nbytes(box.size), np.uint8)
+        copy = copy_box(shape, box, box.shape, whole, self._source)
+        copy_strided(copy._replace(source=copy.source + offset), source, piece)
+        values = ms.Tensor(piece.view(_NUMPY[self._source.name]), self._dtype).asnumpy()
+        cast = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        copy_strided(copy_box(box.shape, whole, self._shape, region, self._target), cast, self._memory)
+
+
+class ParameterSink:
+    """Where one Parameter's slice lands on the CPU; `finish` when all of it has."""
+
+    def __init__(self, match: Match) -> None:
+        offer, parameter = match.offer, match.parameter
+        self._match = match
+        self._buffer: Optional[Bytes] = None
+        source = offer.tensor.meta.dtype
+        memory = own_memory(parameter, math.prod(offer.shape))
+        if memory is None or (parameter.dtype != offer.dtype and source.name not in _NUMPY):
+            self._buffer = np.empty(nbytes_of(offer), np.uint8)
+            self._sink: Union[HostSink, CastSink] = HostSink(self._buffer, offer.shape, source)
+        elif parameter.dtype == offer.dtype:
+            self._sink = HostSink(memory, offer.shape, source)
+        else:
+            log.warning("parameter %r is cast from %s to %s", parameter.name, offer.dtype, parameter.dtype)
+            self._sink = CastSink(memory, offer.shape, source, parameter)
+
+    def place(self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region) -> None:
+        """See `engine.live.Sink`."""
+        self._sink.place(source, offset, shape, box, region)
+
+    def finish(self) -> None:
+        """Give a buffer to the Parameter, if there was one."""
+        if self._buffer is not None:
+            give(self._match, self._buffer)
+            self._buffer = None
+        mark_loaded(self._match.parameter)

@@ -1,0 +1,198 @@
+"""A checkpoint into the Cells of all ranks at once: survey, match, agree, exchange, compare.
+
+Collective: every rank of the job calls it. An error on one rank, whatever it was, is raised on all of them; before the
+first round nothing is changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+
+from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
+from ms_ckpt_ext.bridge.memory import ParameterSink
+from ms_ckpt_ext.bridge.network import fill_matches, half_done, warn_missing
+from ms_ckpt_ext.core import cost
+from ms_ckpt_ext.core.layout import Layout, whole
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine import session
+from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of
+from ms_ckpt_ext.engine.demand import Want
+from ms_ckpt_ext.engine.live import HostMover
+from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
+from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.errors import CheckpointError, LoadError
+from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.transport.agree import share_status
+from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.select import choose
+
+T = TypeVar("T")
+log = logging.getLogger("ms_ckpt_ext")
+HOST_VARIABLE = "MS_CKPT_EXT_HOST"
+
+
+class Source(NamedTuple):
+    """A checkpoint that ranks look at together.
+
+    Attributes:
+        look: lists its files on this host.
+        read_index, open_reader: how a file is read.
+        strategy: the strategy that cut it; None for a merged one.
+    """
+
+    look: Callable[[], Listing]
+    read_index: Callable[[str], FileIndex]
+    open_reader: Callable[[str], ByteReader]
+    strategy: Optional[Strategy]
+
+
+def fill_together(
+    network: Any,
+    source: Source,
+    target: Optional[Strategy],
+    rank: int,
+    name_map: Mapping[str, str],
+    strict: bool,
+    options: LoadOptions,
+    workers: int,
+    limits: Limits,
+    observe: Optional[Callable[[LoadReport], None]] = None,
+) -> tuple[list[str], list[str]]:
+    """Fill the networks of all ranks.
+
+    Returns:
+        (Parameters that got nothing, checkpoint names that went nowhere), of this rank.
+
+    Raises:
+        DisagreementError, PeerError, TransportError: see `errors`.
+        LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
+    """
+    transport = choose(timeout=options.timeout)
+    try:
+        host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
+        seen = survey(transport, source.look, source.read_index, host)
+        catalog = catalog_of(seen.indexes, seen.sharded, seen.names, source.strategy)
+
+        def settle() -> tuple[list[Match], list[str], list[str]]:
+            check_cell(network)
+            found = match_parameters(network, offers_of(catalog, target, rank, name_map), strict)
+            for match in found[0]:
+                check_fit(match, strict)
+            return found
+
+        matches, missing, unused = _on_all(transport, settle)
+        ready = _prepare(transport, seen, catalog, matches, source.strategy, target, rank, name_map, options)
+        report = _load(transport, ready, matches, source, options, workers, limits)
+        if observe is not None:
+            observe(report)
+    finally:
+        transport.close()
+    warn_missing(missing)
+    return missing, unused
+
+
+def _on_all(transport: Transport[Any], step: Callable[[], T]) -> T:
+    """Make a step of this rank's own; if it fails on any rank, all raise."""
+    error: Optional[BaseException] = None
+    result: Optional[T] = None
+    try:
+        result = step()
+    except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
+        error = problem
+    share_status(transport, error)
+    return result  # type: ignore[return-value]
+
+
+def _prepare(
+    transport: Transport[Any],
+    seen: Survey,
+    catalog: Catalog,
+    matches: Sequence[Match],
+    trained: Optional[Strategy],
+    target: Optional[Strategy],
+    rank: int,
+    name_map: Mapping[str, str],
+    options: LoadOptions,
+) -> Prepared:
+    wants = {match.name: _want(match, target, rank) for match in matches}
+    facts = {"source strategy": repr(trained and sorted(trained.layouts.items()))}
+    facts["target strategy"] = repr(target and (target.devices_per_stage, target.stages))
+    facts["name_map"] = repr(sorted(name_map.items()))
+    hardware = cost.ASCEND if _on_device(transport) else cost.CPU
+    return session.prepare(transport, seen, catalog, wants, options, hardware, facts)
+
+
+def _want(match: Match, target: Optional[Strategy], rank: int) -> Want:
+    tensor = match.offer.tensor
+    layout: Optional[Layout] = None
+    if target is not None and match.offer.region is not None and match.offer.shape != tensor.meta.shape:
+        layout = target.layout(match.name, rank)
+    return Want(tensor.meta.name, layout or whole(len(tensor.meta.shape)))
+
+
+def _on_device(transport: Transport[Any]) -> bool:
+    return type(transport).__name__ == "Hccl"
+
+
+def _load(
+    transport: Transport[Any],
+    ready: Prepared,
+    matches: Sequence[Match],
+    source: Source,
+    options: LoadOptions,
+    workers: int,
+    limits: Limits,
+) -> LoadReport:
+    by_name = {match.name: match for match in matches}
+    names = [match.parameter.name for match in matches]
+    try:
+        with ReaderPool(ready.catalog.files, source.open_reader) as readers:
+            if ready.cooperative:
+                report = _exchange(transport, ready, by_name, readers, options)
+            else:
+                _on_all(transport, lambda: fill_matches(matches, ready.catalog, readers, workers, limits))
+                report = LoadReport("direct", readers.count)
+            readers.verify()
+        if options.verify != "none":
+            session.compare_replicas(transport, ready, lambda number: _digest(by_name.get(ready.demands[number].name)))
+    except LoadError:
+        raise
+    except CheckpointError as error:
+        raise half_done(error, names) from error
+    log.info("loaded %d parameters: %s", len(matches), report)
+    return report
+
+
+def _exchange(
+    transport: Transport[Any],
+    ready: Prepared,
+    by_name: Mapping[str, Match],
+    readers: ReaderPool,
+    options: LoadOptions,
+) -> LoadReport:
+    wanted = [(number, by_name[d.name]) for number, d in enumerate(ready.demands) if d.name in by_name]
+    if _on_device(transport):
+        from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink
+
+        mover: Any = DeviceMover(transport)
+        sinks: dict[int, Union[ParameterSink, DeviceSink]] = {n: DeviceSink(match, transport) for n, match in wanted}
+    else:
+        mover = HostMover()
+        sinks = {number: ParameterSink(match) for number, match in wanted}
+    report = session.exchange(transport, ready, mover, sinks, readers, options)
+    for sink in sinks.values():
+        sink.finish()
+    return report
+
+
+def _digest(match: Optional[Match]) -> Optional[str]:
+    if match is None:
+        return None
+    return session.digest_of(match.parameter.asnumpy().reshape(-1).view("uint8"))

@@ -1,0 +1,214 @@
+"""A load that ranks make together, whatever holds their parameters: agree, plan, exchange, compare.
+
+The steps are collective: every rank calls them in this order, and an error on one is raised on all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional, TypeVar
+
+import xxhash
+
+from ms_ckpt_ext._version import __version__
+from ms_ckpt_ext.core import cost
+from ms_ckpt_ext.core.exchange import Demand, ExchangeLimits, ExchangePlan, plan_exchange
+from ms_ckpt_ext.core.layout import cell_region
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.demand import Want, demands_of, share_wants
+from ms_ckpt_ext.engine.live import Mover, Sink, run_exchange
+from ms_ckpt_ext.engine.survey import Survey, header_digest
+from ms_ckpt_ext.engine.trace import Trace
+from ms_ckpt_ext.errors import ChecksumError, CoverageError, UsageError
+from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from ms_ckpt_ext.transport.agree import agree, share_status
+from ms_ckpt_ext.transport.base import Bytes, Transport, name_ranks
+
+B = TypeVar("B")
+MODES = ("auto", "direct", "cooperative")
+VERIFY = ("none", "replicas", "full")
+_SHARE_OF_LOAD = 24
+"""A chunk is at most this fraction of a rank's fair share of the reading, so that readers can be balanced within 5 %."""
+log = logging.getLogger("ms_ckpt_ext")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a load is to be made.
+
+    Attributes:
+        mode: "direct": every rank reads its own bytes, nobody communicates. "cooperative": every byte is read by one
+            rank and exchanged. "auto": the cheaper of the two by the cost model.
+        bucket_bytes: staging memory of a rank for one round.
+        prefetch: rounds read ahead.
+        threads: reading threads of a rank.
+        verify: "none"; "replicas" compares digests between ranks that hold the same region; "full" also checks the
+            source files against their digest manifest before anything is changed.
+        trace: path of a Chrome trace to write; "" for none.
+        timeout: seconds that one exchange may last.
+        host: name of this rank's host; ranks of a host see the same files.
+    """
+
+    mode: str = "auto"
+    bucket_bytes: int = 64 << 20
+    prefetch: int = 1
+    threads: int = 2
+    verify: str = "none"
+    trace: str = ""
+    timeout: float = 600.0
+    host: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY)):
+            if value not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        if self.bucket_bytes < 4096 or self.prefetch < 0 or self.threads < 1 or self.timeout <= 0:
+            raise UsageError(
+                "bucket_bytes must be at least 4096, prefetch at least 0, threads at least 1 and timeout above 0; "
+                f"got {self.bucket_bytes}, {self.prefetch}, {self.threads}, {self.timeout}"
+            )
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all ranks."""
+        return {"code version": __version__, "mode": self.mode, "bucket_bytes": str(self.bucket_bytes)} | {
+            "verify": self.verify,
+            "trace": str(bool(self.trace)),
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A load that all ranks agree on."""
+
+    catalog: Catalog
+    demands: tuple[Demand, ...]
+    plan: ExchangePlan
+    cooperative: bool
+
+
+@dataclass
+class LoadReport:
+    """What one rank did, in bytes and calls."""
+
+    mode: str
+    reads: ReadCount = field(default_factory=ReadCount)
+    bytes_received: int = 0
+    rounds: int = 0
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def prepare(
+    transport: Transport[Any],
+    seen: Survey,
+    catalog: Catalog,
+    wants: Mapping[str, Want],
+    options: LoadOptions,
+    hardware: cost.Hardware,
+    more_facts: Mapping[str, str],
+) -> Prepared:
+    """Agree on the inputs, learn what all ranks want, plan, and choose the mode.
+
+    Raises:
+        DisagreementError: ranks were started with different inputs.
+        CoverageError: a region that some rank wants is in no file that anyone sees.
+    """
+    headers = xxhash.xxh3_128("".join(header_digest(index) for index in catalog.files).encode()).hexdigest()
+    agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
+    demands = demands_of(catalog, share_wants(transport, wants))
+    sees = None if seen.sees is None else {number: ranks for number, ranks in enumerate(seen.sees.values())}
+    try:
+        plan = plan_exchange(
+            demands, transport.size, catalog.stored, limits_for(demands, transport.size, options), sees
+        )
+    except CoverageError as error:
+        raise CoverageError(f"{error} (hosts asked: {', '.join(seen.hosts)})") from error
+    agree(transport, {"plan": repr((plan.chunks, plan.rounds))})
+    return Prepared(catalog, tuple(demands), plan, _cooperative(plan, sees is None, options, hardware))
+
+
+def limits_for(demands: Sequence[Demand], world: int, options: LoadOptions) -> ExchangeLimits:
+    """Chunks of several MiB, smaller where the checkpoint is, so that every reader has several."""
+    total = sum(d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands)
+    chunk = min(ExchangeLimits().chunk, max(1024, total // (world * _SHARE_OF_LOAD)))
+    return ExchangeLimits(options.bucket_bytes, chunk)
+
+
+def _cooperative(plan: ExchangePlan, all_see_all: bool, options: LoadOptions, hardware: cost.Hardware) -> bool:
+    if options.mode != "auto" or not all_see_all:
+        return options.mode != "direct"
+    read, received = plan.bytes_read(), plan.bytes_received()
+    together = cost.cooperative_seconds(read, received, len(plan.rounds), hardware)
+    alone = cost.direct_seconds(wanted_bytes(plan), hardware)
+    log.info("predicted: direct %.3f s, cooperative %.3f s", alone, together)
+    return any(received) and together < alone
+
+
+def wanted_bytes(plan: ExchangePlan) -> list[int]:
+    """Bytes that every rank wants."""
+    totals = [0] * plan.world
+    for part in plan.parts:
+        for delivery in part.deliveries:
+            nbytes = plan.dtype(part).nbytes(delivery.in_part.size)
+            for rank in delivery.ranks:
+                totals[rank] += nbytes
+    return totals
+
+
+def exchange(
+    transport: Transport[B],
+    prepared: Prepared,
+    mover: Mover[B],
+    sinks: Mapping[int, Sink[B]],
+    readers: ReaderPool,
+    options: LoadOptions,
+) -> LoadReport:
+    """Run a prepared cooperative load. Raises as `run_exchange`."""
+    trace = Trace(transport.rank, bool(options.trace))
+    run_exchange(prepared.plan, transport, mover, sinks, readers, options.prefetch, options.threads, trace)
+    if options.trace:
+        events = transport.share(zlib.compress(json.dumps(trace.events).encode()))
+        if transport.rank == 0:
+            Trace.save_all([json.loads(zlib.decompress(part)) for part in events], options.trace)
+    received = prepared.plan.bytes_received()[transport.rank]
+    return LoadReport("cooperative", readers.count, received, len(prepared.plan.rounds))
+
+
+def compare_replicas(transport: Transport[Any], prepared: Prepared, digest: Callable[[int], Optional[str]]) -> None:
+    """Compare what ranks hold of the same region.
+
+    Args:
+        digest: number of a demand -> digest of this rank's slice; None where it has none.
+
+    Raises:
+        ChecksumError: on all ranks; names the parameter, the ranks, and both digests.
+    """
+    mine: list[Optional[str]] = []
+    error: Optional[BaseException] = None
+    try:
+        mine = [digest(number) for number in range(len(prepared.demands))]
+    except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
+        error = problem
+    share_status(transport, error)
+    theirs = [json.loads(zlib.decompress(a)) for a in transport.share(zlib.compress(json.dumps(mine).encode()))]
+    for number, demand in enumerate(prepared.demands):
+        for grid in demand.grids:
+            for cell, ranks in grid.ranks.items():
+                digests = {rank: theirs[rank][number] for rank in ranks}
+                odd = [rank for rank in ranks if digests[rank] != digests[ranks[0]]]
+                if odd:
+                    region = cell_region(cell, grid.parts, demand.tensor.meta.shape)
+                    raise ChecksumError(
+                        f"parameter {demand.name!r}, region {region}: {name_ranks([ranks[0]])} holds digest "
+                        f"{digests[ranks[0]]}, {name_ranks(odd)} {digests[odd[0]]}; replicas must be equal: "
+                        "the source files differ or a transfer was damaged, load again with mode='cooperative'"
+                    )
+
+
+def digest_of(data: Bytes) -> str:
+    """xxh3-128 of flat bytes, as hex."""
+    return str(xxhash.xxh3_128_hexdigest(data))

@@ -1,0 +1,69 @@
+"""One answer on all ranks, built on `share` alone, so it is the same over every transport.
+
+Both functions are collective: all ranks call them at the same point, and all ranks leave them the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from typing import Any, Mapping, Optional, Union
+
+from ms_ckpt_ext.errors import DisagreementError, PeerError
+from ms_ckpt_ext.transport.base import Transport, name_ranks
+
+_MAX_MESSAGE = 4000
+"""Characters of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""
+
+
+def agree(transport: Transport[Any], facts: Mapping[str, Union[bytes, str]]) -> None:
+    """Make sure that all ranks were started with the same `facts` (name -> value).
+
+    Only digests travel.
+
+    Raises:
+        DisagreementError: on every rank, when any fact differs anywhere; names the facts, and the ranks that differ
+            from the majority (from the lowest ranks where there is none).
+    """
+    mine = json.dumps({name: _digest(value) for name, value in facts.items()}).encode()
+    answers = [json.loads(answer) for answer in transport.share(mine)]
+    names = sorted(set().union(*answers))
+    complaints = [text for text in (_odd_ones(name, [a.get(name) for a in answers]) for name in names) if text]
+    if complaints:
+        raise DisagreementError(
+            f"the ranks were started with different inputs: {'; '.join(complaints)}. "
+            "Give every rank the same arguments, files and versions"
+        )
+
+
+def _digest(value: Union[bytes, str]) -> str:
+    return hashlib.blake2b(value.encode() if isinstance(value, str) else value, digest_size=16).hexdigest()
+
+
+def _odd_ones(name: str, digests: list[Optional[str]]) -> str:
+    """Who differs in one fact, as text; empty when nobody does."""
+    common = Counter(digests).most_common(1)[0][0]  # the first seen wins a tie: that of the lowest rank
+    odd = [rank for rank, digest in enumerate(digests) if digest != common]
+    if not odd:
+        return ""
+    rest = [rank for rank, digest in enumerate(digests) if digest == common]
+    return f"{name!r} on {name_ranks(odd)} is not what it is on {name_ranks(rest)}"
+
+
+def share_status(transport: Transport[Any], error: Optional[BaseException] = None) -> None:
+    """Tell all ranks how this one fares, and learn how they do: the end of every step that may fail on one rank.
+
+    Raises:
+        the rank's own `error`, when it has one;
+        PeerError: when another rank has; its `rank` is the lowest that failed, its message carries that rank's.
+    """
+    mine = b"" if error is None else json.dumps([type(error).__name__, str(error)[:_MAX_MESSAGE]]).encode()
+    answers = transport.share(mine)
+    if error is not None:
+        raise error
+    failed = [rank for rank, answer in enumerate(answers) if answer]
+    if failed:
+        kind, message = json.loads(answers[failed[0]])
+        others = f" ({name_ranks(failed[1:])} failed too)" if failed[1:] else ""
+        raise PeerError(f"rank {failed[0]} failed with {kind}: {message}{others}", failed[0])

@@ -1,0 +1,137 @@
+"""Rank 0's side of the control plane, and the frames that travel on it. See `control`."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import selectors
+import socket
+import struct
+import threading
+import time
+
+from ms_ckpt_ext.transport.base import name_ranks
+
+FRAME = struct.Struct("<4sIQ")  # kind, rank, length of what follows
+HELLO, DATA, BYE, GONE, LATE = b"helo", b"data", b"bye.", b"gone", b"late"
+LENGTH = struct.Struct("<Q")
+
+
+class Hub:
+    """Rank 0's thread: collects one payload of every rank, answers all; tells all when one is gone or late."""
+
+    def __init__(self, size: int, timeout: float, host: str) -> None:
+        self._size = size
+        self._timeout = timeout
+        self._token = secrets.token_hex(8)
+        # Ranks of other hosts may reach this one by another of its addresses: then on all interfaces.
+        local = host.startswith("127.") or host == "localhost"
+        self._server = socket.create_server((host if local else "", 0), backlog=1024)
+        self.address = f"{host} {self._server.getsockname()[1]} {self._token}"
+        self._connections: dict[int, socket.socket] = {}
+        self._payloads: dict[int, bytes] = {}
+        self._since = 0.0
+        self._left: set[int] = set()
+        threading.Thread(target=self._serve, name="ms_ckpt_ext hub", daemon=True).start()
+
+    def _serve(self) -> None:
+        with selectors.DefaultSelector() as selector, self._server:
+            selector.register(self._server, selectors.EVENT_READ, bytearray())
+            while len(self._left) < self._size:
+                for key, _ in selector.select(1.0):
+                    if key.fileobj is self._server:
+                        self._accept(selector)
+                    elif isinstance(key.fileobj, socket.socket) and not self._read(key.fileobj, key.data):
+                        selector.unregister(key.fileobj)
+                        self._lost(key.fileobj)
+                self._remind()
+        for connection in self._connections.values():
+            connection.close()
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        connection, _ = self._server.accept()
+        tune(connection)
+        selector.register(connection, selectors.EVENT_READ, bytearray())
+
+    def _read(self, connection: socket.socket, received: bytearray) -> bool:
+        """Take what has come; False when the connection is over."""
+        try:
+            chunk = connection.recv(1 << 16)
+        except OSError:
+            return False
+        received += chunk
+        if connection not in self._connections.values() and not self._greet(connection, received):
+            return False
+        for kind, rank, body in take_frames(received):
+            if kind == DATA:
+                self._since = self._since if self._payloads else time.monotonic()
+                self._payloads[rank] = body
+            elif kind == BYE:
+                self._left.add(rank)
+        self._answer()
+        return bool(chunk)
+
+    def _greet(self, connection: socket.socket, received: bytearray) -> bool:
+        """True when the connection is that of a rank, or may yet become so."""
+        greeting = FRAME.size + len(self._token)
+        if len(received) < greeting:
+            return True
+        kind, rank, _ = FRAME.unpack_from(received)
+        known = kind == HELLO and rank < self._size and received[FRAME.size : greeting] == self._token.encode()
+        if known:
+            self._connections[rank] = connection
+            del received[:greeting]
+        return bool(known)
+
+    def _answer(self) -> None:
+        if len(self._payloads) == self._size:
+            ordered = [self._payloads[rank] for rank in range(self._size)]
+            self._payloads.clear()
+            self._tell(DATA, 0, b"".join(LENGTH.pack(len(body)) + body for body in ordered))
+        elif self._payloads and self._left:
+            rank = min(self._left)
+            self._tell(GONE, rank, f"rank {rank} has left: its transport was closed before".encode())
+
+    def _remind(self) -> None:
+        if self._payloads and time.monotonic() - self._since > self._timeout:
+            missing = [rank for rank in range(self._size) if rank not in self._payloads]
+            self._since = time.monotonic()
+            text = f"{name_ranks(missing)} did not come within {self._timeout:g} s, though alive; what keeps them?"
+            self._tell(LATE, 0, text.encode())
+
+    def _lost(self, connection: socket.socket) -> None:
+        connection.close()
+        for rank, known in list(self._connections.items()):
+            if known is connection:
+                del self._connections[rank]
+                if rank not in self._left:
+                    self._left.add(rank)
+                    text = f"rank {rank} is gone: its process ended or was killed; look at its log for the cause"
+                    self._tell(GONE, rank, text.encode())
+
+    def _tell(self, kind: bytes, rank: int, body: bytes) -> None:
+        message = FRAME.pack(kind, rank, len(body)) + body
+        for receiver in sorted(self._connections, reverse=True):  # this process last: with this it may end
+            with contextlib.suppress(OSError):  # its end is noticed by the next read
+                self._connections[receiver].sendall(message)
+
+
+def tune(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):  # Linux
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def take_frames(received: bytearray) -> list[tuple[bytes, int, bytes]]:
+    """Remove and return the complete frames at the front."""
+    found = []
+    while len(received) >= FRAME.size:
+        kind, rank, length = FRAME.unpack_from(received)
+        end = FRAME.size + length
+        if len(received) < end:
+            break
+        found.append((kind, rank, bytes(received[FRAME.size : end])))
+        del received[:end]
+    return found

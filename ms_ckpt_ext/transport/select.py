@@ -1,0 +1,84 @@
+"""Which transport fits the process as it is. mindspore is imported only if a backend of its is asked for or in use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Optional
+
+from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.local import LocalTransport
+
+ENVIRONMENT = "MS_CKPT_EXT_TRANSPORT"
+NAMES = ("local", "mccl", "hccl")
+DEFAULT_TIMEOUT = 600.0
+"""Seconds. A rank that died is noticed at once; this bounds waiting for one that lives and does not come, and must be
+longer than the slowest rank's read of one round from a loaded file system."""
+
+
+def choose(
+    device_target: Optional[str] = None,
+    override: Optional[str] = None,
+    timeout: float = DEFAULT_TIMEOUT,
+    group: Optional[str] = None,
+) -> Transport[Any]:
+    """The transport between the ranks of this job.
+
+    A process whose communication was not initialized, or is alone in its job, is on its own: "local". All ranks must
+    come to the same answer: they call this together, and with the same arguments.
+
+    Args:
+        device_target: "Ascend" or "CPU"; default: what mindspore is set to.
+        override: one of `NAMES`; default: the environment variable MS_CKPT_EXT_TRANSPORT, if set.
+        timeout: seconds that one call may last while all ranks are alive.
+        group: an existing communication group instead of the whole job (Ascend only).
+
+    Raises:
+        UsageError: unknown name or device target, or `group` where it has no meaning.
+        TransportError: a backend was asked for whose communication is not initialized.
+    """
+    name = override or os.environ.get(ENVIRONMENT) or _fitting(device_target)
+    if name not in NAMES:
+        source = "override" if override else ENVIRONMENT
+        raise UsageError(f"{source}={name!r}: choose one of {', '.join(NAMES)}, or leave it unset")
+    if group is not None and name != "hccl":
+        raise UsageError(f"group={group!r} needs the hccl transport, and this job uses {name}")
+    if name == "local":
+        return LocalTransport()
+    if not _initialized():
+        raise TransportError(
+            f"the {name} transport was asked for, but this process is not part of a job: start it with msrun and call "
+            "mindspore.communication.init() (Ascend: mint.distributed.init_process_group()) before"
+        )
+    if name == "mccl":
+        from ms_ckpt_ext.transport.mccl import Mccl
+
+        return Mccl(timeout)
+    from ms_ckpt_ext.transport.hccl import Hccl
+
+    return Hccl(timeout, group)
+
+
+def _fitting(device_target: Optional[str]) -> str:
+    if not _initialized():
+        return "local"
+    import mindspore
+    from mindspore.mint import distributed
+
+    if distributed.get_world_size() == 1:
+        return "local"
+    target = device_target or mindspore.get_context("device_target")
+    fitting = {"CPU": "mccl", "Ascend": "hccl"}.get(target)
+    if fitting is None:
+        raise UsageError(f"device target {target!r}: only CPU and Ascend are known")
+    return fitting
+
+
+def _initialized() -> bool:
+    """Whether this process is one of several that can communicate. Nobody could have done that without mindspore."""
+    if "mindspore" not in sys.modules:
+        return False
+    from mindspore.mint import distributed
+
+    return bool(distributed.is_initialized())
