@@ -1,0 +1,174 @@
+"""Runs a worker script on N ranks of this host, as a user would with msrun, and returns what every rank wrote.
+
+Two ways of starting the same script:
+
+* supervised (default): `msrun --join=True`. msrun looks at its workers once a second and kills all of them when one
+  has failed, so a rank that outlives another has about a second to say something.
+* unsupervised: the same processes with the environment variables of MindSpore's "dynamic cluster" start-up, and nobody
+  who kills survivors, as on a cluster whose other hosts have launchers of their own. Fault tests use it: how a
+  survivor ends is then its own doing.
+
+No process outlives a call, whatever happens: descendants are found through psutil, because msrun gives each worker a
+session of its own and so a kill of the process group would miss them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping, Optional
+
+import psutil
+
+from tests.harness import emulator
+
+ROOT = Path(__file__).resolve().parents[2]
+_TAIL = 3000
+
+
+@dataclass(frozen=True)
+class MsrunResult:
+    """How a run ended.
+
+    Attributes:
+        returncode: 0, or that of msrun or of the first rank that failed; None when it was stopped by the timeout.
+        logs: "worker_0", "worker_1", …, "scheduler" (and "msrun") -> everything that was written there.
+        returncodes: of every rank; empty for a supervised run, where only msrun knows them.
+        seconds: wall time of the whole run.
+    """
+
+    returncode: Optional[int]
+    logs: Mapping[str, str]
+    returncodes: tuple[Optional[int], ...]
+    seconds: float
+
+    def worker(self, rank: int) -> str:
+        """Log of a rank."""
+        return self.logs[f"worker_{rank}"]
+
+    def tails(self) -> str:
+        """The end of every log, for a message."""
+        return "\n".join(f"---- {name} ----\n{text[-_TAIL:]}" for name, text in sorted(self.logs.items()))
+
+
+def run_msrun(
+    script: Path,
+    *args: object,
+    ranks: int,
+    tmp_path: Path,
+    device: str = "cpu",
+    env: Optional[Mapping[str, str]] = None,
+    timeout: float = 120,
+    expect_failure: bool = False,
+    supervised: bool = True,
+) -> MsrunResult:
+    """Run `script *args` on `ranks` ranks and wait for all of them.
+
+    Args:
+        device: "cpu", or "ascend" for the emulated one (the test is skipped where that cannot be built).
+        env: additional variables; `CANNEMU_*` of the caller are passed on too.
+        timeout: seconds after which everything is killed and the run counts as hung.
+        expect_failure: return a run that failed instead of raising; a hung one raises all the same.
+        supervised: see the module.
+
+    Raises:
+        AssertionError: the run hung, or failed though that was not expected; it shows the tail of every log.
+    """
+    command = [sys.executable, str(Path(script).resolve()), *map(str, args)]
+    variables = _environment(device, env or {})
+    log_dir = tmp_path / f"log_{time.monotonic_ns()}"
+    log_dir.mkdir(parents=True)
+    start = time.monotonic()
+    launch = _msrun if supervised else _dynamic_cluster
+    codes = launch(command, ranks, variables, log_dir, start + timeout)
+    logs = {path.stem: path.read_text(errors="replace") for path in log_dir.glob("*.log")}
+    code = next((code for code in codes if code != 0), 0)
+    result = MsrunResult(code, logs, () if supervised else tuple(codes), time.monotonic() - start)
+    if None in codes:
+        raise AssertionError(f"{script.name} on {ranks} ranks ({device}) still ran after {timeout} s\n{result.tails()}")
+    if code and not expect_failure:
+        raise AssertionError(f"{script.name} on {ranks} ranks ({device}) failed: {codes}\n{result.tails()}")
+    return result
+
+
+def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
+    """For the workers. One thread per rank: 8 ranks on 2 cores otherwise spend their time waiting for each other."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
+    env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2", PYTHONUNBUFFERED="1")
+    # msrun starts "python": it must be this one, also in a virtual environment that is not activated.
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    if device == "ascend":
+        env = emulator.environment(emulator.emulator_or_skip(), env)
+        env.setdefault("CANNEMU_TIMEOUT", "30")
+    elif device != "cpu":
+        raise ValueError(f"device is 'cpu' or 'ascend', not {device!r}")
+    env.update(extra)
+    return env
+
+
+def _msrun(
+    command: list[str], ranks: int, env: Mapping[str, str], log_dir: Path, deadline: float
+) -> list[Optional[int]]:
+    launcher = [sys.executable, "-c", "from mindspore.parallel.cluster.run import main; main()"]
+    options = [f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={_free_port()}"]
+    options += [f"--log_dir={log_dir}", "--join=True", "--cluster_time_out=60", "--tail_worker_log=0"]
+    with open(log_dir / "msrun.log", "w") as out, ExitStack() as stack:
+        process = subprocess.Popen(
+            [*launcher, *options, *command[1:]], env=dict(env), stdout=out, stderr=subprocess.STDOUT, cwd=log_dir
+        )
+        stack.callback(_kill, [process])
+        return _wait([process], deadline)
+
+
+def _dynamic_cluster(
+    command: list[str], ranks: int, env: Mapping[str, str], log_dir: Path, deadline: float
+) -> list[Optional[int]]:
+    shared = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(_free_port())}
+    shared.update(MS_TOPO_TIMEOUT="60", RANK_SIZE=str(ranks))
+    roles = {"scheduler": {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}}
+    for rank in map(str, range(ranks)):
+        roles[f"worker_{rank}"] = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": rank, "RANK_ID": rank, "DEVICE_ID": rank}
+    processes: list[subprocess.Popen[bytes]] = []
+    with ExitStack() as stack:
+        stack.callback(_kill, processes)
+        for name, role in roles.items():
+            out = stack.enter_context(open(log_dir / f"{name}.log", "w"))
+            full = {**env, **shared, **role}
+            processes.append(subprocess.Popen(command, env=full, stdout=out, stderr=subprocess.STDOUT, cwd=log_dir))
+        # The scheduler is not waited for: it may stay for minutes after a worker was lost.
+        return _wait(processes[1:], deadline)
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], deadline: float) -> list[Optional[int]]:
+    """Return codes of all; None for one that still ran at the deadline."""
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+    return [process.poll() for process in processes]
+
+
+def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Kill what is left of these, descendants first listed then killed, so that none is lost with its parent."""
+    victims = []
+    for process in processes:
+        if process.poll() is None:
+            victims += [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in victims:
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+    for process in processes:
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,182 @@
+"""The control plane over real sockets; ranks are threads, and a rank dies by losing its connection."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any, Callable
+
+import pytest
+
+from ms_ckpt_ext.errors import PeerError, TransportError
+from ms_ckpt_ext.transport.control import CELL_BYTES, ControlPlane, pack_cell, unpack_cell
+from ms_ckpt_ext.transport.hub import FRAME, HELLO
+from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+
+SOON = 10.0
+
+
+def job(size: int, fn: Callable[[ControlPlane], Any], timeout: float = 60.0) -> list[Any]:
+    """Run `fn` on every rank of a control plane and give what each returned or raised."""
+
+    def work(t: LocalTransport) -> Any:
+        plane = ControlPlane(t.rank, size, t.share, timeout, "127.0.0.1")
+        t.share(b"")  # nobody dies before everybody is connected
+        try:
+            return fn(plane)
+        except Exception as error:
+            return error
+        finally:
+            t.share(b"")  # nobody leaves before everybody is through
+            plane.close()
+            plane.close()
+
+    began = time.monotonic()
+    results = LocalWorld(size).run(work)
+    assert time.monotonic() - began < SOON, "somebody hung"
+    return results
+
+
+def die(plane: ControlPlane) -> None:
+    """What the kernel does to the connection of a killed process."""
+    plane._socket.shutdown(socket.SHUT_RDWR)
+
+
+def forever() -> None:
+    threading.Event().wait(100)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_share_gives_every_payload_to_every_rank_in_order(size: int) -> None:
+    def work(plane: ControlPlane) -> list[list[bytes]]:
+        return [plane.share(bytes([plane.rank]) * length * plane.rank) for length in (0, 1, 70_000, 3)]
+
+    want = [[bytes([r]) * length * r for r in range(size)] for length in (0, 1, 70_000, 3)]
+    assert job(size, work) == [want] * size
+
+
+@pytest.mark.parametrize("where", ["share", "guard"])
+def test_a_death_is_heard_by_all_others_wherever_they_are(where: str) -> None:
+    """For rank 0, which takes the hub with it, see test_job_transports.py."""
+
+    def work(plane: ControlPlane) -> Any:
+        plane.share(b"")
+        if plane.rank == 2:
+            return die(plane)
+        return plane.share(b"") if where == "share" else plane.guard(forever, "guard")
+
+    for error in (error for rank, error in enumerate(job(4, work)) if rank != 2):
+        assert isinstance(error, PeerError) and error.rank == 2
+        assert "rank 2 is gone" in str(error) and f"in {where}" in str(error)
+
+
+def test_an_answer_that_came_before_the_death_is_still_given() -> None:
+    """A rank that reports its error and ends must be heard with that, not as a mere death."""
+
+    def work(plane: ControlPlane) -> Any:
+        for _ in range(20):
+            plane.share(b"")
+        answer = plane.share(b"my error" if plane.rank == 1 else b"")
+        if plane.rank == 1:
+            die(plane)
+        return answer
+
+    assert job(3, work) == [[b"", b"my error", b""]] * 3
+
+
+def test_a_rank_that_left_is_not_waited_for() -> None:
+    def work(plane: ControlPlane) -> Any:
+        return plane.close() if plane.rank == 1 else plane.share(b"")
+
+    _, gone, error = results = job(3, work)
+    assert gone is None and all(isinstance(results[r], PeerError) for r in (0, 2))
+    assert error.rank == 1 and "has left" in str(error)
+
+
+def test_a_rank_that_does_not_come_is_named_after_the_timeout() -> None:
+    def work(plane: ControlPlane) -> Any:
+        if plane.rank in (1, 2):
+            time.sleep(3.5)
+        return plane.share(b"")
+
+    for error in job(4, work, timeout=1.0):
+        assert isinstance(error, TransportError) and not isinstance(error, PeerError)
+        assert "ranks 1, 2 did not come within 1 s" in str(error)
+
+
+def test_guard_gives_the_result_and_translates_the_backends_error() -> None:
+    def fail() -> None:
+        raise RuntimeError("HcclAllGather failed, ret:9\n\n-----\n- C++ Call Stack\n-----\nfile.cc:12")
+
+    def work(plane: ControlPlane) -> Any:
+        assert plane.guard(lambda: 42, "thinking") == 42
+        return plane.guard(fail, "all_gather of 12 bytes")
+
+    (error,) = job(1, work)
+    assert type(error) is TransportError and isinstance(error.__cause__, RuntimeError)
+    assert "rank 0: all_gather of 12 bytes failed: RuntimeError: HcclAllGather failed, ret:9" in str(error)
+
+
+def test_guard_ends_after_the_timeout() -> None:
+    (error,) = job(1, lambda plane: plane.guard(forever, "a long exchange"), timeout=0.5)
+    assert type(error) is TransportError and "waited 0.5 s in a long exchange" in str(error)
+
+
+def test_a_backend_error_followed_by_news_of_a_death_names_the_dead() -> None:
+    def fail() -> None:
+        raise RuntimeError("AllGather failed.")
+
+    def work(plane: ControlPlane) -> Any:
+        if plane.rank == 1:
+            time.sleep(0.5)
+            return die(plane)
+        return plane.guard(fail, "all_gather")
+
+    error = job(2, work)[0]
+    assert isinstance(error, PeerError) and error.rank == 1
+
+
+def test_strangers_are_turned_away() -> None:
+    def work(plane: ControlPlane) -> Any:
+        plane.share(b"")
+        if plane.rank == 1:
+            host, port = plane._socket.getpeername()
+            for greeting in (
+                b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100,
+                FRAME.pack(HELLO, 0, 16) + b"0123456789abcdef",
+                FRAME.pack(HELLO, 9, 16) + b"0123456789abcdef",
+                b"short",
+            ):
+                with socket.create_connection((host, port), 5) as stranger:
+                    stranger.sendall(greeting)
+                    if len(greeting) > 20:
+                        assert stranger.recv(1) == b""
+        return plane.share(b"fine")
+
+    assert job(2, work) == [[b"fine", b"fine"]] * 2
+
+
+def test_a_hub_out_of_reach_is_an_error_on_all_ranks() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        wrong = f"127.0.0.1 {unused.getsockname()[1]} token".encode()
+
+        def work(t: LocalTransport) -> Any:
+            def announce(payload: bytes) -> list[bytes]:
+                answers = t.share(payload)
+                return [wrong, *answers[1:]] if answers[0] and t.rank == 1 and not answers[1] else answers
+
+            try:
+                return ControlPlane(t.rank, 3, announce, 60.0, "127.0.0.1")
+            except TransportError as error:
+                return error
+
+        for error in LocalWorld(3).run(work):
+            assert isinstance(error, TransportError) and "rank 1 cannot connect to rank 0" in str(error)
+
+
+@pytest.mark.parametrize("length", [0, 1, CELL_BYTES - 8])
+def test_cells(length: int) -> None:
+    cell = pack_cell(b"\xff" * length)
+    assert cell.nbytes == CELL_BYTES and unpack_cell(cell) == b"\xff" * length

@@ -1,0 +1,51 @@
+"""The transports of real jobs: one worker script, started by msrun on the CPU and on the emulated Ascend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.harness.msrun import run_msrun
+
+WORKER = Path(__file__).parent / "transport_worker.py"
+NAME = {"cpu": "Mccl", "ascend": "Hccl"}
+RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "env"),
+    [("cpu", 2, {}), ("cpu", 4, {}), ("ascend", 2, {}), ("ascend", 4, RUNS_AHEAD)],
+    ids=["cpu-2", "cpu-4", "ascend-2", "ascend-4-async"],
+)
+def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[str, str], tmp_path: Path) -> None:
+    """With 2 ranks by msrun itself, which takes some seconds longer to end."""
+    result = run_msrun(
+        WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path, supervised=ranks == 2
+    )
+    for rank in range(ranks):
+        assert f"{NAME[device]} CONTENT {rank}" in result.worker(rank), result.tails()
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "victim", "env"),
+    [("cpu", 3, 0, {}), ("ascend", 3, 2, RUNS_AHEAD)],
+    ids=["cpu", "ascend"],
+)
+def test_survivors_of_kill_9_name_the_dead(
+    device: str, ranks: int, victim: int, env: dict[str, str], tmp_path: Path
+) -> None:
+    result = run_msrun(
+        WORKER,
+        victim,
+        ranks=ranks,
+        device=device,
+        env=env,
+        tmp_path=tmp_path,
+        timeout=60,
+        expect_failure=True,
+        supervised=False,
+    )
+    assert result.returncodes == tuple(-9 if rank == victim else 0 for rank in range(ranks)), result.tails()
+    for rank in range(ranks):
+        assert (f"{NAME[device]} CONTENT {rank}" in result.worker(rank)) == (rank != victim), result.tails()

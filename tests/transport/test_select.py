@@ -1,0 +1,38 @@
+"""Which transport is chosen. That the backends are, where they fit, is in test_job_transports.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.transport.local import LocalTransport
+from ms_ckpt_ext.transport.select import ENVIRONMENT, choose
+
+
+def test_a_process_on_its_own_is_local() -> None:
+    for target in (None, "CPU", "Ascend"):
+        t = choose(target)
+        assert isinstance(t, LocalTransport) and t.size == 1
+
+
+@pytest.mark.parametrize("name", ["mccl", "hccl"])
+def test_a_backend_needs_a_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TransportError, match="msrun"):
+        choose(override=name)
+    monkeypatch.setenv(ENVIRONMENT, name)
+    with pytest.raises(TransportError, match=name):
+        choose()
+    assert isinstance(choose(override="local"), LocalTransport)  # the argument goes before the environment
+
+
+def test_unknown_names_are_refused_with_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="override='mpi': choose one of local, mccl, hccl"):
+        choose(override="mpi")
+    monkeypatch.setenv(ENVIRONMENT, "nccl")
+    with pytest.raises(UsageError, match=f"{ENVIRONMENT}='nccl'"):
+        choose()
+
+
+def test_a_group_needs_hccl() -> None:
+    with pytest.raises(UsageError, match="group='stage_1' needs the hccl transport"):
+        choose(group="stage_1")

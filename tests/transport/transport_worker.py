@@ -1,0 +1,186 @@
+"""What every rank of a job does in test_job_transports.py: `transport_worker.py CASE`.
+
+A rank that is content prints "CONTENT <rank>".
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, Callable
+
+import mindspore
+import numpy as np
+
+from ms_ckpt_ext.errors import DisagreementError, PeerError, TransportError
+from ms_ckpt_ext.transport.agree import agree, share_status
+from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.select import choose
+
+LARGE = 1_000_003
+
+
+def start() -> None:
+    """Join the job, on the device that the environment is made for."""
+    if os.environ.get("ASCEND_OPP_PATH"):
+        mindspore.set_device("Ascend")
+        mindspore.mint.distributed.init_process_group()
+    else:
+        mindspore.set_device("CPU")
+        mindspore.communication.init()
+
+
+def data(source: int, target: int, count: int) -> np.ndarray:
+    """What `source` sends to `target`: other bytes for every pair."""
+    return ((np.arange(count) * 7 + source * 31 + target * 101) % 251).astype(np.uint8)
+
+
+def fetch(buffer: Any) -> np.ndarray:
+    """Contents of a staging buffer."""
+    return buffer.asnumpy() if isinstance(buffer, mindspore.Tensor) else buffer
+
+
+def filled(t: Transport[Any], contents: np.ndarray, spare: int = 3) -> Any:
+    """A staging buffer that starts with `contents`; uploaded in two parts, from memory that is overwritten at once."""
+    buffer = t.allocate(contents.nbytes + spare)
+    for low, high in ((0, contents.nbytes // 3), (contents.nbytes // 3, contents.nbytes)):
+        part = contents[low:high].copy()
+        t.upload(part, buffer, low)
+        part[:] = 0xEE
+    return buffer
+
+
+def raises(kind: type[BaseException], call: Callable[[], object]) -> str:
+    """Message of the `kind` that `call` must raise."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"no {kind.__name__} was raised")
+
+
+def gather(t: Transport[Any], counts: list[int]) -> None:
+    """all_gather equals the concatenation, and leaves what is behind it alone."""
+    send = filled(t, data(t.rank, 0, counts[t.rank]))
+    recv = filled(t, np.full(sum(counts) + 5, 9, np.uint8), spare=0)
+    handle = t.start_all_gather(send, counts, recv)
+    handle.wait()
+    handle.wait()
+    want = np.concatenate([*(data(r, 0, n) for r, n in enumerate(counts)), np.full(5, 9, np.uint8)])
+    np.testing.assert_array_equal(fetch(recv), want, f"all_gather {counts}")
+
+
+def scatter(t: Transport[Any], count: Callable[[int, int], int]) -> None:
+    """all_to_all brings every pair's bytes; the send buffer is overwritten right after wait()."""
+    sizes, wanted = [count(t.rank, r) for r in range(t.size)], [count(r, t.rank) for r in range(t.size)]
+    send = filled(t, np.concatenate([data(t.rank, r, n) for r, n in enumerate(sizes)]))
+    recv = filled(t, np.full(sum(wanted) + 5, 9, np.uint8), spare=0)
+    t.start_all_to_all(send, sizes, recv, wanted).wait()
+    t.upload(np.full(sum(sizes), 0xDD, np.uint8), send, 0)
+    want = np.concatenate([*(data(r, t.rank, n) for r, n in enumerate(wanted)), np.full(5, 9, np.uint8)])
+    np.testing.assert_array_equal(fetch(recv), want, f"all_to_all {sizes}")
+
+
+def overlapped(t: Transport[Any]) -> None:
+    """Two exchanges under way at once, waited for in either order."""
+    n = 70_000
+    sends = [filled(t, data(t.rank, tag, n)) for tag in (1, 2)]
+    recvs = [t.allocate(n * t.size) for _ in sends]
+    handles = [t.start_all_gather(send, [n] * t.size, recv) for send, recv in zip(sends, recvs)]
+    for handle in reversed(handles):
+        handle.wait()
+    for tag, recv in zip((1, 2), recvs):
+        np.testing.assert_array_equal(fetch(recv), np.concatenate([data(r, tag, n) for r in range(t.size)]))
+
+
+def talk(t: Transport[Any]) -> None:
+    """share, agree, share_status."""
+    assert t.share(b"x" * t.rank) == [b"x" * r for r in range(t.size)]
+    assert t.share(bytes([t.rank]) * 100_000) == [bytes([r]) * 100_000 for r in range(t.size)]
+    assert t.share(b"") == [b""] * t.size
+    agree(t, {"plan": b"same", "version": "1"})
+    last = t.size - 1
+    message = raises(DisagreementError, lambda: agree(t, {"plan": b"same", "seed": str(t.rank == last)}))
+    assert "'seed'" in message and "'plan'" not in message and f"rank {last}" in message, message
+    share_status(t)
+    mine = FileNotFoundError("no such shard") if t.rank == last else None
+    message = raises(FileNotFoundError if mine else PeerError, lambda: share_status(t, mine))
+    assert "no such shard" in message, message
+
+
+def everything(t: Transport[Any]) -> None:
+    """Every method of a transport, with every kind of count."""
+    talk(t)
+    gather(t, [1000] * t.size)
+    gather(t, [LARGE] * t.size)
+    gather(t, [0] * t.size)
+    gather(t, [LARGE * (r % 2) for r in range(t.size)])
+    gather(t, [257 * (t.size - r) for r in range(t.size)])
+    scatter(t, lambda a, b: 64)
+    scatter(t, lambda a, b: (a + b) % 3)
+    scatter(t, lambda a, b: 0)
+    scatter(t, lambda a, b: LARGE if (a, b) == (0, 1) else 0)
+    scatter(t, lambda a, b: 4099 * (a + 1) * b)
+    overlapped(t)
+
+
+def disagree(t: Transport[Any]) -> None:
+    """Different calls, and counts that do not match: all ranks hear of it before a byte moves."""
+    buffer, counts = t.allocate(64), [8] * t.size
+    start = t.start_all_gather if t.rank else lambda *_: t.start_all_to_all(buffer, counts, buffer, counts)
+    message = raises(TransportError, lambda: start(buffer, counts, buffer))
+    assert "'all_to_all', 'all_gather'" in message, message
+    expected = [9, *counts[1:]] if t.rank else counts
+    message = raises(TransportError, lambda: t.start_all_to_all(buffer, counts, buffer, expected))
+    assert "rank 1 expects 9 bytes of rank 0, which sends 8" in message, message
+
+
+def padded(t: Transport[Any]) -> None:
+    """What uneven all-gathers do where HCCL has no AllGatherV, in a group that exists already."""
+    from ms_ckpt_ext.transport.hccl import Hccl
+
+    other = Hccl(60.0, group=mindspore.communication.GlobalComm.WORLD_COMM_GROUP, padded=True)
+    gather(other, [257 * (t.size - r) for r in range(t.size)])
+    gather(other, [LARGE * (r % 2) for r in range(t.size)])
+    other.close()
+
+
+def lose(t: Transport[Any], victim: int) -> None:
+    """One rank is killed while the others are in an exchange; they must hear of it, by number, soon."""
+    n = 1 << 20
+    send, recv = t.allocate(n), t.allocate(n * t.size)
+    t.start_all_gather(send, [n] * t.size, recv).wait()
+    if t.rank == victim:
+        time.sleep(1)
+        os.kill(os.getpid(), 9)
+    began = time.monotonic()
+    try:
+        t.start_all_gather(send, [n] * t.size, recv).wait()
+        raise AssertionError("the exchange with a dead rank succeeded")
+    except PeerError as error:
+        assert error.rank == victim and "gone" in str(error), error
+    # The backends' own limits are 30 s and more.
+    assert time.monotonic() - began < 15
+    raises(PeerError, lambda: t.share(b""))
+
+
+def main(case: str) -> None:
+    """Run one case; see test_job_transports.py."""
+    start()
+    t = choose(timeout=60)
+    name = type(t).__name__
+    if case == "everything":
+        everything(t)
+        (disagree if name == "Mccl" else padded)(t)
+    else:
+        lose(t, int(case))
+    print(f"{name} CONTENT {t.rank}", flush=True)
+    if case != "everything":
+        os._exit(0)  # at exit MindSpore waits for the collective until the backend gives up
+    t.close()
+    t.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
