@@ -1,0 +1,50 @@
+# Sourced by the other scripts: ROOT, and a virtual environment that holds this project and its tools.
+#
+#   ensure_venv    makes it or brings it up to date, then puts it first on PATH
+#
+#   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
+#   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+say() { printf '%s\n' "$*" >&2; }
+die() { say "$@"; exit 1; }
+
+suits() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+
+pick_python() {
+  local name names=(python3 python3.11 python3.12 python3.10 python3.9)
+  if [[ -n ${PYTHON:-} ]]; then names=("$PYTHON"); fi
+  for name in "${names[@]}"; do
+    if suits "$name"; then echo "$name"; return; fi
+  done
+  die "No Python that MindSpore has wheels for: 3.9 to 3.12, with venv and ensurepip, is needed (tried: ${names[*]})." \
+    "Install one (Debian and Ubuntu: apt install python3 python3-venv) or name it: PYTHON=/path/to/python3.11 $0"
+}
+
+# What the environment was made for: another project directory, Python or list of requirements means a new install.
+wanted_stamp() { { echo "$ROOT"; "$1" --version; cat "$ROOT/setup.py" "$ROOT/pyproject.toml"; } | cksum; }
+
+make_venv() {
+  local venv="$1" python
+  if [[ -e $venv && ! -e $venv/pyvenv.cfg && -n $(ls -A "$venv") ]]; then
+    die "$venv holds files and is no virtual environment: choose another directory in MS_CKPT_EXT_VENV"
+  fi
+  python="$(pick_python)"
+  say "Making a virtual environment in $venv ($("$python" --version))"
+  "$python" -m venv --clear "$venv"
+}
+
+ensure_venv() {
+  local venv="${MS_CKPT_EXT_VENV:-$ROOT/.venv}" stamp
+  suits "$venv/bin/python" || make_venv "$venv"
+  stamp="$(wanted_stamp "$venv/bin/python")"
+  if [[ $(cat "$venv/.ms_ckpt_ext" 2>/dev/null) != "$stamp" ]]; then
+    say "Installing ms-ckpt-ext and its tools (MindSpore is a download of 800 MB)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e "$ROOT[dev]"
+    echo "$stamp" >"$venv/.ms_ckpt_ext"
+  fi
+  venv="$(cd "$venv" && pwd)"
+  export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
+  unset PYTHONHOME
+}

@@ -1,0 +1,62 @@
+"""What every test may use. Helpers of one folder lie in that folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+# Before the first import of mindspore, here and in every process that a test starts.
+os.environ.setdefault("GLOG_v", "3")
+
+# No deadlines: the machines that run this are shared, and a slow example is no wrong one.
+_COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("default", _COMMON, max_examples=50)
+settings.register_profile("ci", _COMMON, max_examples=100, derandomize=True, database=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Files that MindSpore wrote; its README tells which is what. Read only."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def golden_cases() -> Mapping[str, Mapping[str, Any]]:
+    """Name of a golden case -> its case.json: `devices`, parallel degrees, and `full`, the truth it was cut from."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/case.json"))}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leaves_no_trace() -> Iterator[None]:
+    """Fails the session when a test leaves or changes files in the project. In CI only: elsewhere people edit it."""
+    if not os.environ.get("CI"):
+        yield
+        return
+    before = _tree()
+    yield
+    after = _tree()
+    touched = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    if touched:
+        pytest.fail(f"the tests left or changed files in the project (use tmp_path): {touched[:20]}")
+
+
+def _tree() -> dict[str, tuple[int, int]]:
+    """Path -> (size, modification time) of every file, caches and hidden folders aside."""
+    found = {}
+    for folder, names, files in os.walk(ROOT):
+        names[:] = [n for n in names if not n.startswith(".") and n != "__pycache__" and not n.endswith(".egg-info")]
+        for name in files:
+            path = os.path.join(folder, name)
+            status = os.stat(path)
+            found[os.path.relpath(path, ROOT)] = (status.st_size, status.st_mtime_ns)
+    return found

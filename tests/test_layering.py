@@ -1,0 +1,210 @@
+"""Who may import whom. Read with `ast`, so nothing is imported and imports inside functions count as well."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = "ms_ckpt_ext"
+ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+
+# Room -> what it may import besides itself and _version: rooms, or single modules of them.
+# cli -> api -> {bridge, engine} -> {formats, storage, transport} -> core -> errors
+MAY_IMPORT = {
+    "cli": ["api", "bridge", "engine", "formats", "storage", "transport", "core", "errors", "progress"],
+    "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "progress"],
+    "bridge": ["engine", "formats", "storage", "transport", "core", "errors"],
+    "engine": ["formats", "storage", "transport", "core", "errors"],
+    "formats": ["storage.reader", "core", "errors"],
+    "storage": ["core", "errors"],
+    "transport": ["core", "errors"],
+    "core": ["errors"],
+    "errors": [],
+    "progress": [],
+    "_version": [],
+    "": [],  # ms_ckpt_ext/__init__.py finds its names when they are asked for
+}
+MINDSPORE_ROOMS = ["bridge", "transport.mccl", "transport.hccl"]
+# A machine without MindSpore can import these, and so merge. What they need of mindspore they import in functions.
+WITHOUT_MINDSPORE = ["", "api", "cli"]
+
+
+class Import(NamedTuple):
+    """One imported name: `target` is dotted and absolute; `late` inside a function or for type checkers only."""
+
+    line: int
+    target: str
+    late: bool
+
+
+def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
+    """Every import of a module (dotted name inside the package, "" for the package itself)."""
+    home = f"{PACKAGE}.{module}".rstrip(".").split(".")
+    yield from _walk(ast.parse(source), home if is_package else home[:-1], late=False)
+
+
+def _walk(node: ast.AST, home: list[str], late: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        inner = late or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            inner = True
+        for target in _targets(child, home):
+            yield Import(child.lineno, target, late)
+        yield from _walk(child, home, inner)
+
+
+def _targets(node: ast.AST, home: list[str]) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = home[: len(home) + 1 - node.level] if node.level else []
+        return [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        return [arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    return []
+
+
+def violations(sources: Mapping[str, str]) -> list[str]:
+    """`sources`: path inside the package -> text. Messages name file, line and rule."""
+    modules = {_module(path): path for path in sources}
+    found = {m: list(imports(sources[p], m, p.endswith("__init__.py"))) for m, p in modules.items()}
+    problems = [
+        f"{PACKAGE}/{path}:{item.line}: {problem}"
+        for module, path in modules.items()
+        for item in found[module]
+        for problem in _problems(module, item.target)
+    ]
+    starts = [module for module in modules if _within(module, WITHOUT_MINDSPORE) or module == ""]
+    for module, trail in _loaded_with(starts, found).items():
+        problems += [
+            f"{PACKAGE}/{modules[module]}:{item.line}: mindspore must not be imported at module level here, because "
+            f"`import {' -> '.join(trail)}` works without it: import it inside a function"
+            for item in found[module]
+            if not item.late and item.target.split(".")[0] == "mindspore"
+        ]
+    return problems
+
+
+def _problems(module: str, target: str) -> Iterator[str]:
+    top, _, inside = target.partition(".")
+    if top == "mindspore" and not _within(module, MINDSPORE_ROOMS):
+        yield f"only {', '.join(MINDSPORE_ROOMS)} may import mindspore ({target})"
+    if top != PACKAGE:
+        return
+    room = module.split(".")[0]
+    if room not in MAY_IMPORT:
+        yield f"room {room!r} is not in the table of this test: decide what it may import"
+    elif not _within(inside, [room or "_version", "_version", *MAY_IMPORT[room]]):
+        allowed = ", ".join(MAY_IMPORT[room]) or "no other room"
+        yield f"{room or PACKAGE} may not import {inside or PACKAGE}; it may import: {allowed}"
+
+
+def _loaded_with(starts: list[str], found: Mapping[str, list[Import]]) -> dict[str, list[str]]:
+    """Every module that importing `starts` loads -> the chain of imports that leads there."""
+    trails = {module: [f"{PACKAGE}.{module}".rstrip(".")] for module in starts}
+    queue = list(trails)
+    for module in queue:
+        for item in found[module]:
+            inside = item.target.partition(f"{PACKAGE}.")[2].split(".") if item.target.startswith(PACKAGE) else []
+            for loaded in (".".join(inside[:depth]) for depth in range(1, len(inside) + 1)):
+                if not item.late and loaded in found and loaded not in trails:
+                    trails[loaded] = [*trails[module], f"{PACKAGE}.{loaded}"]
+                    queue.append(loaded)
+    return trails
+
+
+def _within(module: str, rooms: list[str]) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in rooms if room)
+
+
+def _module(path: str) -> str:
+    return path[: -len(".py")].replace("/", ".").removesuffix("__init__").rstrip(".")
+
+
+def test_the_package_keeps_to_the_table() -> None:
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
+    assert len(sources) > 10, f"found only {sorted(sources)} under {ROOT}"
+    assert not (problems := violations(sources)), "\n" + "\n".join(problems)
+
+
+# (path, text, the part of the message that tells the rule)
+FORBIDDEN = [
+    ("core/plan.py", "import os\nfrom ms_ckpt_ext.storage import reader", "plan.py:2: core may not import storage.re"),
+    ("core/plan.py", "from ..engine.live import run", "core may not import engine.live.run"),
+    ("core/plan.py", "from .. import formats", "core may not import formats"),
+    ("core/__init__.py", "from ..api import load", "core may not import api.load"),
+    ("core/plan.py", "def f():\n    import ms_ckpt_ext.engine.live", "plan.py:2: core may not import engine.live"),
+    ("core/plan.py", "import importlib\nimportlib.import_module('ms_ckpt_ext.api')", "core may not import api"),
+    ("core/plan.py", "from ms_ckpt_ext import progress", "core may not import progress"),
+    ("core/plan.py", "import ms_ckpt_ext", "core may not import ms_ckpt_ext; it may import: errors"),
+    ("core/plan.py", "import mindspore", "plan.py:1: only bridge, transport.mccl, transport.hccl may import mindspore"),
+    ("core/plan.py", "if TYPE_CHECKING:\n    from mindspore import nn", "plan.py:2: only bridge"),
+    ("errors.py", "from ms_ckpt_ext.core import region", "it may import: no other room"),
+    ("formats/ckpt.py", "from ms_ckpt_ext.storage.sink import Sink", "formats may not import storage.sink.Sink"),
+    ("formats/ckpt.py", "from ms_ckpt_ext.storage import readers", "formats may not import storage.readers"),
+    ("transport/local.py", "from ms_ckpt_ext.storage import reader", "transport may not import storage"),
+    ("transport/local.py", "def f():\n    import mindspore.mint", "may import mindspore (mindspore.mint)"),
+    ("transport/mccl.py", "from ms_ckpt_ext.bridge import world", "transport may not import bridge"),
+    ("engine/live.py", "from ms_ckpt_ext.bridge import world", "engine may not import bridge"),
+    ("bridge/world.py", "from ms_ckpt_ext.api.load import load", "bridge may not import api"),
+    ("api/load.py", "from ms_ckpt_ext.cli import main", "api may not import cli"),
+    ("__init__.py", "from ms_ckpt_ext.api.load import load", "ms_ckpt_ext may not import api.load"),
+    ("extra/__init__.py", "from ms_ckpt_ext import errors", "room 'extra' is not in the table"),
+]
+ALLOWED = [
+    ("core/plan.py", "from .region import Region\nfrom ..errors import UsageError\nimport numpy, mindspore_like"),
+    ("core/__init__.py", "from .region import Region\nfrom ms_ckpt_ext._version import __version__"),
+    ("formats/ckpt.py", "from ms_ckpt_ext.storage import reader\nfrom ms_ckpt_ext.storage.reader import ByteReader"),
+    ("bridge/world.py", "import mindspore\nfrom ms_ckpt_ext.engine import live"),
+    ("transport/hccl.py", "from mindspore import mint"),
+    ("api/load.py", "from ms_ckpt_ext import progress\ndef f():\n    from ms_ckpt_ext.bridge import world"),
+    ("cli/main.py", "from ms_ckpt_ext.api import load"),
+    ("__init__.py", "from ms_ckpt_ext._version import __version__"),
+]
+
+
+@pytest.mark.parametrize(("path", "text", "message"), FORBIDDEN)
+def test_what_is_forbidden_is_found(path: str, text: str, message: str) -> None:
+    found = violations({path: text})
+    assert len(found) == 1, found
+    assert message in found[0]
+
+
+@pytest.mark.parametrize(("path", "text"), ALLOWED)
+def test_what_is_allowed_is_not(path: str, text: str) -> None:
+    assert violations({path: text}) == []
+
+
+WORLD = {"bridge/world.py": "import os\nimport mindspore"}
+INDIRECT = {**WORLD, "bridge/__init__.py": "from . import world", "api/load.py": "import ms_ckpt_ext.bridge.network"}
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {**WORLD, "api/load.py": "from ms_ckpt_ext.bridge.world import rank"},
+        {**WORLD, "api/load.py": "from ms_ckpt_ext.bridge import world"},
+        {**WORLD, "api/load.py": "try:\n    from ..bridge import world\nexcept ImportError:\n    world = None"},
+        INDIRECT,
+    ],
+)
+def test_mindspore_at_module_level_is_found_through_others(sources: dict[str, str]) -> None:
+    (found,) = violations(sources)
+    assert found.startswith("ms_ckpt_ext/bridge/world.py:2: mindspore must not be imported at module level")
+    assert "`import ms_ckpt_ext.api.load -> ms_ckpt_ext.bridge" in found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f():\n    from ms_ckpt_ext.bridge.world import rank",
+        "class A:\n    async def f(self):\n        from ms_ckpt_ext.bridge import world",
+        "if TYPE_CHECKING:\n    from ms_ckpt_ext.bridge import world",
+    ],
+)
+def test_a_late_import_does_not_load(text: str) -> None:
+    assert violations({**WORLD, "api/load.py": text}) == []

@@ -1,0 +1,74 @@
+"""The package as an installed thing: what importing it costs, and what it promises to have."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.resources
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ms_ckpt_ext
+
+# Heavy, optional or only for some jobs: never loaded by the import alone.
+NOT_LOADED = {"mindspore", "numpy", "google.protobuf", "cryptography", "matplotlib", "psutil", "safetensors", "tqdm"}
+MOST_MODULES = 40
+"""Modules that `import ms_ckpt_ext` may load beyond those Python has loaded by itself; 3 are its own."""
+
+
+def loaded_by(statement: str, tmp_path: Path) -> set[str]:
+    """Modules that the statement loads in a new process."""
+    code = f"import sys, json\nbefore = set(sys.modules)\n{statement}\nprint(json.dumps([*{{*sys.modules}} - before]))"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return set(json.loads(run.stdout))
+
+
+def test_import_is_light(tmp_path: Path) -> None:
+    loaded = loaded_by("import ms_ckpt_ext", tmp_path)
+    assert "ms_ckpt_ext._version" in loaded
+    assert not loaded & NOT_LOADED
+    assert len(loaded) <= MOST_MODULES, sorted(loaded)
+
+
+@pytest.mark.parametrize("name", sorted(set(ms_ckpt_ext.__all__) - {"__version__"}))
+def test_public_names_do_not_need_mindspore(name: str, tmp_path: Path) -> None:
+    # None in sys.modules makes `import mindspore` fail, as on a machine that lacks it.
+    loaded = loaded_by(f"sys.modules['mindspore'] = None\nfrom ms_ckpt_ext import {name}", tmp_path)
+    assert not {module for module in loaded if module.startswith("mindspore.")}
+
+
+def test_every_public_name_resolves() -> None:
+    assert sorted(ms_ckpt_ext.__all__) == sorted(set(ms_ckpt_ext.__all__))
+    for name in ms_ckpt_ext.__all__:
+        assert getattr(ms_ckpt_ext, name) is getattr(ms_ckpt_ext, name)
+    assert set(ms_ckpt_ext.__all__) <= set(dir(ms_ckpt_ext))
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"module 'ms_ckpt_ext' has no attribute 'nothing'"):
+        ms_ckpt_ext.nothing  # noqa: B018
+
+
+def test_version_is_the_installed_one() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", ms_ckpt_ext.__version__)
+    assert importlib.metadata.version("ms-ckpt-ext") == ms_ckpt_ext.__version__
+
+
+def test_requirements_pin_numpy_below_2() -> None:
+    required = importlib.metadata.requires("ms-ckpt-ext") or []
+    (numpy,) = [line for line in required if re.match(r"numpy\b", line)]
+    assert "<2" in numpy
+    assert any(re.match(r"mindspore>=", line) for line in required)
+
+
+def test_types_are_shipped() -> None:
+    assert importlib.resources.files("ms_ckpt_ext").joinpath("py.typed").is_file()
