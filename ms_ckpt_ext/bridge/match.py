@@ -118,7 +118,8 @@ def _is_parallel(network: Any) -> bool:
 
 def _match_by_prefix(missing: Sequence[str], waiting: Mapping[str, Any], offers: Mapping[str, Offer]) -> list[Match]:
     """MindSpore's second chance: a checkpoint saved from a wrapper has every name behind one common prefix."""
-    left, found = list(missing), []
+    left = list(missing)
+    found: list[Match] = []
     while left:
         prefixes = (offer[: -len(name)] for name in left for offer in offers if offer.endswith(name) and offer != name)
         prefix = next(prefixes, None)

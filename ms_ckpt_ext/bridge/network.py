@@ -94,10 +94,14 @@ def parameter_dict(
 
 def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool, workers: int, limits: Limits) -> None:
     """Read every match's slice into its Parameter. Raises LoadError, also for what was changed before."""
-    in_place, staged = [], []
+    in_place: list[tuple[Match, Bytes]] = []
+    staged: list[Match] = []
     for match in matches:
         memory = _same_memory(match)
-        (in_place if memory is not None else staged).append((match, memory))
+        if memory is None:
+            staged.append(match)
+        else:
+            in_place.append((match, memory))
     try:
         _read([(match.offer, memory) for match, memory in in_place], catalog, readers, workers, limits)
     except CheckpointError as error:
@@ -106,7 +110,7 @@ def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool
     for match, _ in in_place:
         mark_loaded(match.parameter)
         done.append(match.parameter.name)
-    for group in _groups([match for match, _ in staged], limits):
+    for group in _groups(staged, limits):
         buffers = [np.empty(nbytes_of(match.offer), np.uint8) for match in group]
         try:
             _read([(match.offer, buffer) for match, buffer in zip(group, buffers)], catalog, readers, workers, limits)

@@ -11,10 +11,11 @@ The geometry depends on shapes only, so it is computed once for all parameters t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Mapping, NamedTuple
+from typing import NamedTuple
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.layout import Cell, cell_region, slice_shape

@@ -264,16 +264,17 @@ class _BatchBuilder:
         self._stretches.append(Stretch(box.size, self._places(target, offset, box.size)))
         self.nbytes += box.size
         for piece, files in locate(tensor, tile):
-            copy = strided_copy(piece, tile.shape, dtype)
-            file = chooser.pick(files, copy.nbytes)
+            whole_copy = strided_copy(piece, tile.shape, dtype)
+            file = chooser.pick(files, whole_copy.nbytes)
             extents = self._stored(file, tensor.stored_name)
-            if len(extents) == 1:
-                base = extents[0].offset + copy.source
-                spans = self._spans.setdefault(file, [])
-                spans.append(_Span(base, base + copy.source_span, ReadCopy(number, copy._replace(source=base))))
-            else:
-                lying = tuple(ranges(extents, copy.source, copy.source_span))
-                self._scattered.append(Read(file, lying, (ReadCopy(number, copy._replace(source=0)),)))
+            for copy in _bounded(whole_copy, self._limits.tile):
+                if len(extents) == 1:
+                    base = extents[0].offset + copy.source
+                    spans = self._spans.setdefault(file, [])
+                    spans.append(_Span(base, base + copy.source_span, ReadCopy(number, copy._replace(source=base))))
+                else:
+                    lying = tuple(ranges(extents, copy.source, copy.source_span))
+                    self._scattered.append(Read(file, lying, (ReadCopy(number, copy._replace(source=0)),)))
 
     @staticmethod
     def _places(target: Target, offset: int, nbytes: int) -> tuple[Place, ...]:
@@ -302,6 +303,25 @@ class _BatchBuilder:
                     yield _read(file, part)
             else:
                 yield _read(file, cluster)
+
+
+def _bounded(copy: StridedCopy, most: int) -> Iterator[StridedCopy]:
+    """Cut a copy along its outer axes: a tile that is small in the target may lie far apart in the source."""
+    if not copy.counts or copy.source_span <= most:
+        yield copy
+        return
+    count, stride, landing = copy.counts[0], copy.source_strides[0], copy.target_strides[0]
+    one = copy.source_span - (count - 1) * stride
+    step = max(1, (most - one) // stride + 1)
+    for first in range(0, count, step):
+        part = copy._replace(source=copy.source + first * stride, target=copy.target + first * landing)
+        if step > 1:
+            yield part._replace(counts=(min(step, count - first), *copy.counts[1:]))
+            continue
+        inner = part._replace(
+            counts=copy.counts[1:], source_strides=copy.source_strides[1:], target_strides=copy.target_strides[1:]
+        )
+        yield from _bounded(inner, most)
 
 
 def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:

@@ -9,8 +9,9 @@ to stage r // devices_per_stage and has number r % devices_per_stage within it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.errors import StrategyError

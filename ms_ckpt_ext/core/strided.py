@@ -7,9 +7,10 @@ column split one run a row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.plan import Piece
@@ -102,7 +103,8 @@ def copy_box(
     source_strides, target_strides = strides_of(source_bytes), strides_of(target_bytes)
     source = sum(low * stride for low, stride in zip(source_box.start, source_strides))
     target = sum(low * stride for low, stride in zip(target_box.start, target_strides))
-    run, axes = 1, []
+    run = 1
+    axes: list[tuple[int, int, int]] = []  # (count, source stride, target stride), innermost first
     for count, s, t in reversed(list(zip(source_box.shape, source_strides, target_strides))):
         if count == 1:
             continue

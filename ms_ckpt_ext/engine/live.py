@@ -30,6 +30,7 @@ from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 B = TypeVar("B")
+B_in = TypeVar("B_in", contravariant=True)
 
 
 class Mover(Protocol[B]):
@@ -42,10 +43,10 @@ class Mover(Protocol[B]):
         """Copy a box of the array of `shape` at byte `offset` of `source` to byte `at` of `target`, contiguously."""
 
 
-class Sink(Protocol[B]):
+class Sink(Protocol[B_in]):
     """Where one parameter of this rank lands."""
 
-    def place(self, source: B, offset: int, shape: Shape, box: Region, region: Region) -> None:
+    def place(self, source: B_in, offset: int, shape: Shape, box: Region, region: Region) -> None:
         """Copy a box of the array of `shape` at byte `offset` of `source` to `region` of the parameter's slice."""
 
 

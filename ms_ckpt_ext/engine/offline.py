@@ -26,6 +26,7 @@ from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import open_reader
+from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import FileSink
 from ms_ckpt_ext.storage.staging import Staging
@@ -174,6 +175,7 @@ def _fill(
     todo = [output for output in job.outputs if output.name not in kept]
     staging.discard_partials(output.name for output in todo)
     staging.check_space(sum(output.layout.size for output in todo))
+    allow_open_files(len(todo) + len(job.source.files))
     with ReaderPool(job.source.files, open_reader) as readers, _Files(todo, staging) as files:
         units = schedule(tasks_of(todo), job.source.stored, limits)
 

@@ -180,6 +180,6 @@ def copy_strided(copy: StridedCopy, source: np.ndarray, target: np.ndarray) -> N
         target[copy.target : copy.target + copy.run] = source[copy.source : copy.source + copy.run]
         return
     shape = (*copy.counts, copy.run)
-    lying = np.ndarray(shape, np.uint8, source.data, copy.source, (*copy.source_strides, 1))
-    landing = np.ndarray(shape, np.uint8, target.data, copy.target, (*copy.target_strides, 1))
+    lying: np.ndarray = np.ndarray(shape, np.uint8, source.data, copy.source, (*copy.source_strides, 1))
+    landing: np.ndarray = np.ndarray(shape, np.uint8, target.data, copy.target, (*copy.target_strides, 1))
     landing[...] = lying

@@ -33,7 +33,7 @@ B = TypeVar("B")
 MODES = ("auto", "direct", "cooperative")
 VERIFY = ("none", "replicas", "full")
 _SHARE_OF_LOAD = 24
-"""A chunk is at most this fraction of a rank's fair share of the reading, so that readers can be balanced within 5 %."""
+"""A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
 log = logging.getLogger("ms_ckpt_ext")
 
 
@@ -120,7 +120,7 @@ def prepare(
     headers = xxhash.xxh3_128("".join(header_digest(index) for index in catalog.files).encode()).hexdigest()
     agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
     demands = demands_of(catalog, share_wants(transport, wants))
-    sees = None if seen.sees is None else {number: ranks for number, ranks in enumerate(seen.sees.values())}
+    sees = None if seen.sees is None else dict(enumerate(seen.sees.values()))
     try:
         plan = plan_exchange(
             demands, transport.size, catalog.stored, limits_for(demands, transport.size, options), sees

@@ -20,9 +20,10 @@ equal names win. Here each of these is an error, for a checkpoint that does so i
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from itertools import groupby
 from math import prod
-from typing import Iterator, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES, DType
 from ms_ckpt_ext.core.reads import Extent

@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Mapping, Optional, Sequence
+from typing import Optional
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.reads import Extent

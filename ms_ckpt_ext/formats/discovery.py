@@ -163,4 +163,4 @@ def _read_map(path: Path) -> dict[str, str]:
     )
     if not ok or not names:
         raise FormatError(f"{str(path)!r} must map parameter names to file names in its folder; run the merge again")
-    return names
+    return dict(names)

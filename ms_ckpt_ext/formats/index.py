@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Mapping, NamedTuple
+from typing import NamedTuple
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.reads import Extent

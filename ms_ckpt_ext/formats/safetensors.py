@@ -45,7 +45,7 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
 def _header_length(reader: ByteReader) -> int:
     if reader.size < 8:
         raise TruncatedFileError(
-            f"{reader.path!r} holds {reader.size} bytes; a safetensors file starts with an 8-byte header length: {_ADVICE}"
+            f"{reader.path!r} holds {reader.size} bytes; a safetensors file starts with an 8-byte length: {_ADVICE}"
         )
     head = bytearray(8)
     reader.read_into(0, memoryview(head))
@@ -71,7 +71,7 @@ def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
         raise FormatError(f"{reader.path!r}: the header names {error.args[0]!r} twice; {_ADVICE}") from None
     except (ValueError, RecursionError) as error:
         raise FormatError(
-            f"{reader.path!r}: bytes 8-{7 + len(raw)} are not a JSON header ({error}): not a safetensors file, or damaged"
+            f"{reader.path!r}: bytes 8-{7 + len(raw)} are not a JSON header ({error}): not safetensors, or damaged"
         ) from error
     if not isinstance(header, dict):
         raise FormatError(f"{reader.path!r}: the header is a JSON {type(header).__name__}, expected an object")

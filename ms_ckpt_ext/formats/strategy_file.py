@@ -62,9 +62,8 @@ def _message_class() -> Any:
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
     descriptor = pool.FindMessageTypeByName("ms_ckpt_ext.StrategyMap")
-    if hasattr(message_factory, "GetMessageClass"):
-        return message_factory.GetMessageClass(descriptor)
-    return message_factory.MessageFactory(pool).GetPrototype(descriptor)  # protobuf before 4.22
+    make = getattr(message_factory, "GetMessageClass", None)  # protobuf 4.22 and later
+    return make(descriptor) if make else message_factory.MessageFactory(pool).GetPrototype(descriptor)  # type: ignore[attr-defined]
 
 
 def load_strategy(path: PathLike) -> Strategy:

@@ -14,7 +14,8 @@ Source of the rules: https://protobuf.dev/programming-guides/encoding/
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.errors import FormatError, TruncatedFileError
 from ms_ckpt_ext.storage.reader import ByteReader

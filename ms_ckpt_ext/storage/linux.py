@@ -1,4 +1,4 @@
-"""Two calls that Python's `os` lacks, with a harmless answer where the platform or file system refuses them."""
+"""Calls that Python's `os` lacks, with a harmless answer where the platform or file system refuses them."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def preallocate(fd: int, size: int) -> None:
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the soft limit of open files (often 1,024) towards `count` more than usual, as far as the hard one lets."""
+    try:
+        import resource
+    except ImportError:  # not a Unix system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def start_writeback(fd: int, offset: int, length: int) -> None:

@@ -7,6 +7,7 @@ import os
 from typing import Optional, Union
 
 import numpy as np
+import numpy.typing as npt
 
 from ms_ckpt_ext.errors import storage_error
 from ms_ckpt_ext.storage.linux import preallocate, start_writeback
@@ -91,7 +92,7 @@ class FileSink:
 class MemorySink:
     """Bytes of an array that exists already: a Parameter's memory, or a buffer."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
         if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
             raise ValueError("a memory sink is a flat, contiguous, writable uint8 array")
         self.array = array

@@ -67,7 +67,10 @@ class Staging:
         path = self.folder / f"{self._task}.lock"
         while self._lock is None:
             self.folder.mkdir(exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # another run took the folder for one left behind
+                continue
             locked = _try_lock(descriptor)
             if locked and _is_at(descriptor, path):
                 self._lock = descriptor
@@ -127,11 +130,15 @@ class Staging:
         """True when the target holds the untouched result of this very job: files (name -> size) and index."""
         try:
             manifest = json.loads((self.target / MANIFEST).read_bytes())
-            return manifest["job"] == self.job and all(
-                manifest["files"][name] == [size, (self.target / name).stat().st_mtime_ns]
-                and (self.target / name).stat().st_size == size
-                for name, size in names.items()
-            ) and all((self.target / name).read_bytes() == contents for name, contents in index.items())
+            return (
+                manifest["job"] == self.job
+                and all(
+                    manifest["files"][name] == [size, (self.target / name).stat().st_mtime_ns]
+                    and (self.target / name).stat().st_size == size
+                    for name, size in names.items()
+                )
+                and all((self.target / name).read_bytes() == contents for name, contents in index.items())
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -166,6 +173,9 @@ class Staging:
                 _write_atomically(self.target / name, _UNFINISHED)
             for name in (MANIFEST, *replaces, *waiting):
                 (self.target / name).unlink(missing_ok=True)
+            for folder in {(self.target / name).parent for name in replaces} - {self.target}:
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
             for name in waiting:
                 (self.target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.rename(self.folder / name, self.target / name)
@@ -233,9 +243,11 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _remove_if_idle(folder: Path, besides: str = "") -> bool:
     """Remove a job's folder unless one of its tasks, `besides` the one with this lock, is running."""
-    for lock in folder.glob("*.lock"):
-        if lock.name == besides:
-            continue
+    try:
+        locks = [folder / name for name in os.listdir(folder) if name.endswith(".lock") and name != besides]
+    except FileNotFoundError:  # its own run has just removed it
+        return True
+    for lock in locks:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
         except OSError:

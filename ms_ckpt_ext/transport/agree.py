@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from typing import Any, Mapping, Optional, Union
+from collections.abc import Mapping
+from typing import Any, Optional, Union
 
 from ms_ckpt_ext.errors import DisagreementError, PeerError
 from ms_ckpt_ext.transport.base import Transport, name_ranks

@@ -28,7 +28,8 @@ import queue
 import socket
 import threading
 import time
-from typing import Callable, Iterator, Optional, TypeVar
+from collections.abc import Iterator
+from typing import Callable, Optional, TypeVar
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class ControlPlane:
         def work() -> None:
             try:
                 results.append(blocking())
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
                 errors.append(error)
             done.set()
 

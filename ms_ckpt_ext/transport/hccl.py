@@ -17,7 +17,8 @@ Only the given group's communicator is used and none is created: each costs two 
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Sequence
+from collections.abc import Sequence
+from typing import Callable, Optional
 
 import mindspore
 import numpy as np

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Generic, NoReturn, Optional, Sequence, TypeVar
+from typing import Any, Callable, Generic, NoReturn, Optional, TypeVar
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class LocalWorld:
         def work(rank: int) -> None:
             try:
                 results[rank] = fn(self.transport(rank))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - handed to the caller
                 self.errors[rank] = error
                 self.abort(rank, error)
             self.leave(rank)

@@ -17,8 +17,9 @@ Exchanges are complete when `start_*` returns.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Callable, Iterable, Sequence
+from typing import Callable
 
 import mindspore
 import numpy as np

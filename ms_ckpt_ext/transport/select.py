@@ -63,10 +63,8 @@ def choose(
 def _fitting(device_target: Optional[str]) -> str:
     if not _initialized():
         return "local"
-    import mindspore
-    from mindspore.mint import distributed
-
-    if distributed.get_world_size() == 1:
+    mindspore = sys.modules["mindspore"]
+    if mindspore.mint.distributed.get_world_size() == 1:
         return "local"
     target = device_target or mindspore.get_context("device_target")
     fitting = {"CPU": "mccl", "Ascend": "hccl"}.get(target)
@@ -77,8 +75,5 @@ def _fitting(device_target: Optional[str]) -> str:
 
 def _initialized() -> bool:
     """Whether this process is one of several that can communicate. Nobody could have done that without mindspore."""
-    if "mindspore" not in sys.modules:
-        return False
-    from mindspore.mint import distributed
-
-    return bool(distributed.is_initialized())
+    mindspore = sys.modules.get("mindspore")
+    return mindspore is not None and bool(mindspore.mint.distributed.is_initialized())

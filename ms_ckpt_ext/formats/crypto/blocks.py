@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from typing import Iterator, NamedTuple, Optional, Union
+from collections.abc import Iterator
+from typing import NamedTuple, Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.crypto import backend

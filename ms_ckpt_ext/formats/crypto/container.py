@@ -66,7 +66,7 @@ class Geometry:
     salt: bytes
 
     def __post_init__(self) -> None:
-        fits = MIN_CHUNK <= self.chunk <= MAX_CHUNK and 0 <= self.size and self.count <= MAX_CHUNKS
+        fits = MIN_CHUNK <= self.chunk <= MAX_CHUNK and self.size >= 0 and self.count <= MAX_CHUNKS
         if not fits or self.key_length not in AES_LENGTHS or len(self.salt) != SALT:
             raise FormatError(
                 f"not an encrypted container: key of {self.key_length} bytes, chunks of {self.chunk} bytes "
