@@ -75,6 +75,8 @@ class ControlPlane:
         problems = announce(problem.encode()[: CELL_BYTES - 8])
         failed = [peer for peer, text in enumerate(problems) if text]
         if failed:
+            if not problem:
+                self._socket.close()
             raise TransportError(
                 f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
                 "allow TCP connections between the hosts of the job"

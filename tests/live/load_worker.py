@@ -1,0 +1,75 @@
+"""One rank of a live load: fills Cells whose Parameters hold poison and writes down what they hold afterwards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore.communication import get_rank, init
+
+from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
+from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from tests.jobs.support import Stored, read_file
+
+_DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32, "I64": ms.int64}
+COUNTS: list[ReadCount] = []
+
+
+def poisoned(tensors: dict[str, Stored]) -> ms.nn.Cell:
+    """A Cell with Parameters of these names, shapes and dtypes, every byte of them wrong."""
+    cell = ms.nn.Cell()
+    for number, (name, tensor) in enumerate(tensors.items()):
+        parameter = ms.Parameter(ms.Tensor(np.zeros(tensor.shape), _DTYPES[tensor.dtype]), name=name)
+        parameter.asnumpy().reshape(-1).view(np.uint8)[...] = 0xA5
+        cell.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
+    return cell
+
+
+def bytes_of(cell: ms.nn.Cell) -> dict[str, bytes]:
+    return {p.name: np.ascontiguousarray(p.asnumpy()).tobytes() for p in cell.get_parameters()}
+
+
+def check(rank: int, case: dict[str, Any]) -> None:
+    """One load; everything that is wrong raises."""
+    expected = read_file(next(Path(case["expected"]).glob(f"rank_{rank}/*.safetensors")))
+    cell = poisoned(expected)
+    COUNTS.clear()
+    missing, unused = load_distributed_checkpoint(
+        cell, None, case["predicted"], case["trained"], format="safetensors", unified_safetensors_dir=case["source"],
+        mode=case.get("mode"),
+    )  # fmt: skip
+    found = bytes_of(cell)
+    wrong = [name for name, tensor in expected.items() if found[name] != tensor.data]
+    assert not wrong, f"{case['name']}, rank {rank}: {wrong}"
+    assert missing == [], missing
+    assert sorted(unused) == sorted(case.get("unused", [])), unused
+    if case.get("counted"):
+        own = sum(len(tensor.data) for tensor in expected.values())
+        read = sum(count.nbytes for count in COUNTS)
+        assert read == own, f"{case['name']}, rank {rank}: read {read} bytes, its slices have {own}"
+    if "scalars" in case:
+        told = training_scalars(case["source"], case["trained"])
+        assert {name: value.tobytes().hex() for name, value in told.items()} == case["scalars"]
+
+
+def main() -> None:
+    ms.set_device("CPU")
+    init()
+    opened = ReaderPool.__init__
+
+    def remember(self: ReaderPool, *args: Any, **more: Any) -> None:
+        opened(self, *args, **more)
+        COUNTS.append(self.count)
+
+    ReaderPool.__init__ = remember  # type: ignore[method-assign]
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        check(get_rank(), case)
+        print(f"case {case['name']} is right", flush=True)
+
+
+if __name__ == "__main__":
+    main()

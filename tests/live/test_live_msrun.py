@@ -1,0 +1,154 @@
+"""Live loads under msrun on the CPU: every rank's Parameters equal the target's shards, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from tests.harness.msrun import run_msrun
+from tests.jobs.support import cut, read_file, scalars, shard, strategy_of
+
+pytestmark = [
+    pytest.mark.msrun,
+    # fork of a process that has threads, in msrun's own clients
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+WORKER = Path(__file__).with_name("load_worker.py")
+
+
+def run(cases: list[dict[str, Any]], ranks: int, tmp_path: Path) -> None:
+    (tmp_path / "cases.json").write_text(json.dumps(cases, default=str))
+    result = run_msrun(WORKER, tmp_path / "cases.json", ranks=ranks, tmp_path=tmp_path)
+    for rank in range(ranks):
+        for case in cases:
+            assert f"case {case['name']} is right" in result.worker(rank)
+
+
+def golden_case(golden: Path, source: str, target: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": f"{source} to {target} {more.get('mode') or ''}",
+        "source": golden / source / "shards",
+        "trained": golden / source / "strategy.ckpt",
+        "predicted": golden / target / "strategy.ckpt",
+        "expected": golden / target / "shards",
+        **more,
+    }
+
+
+def with_scalars(shards: Path, extras: dict[str, Any], target: Path) -> Path:
+    """The shards and, whole on every rank, the scalars."""
+    import struct
+
+    for folder in shards.iterdir():
+        held = {**read_file(shard(folder)), **extras}
+        header, at = {}, 0
+        for name, tensor in held.items():
+            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [at, at + len(tensor.data)]}
+            at += len(tensor.data)
+        text = json.dumps(header).encode()
+        (target / folder.name).mkdir(parents=True)
+        data = struct.pack("<Q", len(text)) + text + b"".join(tensor.data for tensor in held.values())
+        (target / folder.name / "net.safetensors").write_bytes(data)
+    return target
+
+
+def test_four_ranks(golden: Path, tmp_path: Path) -> None:
+    formats = golden / "formats_dp2_tp4"
+    known = load_strategy(formats / "strategy.ckpt").layouts
+    extras = {n: t for n, t in read_file(shard(formats / "safetensors" / "rank_0")).items() if n not in known}
+    few = {n: t for n, t in read_file(shard(formats / "dedup" / "rank_0")).items() if n not in known}
+    resumed = {
+        "trained": formats / "strategy.ckpt",
+        "predicted": golden / "dp2_tp2" / "strategy.ckpt",
+    }
+    wide = wide_case(tmp_path / "wide", Layout((2, 2), ((1,), (0,))))
+    run(
+        [
+            golden_case(golden, "dp3_tp8", "tp4"),
+            golden_case(golden, "dp3_tp8", "tp4", mode="direct"),
+            golden_case(golden, "dp2_tp2_pp2_zero", "dp2_tp2"),
+            golden_case(golden, "dp2_tp2_pp2_zero", "dp2_tp2", mode="direct"),
+            {**golden_case(golden, "tp4", "dp2_tp2"), "name": "merged", "source": golden / "full", "trained": None},
+            {
+                "name": "dedup",
+                "source": formats / "dedup",
+                "expected": with_scalars(golden / "dp2_tp2" / "shards", few, tmp_path / "few"),
+                "scalars": {name: tensor.data.hex() for name, tensor in few.items()},
+                **resumed,
+            },
+            {
+                "name": "scalars",
+                "source": formats / "safetensors",
+                "expected": with_scalars(golden / "dp2_tp2" / "shards", extras, tmp_path / "resumed"),
+                "scalars": {name: tensor.data.hex() for name, tensor in extras.items()},
+                **resumed,
+            },
+            {**wide, "mode": "direct", "counted": True},
+        ],
+        4,
+        tmp_path,
+    )
+
+
+def wide_case(root: Path, layout: Layout) -> dict[str, Any]:
+    """Adam's states and their weight, in rows too wide to be read over."""
+    rng = np.random.default_rng(0)
+    names = ("dense.weight", "adam_m.dense.weight", "adam_v.dense.weight")
+    full = {name: rng.standard_normal((8, 16384), np.float32) for name in names}
+    root.mkdir()
+    trained = strategy_of({name: Layout((4, 2), ((1,), ())) for name in names}, root / "trained.ckpt")
+    predicted = strategy_of({name: layout for name in names}, root / "predicted.ckpt")
+    cut(trained, full, root / "source", scalars(4))
+    cut(predicted, full, root / "expected", scalars(4))
+    return {
+        "name": "wide",
+        "source": root / "source",
+        "trained": root / "trained.ckpt",
+        "predicted": root / "predicted.ckpt",
+        "expected": root / "expected",
+        "scalars": {name: value.tobytes().hex() for name, value in scalars(4).items()},
+    }
+
+
+def two_ranks_of(strategy: Strategy) -> Strategy:
+    """The same cut of every parameter, over two devices instead of four."""
+    items = []
+    for name, stages in strategy.layouts.items():
+        layout = stages[0]
+        assert 4 in layout.dev_matrix
+        halved = tuple(extent // 2 if extent == 4 else extent for extent in layout.dev_matrix)
+        items.append(LayoutItem(name, 0, replace(layout, dev_matrix=halved)))
+    return Strategy.from_items(items, "tp2")
+
+
+def test_two_ranks(golden: Path, tmp_path: Path) -> None:
+    predicted = two_ranks_of(load_strategy(golden / "tp4" / "strategy.ckpt"))
+    save_strategy(predicted, tmp_path / "tp2.ckpt")
+    case = golden / "dp2_tp4_zero"
+    unified_safetensors(case / "shards", case / "strategy.ckpt", tmp_path / "merged")
+    load_distributed_checkpoint(
+        None, None, tmp_path / "tp2.ckpt", format="safetensors", unified_safetensors_dir=tmp_path / "merged",
+        dst_safetensors_dir=tmp_path / "expected",
+    )  # fmt: skip
+    to_tp2 = {"predicted": tmp_path / "tp2.ckpt", "expected": tmp_path / "expected"}
+    wide = wide_case(tmp_path / "wide", Layout((2,), ((), (0,))))
+    run(
+        [
+            {**golden_case(golden, "dp2_tp4_zero", "tp4"), **to_tp2},
+            {**golden_case(golden, "dp3_tp8", "tp4", mode="direct"), **to_tp2},
+            {"name": "merged", "source": tmp_path / "merged", "trained": None, **to_tp2},
+            {**wide, "mode": "direct", "counted": True},
+            {**wide, "name": "wide, as it likes"},
+        ],
+        2,
+        tmp_path,
+    )
