@@ -171,8 +171,9 @@ def _read(path: str) -> Any:
     message = _parse_json(path, data) if data.lstrip()[:1] == b"{" else _parse_protobuf(path, data)
     if not message.parallel_layout_item:
         raise StrategyError(
-            f"strategy file {path!r} holds no parameter layouts; save it from a compiled network with "
-            "`strategy_ckpt_config` or `AutoParallel.save_param_strategy_file`"
+            f"strategy file {path!r} holds no parameter layouts (a checkpoint has the same .ckpt suffix, was that "
+            "given?); save it from a compiled network with `strategy_ckpt_config` or "
+            "`AutoParallel.save_param_strategy_file`"
         )
     return message
 

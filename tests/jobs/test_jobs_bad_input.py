@@ -6,8 +6,9 @@ import errno
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import numpy as np
 import pytest
@@ -16,7 +17,17 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import CheckpointError, errors, load_distributed_checkpoint, training_scalars, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.storage import sink
-from tests.jobs.support import FULL, arrays, assert_nothing_complete, read_file, read_merged, shard, source, strategy_of, tree
+from tests.jobs.support import (
+    FULL,
+    arrays,
+    assert_nothing_complete,
+    read_file,
+    read_merged,
+    shard,
+    source,
+    strategy_of,
+    tree,
+)
 
 
 class Case:
@@ -145,11 +156,19 @@ BOTH: list[tuple[Callable[[Case], None], type[CheckpointError], str]] = [
     (no_directory, errors.DiscoveryError, "no such checkpoint directory.*shards.*check the path"),
     (a_rank_is_missing, errors.CoverageError, r"parameter '.*no file holds region \[.*in the file of rank 3"),
     (a_rank_folder_is_empty, errors.CoverageError, "in the file of rank 3: check that every rank's file is there"),
-    (two_equally_good_files, errors.DiscoveryError, r"2 files in .*rank_3' are equally new.*'a-1_2.safetensors', 'b-1_2"),
+    (
+        two_equally_good_files,
+        errors.DiscoveryError,
+        r"2 files in .*rank_3' are equally new.*'a-1_2.safetensors', 'b-1_2",
+    ),
     (strategy_is_empty, errors.StrategyError, "strategy file .*strategy.ckpt' is empty"),
     (strategy_is_missing, errors.StrategyError, "strategy.ckpt': No such file or directory; check the path"),
     (strategy_is_not_protobuf, errors.StrategyError, "is not a strategy file: .* bytes starting with"),
-    (strategy_is_a_checkpoint, errors.StrategyError, "strategy.ckpt' (is not a strategy file|holds no parameter layouts)"),
+    (
+        strategy_is_a_checkpoint,
+        errors.StrategyError,
+        "strategy.ckpt' (is not a strategy file|holds no parameter layouts)",
+    ),
     (strategy_of_another_model, errors.StrategyError, "have no parameter in common: the strategy lists 'other.weight'"),
     (strategy_of_fewer_ranks, errors.StrategyError, "is for 4 ranks, but the checkpoint has .*rank_4"),
     (slices_have_another_rank, errors.LayoutMismatchError, "has .* ax.*the layout has 4; check that strategy file"),
@@ -199,7 +218,10 @@ def test_a_replica_stands_in_for_a_missing_rank(golden: Path, tmp_path: Path) ->
 def test_one_stage_of_two_is_not_taken_for_the_whole(golden: Path, tmp_path: Path) -> None:
     """Without stage 1's layouts its slices would pass for whole parameters."""
     case = Case(golden, "tp4_pp2", tmp_path)
-    for stage, said in ((0, "is for 4 ranks, but the checkpoint has .*rank_4"), (4, r"lacks pipeline stage\(s\) \[0\]")):
+    for stage, said in (
+        (0, "is for 4 ranks, but the checkpoint has .*rank_4"),
+        (4, r"lacks pipeline stage\(s\) \[0\]"),
+    ):
         shutil.copy(golden / "tp4_pp2" / "strategy_stages" / f"ckpt_strategy_rank_{stage}.ckpt", case.strategy)
         with pytest.raises(errors.StrategyError, match=f"{said}"):
             case.merge()
@@ -309,7 +331,9 @@ def test_wrong_load_arguments(wrong: dict[str, Any], error: type[Exception], mes
 def test_the_target_strategy_does_not_divide(tmp_path: Path) -> None:
     root = source(tmp_path / "src", names=("w",))
     target = strategy_of({"w": Layout((7,), ((0,), ()))}, tmp_path / "t.ckpt")
-    with pytest.raises(errors.LayoutMismatchError, match=r"parameter 'w' under .*axis 0 of shape \[64, 32\].*7 equal parts"):
+    with pytest.raises(
+        errors.LayoutMismatchError, match=r"parameter 'w' under .*axis 0 of shape \[64, 32\].*7 equal parts"
+    ):
         load_distributed_checkpoint(
             None, None, target, root / "strategy.ckpt", format="safetensors", unified_safetensors_dir=root / "shards",
             dst_safetensors_dir=tmp_path / "out",
@@ -345,7 +369,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True, text=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
     yield place

@@ -115,7 +115,10 @@ def test_what_changed_meanwhile_is_done_again(change: str, tmp_path: Path) -> No
         names = ("a.w", "b.w", "c.w", "d.w")
         # The same slice shapes everywhere, other places: dp2 tp2 with every device axis exchanged.
         swapped = [((1,), ()), ((), (1,)), ((0,), (1,)), ((), ())]
-        strategy_of({n: Layout((2, 2), m, int(not i), -int(not i)) for i, (n, m) in enumerate(zip(names, swapped))}, root / "strategy.ckpt")
+        strategy_of(
+            {n: Layout((2, 2), m, int(not i), -int(not i)) for i, (n, m) in enumerate(zip(names, swapped))},
+            root / "strategy.ckpt",
+        )
     report = run_job("merge", root, target)
     assert report.files_kept == () and report.bytes_written > 0
     run_job("merge", root, tmp_path / "expected")

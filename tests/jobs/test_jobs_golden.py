@@ -66,7 +66,9 @@ def test_recut_of_shards_equals_mindspore_s_shards(source: str, golden: Path, tm
 
 @pytest.mark.parametrize("source", ["dp2_tp2_pp2_zero", "dp2_tp4_layout"])
 def test_recut_of_a_merged_checkpoint(source: str, golden: Path, tmp_path: Path) -> None:
-    unified_safetensors(golden / source / "shards", golden / source / "strategy.ckpt", tmp_path / "merged", part_bytes=4096)
+    unified_safetensors(
+        golden / source / "shards", golden / source / "strategy.ckpt", tmp_path / "merged", part_bytes=4096
+    )
     assert len(list((tmp_path / "merged").glob("part*"))) > 3
     for target in (b for a, b in PAIRS if a == source):
         recut(tmp_path / "merged", None, golden / target / "strategy.ckpt", tmp_path / target)
@@ -132,7 +134,11 @@ def test_scalars_are_at_hand(kind: str, golden: Path, tmp_path: Path) -> None:
     case = golden / "formats_dp2_tp4"
     unified_safetensors(case / kind, case / "strategy.ckpt", tmp_path)
     merged, sharded = training_scalars(tmp_path), training_scalars(case / kind, case / "strategy.ckpt")
-    stored = {n: t for n, t in read_file(shard(case / kind / "rank_0")).items() if n not in load_strategy(case / "strategy.ckpt").layouts}
+    stored = {
+        n: t
+        for n, t in read_file(shard(case / kind / "rank_0")).items()
+        if n not in load_strategy(case / "strategy.ckpt").layouts
+    }
     assert sorted(merged) == sorted(sharded) == sorted(stored)
     for name, tensor in stored.items():
         for found in (merged[name], sharded[name]):
@@ -149,7 +155,9 @@ def test_a_real_training_job(step: str, golden: Path, tmp_path: Path) -> None:
     unified_safetensors(tmp_path / "shards", case / "strategy", tmp_path / "merged")
     mine, theirs = tmp_path / "merged", case / f"merged_{step}"
     assert read_merged(mine) == read_merged(theirs)
-    assert json.loads((mine / "param_name_map.json").read_text()) == json.loads((theirs / "param_name_map.json").read_text())
+    assert json.loads((mine / "param_name_map.json").read_text()) == json.loads(
+        (theirs / "param_name_map.json").read_text()
+    )
 
 
 def test_a_training_job_recut_from_its_merge(golden: Path, tmp_path: Path) -> None:

@@ -127,10 +127,18 @@ def test_huggingface_names_and_limit(tmp_path: Path) -> None:
         n: a.tobytes() for n, a in scalars(0).items()
     }
     load_distributed_checkpoint(
-        None, None, None, format="safetensors", unified_safetensors_dir=tmp_path / "out", dst_safetensors_dir=tmp_path / "one"
+        None,
+        None,
+        None,
+        format="safetensors",
+        unified_safetensors_dir=tmp_path / "out",
+        dst_safetensors_dir=tmp_path / "one",
     )
     found = read_file(tmp_path / "one" / "rank_0" / "net.safetensors")
-    assert found["c.w"].data == arrays(0)["c.w"].tobytes() and found["global_step"].data == scalars(0)["global_step"].tobytes()
+    assert (
+        found["c.w"].data == arrays(0)["c.w"].tobytes()
+        and found["global_step"].data == scalars(0)["global_step"].tobytes()
+    )
 
 
 def test_huggingface_limit_holds(tmp_path: Path) -> None:
@@ -180,7 +188,12 @@ def test_target_inside_the_source_directory(tmp_path: Path) -> None:
     assert_merged(root / "shards", 0)
     merge(root, tmp_path / "out")
     load_distributed_checkpoint(
-        None, None, None, format="safetensors", unified_safetensors_dir=root / "shards", dst_safetensors_dir=tmp_path / "one"
+        None,
+        None,
+        None,
+        format="safetensors",
+        unified_safetensors_dir=root / "shards",
+        dst_safetensors_dir=tmp_path / "one",
     )
     assert read_file(tmp_path / "one" / "rank_0" / "net.safetensors")["a.w"].data == arrays(0)["a.w"].tobytes()
 
@@ -207,7 +220,12 @@ def test_unicode_empty_scalar_and_wide(tmp_path: Path) -> None:
     assert {n: (t.shape, t.data) for n, t in found.items()} == {n: (a.shape, a.tobytes()) for n, a in full.items()}
     assert extras["步数"].data == np.array([1, 2], np.int16).tobytes()
     load_distributed_checkpoint(
-        None, None, strategy, format="safetensors", unified_safetensors_dir=tmp_path / "目标 dir", dst_safetensors_dir=tmp_path / "again"
+        None,
+        None,
+        strategy,
+        format="safetensors",
+        unified_safetensors_dir=tmp_path / "目标 dir",
+        dst_safetensors_dir=tmp_path / "again",
     )
     for rank in range(2):
         written = read_file(tmp_path / f"again/rank_{rank}/net.safetensors")
@@ -218,7 +236,9 @@ def test_a_single_rank_without_a_strategy(tmp_path: Path) -> None:
     (tmp_path / "src" / "rank_0").mkdir(parents=True)
     save_file(arrays(3), tmp_path / "src" / "rank_0" / "net.safetensors")
     unified_safetensors(tmp_path / "src", None, tmp_path / "out")
-    assert {n: t.data for n, t in read_merged(tmp_path / "out")[0].items()} == {n: a.tobytes() for n, a in arrays(3).items()}
+    assert {n: t.data for n, t in read_merged(tmp_path / "out")[0].items()} == {
+        n: a.tobytes() for n, a in arrays(3).items()
+    }
 
 
 def test_what_only_the_target_strategy_splits(tmp_path: Path) -> None:

@@ -246,7 +246,9 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     merge(root, tmp_path / "out", part_bytes=9000)
     parts = [n for n in tree(tmp_path / "out") if n.endswith(".safetensors")]
     events = [(call, base) for call, base, _ in log]
-    moved = max(i for i, (call, _, what) in enumerate(log) if call == "rename" and what.startswith(str(tmp_path / "out/part")))
+    moved = max(
+        i for i, (call, _, what) in enumerate(log) if call == "rename" and what.startswith(str(tmp_path / "out/part"))
+    )
     for part in parts:
         assert events.index(("fsync", f"{part}.partial")) < events.index(("rename", part))
     folder_synced = next(i for i, event in enumerate(events) if i > moved and event == ("fsync", "out"))
@@ -362,7 +364,9 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path) -> None:
     root = source(tmp_path / "src")
     catalog = open_catalog(str(root / "shards"), load_strategy(root / "strategy.ckpt"))
     with pytest.raises(KeyboardInterrupt):
-        offline.execute(merge_job(catalog, str(tmp_path / "out"), MergeOptions()), str(tmp_path / "out"), 2, Limits(), interrupt)
+        offline.execute(
+            merge_job(catalog, str(tmp_path / "out"), MergeOptions()), str(tmp_path / "out"), 2, Limits(), interrupt
+        )
     assert tree(tmp_path / "out") == {} if (tmp_path / "out").exists() else True
 
 
@@ -381,7 +385,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_more_target_ranks_than_the_soft_limit_of_open_files(tmp_path: Path) -> None:
     strategy_of({"w": Layout((256,), ((0,), ()))}, tmp_path / "t.ckpt")
     source(tmp_path / "src", rows=256, names=("w",))
-    script = f"""
+    script = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 from ms_ckpt_ext import load_distributed_checkpoint
@@ -389,7 +393,12 @@ load_distributed_checkpoint(None, None, "t.ckpt", "src/strategy.ckpt", format="s
     unified_safetensors_dir="src/shards", dst_safetensors_dir="out")
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert len(tree(tmp_path / "out")) == 256

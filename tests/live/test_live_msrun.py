@@ -106,7 +106,7 @@ def wide_case(root: Path, layout: Layout) -> dict[str, Any]:
     full = {name: rng.standard_normal((8, 16384), np.float32) for name in names}
     root.mkdir()
     trained = strategy_of({name: Layout((4, 2), ((1,), ())) for name in names}, root / "trained.ckpt")
-    predicted = strategy_of({name: layout for name in names}, root / "predicted.ckpt")
+    predicted = strategy_of(dict.fromkeys(names, layout), root / "predicted.ckpt")
     cut(trained, full, root / "source", scalars(4))
     cut(predicted, full, root / "expected", scalars(4))
     return {

@@ -1,0 +1,108 @@
+"""Boxes and MindSpore's layout rules: literal tables, worked out by hand from the rules."""
+
+from __future__ import annotations
+
+import pytest
+
+from ms_ckpt_ext.core.layout import Layout, cell_region, slice_shape, whole
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "common"),
+    [
+        (Region((0, 0), (4, 4)), Region((2, 1), (6, 3)), Region((2, 1), (4, 3))),
+        (Region((0,), (4,)), Region((4,), (8,)), None),
+        (Region((0, 0), (4, 4)), Region((1, 5), (2, 6)), None),
+        (Region((), ()), Region((), ()), Region((), ())),
+        (Region((3,), (4,)), Region((0,), (9,)), Region((3,), (4,))),
+    ],
+)
+def test_intersection(a: Region, b: Region, common: Region | None) -> None:
+    assert a.intersect(b) == common
+    assert b.intersect(a) == common
+
+
+def test_a_region_knows_its_shape_size_and_place() -> None:
+    region = Region((2, 3), (5, 4))
+    assert (region.shape, region.size, str(region)) == ((3, 1), 3, "[2:5, 3:4]")
+    assert region.slices == (slice(2, 5), slice(3, 4))
+    assert region.relative_to((2, 1)) == Region((0, 2), (3, 3))
+    assert Region((), ()).size == 1
+    assert Region.whole((2, 7)) == Region((0, 0), (2, 7))
+
+
+@pytest.mark.parametrize(("start", "stop"), [((0,), (0,)), ((3,), (2,)), ((-1,), (2,)), ((0, 0), (1,))])
+def test_what_is_no_box_is_refused_at_birth(start: tuple[int, ...], stop: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="start"):
+        Region(start, stop)
+
+
+# dev_matrix, tensor_map, (step, size), full shape -> parts, and the box of some ranks
+LAYOUTS = {
+    "rows over tp": ((2, 4), ((0,), ()), (0, 0), (96, 24), (4, 1), {5: ((24, 0), (48, 24)), 1: ((24, 0), (48, 24))}),
+    "columns over tp": ((2, 4), ((), (0,)), (0, 0), (24, 48), (1, 4), {7: ((0, 36), (24, 48))}),
+    "whole": ((2, 4), ((), ()), (0, 0), (6, 6), (1, 1), {3: ((0, 0), (6, 6))}),
+    "rows over dp": ((2, 4), ((1,), ()), (0, 0), (8, 3), (2, 1), {3: ((0, 0), (4, 3)), 4: ((4, 0), (8, 3))}),
+    "two axes on one, dp major": ((2, 4), ((), (1, 0)), (0, 0), (24, 24), (1, 8), {5: ((0, 15), (24, 18))}),
+    "two axes on one, tp major": ((2, 4), ((), (0, 1)), (0, 0), (24, 24), (1, 8), {5: ((0, 9), (24, 12))}),
+    "optimizer shard over all replicas": (
+        (2, 4), ((0,), ()), (4, -1), (96, 24), (8, 1), {0: ((0, 0), (12, 24)), 5: ((36, 0), (48, 24))},
+    ),
+    "optimizer shard of two in four": (
+        (4, 2), ((0,), ()), (2, 2), (48, 24), (4, 1),
+        {0: ((0, 0), (12, 24)), 2: ((12, 0), (24, 24)), 4: ((0, 0), (12, 24)), 7: ((36, 0), (48, 24))},
+    ),
+    "optimizer shard from the inside out": (
+        (2, 4), ((),), (1, -1), (24,), (8,), {0: ((0,), (3,)), 3: ((9,), (12,)), 4: ((12,), (15,))},
+    ),
+    "optimizer shard of four in eight, innermost axis alone": (
+        (2, 4), ((),), (1, 4), (24,), (4,), {1: ((6,), (12,)), 5: ((6,), (12,))},
+    ),
+    "optimizer shard that takes half of an axis": (
+        (2, 4), ((),), (1, 2), (24,), (2,), {0: ((0,), (12,)), 1: ((12,), (24,)), 2: ((0,), (12,)), 7: ((12,), (24,))},
+    ),
+    "axes of one are no replicas": ((2, 1, 2), ((0,), ()), (1, -1), (8, 2), (4, 1), {2: ((2, 0), (4, 2))}),
+    "a scalar": ((8,), (), (0, 0), (), (), {6: ((), ())}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(name: str) -> None:
+    devices, tensor_map, (step, size), shape, parts, boxes = LAYOUTS[name]
+    layout = Layout(devices, tensor_map, step, size)
+    assert layout.parts == parts
+    assert layout.full_shape(layout.slice_shape(shape)) == shape
+    for rank, (start, stop) in boxes.items():
+        assert layout.region(rank, shape) == Region(start, stop)
+    held = [rank for ranks in layout.holders.values() for rank in ranks]
+    assert sorted(held) == list(range(layout.devices))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((), ((),)), "expected one or more extents"),
+        (((2, 0), ((),)), "expected one or more extents"),
+        (((2,), ((3,),)), "names a device axis that the device matrix [2] lacks"),
+        (((2, 2), ((0,), (0,))), "uses a device axis twice"),
+        (((2, 4), ((0,), ()), 1, 3), "optimizer shard of size 3 does not fit the replicas [2]"),
+        (((2, 4), ((0,), ()), 1, 4), "optimizer shard of size 4 does not fit"),
+        (((2, 4), ((0,), ()), 1, -2), "expected step >= 0 and size >= -1"),
+        (((2,), (), 1, 2), "has no axes"),
+    ],
+)
+def test_a_layout_that_contradicts_itself(arguments: tuple, message: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        Layout(*arguments)
+    assert message in str(caught.value)
+
+
+def test_a_shape_that_cannot_be_cut_names_axis_and_parts() -> None:
+    with pytest.raises(LayoutMismatchError, match=r"axis 1 of shape \[4, 6\] cannot be cut into 4 equal parts"):
+        Layout((4,), ((), (0,))).region(0, (4, 6))
+    with pytest.raises(LayoutMismatchError, match="has 1 axes; the layout has 2"):
+        slice_shape((4,), (2, 2))
+    assert cell_region((1, 0), (2, 1), (4, 3)) == Region((2, 0), (4, 3))
+    assert whole(2).region(0, (4, 3)) == Region.whole((4, 3))

@@ -1,0 +1,129 @@
+"""Strategies in all the forms MindSpore gives them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.strategy import (
+    LayoutItem,
+    Strategy,
+    nested_tensor_map,
+    split_stage,
+    strategy_from_layout_dict,
+    strategy_from_messages,
+)
+from ms_ckpt_ext.errors import StrategyError
+
+ROWS = Layout((2, 2), ((0,), ()))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("1-decoder.w", ("decoder.w", 1)),
+        ("12-a", ("a", 12)),
+        ("decoder-w", ("decoder-w", 7)),
+        ("0-1-a", ("1-a", 0)),
+        ("3", ("3", 7)),
+        ("2-", ("2-", 7)),
+        ("-2-a", ("-2-a", 7)),
+    ],
+)
+def test_exactly_one_stage_prefix_is_taken_off(name: str, split: tuple[str, int]) -> None:
+    assert split_stage(name, 7) == split
+
+
+@pytest.mark.parametrize(
+    ("rows", "nested"),
+    [
+        ([[0, -1]], ((0,), ())),
+        ([[-1], [1, 0]], ((), (1, 0))),
+        ([[]], ()),
+        ([], ()),
+        ([[1]], ((1,),)),
+        ([[0], [-1], []], ((0,), ())),
+    ],
+)
+def test_both_forms_of_a_tensor_map(rows: list[list[int]], nested: tuple) -> None:
+    assert nested_tensor_map(rows) == nested
+
+
+def test_ranks_belong_to_stages() -> None:
+    tied = [LayoutItem("emb", 0, ROWS), LayoutItem("emb", 1, ROWS), LayoutItem("head", 1, ROWS)]
+    strategy = Strategy.from_items(tied, "a test")
+    assert (strategy.world, strategy.stages, strategy.devices_per_stage) == (8, 2, 4)
+    assert strategy.names_of(3) == ["emb"]
+    assert strategy.names_of(4) == ["emb", "head"]
+    assert strategy.cell("head", 3) is None
+    assert strategy.cell("head", 5) == (1, 0)
+    assert strategy.layout("nothing", 0) is None
+    strategy.check_complete()
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([], "holds no parameter layouts"),
+        ([LayoutItem("a", 0, ROWS), LayoutItem("b", 0, Layout((8,), ((),)))], "'b' (stage 0) spans 8 devices"),
+        ([LayoutItem("a", 0, ROWS), LayoutItem("a", 0, Layout((2, 2), ((1,), ())))], "two layouts in stage 0"),
+    ],
+)
+def test_contradictions(items: list[LayoutItem], message: str) -> None:
+    with pytest.raises(StrategyError) as caught:
+        Strategy.from_items(items, "a test")
+    assert message in str(caught.value)
+
+
+def test_a_missing_stage_is_named() -> None:
+    with pytest.raises(StrategyError, match=r"lacks pipeline stage\(s\) \[0, 1\] of 3"):
+        Strategy.from_items([LayoutItem("a", 2, ROWS)], "a test").check_complete()
+
+
+def message(dev: list[int], rows: list[list[int]], step: int = 0, size: int = 0, field: int = 0) -> Any:
+    def dims(values: list[list[int]]) -> list[Any]:
+        return [SimpleNamespace(dim=row) for row in values]
+
+    return SimpleNamespace(
+        dev_matrix=dims([dev]),
+        tensor_map=dims(rows),
+        param_split_shape=dims([[]]),
+        opt_weight_shard_step=step,
+        opt_weight_shard_size=size,
+        field=field,
+    )
+
+
+def test_messages_of_build_searched_strategy() -> None:
+    strategy = strategy_from_messages(
+        {"0-a": message([2, 4], [[0, -1]], 4, -1), "1-b": message([2, 4], [[-1], [1, 0]])}
+    )
+    assert strategy.layouts == {
+        "a": {0: Layout((2, 4), ((0,), ()), 4, -1)},
+        "b": {1: Layout((2, 4), ((), (1, 0)))},
+    }
+    with pytest.raises(StrategyError, match="'a' is split unevenly"):
+        strategy_from_messages({"a": message([2], [[0]], field=1)})
+    with pytest.raises(StrategyError, match="not a ParallelLayouts message"):
+        strategy_from_messages({"a": 3})
+    with pytest.raises(StrategyError, match="no device matrix"):
+        strategy_from_messages({"a": message([], [[0]])})
+
+
+def test_layout_dict_of_a_compiled_cell() -> None:
+    layouts = {
+        "a": ([2, 4], [0, -1], [3, 24], 0, True, "opt-group", [24, 24]),
+        "b": ([2, 4], [[-1], [1, 0]], [24, 3], 0, True, "", [24, 24]),
+    }
+    strategy = strategy_from_layout_dict(layouts, rank=9, group_size={"opt-group": 2}.__getitem__)
+    assert strategy.layouts == {
+        "a": {1: Layout((2, 4), ((0,), ()), 1, 2)},
+        "b": {1: Layout((2, 4), ((), (1, 0)))},
+    }
+    with pytest.raises(StrategyError, match=r"must be \(dev_matrix, tensor_map"):
+        strategy_from_layout_dict({"a": [1]}, 0, len)
+    with pytest.raises(StrategyError, match="holds no parameter layouts"):
+        strategy_from_layout_dict({}, 0, len)
