@@ -248,6 +248,10 @@ def _stage(message: Any) -> int:
 def _items(message: Any, path: str) -> Iterator[LayoutItem]:
     default = _stage(message)
     for item in message.parallel_layout_item:
+        if not isinstance(item.param_name, str):  # protobuf hands bytes out when they are not UTF-8
+            raise StrategyError(
+                f"strategy file {path!r} names a parameter {item.param_name!r}, not UTF-8: it is damaged"
+            )
         name, stage = split_stage(item.param_name, default)
         layouts = item.parallel_layouts
         yield layout_item(

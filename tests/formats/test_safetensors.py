@@ -43,15 +43,35 @@ BAD = {
     "not UTF-8": (file_of(b"\xff\xfe{}"), FormatError, "are not a JSON header"),
     "deep JSON": (file_of(b"[" * 100_000), FormatError, "are not a JSON header"),
     "no object": (file_of([1]), FormatError, "a JSON list"),
-    "name twice": (file_of(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)), FormatError, "names 'a' twice"),
-    "overlap": (file_of({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), FormatError, "'b' at data offset 4 overlaps 'a'"),
+    "name twice": (
+        file_of(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
+        FormatError,
+        "names 'a' twice",
+    ),
+    "overlap": (
+        file_of({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
+        FormatError,
+        "'b' at data offset 4 overlaps 'a'",
+    ),
     "gap": (file_of({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), FormatError, "gap of 4 bytes after 'a'"),
-    "gap at the start": (file_of({"a": entry(offsets=(4, 12))}, bytes(12)), FormatError, "gap of 4 bytes after 'the header'"),
-    "wrong size": (file_of({"a": entry(offsets=(0, 7))}, bytes(7)), FormatError, "needs 8 bytes, its offsets [0, 7] give 7"),
+    "gap at the start": (
+        file_of({"a": entry(offsets=(4, 12))}, bytes(12)),
+        FormatError,
+        "gap of 4 bytes after 'the header'",
+    ),
+    "wrong size": (
+        file_of({"a": entry(offsets=(0, 7))}, bytes(7)),
+        FormatError,
+        "needs 8 bytes, its offsets [0, 7] give 7",
+    ),
     "backwards": (file_of({"a": entry(offsets=(8, 0))}, bytes(8)), FormatError, "needs 8 bytes"),
     "data cut": (file_of({"a": entry()}, bytes(7)), TruncatedFileError, "the tensors end at byte"),
     "bytes after the end": (file_of({"a": entry()}, bytes(9)), FormatError, "1 bytes after the last tensor"),
-    "unknown dtype": (file_of({"a": entry(dtype="F31")}, bytes(8)), FormatError, "dtype 'F31', which safetensors does not"),
+    "unknown dtype": (
+        file_of({"a": entry(dtype="F31")}, bytes(8)),
+        FormatError,
+        "dtype 'F31', which safetensors does not",
+    ),
     "dtype of .ckpt only": (file_of({"a": entry(dtype="STR")}, bytes(8)), FormatError, "dtype 'STR'"),
     "negative shape": (file_of({"a": entry(shape=(-2,))}, bytes(8)), FormatError, "whole numbers of at least 0"),
     "float shape": (file_of({"a": entry(shape=(2.0,))}, bytes(8)), FormatError, "whole numbers"),
@@ -61,7 +81,7 @@ BAD = {
     "no dtype": (file_of({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)), FormatError, "must have dtype"),
     "entry is a number": (file_of({"a": 3}), FormatError, "must have dtype"),
     "metadata not text": (file_of({"__metadata__": {"n": 1}}), FormatError, "must map strings to strings"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -106,9 +106,15 @@ def test_bad_files(golden: Path, tmp_path: Path) -> None:
         "broken json": (b'{"parallel_layout_item": ', "is not valid JSON"),
         "json list": (b'{"parallel_layout_item": [1]}', "is not valid JSON"),
         "no layouts": (b'{"current_stage": 1}', "holds no parameter layouts"),
-        "uneven": (b'{"parallel_layout_item": {"e": {"dev_matrix": [2], "tensor_map": [0], "field": 3}}}', "'e' is split unevenly"),
-        "contradiction": (b'{"parallel_layout_item": {"e": {"dev_matrix": [2], "tensor_map": [4]}}}', "parameter 'e': tensor map"),
-    }  # fmt: skip
+        "uneven": (
+            b'{"parallel_layout_item": {"e": {"dev_matrix": [2], "tensor_map": [0], "field": 3}}}',
+            "'e' is split unevenly",
+        ),
+        "contradiction": (
+            b'{"parallel_layout_item": {"e": {"dev_matrix": [2], "tensor_map": [4]}}}',
+            "parameter 'e': tensor map",
+        ),
+    }
     for name, (content, message) in bad.items():
         path = tmp_path / f"{name}.ckpt"
         path.write_bytes(content)
