@@ -27,7 +27,7 @@ from ms_ckpt_ext.errors import StorageError, storage_error
 _FOLDER = ".ms_ckpt_ext-"
 MANIFEST = ".ms_ckpt_ext.json"
 _PUBLISHING = "publishing"
-# Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even where there is an index.
+# Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.
 # While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
 _OBSTACLE = "publishing-was-interrupted-run-the-job-again.safetensors"
 _UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": _OBSTACLE}}).encode()

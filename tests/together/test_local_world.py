@@ -1,0 +1,455 @@
+"""Cooperative loads with the ranks as threads: survey, agree, plan, exchange, compare, over real files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ms_ckpt_ext.core import cost
+from ms_ckpt_ext.core.collective import rank_round
+from ms_ckpt_ext.core.exchange import ExchangePlan
+from ms_ckpt_ext.core.layout import Layout, whole
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine import session
+from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
+from ms_ckpt_ext.engine.demand import Want
+from ms_ckpt_ext.engine.live import HostMover, HostSink
+from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
+from ms_ckpt_ext.engine.survey import survey
+from ms_ckpt_ext.errors import (
+    CheckpointError,
+    ChecksumError,
+    CoverageError,
+    DisagreementError,
+    LayoutMismatchError,
+    PeerError,
+    TruncatedFileError,
+)
+from ms_ckpt_ext.formats.registry import open_reader, read_index
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+from tests.core.strategies import pairs
+from tests.jobs.support import PAIRS, cut, read_file, strategy_of
+
+SOON = 5.0
+
+
+class Loaded(NamedTuple):
+    """What one rank ended with."""
+
+    contents: dict[str, bytes]
+    report: LoadReport
+    plan: ExchangePlan
+    prepared: Prepared
+
+
+class Load:
+    """One load by all ranks of a world; what differs between ranks is a function of the rank."""
+
+    def __init__(self, source: Path, trained: Optional[Strategy], target: Strategy, **options: Any) -> None:
+        self.source, self.trained, self.target = source, trained, target
+        self.options = LoadOptions(mode="cooperative", **{"bucket_bytes": 1 << 20, "threads": 1, **options})
+        self.world = LocalWorld(target.world, timeout=20.0)
+
+    def directory(self, rank: int) -> Path:
+        return self.source
+
+    def host(self, rank: int) -> str:
+        return "one"
+
+    def facts(self, rank: int) -> dict[str, str]:
+        return {}
+
+    def sink(self, rank: int, name: str, sink: HostSink) -> Any:
+        return sink
+
+    def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
+        return ReaderPool(catalog.files, open_reader)
+
+    def wants(self, rank: int, catalog: Catalog) -> dict[str, Want]:
+        wants = {n: Want(n, whole(len(t.meta.shape))) for n, t in catalog.extras.items()}
+        for name in self.target.names_of(rank):
+            layout = self.target.layout(name, rank)
+            if name in catalog.tensors and layout is not None:
+                wants[name] = Want(name, layout)
+        return wants
+
+    def rank(self, transport: LocalTransport) -> Loaded:
+        rank = transport.rank
+        look = partial(list_checkpoint, str(self.directory(rank)), self.trained)
+        seen = survey(transport, look, read_index, self.host(rank))
+        catalog = catalog_of(seen.indexes, seen.sharded, seen.names, self.trained)
+        wants = self.wants(rank, catalog)
+        ready = session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, self.facts(rank))
+        memory, sinks = {}, {}
+        for number, demand in enumerate(ready.demands):
+            if demand.name in wants:
+                meta = demand.tensor.meta
+                shape = wants[demand.name].layout.slice_shape(meta.shape)
+                memory[demand.name] = np.full(meta.dtype.nbytes(prod(shape)), 0xAA, np.uint8)
+                sinks[number] = self.sink(rank, demand.name, HostSink(memory[demand.name], shape, meta.dtype))
+        with self.readers(rank, catalog) as readers:
+            report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
+
+        def digest(number: int) -> Optional[str]:
+            array = memory.get(ready.demands[number].name)
+            return None if array is None else session.digest_of(array)
+
+        session.compare_replicas(transport, ready, digest)
+        return Loaded({n: a.tobytes() for n, a in memory.items()}, report, ready.plan, ready)
+
+    def run(self) -> list[Loaded]:
+        return self.world.run(self.rank)
+
+    def fail(self) -> dict[int, BaseException]:
+        """Every rank's error; all must have one, soon."""
+        began = time.monotonic()
+        with pytest.raises(Exception):  # noqa: B017 - looked at below
+            self.run()
+        assert time.monotonic() - began < SOON
+        assert sorted(self.world.errors) == list(range(self.world.size))
+        assert all(isinstance(error, CheckpointError) for error in self.world.errors.values()), self.world.errors
+        return self.world.errors
+
+
+def golden_load(golden: Path, source: str, target: str, **options: Any) -> Load:
+    trained = load_strategy(golden / source / "strategy.ckpt")
+    return Load(golden / source / "shards", trained, load_strategy(golden / target / "strategy.ckpt"), **options)
+
+
+def assert_shards(loaded: list[Loaded], shards: Path, more: Mapping[str, bytes] = {}) -> None:
+    for rank, held in enumerate(loaded):
+        expected = {n: t.data for n, t in read_file(next((shards / f"rank_{rank}").glob("*.safetensors"))).items()}
+        assert held.contents == {**expected, **more}, f"rank {rank}"
+
+
+def needed_once(loaded: list[Loaded]) -> int:
+    demands = loaded[0].prepared.demands
+    return sum(d.tensor.meta.dtype.nbytes(prod(d.tensor.meta.shape)) for d in demands)
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_golden_pairs(source: str, target: str, golden: Path) -> None:
+    """Every byte right on every rank, and read once, whatever the number of replicas."""
+    loaded = golden_load(golden, source, target).run()
+    assert_shards(loaded, golden / target / "shards")
+    assert sum(rank.report.reads.nbytes for rank in loaded) == needed_once(loaded)
+    assert [rank.report.reads.nbytes for rank in loaded] == loaded[0].plan.bytes_read()
+    assert all(rank.plan == loaded[0].plan for rank in loaded)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("dp2_tp4", "tp4"), ("dp2_tp2_pp2_zero", "dp2_tp2"), ("dp4_tp2_zero2", "dp3_tp8")]
+)
+def test_a_small_bucket_makes_many_rounds(source: str, target: str, golden: Path) -> None:
+    loaded = golden_load(golden, source, target, bucket_bytes=8192).run()
+    assert_shards(loaded, golden / target / "shards")
+    assert loaded[0].report.rounds > 10
+
+
+def test_deduplicated_files_and_scalars(golden: Path) -> None:
+    formats = golden / "formats_dp2_tp4"
+    known = load_strategy(formats / "strategy.ckpt")
+    first = read_file(next((formats / "dedup/rank_0").glob("*.safetensors")))
+    scalars = {name: tensor.data for name, tensor in first.items() if name not in known.layouts}
+    assert len(scalars) == 7
+    loaded = Load(formats / "dedup", known, load_strategy(golden / "dp2_tp2/strategy.ckpt")).run()
+    assert_shards(loaded, golden / "dp2_tp2/shards", scalars)
+
+
+def test_a_merged_checkpoint(golden: Path) -> None:
+    loaded = Load(golden / "full", None, load_strategy(golden / "dp4_tp2_zero2/strategy.ckpt")).run()
+    assert_shards(loaded, golden / "dp4_tp2_zero2/shards")
+
+
+def test_a_stage_reads_its_own_bytes(golden: Path) -> None:
+    """Two pipeline stages want different parameters: nothing crosses between them, nobody reads for the other."""
+    loaded = golden_load(golden, "dp2_tp4", "dp2_tp2_pp2_zero").run()
+    plan = loaded[0].plan
+    for part in plan.parts:
+        stages = {rank // 4 for delivery in part.deliveries for rank in delivery.ranks}
+        assert stages == {plan.chunks[part.chunk].reader // 4}
+
+
+@pytest.mark.parametrize(("source", "target"), [("dp2_tp4_zero", "dp2_tp2"), ("dp8_zero", "dp3_tp8")])
+def test_what_travels_is_hardly_more_than_what_must(source: str, target: str, golden: Path) -> None:
+    """Bytes handed to the collectives against those that some rank needs and did not read itself."""
+    loaded = golden_load(golden, source, target).run()
+    plan = loaded[0].plan
+    bound = sum(plan.bytes_received())
+    turns = [rank_round(plan, each, rank) for each in plan.rounds for rank in range(plan.world)]
+    travelled = sum(sum(turn.receive_counts) for turn in turns)
+    travelled += sum(sum(turn.gather_counts) - turn.gather_counts[n % plan.world] for n, turn in enumerate(turns))
+    assert 0 < bound <= travelled <= 1.05 * bound
+    assert sum(rank.report.bytes_received for rank in loaded) == bound
+
+
+def wide_source(root: Path, trained: Layout, target: Layout, rows: int = 512, columns: int = 512) -> Load:
+    """Four parameters of a MiB each."""
+    full = {f"w{n}": np.random.default_rng(n).standard_normal((rows, columns)).astype(np.float32) for n in range(4)}
+    strategies = [
+        strategy_of(dict.fromkeys(full, layout), root / f"{name}.ckpt")
+        for name, layout in (("trained", trained), ("target", target))
+    ]
+    cut(strategies[0], full, root / "source")
+    cut(strategies[1], full, root / "expected")
+    return Load(root / "source", strategies[0], strategies[1])
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 8])
+def test_reading_is_balanced_and_in_long_stretches(replicas: int, tmp_path: Path) -> None:
+    """Within 5 % of a fair share each; at most (bytes / 4 MiB) + 2 reads per parameter."""
+    load = wide_source(tmp_path, Layout((2, 4), ((0,), ())), Layout((replicas, 8 // replicas), ((0,), ())))
+    loaded = load.run()
+    assert_shards(loaded, tmp_path / "expected")
+    read = [rank.report.reads.nbytes for rank in loaded]
+    assert sum(read) == 4 << 20
+    assert max(read) <= 1.05 * sum(read) / len(read)
+    stock = len(loaded) * sum(file.stat().st_size for file in (tmp_path / "source").rglob("*.safetensors"))
+    print(f"{replicas} replicas: {sum(read):,} bytes read by all ranks; stock's ranks read {stock:,}")
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much], max_examples=25)
+@given(pairs(8), st.sampled_from([4096, 65536]), st.data())
+def test_any_layouts_any_visibility(case: tuple[Layout, Layout, tuple], bucket: int, data: st.DataObject) -> None:
+    import tempfile
+
+    a, b, shape = case
+    if prod(shape) > 20_000:
+        return
+    hosts = data.draw(st.lists(st.sampled_from(["x", "y"]), min_size=b.devices, max_size=b.devices))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        full = {n: np.random.default_rng(s).integers(0, 9999, shape, np.int32) for s, n in enumerate(("u", "v"))}
+        trained = strategy_of(dict.fromkeys(full, a), root / "a.ckpt")
+        target = strategy_of(dict.fromkeys(full, b), root / "b.ckpt")
+        cut(trained, full, root / "all")
+        cut(target, full, root / "expected")
+        names = sorted(set(hosts))
+        for rank in range(trained.world):  # every folder on one host at least
+            for host in data.draw(st.sampled_from([names, names[:1], names[-1:]])):
+                shutil.copytree(root / "all" / f"rank_{rank}", root / host / f"rank_{rank}")
+
+        class Split(Load):
+            def directory(self, rank: int) -> Path:
+                return root / hosts[rank]
+
+            def host(self, rank: int) -> str:
+                return hosts[rank]
+
+        loaded = Split(root / "x", trained, target, bucket_bytes=bucket).run()
+        assert_shards(loaded, root / "expected")
+        assert sum(rank.report.reads.nbytes for rank in loaded) == needed_once(loaded)
+        check_rounds(loaded[0].plan, bucket)
+
+
+def check_rounds(plan: ExchangePlan, bucket: int) -> None:
+    """Every part in one round; a round's staging fits the bucket but for a first part that alone is larger."""
+    assert sorted(n for r in plan.rounds for n in r.parts) == list(range(len(plan.parts)))
+    assert sorted(c for r in plan.rounds for c in r.chunks) == list(range(len(plan.chunks)))
+    for each in plan.rounds:
+        received = [0] * plan.world
+        for number in each.parts:
+            part = plan.parts[number]
+            for delivery in part.deliveries:
+                for rank in delivery.ranks:
+                    if rank != plan.chunks[part.chunk].reader:
+                        received[rank] += plan.dtype(part).nbytes(delivery.in_part.size)
+        assert max(received) <= bucket
+
+
+class TwoDisks(Load):
+    """Half of the ranks see half of the folders."""
+
+    root: Path
+
+    def directory(self, rank: int) -> Path:
+        return self.root / f"disk_{rank % 2}"
+
+    def host(self, rank: int) -> str:
+        return f"host-{rank % 2}"
+
+
+def two_disks(golden: Path, tmp_path: Path, without: Optional[int] = None) -> TwoDisks:
+    source = golden / "dp2_tp4_zero"
+    for rank in range(8):
+        if rank != without:
+            shutil.copytree(source / "shards" / f"rank_{rank}", tmp_path / f"disk_{rank // 4}" / f"rank_{rank}")
+    target = load_strategy(golden / "tp4/strategy.ckpt")
+    load = TwoDisks(tmp_path, load_strategy(source / "strategy.ckpt"), target)
+    load.root = tmp_path
+    return load
+
+
+def test_local_disks(golden: Path, tmp_path: Path) -> None:
+    assert_shards(two_disks(golden, tmp_path).run(), golden / "tp4/shards")
+
+
+def test_a_folder_that_no_host_sees(golden: Path, tmp_path: Path) -> None:
+    for error in two_disks(golden, tmp_path, without=5).fail().values():
+        assert isinstance(error, CoverageError)
+        assert "should be in the file of rank 5" in str(error)
+        assert "hosts asked: host-0, host-1" in str(error)
+
+
+def test_hosts_with_different_copies(golden: Path, tmp_path: Path) -> None:
+    load = two_disks(golden, tmp_path)
+    other = golden / "dp2_tp4/shards/rank_0"
+    shutil.copytree(other, tmp_path / "disk_1/rank_0")
+    for error in load.fail().values():
+        assert isinstance(error, LayoutMismatchError)
+        assert "host-0, host-1" in str(error) and "their headers differ" in str(error)
+
+
+def test_a_different_input_on_one_rank(golden: Path) -> None:
+    class Odd(Load):
+        def facts(self, rank: int) -> dict[str, str]:
+            return {"source strategy": "mine" if rank == 2 else "theirs"}
+
+    load = Odd(
+        golden / "dp2_tp4/shards",
+        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
+        load_strategy(golden / "tp4/strategy.ckpt"),
+    )
+    for error in load.fail().values():
+        assert isinstance(error, DisagreementError)
+        assert "'source strategy' on rank 2 is not what it is on ranks 0, 1, 3" in str(error)
+
+
+def test_a_file_that_one_rank_cannot_open_any_more(golden: Path) -> None:
+    class Blind(Load):
+        def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
+            def refuse(path: str) -> Any:
+                return open_reader(path if rank != 1 else path + ".gone")
+
+            return ReaderPool(catalog.files, refuse)
+
+    load = Blind(
+        golden / "dp2_tp4/shards",
+        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
+        load_strategy(golden / "tp4/strategy.ckpt"),
+    )
+    errors = load.fail()
+    assert "No such file or directory" in str(errors[1])
+    for rank in (0, 2, 3):
+        error = errors[rank]
+        assert isinstance(error, PeerError) and error.rank == 1
+        assert "No such file or directory" in str(error)
+
+
+def test_a_truncated_shard(golden: Path, tmp_path: Path) -> None:
+    shutil.copytree(golden / "dp2_tp4/shards", tmp_path / "source")
+    victim = tmp_path / "source/rank_3/net.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-100])
+    load = golden_load(golden, "dp2_tp4", "tp4")
+    load.source = tmp_path / "source"
+    errors = load.fail().values()
+    assert any(isinstance(error, TruncatedFileError) for error in errors)
+    assert all("the tensors end at byte" in str(error) for error in errors)
+
+
+def test_a_sink_that_refuses(golden: Path) -> None:
+    class Refusing(Load):
+        def sink(self, rank: int, name: str, sink: HostSink) -> Any:
+            class Broken:
+                def place(self, *_: Any) -> None:
+                    raise CheckpointError(f"{name} is read-only")
+
+            return Broken() if (rank, name) == (2, "layers.1.norm") else sink
+
+    load = Refusing(
+        golden / "dp2_tp4/shards",
+        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
+        load_strategy(golden / "tp4/strategy.ckpt"),
+        bucket_bytes=16384,
+    )
+    errors = load.fail()
+    assert all("layers.1.norm is read-only" in str(error) for error in errors.values())
+    assert [type(errors[rank]) for rank in (0, 1, 3)] == [PeerError] * 3
+
+
+def test_replicas_that_differ_are_found(golden: Path) -> None:
+    class Flipping(Load):
+        def sink(self, rank: int, name: str, sink: HostSink) -> Any:
+            class Flip:
+                def place(self, *arguments: Any) -> None:
+                    sink.place(*arguments)
+                    sink.array[7] ^= 1
+
+            return Flip() if (rank, name) == (3, "head.weight") else sink
+
+    load = Flipping(
+        golden / "tp4/shards",
+        load_strategy(golden / "tp4/strategy.ckpt"),
+        load_strategy(golden / "dp2_tp2/strategy.ckpt"),
+    )
+    for error in load.fail().values():
+        assert isinstance(error, ChecksumError)
+        assert "'head.weight', region [48:96, 0:24]: rank 1 holds digest" in str(error) and "rank 3" in str(error)
+
+
+def test_headers_are_read_once_by_all_ranks_together(golden: Path) -> None:
+    opened: list[str] = []
+
+    def read(path: str) -> Any:
+        opened.append(path)
+        return read_index(path)
+
+    strategy = load_strategy(golden / "dp3_tp8/strategy.ckpt")
+    look = partial(list_checkpoint, str(golden / "dp3_tp8/shards"), strategy)
+    seen = LocalWorld(16).run(lambda transport: survey(transport, look, read, "one"))
+    assert len(opened) == len(set(opened)) == 24
+    assert all(list(one.indexes.items()) == list(seen[0].indexes.items()) for one in seen)
+    assert list(seen[0].indexes) == [str(rank) for rank in range(24)]
+
+
+def test_reading_overlaps_the_exchange(golden: Path, tmp_path: Path) -> None:
+    """With a reader that takes its time, some chunk of a later round is being read while a round is exchanged."""
+
+    class Slow(Load):
+        def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
+            pool = super().readers(rank, catalog)
+            real = pool.read_into
+
+            def read_into(file: int, offset: int, buffer: memoryview) -> None:
+                time.sleep(0.005)
+                real(file, offset, buffer)
+
+            pool.read_into = read_into  # type: ignore[method-assign]
+            return pool
+
+    path = tmp_path / "trace.json"
+    load = Slow(
+        golden / "dp2_tp4/shards",
+        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
+        load_strategy(golden / "tp4/strategy.ckpt"),
+        bucket_bytes=32768,
+        trace=str(path),
+    )
+    plan = load.run()[0].plan
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1, 2, 3}
+    assert {event["ph"] for event in events} == {"X"}
+    round_of = {chunk: number for number, r in enumerate(plan.rounds) for chunk in r.chunks}
+    spans = {name: [e for e in events if e["name"] == name] for name in ("read", "exchange")}
+    overlapping = [
+        (read["args"]["chunk"], exchange["args"]["round"])
+        for read in spans["read"]
+        for exchange in spans["exchange"]
+        if read["pid"] == exchange["pid"]
+        and read["ts"] < exchange["ts"] + exchange["dur"]
+        and exchange["ts"] < read["ts"] + read["dur"]
+    ]
+    assert any(round_of[chunk] > number for chunk, number in overlapping)
