@@ -9,7 +9,8 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore.communication import get_rank, init
+from mindspore.communication import init
+from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
@@ -20,11 +21,11 @@ COUNTS: list[ReadCount] = []
 
 
 def poisoned(tensors: dict[str, Stored]) -> ms.nn.Cell:
-    """A Cell with Parameters of these names, shapes and dtypes, every byte of them wrong."""
+    """A Cell with Parameters of these names, shapes and dtypes, all values wrong."""
     cell = ms.nn.Cell()
     for number, (name, tensor) in enumerate(tensors.items()):
-        parameter = ms.Parameter(ms.Tensor(np.zeros(tensor.shape), _DTYPES[tensor.dtype]), name=name)
-        parameter.asnumpy().reshape(-1).view(np.uint8)[...] = 0xA5
+        poison = ms.Tensor(np.full(tensor.shape, 77), _DTYPES[tensor.dtype])
+        parameter = ms.Parameter(poison, name=name)
         cell.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
     return cell
 
@@ -40,7 +41,7 @@ def check(rank: int, case: dict[str, Any]) -> None:
     COUNTS.clear()
     missing, unused = load_distributed_checkpoint(
         cell, None, case["predicted"], case["trained"], format="safetensors", unified_safetensors_dir=case["source"],
-        mode=case.get("mode"),
+        mode=case.get("mode"), **case.get("options", {}),
     )  # fmt: skip
     found = bytes_of(cell)
     wrong = [name for name, tensor in expected.items() if found[name] != tensor.data]
@@ -57,8 +58,12 @@ def check(rank: int, case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    ms.set_device("CPU")
-    init()
+    if sys.argv[2] == "ascend":
+        ms.set_device("Ascend")
+        distributed.init_process_group()
+    else:
+        ms.set_device("CPU")
+        init()
     opened = ReaderPool.__init__
 
     def remember(self: ReaderPool, *args: Any, **more: Any) -> None:
@@ -67,7 +72,7 @@ def main() -> None:
 
     ReaderPool.__init__ = remember  # type: ignore[method-assign]
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        check(get_rank(), case)
+        check(distributed.get_rank(), case)
         print(f"case {case['name']} is right", flush=True)
 
 

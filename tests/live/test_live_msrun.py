@@ -14,6 +14,7 @@ from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
 from tests.jobs.support import cut, read_file, scalars, shard, strategy_of
 
@@ -25,9 +26,11 @@ pytestmark = [
 WORKER = Path(__file__).with_name("load_worker.py")
 
 
-def run(cases: list[dict[str, Any]], ranks: int, tmp_path: Path) -> None:
+def run(cases: list[dict[str, Any]], ranks: int, tmp_path: Path, device: str = "cpu", **env: str) -> None:
     (tmp_path / "cases.json").write_text(json.dumps(cases, default=str))
-    result = run_msrun(WORKER, tmp_path / "cases.json", ranks=ranks, tmp_path=tmp_path)
+    result = run_msrun(
+        WORKER, tmp_path / "cases.json", device, ranks=ranks, device=device, env=env or None, tmp_path=tmp_path
+    )
     for rank in range(ranks):
         for case in cases:
             assert f"case {case['name']} is right" in result.worker(rank)
@@ -59,6 +62,11 @@ def with_scalars(shards: Path, extras: dict[str, Any], target: Path) -> Path:
         data = struct.pack("<Q", len(text)) + text + b"".join(tensor.data for tensor in held.values())
         (target / folder.name / "net.safetensors").write_bytes(data)
     return target
+
+
+def cooperative(golden: Path, source: str, target: str, **options: Any) -> dict[str, Any]:
+    """All bytes read once, exchanged, and replicas compared."""
+    return golden_case(golden, source, target, mode="cooperative", options={"verify": "replicas", **options})
 
 
 def test_four_ranks(golden: Path, tmp_path: Path) -> None:
@@ -93,10 +101,51 @@ def test_four_ranks(golden: Path, tmp_path: Path) -> None:
                 **resumed,
             },
             {**wide, "mode": "direct", "counted": True},
+            cooperative(golden, "dp3_tp8", "tp4"),
+            cooperative(golden, "dp2_tp2_pp2_zero", "dp2_tp2", bucket_bytes=16384),
         ],
         4,
         tmp_path,
     )
+
+
+@pytest.mark.ascend
+@pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])
+def test_four_emulated_npus(mode: str, golden: Path, tmp_path: Path) -> None:
+    """MindSpore's Ascend back end and HCCL code: pieces are cut on the device and land in device tensors."""
+    emulator_or_skip()
+    formats = golden / "formats_dp2_tp4"
+    known = load_strategy(formats / "strategy.ckpt").layouts
+    few = {n: t for n, t in read_file(shard(formats / "dedup" / "rank_0")).items() if n not in known}
+    dedup = {
+        "name": "dedup",
+        "source": formats / "dedup",
+        "trained": formats / "strategy.ckpt",
+        "predicted": golden / "dp2_tp2" / "strategy.ckpt",
+        "expected": with_scalars(golden / "dp2_tp2" / "shards", few, tmp_path / "few"),
+        "mode": "cooperative",
+    }
+    env = {} if mode == "synchronous" else {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
+    run(
+        [
+            cooperative(golden, "dp2_tp4", "tp4"),
+            cooperative(golden, "dp3_tp8", "tp4", bucket_bytes=16384),
+            cooperative(golden, "dp2_tp2_pp2_zero", "dp2_tp2"),
+            golden_case(golden, "dp2_tp4", "tp4", mode="direct"),
+            golden_case(golden, "dp2_tp4_zero", "tp4", mode="auto"),
+            dedup,
+        ],
+        4,
+        tmp_path,
+        "ascend",
+        **env,
+    )
+
+
+@pytest.mark.ascend
+def test_eight_emulated_npus(golden: Path, tmp_path: Path) -> None:
+    emulator_or_skip()
+    run([cooperative(golden, "dp2_tp4", "dp4_tp2_zero2")], 8, tmp_path, "ascend")
 
 
 def wide_case(root: Path, layout: Layout) -> dict[str, Any]:
