@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 import numpy as np
-from mindspore.common.np_dtype import bfloat16
+from mindspore.common import np_dtype
 
 from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
@@ -31,7 +31,7 @@ _NUMPY: Mapping[str, Any] = {
     "I16": np.int16,
     "U16": np.uint16,
     "F16": np.float16,
-    "BF16": bfloat16,
+    "BF16": np_dtype.bfloat16,
     "I32": np.int32,
     "U32": np.uint32,
     "F32": np.float32,
