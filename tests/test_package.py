@@ -72,3 +72,16 @@ def test_requirements_pin_numpy_below_2() -> None:
 
 def test_types_are_shipped() -> None:
     assert importlib.resources.files("ms_ckpt_ext").joinpath("py.typed").is_file()
+
+
+def test_without_mindspore_a_live_load_says_how_to_get_it(golden: Path) -> None:
+    """Merging works, filling a network tells what to install."""
+    code = (
+        "import sys; sys.modules['mindspore'] = None\n"
+        "from ms_ckpt_ext import load_distributed_checkpoint as f\n"
+        f"f(object(), format='safetensors', unified_safetensors_dir={str(golden / 'full')!r})"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "MissingDependencyError: this call needs MindSpore" in run.stderr
+    assert "pip install 'mindspore>=2.7' 'numpy<2'" in run.stderr

@@ -274,3 +274,34 @@ def test_a_read_that_fails_on_the_way_names_what_may_have_changed(
 def test_no_network_at_all(ms: Any, merged: Path) -> None:
     with pytest.raises(ArgumentTypeError, match="network must be a mindspore.nn.Cell or None, got dict"):
         ms_ckpt_ext.load_distributed_checkpoint({}, format="safetensors", unified_safetensors_dir=merged, mode="direct")
+
+
+def test_packed_int4_keeps_its_mark(ms: Any, tmp_path: Path) -> None:
+    """MindSpore stores packed int4 as int8 and says so in the metadata: through merge, re-cut and load."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    from ms_ckpt_ext.core.layout import Layout
+    from tests.jobs.support import strategy_of
+
+    packed = np.arange(-32, 32, dtype=np.int8).reshape(8, 8)
+    strategy_of({"q.weight": Layout((2,), ((0,), ()))}, tmp_path / "s.ckpt")
+    for rank in range(2):
+        (tmp_path / f"src/rank_{rank}").mkdir(parents=True)
+        half = np.ascontiguousarray(packed[4 * rank : 4 * rank + 4])
+        note = {"format": "ms", "q.weight": "Int4"}
+        save_file({"q.weight": half}, tmp_path / f"src/rank_{rank}/net.safetensors", note)
+    ms_ckpt_ext.unified_safetensors(
+        tmp_path / "src", tmp_path / "s.ckpt", tmp_path / "out", choice_func=lambda name: f"model.{name}"
+    )
+    with safe_open(tmp_path / "out/part0.safetensors", "np") as file:
+        assert file.metadata() == {"format": "ms", "model.q.weight": "Int4"}
+        assert file.get_tensor("model.q.weight").tobytes() == packed.tobytes()
+    network = ms.nn.Cell()
+    weight = ms.Parameter(ms.Tensor(np.zeros((8, 8), np.int8), dtype=ms.qint4x2), name="model.q.weight")
+    network.insert_param_to_cell("w", weight)
+    ms_ckpt_ext.load_distributed_checkpoint(
+        network, format="safetensors", unified_safetensors_dir=tmp_path / "out", mode="direct"
+    )
+    assert network.w.dtype == ms.qint4x2
+    assert network.w.asnumpy().tobytes() == packed.tobytes()
