@@ -82,8 +82,7 @@ def load_distributed_checkpoint(
             Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
         bucket_bytes: staging memory of a rank for one round of a cooperative load.
         prefetch: rounds that are read ahead.
-        verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region; "full": also
-            check the source files against their digest manifest first.
+        verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region.
         trace: write a Chrome trace of a cooperative load there.
         timeout: seconds that one exchange between ranks may last.
 

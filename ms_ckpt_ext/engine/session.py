@@ -31,7 +31,7 @@ from ms_ckpt_ext.transport.base import Bytes, Transport, name_ranks
 
 B = TypeVar("B")
 MODES = ("auto", "direct", "cooperative")
-VERIFY = ("none", "replicas", "full")
+VERIFY = ("none", "replicas")
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
 log = logging.getLogger("ms_ckpt_ext")
@@ -47,8 +47,7 @@ class LoadOptions:
         bucket_bytes: staging memory of a rank for one round.
         prefetch: rounds read ahead.
         threads: reading threads of a rank.
-        verify: "none"; "replicas" compares digests between ranks that hold the same region; "full" also checks the
-            source files against their digest manifest before anything is changed.
+        verify: "none"; "replicas" compares digests between ranks that hold the same region.
         trace: path of a Chrome trace to write; "" for none.
         timeout: seconds that one exchange may last.
         host: name of this rank's host; ranks of a host see the same files.
