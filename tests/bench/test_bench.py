@@ -1,0 +1,30 @@
+"""The benchmark runs and tells what it should; how fast is not a test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+
+
+def test_offline(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "offline", "--size", "0.0005", "--rounds", "1", "--dir", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert {row["command"] for row in rows} == {"ms_ckpt_ext", "cp", "cp and sync"}
+    assert len({row["job"] for row in rows}) == 3
+    assert all(row["seconds"] > 0 and row["x cp"] > 0 and row["peak MiB"] >= 0 for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["offline", "--rounds", "no"], ["nothing"]])
+def test_wrong_arguments_are_told(arguments: list[str]) -> None:
+    run = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "usage:" in run.stderr
