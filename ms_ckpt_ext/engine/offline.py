@@ -28,7 +28,7 @@ from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.sink import FileSink
+from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
 
 _PLAN_VERSION = b"1"
@@ -64,6 +64,7 @@ class Job:
         index: files that make the set loadable, published last: name -> contents.
         replaces: files of an older result in the target that must not survive.
         task: name of this task, unique within the job.
+        sink: makes the file of an output from its path and plain size.
     """
 
     source: Catalog
@@ -72,6 +73,7 @@ class Job:
     index: Mapping[str, bytes] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
     task: str = "task-1-of-1"
+    sink: Callable[[str, int], Sink] = FileSink
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _fill(
     staging.discard_partials(output.name for output in todo)
     staging.check_space(sum(output.layout.size for output in todo))
     allow_open_files(len(todo) + len(job.source.files))
-    with ReaderPool(job.source.files, open_reader) as readers, _Files(todo, staging) as files:
+    with ReaderPool(job.source.files, open_reader) as readers, _Files(todo, staging, job.sink) as files:
         units = schedule(tasks_of(todo), job.source.stored, limits)
 
         def landed(sink: int, nbytes: int) -> None:
@@ -193,18 +195,18 @@ def _fill(
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
-    def __init__(self, outputs: Sequence[Output], staging: Staging) -> None:
-        self._outputs, self._staging = outputs, staging
+    def __init__(self, outputs: Sequence[Output], staging: Staging, make: Callable[[str, int], Sink]) -> None:
+        self._outputs, self._staging, self._make = outputs, staging, make
         self._lock = threading.Lock()
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
         self._syncs = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
         self._accepted: list[Future[None]] = []
-        self.sinks: list[FileSink] = []
+        self.sinks: list[Sink] = []
 
     def __enter__(self) -> _Files:
         try:
             for number, output in enumerate(self._outputs):
-                sink = FileSink(self._staging.partial(output.name), output.layout.size)
+                sink = self._make(self._staging.partial(output.name), output.layout.size)
                 self.sinks.append(sink)
                 for offset, literal in output.layout.literals:
                     sink.write(offset, memoryview(literal))

@@ -16,10 +16,11 @@ import numpy as np
 from ms_ckpt_ext.core.reads import Batch, Direct, Read, Stretch, Unit
 from ms_ckpt_ext.core.strided import StridedCopy
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.sink import FileSink, MemorySink, Sink
+from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
 
 Landed = Callable[[int, int], None]
 """(sink, bytes): told after bytes reached a sink, from worker threads."""
+_COPY = 1 << 20  # stays in a core's cache between read and write
 
 
 def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], workers: int, landed: Landed) -> None:
@@ -101,7 +102,12 @@ class _Worker:
             )
         else:
             with self._readers.use(unit.file) as reader:
-                sink.copy_from(reader, unit.source, unit.target, unit.length)
+                done = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
+                while done < unit.length:
+                    part = memoryview(self._scratch.take(min(_COPY, unit.length - done)))
+                    reader.read_into(unit.source + done, part)
+                    sink.write(unit.target + done, part)
+                    done += len(part)
             self._readers.tally(unit.file, unit.length)
         self._landed(unit.sink, unit.length)
 
@@ -166,11 +172,7 @@ class _Worker:
         if held is None:
             return
         offset, start, length = held
-        sink = self._sinks[number]
-        if isinstance(sink, FileSink):
-            sink.write(offset, memoryview(arena[start : start + length]))
-        else:
-            sink.array[offset : offset + length] = arena[start : start + length]
+        self._sinks[number].write(offset, memoryview(arena[start : start + length]))
         self._landed(number, length)
 
 

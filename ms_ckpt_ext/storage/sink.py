@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Optional, Union
+from typing import Optional, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,28 @@ from ms_ckpt_ext.storage.reader import ByteReader
 
 # The kernel or file system cannot copy between these two files by itself; bytes through a buffer always work.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
-_BUFFER = 1 << 20  # stays in a core's cache between read and write
+
+
+class Sink(Protocol):
+    """Something of known size that takes bytes at any offset, from any thread, each byte once.
+
+    Attributes:
+        path: what messages call it.
+        fd: descriptor whose offsets are this sink's, for copies inside the kernel; None where bytes are transformed
+            (encrypted, say) or there is no file.
+    """
+
+    path: str
+    fd: Optional[int]
+
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """Take `buffer` (flat bytes) at `offset`; it may be reused afterwards. Raises StorageError."""
+
+    def finish(self) -> None:
+        """Every byte was written: make them durable, and close. Raises StorageError."""
+
+    def close(self) -> None:
+        """Let go of the file without a promise; also after `finish`."""
 
 
 class FileSink:
@@ -24,78 +45,92 @@ class FileSink:
     def __init__(self, path: str, size: int) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
+            self.fd: Optional[int] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
         except OSError as error:
             raise storage_error("create", path, error) from error
         try:
             preallocate(self.fd, size)
         except OSError as error:
-            os.close(self.fd)
+            self.close()
             os.unlink(path)
             raise storage_error(f"reserve {size} bytes for", path, error) from error
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write `buffer` (flat bytes) at `offset` and start its way to disk."""
-        done = 0
+        fd, done = self._open(), 0
         while done < len(buffer):
             try:
-                done += os.pwrite(self.fd, buffer[done:], offset + done)
+                done += os.pwrite(fd, buffer[done:], offset + done)
             except OSError as error:
                 raise storage_error(f"write {len(buffer)} bytes at offset {offset} of", self.path, error) from error
-        start_writeback(self.fd, offset, len(buffer))
-
-    def copy_from(self, reader: ByteReader, source: int, offset: int, length: int) -> None:
-        """Copy a stretch of a source file to `offset`: inside the kernel where that works, else through a buffer."""
-        done = self._kernel_copy(reader.fd, source, offset, length) if reader.fd is not None else 0
-        if done < length:
-            scratch = memoryview(bytearray(min(_BUFFER, length - done)))
-            while done < length:
-                part = scratch[: min(len(scratch), length - done)]
-                reader.read_into(source + done, part)
-                self.write(offset + done, part)
-                done += len(part)
-
-    def _kernel_copy(self, fd: int, source: int, offset: int, length: int) -> int:
-        done = 0
-        while done < length and hasattr(os, "copy_file_range"):
-            try:
-                copied = os.copy_file_range(fd, self.fd, length - done, source + done, offset + done)
-            except OSError as error:
-                if error.errno in _NO_KERNEL_COPY:
-                    break
-                raise storage_error(
-                    f"copy {length - done} bytes into offset {offset + done} of", self.path, error
-                ) from error
-            if copied == 0:  # end of the source, or a file system that cannot say no: the buffer will tell
-                break
-            done += copied
-        start_writeback(self.fd, offset, done)
-        return done
+        start_writeback(fd, offset, len(buffer))
 
     def finish(self) -> None:
-        """Make the bytes durable and close. Raises StorageError."""
+        """Make the bytes durable and close."""
         try:
-            os.fsync(self.fd)
+            os.fsync(self._open())
         except OSError as error:
             raise storage_error("sync", self.path, error) from error
         finally:
             self.close()
 
+    def _open(self) -> int:
+        if self.fd is None:
+            raise storage_error("write to", self.path, OSError(errno.EBADF, "closed"))
+        return self.fd
+
     def close(self) -> None:
         """Close without a promise."""
-        fd: Optional[int] = self.fd
-        if fd is not None and fd >= 0:
-            self.fd = -1
+        fd, self.fd = self.fd, None
+        if fd is not None:
             os.close(fd)
+
+
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+
+
+def kernel_copy(reader: ByteReader, source: int, sink: Sink, offset: int, length: int) -> int:
+    """Copy a stretch of a file into a sink inside the kernel; returns how many bytes, from the first one on.
+
+    Less than `length` where kernel or file system do not copy between these two: the rest needs a buffer.
+
+    Raises:
+        StorageError: the copy failed for another reason.
+    """
+    done = 0
+    while done < length and reader.fd is not None and sink.fd is not None and hasattr(os, "copy_file_range"):
+        try:
+            copied = os.copy_file_range(reader.fd, sink.fd, length - done, source + done, offset + done)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                break
+            what = f"copy {length - done} bytes from offset {source + done} of {reader.path!r} into offset "
+            raise storage_error(f"{what}{offset + done} of", sink.path, error) from error
+        if copied == 0:  # end of the source, or a file system that cannot say no: the buffer will tell
+            break
+        done += copied
+    if sink.fd is not None:
+        start_writeback(sink.fd, offset, done)
+    return done
 
 
 class MemorySink:
     """Bytes of an array that exists already: a Parameter's memory, or a buffer."""
+
+    path = "memory"
+    fd: Optional[int] = None
 
     def __init__(self, array: npt.NDArray[np.uint8]) -> None:
         if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
             raise ValueError("a memory sink is a flat, contiguous, writable uint8 array")
         self.array = array
 
+    def write(self, offset: int, buffer: memoryview) -> None:
+        """Copy `buffer` to `offset`."""
+        self.array[offset : offset + len(buffer)] = buffer
 
-Sink = Union[FileSink, MemorySink]
+    def finish(self) -> None:
+        """Nothing to do: the memory is its owner's."""
+
+    def close(self) -> None:
+        """Nothing to do: the memory is its owner's."""

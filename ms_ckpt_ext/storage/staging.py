@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from ms_ckpt_ext.errors import StorageError, storage_error
 
@@ -170,7 +170,7 @@ class Staging:
             if index:
                 (self.target / _OBSTACLE).touch()
             for name in index:
-                _write_atomically(self.target / name, _UNFINISHED)
+                write_atomically(self.target / name, _UNFINISHED)
             for name in (MANIFEST, *replaces, *waiting):
                 (self.target / name).unlink(missing_ok=True)
             for folder in {(self.target / name).parent for name in replaces} - {self.target}:
@@ -183,7 +183,7 @@ class Staging:
                 _sync_folder(folder)
             (self.target / _OBSTACLE).unlink(missing_ok=True)
             for name, contents in {**index, MANIFEST: self._manifest(names)}.items():
-                _write_atomically(self.target / name, contents)
+                write_atomically(self.target / name, contents)
             _sync_folder(self.target)
         except OSError as error:
             raise storage_error("publish the result in", str(self.target), error) from error
@@ -261,9 +261,10 @@ def _remove_if_idle(folder: Path, besides: str = "") -> bool:
     return True
 
 
-def _write_atomically(path: Path, contents: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+def write_atomically(path: Union[str, Path], contents: bytes) -> None:
+    """Replace a file by `contents`: durable, and never seen half written. Raises OSError."""
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())

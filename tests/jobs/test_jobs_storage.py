@@ -87,7 +87,7 @@ def test_a_kernel_that_does_not_copy(how: str, large: Path, tmp_path: Path, monk
 
 def test_a_kernel_copy_that_fails_for_good(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", refusing(errno.EIO))
-    with pytest.raises(errors.StorageError, match="cannot copy .* bytes into offset .*Input/output error"):
+    with pytest.raises(errors.StorageError, match="cannot copy .* bytes from .* into offset .*Input/output error"):
         merge(large, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,243 @@
+"""A digest of every tensor, kept beside the files: `ms_ckpt_ext.digests.json`.
+
+The digest is plain xxh3-128 of the tensor's bytes, row-major and little-endian as every format here stores them, so
+`xxhash.xxh3_128(array.tobytes()).hexdigest()` or `xxh128sum` checks it without this package. Names of files are
+relative to the manifest's folder, sizes are bytes on disk:
+
+    {"format": "ms_ckpt_ext.digests", "version": 1, "algorithm": "xxh3-128",
+     "files": {"part0.safetensors": {"size": 4096, "tensors": {"layer.weight": "99aa06d3014798d86001c324468d497f"}}}}
+
+It finds accidents: bit rot, lost pages, truncation. It is no signature: who can change a file can change the manifest.
+
+Encrypted files are listed with their size and without digests. A digest of the plaintext without a key would confirm
+a guess at the contents, two equal digests would tell that two tensors are equal, and authenticated encryption finds
+every changed byte by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Callable, NamedTuple, Optional
+
+import xxhash
+
+from ms_ckpt_ext.errors import FormatError, storage_error
+from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.registry import open_reader, read_index
+from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.staging import write_atomically
+
+MANIFEST_NAME = "ms_ckpt_ext.digests.json"
+_FORMAT = "ms_ckpt_ext.digests"
+_ALGORITHM = "xxh3-128"
+_HEX = re.compile(r"^[0-9a-f]{32}$")
+_BUFFER = 1 << 20  # stays in a core's cache between read and digest
+Opener = Callable[[str], ByteReader]
+
+
+class FileDigests(NamedTuple):
+    """What the manifest knows of one file.
+
+    Attributes:
+        size: bytes on disk.
+        tensors: name -> 32 hexadecimal digits of its xxh3-128; empty when the file is encrypted.
+    """
+
+    size: int
+    tensors: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The digests of the files below one folder: name relative to it, with `/` -> digests."""
+
+    files: Mapping[str, FileDigests]
+
+    def to_json(self) -> bytes:
+        """The manifest's file."""
+        files = {name: {"size": held.size, "tensors": dict(held.tensors)} for name, held in self.files.items()}
+        content = {"format": _FORMAT, "version": 1, "algorithm": _ALGORITHM, "files": files}
+        return json.dumps(content, indent=1, ensure_ascii=False).encode()
+
+
+class Fault(NamedTuple):
+    """Where a file and its manifest differ: `tensor` is None when it is about the file as a whole."""
+
+    file: str
+    tensor: Optional[str]
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        what = f"{self.file!r}" if self.tensor is None else f"parameter {self.tensor!r} in {self.file!r}"
+        return f"{what}: found {self.found}, the manifest says {self.expected}"
+
+
+def load_manifest(directory: str) -> Optional[Manifest]:
+    """The manifest of a folder as it stands, None when there is none. It may be older than the files: see `digests_of`.
+
+    Raises:
+        FormatError: the file is there but is not a manifest.
+        StorageError: it cannot be read.
+    """
+    path = os.path.join(directory, MANIFEST_NAME)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise storage_error("read the digests in", path, error) from error
+    try:
+        return _parse(json.loads(raw))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(
+            f"{path!r} is not a manifest of digests ({error!r}); remove it, or restore the checkpoint's own"
+        ) from error
+
+
+def _parse(content: Any) -> Manifest:
+    if (content["format"], content["version"], content["algorithm"]) != (_FORMAT, 1, _ALGORITHM):
+        raise ValueError(f"version {content['version']!r}, algorithm {content['algorithm']!r}")
+    files = {}
+    for name, held in content["files"].items():
+        size, tensors = held["size"], dict(held["tensors"])
+        if type(size) is not int or size < 0 or not all(map(_HEX.match, tensors.values())):
+            raise ValueError(f"entry of {name!r}")
+        files[name] = FileDigests(size, tensors)
+    return Manifest(files)
+
+
+def digests_of(path: str) -> Optional[FileDigests]:
+    """What is on record about one file, from the manifest beside it, else the one a folder up (`rank_N/…`).
+
+    None when there is no manifest, it does not list the file, or it lists another size: then it is about an older
+    file of that name. Raises as `load_manifest`, and StorageError when the file cannot be looked at.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    above, below = os.path.split(folder)
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise storage_error("look at", path, error) from error
+    for directory, key in ((folder, name), (above, f"{below}/{name}")):
+        manifest = load_manifest(directory)
+        held = None if manifest is None else manifest.files.get(key)
+        if held is not None:
+            return held if held.size == size else None
+    return None
+
+
+def digest_tensors(
+    index: FileIndex, names: Optional[Iterable[str]] = None, workers: int = 1, opener: Opener = open_reader
+) -> dict[str, str]:
+    """Digest tensors of one file: name -> 32 hexadecimal digits, in file order.
+
+    Streams every tensor through a buffer of 1 MiB; `workers` threads take a tensor each.
+
+    Args:
+        index: the file, as its reader describes it.
+        names: which tensors; None for all.
+        opener: path -> reader of the bytes the index's offsets count in (decrypted ones for an encrypted file).
+
+    Raises:
+        KeyError: a name the file does not hold.
+        TruncatedFileError, StorageError: the file cannot be read.
+    """
+    wanted = list(index.tensors if names is None else names)
+    entries = [index.tensors[name] for name in wanted]
+    with opener(index.path) as reader, ThreadPoolExecutor(max(1, workers), "digest") as pool:
+        return dict(zip(wanted, pool.map(lambda entry: _digest(reader, entry), entries)))
+
+
+def _digest(reader: ByteReader, entry: TensorEntry) -> str:
+    state = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(_BUFFER, entry.nbytes)))
+    for offset, length in entry.extents:
+        for at in range(offset, offset + length, _BUFFER):
+            part = buffer[: min(_BUFFER, offset + length - at)]
+            reader.read_into(at, part)
+            state.update(part)
+    return state.hexdigest()
+
+
+def digest_file(index: FileIndex, workers: int = 1, opener: Opener = open_reader) -> FileDigests:
+    """What a manifest should say about one file, read from the file. Raises as `digest_tensors`."""
+    return FileDigests(index.size, digest_tensors(index, workers=workers, opener=opener) if _is_plain(index) else {})
+
+
+def _is_plain(index: FileIndex) -> bool:
+    return index.reader == "plain"
+
+
+def update_manifest(directory: str, files: Mapping[str, FileDigests]) -> None:
+    """Put files on record in a folder's manifest, atomically; entries of other files stay while their sizes fit.
+
+    For one writer at a time. A manifest that cannot be understood is replaced. Raises StorageError.
+    """
+    try:
+        known = load_manifest(directory)
+    except FormatError:
+        known = None
+    held = {} if known is None else {n: f for n, f in known.files.items() if _size(directory, n) == f.size}
+    write_manifest(directory, Manifest({**held, **files}))
+
+
+def write_manifest(directory: str, manifest: Manifest) -> None:
+    """Write or replace a folder's manifest, atomically and durably. Raises StorageError."""
+    try:
+        write_atomically(os.path.join(directory, MANIFEST_NAME), manifest.to_json())
+    except OSError as error:
+        raise storage_error("write the digests into", directory, error) from error
+
+
+def _size(directory: str, name: str) -> Optional[int]:
+    try:
+        return os.stat(os.path.join(directory, *name.split("/"))).st_size
+    except OSError:
+        return None
+
+
+def check(
+    directory: str,
+    manifest: Manifest,
+    files: Optional[Iterable[str]] = None,
+    workers: int = 1,
+    indexer: Callable[[str], FileIndex] = read_index,
+    opener: Opener = open_reader,
+) -> list[Fault]:
+    """Compare files with their manifest, streaming every tensor once; an empty list means all is as written.
+
+    Args:
+        directory: the manifest's folder.
+        files: which of the manifest's files, relative to the folder; None for all of them.
+        workers: threads, each with a buffer of 1 MiB.
+        indexer, opener: readers of the files; those that hold a key where files are encrypted. What an encrypted
+            file holds is checked by its own authentication tags while it is read, not here: of it, only the size is.
+
+    Raises:
+        KeyError: a file that the manifest does not list.
+        FormatError, StorageError: a file that is there cannot be read at all.
+    """
+    faults = []
+    for name in manifest.files if files is None else files:
+        expected, path = manifest.files[name], os.path.join(directory, *name.split("/"))
+        size = _size(directory, name)
+        if size != expected.size:
+            found = "no file" if size is None else f"{size} bytes"
+            faults.append(Fault(name, None, found, f"{expected.size} bytes"))
+        elif expected.tensors:
+            faults += _differences(name, indexer(path), expected, workers, opener)
+    return faults
+
+
+def _differences(name: str, index: FileIndex, expected: FileDigests, workers: int, opener: Opener) -> list[Fault]:
+    digests = digest_tensors(index, workers=workers, opener=opener)
+    both = {**dict.fromkeys(expected.tensors, "no such tensor"), **digests}
+    listed = {**dict.fromkeys(digests, "no such tensor"), **expected.tensors}
+    return [Fault(name, tensor, both[tensor], listed[tensor]) for tensor in listed if both[tensor] != listed[tensor]]

@@ -1,0 +1,129 @@
+"""The manifest of digests: what it says, what it finds, and when it is not believed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from safetensors.numpy import save_file
+
+from ms_ckpt_ext import errors
+from ms_ckpt_ext.engine import digests
+from ms_ckpt_ext.engine.digests import FileDigests, Manifest
+from ms_ckpt_ext.formats.registry import read_index
+
+BIG = (3 << 20) + 5  # several buffers and a rest
+
+
+def write(path: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    held = {"w": rng.integers(0, 255, BIG, np.uint8), "s": np.array(7, np.int32), "none": np.zeros((0, 4), np.float32)}
+    save_file(held, path)
+    return held
+
+
+def recorded(root: Path, *names: str) -> Manifest:
+    return Manifest({name: digests.digest_file(read_index(str(root / name))) for name in names})
+
+
+def test_a_digest_is_that_of_the_plain_bytes(tmp_path: Path) -> None:
+    held = write(tmp_path / "a.safetensors")
+    index = read_index(str(tmp_path / "a.safetensors"))
+    expected = {name: xxhash.xxh3_128_hexdigest(array.tobytes()) for name, array in held.items()}
+    for workers in (1, 3):
+        assert digests.digest_tensors(index, workers=workers) == expected
+    assert digests.digest_tensors(index, ["s"]) == {"s": expected["s"]}
+    assert expected["none"] == "99aa06d3014798d86001c324468d497f"
+    with pytest.raises(KeyError):
+        digests.digest_tensors(index, ["t"])
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    assert digests.load_manifest(str(tmp_path)) is None
+    assert digests.load_manifest(str(tmp_path / "no such folder")) is None
+    manifest = Manifest({"a": FileDigests(3, {"ü/w": "0" * 32}), "rank_0/b": FileDigests(0, {})})
+    digests.write_manifest(str(tmp_path), manifest)
+    assert digests.load_manifest(str(tmp_path)) == manifest
+    assert [path.name for path in tmp_path.iterdir()] == [digests.MANIFEST_NAME]
+
+
+GOOD = Manifest({"a": FileDigests(3, {"w": "0" * 32})}).to_json().decode()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    ["", "[]", "{}", "null", "[" * 100_000, GOOD[:-3]]
+    + [GOOD.replace(old, new) for old, new in ((": 1,", ": 2,"), ("xxh3-128", "md5"), ("0" * 32, "0" * 31))]
+    + [GOOD.replace(": 3,", new) for new in (": -3,", ': "3",', ": true,")],
+)
+def test_a_damaged_manifest_is_told(raw: str, tmp_path: Path) -> None:
+    (tmp_path / digests.MANIFEST_NAME).write_text(raw)
+    with pytest.raises(errors.FormatError, match="is not a manifest of digests .*remove it"):
+        digests.load_manifest(str(tmp_path))
+    digests.update_manifest(str(tmp_path), {})
+    assert digests.load_manifest(str(tmp_path)) == Manifest({})
+
+
+def test_what_check_finds(tmp_path: Path) -> None:
+    names = ("a.safetensors", "rank_0/b.safetensors", "c.safetensors")
+    for name in names:
+        write(tmp_path / name)
+    manifest = recorded(tmp_path, *names)
+    assert digests.check(str(tmp_path), manifest, workers=2) == []
+    path = tmp_path / names[0]
+    raw = bytearray(path.read_bytes())
+    raw[-BIG // 2] ^= 1
+    path.write_bytes(raw)
+    (fault,) = digests.check(str(tmp_path), manifest)
+    assert fault[:2] == (names[0], "w") and fault.expected == manifest.files[names[0]].tensors["w"]
+    assert str(fault).startswith("parameter 'w' in 'a.safetensors': found ")
+    (tmp_path / names[1]).write_bytes(b"short")
+    (tmp_path / names[2]).unlink()
+    faults = digests.check(str(tmp_path), manifest, names[1:])
+    assert [(f.file, f.tensor, f.found) for f in faults] == [(names[1], None, "5 bytes"), (names[2], None, "no file")]
+
+
+def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
+    write(tmp_path / "a.safetensors")
+    known = recorded(tmp_path, "a.safetensors").files["a.safetensors"]
+    changed = dict(known.tensors)
+    changed["gone"] = changed.pop("s")
+    faults = digests.check(str(tmp_path), Manifest({"a.safetensors": known._replace(tensors=changed)}))
+    assert {(f.tensor, f.found == "no such tensor", f.expected == "no such tensor") for f in faults} == {
+        ("gone", True, False),
+        ("s", False, True),
+    }
+
+
+def test_which_manifest_is_believed(tmp_path: Path) -> None:
+    """The one beside the file, else the one a folder up; none that lists another size."""
+    path = tmp_path / "rank_0" / "net.safetensors"
+    write(path)
+    assert digests.digests_of(str(path)) is None
+    known = digests.digest_file(read_index(str(path)))
+    digests.write_manifest(str(tmp_path), Manifest({"rank_0/net.safetensors": known}))
+    assert digests.digests_of(str(path)) == known
+    nearer = known._replace(tensors={"w": "1" * 32})
+    digests.write_manifest(str(path.parent), Manifest({"net.safetensors": nearer, "other": known}))
+    assert digests.digests_of(str(path)) == nearer
+    digests.write_manifest(str(path.parent), Manifest({"net.safetensors": nearer._replace(size=1)}))
+    assert digests.digests_of(str(path)) is None
+    with pytest.raises(errors.StorageError):
+        digests.digests_of(str(path.parent / "no such file"))
+
+
+def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors", "c.safetensors"):
+        write(tmp_path / name)
+    before = recorded(tmp_path, "a.safetensors", "b.safetensors")
+    digests.write_manifest(str(tmp_path), before)
+    (tmp_path / "b.safetensors").write_bytes(b"written anew")
+    new = recorded(tmp_path, "c.safetensors")
+    digests.update_manifest(str(tmp_path), new.files)
+    found = digests.load_manifest(str(tmp_path))
+    assert found is not None and set(found.files) == {"a.safetensors", "c.safetensors"}
+    assert json.loads((tmp_path / digests.MANIFEST_NAME).read_bytes())["algorithm"] == "xxh3-128"
