@@ -25,6 +25,9 @@ from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 
 Cell = tuple[int, ...]
 
+MAX_RANKS = 1 << 20
+"""More ranks than any cluster has; a guard against damaged strategies, because ranks are enumerated."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -52,6 +55,10 @@ class Layout:
     def __post_init__(self) -> None:
         if not self.dev_matrix or any(extent < 1 for extent in self.dev_matrix):
             raise StrategyError(f"device matrix {list(self.dev_matrix)}: expected one or more extents of at least 1")
+        if self.devices > MAX_RANKS:
+            raise StrategyError(
+                f"device matrix {list(self.dev_matrix)} has more than {MAX_RANKS} devices: it is damaged"
+            )
         axes = [axis for group in self.tensor_map for axis in group]
         if any(not 0 <= axis < len(self.dev_matrix) for axis in axes):
             raise StrategyError(

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple, Optional
 
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.layout import MAX_RANKS, Layout
 from ms_ckpt_ext.errors import StrategyError
 
-_STAGE_PREFIX = re.compile(r"^(\d+)-(.+)$", re.DOTALL)
+_STAGE_PREFIX = re.compile(r"^(\d{1,9})-(.+)$", re.DOTALL)
 ACCUMULATED_GRADIENT_PREFIX = "accu_grads"
 """Parameters below this prefix are zero between steps, and their layout in strategy files is wrong: never required."""
 
@@ -67,6 +67,11 @@ class Strategy:
             raise StrategyError(
                 f"{origin} holds no parameter layouts; save it from a compiled network with "
                 "`strategy_ckpt_config` or `AutoParallel.save_param_strategy_file`"
+            )
+        if (last_stage + 1) * first.layout.devices > MAX_RANKS:
+            raise StrategyError(
+                f"{origin} speaks of pipeline stage {last_stage}, with {first.layout.devices} devices a stage: more "
+                f"than {MAX_RANKS} ranks: it is damaged; save it again from the training job"
             )
         return cls(layouts, first.layout.devices, last_stage + 1, origin)
 

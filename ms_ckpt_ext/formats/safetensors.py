@@ -22,6 +22,8 @@ MAX_HEADER = 100_000_000
 METADATA = "__metadata__"
 DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
+MAX_RANK = 64
+"""More axes than any framework allows; a guard against nonsense."""
 _ADVICE = "the file is damaged or was not completely written: restore it, or choose another checkpoint"
 
 
@@ -75,6 +77,10 @@ def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
         ) from error
     if not isinstance(header, dict):
         raise FormatError(f"{reader.path!r}: the header is a JSON {type(header).__name__}, expected an object")
+    try:
+        "".join(header).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise FormatError(f"{reader.path!r}: a name in the header is no text ({error.reason}); {_ADVICE}") from None
     return header
 
 
@@ -93,17 +99,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(path: str, name: str, raw: Any, base: int) -> TensorEntry:
     try:
         dtype, shape, (start, stop) = DTYPES.get(raw["dtype"]), raw["shape"], raw["data_offsets"]
-        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        axes_ok = isinstance(shape, list) and len(shape) <= MAX_RANK
+        numbers_ok = axes_ok and all(type(n) is int and 0 <= n < 1 << 64 for n in (*shape, start, stop))
     except (TypeError, KeyError, ValueError) as error:
         raise FormatError(
             f"{path!r}: header entry of {name!r} must have dtype, shape and data_offsets ({error!r}); {_ADVICE}"
         ) from error
     if dtype is None or dtype.name not in _WRITABLE:
-        raise FormatError(f"{path!r}: parameter {name!r} has dtype {raw['dtype']!r}, which safetensors does not define")
+        raise FormatError(
+            f"{path!r}: parameter {name!r} has dtype {str(raw['dtype'])[:64]!r}, which safetensors does not define"
+        )
     if not numbers_ok:
         raise FormatError(
-            f"{path!r}: parameter {name!r} has shape {shape}, offsets {[start, stop]}: "
-            f"expected whole numbers of at least 0; {_ADVICE}"
+            f"{path!r}: parameter {name!r} has shape {str(shape)[:99]}, offsets {str([start, stop])[:99]}: "
+            f"expected whole numbers of at least 0 and below 2^64, at most {MAX_RANK} axes; {_ADVICE}"
         )
     bits = prod(shape) * dtype.bits
     if (stop - start) * 8 != bits:

@@ -205,7 +205,7 @@ def _parse_json(path: str, data: bytes) -> Any:
                     getattr(layouts, field).add(dim=row)
             for field in ("field", "opt_weight_shard_step", "opt_weight_shard_size"):
                 setattr(layouts, field, int(entry.get(field) or 0))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise StrategyError(f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}") from error
     return message
 

@@ -1,0 +1,98 @@
+"""Damaging files, and the guard for readers of them: no hang, no allocation that the file does not justify."""
+
+from __future__ import annotations
+
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hypothesis import strategies as st
+
+BUDGET = 6 << 20
+"""Bytes that reading a small damaged file may take: a thread's decryption buffer is 4 MiB, the rest is objects."""
+SECONDS = 20.0
+"""Nothing here takes a tenth of a second; a reader that has not come back after this is hanging."""
+
+edit = st.one_of(
+    st.tuples(st.just("set"), st.integers(0, 5000), st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("cut"), st.integers(0, 5000), st.integers(1, 80)),
+    st.tuples(st.just("add"), st.integers(0, 5000), st.binary(min_size=1, max_size=24)),
+    st.tuples(st.just("end"), st.integers(0, 5000), st.just(0)),
+    st.tuples(st.just("dup"), st.integers(0, 5000), st.integers(1, 120)),
+)
+edits = st.lists(edit, min_size=1, max_size=3)
+
+
+def mutate(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
+    """`data` with stretches overwritten, cut out, inserted, doubled, or the end missing."""
+    for kind, at, what in changes:
+        at %= len(data) + 1
+        if kind == "set":
+            data = data[:at] + what + data[at + len(what) :]
+        elif kind == "cut":
+            data = data[:at] + data[at + what :]
+        elif kind == "add":
+            data = data[:at] + what + data[at:]
+        elif kind == "end":
+            data = data[:at]
+        else:
+            data = data[:at] + data[at : at + what] + data[at:]
+    return data
+
+
+LIES = tuple(bytes.fromhex(text) for text in ("ffffffffffffffff7f", "ffffff7f", "ffffffff0f", "0000008000000000"))
+"""Huge numbers as varints and as little-endian words."""
+
+
+def lies(data: bytes) -> Iterator[bytes]:
+    """`data` with a huge number written over, and put before, every byte."""
+    for at in range(len(data)):
+        for lie in LIES:
+            yield data[:at] + lie + data[at + len(lie) :]
+            yield data[:at] + lie + data[at + 1 :]
+
+
+@contextmanager
+def time_limit(seconds: float = SECONDS) -> Iterator[None]:
+    """Turn a hang into a failure."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"nothing after {seconds} s: it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def memory_limit(nbytes: int) -> Iterator[None]:
+    """Fail when Python and numpy hold more than `nbytes` beyond what they held before."""
+    started = not tracemalloc.is_tracing()
+    if started:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
+    try:
+        yield
+        grown = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if started:
+            tracemalloc.stop()
+    assert grown <= nbytes, f"{grown} bytes were allocated where {nbytes} are allowed"
+
+
+def survives(read: Callable[[bytes], Any], data: bytes, errors: type[Exception]) -> Any:
+    """What `read` makes of `data`, or None where it refuses with one of our errors; anything else fails the test."""
+    with time_limit(), memory_limit(4 * len(data) + BUDGET):
+        try:
+            return read(data)
+        except errors as error:
+            assert len(str(error)) > 20, "an error that says nothing"
+            assert len(str(error)) < 4096 + 2 * len(data), "an error that goes on and on"
+            return None
