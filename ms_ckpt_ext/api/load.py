@@ -22,7 +22,6 @@ from ms_ckpt_ext.engine.catalog import list_checkpoint, open_catalog, read_extra
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
-from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 
@@ -118,21 +117,21 @@ def load_distributed_checkpoint(
             timeout=timeout,
         )
         if return_param_dict:
-            catalog = open_catalog(source, trained, file_suffix)
+            catalog = open_catalog(source, trained, file_suffix, kind=format)
             return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
         if options.mode == "direct" and verify == "none":
-            catalog = open_catalog(source, trained, file_suffix)
+            catalog = open_catalog(source, trained, file_suffix, kind=format)
             return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        look = partial(list_checkpoint, source, trained, file_suffix)
-        shared = Source(look, read_index, open_reader, trained)
+        look = partial(list_checkpoint, source, trained, file_suffix, kind=format)
+        shared = Source(look, trained)
         return fill_together(network, shared, strategy, rank, names, strict_load, options, workers, limits)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
     _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
-    catalog = open_catalog(source, trained, file_suffix)
+    catalog = open_catalog(source, trained, file_suffix, kind=format)
     if rank_id is None:
         job = recut_job(catalog, strategy, ranks, names, lambda rank: f"rank_{rank}/net.{output_format}", target)
     else:  # a target of its own, so that the ranks of a job can do this at the same time

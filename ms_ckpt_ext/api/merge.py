@@ -9,8 +9,7 @@ from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, execute, limits_of
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
 from ms_ckpt_ext.engine.offline import Report
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
-from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
 
 
@@ -65,7 +64,6 @@ def unified_safetensors(
     options = MergeOptions(choice_func, task, tasks, naming, part_bytes)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
-    _refuse_mixed(source)
     catalog = open_catalog(source, strategy, file_suffix, require_sharded=True)
     return execute(merge_job(catalog, target, options), target, workers, limits, "merge")
 
@@ -91,17 +89,3 @@ def _share_of(split: Any) -> tuple[int, int]:
     if not isinstance(split, (tuple, list)) or len(split) != 2 or not all(type(n) is int for n in split):
         raise UsageError(f"split_dst_file must be () or (task, tasks), two ints from 1, or 'auto'; got {split!r}")
     return split[0], split[1]
-
-
-def _refuse_mixed(directory: str) -> None:
-    """Both kinds of files in the rank folders: which one is meant cannot be guessed."""
-    if not discovery.is_sharded(directory):
-        raise DiscoveryError(
-            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*.safetensors"
-        )
-    kinds = discovery.kinds(directory)
-    if len(kinds) > 1:
-        raise DiscoveryError(
-            f"the rank folders of {directory!r} hold both .safetensors and .ckpt files; "
-            "move one kind away so that it is clear which is meant"
-        )

@@ -25,7 +25,6 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.errors import CheckpointError, LoadError
-from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
@@ -58,7 +57,7 @@ def fill(
     matches, missing, unused = match_parameters(network, offers, strict)
     for match in matches:
         check_fit(match, strict)
-    with ReaderPool(catalog.files, open_reader) as readers:
+    with catalog.readers() as readers:
         fill_matches(matches, catalog, readers, workers, limits)
         readers.verify()
     warn_missing(missing)
@@ -86,7 +85,7 @@ def parameter_dict(
     check_cell(network)
     offers = offers_of(catalog, strategy, rank, name_map)
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}
-    with ReaderPool(catalog.files, open_reader) as readers:
+    with catalog.readers() as readers:
         _read([(offer, buffers[name]) for name, offer in offers.items()], catalog, readers, workers, limits)
         readers.verify()
     return {name: ms.Parameter(tensor_of(buffers[name], offer), name=name) for name, offer in offers.items()}

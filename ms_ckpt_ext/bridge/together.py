@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
@@ -26,9 +27,8 @@ from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import CheckpointError, LoadError
-from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport
 from ms_ckpt_ext.transport.select import choose
@@ -43,14 +43,13 @@ class Source(NamedTuple):
 
     Attributes:
         look: lists its files on this host.
-        read_index, open_reader: how a file is read.
         strategy: the strategy that cut it; None for a merged one.
+        access: how its files are opened.
     """
 
     look: Callable[[], Listing]
-    read_index: Callable[[str], FileIndex]
-    open_reader: Callable[[str], ByteReader]
     strategy: Optional[Strategy]
+    access: Access = PLAIN
 
 
 def fill_together(
@@ -77,8 +76,8 @@ def fill_together(
     transport = choose(timeout=options.timeout)
     try:
         host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
-        seen = survey(transport, source.look, source.read_index, host)
-        catalog = catalog_of(seen.indexes, seen.sharded, seen.names, source.strategy)
+        seen = survey(transport, source.look, partial(read_index, access=source.access), host)
+        catalog = catalog_of(seen.indexes, seen.sharded, seen.names, source.strategy, source.access)
 
         def settle() -> tuple[list[Match], list[str], list[str]]:
             check_cell(network)
@@ -89,7 +88,7 @@ def fill_together(
 
         matches, missing, unused = _on_all(transport, settle)
         ready = _prepare(transport, seen, catalog, matches, source.strategy, target, rank, name_map, options)
-        report = _load(transport, ready, matches, source, options, workers, limits)
+        report = _load(transport, ready, matches, options, workers, limits)
         if observe is not None:
             observe(report)
     finally:
@@ -145,7 +144,6 @@ def _load(
     transport: Transport[Any],
     ready: Prepared,
     matches: Sequence[Match],
-    source: Source,
     options: LoadOptions,
     workers: int,
     limits: Limits,
@@ -153,7 +151,7 @@ def _load(
     by_name = {match.name: match for match in matches}
     names = [match.parameter.name for match in matches]
     try:
-        with ReaderPool(ready.catalog.files, source.open_reader) as readers:
+        with ready.catalog.readers() as readers:
             if ready.cooperative:
                 report = _exchange(transport, ready, by_name, readers, options)
             else:

@@ -1,8 +1,9 @@
 """A checkpoint as a source: which parameters it has, and in which files the slices of each lie.
 
-Sharded (`rank_N/…` with a strategy) or merged (`part*.safetensors` with a map), the result is the same value, so jobs
-do not care. Files may lack what a strategy promises (a deduplicated slice is in one of its ranks' files only, a
-weights-only checkpoint has no optimizer states): planning asks for a region and finds it or fails by name.
+Sharded (`rank_N/…` with a strategy) or merged (`part*.safetensors` with a map), safetensors or `.ckpt`, plain or
+encrypted, the result is the same value, so jobs do not care: the catalog knows how its files are opened, and offsets
+are those of the plaintext. Files may lack what a strategy promises (a deduplicated slice is in one of its ranks' files
+only, a weights-only checkpoint has no optimizer states): planning asks for a region and finds it or fails by name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -22,10 +23,16 @@ from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
-from ms_ckpt_ext.formats.registry import open_reader, read_indexes
+from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes, reopen
+from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ByteReader
 
 INT4 = "Int4"
 """Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
+TEXT = "STR"
+"""The dtype of text in a `.ckpt`."""
+MOST_OPEN, MOST_DECRYPTING = 256, 16
+"""Files that a job keeps open. An encrypted one holds up to 64 MiB of plaintext."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +44,31 @@ class Catalog:
         tensors: name -> parameter that the strategy (or the map) lists.
         extras: name -> what lies outside it, whole: training scalars and the like, from the lowest rank that has it.
         notes: parameter name -> metadata that must travel with it ("Int4").
+        access: how the files are opened.
     """
 
     files: tuple[FileIndex, ...]
     tensors: Mapping[str, SourceTensor]
     extras: Mapping[str, SourceTensor]
     notes: Mapping[str, str]
+    access: Access = PLAIN
 
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
         return self.files[file].tensors[name].extents
 
+    def readers(self) -> ReaderPool:
+        """A pool of readers of the files, by their numbers."""
+        by_path = {index.path: index for index in self.files}
 
-def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy) -> Catalog:
+        def opener(path: str) -> ByteReader:
+            return reopen(by_path[path], self.access)
+
+        plain = all(index.reader == "plain" for index in self.files)
+        return ReaderPool(self.files, opener, MOST_OPEN if plain else MOST_DECRYPTING)
+
+
+def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy, access: Access = PLAIN) -> Catalog:
     """Read the headers of a sharded checkpoint.
 
     Raises:
@@ -57,10 +76,10 @@ def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy) -> Cat
         StrategyError: the strategy has no parameter in common with the files, or is for fewer ranks or stages.
         FormatError, StorageError: a header cannot be read.
     """
-    return ranks_catalog(dict(zip(files_by_rank, read_indexes(files_by_rank.values()))), strategy)
+    return ranks_catalog(dict(zip(files_by_rank, read_indexes(files_by_rank.values(), access))), strategy, access)
 
 
-def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy) -> Catalog:
+def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access: Access = PLAIN) -> Catalog:
     """A sharded checkpoint from the headers of its ranks' files. Raises as `sharded_catalog`."""
     _check_world({rank: index.path for rank, index in index_of.items()}, strategy)
     indexes = tuple(index_of.values())
@@ -79,7 +98,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy) -> Cata
             "check that the strategy belongs to this model"
         )
     extras = _extras(indexes, set(strategy.layouts))
-    return Catalog(indexes, tensors, extras, _notes(indexes))
+    return Catalog(indexes, tensors, extras, _notes(indexes), access)
 
 
 def _check_world(files_by_rank: Mapping[int, str], strategy: Strategy) -> None:
@@ -191,7 +210,9 @@ def _notes(indexes: tuple[FileIndex, ...]) -> dict[str, str]:
     return {key: value for index in indexes for key, value in index.metadata.items() if value == INT4}
 
 
-def parts_catalog(index_of: Mapping[str, FileIndex], names: Optional[Mapping[str, str]]) -> Catalog:
+def parts_catalog(
+    index_of: Mapping[str, FileIndex], names: Optional[Mapping[str, str]], access: Access = PLAIN
+) -> Catalog:
     """A merged checkpoint from the headers of its files (by name) and its map.
 
     Raises:
@@ -201,10 +222,10 @@ def parts_catalog(index_of: Mapping[str, FileIndex], names: Optional[Mapping[str
     indexes = tuple(index_of.values())
     tensors = {name: _whole_tensor(name, entry, [number]) for name, number, entry in _listed(names, numbers, indexes)}
     extras = {}
-    scalars = numbers.get(discovery.HYPER_NAME)
+    scalars = next((numbers[name] for name in discovery.HYPER_NAMES if name in numbers), None)
     if scalars is not None and names is not None:
         extras = {name: _whole_tensor(name, entry, [scalars]) for name, entry in indexes[scalars].tensors.items()}
-    return Catalog(indexes, tensors, extras, _notes(indexes))
+    return Catalog(indexes, tensors, extras, _notes(indexes), access)
 
 
 def _listed(
@@ -239,19 +260,30 @@ class Listing(NamedTuple):
 
 
 def list_checkpoint(
-    directory: str, strategy: Optional[Strategy], file_suffix: Optional[str] = None, require_sharded: bool = False
+    directory: str,
+    strategy: Optional[Strategy],
+    file_suffix: Optional[str] = None,
+    require_sharded: bool = False,
+    kind: Optional[str] = None,
 ) -> Listing:
     """The files of a sharded checkpoint (needs its strategy unless a single rank saved it) or of a merged one.
 
+    Args:
+        directory: where they are.
+        strategy: what cut them, if anything did.
+        file_suffix: which file of a rank folder, see `discovery.rank_files`.
+        require_sharded: there must be rank folders.
+        kind: "safetensors" or "ckpt"; None for whichever is there.
+
     Raises:
-        DiscoveryError: also when several rank folders come without a strategy.
+        DiscoveryError: also when several rank folders come without a strategy, or files of both kinds without `kind`.
     """
     merged_too = strategy is None and os.path.isfile(os.path.join(directory, discovery.MAP_NAME))
     if not require_sharded and (merged_too or not discovery.is_sharded(directory)):
-        found = discovery.unified_files(directory)
-        paths = dict(found.files) if found.hyper is None else {**found.files, discovery.HYPER_NAME: found.hyper}
-        return Listing(paths, False, found.names)
-    files = discovery.rank_files(directory, "safetensors", file_suffix)
+        found = discovery.unified_files(directory, kind)
+        hyper = {} if found.hyper is None else {os.path.basename(found.hyper): found.hyper}
+        return Listing({**found.files, **hyper}, False, found.names)
+    files = discovery.rank_files(directory, kind, file_suffix)
     if strategy is None and len(files) > 1:
         raise DiscoveryError(
             f"{directory!r} holds {len(files)} rank folders, so the strategy that cut them is needed: "
@@ -260,22 +292,49 @@ def list_checkpoint(
     return Listing({str(rank): path for rank, path in files.items()}, True, None)
 
 
+def list_files(files_by_rank: Mapping[int, str], strategy: Optional[Strategy]) -> Listing:
+    """A sharded checkpoint whose files were named one by one.
+
+    Raises:
+        DiscoveryError: no file, or several without the strategy that cut them.
+    """
+    if not files_by_rank or (strategy is None and len(files_by_rank) > 1):
+        raise DiscoveryError(
+            f"{len(files_by_rank)} checkpoint files {'and' if files_by_rank else 'or'} no strategy: "
+            "give every file that is needed, and the strategy of the job that saved them"
+        )
+    return Listing({str(rank): path for rank, path in files_by_rank.items()}, True, None)
+
+
 def catalog_of(
-    index_of: Mapping[str, FileIndex], sharded: bool, names: Optional[Mapping[str, str]], strategy: Optional[Strategy]
+    index_of: Mapping[str, FileIndex],
+    sharded: bool,
+    names: Optional[Mapping[str, str]],
+    strategy: Optional[Strategy],
+    access: Access = PLAIN,
 ) -> Catalog:
     """A checkpoint from its listing and the headers of its files. Raises as `ranks_catalog` and `parts_catalog`."""
     if sharded and strategy is not None:
-        return ranks_catalog({int(key): index for key, index in index_of.items()}, strategy)
-    return parts_catalog(index_of, names)
+        return ranks_catalog({int(key): index for key, index in index_of.items()}, strategy, access)
+    return parts_catalog(index_of, names, access)
+
+
+def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:
+    """A checkpoint from its listing: reads the headers. Raises as `catalog_of`."""
+    index_of = dict(zip(listing.files, read_indexes(listing.files.values(), access)))
+    return catalog_of(index_of, listing.sharded, listing.names, strategy, access)
 
 
 def open_catalog(
-    directory: str, strategy: Optional[Strategy], file_suffix: Optional[str] = None, require_sharded: bool = False
+    directory: str,
+    strategy: Optional[Strategy],
+    file_suffix: Optional[str] = None,
+    require_sharded: bool = False,
+    access: Access = PLAIN,
+    kind: Optional[str] = None,
 ) -> Catalog:
     """Find the files and read their headers. Raises as `list_checkpoint` and `catalog_of`."""
-    listing = list_checkpoint(directory, strategy, file_suffix, require_sharded)
-    index_of = dict(zip(listing.files, read_indexes(listing.files.values())))
-    return catalog_of(index_of, listing.sharded, listing.names, strategy)
+    return read_listing(list_checkpoint(directory, strategy, file_suffix, require_sharded, kind), strategy, access)
 
 
 _NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
@@ -284,32 +343,43 @@ _NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": 
     "F32": "f4",
     "F64": "f8",
     "C64": "c8",
+    "C128": "c16",
     "BF16": "u2",
 }
 
 
-def read_extras(directory: str, strategy: Optional[Strategy], file_suffix: Optional[str]) -> dict[str, np.ndarray]:
-    """The contents of everything outside the strategy; without one, of every single-element parameter."""
+def read_extras(
+    directory: str,
+    strategy: Optional[Strategy],
+    file_suffix: Optional[str] = None,
+    access: Access = PLAIN,
+    kind: Optional[str] = None,
+) -> dict[str, Union[np.ndarray, str]]:
+    """The contents of everything outside the strategy; without one, of every text and single-element parameter."""
     if strategy is None and discovery.is_sharded(directory):
-        path = next(iter(discovery.rank_files(directory, "safetensors", file_suffix).values()))
-        (index,) = read_indexes([path])
-        catalog = Catalog((index,), {}, _extras((index,), set()), {})
-        names = [name for name, entry in index.tensors.items() if math.prod(entry.shape) == 1]
+        path = next(iter(discovery.rank_files(directory, kind, file_suffix).values()))
+        (index,) = read_indexes([path], access)
+        catalog = Catalog((index,), {}, _extras((index,), set()), {}, access)
+        names = [
+            name for name, entry in index.tensors.items() if entry.dtype.name == TEXT or math.prod(entry.shape) == 1
+        ]
     else:
-        catalog = open_catalog(directory, strategy, file_suffix)
+        catalog = open_catalog(directory, strategy, file_suffix, access=access, kind=kind)
         names = list(catalog.extras)
-    return {name: _read_whole(catalog, catalog.extras[name]) for name in names}
+    with catalog.readers() as readers:
+        return {name: _read_whole(catalog, readers, catalog.extras[name]) for name in names}
 
 
-def _read_whole(catalog: Catalog, tensor: SourceTensor) -> np.ndarray:
+def _read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
     """One small tensor, read in one go."""
     (file,) = next(iter(tensor.placements[0].holders.values()))
-    data = bytearray()
-    with open_reader(catalog.files[file].path) as reader:
-        for offset, length in catalog.stored(file, tensor.stored_name):
-            part = bytearray(length)
-            reader.read_into(offset, memoryview(part))
-            data += part
+    data = b""
+    for offset, length in catalog.stored(file, tensor.stored_name):
+        part = bytearray(length)
+        readers.read_into(file, offset, memoryview(part))
+        data += part
+    if tensor.meta.dtype.name == TEXT:
+        return data.decode("utf-32-le", "surrogatepass")
     dtype = _NUMPY.get(tensor.meta.dtype.name)
-    flat = np.frombuffer(bytes(data), np.dtype(dtype or "u1"))
+    flat = np.frombuffer(data, np.dtype(dtype or "u1"))
     return flat.reshape(tensor.meta.shape) if dtype else flat

@@ -82,7 +82,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     outputs = [parts[number] for number in mine]
     others = [part for number, part in enumerate(parts) if number not in mine]
     if catalog.extras:
-        scalars = _output(discovery.HYPER_NAME, [(n, t, None) for n, t in catalog.extras.items()], catalog)
+        scalars = _output(discovery.HYPER_NAMES[0], [(n, t, None) for n, t in catalog.extras.items()], catalog)
         (outputs if options.task == 1 else others).append(scalars)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     index_name = discovery.MAP_NAME if options.naming == "mindspore" else discovery.HF_INDEX_NAME

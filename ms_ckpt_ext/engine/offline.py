@@ -25,9 +25,7 @@ from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.index import FileLayout
-from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.linux import allow_open_files
-from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
 
@@ -178,7 +176,7 @@ def _fill(
     staging.discard_partials(output.name for output in todo)
     staging.check_space(sum(output.layout.size for output in todo))
     allow_open_files(len(todo) + len(job.source.files))
-    with ReaderPool(job.source.files, open_reader) as readers, _Files(todo, staging, job.sink) as files:
+    with job.source.readers() as readers, _Files(todo, staging, job.sink) as files:
         units = schedule(tasks_of(todo), job.source.stored, limits)
 
         def landed(sink: int, nbytes: int) -> None:

@@ -3,7 +3,8 @@
 A sharded checkpoint is `dir/rank_{N}/*.{suffix}`. With several files in a rank folder and no `file_suffix`, the
 newest counts: the one with the largest last two numbers in its name (`...-{epoch}_{step}`). A `file_suffix` of the
 forms `_T-E_S`, `-E_S`, `E_S`, `_S`, `S` selects by task, epoch and step; any other must match one file.
-Where stock MindSpore would pick one of several equally good files by chance, this raises and lists them.
+Where stock MindSpore would pick one of several equally good files by chance, this raises and lists them; and where
+nobody says which format is meant, a directory that holds both is an error.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ms_ckpt_ext.errors import DiscoveryError, FormatError
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
-HYPER_NAME = "hyper_param.safetensors"
+HYPER_NAMES = tuple(f"hyper_param.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
+_STRATEGY_FIRST_BYTE = b"\x08"
 _RANK_DIR = re.compile(r"^rank_(\d+)$")
 _SUFFIX_FORMS = (
     (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step
@@ -55,22 +57,27 @@ def _rank_dirs(directory: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def rank_files(directory: str, suffix: str = "safetensors", file_suffix: Optional[str] = None) -> dict[int, str]:
+def rank_files(
+    directory: str, suffix: Optional[str] = "safetensors", file_suffix: Optional[str] = None
+) -> dict[int, str]:
     """The file of every rank: rank -> path, ranks ascending. A rank folder without a file of the kind is left out.
 
     Args:
         directory: holds the `rank_{N}` folders.
-        suffix: "safetensors" or "ckpt".
+        suffix: "safetensors", "ckpt", or None for whichever is there.
         file_suffix: end of the wanted file's name, without `.suffix`; None for the newest.
 
     Raises:
-        DiscoveryError: no such directory, no rank folder with such a file, or several equally good files.
+        DiscoveryError: no such directory, no rank folder with such a file, or several equally good files; with a
+            `suffix` of None also when there are files of both formats.
     """
     folders = _rank_dirs(directory)
     if not folders:
         raise DiscoveryError(
-            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*.{suffix}"
+            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*{_or(suffix)}"
         )
+    if suffix is None:
+        suffix = _only_kind(kinds(directory), f"the rank folders of {directory!r}") or FORMATS[0]
     found = {rank: _rank_file(folder, suffix, file_suffix) for rank, folder in folders.items()}
     files = {rank: path for rank, path in found.items() if path}
     if not files:
@@ -78,6 +85,18 @@ def rank_files(directory: str, suffix: str = "safetensors", file_suffix: Optiona
             f"none of the {len(folders)} rank folders in {directory!r} holds a *.{suffix} file; check format and path"
         )
     return files
+
+
+def _only_kind(found: set[str], where: str) -> Optional[str]:
+    if len(found) > 1:
+        raise DiscoveryError(
+            f"{where} hold both .safetensors and .ckpt files; say which format is meant, or move one kind away"
+        )
+    return next(iter(found), None)
+
+
+def _or(suffix: Optional[str]) -> str:
+    return " or ".join(f".{each}" for each in ([suffix] if suffix else FORMATS))
 
 
 def _rank_file(folder: Path, suffix: str, file_suffix: Optional[str]) -> Optional[str]:
@@ -123,33 +142,54 @@ def _only(files: list[str], folder: Path, why: str) -> str:
     )
 
 
-def unified_files(directory: str) -> UnifiedFiles:
+def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
     """The files of a merged checkpoint: MindSpore's map, Hugging Face's index, or a single file.
 
+    Args:
+        directory: holds the files.
+        suffix: "safetensors", "ckpt", or None for whichever the map names or is there.
+
     Raises:
-        DiscoveryError: no such directory, no file, or several files and no map.
+        DiscoveryError: no such directory, no file, several files and no map, or files of both formats.
         FormatError: the map is not what it should be.
     """
     root = Path(directory)
     if not root.is_dir():
         raise DiscoveryError(f"no such checkpoint directory: {directory!r}; check the path")
-    present = sorted(p.name for p in root.iterdir() if p.name.endswith(".safetensors") and p.is_file())
-    if not present:
-        raise DiscoveryError(f"{directory!r} holds no .safetensors file; check the path and the format")
-    hyper = str(root / HYPER_NAME) if HYPER_NAME in present and len(present) > 1 else None
     index = next((root / name for name in (MAP_NAME, HF_INDEX_NAME) if (root / name).is_file()), None)
-    if index is None and len(present) == 1:
-        return UnifiedFiles({present[0]: str(root / present[0])}, None, None)
-    if index is None:
+    names = None if index is None else _read_map(index)
+    listed = {os.path.splitext(file)[1][1:] for file in (names or {}).values()}
+    suffix = suffix or _only_kind(listed & {*FORMATS}, f"the files that {str(index)!r} lists")
+    present = {kind: _checkpoints(root, kind) for kind in (FORMATS if suffix is None else (suffix,))}
+    suffix = suffix or _only_kind({kind for kind, files in present.items() if files}, f"the files in {directory!r}")
+    if suffix is None or not present[suffix]:
+        raise DiscoveryError(f"{directory!r} holds no {_or(suffix)} file; check the path and the format")
+    files = present[suffix]
+    if names is None and len(files) == 1:
+        return UnifiedFiles({files[0]: str(root / files[0])}, None, None)
+    if names is None:
         raise DiscoveryError(
-            f"{directory!r} holds {len(present)} .safetensors files but neither {MAP_NAME} nor {HF_INDEX_NAME}, so "
+            f"{directory!r} holds {len(files)} .{suffix} files but neither {MAP_NAME} nor {HF_INDEX_NAME}, so "
             "nothing says which parameter is where: the merge that wrote it did not finish; run it again"
         )
-    names = _read_map(index)
-    missing = sorted({file for file in names.values() if not (root / file).is_file()})
+    missing = sorted(set(names.values()) - set(files))
     if missing:
-        raise DiscoveryError(f"{str(index)!r} names {missing}, which {directory!r} does not hold; restore them")
+        raise DiscoveryError(
+            f"{str(index)!r} names {missing}, which {directory!r} does not hold as .{suffix} files; restore them"
+        )
+    hyper = next((str(root / name) for name in HYPER_NAMES if name in files and len(files) > 1), None)
     return UnifiedFiles({file: str(root / file) for file in sorted(set(names.values()))}, names, hyper)
+
+
+def _checkpoints(root: Path, suffix: str) -> list[str]:
+    """Names of the files of one format in a folder. A strategy file has the same suffix, and another first byte."""
+    found = [path for path in root.iterdir() if path.name.endswith(f".{suffix}") and path.is_file()]
+    return sorted(path.name for path in found if suffix != "ckpt" or not _is_strategy(path))
+
+
+def _is_strategy(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == _STRATEGY_FIRST_BYTE
 
 
 def _read_map(path: Path) -> dict[str, str]:

@@ -1,51 +1,141 @@
-"""Suffix -> reader: the one place that knows which formats there are."""
+"""Suffix to format, and how a file may be opened: the one place that knows which formats and containers there are.
+
+The suffix says the format (`.safetensors`, `.ckpt`), the first bytes say whether the file is encrypted. Above this
+module a file is its plaintext: tables of contents and reads have plaintext offsets, whatever lies on disk.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+from typing import Optional
 
-from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats import safetensors
+from ms_ckpt_ext.errors import DecryptionError, UsageError
+from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
-_Layout = Callable[[Sequence[TensorSpec], Mapping[str, str]], FileLayout]
-_READERS: dict[str, Callable[[ByteReader, int], FileIndex]] = {".safetensors": safetensors.read_index}
-
-_LAYOUTS: dict[str, _Layout] = {".safetensors": safetensors.layout}
-
-
-def open_reader(path: str) -> ByteReader:
-    """The bytes of a checkpoint file. Raises StorageError."""
-    return PlainReader(path)
+DEC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY"
+"""Environment variable with the key of encrypted sources; its forms are those of `crypto.load_key`."""
+CACHE_BYTES = 8 << 20
+"""Memory of one open encrypted file for chunks that are read in part; MindSpore's AES-GCM needs a block, 64 MiB."""
+MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
+_FORMATS: dict[str, ModuleType] = {".safetensors": safetensors, ".ckpt": ckpt}
+log = logging.getLogger("ms_ckpt_ext")
 
 
-def read_index(path: str) -> FileIndex:
-    """Table of contents of one checkpoint file, by its suffix.
+@dataclass(frozen=True)
+class Access:
+    """How files may be opened.
+
+    Attributes:
+        key: the key of encrypted files; None when there is none. It shows in no repr.
+        mode: the container that is expected; None for any. "AES-GCM" also covers this package's chunked container,
+            which is AES-GCM too.
+        crc_check: verify the checksum of every file that has one when its table of contents is read.
+        optional: the key need not be used, for it comes from the environment. A key that the caller gave says that
+            the files are encrypted: a plain one in their place is refused, as MindSpore does.
+
+    Raises:
+        UsageError: no such mode.
+    """
+
+    key: Optional[crypto.Key] = None
+    mode: Optional[str] = None
+    crc_check: bool = False
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise UsageError(f"no decryption mode {self.mode!r}; choose one of {', '.join(MODES)}")
+
+
+PLAIN = Access()
+"""No key, no check."""
+
+
+def open_reader(path: str, access: Access = PLAIN) -> ByteReader:
+    """The plaintext of a checkpoint file; costs a plain file one read of 8 bytes.
+
+    Raises:
+        DecryptionError: encrypted and no key, in another mode, or by another key; plain where a key was given.
+        FormatError: an encrypted file whose headers are damaged.
+        StorageError: the operating system refused.
+    """
+    base = PlainReader(path)
+    try:
+        return _decrypted(base, access)
+    except BaseException:
+        base.close()
+        raise
+
+
+def _decrypted(base: PlainReader, access: Access) -> ByteReader:
+    head = bytearray(min(crypto.HEAD_BYTES, base.size))
+    base.read_into(0, memoryview(head))
+    container = crypto.sniff(bytes(head))
+    if container is None:
+        if access.key is None or access.optional:
+            return base
+        raise DecryptionError(
+            f"{base.path!r} is not encrypted, but a key is given, so another file was meant, or this one was replaced; "
+            "load it without a key, or check the path"
+        )
+    if access.key is None:
+        raise DecryptionError(
+            f"{base.path!r} is encrypted ({container}); pass the key it was saved with (dec_key), "
+            f"or set the environment variable {DEC_KEY_VARIABLE}"
+        )
+    mode = None if (container, access.mode) == (crypto.CHUNKED, crypto.GCM) else access.mode
+    return crypto.decrypting_reader(base, access.key, mode, cache_bytes=CACHE_BYTES)
+
+
+def reopen(index: FileIndex, access: Access) -> ByteReader:
+    """The plaintext of a file whose table of contents was read: a plain one is opened without looking again."""
+    return PlainReader(index.path) if index.reader == "plain" else open_reader(index.path, access)
+
+
+def read_index(path: str, access: Access = PLAIN) -> FileIndex:
+    """Table of contents of one checkpoint file, by its suffix, with plaintext offsets.
 
     Raises:
         UsageError: a suffix no reader knows.
-        FormatError, StorageError: as the format's reader says.
+        ChecksumError: `access.crc_check`, and the contents are not what was written.
+        FormatError, DecryptionError, StorageError: as the format's reader and `open_reader` say.
     """
-    suffix = os.path.splitext(path)[1]
-    if suffix not in _READERS:
-        raise UsageError(f"{path!r}: no reader for {suffix or 'a name without suffix'!r}; known are {sorted(_READERS)}")
-    with PlainReader(path) as reader:
-        return _READERS[suffix](reader, reader.mtime_ns)
+    form = _form(path, "read")
+    with open_reader(path, access) as reader:
+        index: FileIndex = form.read_index(reader, reader.mtime_ns)
+        if access.crc_check and not form.verify_crc(reader, index):
+            log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
+        return index
 
 
-def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
-    """Plan an output file of the format that its suffix says. Raises UsageError for a suffix no writer knows."""
-    suffix = os.path.splitext(name)[1]
-    if suffix not in _LAYOUTS:
-        raise UsageError(f"cannot write {name!r}: no writer for {suffix!r}; known are {sorted(_LAYOUTS)}")
-    return _LAYOUTS[suffix](specs, metadata)
-
-
-def read_indexes(paths: Iterable[str], workers: int = 8) -> list[FileIndex]:
+def read_indexes(paths: Iterable[str], access: Access = PLAIN, workers: int = 8) -> list[FileIndex]:
     """Tables of contents of many files, in order, read in parallel where that helps (network storage)."""
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        return list(pool.map(read_index, paths))
+        return list(pool.map(partial(read_index, access=access), paths))
+
+
+def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool = False) -> FileLayout:
+    """Plan an output file of the format that its suffix says; with `crc`, with room for a checksum.
+
+    Raises UsageError for a suffix no writer knows, or a tensor that the format cannot hold.
+    """
+    if _form(name, "write") is ckpt:
+        return ckpt_writer.layout(specs, crc=crc, metadata=metadata)
+    return safetensors.layout(specs, metadata, crc=crc)
+
+
+def _form(name: str, action: str) -> ModuleType:
+    suffix = os.path.splitext(name)[1]
+    if suffix not in _FORMATS:
+        raise UsageError(
+            f"cannot {action} {name!r}: no format {suffix or 'without a suffix'!r}; known are {', '.join(_FORMATS)}"
+        )
+    return _FORMATS[suffix]

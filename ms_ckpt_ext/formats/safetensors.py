@@ -2,18 +2,22 @@
 
 The reader checks everything a header can get wrong before any content is used. The writer lays tensors out as the
 safetensors library does (dtype descending, then name), so a file written here is byte-identical to the library's.
+
+MindSpore's checksum is the entry `crc_num` of the metadata: the CRC-32, in decimal, of name and contents of every
+tensor, in the order of names. A writer leaves room for it (`layout` with `crc`) and puts it in at the end.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
 from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.errors import FormatError, TruncatedFileError, UsageError
+from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -24,6 +28,10 @@ DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
 MAX_RANK = 64
 """More axes than any framework allows; a guard against nonsense."""
+CRC_NUM = "crc_num"
+"""MindSpore's metadata key of the checksum."""
+NO_CRC = "0" * len(str(2**32 - 1))
+"""What stands there until it is known."""
 _ADVICE = "the file is damaged or was not completely written: restore it, or choose another checkpoint"
 
 
@@ -41,7 +49,39 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
         raise FormatError(f"{path!r}: {METADATA} must map strings to strings; {_ADVICE}")
     tensors = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
     _check_coverage(path, tensors, 8 + length, reader.size)
-    return FileIndex(path, reader.size, mtime_ns, tensors, metadata)
+    return FileIndex(path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
+
+
+def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
+    """Compare the stored checksum with the bytes, in bounded memory; False when the file has none.
+
+    Raises:
+        ChecksumError: they differ, or what is stored is no number.
+    """
+    stored = index.metadata.get(CRC_NUM)
+    if stored is None:
+        return False
+    found = crc_of(reader, index.tensors)
+    if not stored.isdecimal() or int(stored) != found:
+        raise ChecksumError(
+            f"{index.path!r}: the CRC-32 of its tensors is {found}, but its header says {stored[:32]!r}; "
+            "the file was damaged after it was saved: restore it or choose another checkpoint"
+        )
+    return True
+
+
+def crc_of(reader: ByteReader, tensors: Mapping[str, TensorEntry], piece: int = 4 << 20) -> int:
+    """MindSpore's checksum of a file's tensors, read `piece` bytes at a time."""
+    buffer = memoryview(bytearray(min(piece, max((entry.nbytes for entry in tensors.values()), default=0))))
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(name.encode(), crc)
+        for start, length in tensors[name].extents:
+            for done in range(0, length, piece):
+                part = buffer[: min(piece, length - done)]
+                reader.read_into(start + done, part)
+                crc = zlib.crc32(part, crc)
+    return crc
 
 
 def _header_length(reader: ByteReader) -> int:
@@ -142,8 +182,11 @@ def _check_coverage(path: str, tensors: Mapping[str, TensorEntry], base: int, si
         raise FormatError(f"{path!r}: {size - at} bytes after the last tensor belong to none; {_ADVICE}")
 
 
-def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayout:
-    """Lay out a file for `specs`. Raises UsageError for a dtype the format cannot hold, or a name given twice."""
+def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool = False) -> FileLayout:
+    """Lay out a file for `specs`; with `crc`, with room for the checksum in its header.
+
+    Raises UsageError for a dtype the format cannot hold, or a name given twice.
+    """
     names = [spec.name for spec in specs]
     if len(set(names)) != len(names) or METADATA in names:
         clash = next((n for n in names if names.count(n) > 1), METADATA)
@@ -154,7 +197,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> FileLayo
                 f"parameter {spec.name!r} is {spec.dtype.mindspore}, which safetensors cannot hold; write .ckpt instead"
             )
     ordered = sorted(specs, key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name))
-    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    notes = {**metadata, CRC_NUM: NO_CRC} if crc else dict(metadata)
+    header: dict[str, Any] = {METADATA: notes} if notes else {}
     offset = 0
     places = []
     for spec in ordered:

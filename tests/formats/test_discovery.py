@@ -77,7 +77,7 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_merged(tmp_path: Path) -> None:
-    with pytest.raises(DiscoveryError, match=r"holds no \.safetensors file"):
+    with pytest.raises(DiscoveryError, match=r"holds no \.safetensors or \.ckpt file"):
         discovery.unified_files(str(tmp_path))
     (tmp_path / "part0.safetensors").touch()
     assert discovery.unified_files(str(tmp_path)).names is None

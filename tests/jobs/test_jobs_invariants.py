@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine import offline
+from ms_ckpt_ext.engine import catalog
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from tests.jobs.support import cut, read_file, source, strategy_of
 
@@ -32,7 +32,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list[ReadCount]:
             super().__init__(*args, **more)
             made.append(self.count)
 
-    monkeypatch.setattr(offline, "ReaderPool", Counting)
+    monkeypatch.setattr(catalog, "ReaderPool", Counting)
     return made
 
 

@@ -17,9 +17,10 @@ from __future__ import annotations
 from typing import Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError
+from ms_ckpt_ext.formats.crypto.blocks import CACHE_BYTES as BLOCK_CACHE_BYTES
 from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader
 from ms_ckpt_ext.formats.crypto.blocks_writer import EncryptingWriter, encrypt_all
-from ms_ckpt_ext.formats.crypto.container import ChunkedReader
+from ms_ckpt_ext.formats.crypto.container import CACHE_BYTES, ChunkedReader
 from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
 from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
 from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, HEAD_BYTES, SM4, is_encrypted, sniff
@@ -47,14 +48,15 @@ __all__ = [
 
 
 def decrypting_reader(
-    reader: ByteReader, key: KeyLike, mode: Optional[str] = None
+    reader: ByteReader, key: KeyLike, mode: Optional[str] = None, *, cache_bytes: Optional[int] = None
 ) -> Union[DecryptingReader, ChunkedReader]:
     """The reader that shows the plaintext of an encrypted file, whichever container it is.
 
     Args:
-        reader: the file as it lies on disk; closed with the result.
+        reader: the file as it lies on disk; closed with the result, and left open by an error here.
         key: the key that it was saved with.
         mode: the container that is expected ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked"), or None for any.
+        cache_bytes: most memory for units that are read in part, at least one of them; None for the reader's default.
 
     Raises:
         DecryptionError: not encrypted, another container, or a wrong key.
@@ -62,7 +64,7 @@ def decrypting_reader(
     head = bytearray(min(HEAD_BYTES, reader.size))
     reader.read_into(0, memoryview(head))
     if sniff(bytes(head)) != CHUNKED:
-        return DecryptingReader(reader, key, mode)
+        return DecryptingReader(reader, key, mode, cache_bytes=cache_bytes or BLOCK_CACHE_BYTES)
     if mode not in (None, CHUNKED):
         raise DecryptionError(f"{reader.path!r} is a {CHUNKED} container, not {mode}; pass mode {CHUNKED!r} or None")
-    return ChunkedReader(reader, key)
+    return ChunkedReader(reader, key, cache_bytes=cache_bytes or CACHE_BYTES)
