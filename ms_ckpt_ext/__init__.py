@@ -13,20 +13,24 @@ from ms_ckpt_ext._version import __version__
 _PUBLIC = {
     "CheckpointError": "errors",
     "as_strategy": "api.arguments",
+    "install": "api.install",
     "load_distributed_checkpoint": "api.load",
     "merge_pipeline_strategys": "api.merge",
     "training_scalars": "api.load",
     "unified_safetensors": "api.merge",
+    "uninstall": "api.install",
 }
 
 __all__ = [
     "CheckpointError",
     "__version__",
     "as_strategy",
+    "install",
     "load_distributed_checkpoint",
     "merge_pipeline_strategys",
     "training_scalars",
     "unified_safetensors",
+    "uninstall",
 ]
 
 

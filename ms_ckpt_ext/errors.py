@@ -2,7 +2,8 @@
 
     CheckpointError                 the root: `except CheckpointError` catches all of them
     ├── UsageError                  an argument is wrong: fix the call                     (also a ValueError)
-    │   └── ArgumentTypeError       an argument has the wrong type                         (also a TypeError)
+    │   ├── ArgumentTypeError       an argument has the wrong type                         (also a TypeError)
+    │   └── UnsupportedError        stock MindSpore takes this value of an argument, this package does not
     ├── MissingDependencyError      an optional package is needed and absent               (also an ImportError)
     ├── DiscoveryError              no file, or several equally good ones, where one is needed   (also a ValueError)
     ├── FormatError                 a file does not follow its format: path and offset     (also a ValueError)
@@ -39,6 +40,14 @@ class UsageError(CheckpointError, ValueError):
 
 class ArgumentTypeError(UsageError, TypeError):
     """An argument has the wrong type; nothing was read or written."""
+
+
+class UnsupportedError(UsageError):
+    """A legal call that stock MindSpore serves and this package does not; `argument` is what it cannot take."""
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class MissingDependencyError(CheckpointError, ImportError):

@@ -21,7 +21,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import list_checkpoint, open_catalog, read_extras
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.session import LoadOptions
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UnsupportedError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 
@@ -164,7 +164,7 @@ def training_scalars(
 def _check_formats(source: str, target: str) -> None:
     for argument, value in (("format", source), ("output_format", target)):
         if value != "safetensors":
-            raise UsageError(f"{argument} must be 'safetensors' in this version, got {value!r}")
+            raise UnsupportedError(f"{argument} must be 'safetensors' in this version, got {value!r}", argument)
 
 
 def _check_rank(rank_id: Any) -> None:
