@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "core": ["errors"],
     "errors": [],
     "progress": [],
+    "rules": ["core", "errors"],
     "_version": [],
     "": [],  # ms_ckpt_ext/__init__.py finds its names when they are asked for
 }

@@ -8,7 +8,7 @@ Parameter has another dtype. A stretch that starts between elements is moved to 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Optional
 
 from mindspore import mint
 
@@ -18,6 +18,7 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import byte_box
+from ms_ckpt_ext.core.view import View, nests
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
@@ -55,25 +56,39 @@ class DeviceSink:
             parameter.set_data(mint.empty(offer.shape, dtype=parameter.dtype), slice_shape=True)
         self._dtype = offer.tensor.meta.dtype
 
-    def place(self, source: Any, offset: int, shape: Shape, box: Region, region: Region) -> None:
+    def place(self, source: Any, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
         """One copy between views, cast where the Parameter has another dtype."""
         if self._parameter.dtype != self._offer.dtype:
-            self._place_cast(source, offset, shape, box, region)
+            self._place_cast(source, offset, shape, box, region, view)
             return
         lying, cut, carrier, width = _carried(shape, box, self._dtype, offset)
+        if view is not None:
+            if carrier is ms.uint8:
+                grain = self._dtype.bits // 8
+                view = View(view.offset * grain, (*(stride * grain for stride in view.strides), 1))
+                region = Region((*region.start, 0), (*region.stop, grain))
+            _scatter(
+                self._parameter.view(carrier), view, region, _array(source, offset, (*lying, 1), carrier, width), cut
+            )
+            return
         whole: Shape = self._offer.shape
         if carrier is ms.uint8:
             whole, region = byte_box(whole, region, self._dtype)
         target = self._parameter.view(carrier).view(*(whole or (1,)))
         _cut(target, region).copy_(_cut(_array(source, offset, lying, carrier, width), cut))
 
-    def _place_cast(self, source: Any, offset: int, shape: Shape, box: Region, region: Region) -> None:
+    def _place_cast(
+        self, source: Any, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
+    ) -> None:
         width = self._dtype.bits // 8
         if offset % width:
             nbytes = math.prod(shape) * width
             aligned = self._transport.allocate(nbytes)
             aligned.copy_(mint.narrow(source, 0, offset, nbytes))
             source, offset = aligned, 0
+        if view is not None:
+            _scatter(self._parameter, view, region, _array(source, offset, (*shape, 1), self._offer.dtype, width), box)
+            return
         target = self._parameter.view(*(self._offer.shape or (1,)))
         cut = _cut(_array(source, offset, shape, self._offer.dtype, width), box)
         _cut(target, region).copy_(cut)
@@ -103,3 +118,13 @@ def _cut(array: Any, box: Region) -> Any:
         if stop - start != array.shape[axis]:
             array = mint.narrow(array, axis, start, stop - start)
     return array
+
+
+def _scatter(target: Any, view: View, region: Region, array: Any, box: Region) -> None:
+    """Copy a box of an array, which has one more axis of length 1, to a box of a view of a tensor."""
+    flat = target.view(-1)
+    cut = _cut(array, Region((*box.start, 0), (*box.stop, 1)))
+    for nest in nests(flat.shape[0], view, region):
+        seen = mint.narrow(flat, 0, nest.start, math.prod(nest.shape)).view(*nest.shape)
+        part = Region((*nest.part.start, 0), (*nest.part.stop, 1))
+        mint.permute(_cut(seen, nest.box), nest.order).copy_(_cut(cut, part))

@@ -19,6 +19,7 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DType
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import copy_box
+from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.engine.live import HostSink
 from ms_ckpt_ext.engine.pump import copy_strided
 from ms_ckpt_ext.transport.base import Bytes
@@ -94,7 +95,9 @@ class CastSink:
         self._dtype = parameter.dtype
         self._target = BY_MINDSPORE[str(parameter.dtype)]
 
-    def place(self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region) -> None:
+    def place(
+        self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
+    ) -> None:
         """Cut, cast, copy."""
         whole = Region((0,) * len(shape), box.shape)
         piece = np.empty(self._source.nbytes(box.size), np.uint8)
@@ -102,7 +105,7 @@ class CastSink:
         copy_strided(copy._replace(source=copy.source + offset), source, piece)
         values = ms.Tensor(piece.view(_NUMPY[self._source.name]), self._dtype).asnumpy()
         cast = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        copy_strided(copy_box(box.shape, whole, self._shape, region, self._target), cast, self._memory)
+        copy_strided(copy_box(box.shape, whole, self._shape, region, self._target, view), cast, self._memory)
 
 
 class ParameterSink:
@@ -123,9 +126,11 @@ class ParameterSink:
             log.warning("parameter %r is cast from %s to %s", parameter.name, offer.dtype, parameter.dtype)
             self._sink = CastSink(memory, offer.shape, source, parameter)
 
-    def place(self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region) -> None:
+    def place(
+        self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
+    ) -> None:
         """See `engine.live.Sink`."""
-        self._sink.place(source, offset, shape, box, region)
+        self._sink.place(source, offset, shape, box, region, view)
 
     def finish(self) -> None:
         """Give a buffer to the Parameter, if there was one."""

@@ -26,6 +26,7 @@ from ms_ckpt_ext.core.plan import SourceTensor, locate
 from ms_ckpt_ext.core.reads import Extent, Stored, cut, ranges
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import byte_box, strides_of
+from ms_ckpt_ext.core.view import View
 
 ALIGNMENT = 16
 """Blocks of a collective start at multiples of this (the widest element); pieces inside go widest element first."""
@@ -65,12 +66,13 @@ class ExchangeLimits:
 
 
 class Delivery(NamedTuple):
-    """A box of a part, wanted at the same place of the target box of each of `ranks`."""
+    """A box of a part, wanted at the same place of the target box of each of `ranks`, seen through `view` if any."""
 
     ranks: tuple[int, ...]
     in_part: Region
     in_target: Region
     target_shape: Shape
+    view: Optional[View]
 
 
 class Part(NamedTuple):
@@ -197,26 +199,27 @@ class _Need(NamedTuple):
     in_source: Region
     in_target: Region
     target_shape: Shape
+    view: Optional[View]
 
 
 def _drafts(number: int, demand: Demand, world: int, stored: Stored, limits: ExchangeLimits) -> Iterator[_Draft]:
     tensor = demand.tensor
     dtype, shape = tensor.meta.dtype, tensor.meta.shape
-    slices: dict[tuple[Shape, Cell, tuple[int, ...]], list[_Need]] = {}
+    slices: dict[tuple[str, Shape, Cell, tuple[int, ...]], list[_Need]] = {}
     for grid in demand.grids:
         for cell, ranks in grid.ranks.items():
             target = cell_region(cell, grid.parts, shape)
-            for piece, files in locate(tensor, target):
-                needs = slices.setdefault((piece.source_shape, piece.cell, files), [])
-                needs.append(_Need(ranks, piece.in_source, piece.in_target, target.shape))
-    for (source_shape, _, files), needs in slices.items():
+            for piece, files, name in locate(tensor, target):
+                needs = slices.setdefault((name, piece.source_shape, piece.cell, files), [])
+                needs.append(_Need(ranks, piece.in_source, piece.in_target, target.shape, piece.view))
+    for (name, source_shape, _, files), needs in slices.items():
         receivers = sum(len(need.ranks) for need in needs)
         gathered = receivers == world and all(need.in_source == needs[0].in_source for need in needs)
         copies = 1 if gathered else max(1, receivers)
         most = max(ALIGNMENT, min(limits.chunk, limits.quarter // copies))
         for box in cut(_rows(needs, source_shape), 0, dtype, most):
             offset, nbytes = _linear(box, source_shape, dtype)
-            lying = tuple(tuple(ranges(stored(file, tensor.stored_name), offset, nbytes)) for file in files)
+            lying = tuple(tuple(ranges(stored(file, name), offset, nbytes)) for file in files)
             deliveries = tuple(_deliver(needs, box))
             whole = gathered and all(delivery.in_part.shape == box.shape for delivery in deliveries)
             yield _Draft(number, files, lying, nbytes, box.shape, deliveries, whole)
@@ -244,7 +247,7 @@ def _deliver(needs: Iterable[_Need], box: Region) -> Iterator[Delivery]:
         moved = common.relative_to(need.in_source.start)
         start = tuple(a + b for a, b in zip(need.in_target.start, moved.start))
         stop = tuple(a + b for a, b in zip(need.in_target.start, moved.stop))
-        yield Delivery(need.ranks, common.relative_to(box.start), Region(start, stop), need.target_shape)
+        yield Delivery(need.ranks, common.relative_to(box.start), Region(start, stop), need.target_shape, need.view)
 
 
 class _Placed(NamedTuple):

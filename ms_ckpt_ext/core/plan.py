@@ -5,21 +5,24 @@
 2. A target is any box of the parameter. The cells it touches follow from division, axis by axis; no search.
 3. Every touched cell gives one *piece*: the common box, once as it lies in the source slice and once as it lands in
    the target. The pieces of a target are disjoint and cover it, or planning fails by name.
+4. A parameter may be *made* of others (fused, stacked, transposed: `core.compose`). Its pieces come from several
+   stored tensors, and where one lands is a box of a view of the target: axes split, interleaved or permuted.
 
 The geometry depends on shapes only, so it is computed once for all parameters that share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.layout import Cell, cell_region, slice_shape
 from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.view import View, frames
 from ms_ckpt_ext.errors import CoverageError
 
 
@@ -46,13 +49,49 @@ class Placement:
     expected: Mapping[Cell, tuple[int, ...]]
 
 
+class Block(NamedTuple):
+    """A box of a source tensor that is a box of the view of a parameter made of several.
+
+    Attributes:
+        tensor: the source; its shape is the one it is seen in.
+        region: the box of it that is used.
+        axes: for every axis of the source the axis of the view along which it runs; strictly one to one.
+        start: corner of its box in the view; the box is one thick along axes that `axes` does not name.
+    """
+
+    tensor: SourceTensor
+    region: Region
+    axes: tuple[int, ...]
+    start: Shape
+
+    @property
+    def box(self) -> Region:
+        """Its box in the view."""
+        thick = dict(zip(self.axes, self.region.shape))
+        return Region(self.start, tuple(low + thick.get(axis, 1) for axis, low in enumerate(self.start)))
+
+
+class Recipe(NamedTuple):
+    """How a parameter is made: `view` is its shape with axes split further; the blocks fill the view exactly once."""
+
+    view: Shape
+    blocks: tuple[Block, ...]
+
+
 @dataclass(frozen=True)
 class SourceTensor:
-    """A parameter and where its bytes are. `stored_name` is its name inside the files."""
+    """A parameter and where its bytes are.
+
+    Attributes:
+        stored_name: its name inside the files; "" when it is made of others.
+        placements: how its slices lie over files; () when it is made of others.
+        recipe: how it is made of other tensors; None when it is stored.
+    """
 
     meta: TensorMeta
     stored_name: str
     placements: tuple[Placement, ...]
+    recipe: Optional[Recipe] = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +103,14 @@ class Piece:
         source_shape: shape of the source slice.
         in_source: the region, relative to the source slice.
         in_target: the same region, relative to the target box.
+        view: how the target box is seen when `in_target` is not a box of it as it is; None when it is.
     """
 
     cell: Cell
     source_shape: Shape
     in_source: Region
     in_target: Region
+    view: Optional[View] = None
 
     def __post_init__(self) -> None:
         if self.in_source.shape != self.in_target.shape:
@@ -77,10 +118,11 @@ class Piece:
 
 
 class Sourced(NamedTuple):
-    """A piece and the files that can serve it."""
+    """A piece, the files that can serve it, and the name of its tensor inside them."""
 
     piece: Piece
     files: tuple[int, ...]
+    stored_name: str
 
 
 @lru_cache(maxsize=8192)
@@ -108,6 +150,8 @@ def locate(tensor: SourceTensor, target: Region) -> list[Sourced]:
     Raises:
         CoverageError: no placement holds some region; names parameter, region and the ranks that should hold it.
     """
+    if tensor.recipe is not None:
+        return list(_made(tensor.meta.shape, tensor.recipe, target))
     found: list[Sourced] = []
     missing = _locate(tensor, target, target, 0, found)
     if missing is not None:
@@ -130,7 +174,7 @@ def _locate(tensor: SourceTensor, target: Region, rest: Region, first: int, foun
     for piece in pieces(tensor.meta.shape, placement.parts, rest):
         files = placement.holders.get(piece.cell, ())
         if files:
-            found.append(Sourced(piece if inside_all else _shift(piece, rest, target), files))
+            found.append(Sourced(piece if inside_all else _shift(piece, rest, target), files, tensor.stored_name))
             continue
         start = tuple(a + b for a, b in zip(rest.start, piece.in_target.start))
         gap = Region(start, tuple(a + b for a, b in zip(start, piece.in_target.shape)))
@@ -150,3 +194,29 @@ def _shift(piece: Piece, rest: Region, target: Region) -> Piece:
 
 def _cell_at(placement: Placement, region: Region, tensor: SourceTensor) -> Cell:
     return pieces(tensor.meta.shape, placement.parts, region)[0].cell
+
+
+def _made(shape: Shape, recipe: Recipe, target: Region) -> Iterator[Sourced]:
+    """The pieces of a parameter that is made of others."""
+    for frame in frames(shape, recipe.view, target):
+        for block in recipe.blocks:
+            common = block.box.intersect(frame.box)
+            if common is None:
+                continue
+            shift = [(axis, low - block.start[axis]) for axis, low in zip(block.axes, block.region.start)]
+            wanted = Region(
+                tuple(common.start[axis] + by for axis, by in shift),
+                tuple(common.stop[axis] + by for axis, by in shift),
+            )
+            inside = common.relative_to(frame.box.start).start
+            offset = frame.offset + sum(low * stride for low, stride in zip(inside, frame.strides))
+            view = View(offset, tuple(frame.strides[axis] for axis in block.axes))
+            for piece, files, stored_name in locate(block.tensor, wanted):
+                yield Sourced(_viewed(piece, view), files, stored_name)
+
+
+def _viewed(piece: Piece, view: View) -> Piece:
+    """A piece of a box, as a piece of a target that sees the box through `view`."""
+    if piece.view is not None:
+        raise ValueError("a tensor that is made of others cannot be part of another one")
+    return Piece(piece.cell, piece.source_shape, piece.in_source, piece.in_target, view)

@@ -141,15 +141,15 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
         staged = []
         for target in task.targets:
             copies = [
-                (sourced.files, strided_copy(sourced.piece, target.region.shape, dtype))
+                (sourced, strided_copy(sourced.piece, target.region.shape, dtype))
                 for sourced in locate(task.tensor, target.region)
             ]
             if len(target.landings) > 1 or any(copy.run < limits.direct for _, copy in copies):
                 staged.append(target)
                 continue
-            for files, copy in copies:
+            for (_, files, name), copy in copies:
                 file = chooser.pick(files, copy.nbytes)
-                yield from _direct(file, stored(file, task.tensor.stored_name), target.landings[0], copy, limits)
+                yield from _direct(file, stored(file, name), target.landings[0], copy, limits)
         for block in _blocks([target.region for target in staged], dtype, limits.tile):
             for target in staged:
                 tile = target.region.intersect(block)
@@ -263,10 +263,10 @@ class _BatchBuilder:
         number = len(self._stretches)
         self._stretches.append(Stretch(box.size, self._places(target, offset, box.size)))
         self.nbytes += box.size
-        for piece, files in locate(tensor, tile):
+        for piece, files, stored_name in locate(tensor, tile):
             whole_copy = strided_copy(piece, tile.shape, dtype)
             file = chooser.pick(files, whole_copy.nbytes)
-            extents = self._stored(file, tensor.stored_name)
+            extents = self._stored(file, stored_name)
             for copy in _bounded(whole_copy, self._limits.tile):
                 if len(extents) == 1:
                     base = extents[0].offset + copy.source
@@ -340,14 +340,32 @@ def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
 
 def _wasteful(span: _Span, gap: int) -> bool:
     copy = span.copy.copy
-    return bool(copy.counts) and copy.source_strides[-1] - copy.run > gap
+    depth, length = _solid(copy)
+    return depth > 0 and copy.source_strides[depth - 1] - length > gap
+
+
+def _solid(copy: StridedCopy) -> tuple[int, int]:
+    """(axes with gaps between them in the source, bytes without one): a transposed piece is contiguous in no other."""
+    depth, length = len(copy.counts), copy.run
+    while depth and copy.source_strides[depth - 1] == length:
+        depth -= 1
+        length *= copy.counts[depth]
+    return depth, length
 
 
 def _explode(span: _Span) -> Iterator[_Span]:
     copy = span.copy.copy
-    for source, target in copy.runs():
-        run = StridedCopy(copy.run, (), source, (), target, ())
-        yield _Span(source, source + copy.run, ReadCopy(span.copy.stretch, run))
+    depth, length = _solid(copy)
+    outer = copy._replace(
+        run=length,
+        counts=copy.counts[:depth],
+        source_strides=copy.source_strides[:depth],
+        target_strides=copy.target_strides[:depth],
+    )
+    inner = (copy.counts[depth:], copy.source_strides[depth:], copy.target_strides[depth:])
+    for source, target in outer.runs():
+        part = StridedCopy(copy.run, inner[0], source, inner[1], target, inner[2])
+        yield _Span(source, source + length, ReadCopy(span.copy.stretch, part))
 
 
 def _read(file: int, cluster: list[_Span]) -> Read:

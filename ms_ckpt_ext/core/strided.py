@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.plan import Piece
 from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.errors import LayoutMismatchError
 
 
@@ -91,21 +92,50 @@ def strides_of(shape: Shape) -> Shape:
 @lru_cache(maxsize=8192)
 def strided_copy(piece: Piece, target_shape: Shape, dtype: DType) -> StridedCopy:
     """The copy that moves `piece` from its source slice into a target array of `target_shape`."""
-    return copy_box(piece.source_shape, piece.in_source, target_shape, piece.in_target, dtype)
+    return copy_box(piece.source_shape, piece.in_source, target_shape, piece.in_target, dtype, piece.view)
 
 
 def copy_box(
-    source_shape: Shape, in_source: Region, target_shape: Shape, in_target: Region, dtype: DType
+    source_shape: Shape,
+    in_source: Region,
+    target_shape: Shape,
+    in_target: Region,
+    dtype: DType,
+    view: Optional[View] = None,
 ) -> StridedCopy:
-    """The copy of a box of one array to an equal box of another, both row-major, offsets from the arrays' starts."""
+    """The copy of a box of one array to an equal box of another, both row-major, offsets from the arrays' starts.
+
+    With a view, `in_target` is a box of the view of the target, which may lie in it with any strides.
+    """
     source_bytes, source_box = byte_box(source_shape, in_source, dtype)
-    target_bytes, target_box = byte_box(target_shape, in_target, dtype)
-    source_strides, target_strides = strides_of(source_bytes), strides_of(target_bytes)
+    source_strides = strides_of(source_bytes)
     source = sum(low * stride for low, stride in zip(source_box.start, source_strides))
-    target = sum(low * stride for low, stride in zip(target_box.start, target_strides))
+    if view is None:
+        target_bytes, target_box = byte_box(target_shape, in_target, dtype)
+        target_strides, target = strides_of(target_bytes), 0
+    else:
+        target_box, target_strides, target = _viewed(in_target, view, dtype)
+    target += sum(low * stride for low, stride in zip(target_box.start, target_strides))
+    return _merged(source_box.shape, source, source_strides, target, target_strides)
+
+
+def _viewed(region: Region, view: View, dtype: DType) -> tuple[Region, Shape, int]:
+    """Region, strides and offset of a view in bytes."""
+    if dtype.bits % 8:
+        raise LayoutMismatchError(
+            f"{dtype.name} elements ({dtype.bits} bits) lie inside bytes and cannot be fused or transposed: "
+            "merge or load such a parameter without a rule"
+        )
+    width = dtype.bits // 8
+    box = Region((*region.start, 0), (*region.stop, width))
+    return box, (*(stride * width for stride in view.strides), 1), view.offset * width
+
+
+def _merged(shape: Shape, source: int, source_strides: Shape, target: int, target_strides: Shape) -> StridedCopy:
+    """A copy of byte boxes, with axes that are contiguous on both sides made one."""
     run = 1
     axes: list[tuple[int, int, int]] = []  # (count, source stride, target stride), innermost first
-    for count, s, t in reversed(list(zip(source_box.shape, source_strides, target_strides))):
+    for count, s, t in reversed(list(zip(shape, source_strides, target_strides))):
         if count == 1:
             continue
         if not axes and s == run and t == run:

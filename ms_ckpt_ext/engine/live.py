@@ -23,6 +23,7 @@ from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import copy_box
+from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.engine.pump import copy_strided
 from ms_ckpt_ext.engine.trace import Trace
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -46,8 +47,11 @@ class Mover(Protocol[B]):
 class Sink(Protocol[B_in]):
     """Where one parameter of this rank lands."""
 
-    def place(self, source: B_in, offset: int, shape: Shape, box: Region, region: Region) -> None:
-        """Copy a box of the array of `shape` at byte `offset` of `source` to `region` of the parameter's slice."""
+    def place(self, source: B_in, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
+        """Copy a box of the array of `shape` at byte `offset` of `source` to `region` of the parameter's slice.
+
+        With a view, `region` is a box of the slice seen through it.
+        """
 
 
 class HostMover:
@@ -70,9 +74,11 @@ class HostSink:
     def __init__(self, array: Bytes, shape: Shape, dtype: DType) -> None:
         self.array, self.shape, self.dtype = array, shape, dtype
 
-    def place(self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region) -> None:
+    def place(
+        self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
+    ) -> None:
         """One strided copy."""
-        copy = copy_box(shape, box, self.shape, region, self.dtype)
+        copy = copy_box(shape, box, self.shape, region, self.dtype, view)
         copy_strided(copy._replace(source=copy.source + offset), source, self.array)
 
 
@@ -208,7 +214,8 @@ class _Run(Generic[B]):
             with self._trace.span("place own", round=number):
                 for part, delivery, offset, _ in current.own:
                     staged = self._held[part.chunk][1]
-                    self._sinks[part.demand].place(staged, offset, part.shape, delivery.in_part, delivery.in_target)
+                    sink, box = self._sinks[part.demand], delivery.in_part
+                    sink.place(staged, offset, part.shape, box, delivery.in_target, delivery.view)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
@@ -221,7 +228,7 @@ class _Run(Generic[B]):
                     for part, delivery, offset, _ in items:
                         shape = part.shape if part.gathered else delivery.in_part.shape
                         box = Region((0,) * len(shape), shape)
-                        self._sinks[part.demand].place(buffer, offset, shape, box, delivery.in_target)
+                        self._sinks[part.demand].place(buffer, offset, shape, box, delivery.in_target, delivery.view)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None

@@ -159,7 +159,7 @@ def _fingerprint(job: Job) -> str:
             digest.update(offset.to_bytes(8, "little") + literal)
         for name, tensor, region in output.wanted:
             corner = None if region is None else (region.start, region.stop)
-            digest.update(f"{name}|{tensor.stored_name}|{corner}\n".encode())
+            digest.update(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}\n".encode())
     for name in sorted(job.index):
         digest.update(name.encode() + job.index[name])
     for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):

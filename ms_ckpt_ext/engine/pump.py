@@ -181,7 +181,8 @@ def copy_strided(copy: StridedCopy, source: np.ndarray, target: np.ndarray) -> N
     if not copy.counts:
         target[copy.target : copy.target + copy.run] = source[copy.source : copy.source + copy.run]
         return
-    shape = (*copy.counts, copy.run)
-    lying: np.ndarray = np.ndarray(shape, np.uint8, source.data, copy.source, (*copy.source_strides, 1))
-    landing: np.ndarray = np.ndarray(shape, np.uint8, target.data, copy.target, (*copy.target_strides, 1))
+    grain = copy.run if copy.run in (2, 4, 8) else 1  # a transposed matrix: runs of one element
+    shape, dtype = (*copy.counts, copy.run // grain), np.dtype(f"u{grain}")
+    lying: np.ndarray = np.ndarray(shape, dtype, source.data, copy.source, (*copy.source_strides, grain))
+    landing: np.ndarray = np.ndarray(shape, dtype, target.data, copy.target, (*copy.target_strides, grain))
     landing[...] = lying

@@ -26,7 +26,7 @@ from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover, HostSink
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
-from ms_ckpt_ext.engine.survey import survey
+from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import (
     CheckpointError,
     ChecksumError,
@@ -78,6 +78,9 @@ class Load:
     def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
         return ReaderPool(catalog.files, open_reader)
 
+    def catalog(self, seen: Survey) -> Catalog:
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained)
+
     def wants(self, rank: int, catalog: Catalog) -> dict[str, Want]:
         wants = {n: Want(n, whole(len(t.meta.shape))) for n, t in catalog.extras.items()}
         for name in self.target.names_of(rank):
@@ -90,7 +93,7 @@ class Load:
         rank = transport.rank
         look = partial(list_checkpoint, str(self.directory(rank)), self.trained)
         seen = survey(transport, look, read_index, self.host(rank))
-        catalog = catalog_of(seen.indexes, seen.sharded, seen.names, self.trained)
+        catalog = self.catalog(seen)
         wants = self.wants(rank, catalog)
         ready = session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, self.facts(rank))
         memory, sinks = {}, {}

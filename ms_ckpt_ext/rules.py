@@ -1,0 +1,16 @@
+"""Weight rules for `rules=`: parameters made of a checkpoint's tensors by renaming, joining, stacking, transposing.
+
+>>> from ms_ckpt_ext.rules import Interleave, QKV, Rename
+>>> layer = "model.layers.{layer}."
+>>> rules = [
+...     Rename("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
+...     QKV([f"{layer}self_attn.{p}_proj.weight" for p in "qkv"], "decoder.layers.{layer}.qkv.weight", groups=8),
+...     Interleave([f"{layer}mlp.{p}_proj.weight" for p in ("gate", "up")], "decoder.layers.{layer}.fc1.weight"),
+... ]
+"""
+
+from __future__ import annotations
+
+from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose
+
+__all__ = ["QKV", "Concat", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose"]

@@ -1,0 +1,82 @@
+"""Boxes of views: what `frames` and `nests` say is what numpy does."""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.view import View, frames, nests, split_axes
+
+
+@pytest.mark.parametrize(
+    ("shape", "view", "groups"),
+    [
+        ((8, 6), (4, 2, 6), ((4, 2), (6,))),
+        ((8, 6), (8, 2, 3), ((8,), (2, 3))),
+        ((1, 6), (1, 6), ((1,), (6,))),
+        ((6,), (1, 6, 1), ((1, 6, 1),)),
+        ((), (), ()),
+    ],
+)
+def test_axes_of_a_view(shape: Shape, view: Shape, groups: tuple[Shape, ...]) -> None:
+    assert split_axes(shape, view) == groups
+
+
+@pytest.mark.parametrize(("shape", "view"), [((8, 6), (4, 12)), ((8,), (2, 2)), ((8,), (8, 2)), ((), (1,))])
+def test_not_a_view(shape: Shape, view: Shape) -> None:
+    with pytest.raises(ValueError, match="does not split the axes"):
+        split_axes(shape, view)
+
+
+@st.composite
+def viewed(draw: st.DrawFn) -> tuple[Shape, Shape, Region]:
+    groups = draw(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3))
+    shape = tuple(map(prod, groups))
+    return shape, tuple(extent for group in groups for extent in group), draw(box_of(shape))
+
+
+@st.composite
+def box_of(draw: st.DrawFn, shape: Shape) -> Region:
+    start = tuple(draw(st.integers(0, extent - 1)) for extent in shape)
+    return Region(start, tuple(draw(st.integers(low + 1, extent)) for low, extent in zip(start, shape)))
+
+
+@given(viewed())
+def test_frames_fill_the_target_once(case: tuple[Shape, Shape, Region]) -> None:
+    shape, view, target = case
+    whole = np.arange(prod(shape)).reshape(shape)
+    flat = np.full(target.size, -1)
+    for box, offset, strides in frames(shape, view, target):
+        for index in np.ndindex(*box.shape):
+            at = offset + int(np.dot(index, strides))
+            assert flat[at] == -1
+            flat[at] = whole.reshape(view)[tuple(np.add(index, box.start))]
+    assert np.array_equal(flat.reshape(target.shape), whole[target.slices])
+
+
+@given(viewed(), st.data())
+def test_nests_are_the_strided_box(case: tuple[Shape, Shape, Region], data: st.DataObject) -> None:
+    shape, view, target = case
+    flat = np.arange(target.size)
+    for box, offset, strides in frames(shape, view, target):
+        order = data.draw(st.permutations(range(len(view))))
+        seen = View(offset, tuple(strides[axis] for axis in order))
+        region = data.draw(box_of(tuple(box.shape[axis] for axis in order)))
+        got = np.full(region.shape, -1)
+        for start, extents, inner, axes, part in nests(target.size, seen, region):
+            taken = flat[start : start + prod(extents)].reshape(extents)[inner.slices]
+            got[part.slices] = taken.transpose(axes)[..., 0]
+        for index in np.ndindex(*region.shape):
+            assert got[index] == seen.offset + int(np.dot(np.add(index, region.start), seen.strides))
+
+
+def test_aligned_views_are_one_nest() -> None:
+    """Rows of two tensors that alternate, grouped heads, a transposed expert: one copy each."""
+    assert len(list(nests(8 * 6, View(6, (12, 1)), Region.whole((4, 6))))) == 1
+    assert len(list(nests(8 * 6, View(12, (24, 6, 1)), Region.whole((2, 1, 6))))) == 1
+    assert len(list(nests(2 * 6 * 8, View(48, (1, 8)), Region.whole((8, 6))))) == 1
