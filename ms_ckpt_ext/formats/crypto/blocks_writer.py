@@ -10,6 +10,8 @@ import os
 import struct
 from typing import BinaryIO, Optional, Protocol, Union
 
+import numpy as np
+
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
@@ -46,7 +48,7 @@ class EncryptingWriter:
         self._key = as_key(key, SM4_LENGTHS if mode == SM4 else AES_LENGTHS)
         self._mode = mode
         self._most = block
-        self._sealed = bytearray()
+        self._sealed = np.empty(block + BLOCK, np.uint8)  # numpy asks for huge pages, and touches none before its use
         self._filled = 0
         self._rest = b""
         self._context: Optional[backend.Context] = None
@@ -106,8 +108,6 @@ class EncryptingWriter:
         """Encrypt whole cipher blocks, or the end of a GCM block, behind what the buffer holds."""
         assert self._context is not None
         stop = self._filled + len(data)
-        if len(self._sealed) < stop:
-            self._sealed.extend(bytes(min(max(stop, 2 * len(self._sealed)), self._most + BLOCK) - len(self._sealed)))
         for low in range(self._filled, stop, PIECE):
             high = min(low + PIECE, stop)
             target = memoryview(self._sealed)[low:high]

@@ -18,6 +18,8 @@ import threading
 from collections import OrderedDict
 from typing import Optional, Protocol
 
+import numpy as np
+
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -62,7 +64,7 @@ class _Slot:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.unit: Optional[int] = None
-        self.data = bytearray()
+        self.data = np.empty(0, np.uint8)
 
 
 class UnitReader:
@@ -119,7 +121,7 @@ class UnitReader:
             if slot.unit != unit:
                 slot.unit = None
                 if len(slot.data) < high - low:
-                    slot.data = bytearray(high - low)
+                    slot.data = np.empty(high - low, np.uint8)  # numpy asks for huge pages: fresh memory is dear
                 self._units.decrypt(unit, unit + 1, memoryview(slot.data)[: high - low])
                 slot.unit = unit
             out[:] = memoryview(slot.data)[skip : skip + len(out)]
