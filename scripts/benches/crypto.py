@@ -1,0 +1,125 @@
+"""Encryption and decryption against `openssl speed` of the same cipher, in turns.
+
+`openssl speed` encrypts 16 KiB in a core's first cache over and over on one thread: a bound that nothing which touches
+memory reaches. Ours reads a file in the page cache, encrypts it and throws the result away, or reads an encrypted file
+and decrypts it into a buffer of 16 MiB, block headers, tags and all; on one thread, and on as many as there are cores.
+The `cryptography` wheel brings an OpenSSL of its own, so a ratio above 1 is possible.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PIECE = 16 << 20
+CIPHERS = {
+    "aes-128-gcm": (16, ("chunked", "AES-GCM")),
+    "aes-256-gcm": (32, ("chunked", "AES-GCM")),
+    "aes-128-cbc": (16, ("AES-CBC",)),
+    "aes-256-cbc": (32, ("AES-CBC",)),
+    "sm4-cbc": (16, ("SM4-CBC",)),
+}
+SLOW = "SM4-CBC"  # 0.13 GB/s: an eighth of the bytes is enough
+
+
+class Nowhere:
+    """A file that forgets."""
+
+    name = "nowhere"
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def crypto(arguments: Namespace) -> list[dict[str, Any]]:
+    """Encryption and decryption against `openssl speed`."""
+    results = []
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
+        for cipher, (length, containers) in CIPHERS.items():
+            for container in containers:
+                size = round(arguments.size * (1 << 30)) // (8 if container == SLOW else 1)
+                results += one_cipher(Path(work), cipher, length, container, size, arguments.rounds)
+    return results
+
+
+def one_cipher(work: Path, cipher: str, length: int, container: str, size: int, rounds: int) -> list[dict[str, Any]]:
+    plain, sealed, key = work / "plain", work / "sealed", os.urandom(length)
+    with plain.open("wb") as file:
+        noise = os.urandom(min(size, 8 << 20))
+        file.write(b"\n")  # as a .ckpt begins, by which CBC tells a wrong key
+        while file.tell() < size:
+            file.write(noise[: size - file.tell()])
+    with sealed.open("wb") as file:
+        encrypt(plain, file, key, container)
+    cores = len(os.sched_getaffinity(0))
+    turns: dict[tuple[str, int], Callable[[], None]] = {
+        ("encrypt", 1): lambda: encrypt(plain, Nowhere(), key, container),
+        ("decrypt", 1): lambda: decrypt(sealed, key, 1),
+        ("decrypt", cores): lambda: decrypt(sealed, key, cores),
+    }
+    ours: dict[tuple[str, int], list[float]] = {turn: [] for turn in turns}
+    theirs: dict[str, list[float]] = {"encrypt": [], "decrypt": []}
+    for number in range(rounds + 1):
+        for direction, speeds in theirs.items():
+            speeds.append(openssl_speed(cipher, direction))
+        for turn, call in turns.items():
+            begin = time.perf_counter()
+            call()
+            if number:
+                ours[turn].append(size / (time.perf_counter() - begin))
+    plain.unlink()
+    sealed.unlink()
+    return [
+        {"container": container, "cipher": cipher, "direction": direction, "threads": threads}
+        | {"GB/s": round(statistics.median(speeds) / 1e9, 2)}
+        | {"openssl speed GB/s": round(statistics.median(theirs[direction]) / 1e9, 2)}
+        | {"of openssl": round(statistics.median(speeds) / statistics.median(theirs[direction]), 2)}
+        for (direction, threads), speeds in ours.items()
+    ]
+
+
+def encrypt(plain: Path, sink: Any, key: bytes, container: str) -> None:
+    from ms_ckpt_ext.formats.crypto import CHUNKED, ChunkedWriter, EncryptingWriter, encrypt_all
+    from ms_ckpt_ext.storage.reader import PlainReader
+
+    with PlainReader(str(plain)) as reader:
+        chunked = container == CHUNKED
+        with ChunkedWriter(sink, key, reader.size) if chunked else EncryptingWriter(sink, key, container) as writer:
+            encrypt_all(reader, writer)
+
+
+def decrypt(sealed: Path, key: bytes, threads: int) -> None:
+    import numpy as np
+
+    from ms_ckpt_ext.formats.crypto import decrypting_reader
+    from ms_ckpt_ext.storage.reader import PlainReader
+
+    with decrypting_reader(PlainReader(str(sealed)), key) as reader:
+
+        def run(first: int) -> None:
+            buffer = memoryview(np.empty(PIECE, np.uint8))
+            for at in range(first * PIECE, reader.size, threads * PIECE):
+                reader.read_into(at, buffer[: min(PIECE, reader.size - at)])
+
+        others = [threading.Thread(target=run, args=(number,)) for number in range(1, threads)]
+        for thread in others:
+            thread.start()
+        run(0)
+        for thread in others:
+            thread.join()
+
+
+def openssl_speed(cipher: str, direction: str) -> float:
+    """Bytes per second."""
+    decrypting = ["-decrypt"] if direction == "decrypt" else []
+    command = ["openssl", "speed", "-seconds", "1", "-bytes", "16384", *decrypting, "-evp", cipher]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(told.split()[-1].rstrip("k")) * 1000
