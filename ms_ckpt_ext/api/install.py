@@ -30,6 +30,8 @@ _HOMES = {
     "unified_safetensors": "api.merge",
     "merge_pipeline_strategys": "api.merge",
     "load_distributed_checkpoint": "api.load",
+    "ckpt_to_safetensors": "api.convert",
+    "safetensors_to_ckpt": "api.convert",
 }
 NAMES = tuple(_HOMES)
 """What `install` can replace."""

@@ -195,10 +195,11 @@ def _extras(indexes: tuple[FileIndex, ...], known: set[str]) -> dict[str, Source
             if (entry.dtype, entry.shape) != (before.dtype, before.shape):
                 raise _contradiction(name, indexes, (numbers[0], before), (number, entry))
             numbers.append(number)
-    return {name: _whole_tensor(name, entry, numbers[:1]) for name, (entry, numbers) in sorted(found.items())}
+    return {name: whole_tensor(name, entry, numbers[:1]) for name, (entry, numbers) in sorted(found.items())}
 
 
-def _whole_tensor(name: str, entry: TensorEntry, files: Iterable[int]) -> SourceTensor:
+def whole_tensor(name: str, entry: TensorEntry, files: Iterable[int]) -> SourceTensor:
+    """A parameter that each of these files holds whole."""
     parts = whole(len(entry.shape)).parts
     cell = (0,) * len(entry.shape)
     return SourceTensor(
@@ -220,11 +221,11 @@ def parts_catalog(
     """
     numbers = {file: number for number, file in enumerate(index_of)}
     indexes = tuple(index_of.values())
-    tensors = {name: _whole_tensor(name, entry, [number]) for name, number, entry in _listed(names, numbers, indexes)}
+    tensors = {name: whole_tensor(name, entry, [number]) for name, number, entry in _listed(names, numbers, indexes)}
     extras = {}
     scalars = next((numbers[name] for name in discovery.HYPER_NAMES if name in numbers), None)
     if scalars is not None and names is not None:
-        extras = {name: _whole_tensor(name, entry, [scalars]) for name, entry in indexes[scalars].tensors.items()}
+        extras = {name: whole_tensor(name, entry, [scalars]) for name, entry in indexes[scalars].tensors.items()}
     return Catalog(indexes, tensors, extras, _notes(indexes), access)
 
 

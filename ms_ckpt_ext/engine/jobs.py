@@ -100,15 +100,9 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 def _named(catalog: Catalog, choice: Optional[Choice]) -> dict[str, SourceTensor]:
     named: dict[str, SourceTensor] = {}
     for name, tensor in catalog.tensors.items():
-        chosen = True if choice is None else choice(name)
-        if not isinstance(chosen, (bool, str)):
-            raise ArgumentTypeError(
-                f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
-                f"{type(chosen).__name__} for parameter {name!r}"
-            )
-        if chosen is False:
+        new = chosen_name(choice, name)
+        if new is None:
             continue
-        new = name if chosen is True else str(chosen)
         if new in named:
             raise UsageError(
                 f"choice_func gives both {named[new].meta.name!r} and {name!r} the name {new!r}; names must stay unique"
@@ -117,6 +111,17 @@ def _named(catalog: Catalog, choice: Optional[Choice]) -> dict[str, SourceTensor
     if not named:
         raise UsageError("choice_func dropped every parameter; nothing would be written")
     return named
+
+
+def chosen_name(choice: Optional[Choice], name: str) -> Optional[str]:
+    """The name that a choice function gives a parameter; None when it drops it. Raises ArgumentTypeError."""
+    chosen = True if choice is None else choice(name)
+    if not isinstance(chosen, (bool, str)):
+        raise ArgumentTypeError(
+            f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
+            f"{type(chosen).__name__} for parameter {name!r}"
+        )
+    return chosen if isinstance(chosen, str) else name if chosen else None
 
 
 def _nbytes(tensor: SourceTensor) -> int:
@@ -164,14 +169,15 @@ def _output(
     catalog: Catalog,
 ) -> Output:
     """Lay out one file. A region of None means the whole parameter."""
-    boxes = [(new, tensor, box or _whole(tensor)) for new, tensor, box in wanted]
+    boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
     specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
     layout: FileLayout = registry.lay_out(name, specs, {"format": "ms", **notes})
     return Output(name, layout, tuple(Wanted(*box) for box in boxes))
 
 
-def _whole(tensor: SourceTensor) -> Optional[Region]:
+def whole_box(tensor: SourceTensor) -> Optional[Region]:
+    """All of a parameter as a box; None when it has no elements."""
     return Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
 
 
@@ -219,7 +225,7 @@ def rank_boxes(
     """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it."""
     if strategy is None:
         back = {source: target for target, source in name_map.items()}
-        return [(back.get(name, name), tensor, _whole(tensor)) for name, tensor in catalog.tensors.items()]
+        return [(back.get(name, name), tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
     for name in strategy.names_of(rank):
         stored = name_map.get(name, name)

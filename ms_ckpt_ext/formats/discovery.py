@@ -182,12 +182,13 @@ def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
 
 
 def _checkpoints(root: Path, suffix: str) -> list[str]:
-    """Names of the files of one format in a folder. A strategy file has the same suffix, and another first byte."""
+    """Names of the files of one format in a folder."""
     found = [path for path in root.iterdir() if path.name.endswith(f".{suffix}") and path.is_file()]
-    return sorted(path.name for path in found if suffix != "ckpt" or not _is_strategy(path))
+    return sorted(path.name for path in found if suffix != "ckpt" or not is_strategy(path))
 
 
-def _is_strategy(path: Path) -> bool:
+def is_strategy(path: Path) -> bool:
+    """Whether a `.ckpt` is a strategy file, which has the same suffix, rather than a checkpoint."""
     with path.open("rb") as file:
         return file.read(1) == _STRATEGY_FIRST_BYTE
 

@@ -5,6 +5,9 @@ safetensors library does (dtype descending, then name), so a file written here i
 
 MindSpore's checksum is the entry `crc_num` of the metadata: the CRC-32, in decimal, of name and contents of every
 tensor, in the order of names. A writer leaves room for it (`layout` with `crc`) and puts it in at the end.
+
+The format has no text, which a `.ckpt` may hold beside its tensors. Here text is a tensor of its code points, U32 with
+one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_ext.text`, names those that are text.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ CRC_NUM = "crc_num"
 """MindSpore's metadata key of the checksum."""
 NO_CRC = "0" * len(str(2**32 - 1))
 """What stands there until it is known."""
+TEXT_NOTE = "ms_ckpt_ext.text"
+_TEXT, _TEXT_AS = DTYPES["STR"], DTYPES["U32"]
 _ADVICE = "the file is damaged or was not completely written: restore it, or choose another checkpoint"
 
 
@@ -49,6 +54,8 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
         raise FormatError(f"{path!r}: {METADATA} must map strings to strings; {_ADVICE}")
     tensors = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
     _check_coverage(path, tensors, 8 + length, reader.size)
+    for name in _texts(path, metadata.pop(TEXT_NOTE, "[]"), tensors):
+        tensors[name] = tensors[name]._replace(dtype=_TEXT)
     return FileIndex(path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
 
 
@@ -62,7 +69,7 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     if stored is None:
         return False
     found = crc_of(reader, index.tensors)
-    if not stored.isdecimal() or int(stored) != found:
+    if stored.lstrip("0") != str(found).lstrip("0"):
         raise ChecksumError(
             f"{index.path!r}: the CRC-32 of its tensors is {found}, but its header says {stored[:32]!r}; "
             "the file was damaged after it was saved: restore it or choose another checkpoint"
@@ -166,6 +173,20 @@ def _entry(path: str, name: str, raw: Any, base: int) -> TensorEntry:
 _WRITABLE = {name for name in DTYPES if name not in ("C128", "STR")}
 
 
+def _texts(path: str, note: str, tensors: Mapping[str, TensorEntry]) -> list[str]:
+    """Names of the tensors that are text."""
+    try:
+        names = json.loads(note)
+        fits = isinstance(names, list) and all(
+            tensors[name].dtype is _TEXT_AS and len(tensors[name].shape) == 1 for name in names
+        )
+    except (ValueError, TypeError, KeyError, RecursionError):
+        fits = False
+    if not fits:
+        raise FormatError(f"{path!r}: {TEXT_NOTE} in {METADATA} is no list of U32 tensors of one axis; {_ADVICE}")
+    return list(names)
+
+
 def _check_coverage(path: str, tensors: Mapping[str, TensorEntry], base: int, size: int) -> None:
     at, before = base, "the header"
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].extents[0]):
@@ -191,6 +212,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
     if len(set(names)) != len(names) or METADATA in names:
         clash = next((n for n in names if names.count(n) > 1), METADATA)
         raise UsageError(f"cannot write two tensors named {clash!r} into one safetensors file; rename one")
+    texts = sorted(spec.name for spec in specs if spec.dtype is _TEXT)
+    specs = [spec._replace(dtype=_TEXT_AS) if spec.dtype is _TEXT else spec for spec in specs]
     for spec in specs:
         if spec.dtype.name not in _WRITABLE:
             raise UsageError(
@@ -198,6 +221,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
             )
     ordered = sorted(specs, key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name))
     notes = {**metadata, CRC_NUM: NO_CRC} if crc else dict(metadata)
+    if texts:
+        notes[TEXT_NOTE] = json.dumps(texts, ensure_ascii=False)
     header: dict[str, Any] = {METADATA: notes} if notes else {}
     offset = 0
     places = []

@@ -1,0 +1,123 @@
+"""What a conversion wants: one output file for every input file, each with all of its tensors whole.
+
+`convert_job` lays every file out anew in the wanted format: names, shapes, bytes, text, packed int4 and the file's own
+notes survive; a checksum is computed anew where one is asked for. `copy_job` leaves the bytes of a file as they are and
+changes how they lie on disk only, plain or encrypted, so that decrypting gives back the very file that was encrypted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Callable, Optional
+
+from ms_ckpt_ext.core.dtype import DTYPES
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
+from ms_ckpt_ext.engine.jobs import whole_box
+from ms_ckpt_ext.engine.offline import Job, Output, Wanted
+from ms_ckpt_ext.errors import FormatError, UsageError
+from ms_ckpt_ext.formats import registry
+from ms_ckpt_ext.formats.ckpt import CRC_NUM, CRC_OFFSET
+from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.registry import PLAIN, Access
+
+Rename = Callable[[str], Optional[str]]
+_CONTENTS = "the file"
+"""Name of the one pseudo tensor of a file that is copied as it is."""
+
+
+def convert_job(
+    inputs: Mapping[str, str],
+    access: Access = PLAIN,
+    rename: Rename = lambda name: name,
+    crc: bool = False,
+    index: Mapping[str, bytes] = {},
+) -> Job:
+    """Every input file in the format that its output's name says.
+
+    Args:
+        inputs: output name, relative to the target -> path of the input file.
+        access: how the inputs are opened.
+        rename: parameter name in the input -> name in the output, or None to leave it out.
+        crc: give every output a checksum.
+        index: small files that go along, published last: name -> contents.
+
+    Raises:
+        UsageError: two parameters of a file get the same name, none is left, or the format cannot hold one.
+        FormatError, DecryptionError, ChecksumError, StorageError: as the readers say.
+    """
+    indexes = tuple(registry.read_indexes(inputs.values(), access))
+    tensors: dict[str, SourceTensor] = {}
+    outputs = []
+    for number, (name, held) in enumerate(zip(inputs, indexes)):
+        mine = {stored: whole_tensor(stored, entry, [number]) for stored, entry in held.tensors.items()}
+        tensors.update({f"{number}/{stored}": tensor for stored, tensor in mine.items()})
+        outputs.append(_converted(name, held, mine, rename, crc))
+    return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index)
+
+
+def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], rename: Rename, crc: bool) -> Output:
+    # MindSpore converts to .ckpt in the order of names, and to safetensors in that format's own order.
+    order = sorted(tensors) if held.path.endswith(".safetensors") else tensors
+    renamed = _renamed(held.path, {stored: rename(stored) for stored in order})
+    specs = [TensorSpec(new, *held.tensors[stored][:2]) for stored, new in renamed.items()]
+    layout = registry.lay_out(name, specs, {"format": "ms", **_notes(held, renamed)}, crc)
+    wanted = (Wanted(new, tensors[stored], whole_box(tensors[stored])) for stored, new in renamed.items())
+    return Output(name, layout, tuple(wanted))
+
+
+def _renamed(path: str, chosen: Mapping[str, Optional[str]]) -> dict[str, str]:
+    """Old name -> new name of what is kept."""
+    olds: dict[str, str] = {}
+    for old, new in chosen.items():
+        if new is not None and olds.setdefault(new, old) != old:
+            raise UsageError(f"both {olds[new]!r} and {old!r} of {path!r} get the name {new!r}; names must stay unique")
+    if chosen and not olds:
+        raise UsageError(f"choice_func dropped every parameter of {path!r}; nothing would be written")
+    return {old: new for new, old in olds.items()}
+
+
+def _notes(held: FileIndex, renamed: Mapping[str, str]) -> dict[str, str]:
+    """A file's own notes as they are after a conversion; those about checksums are not true any more."""
+    notes = {key: note for key, note in held.metadata.items() if key not in (CRC_NUM, CRC_OFFSET)}
+    about = {key for key in notes if key in held.tensors}
+    return {renamed.get(key, key): note for key, note in notes.items() if key not in about or key in renamed}
+
+
+def copy_job(inputs: Mapping[str, str], access: Access = PLAIN, index: Mapping[str, bytes] = {}) -> Job:
+    """Every input file as it is: the same plaintext, byte for byte. Arguments and errors as for `convert_job`."""
+    indexes, tensors, outputs = [], {}, []
+    for number, (name, path) in enumerate(inputs.items()):
+        with registry.open_reader(path, access) as reader:
+            size = reader.size
+            kind = getattr(reader, "kind", "plain")
+            entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
+            indexes.append(FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind))
+        tensor = tensors[f"{number}/{_CONTENTS}"] = whole_tensor(_CONTENTS, entry, [number])
+        layout = FileLayout(size, (), {_CONTENTS: entry})
+        outputs.append(Output(name, layout, (Wanted(_CONTENTS, tensor, whole_box(tensor)),)))
+    return Job(Catalog(tuple(indexes), tensors, {}, {}, access), tuple(outputs), index=index)
+
+
+def renamed_map(path: str, files: Mapping[str, str], rename: Rename) -> bytes:
+    """A merged checkpoint's map (`param_name_map.json`, Hugging Face's index) as it is after a conversion.
+
+    Args:
+        path: the map.
+        files: file name in the map -> its new name.
+        rename: parameter name -> its new name, or None where it is left out.
+
+    Raises:
+        FormatError: it is not such a map.
+    """
+    try:
+        with open(path, "rb") as file:
+            content: Any = json.load(file)
+        listed = content.get("weight_map", content)
+        named = {rename(name): files.get(file, file) for name, file in listed.items()}
+        named.pop(None, None)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path!r} is not a parameter map ({error}); restore it, or move it away") from error
+    return json.dumps({**content, "weight_map": named} if listed is not content else named, indent=4).encode()

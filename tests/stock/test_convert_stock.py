@@ -1,0 +1,83 @@
+"""Conversion side by side with stock MindSpore: the same bytes, files and names."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ms_ckpt_ext
+from tests.jobs.support import tree
+
+pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+
+@pytest.fixture(scope="module")
+def ms() -> Any:
+    import mindspore
+
+    mindspore.set_device("CPU")
+    return mindspore
+
+
+@pytest.fixture(scope="module")
+def source(ms: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks' `.ckpt`, one with a checksum, with scalars of every kind, as stock saves them."""
+    root = tmp_path_factory.mktemp("source")
+    rng = np.random.default_rng(0)
+    for rank in range(2):
+        (root / f"rank_{rank}").mkdir()
+        held = {
+            "dense.weight": ms.Tensor(rng.standard_normal((40, 3)).astype(np.float32)),
+            "dense.bias": ms.Tensor(rng.standard_normal(7).astype(np.float32), ms.bfloat16),
+            "half": ms.Tensor(rng.standard_normal((2, 2, 2)).astype(np.float16)),
+            "step": ms.Tensor(3, ms.int32),
+        }
+        ms.save_checkpoint(
+            [{"name": name, "data": data} for name, data in held.items()],
+            str(root / f"rank_{rank}" / f"net_rank_{rank}-1_2.ckpt"),
+            append_dict={"learning_rate": 0.5, "epoch_num": 3, "flag": True},
+            crc_check=bool(rank),
+        )
+    return root
+
+
+@pytest.mark.parametrize("name_map", [None, {"dense.weight": "a.weight", "step": "global_step"}])
+def test_trees(name_map: Any, ms: Any, source: Path, tmp_path: Path) -> None:
+    for who, module in (("stock", ms), ("ours", ms_ckpt_ext)):
+        module.ckpt_to_safetensors(str(source), str(tmp_path / who / "st"), name_map)
+        module.safetensors_to_ckpt(str(tmp_path / who / "st"), str(tmp_path / who / "ckpt"))
+    stock = tree(tmp_path / "stock")
+    assert len(stock) == 4
+    assert tree(tmp_path / "ours") == stock
+
+
+def test_one_file(ms: Any, source: Path, tmp_path: Path) -> None:
+    path = str(source / "rank_1" / "net_rank_1-1_2.ckpt")
+    for who, module in (("stock", ms), ("ours", ms_ckpt_ext)):
+        module.ckpt_to_safetensors(path, str(tmp_path / who), None, "rank_1")
+    assert tree(tmp_path / "ours") == tree(tmp_path / "stock")
+    assert set(tree(tmp_path / "ours")) == {"net_rank_1-1_2.safetensors"}
+
+
+def test_text_on_which_stock_fails(ms: Any, tmp_path: Path) -> None:
+    saved = [{"name": "w", "data": ms.Tensor(np.ones(3, np.float32))}]
+    ms.save_checkpoint(saved, str(tmp_path / "net.ckpt"), append_dict={"note": "Größe 😀", "empty": ""})
+    ms_ckpt_ext.convert(tmp_path / "net.ckpt", tmp_path / "st", to="safetensors")
+    ms_ckpt_ext.convert(tmp_path / "st" / "net.safetensors", tmp_path / "back", to="ckpt")
+    found = ms.load_checkpoint(str(tmp_path / "back" / "net.ckpt"))
+    assert (found["note"], found["empty"]) == ("Größe 😀", "")
+    assert found["w"].asnumpy().tolist() == [1, 1, 1]
+    loaded = ms.load_checkpoint(str(tmp_path / "st" / "net.safetensors"), format="safetensors")
+    assert loaded["w"].asnumpy().tolist() == [1, 1, 1]  # stock reads the file; text is numbers to it
+    with pytest.raises(Exception, match="Unknown dtype"):
+        ms.ckpt_to_safetensors(str(tmp_path / "net.ckpt"), str(tmp_path / "stock"))
+
+
+@pytest.mark.parametrize("name", ["ckpt_to_safetensors", "safetensors_to_ckpt"])
+def test_signatures(name: str, ms: Any) -> None:
+    stock, ours = (inspect.signature(getattr(module, name)).parameters for module in (ms, ms_ckpt_ext))
+    assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in stock.values()]
