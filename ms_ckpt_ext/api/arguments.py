@@ -13,6 +13,8 @@ from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strat
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.offline import Job, Report
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.formats import crypto
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -75,6 +77,21 @@ def as_strategy(value: Any, rank: int = 0) -> Optional[Strategy]:
         "a strategy must be a path, the dict of build_searched_strategy, a layout dict, or None; "
         f"got {type(value).__name__}"
     )
+
+
+def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
+    """How source files may be opened. Without a key, the one in MS_CKPT_EXT_DEC_KEY serves files that are encrypted.
+
+    Raises:
+        ArgumentTypeError: the key is neither bytes nor what `load_key` gives, or the mode no string.
+        UsageError: a key of no legal length, or no such mode.
+    """
+    if not isinstance(dec_mode, str):
+        raise ArgumentTypeError(f"dec_mode must be a str, got {type(dec_mode).__name__}")
+    if dec_key is None and DEC_KEY_VARIABLE in os.environ:
+        mode = None if dec_mode == crypto.GCM else dec_mode  # MindSpore's default, so nobody may have meant it
+        return Access(crypto.load_key(env=DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
+    return Access(crypto.load_key(dec_key), dec_mode, bool(crc_check))
 
 
 def execute(job: Job, target: str, workers: int, limits: Limits, title: str) -> Report:

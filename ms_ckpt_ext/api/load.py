@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Optional
+from typing import Any, Callable, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
+    access_of,
     as_strategy,
     checked_name_map,
     execute,
@@ -18,20 +19,22 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import list_checkpoint, open_catalog, read_extras
+from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_extras, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.session import LoadOptions
-from ms_ckpt_ext.errors import ArgumentTypeError, UnsupportedError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 
 def load_distributed_checkpoint(
     network: Any,
-    checkpoint_filenames: Optional[list[str]] = None,
+    checkpoint_filenames: Optional[Union[Sequence[PathLike], PathLike]] = None,
     predict_strategy: Any = None,
     train_strategy_filename: Optional[PathLike] = None,
     strict_load: bool = False,
-    dec_key: Optional[bytes] = None,
+    dec_key: Optional[KeyLike] = None,
     dec_mode: str = "AES-GCM",
     format: str = "ckpt",
     unified_safetensors_dir: Optional[PathLike] = None,
@@ -50,6 +53,7 @@ def load_distributed_checkpoint(
     verify: str = "none",
     trace: Optional[PathLike] = None,
     timeout: float = 600.0,
+    crc_check: bool = False,
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
@@ -62,12 +66,18 @@ def load_distributed_checkpoint(
 
     Args:
         network: the `Cell` to fill, or None.
+        checkpoint_filenames: with format="ckpt": the file of every rank of the job that saved, in the order of ranks;
+            or a directory, as `unified_safetensors_dir`.
         predict_strategy: layouts of the target: a strategy file or directory, the dict of
             `build_searched_strategy`, `Cell.parameter_layout_dict` or `Model.infer_predict_layout()`, or None for one
             device.
-        train_strategy_filename: strategy that cut the source; needed when `unified_safetensors_dir` is sharded.
+        train_strategy_filename: strategy that cut the source; needed when that is sharded. With
+            `checkpoint_filenames` the default is the one that `AutoParallel` or the context names.
         strict_load: refuse to cast between dtypes of a family and to match names by suffix.
-        format: "safetensors".
+        dec_key: key of an encrypted source, of either format: bytes, or what `load_key` gives. Default: the
+            environment variable MS_CKPT_EXT_DEC_KEY.
+        dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
+        format: "ckpt" or "safetensors".
         unified_safetensors_dir: a merged checkpoint, or a sharded one (`rank_{N}/…`): no merge is needed first.
         dst_safetensors_dir: target of save mode.
         rank_id: rank of save mode; None for all.
@@ -84,6 +94,7 @@ def load_distributed_checkpoint(
         verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region.
         trace: write a Chrome trace of a cooperative load there.
         timeout: seconds that one exchange between ranks may last.
+        crc_check: verify the checksum of every source file that has one, before anything is changed.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
@@ -95,14 +106,17 @@ def load_distributed_checkpoint(
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
     _check_formats(format, output_format)
-    source = path_of(unified_safetensors_dir, "unified_safetensors_dir")
-    if checkpoint_filenames is not None or dec_key is not None:
-        raise UsageError("checkpoint_filenames and dec_key do not go with format='safetensors'")
+    access = access_of(dec_key, dec_mode, crc_check)
     names = checked_name_map(name_map)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    if train_strategy_filename is None and network is not None and checkpoint_filenames is not None:
+        from ms_ckpt_ext.bridge.world import training_strategy_file
+
+        train_strategy_filename = training_strategy_file(network)
     trained = None
     if train_strategy_filename is not None:
         trained = load_strategy(path_of(train_strategy_filename, "train_strategy_filename"))
+    look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     if network is not None:
         from ms_ckpt_ext.bridge import network as live
 
@@ -117,21 +131,20 @@ def load_distributed_checkpoint(
             timeout=timeout,
         )
         if return_param_dict:
-            catalog = open_catalog(source, trained, file_suffix, kind=format)
+            catalog = read_listing(look(), trained, access)
             return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
         if options.mode == "direct" and verify == "none":
-            catalog = open_catalog(source, trained, file_suffix, kind=format)
+            catalog = read_listing(look(), trained, access)
             return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        look = partial(list_checkpoint, source, trained, file_suffix, kind=format)
-        shared = Source(look, trained)
+        shared = Source(look, trained, access)
         return fill_together(network, shared, strategy, rank, names, strict_load, options, workers, limits)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
     _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
-    catalog = open_catalog(source, trained, file_suffix, kind=format)
+    catalog = read_listing(look(), trained, access)
     if rank_id is None:
         job = recut_job(catalog, strategy, ranks, names, lambda rank: f"rank_{rank}/net.{output_format}", target)
     else:  # a target of its own, so that the ranks of a job can do this at the same time
@@ -141,30 +154,71 @@ def load_distributed_checkpoint(
     return True
 
 
+def _lister(
+    format: str, filenames: Any, directory: Optional[PathLike], trained: Optional[Strategy], file_suffix: Optional[str]
+) -> Callable[[], Listing]:
+    """What lists the files of the source on this host."""
+    if filenames is None:
+        source = path_of(directory, "unified_safetensors_dir")
+        return partial(list_checkpoint, source, trained, file_suffix, kind=format)
+    if format != "ckpt" or directory is not None:
+        raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
+    if isinstance(filenames, (str, os.PathLike)):
+        return partial(list_checkpoint, str(os.fspath(filenames)), trained, file_suffix, kind=format)
+    if not isinstance(filenames, (list, tuple)):
+        raise ArgumentTypeError(
+            f"checkpoint_filenames must be a list of paths in the order of ranks, got {type(filenames).__name__}"
+        )
+    paths = [path_of(name, "every item of checkpoint_filenames") for name in filenames]
+    world = 1 if trained is None else trained.world
+    if len(paths) != world:
+        raise UsageError(
+            f"checkpoint_filenames has {len(paths)} files, but the training strategy is for {world} ranks: "
+            "give the file of every rank, in the order of ranks, and train_strategy_filename"
+        )
+    return partial(_list_existing, paths, trained)
+
+
+def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing:
+    """The files that this host sees: hosts with local disks need not see those of others."""
+    found = {rank: path for rank, path in enumerate(paths) if os.path.isfile(path)}
+    if not found:
+        raise DiscoveryError(f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths")
+    return list_files(found, trained)
+
+
 def training_scalars(
-    checkpoint_dir: PathLike, strategy_file: Optional[PathLike] = None, file_suffix: Optional[str] = None
+    checkpoint_dir: PathLike,
+    strategy_file: Optional[PathLike] = None,
+    file_suffix: Optional[str] = None,
+    *,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: str = "AES-GCM",
+    crc_check: bool = False,
 ) -> dict[str, Any]:
     """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate, …
 
     Args:
-        checkpoint_dir: a merged or a sharded checkpoint.
+        checkpoint_dir: a merged or a sharded checkpoint, of either format.
         strategy_file: of a sharded one; without it every parameter of a single element counts as a scalar.
         file_suffix: which file of a rank folder; None for the newest.
+        dec_key, dec_mode, crc_check: as in `load_distributed_checkpoint`.
 
     Returns:
-        name -> numpy array of the stored shape and dtype (raw uint16 for BF16, uint8 for narrower types).
+        name -> numpy array of the stored shape and dtype (raw uint16 for BF16, uint8 for narrower types); text is str.
 
     Raises:
         DiscoveryError, StrategyError, FormatError, StorageError: as for the merge.
     """
     strategy = None if strategy_file is None else load_strategy(path_of(strategy_file, "strategy_file"))
-    return read_extras(path_of(checkpoint_dir, "checkpoint_dir"), strategy, file_suffix)
+    access = access_of(dec_key, dec_mode, crc_check)
+    return read_extras(path_of(checkpoint_dir, "checkpoint_dir"), strategy, file_suffix, access)
 
 
 def _check_formats(source: str, target: str) -> None:
     for argument, value in (("format", source), ("output_format", target)):
-        if value != "safetensors":
-            raise UnsupportedError(f"{argument} must be 'safetensors' in this version, got {value!r}", argument)
+        if value not in FORMATS:
+            raise UsageError(f"{argument} must be one of {', '.join(FORMATS)}; got {value!r}")
 
 
 def _check_rank(rank_id: Any) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any, Optional
 
-from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, execute, limits_of, path_of, workers_of
+from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, access_of, execute, limits_of, path_of, workers_of
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
 
 
@@ -26,13 +27,16 @@ def unified_safetensors(
     naming: str = "mindspore",
     part_bytes: int = PART_BYTES,
     buffer_bytes: int = BUFFER_BYTES,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: str = "AES-GCM",
+    crc_check: bool = False,
 ) -> Report:
     """Merge the slices of all ranks into whole parameters, in memory that does not grow with the model.
 
     Drop-in for `mindspore.unified_safetensors`; the arguments up to `split_dst_file` are MindSpore's.
 
     Args:
-        src_dir: holds `rank_{N}/*.safetensors`.
+        src_dir: holds `rank_{N}/*.safetensors`, or `.ckpt` files.
         src_strategy_file: strategy of the job that saved them: one file (merged if it has pipeline stages), or a
             directory with one file per stage. None when a single rank saved everything whole.
         dst_dir: gets `part{i}.safetensors`, `param_name_map.json` and, for what lies outside the strategy (training
@@ -46,6 +50,10 @@ def unified_safetensors(
         naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
+        dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable
+            MS_CKPT_EXT_DEC_KEY.
+        dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
+        crc_check: verify the checksum of every source file that has one.
 
     Returns:
         What was read and written. `published` is False while other shares are missing.
@@ -63,8 +71,9 @@ def unified_safetensors(
     task, tasks = _share_of(split_dst_file)
     options = MergeOptions(choice_func, task, tasks, naming, part_bytes)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    access = access_of(dec_key, dec_mode, crc_check)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
-    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True)
+    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access)
     return execute(merge_job(catalog, target, options), target, workers, limits, "merge")
 
 

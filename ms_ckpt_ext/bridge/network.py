@@ -22,8 +22,8 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine import proof, pump
+from ms_ckpt_ext.engine.catalog import TEXT, Catalog, decode_text
 from ms_ckpt_ext.errors import CheckpointError, LoadError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
@@ -57,6 +57,7 @@ def fill(
     matches, missing, unused = match_parameters(network, offers, strict)
     for match in matches:
         check_fit(match, strict)
+    prove_matches(matches, catalog, workers, limits)
     with catalog.readers() as readers:
         fill_matches(matches, catalog, readers, workers, limits)
         readers.verify()
@@ -81,14 +82,28 @@ def parameter_dict(
     workers: int,
     limits: Limits,
 ) -> dict[str, Any]:
-    """This rank's slices of everything the checkpoint has, as `{name: Parameter}`; the network is left alone."""
+    """This rank's slices of everything the checkpoint has, as `{name: Parameter}`; the network is left alone.
+
+    Text is a str, as `mindspore.load_checkpoint` has it.
+    """
     check_cell(network)
     offers = offers_of(catalog, strategy, rank, name_map)
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}
     with catalog.readers() as readers:
         _read([(offer, buffers[name]) for name, offer in offers.items()], catalog, readers, workers, limits)
         readers.verify()
-    return {name: ms.Parameter(tensor_of(buffers[name], offer), name=name) for name, offer in offers.items()}
+    return {name: _parameter(name, buffers[name], offer) for name, offer in offers.items()}
+
+
+def _parameter(name: str, contents: Bytes, offer: Offer) -> Any:
+    if offer.tensor.meta.dtype.name == TEXT:
+        return decode_text(contents.tobytes())
+    return ms.Parameter(tensor_of(contents, offer), name=name)
+
+
+def prove_matches(matches: Sequence[Match], catalog: Catalog, workers: int, limits: Limits) -> None:
+    """Decrypt what the matches want, for its tags only. Raises as `proof.prove_tasks`."""
+    proof.prove_tasks(_tasks([match.offer for match in matches]), len(matches), catalog, workers, limits)
 
 
 def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool, workers: int, limits: Limits) -> None:
@@ -155,9 +170,14 @@ def _read(
     wanted: Sequence[tuple[Offer, Any]], catalog: Catalog, readers: ReaderPool, workers: int, limits: Limits
 ) -> None:
     sinks = [MemorySink(array) for _, array in wanted]
-    tasks = [
-        Task(offer.tensor, (Target(offer.region, (Landing(number, (Extent(0, sinks[number].array.size),)),)),))
-        for number, (offer, _) in enumerate(wanted)
+    tasks = _tasks([offer for offer, _ in wanted])
+    pump.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, lambda *_: None)
+
+
+def _tasks(offers: Sequence[Offer]) -> list[Task]:
+    """Every offer, whole and in order, into the sink of its number."""
+    return [
+        Task(offer.tensor, (Target(offer.region, (Landing(number, (Extent(0, nbytes_of(offer)),)),)),))
+        for number, offer in enumerate(offers)
         if offer.region is not None
     ]
-    pump.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, lambda *_: None)

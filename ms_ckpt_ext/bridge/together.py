@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
 from ms_ckpt_ext.bridge.memory import ParameterSink
-from ms_ckpt_ext.bridge.network import fill_matches, half_done, warn_missing
+from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
 from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.layout import Layout, whole
 from ms_ckpt_ext.core.reads import Limits
@@ -24,6 +24,7 @@ from ms_ckpt_ext.engine import session
 from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover
+from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import CheckpointError, LoadError
@@ -88,6 +89,7 @@ def fill_together(
 
         matches, missing, unused = _on_all(transport, settle)
         ready = _prepare(transport, seen, catalog, matches, source.strategy, target, rank, name_map, options)
+        _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
         report = _load(transport, ready, matches, options, workers, limits)
         if observe is not None:
             observe(report)
@@ -138,6 +140,16 @@ def _want(match: Match, target: Optional[Strategy], rank: int) -> Want:
 
 def _on_device(transport: Transport[Any]) -> bool:
     return type(transport).__name__ == "Hccl"
+
+
+def _prove(
+    rank: int, ready: Prepared, matches: Sequence[Match], options: LoadOptions, workers: int, limits: Limits
+) -> None:
+    """Find altered encrypted files while nothing is changed."""
+    if ready.cooperative:
+        prove_chunks(ready.plan, rank, ready.catalog, options.threads)
+    else:
+        prove_matches(matches, ready.catalog, workers, limits)
 
 
 def _load(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, Optional
 
 from ms_ckpt_ext.errors import MissingDependencyError
 
@@ -15,7 +16,7 @@ except ImportError as error:
         "`pip install 'mindspore>=2.7' 'numpy<2'`, or run an offline job, which does not need it"
     ) from error
 
-__all__ = ["group_size", "mindspore", "own_rank"]
+__all__ = ["group_size", "mindspore", "own_rank", "training_strategy_file"]
 
 
 def own_rank() -> int:
@@ -30,3 +31,12 @@ def own_rank() -> int:
 def group_size(name: str) -> int:
     """Number of ranks of a communication group."""
     return int(get_group_size(name))
+
+
+def training_strategy_file(network: Any) -> Optional[str]:
+    """Where the job says that the training strategy is: `AutoParallel`, else the context; None when neither does."""
+    if isinstance(network, mindspore.nn.Cell):
+        for _, cell in network.cells_and_names():
+            if type(cell).__name__ == "AutoParallel":
+                return getattr(cell, "_save_strategy_file_path", None) or None
+    return mindspore.context.get_auto_parallel_context("strategy_ckpt_load_file") or None

@@ -23,7 +23,7 @@ from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
-from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes, reopen
+from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -56,6 +56,11 @@ class Catalog:
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
         return self.files[file].tensors[name].extents
+
+    @property
+    def authenticated(self) -> bool:
+        """True when a file is encrypted so that altered bytes are noticed on decryption."""
+        return any(index.reader in AUTHENTICATED for index in self.files)
 
     def readers(self) -> ReaderPool:
         """A pool of readers of the files, by their numbers."""
@@ -371,6 +376,11 @@ def read_extras(
         return {name: _read_whole(catalog, readers, catalog.extras[name]) for name in names}
 
 
+def decode_text(contents: bytes) -> str:
+    """Text as a `.ckpt` stores it: UTF-32, little-endian."""
+    return contents.decode("utf-32-le", "surrogatepass")
+
+
 def _read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
     """One small tensor, read in one go."""
     (file,) = next(iter(tensor.placements[0].holders.values()))
@@ -380,7 +390,7 @@ def _read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> 
         readers.read_into(file, offset, memoryview(part))
         data += part
     if tensor.meta.dtype.name == TEXT:
-        return data.decode("utf-32-le", "surrogatepass")
+        return decode_text(data)
     dtype = _NUMPY.get(tensor.meta.dtype.name)
     flat = np.frombuffer(data, np.dtype(dtype or "u1"))
     return flat.reshape(tensor.meta.shape) if dtype else flat

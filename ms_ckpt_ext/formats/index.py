@@ -34,7 +34,7 @@ class FileIndex:
         mtime_ns: its modification time, to notice a source that changes under a run.
         tensors: name -> entry, in file order.
         metadata: the file's own notes (safetensors `__metadata__`); empty for formats that have none.
-        reader: name of the reader in `formats.registry` that serves its bytes ("plain", "encrypted", …).
+        reader: what its bytes come through: "plain", or the container it is encrypted in ("AES-GCM", "chunked", …).
     """
 
     path: str

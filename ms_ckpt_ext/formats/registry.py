@@ -25,6 +25,8 @@ DEC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY"
 CACHE_BYTES = 8 << 20
 """Memory of one open encrypted file for chunks that are read in part; MindSpore's AES-GCM needs a block, 64 MiB."""
 MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
+AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
+"""Containers that notice every altered byte, when it is decrypted."""
 _FORMATS: dict[str, ModuleType] = {".safetensors": safetensors, ".ckpt": ckpt}
 log = logging.getLogger("ms_ckpt_ext")
 

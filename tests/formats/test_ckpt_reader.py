@@ -298,7 +298,7 @@ def test_golden_files_equal_their_safetensors(path: Path) -> None:
     assert ckpt.verify_crc(reader, index) is ("crc" in path.parts[-3])
     assert (index.size, index.reader) == (
         path.stat().st_size,
-        "encrypted" if path.parts[-3] in MODES else "plain",
+        MODES.get(path.parts[-3], "plain"),
     )
     reader.close()
 

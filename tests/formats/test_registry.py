@@ -51,7 +51,7 @@ def test_an_encrypted_file_is_its_plaintext(kind: str, mode: Optional[str], gold
     path, plain = golden_file(golden, kind), golden_file(golden, "ckpt")
     index = read_index(path, access)
     assert index.tensors == read_index(plain).tensors
-    assert (index.reader, index.size) == ("encrypted", os.path.getsize(path))
+    assert (index.reader, index.size) == (MODES[kind], os.path.getsize(path))
     assert read_index(plain).reader == "plain"
     with open_reader(path, access) as reader, reopen(index, access) as again:
         assert contents(reader) == contents(again) == Path(plain).read_bytes()

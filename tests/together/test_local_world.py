@@ -36,7 +36,7 @@ from ms_ckpt_ext.errors import (
     PeerError,
     TruncatedFileError,
 )
-from ms_ckpt_ext.formats.registry import open_reader, read_index
+from ms_ckpt_ext.formats.registry import PLAIN, open_reader, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
@@ -62,6 +62,7 @@ class Load:
         self.source, self.trained, self.target = source, trained, target
         self.options = LoadOptions(mode="cooperative", **{"bucket_bytes": 1 << 20, "threads": 1, **options})
         self.world = LocalWorld(target.world, timeout=20.0)
+        self.access = PLAIN
 
     def directory(self, rank: int) -> Path:
         return self.source
@@ -76,10 +77,10 @@ class Load:
         return sink
 
     def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
-        return ReaderPool(catalog.files, open_reader)
+        return catalog.readers()
 
     def catalog(self, seen: Survey) -> Catalog:
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained)
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained, self.access)
 
     def wants(self, rank: int, catalog: Catalog) -> dict[str, Want]:
         wants = {n: Want(n, whole(len(t.meta.shape))) for n, t in catalog.extras.items()}
@@ -92,7 +93,7 @@ class Load:
     def rank(self, transport: LocalTransport) -> Loaded:
         rank = transport.rank
         look = partial(list_checkpoint, str(self.directory(rank)), self.trained)
-        seen = survey(transport, look, read_index, self.host(rank))
+        seen = survey(transport, look, partial(read_index, access=self.access), self.host(rank))
         catalog = self.catalog(seen)
         wants = self.wants(rank, catalog)
         ready = session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, self.facts(rank))

@@ -81,7 +81,6 @@ class DecryptingReader:
     """
 
     fd: Optional[int] = None
-    kind = "encrypted"
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class DecryptingReader:
         cache_bytes: int = CACHE_BYTES,
         expect: bytes = b"\n",
     ) -> None:
-        self.mode = _mode(reader, mode)
+        self.mode = self.kind = _mode(reader, mode)
         secret = as_key(key, SM4_LENGTHS if self.mode == SM4 else AES_LENGTHS)
         self.path = reader.path
         self.disk_size = reader.disk_size

@@ -31,7 +31,7 @@ from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, Key, KeyLike, as_key
-from ms_ckpt_ext.formats.crypto.sniff import CHUNK_MAGIC
+from ms_ckpt_ext.formats.crypto.sniff import CHUNK_MAGIC, CHUNKED
 from ms_ckpt_ext.formats.crypto.units import PIECE, UnitReader, scratch
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -128,7 +128,7 @@ class ChunkedReader(UnitReader):
         MissingDependencyError: `cryptography` is not installed.
     """
 
-    kind = "encrypted"
+    kind = CHUNKED
 
     def __init__(self, reader: ByteReader, key: KeyLike, *, cache_bytes: int = CACHE_BYTES) -> None:
         super().__init__(reader, _Chunks(reader, as_key(key)), cache_bytes)

@@ -77,7 +77,6 @@ class UnitReader:
     """
 
     fd: Optional[int] = None
-    kind = "encrypted"
 
     def __init__(self, base: ByteReader, units: Units, cache_bytes: int) -> None:
         self.path = base.path
