@@ -306,7 +306,7 @@ WRONG_LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"output_format": "npz"}, errors.UsageError, "output_format must be .*'npz'"),
     ({"name_map": ["a"]}, errors.ArgumentTypeError, "name_map must map names"),
     ({"name_map": {"a": 1}}, errors.ArgumentTypeError, "name_map must map names"),
-    ({"dec_key": b"0123456789ABCDEF"}, errors.UsageError, "dec_key"),
+    ({"dec_key": b"0123"}, errors.UsageError, "a key of 4 bytes"),
     ({"network": "net"}, (errors.ArgumentTypeError, errors.MissingDependencyError), "network must be|MindSpore"),  # type: ignore[list-item]
     ({"train_strategy_filename": None}, errors.DiscoveryError, "holds 4 rank folders, so the strategy .* is needed"),
 ]
