@@ -28,7 +28,7 @@ from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from tests.jobs.support import cut
-from tests.together.test_local_world import Load
+from tests.together.support import Load
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -14,7 +14,7 @@ from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access, read_indexes
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from tests.jobs.formats import KEY, KINDS, WRONG, key_of, make_source, scalars_of
-from tests.together.test_local_world import Load, assert_shards, needed_once
+from tests.together.support import Load, assert_shards, needed_once
 
 CASE = "formats_dp2_tp4"
 

@@ -5,143 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.collective import rank_round
 from ms_ckpt_ext.core.exchange import ExchangePlan
-from ms_ckpt_ext.core.layout import Layout, whole
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import session
-from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
-from ms_ckpt_ext.engine.demand import Want
-from ms_ckpt_ext.engine.live import HostMover, HostSink
-from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
-from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.engine.catalog import Catalog, list_checkpoint
+from ms_ckpt_ext.engine.survey import survey
 from ms_ckpt_ext.errors import (
-    CheckpointError,
-    ChecksumError,
     CoverageError,
-    DisagreementError,
     LayoutMismatchError,
-    PeerError,
-    TruncatedFileError,
 )
-from ms_ckpt_ext.formats.registry import PLAIN, open_reader, read_index
+from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+from ms_ckpt_ext.transport.local import LocalWorld
 from tests.core.strategies import pairs
 from tests.jobs.support import PAIRS, cut, read_file, strategy_of
-
-SOON = 5.0
-
-
-class Loaded(NamedTuple):
-    """What one rank ended with."""
-
-    contents: dict[str, bytes]
-    report: LoadReport
-    plan: ExchangePlan
-    prepared: Prepared
-
-
-class Load:
-    """One load by all ranks of a world; what differs between ranks is a function of the rank."""
-
-    def __init__(self, source: Path, trained: Optional[Strategy], target: Strategy, **options: Any) -> None:
-        self.source, self.trained, self.target = source, trained, target
-        self.options = LoadOptions(mode="cooperative", **{"bucket_bytes": 1 << 20, "threads": 1, **options})
-        self.world = LocalWorld(target.world, timeout=20.0)
-        self.access = PLAIN
-
-    def directory(self, rank: int) -> Path:
-        return self.source
-
-    def host(self, rank: int) -> str:
-        return "one"
-
-    def facts(self, rank: int) -> dict[str, str]:
-        return {}
-
-    def sink(self, rank: int, name: str, sink: HostSink) -> Any:
-        return sink
-
-    def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
-        return catalog.readers()
-
-    def catalog(self, seen: Survey) -> Catalog:
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained, self.access)
-
-    def wants(self, rank: int, catalog: Catalog) -> dict[str, Want]:
-        wants = {n: Want(n, whole(len(t.meta.shape))) for n, t in catalog.extras.items()}
-        for name in self.target.names_of(rank):
-            layout = self.target.layout(name, rank)
-            if name in catalog.tensors and layout is not None:
-                wants[name] = Want(name, layout)
-        return wants
-
-    def rank(self, transport: LocalTransport) -> Loaded:
-        rank = transport.rank
-        look = partial(list_checkpoint, str(self.directory(rank)), self.trained)
-        seen = survey(transport, look, partial(read_index, access=self.access), self.host(rank))
-        catalog = self.catalog(seen)
-        wants = self.wants(rank, catalog)
-        ready = session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, self.facts(rank))
-        memory, sinks = {}, {}
-        for number, demand in enumerate(ready.demands):
-            if demand.name in wants:
-                meta = demand.tensor.meta
-                shape = wants[demand.name].layout.slice_shape(meta.shape)
-                memory[demand.name] = np.full(meta.dtype.nbytes(prod(shape)), 0xAA, np.uint8)
-                sinks[number] = self.sink(rank, demand.name, HostSink(memory[demand.name], shape, meta.dtype))
-        with self.readers(rank, catalog) as readers:
-            report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
-
-        def digest(number: int) -> Optional[str]:
-            array = memory.get(ready.demands[number].name)
-            return None if array is None else session.digest_of(array)
-
-        session.compare_replicas(transport, ready, digest)
-        return Loaded({n: a.tobytes() for n, a in memory.items()}, report, ready.plan, ready)
-
-    def run(self) -> list[Loaded]:
-        return self.world.run(self.rank)
-
-    def fail(self) -> dict[int, BaseException]:
-        """Every rank's error; all must have one, soon."""
-        began = time.monotonic()
-        with pytest.raises(Exception):  # noqa: B017 - looked at below
-            self.run()
-        assert time.monotonic() - began < SOON
-        assert sorted(self.world.errors) == list(range(self.world.size))
-        assert all(isinstance(error, CheckpointError) for error in self.world.errors.values()), self.world.errors
-        return self.world.errors
-
-
-def golden_load(golden: Path, source: str, target: str, **options: Any) -> Load:
-    trained = load_strategy(golden / source / "strategy.ckpt")
-    return Load(golden / source / "shards", trained, load_strategy(golden / target / "strategy.ckpt"), **options)
-
-
-def assert_shards(loaded: list[Loaded], shards: Path, more: Mapping[str, bytes] = {}) -> None:
-    for rank, held in enumerate(loaded):
-        expected = {n: t.data for n, t in read_file(next((shards / f"rank_{rank}").glob("*.safetensors"))).items()}
-        assert held.contents == {**expected, **more}, f"rank {rank}"
-
-
-def needed_once(loaded: list[Loaded]) -> int:
-    demands = loaded[0].prepared.demands
-    return sum(d.tensor.meta.dtype.nbytes(prod(d.tensor.meta.shape)) for d in demands)
+from tests.together.support import Load, assert_shards, golden_load, needed_once, wide_source
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
@@ -198,18 +87,6 @@ def test_what_travels_is_hardly_more_than_what_must(source: str, target: str, go
     travelled += sum(sum(turn.gather_counts) - turn.gather_counts[n % plan.world] for n, turn in enumerate(turns))
     assert 0 < bound <= travelled <= 1.05 * bound
     assert sum(rank.report.bytes_received for rank in loaded) == bound
-
-
-def wide_source(root: Path, trained: Layout, target: Layout, rows: int = 512, columns: int = 512) -> Load:
-    """Four parameters of a MiB each."""
-    full = {f"w{n}": np.random.default_rng(n).standard_normal((rows, columns)).astype(np.float32) for n in range(4)}
-    strategies = [
-        strategy_of(dict.fromkeys(full, layout), root / f"{name}.ckpt")
-        for name, layout in (("trained", trained), ("target", target))
-    ]
-    cut(strategies[0], full, root / "source")
-    cut(strategies[1], full, root / "expected")
-    return Load(root / "source", strategies[0], strategies[1])
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 8])
@@ -315,93 +192,6 @@ def test_hosts_with_different_copies(golden: Path, tmp_path: Path) -> None:
     for error in load.fail().values():
         assert isinstance(error, LayoutMismatchError)
         assert "host-0, host-1" in str(error) and "their headers differ" in str(error)
-
-
-def test_a_different_input_on_one_rank(golden: Path) -> None:
-    class Odd(Load):
-        def facts(self, rank: int) -> dict[str, str]:
-            return {"source strategy": "mine" if rank == 2 else "theirs"}
-
-    load = Odd(
-        golden / "dp2_tp4/shards",
-        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
-        load_strategy(golden / "tp4/strategy.ckpt"),
-    )
-    for error in load.fail().values():
-        assert isinstance(error, DisagreementError)
-        assert "'source strategy' on rank 2 is not what it is on ranks 0, 1, 3" in str(error)
-
-
-def test_a_file_that_one_rank_cannot_open_any_more(golden: Path) -> None:
-    class Blind(Load):
-        def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
-            def refuse(path: str) -> Any:
-                return open_reader(path if rank != 1 else path + ".gone")
-
-            return ReaderPool(catalog.files, refuse)
-
-    load = Blind(
-        golden / "dp2_tp4/shards",
-        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
-        load_strategy(golden / "tp4/strategy.ckpt"),
-    )
-    errors = load.fail()
-    assert "No such file or directory" in str(errors[1])
-    for rank in (0, 2, 3):
-        error = errors[rank]
-        assert isinstance(error, PeerError) and error.rank == 1
-        assert "No such file or directory" in str(error)
-
-
-def test_a_truncated_shard(golden: Path, tmp_path: Path) -> None:
-    shutil.copytree(golden / "dp2_tp4/shards", tmp_path / "source")
-    victim = tmp_path / "source/rank_3/net.safetensors"
-    victim.write_bytes(victim.read_bytes()[:-100])
-    load = golden_load(golden, "dp2_tp4", "tp4")
-    load.source = tmp_path / "source"
-    errors = load.fail().values()
-    assert any(isinstance(error, TruncatedFileError) for error in errors)
-    assert all("the tensors end at byte" in str(error) for error in errors)
-
-
-def test_a_sink_that_refuses(golden: Path) -> None:
-    class Refusing(Load):
-        def sink(self, rank: int, name: str, sink: HostSink) -> Any:
-            class Broken:
-                def place(self, *_: Any) -> None:
-                    raise CheckpointError(f"{name} is read-only")
-
-            return Broken() if (rank, name) == (2, "layers.1.norm") else sink
-
-    load = Refusing(
-        golden / "dp2_tp4/shards",
-        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
-        load_strategy(golden / "tp4/strategy.ckpt"),
-        bucket_bytes=16384,
-    )
-    errors = load.fail()
-    assert all("layers.1.norm is read-only" in str(error) for error in errors.values())
-    assert [type(errors[rank]) for rank in (0, 1, 3)] == [PeerError] * 3
-
-
-def test_replicas_that_differ_are_found(golden: Path) -> None:
-    class Flipping(Load):
-        def sink(self, rank: int, name: str, sink: HostSink) -> Any:
-            class Flip:
-                def place(self, *arguments: Any) -> None:
-                    sink.place(*arguments)
-                    sink.array[7] ^= 1
-
-            return Flip() if (rank, name) == (3, "head.weight") else sink
-
-    load = Flipping(
-        golden / "tp4/shards",
-        load_strategy(golden / "tp4/strategy.ckpt"),
-        load_strategy(golden / "dp2_tp2/strategy.ckpt"),
-    )
-    for error in load.fail().values():
-        assert isinstance(error, ChecksumError)
-        assert "'head.weight', region [48:96, 0:24]: rank 1 holds digest" in str(error) and "rank 3" in str(error)
 
 
 def test_headers_are_read_once_by_all_ranks_together(golden: Path) -> None:
