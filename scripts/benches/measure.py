@@ -1,0 +1,89 @@
+"""Running commands in turns and watching them: what all benchmarks share."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+IO = "import re; io = open('/proc/self/io').read(); print('IO', *re.findall(r'char: ([0-9]+)', io)[:2])"
+
+
+class Turn(NamedTuple):
+    """One run of one command: seconds, bytes of memory (largest process, whole tree), bytes by the kernel's count."""
+
+    seconds: float
+    peak: int
+    tree: int
+    read: Optional[int]
+    written: Optional[int]
+
+
+def measure(command: list[str]) -> Turn:
+    """Run a command and watch it."""
+    import psutil
+
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    peaks = [0, 0]
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                top = psutil.Process(process.pid)
+                sizes = [p.memory_info().rss for p in (top, *top.children(recursive=True))]
+                peaks[0], peaks[1] = max(peaks[0], *sizes), max(peaks[1], sum(sizes))
+            except psutil.Error:
+                pass
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    out, err = process.communicate()
+    seconds = time.perf_counter() - begin
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{err.decode()[-2000:]}")
+    io = next((line.split()[1:] for line in out.decode().splitlines() if line.startswith("IO ")), [None, None])
+    return Turn(seconds, peaks[0], peaks[1], *(None if n is None else int(n) for n in io))
+
+
+def take_turns(commands: dict[str, list[str]], clean: Callable[[], None], rounds: int) -> dict[str, list[Turn]]:
+    """Every command once a round, after an uncounted round to warm up."""
+    turns: dict[str, list[Turn]] = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        for name, command in commands.items():
+            clean()
+            turn = measure(command)
+            if number:
+                turns[name].append(turn)
+    clean()
+    return turns
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", f"{code}; {IO}"]
+
+
+def row(title: str, written: int, name: str, turns: dict[str, list[Turn]]) -> dict[str, Any]:
+    def median(values: Any) -> Any:
+        known = [value for value in values if value is not None]
+        return statistics.median(known) if known else None
+
+    mine = turns[name]
+    return {
+        "job": title,
+        "output bytes": written,
+        "command": name,
+        "seconds": round(median(t.seconds for t in mine), 3),
+        "x cp": round(median(t.seconds / c.seconds for t, c in zip(mine, turns["cp"])), 2),
+        "peak MiB": round(max(t.peak for t in mine) / (1 << 20)),
+        "tree MiB": round(max(t.tree for t in mine) / (1 << 20)),
+        "read / output": None if mine[0].read is None else round(median(t.read for t in mine) / written, 3),
+    }
