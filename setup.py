@@ -28,6 +28,8 @@ REQUIRES = [
     "tqdm",
     "xxhash",
     "psutil",
+    # Completion scripts of `ms-ckpt` (pure Python, no dependencies of its own); fish from 1.13 on as tested.
+    "shtab>=1.13",
 ]
 CRYPTO = ["cryptography"]
 PLOT = ["matplotlib"]
@@ -75,5 +77,6 @@ setup(
     package_data={"ms_ckpt_ext": ["py.typed"]},
     install_requires=REQUIRES,
     extras_require={"crypto": CRYPTO, "plot": PLOT, "dev": DEV},
+    entry_points={"console_scripts": ["ms-ckpt = ms_ckpt_ext.cli.main:main"]},
     zip_safe=False,
 )

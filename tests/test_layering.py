@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "errors": [],
     "progress": [],
     "rules": ["core", "errors"],
+    "__main__": ["cli"],
     "_version": [],
     "": [],  # ms_ckpt_ext/__init__.py finds its names when they are asked for
 }

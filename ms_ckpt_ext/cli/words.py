@@ -1,0 +1,104 @@
+"""Numbers, tables and emphasis for people."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
+MOST_LISTED = 20
+"""Lines of a list that people read; the rest is counted, and `--json` or `--all` has it."""
+
+
+def size(nbytes: float) -> str:
+    """Bytes in binary units.
+
+    >>> size(1536), size(7), size(3 << 30)
+    ('1.5 KiB', '7 B', '3.0 GiB')
+    """
+    value, unit = float(nbytes), 0
+    while value >= 1024 and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    return f"{value:.0f} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number with its noun.
+
+    >>> count(1, "rank"), count(2400, "parameter"), count(2, "copy", "copies")
+    ('1 rank', '2,400 parameters', '2 copies')
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending integers, runs shortened.
+
+    >>> ranges([0, 1, 2, 5]), ranges([3, 4])
+    ('0-2, 5', '3, 4')
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
+
+def shape(extents: Optional[Sequence[int]]) -> str:
+    """A shape, as numpy users write it.
+
+    >>> shape([2, 3]), shape([])
+    ('[2, 3]', '[]')
+    """
+    return "-" if extents is None else "[" + ", ".join(map(str, extents)) + "]"
+
+
+def coloured() -> bool:
+    """Whether the output takes colours: a terminal, and nobody said otherwise (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def style(text: str, kind: str) -> str:
+    """Text in bold, or in a colour."""
+    return f"\033[{_CODES[kind]}m{text}\033[0m" if coloured() else text
+
+
+def width() -> Optional[int]:
+    """Columns that a line may have; None when the output is no terminal, and nothing must be cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", indent: str = "") -> Iterator[str]:
+    """Rows under heads. On a terminal the first column is cut where a line would not fit.
+
+    Args:
+        right: one letter a column, "r" for those that are flush right, e.g. "lrr".
+    """
+    widths = [max(len(row[n]) for row in (heads, *rows)) for n in range(len(heads))]
+    columns = width()
+    if columns is not None:
+        spare = columns - len(indent) - sum(widths) - 2 * (len(widths) - 1)
+        widths[0] = max(12, widths[0] + min(0, spare))
+    flush = right.ljust(len(heads), "l")
+
+    def line(row: Sequence[str]) -> str:
+        cells = [_cut(row[0], widths[0]), *row[1:]]
+        padded = [c.rjust(w) if f == "r" else c.ljust(w) for c, w, f in zip(cells, widths, flush)]
+        return (indent + "  ".join(padded)).rstrip()
+
+    yield style(line(heads), "bold")
+    yield from map(line, rows)
+
+
+def _cut(text: str, most: int) -> str:
+    """The end of a name tells more than its beginning, and both more than the middle."""
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
