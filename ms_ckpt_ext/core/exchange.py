@@ -15,6 +15,7 @@ All ranks compute the same plan from the same values; nothing here depends on th
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from ms_ckpt_ext.core.view import View
 
 ALIGNMENT = 16
 """Blocks of a collective start at multiples of this (the widest element); pieces inside go widest element first."""
+
+_CRUMB = 64 << 10
+"""Bytes; a box is not cut at a seam of the targets into parts shorter than this."""
 
 
 class Grid(NamedTuple):
@@ -217,12 +221,33 @@ def _drafts(number: int, demand: Demand, world: int, stored: Stored, limits: Exc
         gathered = receivers == world and all(need.in_source == needs[0].in_source for need in needs)
         copies = 1 if gathered else max(1, receivers)
         most = max(ALIGNMENT, min(limits.chunk, limits.quarter // copies))
-        for box in cut(_rows(needs, source_shape), 0, dtype, most):
+        for box in _boxes(needs, source_shape, dtype, most):
             offset, nbytes = _linear(box, source_shape, dtype)
             lying = tuple(tuple(ranges(stored(file, name), offset, nbytes)) for file in files)
             deliveries = tuple(_deliver(needs, box))
             whole = gathered and all(delivery.in_part.shape == box.shape for delivery in deliveries)
             yield _Draft(number, files, lying, nbytes, box.shape, deliveries, whole)
+
+
+def _boxes(needs: Sequence[_Need], shape: Shape, dtype: DType, most: int) -> Iterator[Region]:
+    """What is needed of a slice, cut into boxes that are contiguous there: of at most `most` bytes, and, where that
+    makes no crumbs, at the rows where other ranks' needs begin, so that few boxes have several readers to choose from
+    who each want a part only."""
+    hull = _rows(needs, shape)
+    free = next((axis for axis, extent in enumerate(hull.shape) if extent > 1), None)
+    if free is None:
+        yield hull
+        return
+    row = dtype.nbytes(math.prod(hull.shape[free + 1 :]))
+    edges = [hull.start[free]]
+    for edge in sorted({e for need in needs for e in (need.in_source.start[free], need.in_source.stop[free])}):
+        if min(edge - edges[-1], hull.stop[free] - edge) * row >= _CRUMB:
+            edges.append(edge)
+    for low, high in zip(edges, [*edges[1:], hull.stop[free]]):
+        part = Region(
+            (*hull.start[:free], low, *hull.start[free + 1 :]), (*hull.stop[:free], high, *hull.stop[free + 1 :])
+        )
+        yield from cut(part, 0, dtype, most)
 
 
 def _rows(needs: Sequence[_Need], shape: Shape) -> Region:

@@ -157,10 +157,12 @@ def _torch_answers(python: Optional[str]) -> bool:
         print("PyTorch is left out: name a Python that has it with --torch-python")
         return False
     code = "import torch, torch.distributed.checkpoint; print(torch.__version__)"
-    told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    if told.returncode:
-        print(f"PyTorch is left out: {python} cannot import it ({told.stderr.strip().splitlines()[-1:]})")
-    return told.returncode == 0
+    try:
+        subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"PyTorch is left out: {python} cannot import it ({error})")
+        return False
+    return True
 
 
 def _checked(command: list[str], env: dict[str, str], folder: Path) -> str:

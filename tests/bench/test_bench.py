@@ -23,6 +23,21 @@ def test_offline(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+@pytest.mark.msrun
+def test_live(tmp_path: Path) -> None:
+    """One start of 4 ranks; they compare every byte themselves. The peer that cannot be had is left out, and told."""
+    command = [sys.executable, str(BENCH), "live", "--size", "0.001", "--rounds", "1", "--dir", str(tmp_path)]
+    command += ["--torch-python", "no-such-python", "--json", str(tmp_path / "x.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "PyTorch is left out" in run.stdout
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    assert row["command"] == "ms_ckpt_ext"
+    assert row["load s"] > 0
+    assert row["peak MiB"] < 64
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 @pytest.mark.parametrize("arguments", [[], ["offline", "--rounds", "no"], ["nothing"]])
 def test_wrong_arguments_are_told(arguments: list[str]) -> None:
     run = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, check=False)

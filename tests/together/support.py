@@ -22,9 +22,7 @@ from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover, HostSink
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
-from ms_ckpt_ext.errors import (
-    CheckpointError,
-)
+from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.registry import PLAIN, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -78,13 +76,18 @@ class Load:
                 wants[name] = Want(name, layout)
         return wants
 
-    def rank(self, transport: LocalTransport) -> Loaded:
+    def prepare(self, transport: LocalTransport) -> tuple[Catalog, dict[str, Want], Prepared]:
         rank = transport.rank
         look = partial(list_checkpoint, str(self.directory(rank)), self.trained)
         seen = survey(transport, look, partial(read_index, access=self.access), self.host(rank))
         catalog = self.catalog(seen)
         wants = self.wants(rank, catalog)
-        ready = session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, self.facts(rank))
+        facts = self.facts(rank)
+        return catalog, wants, session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, facts)
+
+    def rank(self, transport: LocalTransport) -> Loaded:
+        rank = transport.rank
+        catalog, wants, ready = self.prepare(transport)
         memory, sinks = {}, {}
         for number, demand in enumerate(ready.demands):
             if demand.name in wants:
