@@ -91,7 +91,9 @@ def load_distributed_checkpoint(
             Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
         bucket_bytes: staging memory of a rank for one round of a cooperative load.
         prefetch: rounds that are read ahead.
-        verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region.
+        verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region; "full": also
+            compare what is stored with the digests in `ms_ckpt_ext.digests.json`, before anything is changed, at the
+            cost of one more read of every wanted byte over all ranks together.
         trace: write a Chrome trace of a cooperative load there.
         timeout: seconds that one exchange between ranks may last.
         crc_check: verify the checksum of every source file that has one, before anything is changed.
@@ -103,6 +105,7 @@ def load_distributed_checkpoint(
         UsageError, ArgumentTypeError: wrong arguments; nothing was changed.
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
         DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or has gone.
+        ChecksumError: verify="full", and the files are not what they were; nothing was changed.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
     _check_formats(format, output_format)
@@ -131,6 +134,8 @@ def load_distributed_checkpoint(
             timeout=timeout,
         )
         if return_param_dict:
+            if verify != "none":
+                raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
             catalog = read_listing(look(), trained, access)
             return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
         if options.mode == "direct" and verify == "none":

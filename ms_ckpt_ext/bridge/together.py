@@ -21,6 +21,7 @@ from ms_ckpt_ext.core.layout import Layout, whole
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import session
+from ms_ckpt_ext.engine.audit import audit, settled
 from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover
@@ -79,6 +80,8 @@ def fill_together(
         host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
         seen = survey(transport, source.look, partial(read_index, access=source.access), host)
         catalog = catalog_of(seen.indexes, seen.sharded, seen.names, source.strategy, source.access)
+        if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
+            catalog = settled(catalog)
 
         def settle() -> tuple[list[Match], list[str], list[str]]:
             check_cell(network)
@@ -90,6 +93,8 @@ def fill_together(
         matches, missing, unused = _on_all(transport, settle)
         ready = _prepare(transport, seen, catalog, matches, source.strategy, target, rank, name_map, options)
         _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
+        if options.verify == "full":
+            audit(transport, catalog, [demand.tensor for demand in ready.demands], seen.by_number, workers)
         report = _load(transport, ready, matches, options, workers, limits)
         if observe is not None:
             observe(report)

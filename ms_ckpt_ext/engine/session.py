@@ -31,7 +31,7 @@ from ms_ckpt_ext.transport.base import Bytes, Transport, name_ranks
 
 B = TypeVar("B")
 MODES = ("auto", "direct", "cooperative")
-VERIFY = ("none", "replicas")
+VERIFY = ("none", "replicas", "full")
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
 log = logging.getLogger("ms_ckpt_ext")
@@ -47,7 +47,8 @@ class LoadOptions:
         bucket_bytes: staging memory of a rank for one round.
         prefetch: rounds read ahead.
         threads: reading threads of a rank.
-        verify: "none"; "replicas" compares digests between ranks that hold the same region.
+        verify: "none"; "replicas" compares digests between ranks that hold the same region, afterwards; "full" also
+            compares what is stored with the digests on record, before anything is changed.
         trace: path of a Chrome trace to write; "" for none.
         timeout: seconds that one exchange may last.
         host: name of this rank's host; ranks of a host see the same files.
@@ -119,7 +120,7 @@ def prepare(
     headers = xxhash.xxh3_128("".join(header_digest(index) for index in catalog.files).encode()).hexdigest()
     agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
     demands = demands_of(catalog, share_wants(transport, wants))
-    sees = None if seen.sees is None else dict(enumerate(seen.sees.values()))
+    sees = seen.by_number
     try:
         plan = plan_exchange(
             demands, transport.size, catalog.stored, limits_for(demands, transport.size, options), sees

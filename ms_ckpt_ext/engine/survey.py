@@ -47,6 +47,11 @@ class Survey:
     names: Optional[dict[str, str]]
     hosts: tuple[str, ...]
 
+    @property
+    def by_number(self) -> Optional[dict[int, frozenset[int]]]:
+        """`sees` by the numbers that files have in a catalog."""
+        return None if self.sees is None else dict(enumerate(self.sees.values()))
+
 
 class _Sighting(NamedTuple):
     """A file as one host lists it."""

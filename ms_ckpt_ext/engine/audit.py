@@ -1,0 +1,135 @@
+"""Stored tensors against the digests on record, by all ranks together, before a Parameter changes.
+
+1. Of a slice that several files hold one file is chosen, and the load reads no other: what is read was checked.
+2. The tensors that are wanted are dealt out to the ranks that see them, the largest first, each to whoever has the
+   least so far. A tensor is digested once, by one rank, whole: what is on record is a digest of the whole.
+3. All ranks tell what they found; if anything differs, all of them raise the same error.
+
+This costs one more read of every wanted byte over all ranks together, and its digest; memory is 1 MiB a thread.
+Authenticated encryption proves its contents by itself (`engine.proof`), so such files are left to that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Optional
+
+from ms_ckpt_ext.core.plan import Block, Placement, SourceTensor
+from ms_ckpt_ext.engine.catalog import AUTHENTICATED, Catalog
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, digest_tensors, digests_of
+from ms_ckpt_ext.errors import ChecksumError, UsageError
+from ms_ckpt_ext.formats.registry import reopen
+from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.transport.agree import share_status
+from ms_ckpt_ext.transport.base import Transport
+
+Sees = Optional[Mapping[int, frozenset[int]]]
+"""File number -> ranks that can open it; None when all see all."""
+_NAMED = 3
+
+
+def settled(catalog: Catalog) -> Catalog:
+    """The catalog with one file for every slice, the choices balanced by bytes; the same on all ranks."""
+    load = [0] * len(catalog.files)
+
+    def one(placement: Placement, tensor: SourceTensor) -> Placement:
+        nbytes = tensor.meta.dtype.nbytes(math.prod(tensor.meta.shape)) // math.prod(placement.parts)
+        holders = {}
+        for cell, files in placement.holders.items():
+            file = min(files, key=lambda number: load[number])
+            load[file] += nbytes
+            holders[cell] = (file,)
+        return replace(placement, holders=holders)
+
+    def narrowed(tensor: SourceTensor) -> SourceTensor:
+        recipe = tensor.recipe
+        if recipe is not None:
+            blocks = tuple(Block(narrowed(b.tensor), b.region, b.axes, b.start) for b in recipe.blocks)
+            return replace(tensor, recipe=recipe._replace(blocks=blocks))
+        return replace(tensor, placements=tuple(one(placement, tensor) for placement in tensor.placements))
+
+    tensors, extras = ({n: narrowed(t) for n, t in group.items()} for group in (catalog.tensors, catalog.extras))
+    return replace(catalog, tensors=tensors, extras=extras)
+
+
+def audit(
+    transport: Transport[Any], catalog: Catalog, wanted: Iterable[SourceTensor], sees: Sees, workers: int
+) -> None:
+    """Digest what is `wanted`, wherever it is stored, and compare. Collective.
+
+    Args:
+        wanted: parameters of the catalog; the same on all ranks.
+        workers: threads of this rank.
+
+    Raises:
+        ChecksumError: on all ranks; names every rank's first findings with parameter, file and both digests.
+        UsageError: a file has no digests on record; PeerError on the ranks that did not look at it.
+        FormatError, StorageError: it cannot be read; PeerError on the others.
+    """
+    pairs = sorted({pair for tensor in wanted for pair in _stored(tensor)})
+    mine = _deal(pairs, catalog, sees, transport.size)[transport.rank]
+    faults: list[str] = []
+    error: Optional[BaseException] = None
+    try:
+        for file, names in mine.items():
+            faults += map(str, _differences(catalog, file, names, workers))
+    except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
+        error = problem
+    share_status(transport, error)
+    found = [(rank, each) for rank, told in enumerate(transport.share(json.dumps(faults).encode())) if told
+             for each in json.loads(told)]  # fmt: skip
+    if found:
+        listed = "; ".join(f"{each} (read by rank {rank})" for rank, each in found[:_NAMED])
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ChecksumError(
+            f"{listed}{more}. The files were damaged after their digests were recorded: restore them or choose another "
+            "checkpoint. No parameter was changed"
+        )
+
+
+def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:
+    """(file, stored name) of everything a parameter is made of."""
+    if tensor.recipe is not None:
+        for block in tensor.recipe.blocks:
+            yield from _stored(block.tensor)
+    for placement in tensor.placements:
+        for files in placement.holders.values():
+            for file in files:
+                yield file, tensor.stored_name
+
+
+def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world: int) -> list[dict[int, list[str]]]:
+    """For every rank: file -> names to digest."""
+    sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in pairs), reverse=True)
+    load = [0] * world
+    shares: list[dict[int, list[str]]] = [{} for _ in range(world)]
+    for nbytes, file, name in sized:
+        able = range(world) if sees is None else sorted(sees[file])
+        rank = min(able, key=lambda each: load[each])
+        load[rank] += nbytes
+        shares[rank].setdefault(file, []).append(name)
+    return shares
+
+
+def _differences(catalog: Catalog, file: int, names: list[str], workers: int) -> list[Fault]:
+    index = catalog.files[file]
+    if index.reader in AUTHENTICATED:
+        return []
+    recorded = digests_of(index.path)
+    unknown = list(names) if recorded is None else [name for name in names if name not in recorded.tensors]
+    if recorded is None or unknown:
+        raise UsageError(
+            f"verify='full': no digest of {unknown[0]!r} in {index.path!r} ({index.size} bytes) is on record: neither "
+            f"the file's folder nor the one above has a {MANIFEST_NAME} that lists it with this size. Record digests "
+            "when the checkpoint is written, or load with verify='replicas'"
+        )
+
+    def opener(_path: str) -> ByteReader:
+        return reopen(index, catalog.access)
+
+    found = digest_tensors(index, names, workers, opener)
+    expected = recorded.tensors
+    return [Fault(index.path, name, found[name], expected[name]) for name in names if found[name] != expected[name]]

@@ -1,0 +1,150 @@
+"""`verify="full"`: stored tensors are compared with the digests on record before anything changes; ranks as threads."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+
+from ms_ckpt_ext.core.rules import Rename, Transpose, apply_rules
+from ms_ckpt_ext.engine import audit as audit_module
+from ms_ckpt_ext.engine.audit import Sees, audit, settled
+from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest, digest_file, write_manifest
+from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, TruncatedFileError, UsageError
+from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.registry import read_index
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.transport.local import LocalWorld
+
+RANKS = 4
+
+
+def recorded(golden: Path, root: Path) -> Path:
+    """Golden shards with a manifest above them."""
+    shutil.copytree(golden / "dp2_tp4" / "shards", root)
+    files = {f"rank_{rank}/net.safetensors": root / f"rank_{rank}/net.safetensors" for rank in range(8)}
+    write_manifest(str(root), Manifest({name: digest_file(read_index(str(path))) for name, path in files.items()}))
+    return root
+
+
+def catalog_in(root: Path, golden: Path) -> Catalog:
+    return open_catalog(str(root), load_strategy(golden / "dp2_tp4/strategy.ckpt"))
+
+
+def flip(catalog: Catalog, file: int, name: str) -> None:
+    index = catalog.files[file]
+    with open(index.path, "r+b") as shard:
+        shard.seek(index.tensors[name].extents[0].offset + 5)
+        byte = shard.read(1)[0]
+        shard.seek(-1, 1)
+        shard.write(bytes([byte ^ 16]))
+
+
+def run(catalog: Catalog, sees: Sees = None) -> dict[int, BaseException]:
+    """Audit everything on all ranks; the errors by rank."""
+    world = LocalWorld(RANKS, timeout=20.0)
+    wanted = [*catalog.tensors.values(), *catalog.extras.values()]
+    try:
+        world.run(lambda transport: audit(transport, catalog, wanted, sees, 2))
+    except CheckpointError:
+        assert sorted(world.errors) == list(range(RANKS))
+    return world.errors
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
+    """(file, tensor) -> times it was digested."""
+    seen: Counter[tuple[str, str]] = Counter()
+    real = audit_module.digest_tensors
+
+    def digest(index: FileIndex, names: Any, workers: int, opener: Any) -> dict[str, str]:
+        seen.update((index.path, name) for name in names)
+        return real(index, names, workers, opener)
+
+    monkeypatch.setattr(audit_module, "digest_tensors", digest)
+    return seen
+
+
+def test_every_slice_is_digested_once_in_one_file(golden: Path, tmp_path: Path, looked: Counter) -> None:
+    """Replicas are not read: the load will not read them either."""
+    catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
+    assert run(catalog) == {}
+    assert set(looked.values()) == {1}
+    slices = sum(len(t.placements[0].holders) for t in catalog.tensors.values())
+    assert len(looked) == slices < sum(len(index.tensors) for index in catalog.files)
+    read = Counter(dict.fromkeys({index.path for index in catalog.files}, 0))
+    for path, name in looked:
+        read[path] += read_index(path).tensors[name].nbytes
+    assert max(read.values()) <= 1.3 * min(read.values())
+
+
+def test_a_flipped_byte(golden: Path, tmp_path: Path) -> None:
+    catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
+    name = "layers.1.w2.weight"
+    (file,) = catalog.tensors[name].placements[0].holders[0, 2]
+    flip(catalog, file, name)
+    errors = run(catalog)
+    assert {type(error) for error in errors.values()} == {ChecksumError}
+    assert len({str(error) for error in errors.values()}) == 1
+    path = Path(catalog.files[file].path)
+    before = digest_file(read_index(str(golden / "dp2_tp4/shards" / path.parent.name / path.name))).tensors[name]
+    after = digest_file(read_index(str(path))).tensors[name]
+    told = f"parameter {name!r} in {str(path)!r}: found {after}, the manifest says {before}"
+    assert told in str(errors[0])
+
+
+def test_many_flipped_bytes_are_counted(golden: Path, tmp_path: Path) -> None:
+    catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
+    for name in list(catalog.tensors)[:7]:
+        (file,) = next(iter(catalog.tensors[name].placements[0].holders.values()))
+        flip(catalog, file, name)
+    errors = run(catalog)
+    assert all("and 4 more" in str(error) for error in errors.values())
+
+
+def test_parameters_made_of_others(golden: Path, tmp_path: Path, looked: Counter) -> None:
+    catalog = catalog_in(recorded(golden, tmp_path / "src"), golden)
+    rules = [Rename("head.weight", "lm"), Transpose("layers.0.wo.weight", "turned")]
+    made = apply_rules({n: catalog.tensors[n] for n in ("head.weight", "layers.0.wo.weight")}, rules)
+    catalog = settled(Catalog(catalog.files, made, {}, {}))
+    assert run(catalog) == {}
+    assert Counter(name for _, name in looked) == {"head.weight": 4, "layers.0.wo.weight": 4}
+
+
+@pytest.mark.parametrize("manifest", [None, {}, {"size": 5}], ids=["none", "other files", "another size"])
+def test_nothing_on_record(manifest: Optional[dict[str, int]], golden: Path, tmp_path: Path) -> None:
+    root = recorded(golden, tmp_path / "src")
+    known = digest_file(read_index(str(root / "rank_0/net.safetensors")))
+    (root / MANIFEST_NAME).unlink()
+    if manifest is not None:
+        held = {f"rank_{n}/net.safetensors": known._replace(**manifest) for n in range(8) if manifest}
+        write_manifest(str(root), Manifest(held))
+    errors = run(catalog_in(root, golden))
+    assert {type(error) for error in errors.values()} <= {UsageError, PeerError}
+    assert all(MANIFEST_NAME in str(error) and "verify='full'" in str(error) for error in errors.values())
+
+
+def test_each_host_looks_at_its_own_files(golden: Path, tmp_path: Path, looked: Counter) -> None:
+    catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
+    halves = {number: frozenset({0, 1} if number < 4 else {2, 3}) for number in range(8)}
+    shares = audit_module._deal(
+        sorted({pair for t in catalog.tensors.values() for pair in audit_module._stored(t)}), catalog, halves, RANKS
+    )
+    for rank, share in enumerate(shares):
+        assert {file < 4 for file in share} == {rank < 2}
+    assert run(catalog, halves) == {}
+    assert set(looked.values()) == {1}
+
+
+def test_a_file_that_was_cut_short_meanwhile(golden: Path, tmp_path: Path) -> None:
+    root = recorded(golden, tmp_path / "src")
+    catalog = catalog_in(root, golden)
+    victim = root / "rank_6/net.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-64])
+    errors = run(catalog)
+    assert any(isinstance(error, (UsageError, TruncatedFileError)) for error in errors.values())
+    assert all("rank_6" in str(error) for error in errors.values())
