@@ -32,6 +32,7 @@ _HOMES = {
     "load_distributed_checkpoint": "api.load",
     "ckpt_to_safetensors": "api.convert",
     "safetensors_to_ckpt": "api.convert",
+    "load_segmented_checkpoints": "api.parameters",
 }
 NAMES = tuple(_HOMES)
 """What `install` can replace."""

@@ -268,13 +268,21 @@ class _BatchBuilder:
             file = chooser.pick(files, whole_copy.nbytes)
             extents = self._stored(file, stored_name)
             for copy in _bounded(whole_copy, self._limits.tile):
-                if len(extents) == 1:
-                    base = extents[0].offset + copy.source
-                    spans = self._spans.setdefault(file, [])
-                    spans.append(_Span(base, base + copy.source_span, ReadCopy(number, copy._replace(source=base))))
-                else:
-                    lying = tuple(ranges(extents, copy.source, copy.source_span))
-                    self._scattered.append(Read(file, lying, (ReadCopy(number, copy._replace(source=0)),)))
+                self._lay(file, extents, ReadCopy(number, copy))
+
+    def _lay(self, file: int, extents: tuple[Extent, ...], part: ReadCopy) -> None:
+        """Note where in the file a copy's source lies, which counts from the beginning of its tensor."""
+        copy = part.copy
+        lying = tuple(ranges(extents, copy.source, copy.source_span))
+        if len(lying) == 1:
+            start, length = lying[0]
+            span = _Span(start, start + length, part._replace(copy=copy._replace(source=start)))
+            self._spans.setdefault(file, []).append(span)
+        elif _wasteful(copy, self._limits.gap):
+            for run in _explode(_Span(copy.source, copy.source + copy.source_span, part)):
+                self._lay(file, extents, run.copy)
+        else:
+            self._scattered.append(Read(file, lying, (part._replace(copy=copy._replace(source=0)),)))
 
     @staticmethod
     def _places(target: Target, offset: int, nbytes: int) -> tuple[Place, ...]:
@@ -297,7 +305,7 @@ class _BatchBuilder:
         for cluster in _clusters(spans, self._limits.gap, self._limits.tile):
             length = max(span.stop for span in cluster) - cluster[0].start
             wanted = sum(span.copy.copy.nbytes for span in cluster)
-            if wanted < 0.8 * length and any(_wasteful(span, self._limits.gap) for span in cluster):
+            if wanted < 0.8 * length and any(_wasteful(span.copy.copy, self._limits.gap) for span in cluster):
                 runs = [run for span in cluster for run in _explode(span)]
                 for part in _clusters(runs, self._limits.gap, self._limits.tile):
                     yield _read(file, part)
@@ -338,8 +346,7 @@ def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
         yield cluster
 
 
-def _wasteful(span: _Span, gap: int) -> bool:
-    copy = span.copy.copy
+def _wasteful(copy: StridedCopy, gap: int) -> bool:
     depth, length = _solid(copy)
     return depth > 0 and copy.source_strides[depth - 1] - length > gap
 

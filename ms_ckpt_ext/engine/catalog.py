@@ -343,7 +343,14 @@ def open_catalog(
     return read_listing(list_checkpoint(directory, strategy, file_suffix, require_sharded, kind), strategy, access)
 
 
-_NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
+def file_catalog(path: str, access: Access = PLAIN) -> Catalog:
+    """One file as a source, with everything in it. Raises as `registry.read_index`."""
+    (index,) = read_indexes([path], access)
+    tensors = {name: whole_tensor(name, entry, [0]) for name, entry in index.tensors.items()}
+    return Catalog((index,), tensors, {}, _notes((index,)), access)
+
+
+NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
     "U64": "u8",
     "F16": "f2",
     "F32": "f4",
@@ -352,6 +359,7 @@ _NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": 
     "C128": "c16",
     "BF16": "u2",
 }
+"""dtype -> numpy's; BF16 as its bit patterns. What numpy lacks, 8-bit floats and packed types, is missing."""
 
 
 def read_extras(
@@ -377,8 +385,15 @@ def read_extras(
 
 
 def decode_text(contents: bytes) -> str:
-    """Text as a `.ckpt` stores it: UTF-32, little-endian."""
-    return contents.decode("utf-32-le", "surrogatepass")
+    """Text as a `.ckpt` stores it: UTF-32, little-endian, zeros at its end as numpy has them.
+
+    Raises:
+        FormatError: these bytes are no text.
+    """
+    try:
+        return contents.decode("utf-32-le", "surrogatepass").rstrip("\0")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"a text of {len(contents)} bytes is not UTF-32 ({error.reason}): it is damaged") from error
 
 
 def _read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
@@ -391,6 +406,6 @@ def _read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> 
         data += part
     if tensor.meta.dtype.name == TEXT:
         return decode_text(data)
-    dtype = _NUMPY.get(tensor.meta.dtype.name)
+    dtype = NUMPY.get(tensor.meta.dtype.name)
     flat = np.frombuffer(data, np.dtype(dtype or "u1"))
     return flat.reshape(tensor.meta.shape) if dtype else flat

@@ -1,0 +1,235 @@
+"""`load`: any checkpoint as a dictionary that reads what is asked of it, and no more."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from ms_ckpt_ext import convert, load, unified_safetensors
+from ms_ckpt_ext.core.dtype import DTYPES
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.engine.lazy import LazyTensor, select
+from ms_ckpt_ext.errors import (
+    ArgumentTypeError,
+    CoverageError,
+    DecryptionError,
+    DiscoveryError,
+    FormatError,
+    UsageError,
+)
+from ms_ckpt_ext.formats import ckpt_writer
+from ms_ckpt_ext.formats.index import TensorSpec
+from tests.jobs.support import FULL, arrays, read_file, scalars, source
+from tests.jobs.test_convert import CASE, KEY, contents, write_ckpt
+
+KIB = 1 << 10
+
+
+def same(found: Any, expected: np.ndarray) -> bool:
+    return bool(
+        found.shape == expected.shape and found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+    )
+
+
+def keys(extent: int) -> st.SearchStrategy[Any]:
+    numbers = st.integers(-extent, extent - 1) if extent else st.nothing()
+    bound = st.none() | st.integers(-extent - 2, extent + 2)
+    return numbers | st.builds(slice, bound, bound, st.none() | st.sampled_from([1, 2, 3, -1, -2]))
+
+
+@given(st.data())
+def test_every_index_is_numpys(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(0, 5), max_size=4)))
+    index: list[Any] = [data.draw(keys(extent)) for extent in shape]
+    index = index[: data.draw(st.integers(0, len(index)))]
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(index)))
+        index[at:] = [...] if data.draw(st.booleans()) or at == len(index) else index[at:]
+    whole = np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
+    box, extents, then = select(shape, tuple(index))
+    read = whole[box.slices] if box else np.empty(extents, whole.dtype)
+    assert read.shape == extents
+    assert np.array_equal(read[then], whole[tuple(index)])
+
+
+@pytest.mark.parametrize("index", [[1, 2], None, True, np.array([True]), "a", (0, 0, 0), (..., ...)])
+def test_indexes_that_are_refused(index: Any) -> None:
+    with pytest.raises(UsageError):
+        select((4, 4), index)
+    with pytest.raises(IndexError):
+        select((4, 4), 4)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    return write_ckpt(tmp_path / "net.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_a_file(kind: str, written: Path, tmp_path: Path) -> None:
+    convert(written, tmp_path / "net.safetensors")
+    truth = contents(written)
+    with load(tmp_path / f"net.{kind}") as held:
+        assert sorted(held) == sorted(truth)
+        assert len(held) == len(truth)
+        assert held["note"] == "nöte"
+        assert "nothing" not in held
+        for name, (dtype, shape, data, packed) in truth.items():
+            value = held[name]
+            if isinstance(value, str):
+                continue
+            assert (value.name, value.dtype, value.shape, value.nbytes) == (name, dtype, shape, len(data))
+            assert value.packed == packed
+            assert value[...].tobytes() == np.asarray(value).tobytes() == data
+        weight = np.frombuffer(truth["z.weight"][2], np.float32).reshape(7, 9)
+        lazy = held["z.weight"]
+        assert isinstance(lazy, LazyTensor)
+        assert same(lazy[2:5, 1:8:3], weight[2:5, 1:8:3])
+        assert same(lazy[-1], weight[-1])
+        assert same(held["learning_rate"][()], np.frombuffer(truth["learning_rate"][2], np.float32).reshape(()))
+        assert held["a.bias"][1:3].dtype == np.uint16  # BF16 as its bit patterns
+        assert held["none"].numpy().shape == (0, 3)
+        assert len(lazy) == 7
+        found = held.arrays()
+        assert {name: value.tobytes() for name, value in found.items() if name != "note"} == {
+            name: entry[2] for name, entry in truth.items() if name != "note"
+        }
+        assert found["note"] == "nöte"
+    with pytest.raises(UsageError, match="was closed"):
+        lazy[0]
+
+
+def test_types_that_numpy_lacks(tmp_path: Path) -> None:
+    from ms_ckpt_ext.formats import safetensors
+
+    laid = safetensors.layout([TensorSpec("f8", DTYPES["F8_E4M3"], (4,)), TensorSpec("f4", DTYPES["F4"], (6,))], {})
+    data = bytes(range(7))
+    (tmp_path / "a.safetensors").write_bytes(laid.literals[0][1] + data)
+    with load(tmp_path / "a.safetensors") as held:
+        assert held["f8"][1:3].dtype == np.uint8
+        assert sorted(held["f8"].numpy().tolist() + held["f4"].numpy().tolist()) == list(data)
+        assert held.arrays()["f4"].shape == (3,)
+        with pytest.raises(UsageError, match="narrower than a byte"):
+            held["f4"][0]
+
+
+@pytest.mark.parametrize("case", ["dp2_tp4_zero", "dp2_tp2_pp2_zero", "dp3_tp8"])
+def test_a_sharded_checkpoint_is_seen_whole(case: str, golden: Path, tmp_path: Path) -> None:
+    truth = read_file(golden / FULL[case] / "model.safetensors")
+    with load(golden / case / "shards", golden / case / "strategy.ckpt") as held:
+        found = held.arrays(name for name in held if name in truth)
+        assert {name: value.tobytes() for name, value in found.items()} == {n: t.data for n, t in truth.items()}
+    unified_safetensors(golden / case / "shards", golden / case / "strategy.ckpt", tmp_path / "merged")
+    with load(tmp_path / "merged") as merged:
+        assert {n: merged[n].numpy().tobytes() for n in truth} == {n: t.data for n, t in truth.items()}
+
+
+@pytest.mark.parametrize("mode", ["aes_gcm", "aes_cbc", "sm4_cbc"])
+def test_an_encrypted_file(mode: str, golden: Path) -> None:
+    path = next((golden / CASE / f"ckpt_{mode}" / "rank_1").glob("*.ckpt"))
+    truth = contents(golden / CASE / "ckpt" / "rank_1" / path.name)
+    with load(path, dec_key=KEY) as held:
+        assert {name: value.tobytes() for name, value in held.arrays().items()} == {n: t[2] for n, t in truth.items()}
+    for key in (None, b"x" * 16):
+        with pytest.raises(DecryptionError):
+            load(path, dec_key=key)
+
+
+def test_names(written: Path) -> None:
+    assert set(load(written, names="*.*")) == {"z.weight", "a.bias"}
+    assert set(load(written, names=["note", "packed"])) == {"note", "packed"}
+    assert set(load(written, choice_func=lambda name: "step" in name)) == {"global_step"}
+    held = load(written, choice_func=lambda name: f"net.{name}" if "." in name else False, name_map={"w": "z.weight"})
+    assert set(held) == {"w", "net.a.bias"}
+    assert held["w"].shape == (7, 9)
+    with pytest.raises(UsageError, match="both 'z.weight' and 'a.bias' get the name 'x'"):
+        load(written, choice_func=lambda _: "x")
+    with pytest.raises(ArgumentTypeError):
+        load(written, names=[1])  # type: ignore[list-item]
+
+
+def test_what_is_refused(written: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must end in .safetensors"):
+        load(written, format="safetensors")
+    with pytest.raises(UsageError, match="format must be one of"):
+        load(written, format="onnx")
+    with pytest.raises(OSError, match="No such file"):
+        load(tmp_path / "nothing.ckpt")
+    source(tmp_path / "src")
+    with pytest.raises(DiscoveryError, match="the strategy that cut them is needed"):
+        load(tmp_path / "src" / "shards")
+
+
+def test_a_missing_shard_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    os.unlink(root / "shards" / "rank_1" / "net.safetensors")
+    os.unlink(root / "shards" / "rank_3" / "net.safetensors")
+    held = load(root / "shards", root / "strategy.ckpt")
+    assert same(held["d.w"].numpy(), arrays(0)["d.w"])  # whole on every rank
+    with pytest.raises(CoverageError, match=r"'b.w'.*rank"):
+        held["b.w"].numpy()
+    assert same(held["global_step"].numpy(), scalars(0)["global_step"])
+
+
+def test_text_that_is_none_is_our_error(written: Path) -> None:
+    raw = bytearray(written.read_bytes())
+    at = raw.index("nöte".encode("utf-32-le"))
+    raw[at : at + 4] = b"\xff" * 4
+    written.write_bytes(raw)
+    with pytest.raises(FormatError, match="not UTF-32"):
+        load(written)["note"]
+
+
+def test_files_are_closed_with_the_last_reference(written: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    held = load(written)
+    _ = held["z.weight"][0]
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del held, _
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_rank_reads_its_slices_and_little_more(kind: str, rank: int, tmp_path: Path) -> None:
+    """At most 1.05 times the bytes of one of eight ranks' slices (dp2 tp4, rows and columns), and the index."""
+    layouts = {
+        "rows": Layout((2, 4), ((0,), ())),
+        "columns": Layout((2, 4), ((), (0,))),
+        "zero": Layout((2, 4), ((0,), ()), 1, -1),
+        "experts": Layout((2, 4), ((1,), (), (0,))),
+    }
+    shapes = {"rows": (512, 256), "columns": (64, 8192), "zero": (512, 256), "experts": (4, 8, 8192)}
+    specs = [TensorSpec(name, DTYPES["F32"], shape) for name, shape in shapes.items()]
+    full = {name: np.random.default_rng(len(name)).standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    path = tmp_path / f"net.{kind}"
+    if kind == "safetensors":
+        save_file(full, path)
+    else:
+        laid = ckpt_writer.layout(specs, piece=100 * KIB)
+        with path.open("wb") as file:
+            for offset, literal in laid.literals:
+                file.seek(offset)
+                file.write(literal)
+            for name, entry in laid.tensors.items():
+                data = full[name].tobytes()
+                for offset, length in entry.extents:
+                    file.seek(offset)
+                    file.write(data[:length])
+                    data = data[length:]
+    with load(path) as held:
+        wanted = 0
+        for name, layout in layouts.items():
+            box = layout.region(rank, shapes[name])
+            value = held[name]
+            assert isinstance(value, LazyTensor)
+            assert same(value[box.slices], full[name][box.slices])
+            wanted += full[name][box.slices].nbytes
+        assert wanted <= held.count.nbytes <= 1.05 * wanted
