@@ -10,11 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ms_ckpt_ext.errors import storage_error
-from ms_ckpt_ext.storage.linux import preallocate, start_writeback
+from ms_ckpt_ext.storage.linux import copies_by_itself, preallocate, start_writeback
 from ms_ckpt_ext.storage.reader import ByteReader
 
 # The kernel or file system cannot copy between these two files by itself; bytes through a buffer always work.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+# Longer writes make the page cache look for huge stretches of free memory, which are slow to come by, above all in
+# virtual machines that hand free memory back to their host.
+_WRITE = 1 << 20
 
 
 class Sink(Protocol):
@@ -23,7 +27,7 @@ class Sink(Protocol):
     Attributes:
         path: what messages call it.
         fd: descriptor whose offsets are this sink's, for copies inside the kernel; None where bytes are transformed
-            (encrypted, say) or there is no file.
+            (encrypted, say), there is no file, or its file system does not copy by itself.
     """
 
     path: str
@@ -45,25 +49,26 @@ class FileSink:
     def __init__(self, path: str, size: int) -> None:
         self.path = path
         try:
-            self.fd: Optional[int] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
+            self._file: Optional[int] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
         except OSError as error:
             raise storage_error("create", path, error) from error
         try:
-            preallocate(self.fd, size)
+            preallocate(self._file, size)
         except OSError as error:
             self.close()
             os.unlink(path)
             raise storage_error(f"reserve {size} bytes for", path, error) from error
+        self.fd = self._file if copies_by_itself(self._file) else None
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write `buffer` (flat bytes) at `offset` and start its way to disk."""
-        fd, done = self._open(), 0
+        file, done = self._open(), 0
         while done < len(buffer):
             try:
-                done += os.pwrite(fd, buffer[done:], offset + done)
+                done += os.pwrite(file, buffer[done : done + _WRITE], offset + done)
             except OSError as error:
                 raise storage_error(f"write {len(buffer)} bytes at offset {offset} of", self.path, error) from error
-        start_writeback(fd, offset, len(buffer))
+        start_writeback(file, offset, len(buffer))
 
     def finish(self) -> None:
         """Make the bytes durable and close."""
@@ -75,18 +80,15 @@ class FileSink:
             self.close()
 
     def _open(self) -> int:
-        if self.fd is None:
+        if self._file is None:
             raise storage_error("write to", self.path, OSError(errno.EBADF, "closed"))
-        return self.fd
+        return self._file
 
     def close(self) -> None:
         """Close without a promise."""
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
-
-
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+        file, self._file, self.fd = self._file, None, None
+        if file is not None:
+            os.close(file)
 
 
 def kernel_copy(reader: ByteReader, source: int, sink: Sink, offset: int, length: int) -> int:

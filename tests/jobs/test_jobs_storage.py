@@ -21,6 +21,7 @@ from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.reads import Direct, Unit
 from ms_ckpt_ext.engine import offline, pump
 from ms_ckpt_ext.formats.registry import open_reader, read_index
+from ms_ckpt_ext.storage import sink
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
@@ -45,6 +46,12 @@ def assert_merged(target: Path, seed: int = 0, rows: int = 64) -> None:
     assert {n: t.data for n, t in extras.items()} == {n: a.tobytes() for n, a in scalars(seed).items()}
 
 
+@pytest.fixture
+def copying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target's file system copies by itself, as NFS 4.2 does."""
+    monkeypatch.setattr(sink, "copies_by_itself", lambda _: True)
+
+
 def refusing(code: int) -> Callable[..., int]:
     def call(*_: Any) -> int:
         raise OSError(code, os.strerror(code))
@@ -65,6 +72,7 @@ def reluctant() -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("how", ["EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP", "EPERM", "zero", "after a while", "short"])
+@pytest.mark.usefixtures("copying")
 def test_a_kernel_that_does_not_copy(how: str, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "copy_file_range"):
         pytest.skip("no copy_file_range here")
@@ -85,11 +93,21 @@ def test_a_kernel_that_does_not_copy(how: str, large: Path, tmp_path: Path, monk
     assert calls
 
 
+@pytest.mark.usefixtures("copying")
 def test_a_kernel_copy_that_fails_for_good(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "copy_file_range", refusing(errno.EIO))
     with pytest.raises(errors.StorageError, match="cannot copy .* bytes from .* into offset .*Input/output error"):
         merge(large, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_local_file_systems_are_not_asked_to_copy(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "copy_file_range", refusing(errno.EIO))
+    with (tmp_path / "f").open("wb") as file:
+        if sink.copies_by_itself(file.fileno()):
+            pytest.skip("the temporary folder is on a file system that copies by itself")
+    merge(large, tmp_path)
+    assert_merged(tmp_path, rows=ROWS)
 
 
 @pytest.mark.parametrize("call", ["_libc", "fallocate"])
@@ -105,6 +123,9 @@ def test_without_preallocation(call: str, large: Path, tmp_path: Path, monkeypat
             return -1
 
         def sync_file_range(self, *_: Any) -> int:
+            return -1
+
+        def fstatfs(self, *_: Any) -> int:
             return -1
 
     monkeypatch.setattr(linux, "_libc", lambda: None if call == "_libc" else Refusing())
