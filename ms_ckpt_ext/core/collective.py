@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ms_ckpt_ext.core.exchange import ALIGNMENT, Delivery, ExchangePlan, Part, Round
+from ms_ckpt_ext.core.demand import ALIGNMENT
+from ms_ckpt_ext.core.exchange import Delivery, ExchangePlan, Part, Round
 
 
 class Item(NamedTuple):

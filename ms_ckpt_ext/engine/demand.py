@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ms_ckpt_ext.core.exchange import Demand, Grid
+from ms_ckpt_ext.core.demand import Demand, Grid
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.region import Shape

@@ -17,7 +17,8 @@ import xxhash
 
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core import cost
-from ms_ckpt_ext.core.exchange import Demand, ExchangeLimits, ExchangePlan, plan_exchange
+from ms_ckpt_ext.core.demand import Demand, ExchangeLimits
+from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
 from ms_ckpt_ext.core.layout import cell_region
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.demand import Want, demands_of, share_wants

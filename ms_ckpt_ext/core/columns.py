@@ -1,0 +1,73 @@
+"""Ragged rows in flat arrays: row `k` of a table owns the entries `start[k] .. start[k + 1]` of another.
+
+Plans for many thousands of ranks are tables of millions of rows; Python objects are made only of what a rank touches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[Any]
+"""A one-dimensional array of integers (or of truth values)."""
+
+
+def starts(lengths: Iterable[int]) -> Ints:
+    """Where every row begins; one more entry than rows, the last is the total."""
+    return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
+
+
+def spread(start: Ints, rows: Ints) -> tuple[Ints, Ints]:
+    """The entries of `rows`, one after another: (which of `rows` owns each, number of each).
+
+    >>> [column.tolist() for column in spread(np.array([0, 2, 3, 6]), np.array([2, 0]))]
+    [[0, 0, 0, 1, 1], [3, 4, 5, 0, 1]]
+    """
+    lengths = start[rows + 1] - start[rows]
+    stops = np.cumsum(lengths)
+    owner = np.repeat(np.arange(len(rows)), lengths)
+    return owner, np.arange(stops[-1] if len(stops) else 0) + np.repeat(start[rows] - stops + lengths, lengths)
+
+
+def sums(owner: Ints, values: Ints, rows: int) -> Ints:
+    """Sum of the values that every row owns."""
+    return np.bincount(owner, weights=values, minlength=rows).astype(np.int64)  # float64: exact up to 9e15
+
+
+def mixed(numbers: Ints) -> Ints:
+    """A well spread 64-bit number for every number (splitmix64), so that sums of them tell sets apart."""
+    x: Ints = (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    return np.bitwise_xor(x, x >> np.uint64(31))
+
+
+class Sets:
+    """Tuples of numbers, each different one numbered once."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self.members: list[tuple[int, ...]] = []
+
+    def number(self, members: tuple[int, ...]) -> int:
+        """The number of a tuple."""
+        found = self._numbers.setdefault(members, len(self.members))
+        if found == len(self.members):
+            self.members.append(members)
+        return found
+
+    def numbers(self, several: Iterable[tuple[int, ...]]) -> Ints:
+        """The numbers of several tuples."""
+        return np.fromiter((self.number(members) for members in several), np.int64)
+
+    def flat(self) -> tuple[Ints, Ints]:
+        """(start, members) of all tuples, as a ragged table."""
+        return starts(map(len, self.members)), joined([np.array(m, np.int64) for m in self.members])
+
+
+def joined(columns: Sequence[Ints], dtype: Any = np.int64) -> Ints:
+    """Arrays one after another."""
+    return np.concatenate([*columns, np.empty(0, dtype)]).astype(dtype, copy=False)

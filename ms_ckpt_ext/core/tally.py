@@ -1,0 +1,161 @@
+"""What a plan costs every rank: bytes, messages, memory, counted round by round without running anything.
+
+The numbers are those that a load with this plan counts itself: payload by the plan, staging by the byte layout of
+`core.collective` (blocks padded, buffers as large as the largest round needs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ms_ckpt_ext.core.columns import Ints, spread, sums
+from ms_ckpt_ext.core.demand import ALIGNMENT
+from ms_ckpt_ext.core.exchange import ExchangeTable
+
+MATRIX = 64
+"""Rows and columns of the matrix of traffic at most; larger worlds are shown by groups of neighbouring ranks."""
+
+
+class RoundTally(NamedTuple):
+    """One round, in bytes: all ranks together, and the rank with the most."""
+
+    read: int
+    most_read: int
+    moved: int
+    most_received: int
+    messages: int
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Per rank, as arrays.
+
+    Attributes:
+        wanted: bytes of its own slices.
+        read, reads: bytes and calls of its reading.
+        sent, received: payload bytes to and from other ranks.
+        messages: blocks it sends to other ranks, over all rounds.
+        staging: bytes of its exchange buffers and of chunks held at once, at the peak.
+        rounds: the rounds, in order.
+        matrix: bytes that a group of ranks (row) sends to another (column), reads of a group for itself not counted.
+        group: ranks of a group.
+    """
+
+    wanted: Ints
+    read: Ints
+    reads: Ints
+    sent: Ints
+    received: Ints
+    messages: Ints
+    staging: Ints
+    rounds: tuple[RoundTally, ...]
+    matrix: Ints
+    group: int
+
+
+def tally(table: ExchangeTable, prefetch: int = 1) -> Tally:
+    """Count a plan. `prefetch`: rounds that are read ahead."""
+    return _Counter(table, prefetch).count()
+
+
+class _Counter:
+    def __init__(self, table: ExchangeTable, prefetch: int) -> None:
+        world = table.world
+        self._table, self._world = table, world
+        self._set_start, self._members = table.chunks.parts.sets.flat()
+        self._reader = table.chunks.reader[table.chunks.of_part]
+        self._group = -(-world // MATRIX)
+        self._groups = -(-world // self._group)
+        self._matrix = np.zeros(self._groups**2, np.int64)
+        self._wanted, self._sent, self._received, self._messages = (np.zeros(world, np.int64) for _ in range(4))
+        self._buffers = {name: np.zeros(world, np.int64) for name in ("send", "receive", "give")}
+        self._gather = 0
+        self._held = _Held(table, prefetch)
+
+    def count(self) -> Tally:
+        table, world = self._table, self._world
+        order = np.argsort(table.round_of, kind="stable")
+        rounds = np.split(order, np.flatnonzero(np.diff(table.round_of[order])) + 1) if len(order) else []
+        counted = tuple(self._round(number, parts) for number, parts in enumerate(rounds))
+        chunks = table.chunks
+        buffers = sum(self._buffers.values(), np.zeros(world, np.int64)) + self._gather
+        staging = buffers + self._held.most * int(chunks.nbytes.max(initial=0))
+        read = sums(chunks.reader, chunks.nbytes, world)
+        reads = np.bincount(chunks.reader, minlength=world)
+        columns = (self._wanted, read, reads, self._sent, self._received, self._messages, staging, counted)
+        return Tally(*columns, self._matrix.reshape(self._groups, self._groups), self._group)
+
+    def _round(self, number: int, parts: Ints) -> RoundTally:
+        fresh = self._held.enter(number)
+        rows = self._table.chunks.parts.rows
+        row, reader = self._table.chunks.parts.row[parts], self._reader[parts]
+        owner, entry = spread(rows.start, row.astype(np.int64))
+        delivery, at = spread(self._set_start, rows.ranks[entry].astype(np.int64))
+        to, sender = self._members[at], reader[owner][delivery].astype(np.int64)
+        nbytes, gathered = rows.moved[entry][delivery], rows.gathered[row][owner][delivery]
+        self._wanted += sums(to, nbytes, self._world)
+        away = to != sender
+        to, sender, nbytes, gathered = to[away], sender[away], nbytes[away], gathered[away]
+        received = sums(to, nbytes, self._world)
+        self._received += received
+        self._sent += sums(sender, nbytes, self._world)
+        self._matrix += sums(sender // self._group * self._groups + to // self._group, nbytes, self._groups**2)
+        messages = self._blocks(sender, to, nbytes, gathered) + self._gathers(row, reader)
+        self._messages += messages
+        read = sums(self._table.chunks.reader[fresh], self._table.chunks.nbytes[fresh], self._world)
+        return RoundTally(
+            int(read.sum()), int(read.max()), int(received.sum()), int(received.max()), int(messages.sum())
+        )
+
+    def _blocks(self, sender: Ints, to: Ints, nbytes: Ints, gathered: Ints) -> Ints:
+        """Note the buffers of the all-to-all; messages that every rank sends."""
+        single = ~gathered
+        pairs, block = np.unique(sender[single] * self._world + to[single], return_inverse=True)
+        sizes = sums(block, nbytes[single], len(pairs))
+        sizes += -sizes % ALIGNMENT
+        for name, ranks in (("send", pairs // self._world), ("receive", pairs % self._world)):
+            np.maximum(self._buffers[name], sums(ranks, sizes, self._world), out=self._buffers[name])
+        return np.bincount(pairs // self._world, minlength=self._world)
+
+    def _gathers(self, row: Ints, reader: Ints) -> Ints:
+        """Note the buffers of the all-gather; messages that every rank sends."""
+        rows = self._table.chunks.parts.rows
+        given = np.flatnonzero(rows.gathered[row])
+        sizes = sums(reader[given], rows.nbytes[row[given]], self._world)
+        sizes += -sizes % ALIGNMENT
+        np.maximum(self._buffers["give"], sizes, out=self._buffers["give"])
+        self._gather = max(self._gather, int(sizes.sum()))
+        return (sizes > 0) * (self._world - 1)
+
+
+class _Held:
+    """Chunks in memory: from `prefetch` rounds before the first that needs them to the last."""
+
+    def __init__(self, table: ExchangeTable, prefetch: int) -> None:
+        chunks, start = table.chunks, table.chunks.start[:-1]
+        none = np.empty(0, np.int64)
+        self._first = np.minimum.reduceat(table.round_of, start) if len(start) else none
+        self._last = np.maximum.reduceat(table.round_of, start) if len(start) else none
+        self._by_first, self._by_last = np.argsort(self._first, kind="stable"), np.argsort(self._last, kind="stable")
+        self._first, self._last = self._first[self._by_first], self._last[self._by_last]
+        self._reader, self._prefetch = chunks.reader, prefetch
+        self._now = np.zeros(table.world, np.int64)
+        self._begun = 0
+        self.most = np.zeros(table.world, np.int64)
+
+    def enter(self, number: int) -> Ints:
+        """Go on to a round; returns the chunks that it needs first."""
+        low, high = np.searchsorted(self._first, [number, number + 1])
+        ahead = int(np.searchsorted(self._first, number + self._prefetch + 1))
+        self._add(self._by_first[self._begun : ahead], 1)
+        self._begun = ahead
+        np.maximum(self.most, self._now, out=self.most)
+        gone = slice(*np.searchsorted(self._last, [number, number + 1]))
+        self._add(self._by_last[gone], -1)
+        return self._by_first[low:high]
+
+    def _add(self, chunks: Ints, count: int) -> None:
+        self._now += count * np.bincount(self._reader[chunks], minlength=len(self._now))

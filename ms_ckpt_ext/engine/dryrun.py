@@ -1,0 +1,177 @@
+"""A cooperative load on paper: the demands of every rank of a strategy, from headers or from shapes alone.
+
+What a real load learns from its ranks (`engine.demand`) follows here from the target's strategy; the plan is the same.
+A source that exists only as shapes lies in files as a save would lay it out: one file per rank, every slice of the
+rank's stage, in the order of the safetensors library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Optional
+
+from ms_ckpt_ext.core.demand import Demand, ExchangeLimits, Grid
+from ms_ckpt_ext.core.dtype import FILE_ORDER
+from ms_ckpt_ext.core.exchange import ExchangeTable, decide
+from ms_ckpt_ext.core.layout import Cell, Layout, whole
+from ms_ckpt_ext.core.parts import Located
+from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.region import Shape
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.tally import Tally, tally
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.session import LoadOptions, limits_for
+from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
+
+Stages = tuple[tuple[int, Layout], ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that a load would read.
+
+    Attributes:
+        tensors: name -> parameter, in the order of the demands.
+        located: where their bytes lie.
+        everywhere: names that every rank takes whole (training scalars and the like).
+        files: how many files there are.
+    """
+
+    tensors: Mapping[str, SourceTensor]
+    located: Located
+    everywhere: frozenset[str]
+    files: int
+
+
+class DryRun(NamedTuple):
+    """A load that was planned but not made."""
+
+    table: ExchangeTable
+    tally: Tally
+    limits: ExchangeLimits
+
+
+def of_catalog(catalog: Catalog) -> Source:
+    """A checkpoint whose headers were read."""
+    tensors = {**catalog.tensors, **{n: t for n, t in catalog.extras.items() if n not in catalog.tensors}}
+    return Source(tensors, catalog.stored, frozenset(catalog.extras) - set(catalog.tensors), len(catalog.files))
+
+
+def of_shapes(metas: Iterable[TensorMeta], strategy: Optional[Strategy]) -> Source:
+    """A checkpoint that is known by its parameters' full shapes; without a strategy it is one merged file.
+
+    Raises:
+        UsageError: the strategy lists none of the parameters.
+        LayoutMismatchError: a parameter cannot be cut as the strategy says.
+    """
+    shared = _Shared(strategy.devices_per_stage if strategy else 1)
+    tensors: dict[str, SourceTensor] = {}
+    everywhere = set()
+    first_stage: dict[str, int] = {}
+    for meta in metas:
+        stages = tuple(strategy.layouts.get(meta.name, {}).items()) if strategy else ()
+        if not stages:
+            everywhere.update([meta.name] if strategy else [])
+            stages = ((0, whole(len(meta.shape))),)
+        first_stage[meta.name] = stages[0][0]
+        tensors[meta.name] = SourceTensor(meta, meta.name, _placements(meta, stages, shared))
+    if strategy and len(everywhere) == len(tensors):
+        raise UsageError(
+            f"{strategy.origin} lists none of the {len(tensors)} parameters given by shape: check that both are of the "
+            "same model"
+        )
+    located, at = {}, 0
+    for name in sorted(tensors, key=lambda n: (first_stage[n], -FILE_ORDER[tensors[n].meta.dtype.name], n)):
+        meta = tensors[name].meta
+        nbytes = meta.dtype.nbytes(_size(meta.shape, tensors[name].placements[0].parts))
+        located[name] = Extent(at, nbytes)
+        at += nbytes
+    return Source(tensors, located, frozenset(everywhere), strategy.world if strategy else 1)
+
+
+def demands_under(source: Source, target: Optional[Strategy]) -> list[Demand]:
+    """What the ranks of `target` want; without one, a single rank wants everything whole.
+
+    Raises:
+        StrategyError: a pipeline stage is missing, or the strategy and the source have no parameter in common.
+    """
+    if target is not None:
+        target.check_complete()
+    shared = _Shared(target.devices_per_stage if target else 1)
+    demands, common = [], 0
+    for name, tensor in source.tensors.items():
+        stages = _stages(name, tensor, source, target)
+        common += bool(stages) and name not in source.everywhere
+        if stages and all(tensor.meta.shape):
+            demands.append(Demand(name, tensor, tuple(Grid(*grid) for grid in shared.grids(stages))))
+    if not common:
+        raise StrategyError(
+            f"{target.origin if target else 'the target'} lists no parameter of the checkpoint: check that both are "
+            "of the same model"
+        )
+    return demands
+
+
+def _stages(name: str, tensor: SourceTensor, source: Source, target: Optional[Strategy]) -> Stages:
+    if target is None:
+        return ((0, whole(len(tensor.meta.shape))),)
+    listed = target.layouts.get(name)
+    if listed is None and name in source.everywhere:
+        everywhere = Layout((target.devices_per_stage,), ((),) * len(tensor.meta.shape))
+        return tuple((stage, everywhere) for stage in range(target.stages))
+    if listed is None or name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+        return ()
+    return tuple(sorted(listed.items()))
+
+
+def dry_run(source: Source, target: Optional[Strategy], options: LoadOptions) -> DryRun:
+    """Plan a load of every rank of `target`, and count it.
+
+    Raises:
+        CoverageError: a region that a rank needs is in no file.
+        LayoutMismatchError: a parameter cannot be cut as a strategy says.
+        StrategyError: see `demands_under`.
+    """
+    world = target.world if target else 1
+    demands = demands_under(source, target)
+    limits = limits_for(demands, world, options)
+    table = decide(demands, world, source.located, limits)
+    return DryRun(table, tally(table, options.prefetch), limits)
+
+
+class _Shared:
+    """Cells and their ranks, one mapping for all parameters that are cut alike."""
+
+    def __init__(self, devices_per_stage: int) -> None:
+        self._devices = devices_per_stage
+        self._known: dict[Stages, tuple[tuple[Shape, dict[Cell, tuple[int, ...]]], ...]] = {}
+
+    def grids(self, stages: Stages) -> tuple[tuple[Shape, dict[Cell, tuple[int, ...]]], ...]:
+        """For every number of slices, the global ranks of every cell."""
+        found = self._known.get(stages)
+        if found is None:
+            merged: dict[Shape, dict[Cell, tuple[int, ...]]] = {}
+            for stage, layout in stages:
+                cells, base = merged.setdefault(layout.parts, {}), stage * self._devices
+                for cell, ranks in layout.holders.items():
+                    cells[cell] = cells.get(cell, ()) + tuple(base + rank for rank in ranks)
+            found = self._known[stages] = tuple(merged.items())
+        return found
+
+
+def _placements(meta: TensorMeta, stages: Stages, shared: _Shared) -> tuple[Placement, ...]:
+    for _, layout in stages:
+        try:
+            layout.slice_shape(meta.shape)
+        except LayoutMismatchError as error:
+            raise LayoutMismatchError(f"parameter {meta.name!r}: {error}") from error
+    return tuple(Placement(parts, ranks, ranks) for parts, ranks in shared.grids(stages))
+
+
+def _size(shape: Shape, parts: Shape) -> int:
+    size = 1
+    for extent, count in zip(shape, parts):
+        size *= extent // count
+    return size
