@@ -70,4 +70,5 @@ class Sets:
 
 def joined(columns: Sequence[Ints], dtype: Any = np.int64) -> Ints:
     """Arrays one after another."""
-    return np.concatenate([*columns, np.empty(0, dtype)]).astype(dtype, copy=False)
+    together: Ints = np.concatenate([*columns, np.empty(0, dtype)])
+    return together.astype(dtype, copy=False)
