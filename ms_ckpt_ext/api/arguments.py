@@ -12,9 +12,10 @@ from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.offline import Job, Report
+from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import crypto
-from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, Access
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -92,6 +93,18 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
         mode = None if dec_mode == crypto.GCM else dec_mode  # MindSpore's default, so nobody may have meant it
         return Access(crypto.load_key(env=DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
     return Access(crypto.load_key(dec_key), dec_mode, bool(crc_check))
+
+
+def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
+    """How outputs are encrypted. Without a key, by the one in MS_CKPT_EXT_ENC_KEY; without that, not at all.
+
+    Raises: as `access_of`.
+    """
+    if not isinstance(enc_mode, str):
+        raise ArgumentTypeError(f"enc_mode must be a str, got {type(enc_mode).__name__}")
+    env = ENC_KEY_VARIABLE if enc_key is None and ENC_KEY_VARIABLE in os.environ else None
+    key = crypto.load_key(enc_key, env=env)
+    return None if key is None else Seal(key, enc_mode)
 
 
 def execute(job: Job, target: str, workers: int, limits: Limits, title: str) -> Report:

@@ -16,6 +16,7 @@ from ms_ckpt_ext.api.arguments import (
     execute,
     limits_of,
     path_of,
+    seal_of,
     workers_of,
 )
 from ms_ckpt_ext.core.strategy import Strategy
@@ -54,6 +55,8 @@ def load_distributed_checkpoint(
     trace: Optional[PathLike] = None,
     timeout: float = 600.0,
     crc_check: bool = False,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = "AES-GCM",
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
@@ -80,6 +83,7 @@ def load_distributed_checkpoint(
         format: "ckpt" or "safetensors".
         unified_safetensors_dir: a merged checkpoint, or a sharded one (`rank_{N}/…`): no merge is needed first.
         dst_safetensors_dir: target of save mode.
+        output_format: of save mode: "safetensors" or "ckpt".
         rank_id: rank of save mode; None for all.
         name_map: name in the network (or target strategy) -> name in the checkpoint.
         max_process_num: upper bound on worker threads.
@@ -96,7 +100,11 @@ def load_distributed_checkpoint(
             cost of one more read of every wanted byte over all ranks together.
         trace: write a Chrome trace of a cooperative load there.
         timeout: seconds that one exchange between ranks may last.
-        crc_check: verify the checksum of every source file that has one, before anything is changed.
+        crc_check: verify the checksum of every source file that has one, before anything is changed; in save mode also
+            give one to every file that is written.
+        enc_key: save mode: encrypt what is written. Default: the environment variable MS_CKPT_EXT_ENC_KEY.
+        enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
+            "AES-GCM", in this package's chunked container. See docs/encryption.md.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
@@ -110,6 +118,7 @@ def load_distributed_checkpoint(
     """
     _check_formats(format, output_format)
     access = access_of(dec_key, dec_mode, crc_check)
+    seal = seal_of(enc_key, enc_mode)
     names = checked_name_map(name_map)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     if train_strategy_filename is None and network is not None and checkpoint_filenames is not None:
@@ -151,9 +160,18 @@ def load_distributed_checkpoint(
     ranks = _ranks_of(rank_id, strategy)
     catalog = read_listing(look(), trained, access)
     if rank_id is None:
-        job = recut_job(catalog, strategy, ranks, names, lambda rank: f"rank_{rank}/net.{output_format}", target)
+        job = recut_job(
+            catalog,
+            strategy,
+            ranks,
+            names,
+            lambda rank: f"rank_{rank}/net.{output_format}",
+            target,
+            crc=crc_check,
+            seal=seal,
+        )
     else:  # a target of its own, so that the ranks of a job can do this at the same time
-        job = recut_job(catalog, strategy, ranks, names, lambda _: f"net.{output_format}")
+        job = recut_job(catalog, strategy, ranks, names, lambda _: f"net.{output_format}", crc=crc_check, seal=seal)
         target = os.path.join(target, f"rank_{rank_id}")
     execute(job, target, workers, limits, "reshard")
     return True

@@ -5,7 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any, Optional
 
-from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, access_of, execute, limits_of, path_of, workers_of
+from ms_ckpt_ext.api.arguments import (
+    BUFFER_BYTES,
+    PathLike,
+    access_of,
+    execute,
+    limits_of,
+    path_of,
+    seal_of,
+    workers_of,
+)
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
 from ms_ckpt_ext.engine.offline import Report
@@ -30,6 +39,9 @@ def unified_safetensors(
     dec_key: Optional[KeyLike] = None,
     dec_mode: str = "AES-GCM",
     crc_check: bool = False,
+    output_format: str = "safetensors",
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = "AES-GCM",
 ) -> Report:
     """Merge the slices of all ranks into whole parameters, in memory that does not grow with the model.
 
@@ -53,7 +65,12 @@ def unified_safetensors(
         dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable
             MS_CKPT_EXT_DEC_KEY.
         dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
-        crc_check: verify the checksum of every source file that has one.
+        crc_check: verify the checksum of every source file that has one, and give one to every file that is written.
+        output_format: "safetensors", or "ckpt" for `part{i}.ckpt` and `hyper_param.ckpt`.
+        enc_key: encrypt what is written, but for the map, which names parameters. Default: the environment variable
+            MS_CKPT_EXT_ENC_KEY.
+        enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
+            "AES-GCM", in this package's chunked container. See docs/encryption.md.
 
     Returns:
         What was read and written. `published` is False while other shares are missing.
@@ -69,7 +86,8 @@ def unified_safetensors(
     if choice_func is not None and not callable(choice_func):
         raise ArgumentTypeError(f"choice_func must be callable, got {type(choice_func).__name__}")
     task, tasks = _share_of(split_dst_file)
-    options = MergeOptions(choice_func, task, tasks, naming, part_bytes)
+    seal = seal_of(enc_key, enc_mode)
+    options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc_check, seal)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     access = access_of(dec_key, dec_mode, crc_check)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))

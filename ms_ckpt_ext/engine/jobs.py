@@ -19,6 +19,7 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.offline import Job, Output, Wanted
+from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
@@ -26,7 +27,7 @@ from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 Choice = Callable[[str], Union[bool, str]]
 PART_BYTES = 3 << 30
 """MindSpore's size of a part of a merged checkpoint."""
-_STALE = re.compile(r"^(part\d+|model-\d{5}-of-\d{5}|hyper_param)\.safetensors$")
+_STALE = re.compile(r"^(part\d+|model-\d{5}-of-\d{5}|hyper_param)\.(safetensors|ckpt)$")
 _STALE_RANK = re.compile(r"^rank_\d+$")
 
 
@@ -41,6 +42,9 @@ class MergeOptions:
             (`model-00001-of-00002.safetensors`, `model.safetensors.index.json`).
         part_bytes: aim for parts of at most this many bytes; with the names of Hugging Face, where it is a limit, only
             a single larger parameter exceeds it.
+        format: "safetensors" or "ckpt".
+        crc: give every file a checksum.
+        seal: how the files are encrypted; None when they are not. The index names parameters and is not encrypted.
     """
 
     choice: Optional[Choice] = None
@@ -48,8 +52,15 @@ class MergeOptions:
     tasks: int = 1
     naming: str = "mindspore"
     part_bytes: int = PART_BYTES
+    format: str = "safetensors"
+    crc: bool = False
+    seal: Optional[Seal] = None
 
     def __post_init__(self) -> None:
+        if self.format not in discovery.FORMATS:
+            raise UsageError(f"output_format must be one of {', '.join(discovery.FORMATS)}; got {self.format!r}")
+        if (self.naming, self.format) == ("huggingface", "ckpt"):
+            raise UsageError("naming='huggingface' is for safetensors files; leave out output_format='ckpt', or naming")
         if self.naming not in ("mindspore", "huggingface"):
             raise UsageError(f"naming must be 'mindspore' or 'huggingface', got {self.naming!r}")
         if self.part_bytes < 1:
@@ -74,7 +85,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     while options.naming == "huggingface" and any(_too_large(group, sizes, options.part_bytes) for group in groups):
         groups = _balanced(sizes, len(groups) + 1)
     parts = [
-        _output(_part_name(options.naming, number, len(groups)), [(n, named[n], None) for n in group], catalog)
+        _output(_part_name(options, number, len(groups)), [(n, named[n], None) for n in group], catalog, options.crc)
         for number, group in enumerate(groups)
     ]
     weight_map = {name: part.name for part in parts for name in sorted(w.name for w in part.wanted)}
@@ -82,7 +93,8 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     outputs = [parts[number] for number in mine]
     others = [part for number, part in enumerate(parts) if number not in mine]
     if catalog.extras:
-        scalars = _output(discovery.HYPER_NAMES[0], [(n, t, None) for n, t in catalog.extras.items()], catalog)
+        whole = [(name, tensor, None) for name, tensor in catalog.extras.items()]
+        scalars = _output(f"{discovery.HYPER_STEM}.{options.format}", whole, catalog, options.crc)
         (outputs if options.task == 1 else others).append(scalars)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     index_name = discovery.MAP_NAME if options.naming == "mindspore" else discovery.HF_INDEX_NAME
@@ -94,6 +106,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         {index_name: json.dumps(index, indent=4).encode()},
         tuple(name for name in _stale(target) if name not in names and name != index_name),
         f"task-{options.task}-of-{options.tasks}",
+        options.seal,
     )
 
 
@@ -149,9 +162,9 @@ def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:
     return [{int(number) for number in share} for share in shares]
 
 
-def _part_name(naming: str, number: int, count: int) -> str:
-    if naming == "mindspore":
-        return f"part{number}.safetensors"
+def _part_name(options: MergeOptions, number: int, count: int) -> str:
+    if options.naming == "mindspore":
+        return f"part{number}.{options.format}"
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
@@ -167,12 +180,13 @@ def _output(
     name: str,
     wanted: Iterable[tuple[str, SourceTensor, Optional[Region]]],
     catalog: Catalog,
+    crc: bool = False,
 ) -> Output:
     """Lay out one file. A region of None means the whole parameter."""
     boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
     specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
-    layout: FileLayout = registry.lay_out(name, specs, {"format": "ms", **notes})
+    layout: FileLayout = registry.lay_out(name, specs, {"format": "ms", **notes}, crc)
     return Output(name, layout, tuple(Wanted(*box) for box in boxes))
 
 
@@ -188,6 +202,9 @@ def recut_job(
     name_map: Mapping[str, str],
     file_name: Callable[[int], str],
     target: Optional[str] = None,
+    *,
+    crc: bool = False,
+    seal: Optional[Seal] = None,
 ) -> Job:
     """The slices of `ranks` under `strategy` (None: one device), one file per rank.
 
@@ -196,6 +213,8 @@ def recut_job(
         file_name: rank -> file, relative to the target directory.
         target: the target directory, when the job writes every rank there is: files of this name of ranks beyond
             these, left by an older result, are taken away with it.
+        crc: give every file a checksum.
+        seal: how the files are encrypted; None when they are not.
 
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
@@ -206,8 +225,9 @@ def recut_job(
         wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank, name_map)]
         taken = {name for name, _, _ in wanted}
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
-        outputs.append(_output(file_name(rank), wanted, catalog))
-    return Job(catalog, tuple(outputs), replaces=_stale_ranks(target, [output.name for output in outputs]))
+        outputs.append(_output(file_name(rank), wanted, catalog, crc))
+    stale = _stale_ranks(target, [output.name for output in outputs])
+    return Job(catalog, tuple(outputs), replaces=stale, seal=seal)
 
 
 def _stale_ranks(target: Optional[str], names: Sequence[str]) -> tuple[str, ...]:

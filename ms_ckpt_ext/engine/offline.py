@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Callable, NamedTuple, Optional
 
 import xxhash
@@ -23,9 +24,13 @@ from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.sealing import Seal, SealedSink, rounds
 from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.index import FileLayout
+from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.linux import allow_open_files
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
 
@@ -62,7 +67,7 @@ class Job:
         index: files that make the set loadable, published last: name -> contents.
         replaces: files of an older result in the target that must not survive.
         task: name of this task, unique within the job.
-        sink: makes the file of an output from its path and plain size.
+        seal: how the outputs are encrypted; None when they are not.
     """
 
     source: Catalog
@@ -71,7 +76,16 @@ class Job:
     index: Mapping[str, bytes] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
     task: str = "task-1-of-1"
-    sink: Callable[[str, int], Sink] = FileSink
+    seal: Optional[Seal] = None
+
+    def size(self, output: Output) -> int:
+        """Bytes of an output as it lies on disk."""
+        size = output.layout.size
+        return size if self.seal is None else self.seal.units(output.name, size).stored_size
+
+    def open(self, output: Output, path: str) -> ByteReader:
+        """The plaintext of an output that was written."""
+        return PlainReader(path) if self.seal is None else open_reader(path, self.seal.access(output.name))
 
 
 @dataclass(frozen=True)
@@ -104,15 +118,15 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
             locate(task.tensor, wanted.region)
     _refuse_overwrite(job, target)
     staging = Staging(target, _fingerprint(job), job.task)
-    everything = {output.name: output.layout for output in (*job.outputs, *job.others)}
-    sizes = {name: layout.size for name, layout in everything.items()}
+    everything = {output.name: output for output in (*job.outputs, *job.others)}
+    sizes = {name: job.size(output) for name, output in everything.items()}
     if staging.published(sizes, job.index):
         return Report(0, 0, 0, (), tuple(everything), True)
     staging.open()
     try:
         report = _fill(job, staging, workers, limits, progress)
         with staging.alone():
-            complete = all(staging.holds(name, layout.size, layout.literals) for name, layout in everything.items())
+            complete = all(_is_done(job, output, staging) for output in everything.values())
             if complete:
                 staging.publish(tuple(everything), job.index, job.replaces)
         return Report(*report, complete or staging.published(sizes, job.index))
@@ -148,9 +162,16 @@ def _refuse_overwrite(job: Job, target: str) -> None:
             )
 
 
+def _is_done(job: Job, output: Output, staging: Staging) -> bool:
+    """True when an output is complete: by its size and framing, and where it is encrypted, by the key and its start."""
+    literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
+    return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
+
+
 def _fingerprint(job: Job) -> str:
     """Everything that decides the result: source files as they are, output layouts, and what goes where."""
     digest = xxhash.xxh3_64(_PLAN_VERSION)
+    digest.update(b"" if job.seal is None else job.seal.identity().encode())
     for file in job.source.files:
         digest.update(f"{file.path}|{file.size}|{file.mtime_ns}\n".encode())
     for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
@@ -171,30 +192,37 @@ def _fingerprint(job: Job) -> str:
 def _fill(
     job: Job, staging: Staging, workers: int, limits: Limits, progress: Progress
 ) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
-    kept = {o.name for o in job.outputs if staging.holds(o.name, o.layout.size, o.layout.literals)}
+    kept = {output.name for output in job.outputs if _is_done(job, output, staging)}
     todo = [output for output in job.outputs if output.name not in kept]
     staging.discard_partials(output.name for output in todo)
-    staging.check_space(sum(output.layout.size for output in todo))
+    written = sum(map(job.size, todo))
+    staging.check_space(written)
     allow_open_files(len(todo) + len(job.source.files))
-    with job.source.readers() as readers, _Files(todo, staging, job.sink) as files:
-        units = schedule(tasks_of(todo), job.source.stored, limits)
+    with job.source.readers() as readers, _Files(todo, staging, job.seal) as files:
 
         def landed(sink: int, nbytes: int) -> None:
             files.landed(sink, nbytes)
             progress(nbytes)
 
-        pump.run(units, readers, files.sinks, workers, landed)
+        for tasks in _rounds(job, todo, workers):
+            pump.run(schedule(tasks, job.source.stored, limits), readers, files.sinks, workers, landed)
         files.settle()
         readers.verify()
-        written = sum(output.layout.size for output in todo)
         return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
+
+
+def _rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:
+    """All the work at once, unless it must be done in order to encrypt in bounded memory."""
+    if job.seal is None:
+        return [tasks_of(todo)]
+    return rounds(tasks_of(todo), [output.name for output in todo], job.seal, workers)
 
 
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
-    def __init__(self, outputs: Sequence[Output], staging: Staging, make: Callable[[str, int], Sink]) -> None:
-        self._outputs, self._staging, self._make = outputs, staging, make
+    def __init__(self, outputs: Sequence[Output], staging: Staging, seal: Optional[Seal]) -> None:
+        self._outputs, self._staging, self._seal = outputs, staging, seal
         self._lock = threading.Lock()
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
         self._syncs = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
@@ -204,16 +232,23 @@ class _Files:
     def __enter__(self) -> _Files:
         try:
             for number, output in enumerate(self._outputs):
-                sink = self._make(self._staging.partial(output.name), output.layout.size)
-                self.sinks.append(sink)
-                for offset, literal in output.layout.literals:
-                    sink.write(offset, memoryview(literal))
+                self._open(output)
                 if self._left[number] == 0:
                     self._accept(number)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _open(self, output: Output) -> None:
+        path = self._staging.partial(output.name)
+        if self._seal is not None:
+            self.sinks.append(SealedSink(path, output.name, output.layout, self._seal))
+            return
+        sink = FileSink(path, output.layout.size)
+        self.sinks.append(sink)
+        for offset, literal in output.layout.literals:
+            sink.write(offset, memoryview(literal))
 
     def landed(self, sink: int, nbytes: int) -> None:
         with self._lock:
@@ -225,6 +260,11 @@ class _Files:
         self._accepted.append(self._syncs.submit(self._finish, number))
 
     def _finish(self, number: int) -> None:
+        checksum = self._outputs[number].layout.checksum
+        if checksum is not None and self._seal is None:
+            with PlainReader(self.sinks[number].path) as reader:
+                found = crc_of(reader, checksum.parts)
+            self.sinks[number].write(checksum.offset, memoryview(checksum.render(found)))
         self.sinks[number].finish()
         self._staging.accept(self._outputs[number].name)
 

@@ -19,7 +19,6 @@ equal names win. Here each of these is an error, for a checkpoint that does so i
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from itertools import groupby
 from math import prod
@@ -29,6 +28,7 @@ from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES, DType
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
+from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.crypto.sniff import HEAD_BYTES, sniff
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
@@ -95,24 +95,13 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     if CRC_NUM not in index.metadata:
         return False
     stored, end = int(index.metadata[CRC_NUM]), int(index.metadata[CRC_OFFSET])
-    found = crc_of(reader, end)
+    found = crc_of(reader, [Extent(0, end)])
     if found != stored:
         raise ChecksumError(
             f"{index.path!r}: CRC-32 of bytes 0 to {end} is {found}, but {stored} is stored at byte {end}; "
             "the file was damaged after it was saved: restore it or choose another checkpoint"
         )
     return True
-
-
-def crc_of(reader: ByteReader, end: int, piece: int = 4 << 20) -> int:
-    """CRC-32 of the first `end` bytes of a file, read `piece` bytes at a time."""
-    buffer = memoryview(bytearray(min(piece, end)))
-    crc = 0
-    for offset in range(0, end, piece):
-        part = buffer[: min(piece, end - offset)]
-        reader.read_into(offset, part)
-        crc = zlib.crc32(part, crc)
-    return crc
 
 
 def _values(cursor: Cursor) -> Iterator[Value]:

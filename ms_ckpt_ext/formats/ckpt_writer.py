@@ -18,8 +18,9 @@ from typing import Optional
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import UsageError, storage_error
-from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4, crc_of
-from ms_ckpt_ext.formats.index import FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.checksum import crc_of
+from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4
+from ms_ckpt_ext.formats.index import Checksum, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.wire import BYTES, encode_bytes, encode_number, encode_varint
 from ms_ckpt_ext.storage.reader import PlainReader
 
@@ -55,10 +56,12 @@ def layout(
             extents.append(Extent(offset + len(framing), length))
             offset += len(framing) + length
         tensors[spec.name] = TensorEntry(spec.dtype, spec.shape, tuple(extents))
+    checksum = None
     if crc:
+        checksum = Checksum((Extent(0, offset),), offset, crc_tail)
         literals.append((offset, crc_tail(0)))
         offset += CRC_TAIL
-    return FileLayout(offset, tuple(literals), tensors)
+    return FileLayout(offset, tuple(literals), tensors, checksum)
 
 
 def crc_tail(crc: int) -> bytes:
@@ -84,7 +87,7 @@ def seal_crc(path: str) -> int:
             raise UsageError(
                 f"{path!r} has no room for a checksum in its last {CRC_TAIL} bytes; lay it out with crc=True"
             )
-        crc = crc_of(reader, end)
+        crc = crc_of(reader, [Extent(0, end)])
     _write_at(path, end, crc_tail(crc))
     return crc
 

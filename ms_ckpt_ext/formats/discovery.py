@@ -19,7 +19,8 @@ from ms_ckpt_ext.errors import DiscoveryError, FormatError
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
-HYPER_NAMES = tuple(f"hyper_param.{suffix}" for suffix in FORMATS)
+HYPER_STEM = "hyper_param"
+HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
 _STRATEGY_FIRST_BYTE = b"\x08"
 _RANK_DIR = re.compile(r"^rank_(\d+)$")

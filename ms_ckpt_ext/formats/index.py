@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Shape
+from ms_ckpt_ext.formats.checksum import Part
 
 
 class TensorEntry(NamedTuple):
@@ -54,6 +55,21 @@ class TensorSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Checksum:
+    """A CRC-32 that a file carries of itself.
+
+    Attributes:
+        parts: what it covers, in order.
+        offset: where the literal begins that holds it.
+        render: number -> that literal, of a constant length.
+    """
+
+    parts: tuple[Part, ...]
+    offset: int
+    render: Callable[[int], bytes]
+
+
+@dataclass(frozen=True)
 class FileLayout:
     """A file that is to be written, with every offset known: the framing as it is, and holes for the tensors.
 
@@ -61,8 +77,15 @@ class FileLayout:
         size: length of the whole file in bytes.
         literals: (offset, bytes) of everything that is not tensor contents: headers, tags, lengths.
         tensors: name -> where the tensor's bytes go; literals and extents together cover the file exactly.
+        checksum: what is to replace one of the literals when all else is in place.
     """
 
     size: int
     literals: tuple[tuple[int, bytes], ...]
     tensors: Mapping[str, TensorEntry]
+    checksum: Optional[Checksum] = None
+
+    @property
+    def fixed(self) -> tuple[tuple[int, bytes], ...]:
+        """The literals that stay as they are."""
+        return tuple(item for item in self.literals if self.checksum is None or item[0] != self.checksum.offset)

@@ -20,8 +20,8 @@ from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
-DEC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY"
-"""Environment variable with the key of encrypted sources; its forms are those of `crypto.load_key`."""
+DEC_KEY_VARIABLE, ENC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY", "MS_CKPT_EXT_ENC_KEY"
+"""Environment variables with the keys of sources and of outputs; their forms are those of `crypto.load_key`."""
 CACHE_BYTES = 8 << 20
 """Memory of one open encrypted file for chunks that are read in part; MindSpore's AES-GCM needs a block, 64 MiB."""
 MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)

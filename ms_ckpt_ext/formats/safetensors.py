@@ -4,7 +4,7 @@ The reader checks everything a header can get wrong before any content is used. 
 safetensors library does (dtype descending, then name), so a file written here is byte-identical to the library's.
 
 MindSpore's checksum is the entry `crc_num` of the metadata: the CRC-32, in decimal, of name and contents of every
-tensor, in the order of names. A writer leaves room for it (`layout` with `crc`) and puts it in at the end.
+tensor, in the order of names (but see `checksum.Integer`). A writer leaves room for it and puts it in at the end.
 
 The format has no text, which a `.ckpt` may hold beside its tensors. Here text is a tensor of its code points, U32 with
 one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_ext.text`, names those that are text.
@@ -13,7 +13,6 @@ one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
+from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader
 
 MAX_HEADER = 100_000_000
@@ -68,7 +68,7 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     stored = index.metadata.get(CRC_NUM)
     if stored is None:
         return False
-    found = crc_of(reader, index.tensors)
+    found = crc_of(reader, _crc_parts(index.tensors))
     if stored.lstrip("0") != str(found).lstrip("0"):
         raise ChecksumError(
             f"{index.path!r}: the CRC-32 of its tensors is {found}, but its header says {stored[:32]!r}; "
@@ -77,18 +77,15 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     return True
 
 
-def crc_of(reader: ByteReader, tensors: Mapping[str, TensorEntry], piece: int = 4 << 20) -> int:
-    """MindSpore's checksum of a file's tensors, read `piece` bytes at a time."""
-    buffer = memoryview(bytearray(min(piece, max((entry.nbytes for entry in tensors.values()), default=0))))
-    crc = 0
+def _crc_parts(tensors: Mapping[str, TensorEntry]) -> list[Part]:
+    """What MindSpore's checksum of these tensors covers."""
+    parts: list[Part] = []
     for name in sorted(tensors):
-        crc = zlib.crc32(name.encode(), crc)
-        for start, length in tensors[name].extents:
-            for done in range(0, length, piece):
-                part = buffer[: min(piece, length - done)]
-                reader.read_into(start + done, part)
-                crc = zlib.crc32(part, crc)
-    return crc
+        entry = tensors[name]
+        scalar = entry.shape == () and entry.dtype.family in ("int", "uint")
+        parts.append(name.encode())
+        parts += [Integer(e, entry.dtype.family == "int") if scalar else e for e in entry.extents]
+    return parts
 
 
 def _header_length(reader: ByteReader) -> int:
@@ -235,11 +232,21 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
         }
         places.append((spec, Extent(offset, length)))
         offset += length
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = _dump(header)
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
     tensors = {
         spec.name: TensorEntry(spec.dtype, spec.shape, (Extent(base + extent.offset, extent.length),))
         for spec, extent in places
     }
-    return FileLayout(base + offset, ((0, len(text).to_bytes(8, "little") + text),), tensors)
+    prefix = len(text).to_bytes(8, "little")
+
+    def render(number: int) -> bytes:
+        return prefix + _dump({**header, METADATA: {**notes, CRC_NUM: str(number)}}).ljust(len(text))
+
+    checksum = Checksum(tuple(_crc_parts(tensors)), 0, render) if crc else None
+    return FileLayout(base + offset, ((0, prefix + text),), tensors, checksum)
+
+
+def _dump(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -20,9 +20,10 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
-from ms_ckpt_ext.errors import StorageError, storage_error
+from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
 _FOLDER = ".ms_ckpt_ext-"
 MANIFEST = ".ms_ckpt_ext.json"
@@ -119,12 +120,23 @@ class Staging:
         for name in names:
             (self.folder / (name + ".partial")).unlink(missing_ok=True)
 
-    def holds(self, name: str, size: int, literals: Sequence[tuple[int, bytes]]) -> bool:
-        """True when a complete file of this name is there already (or was moved into place before a kill)."""
+    def holds(
+        self,
+        name: str,
+        size: int,
+        literals: Sequence[tuple[int, bytes]],
+        opener: Callable[[str], ByteReader] = PlainReader,
+    ) -> bool:
+        """True when a complete file of this name is there already (or was moved into place before a kill).
+
+        Args:
+            size: its bytes on disk.
+            literals: what must stand where in it, as `opener` shows it.
+        """
         places = [self.folder / name]
         if (self.folder / _PUBLISHING).exists():
             places.append(self.target / name)
-        return any(_matches(path, size, literals) for path in places)
+        return any(_matches(path, size, literals, opener) for path in places)
 
     def published(self, names: Mapping[str, int], index: Mapping[str, bytes]) -> bool:
         """True when the target holds the untouched result of this very job: files (name -> size) and index."""
@@ -215,14 +227,20 @@ class Staging:
             self._lock = None
 
 
-def _matches(path: Path, size: int, literals: Sequence[tuple[int, bytes]]) -> bool:
+def _matches(path: Path, size: int, literals: Sequence[tuple[int, bytes]], opener: Callable[[str], ByteReader]) -> bool:
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size:
-                return False
-            return all(file.seek(offset) == offset and file.read(len(data)) == data for offset, data in literals)
-    except OSError:
+        if path.stat().st_size != size:
+            return False
+        with opener(str(path)) as reader:
+            return all(_read(reader, offset, len(data)) == data for offset, data in literals)
+    except (OSError, CheckpointError):
         return False
+
+
+def _read(reader: ByteReader, offset: int, length: int) -> bytearray:
+    data = bytearray(length)
+    reader.read_into(offset, memoryview(data))
+    return data
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -3,7 +3,7 @@
     sniff            which container a file is, by its first bytes
     keys             where keys come from; they never show
     blocks           DecryptingReader: MindSpore's AES-GCM, AES-CBC, SM4-CBC, at plaintext offsets
-    blocks_writer    EncryptingWriter: the same, written as a stream
+    blocks_writer    EncryptingWriter, BlockSealer: the same, written as a stream or block by block
     container        ChunkedReader: authenticated, slices decrypt on their own
     container_writer ChunkedWriter, Sealer: the same, written as a stream or chunk by chunk
     units            the reader that both authenticated formats share
@@ -17,9 +17,10 @@ from __future__ import annotations
 from typing import Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError
+from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.blocks import CACHE_BYTES as BLOCK_CACHE_BYTES
 from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader
-from ms_ckpt_ext.formats.crypto.blocks_writer import EncryptingWriter, encrypt_all
+from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer, EncryptingWriter, encrypt_all
 from ms_ckpt_ext.formats.crypto.container import CACHE_BYTES, ChunkedReader
 from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
 from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
@@ -32,6 +33,7 @@ __all__ = [
     "GCM",
     "HEAD_BYTES",
     "SM4",
+    "BlockSealer",
     "ChunkedReader",
     "ChunkedWriter",
     "DecryptingReader",
@@ -41,10 +43,16 @@ __all__ = [
     "Sealer",
     "decrypting_reader",
     "encrypt_all",
+    "fingerprint",
     "is_encrypted",
     "load_key",
     "sniff",
 ]
+
+
+def fingerprint(key: Key, label: bytes) -> str:
+    """Hexadecimal digits that tell keys apart and tell nothing about them: HKDF-SHA256 of the key."""
+    return backend.hkdf(key, b"", label, 16).hex()
 
 
 def decrypting_reader(

@@ -1,7 +1,9 @@
-"""Writing MindSpore's encrypted `.ckpt` as a stream; the format is in blocks.py.
+"""Writing MindSpore's encrypted `.ckpt`, as a stream or block by block in any order; the format is in blocks.py.
 
-A block's header holds its tag and length, so the ciphertext of one block (64 MiB) is collected in a buffer that is
-reused, and written with its header when the block is full. IVs are random, 16 bytes, as MindSpore's are.
+As a stream: a block's header holds its tag and length, so the ciphertext of one block (64 MiB) is collected in a buffer
+that is reused, and written with its header when the block is full. IVs are random, 16 bytes, as MindSpore's are.
+
+In any order: with blocks of one length (shorter than MindSpore's own, which it reads as well) every offset is known.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import numpy as np
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
-from ms_ckpt_ext.formats.crypto.blocks import BLOCK_BYTES, IV_BYTES, NONCE_BYTES
-from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, KeyLike, as_key
+from ms_ckpt_ext.formats.crypto.blocks import BLOCK_BYTES, IV_BYTES, NONCE_BYTES, TAG_BYTES
+from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
 from ms_ckpt_ext.formats.crypto.units import PIECE
 from ms_ckpt_ext.storage.reader import ByteReader
@@ -40,12 +42,8 @@ class EncryptingWriter:
     """
 
     def __init__(self, sink: BinaryIO, key: KeyLike, mode: str = GCM, *, block: int = BLOCK_BYTES) -> None:
-        if mode not in _MAGIC:
-            raise UsageError(f"no mode {mode!r}: MindSpore has {', '.join(_MAGIC)}; pass one of these")
-        if block <= 0 or block % BLOCK:
-            raise UsageError(f"a block of {block} bytes; it must be a multiple of {BLOCK}")
         self._sink = sink
-        self._key = as_key(key, SM4_LENGTHS if mode == SM4 else AES_LENGTHS)
+        self._key = _checked(key, mode, block)
         self._mode = mode
         self._most = block
         self._sealed = np.empty(block + BLOCK, np.uint8)  # numpy asks for huge pages, and touches none before its use
@@ -123,14 +121,79 @@ class EncryptingWriter:
         self._encrypt(memoryview(rest))
         self._context.finalize()
         tag = getattr(self._context, "tag", b"") if self._mode == GCM else b""
-        header = struct.pack("<I", _MAGIC[self._mode]) + tag
-        header += struct.pack("<II", 8 + IV_BYTES + self._filled, IV_BYTES) + self._iv
-        self._emit(header + struct.pack("<I", self._filled))
+        self._emit(_header(self._mode, tag, self._iv, self._filled))
         self._emit(memoryview(self._sealed)[: self._filled])
         self._context, self._filled = None, 0
 
     def _emit(self, data: Union[bytes, memoryview]) -> None:
         write_all(self._sink, data)
+
+
+def _checked(key: KeyLike, mode: str, block: int) -> Key:
+    if mode not in _MAGIC:
+        raise UsageError(f"no mode {mode!r}: MindSpore has {', '.join(_MAGIC)}; pass one of these")
+    if not 0 < block <= BLOCK_BYTES or block % BLOCK:
+        raise UsageError(f"a block of {block} bytes; it must be a multiple of {BLOCK}, at most {BLOCK_BYTES}")
+    return as_key(key, SM4_LENGTHS if mode == SM4 else AES_LENGTHS)
+
+
+def _header(mode: str, tag: bytes, iv: bytes, length: int) -> bytes:
+    """What stands before the ciphertext of a block."""
+    numbers = struct.pack("<II", 8 + IV_BYTES + length, IV_BYTES)
+    return struct.pack("<I", _MAGIC[mode]) + tag + numbers + iv + struct.pack("<I", length)
+
+
+class BlockSealer:
+    """Encrypts the blocks of one new file, in any order and from any thread.
+
+    Args:
+        key: 16, 24 or 32 bytes, for SM4 16.
+        mode: "AES-GCM", "AES-CBC" or "SM4-CBC".
+        size: bytes of the whole plaintext.
+        block: plaintext bytes of every block but the last.
+
+    Attributes:
+        header: what stands at the front of the file: nothing.
+        count: number of blocks.
+        stored_size: bytes of the whole encrypted file.
+    """
+
+    header = b""
+
+    def __init__(self, key: KeyLike, mode: str, size: int, *, block: int = BLOCK_BYTES) -> None:
+        self._key, self._mode, self._size, self._block = _checked(key, mode, block), mode, size, block
+        self._front = len(_header(mode, bytes(TAG_BYTES if mode == GCM else 0), bytes(IV_BYTES), 0))
+        self.count = -(-size // block)
+        self.stored_size = self.offset(self.count - 1) + self.stored(self.count - 1) if size else 0
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Plaintext offsets of a block, half-open."""
+        return index * self._block, min(self._size, (index + 1) * self._block)
+
+    def stored(self, index: int) -> int:
+        """Bytes of a block as it lies in the file."""
+        low, high = self.span(index)
+        return self._front + (high - low if self._mode == GCM else ((high - low) // BLOCK + 1) * BLOCK)
+
+    def offset(self, index: int) -> int:
+        """Where a block begins in the file."""
+        return index * self.stored(0)
+
+    def seal(self, index: int, plain: memoryview, out: memoryview) -> int:
+        """Encrypt block `index` with its header into the front of `out`; returns their length in bytes."""
+        iv, length, front = os.urandom(IV_BYTES), self.stored(index) - self._front, self._front
+        if self._mode == GCM:
+            context = backend.gcm(self._key, iv[:NONCE_BYTES], None)
+            pour(context, plain, out[front : front + length])
+        else:
+            context = backend.cbc(self._key, iv, sm4=self._mode == SM4, encrypt=True)
+            whole, padding = len(plain) // BLOCK * BLOCK, length - len(plain)
+            pour(context, plain[:whole], out[front : front + whole])
+            out[front + whole : front + length] = context.update(bytes(plain[whole:]) + bytes([padding]) * padding)
+        context.finalize()
+        tag = getattr(context, "tag", b"") if self._mode == GCM else b""
+        out[:front] = _header(self._mode, tag, iv, length)
+        return front + length
 
 
 def write_all(sink: BinaryIO, data: Union[bytes, memoryview]) -> None:

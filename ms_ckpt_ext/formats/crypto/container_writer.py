@@ -24,6 +24,8 @@ class Sealer:
     Attributes:
         geometry: where each chunk goes.
         header: the first 96 bytes of the file.
+        count: number of chunks.
+        stored_size: bytes of the whole encrypted file.
     """
 
     def __init__(self, key: KeyLike, size: int, *, chunk: int = CHUNK) -> None:
@@ -34,8 +36,22 @@ class Sealer:
             raise UsageError(f"cannot encrypt {size} bytes in chunks of {chunk}: {error}") from None
         self._secrets = Secrets(secret, self.geometry)
         self.header = self.geometry.packed() + self._secrets.check
+        self.count, self.stored_size = self.geometry.count, self.geometry.stored_size
         self._sealed: set[int] = set()
         self._lock = threading.Lock()
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Plaintext offsets of a chunk, half-open."""
+        return self.geometry.span(index)
+
+    def stored(self, index: int) -> int:
+        """Bytes of a chunk as it lies in the file."""
+        low, high = self.span(index)
+        return high - low + TAG
+
+    def offset(self, index: int) -> int:
+        """Where a chunk begins in the file."""
+        return self.geometry.offset(index)
 
     def seal(self, index: int, plain: memoryview, out: memoryview) -> int:
         """Encrypt chunk `index` and its tag into the front of `out`; returns their length in bytes.

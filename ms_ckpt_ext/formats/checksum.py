@@ -1,0 +1,91 @@
+"""CRC-32 of a file's parts: read in order, or put together from stretches that were written in any order.
+
+A CRC-32 of two stretches follows from theirs and the length of the second: appending n bytes multiplies the first by
+x^(8n) in GF(2)[x] modulo the generator (as zlib's `crc32_combine` does, which Python's zlib does not have).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple, Union
+
+from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.storage.reader import ByteReader
+
+
+class Integer(NamedTuple):
+    """An integer scalar of a file, which MindSpore's checksum of safetensors sums as that many zero bytes.
+
+    It calls `bytes(array)`, and of a 0-d integer array Python makes `bytes(number)`. A negative one it cannot sum; here
+    that counts as its bytes.
+    """
+
+    extent: Extent
+    signed: bool
+
+    def extend(self, crc: int, contents: bytes) -> int:
+        """The checksum up to here and this number."""
+        number = int.from_bytes(contents, "little", signed=self.signed)
+        return zlib.crc32(contents, crc) if number < 0 else _multiply(_shift(number), crc ^ _ALL) ^ _ALL
+
+
+Part = Union[bytes, Extent, Integer]
+"""What a checksum covers: bytes as they are, or a stretch of the file."""
+PIECE = 4 << 20
+_GENERATOR = 0xEDB88320  # reflected: the highest bit is x^0
+_ONE = 1 << 31
+_ALL = 2**32 - 1
+
+
+def crc_of(reader: ByteReader, parts: Iterable[Part], piece: int = PIECE) -> int:
+    """CRC-32 of parts of a file one after another, read `piece` bytes at a time."""
+    buffer = memoryview(bytearray())
+    crc = 0
+    for part in parts:
+        if isinstance(part, bytes):
+            crc = zlib.crc32(part, crc)
+            continue
+        if isinstance(part, Integer):
+            contents = bytearray(part.extent.length)
+            reader.read_into(part.extent.offset, memoryview(contents))
+            crc = part.extend(crc, bytes(contents))
+            continue
+        if len(buffer) < min(piece, part.length):
+            buffer = memoryview(bytearray(min(piece, part.length)))
+        for done in range(0, part.length, piece):
+            read = buffer[: min(piece, part.length - done)]
+            reader.read_into(part.offset + done, read)
+            crc = zlib.crc32(read, crc)
+    return crc
+
+
+def combine(first: int, second: int, length: int) -> int:
+    """CRC-32 of two stretches out of theirs, the second `length` bytes long.
+
+    >>> combine(zlib.crc32(b"sea"), zlib.crc32(b"shell"), 5) == zlib.crc32(b"seashell")
+    True
+    """
+    return _multiply(_shift(length), first) ^ second
+
+
+@lru_cache(maxsize=4096)
+def _shift(length: int) -> int:
+    """x^(8 * length) modulo the generator."""
+    result, power = _ONE, _multiply(_ONE >> 4, _ONE >> 4)  # x^8
+    while length:
+        if length & 1:
+            result = _multiply(result, power)
+        power, length = _multiply(power, power), length >> 1
+    return result
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two reflected polynomials modulo the generator."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_GENERATOR if b & 1 else 0)
+    return product
