@@ -94,6 +94,12 @@ class SourceTensor:
     recipe: Optional[Recipe] = None
 
 
+def stored_whole(meta: TensorMeta, files: tuple[int, ...]) -> SourceTensor:
+    """A parameter that each of these files holds whole, under its own name."""
+    cell = (0,) * len(meta.shape)
+    return SourceTensor(meta, meta.name, (Placement((1,) * len(meta.shape), {cell: files}, {cell: (0,)}),))
+
+
 @dataclass(frozen=True)
 class Piece:
     """One region of a parameter, as it lies in a source slice and as it lands in a target box.

@@ -16,12 +16,13 @@ from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.core.layout import Cell, Layout, whole
-from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.layout import Cell, Layout
+from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
-from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -205,11 +206,7 @@ def _extras(indexes: tuple[FileIndex, ...], known: set[str]) -> dict[str, Source
 
 def whole_tensor(name: str, entry: TensorEntry, files: Iterable[int]) -> SourceTensor:
     """A parameter that each of these files holds whole."""
-    parts = whole(len(entry.shape)).parts
-    cell = (0,) * len(entry.shape)
-    return SourceTensor(
-        TensorMeta(name, entry.dtype, entry.shape), name, (Placement(parts, {cell: tuple(files)}, {cell: (0,)}),)
-    )
+    return stored_whole(TensorMeta(name, entry.dtype, entry.shape), tuple(files))
 
 
 def _notes(indexes: tuple[FileIndex, ...]) -> dict[str, str]:
@@ -258,11 +255,13 @@ class Listing(NamedTuple):
         files: key -> path. The key says which file is meant on any host: a rank number as text, or a file's name.
         sharded: the keys are ranks.
         names: the parameter map of a merged checkpoint.
+        folder: what a folder of MindFormers says about itself.
     """
 
     files: dict[str, str]
     sharded: bool
     names: Optional[dict[str, str]]
+    folder: Optional[mindformers.Folder] = None
 
 
 def list_checkpoint(
@@ -284,6 +283,9 @@ def list_checkpoint(
     Raises:
         DiscoveryError: also when several rank folders come without a strategy, or files of both kinds without `kind`.
     """
+    folder = None if require_sharded or strategy is not None else mindformers.find_folder(directory)
+    if folder is not None:
+        return Listing(folder.files, False, None, folder)
     merged_too = strategy is None and os.path.isfile(os.path.join(directory, discovery.MAP_NAME))
     if not require_sharded and (merged_too or not discovery.is_sharded(directory)):
         found = discovery.unified_files(directory, kind)
@@ -328,6 +330,9 @@ def catalog_of(
 def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:
     """A checkpoint from its listing: reads the headers. Raises as `catalog_of`."""
     index_of = dict(zip(listing.files, read_indexes(listing.files.values(), access)))
+    if listing.folder is not None:
+        indexes = tuple(index_of.values())
+        return Catalog(indexes, folder_tensors(index_of, listing.folder), {}, _notes(indexes), access)
     return catalog_of(index_of, listing.sharded, listing.names, strategy, access)
 
 
