@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.offline import Job, Report
@@ -42,6 +43,12 @@ def checked_name_map(name_map: Optional[Mapping[str, str]]) -> Mapping[str, str]
     if twice:
         log.warning("name_map gives several network parameters the same source: %s", twice)
     return name_map
+
+
+def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    if isinstance(rules, (list, tuple)) and all(isinstance(rule, Rule) for rule in rules):
+        return tuple(rules)
+    raise ArgumentTypeError("rules must be a list of rules from ms_ckpt_ext.rules")
 
 
 def workers_of(most: int) -> int:

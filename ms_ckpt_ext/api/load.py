@@ -13,12 +13,14 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     as_strategy,
     checked_name_map,
+    checked_rules,
     execute,
     limits_of,
     path_of,
     seal_of,
     workers_of,
 )
+from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_extras, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
@@ -57,6 +59,7 @@ def load_distributed_checkpoint(
     crc_check: bool = False,
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
+    rules: Sequence[Rule] = (),
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
@@ -105,6 +108,8 @@ def load_distributed_checkpoint(
         enc_key: save mode: encrypt what is written. Default: the environment variable MS_CKPT_EXT_ENC_KEY.
         enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
             "AES-GCM", in this package's chunked container. See docs/encryption.md.
+        rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters of the checkpoint's: renamed,
+            joined, interleaved, stacked, transposed. `name_map` then speaks of what the rules make.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
@@ -119,7 +124,7 @@ def load_distributed_checkpoint(
     _check_formats(format, output_format)
     access = access_of(dec_key, dec_mode, crc_check)
     seal = seal_of(enc_key, enc_mode)
-    names = checked_name_map(name_map)
+    names, weight_rules = checked_name_map(name_map), checked_rules(rules)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     if train_strategy_filename is None and network is not None and checkpoint_filenames is not None:
         from ms_ckpt_ext.bridge.world import training_strategy_file
@@ -145,20 +150,20 @@ def load_distributed_checkpoint(
         if return_param_dict:
             if verify != "none":
                 raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
-            catalog = read_listing(look(), trained, access)
+            catalog = read_listing(look(), trained, access).ruled(weight_rules)
             return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
         if options.mode == "direct" and verify == "none":
-            catalog = read_listing(look(), trained, access)
+            catalog = read_listing(look(), trained, access).ruled(weight_rules)
             return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        shared = Source(look, trained, access)
+        shared = Source(look, trained, access, weight_rules)
         return fill_together(network, shared, strategy, rank, names, strict_load, options, workers, limits)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
     _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
-    catalog = read_listing(look(), trained, access)
+    catalog = read_listing(look(), trained, access).ruled(weight_rules)
     if rank_id is None:
         job = recut_job(
             catalog,

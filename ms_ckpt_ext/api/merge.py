@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    checked_rules,
     execute,
     limits_of,
     path_of,
     seal_of,
     workers_of,
 )
+from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
 from ms_ckpt_ext.engine.offline import Report
@@ -42,6 +45,7 @@ def unified_safetensors(
     output_format: str = "safetensors",
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
+    rules: Sequence[Rule] = (),
 ) -> Report:
     """Merge the slices of all ranks into whole parameters, in memory that does not grow with the model.
 
@@ -71,6 +75,7 @@ def unified_safetensors(
             MS_CKPT_EXT_ENC_KEY.
         enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
             "AES-GCM", in this package's chunked container. See docs/encryption.md.
+        rules: weight rules (`ms_ckpt_ext.rules`), applied before `choice_func`; what they make is written.
 
     Returns:
         What was read and written. `published` is False while other shares are missing.
@@ -89,9 +94,9 @@ def unified_safetensors(
     seal = seal_of(enc_key, enc_mode)
     options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc_check, seal)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
-    access = access_of(dec_key, dec_mode, crc_check)
+    access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
-    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access)
+    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access).ruled(weight_rules)
     return execute(merge_job(catalog, target, options), target, workers, limits, "merge")
 
 

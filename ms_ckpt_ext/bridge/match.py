@@ -83,9 +83,9 @@ def nbytes_of(offer: Offer) -> int:
 
 
 def match_parameters(
-    network: Any, offers: Mapping[str, Offer], strict: bool
+    network: Any, offers: Mapping[str, Offer], exact: bool
 ) -> tuple[list[Match], list[str], list[str]]:
-    """Pair Parameters with offers, by name, then (unless strict) by a common prefix as MindSpore does."""
+    """Pair Parameters with offers, by name, then (unless exact) by a common prefix as MindSpore does."""
     matches, missing = [], []
     unused = dict.fromkeys(offers)
     waiting: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def match_parameters(
         elif not name.startswith(ACCUMULATED_GRADIENT_PREFIX) and not (parallel and not parameter.sliced):
             missing.append(name)
             waiting[name] = parameter
-    if missing and not strict:
+    if missing and not exact:
         for match in _match_by_prefix(missing, waiting, offers):
             matches.append(match)
             missing.remove(match.parameter.name)

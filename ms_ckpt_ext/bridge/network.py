@@ -42,8 +42,11 @@ def fill(
     strict: bool,
     workers: int,
     limits: Limits,
+    by_suffix: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Fill the Parameters of `network` with this rank's slices.
+
+    `by_suffix`: unless strict, match names by a common prefix as MindSpore does.
 
     Returns:
         (Parameters that got nothing, checkpoint names that went nowhere), as `load_param_into_net` gives them.
@@ -54,7 +57,7 @@ def fill(
     """
     check_cell(network)
     offers = offers_of(catalog, strategy, rank, name_map)
-    matches, missing, unused = match_parameters(network, offers, strict)
+    matches, missing, unused = match_parameters(network, offers, strict or not by_suffix)
     for match in matches:
         check_fit(match, strict)
     prove_matches(matches, catalog, workers, limits)

@@ -19,16 +19,18 @@ from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, w
 from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.layout import Layout, whole
 from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import session
 from ms_ckpt_ext.engine.audit import audit, settled
-from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of
+from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
-from ms_ckpt_ext.errors import CheckpointError, LoadError
+from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
+from ms_ckpt_ext.formats.mindformers import Folder
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
@@ -47,11 +49,27 @@ class Source(NamedTuple):
         look: lists its files on this host.
         strategy: the strategy that cut it; None for a merged one.
         access: how its files are opened.
+        rules: weight rules that make the network's parameters of what the files hold.
     """
 
     look: Callable[[], Listing]
     strategy: Optional[Strategy]
     access: Access = PLAIN
+    rules: tuple[Rule, ...] = ()
+
+    def catalog(self, seen: Survey) -> Catalog:
+        """What the ranks saw, with the rules applied."""
+        folder = None if seen.sharded or seen.names is not None else self._folder()
+        if folder is not None:
+            return folder_catalog(seen.indexes, folder, self.access).ruled(self.rules)
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access).ruled(self.rules)
+
+    def _folder(self) -> Optional[Folder]:
+        """What a folder of MindFormers says about itself; every host must see it."""
+        try:
+            return self.look().folder
+        except DiscoveryError:
+            return None
 
 
 def fill_together(
@@ -65,8 +83,9 @@ def fill_together(
     workers: int,
     limits: Limits,
     observe: Optional[Callable[[LoadReport], None]] = None,
+    by_suffix: bool = True,
 ) -> tuple[list[str], list[str]]:
-    """Fill the networks of all ranks.
+    """Fill the networks of all ranks. `by_suffix`: unless strict, match names by a common prefix as MindSpore does.
 
     Returns:
         (Parameters that got nothing, checkpoint names that went nowhere), of this rank.
@@ -79,19 +98,19 @@ def fill_together(
     try:
         host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
         seen = survey(transport, source.look, partial(read_index, access=source.access), host)
-        catalog = catalog_of(seen.indexes, seen.sharded, seen.names, source.strategy, source.access)
+        catalog = _on_all(transport, lambda: source.catalog(seen))
         if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
             catalog = settled(catalog)
 
         def settle() -> tuple[list[Match], list[str], list[str]]:
             check_cell(network)
-            found = match_parameters(network, offers_of(catalog, target, rank, name_map), strict)
+            found = match_parameters(network, offers_of(catalog, target, rank, name_map), strict or not by_suffix)
             for match in found[0]:
                 check_fit(match, strict)
             return found
 
         matches, missing, unused = _on_all(transport, settle)
-        ready = _prepare(transport, seen, catalog, matches, source.strategy, target, rank, name_map, options)
+        ready = _prepare(transport, seen, catalog, matches, source, target, rank, name_map, options)
         _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
         if options.verify == "full":
             audit(transport, catalog, [demand.tensor for demand in ready.demands], seen.by_number, workers)
@@ -121,14 +140,15 @@ def _prepare(
     seen: Survey,
     catalog: Catalog,
     matches: Sequence[Match],
-    trained: Optional[Strategy],
+    source: Source,
     target: Optional[Strategy],
     rank: int,
     name_map: Mapping[str, str],
     options: LoadOptions,
 ) -> Prepared:
     wants = {match.name: _want(match, target, rank) for match in matches}
-    facts = {"source strategy": repr(trained and sorted(trained.layouts.items()))}
+    facts = {"source strategy": repr(source.strategy and sorted(source.strategy.layouts.items()))}
+    facts["rules"] = repr(source.rules)
     facts["target strategy"] = repr(target and (target.devices_per_stage, target.stages))
     facts["name_map"] = repr(sorted(name_map.items()))
     hardware = cost.ASCEND if _on_device(transport) else cost.CPU

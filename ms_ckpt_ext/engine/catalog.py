@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional, Union
 
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.rules import Rule, apply_rules
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
@@ -57,6 +58,24 @@ class Catalog:
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
         return self.files[file].tensors[name].extents
+
+    def ruled(self, rules: Sequence[Rule]) -> Catalog:
+        """The checkpoint as weight rules present it. Raises as `apply_rules`; also for packed int4, unless renamed."""
+        if not rules:
+            return self
+        tensors = apply_rules(self.tensors, rules)
+        for name, tensor in tensors.items():
+            if tensor.recipe is None:
+                continue
+            packed = [
+                block.tensor.stored_name for block in tensor.recipe.blocks if block.tensor.stored_name in self.notes
+            ]
+            if packed:
+                raise LayoutMismatchError(
+                    f"{name!r} is made of {packed[0]!r}, which is packed int4 (two values in a byte) and can only be "
+                    "renamed: fuse before quantising"
+                )
+        return replace(self, tensors=tensors)
 
     @property
     def authenticated(self) -> bool:
@@ -327,12 +346,17 @@ def catalog_of(
     return parts_catalog(index_of, names, access)
 
 
+def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access = PLAIN) -> Catalog:
+    """A folder of MindFormers from the headers of its files. Raises as `folder_tensors`."""
+    indexes = tuple(index_of.values())
+    return Catalog(indexes, folder_tensors(index_of, folder), {}, _notes(indexes), access)
+
+
 def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:
     """A checkpoint from its listing: reads the headers. Raises as `catalog_of`."""
     index_of = dict(zip(listing.files, read_indexes(listing.files.values(), access)))
     if listing.folder is not None:
-        indexes = tuple(index_of.values())
-        return Catalog(indexes, folder_tensors(index_of, listing.folder), {}, _notes(indexes), access)
+        return folder_catalog(index_of, listing.folder, access)
     return catalog_of(index_of, listing.sharded, listing.names, strategy, access)
 
 

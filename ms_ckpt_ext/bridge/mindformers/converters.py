@@ -1,0 +1,70 @@
+"""MindFormers' conversion templates as weight rules: its `weight_converters` are taken as they are.
+
+MindFormers converts what a rank has already sliced, so its operators divide heads and experts by the parallel sizes. A
+rule speaks of whole parameters and the planner slices, which gives the same bytes wherever MindFormers' way works, and
+also where it does not (more tensor-parallel ranks than query groups, a cut through a transposed expert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Callable
+
+from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack
+from ms_ckpt_ext.errors import UnsupportedError
+
+_HOME = "mindformers.checkpoint.converter"
+
+
+def rules_of(converters: Iterable[Any]) -> tuple[Rule, ...]:
+    """The rules of a `WeightTemplate.weight_converters`, configured for its model.
+
+    Raises:
+        UnsupportedError: an operator that is not one of MindFormers' own; names it.
+    """
+    return tuple(rule for converter in converters for rule in _rules(converter))
+
+
+def _rules(converter: Any) -> list[Rule]:
+    kind = type(converter).__name__
+    if not type(converter).__module__.startswith(_HOME) or kind not in _KINDS:
+        raise UnsupportedError(
+            f"the weight converter {type(converter).__module__}.{kind} of {converter.mf_names} is not one that "
+            f"ms_ckpt_ext knows ({', '.join(_KINDS)})",
+            kind,
+        )
+    return _KINDS[kind](converter)
+
+
+def _single(converter: Any) -> str:
+    if len(converter.mf_names) != 1:
+        kind = type(converter).__name__
+        raise UnsupportedError(f"{kind} to several parameters ({converter.mf_names}) is not defined", kind)
+    return str(converter.mf_names[0])
+
+
+def _concat(converter: Any) -> list[Rule]:
+    """Row by row unless told otherwise, which MindFormers 2.0 cannot be."""
+    if getattr(converter, "interleaved", True):
+        return [Interleave(converter.hf_names, _single(converter), axis=converter.dim)]
+    return [Concat(converter.hf_names, _single(converter), axis=converter.dim)]
+
+
+def _qkv(converter: Any) -> list[Rule]:
+    return [QKV(converter.hf_names, _single(converter), groups=int(converter.num_query_groups))]
+
+
+def _split(converter: Any) -> list[Rule]:
+    names = converter.mf_names
+    return [Part(converter.hf_names, name, number, len(names)) for number, name in enumerate(names)]
+
+
+_KINDS: Mapping[str, Callable[[Any], list[Rule]]] = {
+    "RenameConvertOp": lambda op: [Rename(op.hf_names, _single(op))],
+    "ConcatConvertOp": _concat,
+    "ExpertsConvertOp": lambda op: [Experts(op.hf_names, _single(op))],
+    "StackConvertOp": lambda op: [Stack(op.hf_names, _single(op), axis=op.dim)],
+    "QKVConvertOp": _qkv,
+    "QKVBiasConvertOp": _qkv,
+    "ScaleSplitConvertOp": _split,
+}

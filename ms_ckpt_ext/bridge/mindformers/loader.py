@@ -1,0 +1,218 @@
+"""MindFormers' `load_checkpoint` and `load_hf_checkpoint`, with every rank reading its own bytes only.
+
+1. MindFormers says what this rank wants: the layouts of the network's and the optimizer's parameters.
+2. The folder says where that lies: `metadata.json`, or Hugging Face's index and the model's weight converters as rules.
+3. Bytes go straight into the Parameters: read by each rank, or by one and exchanged (`Options.mode`).
+
+The stock loader reads whole tensors of every file that a rank needs a part of, twice where there is no metadata, and
+holds them beside the network. What this cannot serve goes to it, with a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Callable, NamedTuple, Optional
+
+from ms_ckpt_ext.bridge import network as live
+from ms_ckpt_ext.bridge.mindformers.converters import rules_of
+from ms_ckpt_ext.bridge.together import Source, fill_together
+from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.rules import Rule
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
+from ms_ckpt_ext.engine.catalog import list_checkpoint, read_listing
+from ms_ckpt_ext.engine.session import LoadOptions
+from ms_ckpt_ext.errors import DiscoveryError, StrategyError, UnsupportedError
+from ms_ckpt_ext.formats.mindformers import COMMON_NAME, layout_of
+
+Loader = Callable[..., Any]
+log = logging.getLogger("ms_ckpt_ext")
+
+
+class Options(NamedTuple):
+    """How to load; see `engine.session.LoadOptions`. `workers` are reading threads of a rank."""
+
+    mode: str = "auto"
+    verify: str = "none"
+    bucket_bytes: int = 64 << 20
+    workers: int = 4
+
+
+class Both(ms.nn.Cell):
+    """A network and its optimizer as one thing to fill; each Parameter once."""
+
+    def __init__(self, cells: Iterable[Any]) -> None:
+        super().__init__(auto_prefix=False)
+        object.__setattr__(self, "_members", tuple(cells))
+
+    def parameters_and_names(self, name_prefix: str = "", expand: bool = True) -> Iterator[tuple[str, Any]]:
+        """(name, Parameter) of all members."""
+        seen: set[int] = set()
+        for cell in self._members:
+            for parameter in cell.get_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter.name, parameter
+
+
+def load_checkpoint(
+    stock: Loader,
+    options: Options,
+    checkpoint: str,
+    network: Any,
+    optimizer: Any = None,
+    global_step: Optional[int] = None,
+    balanced_load: bool = False,
+    reshard_worker_num: int = 1,
+    **more: Any,
+) -> None:
+    """Drop-in for `mindformers.checkpoint.checkpoint.load_checkpoint`, with the function it stands for bound first.
+
+    Raises:
+        DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
+        LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
+    """
+    from mindformers.checkpoint import checkpoint as theirs
+
+    rest = (checkpoint, network, optimizer, global_step, balanced_load, reshard_worker_num)
+    if _stranger(network, more):
+        stock(*rest, **more)
+        return
+    theirs.check_the_param_for_load_ckpt(checkpoint, network)
+    directory = theirs.get_checkpoint_path(checkpoint)
+    names = None if optimizer is not None else set(network.parameters_dict())
+
+    def wanted(name: str) -> bool:
+        return not name.startswith(ACCUMULATED_GRADIENT_PREFIX) and (names is None or name in names)
+
+    target = _target(network, optimizer, wanted)
+    cells = [network] if optimizer is None else [network, optimizer]
+    missing = _fill(Both(cells), directory, (), target, options, balanced_load)
+    if optimizer is not None and "global_step" in missing:
+        _set_step(optimizer, _step(directory, global_step))
+
+
+def load_hf_checkpoint(
+    stock: Loader,
+    options: Options,
+    pretrained_model_dir: str,
+    network: Any,
+    balanced_load: bool = False,
+    reshard_worker_num: int = 1,
+    **more: Any,
+) -> None:
+    """Drop-in for `mindformers.checkpoint.checkpoint.load_hf_checkpoint`; see `load_checkpoint`."""
+    from mindformers.checkpoint.utils import get_core_network
+
+    template = getattr(get_core_network(network), "template", None)
+    rest = (pretrained_model_dir, network, balanced_load, reshard_worker_num)
+    if template is None or _stranger(network, more):
+        stock(*rest, **more)
+        return
+    try:
+        rules = rules_of(template.weight_converters)
+    except UnsupportedError as refusal:
+        log.warning("%s; MindFormers' own loader serves this call", refusal)
+        stock(*rest, **more)
+        return
+    names = set(network.parameters_dict())
+    target = _target(network, None, lambda name: name in names)
+    _fill(Both([network]), pretrained_model_dir, rules, target, options, balanced_load)
+
+
+def _stranger(network: Any, more: Mapping[str, Any]) -> bool:
+    """True, and a warning, for what MindFormers' own loader must serve."""
+    from mindformers.checkpoint.layout_adapter import LayoutAdapter
+
+    reason = ""
+    if more:
+        reason = f"arguments this package does not know: {sorted(more)}"
+    elif isinstance(network, list):
+        reason = "a list of networks"
+    elif LayoutAdapter.is_pynative_mode():
+        reason = "PyNative mode, whose parameters are DTensors"
+    if reason:
+        log.warning("%s; MindFormers' own loader serves this call", reason)
+    return bool(reason)
+
+
+def _target(network: Any, optimizer: Any, wanted: Callable[[str], bool]) -> Optional[Strategy]:
+    """What this rank holds of every parameter, from the layouts of the compiled network; None on one device."""
+    from mindformers.checkpoint import sharded_tensor as theirs
+    from mindformers.tools.utils import get_real_group_size, get_real_rank
+
+    world, rank = get_real_group_size(), get_real_rank()
+    if world == 1:
+        return None
+    tensors = theirs.get_cur_sharded_tensor(network, wanted)
+    complete = getattr(theirs, "complete_optimizer_sharded_tensor", None)
+    if optimizer is not None and complete is not None:
+        tensors = complete(tensors, optimizer, wanted)
+    origin = "the layouts of the compiled network"
+    layouts = {
+        name: None if tensor.layout is None else layout_of(name, tensor.layout.to_dict(), origin)
+        for name, tensor in tensors.items()
+    }
+    devices = next((layout.devices for layout in layouts.values() if layout is not None), world)
+    items = [
+        LayoutItem(name, rank // devices, layout or Layout((devices,), ((),) * len(tensors[name].global_shape or ())))
+        for name, layout in layouts.items()
+    ]
+    if not items:
+        raise StrategyError(f"{origin} name no parameter for rank {rank}; compile the network before loading")
+    return Strategy.from_items(items, origin)
+
+
+def _fill(
+    cell: Any,
+    directory: str,
+    rules: tuple[Rule, ...],
+    target: Optional[Strategy],
+    options: Options,
+    balanced: bool,
+) -> list[str]:
+    """Fill the Parameters; returns the names of those that got nothing."""
+    mode = "cooperative" if balanced and options.mode == "auto" else options.mode
+    limits = Limits()
+    look = partial(list_checkpoint, directory, None)
+    rank = live.own_rank() if target is not None else 0
+    if target is None or (mode == "direct" and options.verify == "none"):
+        catalog = read_listing(look(), None).ruled(rules)
+        missing, unused = live.fill(cell, catalog, target, rank, {}, False, options.workers, limits, by_suffix=False)
+    else:
+        settings = LoadOptions(
+            mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify
+        )
+        source = Source(look, None, rules=rules)
+        missing, unused = fill_together(
+            cell, source, target, rank, {}, False, settings, options.workers, limits, by_suffix=False
+        )
+    log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, unused or "nothing")
+    return missing
+
+
+def _step(directory: str, given: Optional[int]) -> int:
+    """The step that a checkpoint without `global_step` stands for: as told, else from `common.json`, else 0."""
+    if given:
+        return int(given)
+    path = os.path.join(directory, COMMON_NAME)
+    if not os.path.isfile(path):
+        return 0
+    try:
+        with open(path, encoding="utf-8") as file:
+            return int(json.load(file).get("global_step") or 0)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DiscoveryError(
+            f"{path!r} does not say the global step ({error}); give it, or restore the file"
+        ) from error
+
+
+def _set_step(optimizer: Any, step: int) -> None:
+    for parameter in optimizer.get_parameters():
+        if parameter.name == "global_step":
+            parameter.set_data(ms.Tensor([step], ms.int32))

@@ -1,0 +1,1 @@
+"""Modules that frameworks load by themselves, named in their own configuration. Each file stands alone."""

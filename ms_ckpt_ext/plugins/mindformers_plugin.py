@@ -1,0 +1,40 @@
+"""MindFormers loads checkpoints through this package, asked for in its YAML alone.
+
+    export REGISTER_PATH="$(python -m ms_ckpt_ext.plugins)"
+
+    callbacks:
+      - type: Resharding
+        auto_register: mindformers_plugin.Resharding
+        mode: auto
+
+MindFormers copies this file and imports the copy, so it says everything in absolute terms. The entry is a callback
+because MindFormers makes its callbacks before it loads a checkpoint; during training it does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mindspore.train.callback import Callback
+
+from ms_ckpt_ext.api.install import install
+from ms_ckpt_ext.bridge.mindformers import seam
+from ms_ckpt_ext.bridge.mindformers.loader import Options
+
+
+class Resharding(Callback):  # type: ignore[misc] # mindspore is not typed
+    """Puts the loaders in place when it is made.
+
+    Args:
+        mode: "direct", "cooperative" or "auto", as in `ms_ckpt_ext.load_distributed_checkpoint`.
+        verify: "none" or "replicas".
+        bucket_bytes: staging memory of a rank for one round of a cooperative load.
+        workers: reading threads of a rank.
+    """
+
+    def __init__(
+        self, mode: str = "auto", verify: str = "none", bucket_bytes: int = 64 << 20, workers: int = 4, **_: Any
+    ) -> None:
+        super().__init__()
+        install()
+        seam.install(Options(mode, verify, bucket_bytes, workers))
