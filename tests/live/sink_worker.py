@@ -1,0 +1,180 @@
+"""Where slices land, on 2 ranks: sink_worker.py CASE_DIR BUCKET. Every kind of Parameter, and what a load costs."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import nn
+from mindspore.mint import distributed
+from mindspore.nn.utils import no_init_parameters
+
+from ms_ckpt_ext import load_distributed_checkpoint
+from ms_ckpt_ext.bridge import together
+from ms_ckpt_ext.engine.session import LoadReport
+from tests.jobs.support import read_file
+
+BUCKET = int(sys.argv[2])
+REPORTS: list[LoadReport] = []
+DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32}
+
+
+class Meter(NamedTuple):
+    """What the emulated device counted."""
+
+    used: int
+    peak: int
+    up: int
+    down: int
+    collectives: int
+    link: int
+
+    @staticmethod
+    def read() -> Meter:
+        ms.runtime.synchronize()
+        acl, hccl = ctypes.CDLL("libascendcl.so"), ctypes.CDLL("libhccl.so")
+        for call in (acl.cannemu_hbm_used, acl.cannemu_hbm_peak, acl.cannemu_copied):
+            call.restype = ctypes.c_size_t
+        for call in (hccl.cannemu_collectives, hccl.cannemu_link_bytes):
+            call.restype = ctypes.c_size_t
+        return Meter(
+            acl.cannemu_hbm_used(), acl.cannemu_hbm_peak(), acl.cannemu_copied(1), acl.cannemu_copied(2),
+            hccl.cannemu_collectives(), hccl.cannemu_link_bytes(),
+        )  # fmt: skip
+
+
+def cell_of(parameters: dict[str, ms.Parameter]) -> nn.Cell:
+    cell = nn.Cell()
+    for number, parameter in enumerate(parameters.values()):
+        cell.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
+    return cell
+
+
+def poison(name: str, shape: tuple[int, ...], dtype: Any) -> ms.Parameter:
+    return ms.Parameter(ms.Tensor(np.full(shape, 77), dtype), name=name)
+
+
+def load(cell: nn.Cell, root: Path, mode: str, **options: Any) -> tuple[list[str], list[str]]:
+    REPORTS.clear()
+    return load_distributed_checkpoint(
+        cell, None, root / "predicted.ckpt", root / "trained.ckpt", format="safetensors",
+        unified_safetensors_dir=root / "source", mode=mode, bucket_bytes=BUCKET, **options,
+    )  # fmt: skip
+
+
+def raw(parameter: ms.Parameter) -> bytes:
+    return np.ascontiguousarray(parameter.asnumpy()).tobytes()
+
+
+def counted(root: Path, rank: int) -> None:
+    """Collectives, bytes up and down and over the links, device memory: of one load, before anything else is."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    cell = cell_of({name: poison(name, t.shape, DTYPES[t.dtype]) for name, t in truth.items()})
+    load(cell, root, "cooperative")  # the pool of the backend takes its first blocks, the streams are made
+    ms.runtime.empty_cache()
+    before = Meter.read()
+    ctypes.CDLL("libascendcl.so").cannemu_hbm_forget_peak()
+    allocated = ms.runtime.memory_allocated()
+    ms.runtime.reset_peak_memory_stats()
+    load(cell, root, "cooperative")
+    most = ms.runtime.max_memory_allocated() - allocated
+    after = Meter.read()
+    (report,) = REPORTS
+    wanted = sum(len(t.data) for t in truth.values())
+    print(
+        "COUNTS",
+        json.dumps(
+            {"rounds": report.rounds, "read": report.reads.nbytes, "received": report.bytes_received, "wanted": wanted}
+            | {"collectives": after.collectives - before.collectives, "link": after.link - before.link}
+            | {"up": after.up - before.up, "down": after.down - before.down, "device": after.peak - before.used}
+            | {"allocated": most}
+        ),
+        flush=True,
+    )
+    assert all(raw(p) == truth[p.name].data for p in cell.get_parameters())
+
+
+def without_init(root: Path, rank: int, mode: str) -> None:
+    """Parameters made under no_init_parameters get memory when they are filled."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    with no_init_parameters():
+        cell = cell_of(
+            {n: ms.Parameter(ms.common.initializer.initializer("ones", t.shape, DTYPES[t.dtype]), name=n)
+             for n, t in truth.items()}
+        )  # fmt: skip
+    assert all(parameter.has_init for parameter in cell.get_parameters())
+    assert load(cell, root, mode) == ([], [])
+    for parameter in cell.get_parameters():
+        assert not parameter.has_init
+        assert raw(parameter) == truth[parameter.name].data, parameter.name
+
+
+def not_yet_sliced(root: Path, rank: int, mode: str) -> None:
+    """Parameters of full shape take their slice and its shape."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    full = json.loads((root / "shapes.json").read_text())
+    cell = cell_of({n: poison(n, tuple(full[n]), DTYPES[t.dtype]) for n, t in truth.items()})
+    assert load(cell, root, mode) == ([], [])
+    for parameter in cell.get_parameters():
+        assert tuple(parameter.shape) == truth[parameter.name].shape
+        assert raw(parameter) == truth[parameter.name].data, parameter.name
+
+
+def cast(root: Path, rank: int, mode: str) -> None:
+    """Other dtypes of the same family: what MindSpore's own cast makes of the values."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    to = {"F32": ms.bfloat16, "F16": ms.float32, "BF16": ms.float16, "I32": ms.int64}
+    numpy = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I32": np.int32}
+    cell = cell_of({n: poison(n, t.shape, to[t.dtype]) for n, t in truth.items()})
+    before = Meter.read() if mode == "cooperative" else None
+    assert load(cell, root, mode) == ([], [])
+    if before is not None:
+        assert Meter.read().down - before.down <= 1024, "a cast went through the host"  # ranks find each other by 512
+    for parameter in cell.get_parameters():
+        stored = truth[parameter.name]
+        values = np.frombuffer(stored.data, numpy[stored.dtype]).reshape(stored.shape)
+        held = ms.Tensor(values)
+        held = held.view(ms.bfloat16) if stored.dtype == "BF16" else held
+        assert raw(parameter) == np.ascontiguousarray(held.astype(to[stored.dtype]).asnumpy()).tobytes(), stored.dtype
+
+
+def shared(root: Path, rank: int, mode: str) -> None:
+    """A Parameter that another pipeline stage owns is left alone, and is not missed; the owner's is filled."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    parameters = {n: poison(n, t.shape, DTYPES[t.dtype]) for n, t in truth.items()}
+    name = next(iter(truth))
+    before = raw(parameters[name])
+    parameters[name].param_info.is_pipeline_shared_param = rank == 1
+    missing, unused = load(cell_of(parameters), root, mode)
+    assert missing == []
+    assert unused == ([name] if rank == 1 else [])
+    for other, parameter in parameters.items():
+        assert raw(parameter) == (before if (other, rank) == (name, 1) else truth[other].data), other
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    ms.set_device("Ascend")
+    distributed.init_process_group()
+    rank = distributed.get_rank()
+    real = together.fill_together
+
+    def observed(*args: Any) -> Any:
+        return real(*args, observe=REPORTS.append)
+
+    together.fill_together = observed  # type: ignore[assignment]
+    counted(root / "large", rank)
+    cases: list[Callable[[Path, int, str], None]] = [without_init, not_yet_sliced, cast, shared]
+    for case in cases:
+        for mode in ("cooperative", "direct"):
+            case(root / "small", rank, mode)
+            print(f"case {case.__name__} {mode} is right", flush=True)
+
+
+if __name__ == "__main__":
+    main()
