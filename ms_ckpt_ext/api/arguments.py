@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext import progress
@@ -100,6 +101,12 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
         mode = None if dec_mode == crypto.GCM else dec_mode  # MindSpore's default, so nobody may have meant it
         return Access(crypto.load_key(env=DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
     return Access(crypto.load_key(dec_key), dec_mode, bool(crc_check))
+
+
+def any_mode(dec_key: Any, dec_mode: Optional[str], crc_check: bool = False) -> Access:
+    """`access_of` where a mode of None means whatever container a file is."""
+    access = access_of(dec_key, crypto.GCM if dec_mode is None else dec_mode, crc_check)
+    return replace(access, mode=None) if dec_mode is None else access
 
 
 def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:

@@ -9,18 +9,29 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, checked_name_map, execute, limits_of, path_of, workers_of
+from ms_ckpt_ext.api.arguments import (
+    BUFFER_BYTES,
+    PathLike,
+    any_mode,
+    checked_name_map,
+    execute,
+    limits_of,
+    path_of,
+    seal_of,
+    workers_of,
+)
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.jobs import Choice, chosen_name
 from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
-from ms_ckpt_ext.formats.crypto import KeyLike, load_key
-from ms_ckpt_ext.formats.crypto.keys import as_key
-from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, Access
+from ms_ckpt_ext.formats.crypto import GCM, KeyLike
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
 
 
 def ckpt_to_safetensors(
@@ -76,6 +87,8 @@ def convert(
     file_name_regex: Optional[str] = None,
     dec_key: Optional[KeyLike] = None,
     dec_mode: Optional[str] = None,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = GCM,
     crc_check: bool = False,
     crc: bool = False,
     max_process_num: int = 64,
@@ -91,6 +104,9 @@ def convert(
         choice_func: parameter name in the input -> True (keep), False (drop) or a str (new name); before `name_map`.
         file_name_regex: only files whose name it is found in.
         dec_key, dec_mode: of encrypted inputs, as for every reader.
+        enc_key: encrypt the results. Default: the environment variable MS_CKPT_EXT_ENC_KEY; without it they are plain.
+        enc_mode: of a `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; of safetensors
+            "AES-GCM", in this package's chunked container (docs/encryption.md).
         crc_check: verify the checksum of every input that has one, before anything is written.
         crc: give every result a checksum.
         max_process_num: upper bound on worker threads.
@@ -106,19 +122,40 @@ def convert(
     """
     if to not in (None, *discovery.FORMATS):
         raise UsageError(f"to must be one of {', '.join(discovery.FORMATS)}, or None, got {to!r}")
-    access = _access(dec_key, dec_mode, crc_check)
+    access, seal = any_mode(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     found = _find(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
     rename = _rename(name_map, choice_func)
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
-    job = convert_job(found.inputs, access, rename, crc, maps)
+    job = convert_job(found.inputs, access, rename, crc, maps, seal)
     return execute(job, found.target, workers_of(max_process_num), limits_of(buffer_bytes), "convert")
+
+
+def encrypt(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = GCM,
+    file_name_regex: Optional[str] = None,
+    max_process_num: int = 64,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> Report:
+    """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the very same bytes.
+
+    Arguments, results and errors are those of `convert`; a key is needed. Parameter maps (`param_name_map.json`) of
+    merged checkpoints go along and stay readable, and with them names of parameters and files.
+    """
+    seal = seal_of(enc_key, enc_mode)
+    if seal is None:
+        raise UsageError(f"enc_key is needed: give the key, or set the environment variable {ENC_KEY_VARIABLE}")
+    return _copy(src, dst, PLAIN, seal, file_name_regex, "encrypt", (max_process_num, buffer_bytes))
 
 
 def decrypt(
     src: PathLike,
     dst: PathLike,
     *,
-    dec_key: KeyLike,
+    dec_key: Optional[KeyLike] = None,
     dec_mode: Optional[str] = None,
     file_name_regex: Optional[str] = None,
     max_process_num: int = 64,
@@ -126,20 +163,29 @@ def decrypt(
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
-    Arguments, results and errors are those of `convert`. Authenticated containers are checked whole while they are
-    decrypted, and nothing appears in `dst` unless all of it was right.
+    Arguments, results and errors are those of `convert`; a key is needed. Authenticated containers are checked whole
+    while they are decrypted, and nothing appears in `dst` unless all of it was right.
     """
-    access = _access(dec_key, dec_mode)
-    return _copy(src, dst, access, file_name_regex, "decrypt", (max_process_num, buffer_bytes))
+    access = any_mode(dec_key, dec_mode)
+    if access.key is None:
+        raise UsageError(f"dec_key is needed: give the key, or set the environment variable {DEC_KEY_VARIABLE}")
+    access = replace(access, optional=False)
+    return _copy(src, dst, access, None, file_name_regex, "decrypt", (max_process_num, buffer_bytes))
 
 
 def _copy(
-    src: PathLike, dst: PathLike, access: Access, file_name_regex: Optional[str], title: str, budget: tuple[int, int]
+    src: PathLike,
+    dst: PathLike,
+    access: Access,
+    seal: Optional[Seal],
+    file_name_regex: Optional[str],
+    title: str,
+    budget: tuple[int, int],
 ) -> Report:
     """Every file with the plaintext it has."""
     found = _find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
-    maps = {name: Path(found.source, name).read_bytes() for name in found.maps}
-    job = copy_job(found.inputs, access, maps)
+    maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
+    job = copy_job(found.inputs, access, maps, seal)
     return execute(job, found.target, workers_of(budget[0]), limits_of(budget[1]), title)
 
 
@@ -188,7 +234,7 @@ def _as_mindspore(
         raise UsageError(f"file_name_regex {file_name_regex!r} is not found in file_path {source!r}")
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
     found = _find(source, (target or folder) + os.sep, to, None if os.path.isfile(source) else pattern, "rank")
-    job = convert_job(found.inputs, _access(None, None), rename)
+    job = convert_job(found.inputs, any_mode(None, None), rename, seal=seal_of(None, GCM))
     execute(job, found.target, workers_of(processes_num), limits_of(BUFFER_BYTES), "convert")
 
 
@@ -296,11 +342,3 @@ def _rename(name_map: Optional[Mapping[str, str]], choice: Optional[Choice]) -> 
         return None if chosen is None else names.get(chosen, chosen)
 
     return rename
-
-
-def _access(key: Optional[KeyLike], mode: Optional[str], crc_check: bool = False) -> Access:
-    """How the inputs may be opened: with the key that is given, else with the one in the environment, if there is."""
-    if key is not None:
-        return Access(as_key(key), mode, crc_check)
-    found = load_key(env=DEC_KEY_VARIABLE) if DEC_KEY_VARIABLE in os.environ else None
-    return Access(found, None, crc_check, optional=True)

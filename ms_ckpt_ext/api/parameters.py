@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -13,6 +12,7 @@ from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    any_mode,
     as_strategy,
     checked_name_map,
     limits_of,
@@ -78,8 +78,8 @@ def load(
         FormatError, ChecksumError, DecryptionError, StorageError: they cannot be read.
     """
     source = path_of(path, "path")
-    access = access_of(dec_key, dec_mode or "AES-GCM", crc_check)
-    catalog = _catalog(source, strategy, replace(access, mode=dec_mode), format, file_suffix)
+    access = any_mode(dec_key, dec_mode, crc_check)
+    catalog = _catalog(source, strategy, access, format, file_suffix)
     held = _renamed(
         list({**catalog.tensors, **catalog.extras}), _patterns(names), choice_func, checked_name_map(name_map)
     )

@@ -17,6 +17,7 @@ from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
 from ms_ckpt_ext.engine.jobs import whole_box
 from ms_ckpt_ext.engine.offline import Job, Output, Wanted
+from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.ckpt import CRC_NUM, CRC_OFFSET
@@ -34,6 +35,7 @@ def convert_job(
     rename: Rename = lambda name: name,
     crc: bool = False,
     index: Mapping[str, bytes] = {},
+    seal: Optional[Seal] = None,
 ) -> Job:
     """Every input file in the format that its output's name says.
 
@@ -43,6 +45,7 @@ def convert_job(
         rename: parameter name in the input -> name in the output, or None to leave it out.
         crc: give every output a checksum.
         index: small files that go along, published last: name -> contents.
+        seal: how the outputs are encrypted; None when they are not.
 
     Raises:
         UsageError: two parameters of a file get the same name, none is left, or the format cannot hold one.
@@ -55,7 +58,7 @@ def convert_job(
         mine = {stored: whole_tensor(stored, entry, [number]) for stored, entry in held.tensors.items()}
         tensors.update({f"{number}/{stored}": tensor for stored, tensor in mine.items()})
         outputs.append(_converted(name, held, mine, rename, crc))
-    return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index)
+    return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index, seal=seal)
 
 
 def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], rename: Rename, crc: bool) -> Output:
@@ -86,19 +89,22 @@ def _notes(held: FileIndex, renamed: Mapping[str, str]) -> dict[str, str]:
     return {renamed.get(key, key): note for key, note in notes.items() if key not in about or key in renamed}
 
 
-def copy_job(inputs: Mapping[str, str], access: Access = PLAIN, index: Mapping[str, bytes] = {}) -> Job:
+def copy_job(
+    inputs: Mapping[str, str], access: Access = PLAIN, index: Mapping[str, bytes] = {}, seal: Optional[Seal] = None
+) -> Job:
     """Every input file as it is: the same plaintext, byte for byte. Arguments and errors as for `convert_job`."""
     indexes, tensors, outputs = [], {}, []
     for number, (name, path) in enumerate(inputs.items()):
         with registry.open_reader(path, access) as reader:
-            size = reader.size
-            kind = getattr(reader, "kind", "plain")
+            size, kind = reader.size, getattr(reader, "kind", "plain")
+            if kind == "plain":
+                registry.read_index(path)  # what is no checkpoint might not be told from one by a wrong key afterwards
             entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
             indexes.append(FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind))
         tensor = tensors[f"{number}/{_CONTENTS}"] = whole_tensor(_CONTENTS, entry, [number])
         layout = FileLayout(size, (), {_CONTENTS: entry})
         outputs.append(Output(name, layout, (Wanted(_CONTENTS, tensor, whole_box(tensor)),)))
-    return Job(Catalog(tuple(indexes), tensors, {}, {}, access), tuple(outputs), index=index)
+    return Job(Catalog(tuple(indexes), tensors, {}, {}, access), tuple(outputs), index=index, seal=seal)
 
 
 def renamed_map(path: str, files: Mapping[str, str], rename: Rename) -> bytes:

@@ -1,0 +1,142 @@
+"""Encrypting, decrypting and converting between both: the same bytes back, MindSpore reads them, keys show nowhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
+from ms_ckpt_ext.errors import CheckpointError, DecryptionError, FormatError, UsageError
+from ms_ckpt_ext.formats import crypto
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
+from tests.jobs.support import assert_nothing_complete, tree
+from tests.jobs.test_convert import CASE, KEY, contents, write_ckpt
+
+MODES = ["AES-GCM", "AES-CBC", "SM4-CBC", "chunked"]
+
+
+def container(path: Path) -> Any:
+    return crypto.sniff(path.read_bytes()[: crypto.HEAD_BYTES])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_and_back(mode: str, tmp_path: Path) -> None:
+    source = write_ckpt(tmp_path / "net.ckpt", crc=True)
+    encrypt(source, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    assert container(tmp_path / "sealed.ckpt") == mode
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "plain", dec_key=KEY, dec_mode=mode)
+    assert (tmp_path / "plain" / "sealed.ckpt").read_bytes() == source.read_bytes()
+    with load(tmp_path / "sealed.ckpt", dec_key=KEY, crc_check=True) as held:
+        assert held["note"] == "nöte"
+
+
+@pytest.mark.parametrize("mode", ["AES-GCM", "chunked"])
+def test_safetensors_go_into_the_authenticated_container(mode: str, tmp_path: Path) -> None:
+    convert(write_ckpt(tmp_path / "net.ckpt"), tmp_path / "net.safetensors")
+    encrypt(tmp_path / "net.safetensors", tmp_path / "out", enc_key=KEY, enc_mode=mode)
+    assert container(tmp_path / "out" / "net.safetensors") == crypto.CHUNKED
+    decrypt(tmp_path / "out", tmp_path / "back", dec_key=KEY)
+    assert (tmp_path / "back" / "net.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="safetensors files take AES-GCM"):
+        encrypt(tmp_path / "net.safetensors", tmp_path / "cbc", enc_key=KEY, enc_mode="AES-CBC")
+    assert not (tmp_path / "cbc").exists()
+
+
+@pytest.mark.parametrize("kind", ["ckpt_crc", "safetensors"])
+def test_golden_trees(kind: str, golden: Path, tmp_path: Path) -> None:
+    source = golden / CASE / kind
+    report = encrypt(source, tmp_path / "sealed", enc_key=KEY)
+    assert report.published
+    assert len(report.files_written) == 8
+    sealed = tree(tmp_path / "sealed")
+    assert set(sealed) == set(tree(source))
+    assert b"layers" not in b"".join(sealed.values())  # names are encrypted too
+    again = encrypt(source, tmp_path / "sealed", enc_key=KEY)
+    assert (again.bytes_read, len(again.files_kept)) == (0, 8)
+    assert tree(tmp_path / "sealed") == sealed
+    decrypt(tmp_path / "sealed", tmp_path / "back", dec_key=KEY)
+    assert tree(tmp_path / "back") == tree(source)
+
+
+def test_a_merged_checkpoint_stays_loadable(golden: Path, tmp_path: Path) -> None:
+    unified_safetensors(golden / "dp2_tp4" / "shards", golden / "dp2_tp4" / "strategy.ckpt", tmp_path / "merged")
+    encrypt(tmp_path / "merged", tmp_path / "sealed", enc_key=KEY)
+    names = json.loads((tmp_path / "merged" / "param_name_map.json").read_text())
+    assert json.loads((tmp_path / "sealed" / "param_name_map.json").read_text()) == names
+    with load(tmp_path / "sealed", dec_key=KEY) as sealed, load(tmp_path / "merged") as merged:
+        assert {n: a.tobytes() for n, a in sealed.arrays().items()} == {
+            n: a.tobytes() for n, a in merged.arrays().items()
+        }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_converting_from_one_key_to_another(mode: str, golden: Path, tmp_path: Path) -> None:
+    """Another format, another key, another mode, a checksum inside: in one pass."""
+    source, plain = golden / CASE / "ckpt_aes_gcm", golden / CASE / "ckpt"
+    new, to = b"another key 1234", "ckpt" if mode != "chunked" else "safetensors"
+    seal = {"enc_key": new, "enc_mode": mode, "crc": True}
+    convert(source, tmp_path / "out", to=to, dec_key=KEY, file_name_regex="rank_1", **seal)  # type: ignore[arg-type]
+    (name,) = tree(tmp_path / "out")
+    held = contents(tmp_path / "out" / name, Access(crypto.Key(new), None, crc_check=True))
+    assert held == contents((plain / name).with_suffix(".ckpt"))
+    with pytest.raises(DecryptionError):
+        contents(tmp_path / "out" / name, Access(crypto.Key(KEY)))
+
+
+@pytest.mark.stock
+@pytest.mark.parametrize("mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
+def test_mindspore_reads_what_we_encrypt(mode: str, golden: Path, tmp_path: Path) -> None:
+    import mindspore
+
+    path = next((golden / CASE / "ckpt" / "rank_1").glob("*.ckpt"))
+    encrypt(path, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    found = mindspore.load_checkpoint(str(tmp_path / "sealed.ckpt"), dec_key=KEY, dec_mode=mode)
+    truth = contents(path)
+    assert {name: bytes(value.get_bytes()) for name, value in found.items()} == {n: t[2] for n, t in truth.items()}
+
+
+def test_keys_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_ckpt(tmp_path / "net.ckpt")
+    for call, variable in ((encrypt, ENC_KEY_VARIABLE), (decrypt, DEC_KEY_VARIABLE)):
+        with pytest.raises(UsageError, match=variable):
+            call(source, tmp_path / "none")
+        monkeypatch.setenv(variable, "hex:" + KEY.hex())
+    encrypt(source, tmp_path / "sealed.ckpt")
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "back.ckpt")
+    assert (tmp_path / "back.ckpt").read_bytes() == source.read_bytes()
+    convert(source, tmp_path / "converted.safetensors")
+    assert container(tmp_path / "converted.safetensors") == crypto.CHUNKED
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_faults_write_nothing_and_tell_no_key(mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    source = write_ckpt(tmp_path / "net.ckpt")
+    encrypt(source, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    sealed = (tmp_path / "sealed.ckpt").read_bytes()
+    flipped = sealed[:-200] + bytes([sealed[-200] ^ 1]) + sealed[-199:]
+    faults = [(b"y" * 16, sealed), (KEY, sealed[:-5])]
+    for key, data in faults if mode.endswith("CBC") else [*faults, (KEY, flipped)]:  # CBC authenticates nothing
+        (tmp_path / "sealed.ckpt").write_bytes(data)
+        with pytest.raises(CheckpointError) as caught:
+            decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=key)
+        for secret in (KEY, b"y" * 16):
+            assert secret.decode() not in f"{caught.value!r} {caught.value} {caplog.text}"
+            assert secret.hex() not in f"{caught.value!r} {caught.value} {caplog.text}"
+        assert_nothing_complete(tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_or_already_encrypted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.ckpt").write_bytes(b"not a checkpoint at all")
+    with pytest.raises(FormatError, match="is not a MindSpore .ckpt"):
+        encrypt(tmp_path / "net.ckpt", tmp_path / "out", enc_key=KEY)
+    write_ckpt(tmp_path / "net.ckpt")
+    encrypt(tmp_path / "net.ckpt", tmp_path / "out", enc_key=KEY)
+    with pytest.raises(DecryptionError, match="is encrypted"):
+        encrypt(tmp_path / "out", tmp_path / "twice", enc_key=KEY)
+    with pytest.raises(DecryptionError, match="is not encrypted"):
+        decrypt(tmp_path / "net.ckpt", tmp_path / "plain", dec_key=KEY)
