@@ -12,6 +12,8 @@ from ms_ckpt_ext._version import __version__
 
 _PUBLIC = {
     "CheckpointError": "errors",
+    "CheckpointRecorder": "bridge.callback",
+    "Restored": "api.restore",
     "as_parameters": "api.parameters",
     "as_strategy": "api.arguments",
     "ckpt_to_safetensors": "api.convert",
@@ -22,9 +24,11 @@ _PUBLIC = {
     "load": "api.parameters",
     "load_checkpoint": "api.parameters",
     "load_distributed_checkpoint": "api.load",
-    "load_segmented_checkpoints": "api.parameters",
+    "load_for_inference": "api.restore",
     "load_key": "formats.crypto",
+    "load_segmented_checkpoints": "api.parameters",
     "merge_pipeline_strategys": "api.merge",
+    "resume": "api.restore",
     "safetensors_to_ckpt": "api.convert",
     "training_scalars": "api.load",
     "unified_safetensors": "api.merge",
@@ -33,6 +37,8 @@ _PUBLIC = {
 
 __all__ = [
     "CheckpointError",
+    "CheckpointRecorder",
+    "Restored",
     "__version__",
     "as_parameters",
     "as_strategy",
@@ -44,9 +50,11 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_distributed_checkpoint",
-    "load_segmented_checkpoints",
+    "load_for_inference",
     "load_key",
+    "load_segmented_checkpoints",
     "merge_pipeline_strategys",
+    "resume",
     "safetensors_to_ckpt",
     "training_scalars",
     "unified_safetensors",

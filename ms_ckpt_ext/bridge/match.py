@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
 from ms_ckpt_ext.engine.jobs import rank_boxes
-from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
 
 log = logging.getLogger("ms_ckpt_ext")
 
@@ -89,15 +89,16 @@ def match_parameters(
     matches, missing = [], []
     unused = dict.fromkeys(offers)
     waiting: dict[str, Any] = {}
-    parallel = _is_parallel(network)
+    parallel = is_parallel(network)
     for _, parameter in network.parameters_and_names():
         name = parameter.name
         if parameter.param_info.is_pipeline_shared_param:
             continue
         if name in offers:
             if type(parameter).__name__ == "MapParameter":
-                raise UsageError(
-                    f"parameter {name!r} is a MapParameter, which cannot be resharded; load it with MindSpore"
+                raise UnsupportedError(
+                    f"parameter {name!r} is a MapParameter, which cannot be resharded; load it with MindSpore",
+                    "network",
                 )
             matches.append(Match(parameter, name, offers[name]))
             unused.pop(name, None)
@@ -111,9 +112,11 @@ def match_parameters(
     return matches, missing, list(unused)
 
 
-def _is_parallel(network: Any) -> bool:
+def is_parallel(network: Any) -> bool:
+    """Whether MindSpore cuts this network's Parameters when it is compiled."""
     mode = ms.context.get_auto_parallel_context("parallel_mode")
-    return mode in ("semi_auto_parallel", "auto_parallel") or type(network).__name__ == "AutoParallel"
+    wrappers = [type(cell).__name__ for cell in (network, *network.cells())]
+    return mode in ("semi_auto_parallel", "auto_parallel") or "AutoParallel" in wrappers
 
 
 def _match_by_prefix(missing: Sequence[str], waiting: Mapping[str, Any], offers: Mapping[str, Offer]) -> list[Match]:

@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
-from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
+from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError, LoadError
 from ms_ckpt_ext.formats.mindformers import Folder
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -84,8 +84,14 @@ def fill_together(
     limits: Limits,
     observe: Optional[Callable[[LoadReport], None]] = None,
     by_suffix: bool = True,
+    require_all: bool = False,
 ) -> tuple[list[str], list[str]]:
-    """Fill the networks of all ranks. `by_suffix`: unless strict, match names by a common prefix as MindSpore does.
+    """Fill the networks of all ranks.
+
+    Args:
+        observe: is given the report of this rank.
+        by_suffix: unless strict, match names by a common prefix as MindSpore does.
+        require_all: a Parameter that the checkpoint has nothing for is a LayoutMismatchError, before any is changed.
 
     Returns:
         (Parameters that got nothing, checkpoint names that went nowhere), of this rank.
@@ -107,6 +113,11 @@ def fill_together(
             found = match_parameters(network, offers_of(catalog, target, rank, name_map), strict or not by_suffix)
             for match in found[0]:
                 check_fit(match, strict)
+            if require_all and found[1]:
+                raise LayoutMismatchError(
+                    f"the checkpoint has nothing for {len(found[1])} parameters of the network, {found[1][:5]}: give "
+                    "name_map where they go by other names, or allow_missing=True to keep their values"
+                )
             return found
 
         matches, missing, unused = _on_all(transport, settle)
@@ -149,7 +160,7 @@ def _prepare(
     wants = {match.name: _want(match, target, rank) for match in matches}
     facts = {"source strategy": repr(source.strategy and sorted(source.strategy.layouts.items()))}
     facts["rules"] = repr(source.rules)
-    facts["target strategy"] = repr(target and (target.devices_per_stage, target.stages))
+    facts["target strategy"] = repr(target and target.devices_per_stage)  # a layout dict is of one stage only
     facts["name_map"] = repr(sorted(name_map.items()))
     hardware = cost.ASCEND if _on_device(transport) else cost.CPU
     return session.prepare(transport, seen, catalog, wants, options, hardware, facts)

@@ -410,7 +410,7 @@ def read_extras(
         catalog = open_catalog(directory, strategy, file_suffix, access=access, kind=kind)
         names = list(catalog.extras)
     with catalog.readers() as readers:
-        return {name: _read_whole(catalog, readers, catalog.extras[name]) for name in names}
+        return {name: read_whole(catalog, readers, catalog.extras[name]) for name in names}
 
 
 def decode_text(contents: bytes) -> str:
@@ -425,7 +425,7 @@ def decode_text(contents: bytes) -> str:
         raise FormatError(f"a text of {len(contents)} bytes is not UTF-32 ({error.reason}): it is damaged") from error
 
 
-def _read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
+def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
     """One small tensor, read in one go."""
     (file,) = next(iter(tensor.placements[0].holders.values()))
     data = b""

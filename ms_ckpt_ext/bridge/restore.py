@@ -1,0 +1,111 @@
+"""The newest complete checkpoint of a directory into the networks of all ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
+
+from ms_ckpt_ext.bridge.match import check_cell, is_parallel
+from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together
+from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.bridge.world import own_rank
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.rules import Rule
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.session import LoadOptions, LoadReport
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.transport import select
+
+__all__ = ["Filled", "both", "fill_newest", "host_name", "layouts_of", "own_rank"]
+
+
+class Filled(NamedTuple):
+    """A checkpoint that was chosen and loaded."""
+
+    chosen: Chosen
+    missing: list[str]
+    unused: list[str]
+    report: LoadReport
+
+
+class _Both(ms.nn.Cell):
+    """A network and its optimizer as one cell; names stay as they are."""
+
+    def __init__(self, network: Any, optimizer: Any) -> None:
+        super().__init__(auto_prefix=False)
+        self.network, self.optimizer = network, optimizer
+
+
+def both(network: Any, optimizer: Any) -> Any:
+    """A cell with the Parameters of both. Raises ArgumentTypeError unless they are Cells."""
+    check_cell(network)
+    if optimizer is None:
+        return network
+    check_cell(optimizer)
+    return _Both(network, optimizer)
+
+
+def host_name(options: LoadOptions) -> str:
+    """What this host is called among the hosts of the job."""
+    return options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
+
+
+def layouts_of(network: Any) -> Optional[Mapping[str, Any]]:
+    """The layouts that MindSpore gave a network's Parameters; None where they are whole.
+
+    Raises:
+        UsageError: they are not known yet.
+    """
+    layouts: Mapping[str, Any] = network.parameter_layout_dict
+    if not layouts and is_parallel(network):
+        raise UsageError(
+            "the network runs in parallel and is not compiled yet, so its layouts are not known: call "
+            "network.compile(*inputs) or Model.build / infer_train_layout first, or give predict_strategy"
+        )
+    return layouts or None
+
+
+def fill_newest(
+    network: Any,
+    wanted: Wanted,
+    target: Optional[Strategy],
+    rank: int,
+    name_map: Mapping[str, str],
+    rules: tuple[Rule, ...],
+    strict: bool,
+    allow_missing: bool,
+    options: LoadOptions,
+    workers: int,
+    limits: Limits,
+) -> tuple[Optional[Filled], tuple[Skipped, ...]]:
+    """Choose and load, together; see `engine.choose` and `together.fill_together`.
+
+    Returns:
+        What was loaded, None when there is no complete checkpoint; and those that were skipped.
+    """
+    transport = select.choose(timeout=options.timeout)
+    try:
+        chosen, skipped = choose(transport, wanted)
+    finally:
+        transport.close()
+    if chosen is None:
+        return None, skipped
+    reports: list[LoadReport] = []
+    listing = chosen.listing
+    missing, unused = fill_together(
+        network,
+        Source(lambda: listing, chosen.strategy, wanted.access, rules),
+        target,
+        rank,
+        name_map,
+        strict,
+        options,
+        workers,
+        limits,
+        observe=reports.append,
+        require_all=not allow_missing,
+    )
+    return Filled(chosen, missing, unused, reports[0]), skipped

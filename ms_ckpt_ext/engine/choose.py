@@ -1,0 +1,342 @@
+"""The newest checkpoint that is whole, chosen by all ranks together.
+
+1. One rank per host looks at the directory; what they see is put together, so all ranks have the same list.
+2. Newest first: the records must hold, the layouts be known and every rank's file be there. Each header is read by one
+   rank. What is wrong with a checkpoint is said on all ranks alike, and the next older one is tried.
+3. The training scalars are read by one rank each and shared.
+
+Collective: all ranks call it, and all return the same or raise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine import checkpoints
+from ms_ckpt_ext.engine.catalog import TEXT, Catalog, Listing, catalog_of, list_checkpoint, read_whole
+from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, find_candidates
+from ms_ckpt_ext.engine.digests import Manifest, check, load_manifest
+from ms_ckpt_ext.engine.records import strategy_folder
+from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.errors import (
+    CheckpointError,
+    DisagreementError,
+    PeerError,
+    StrategyError,
+    TransportError,
+)
+from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.transport.agree import agree, share_status
+from ms_ckpt_ext.transport.base import Transport, name_ranks
+
+Value = Union[np.ndarray, str]
+log = logging.getLogger("ms_ckpt_ext")
+_STRATEGY_FOLDERS = ("strategy", os.path.join("..", "strategy"))
+"""Where MindFormers and most scripts keep the layouts, seen from a checkpoint's folder."""
+
+
+class Skipped(NamedTuple):
+    """A checkpoint that was newer than the chosen one, and why it was not taken."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where to look, and for what.
+
+    Attributes:
+        directory: on this host.
+        host: this rank's.
+        strategy: layouts of the job that saved, if they were given; None to find them with the checkpoint.
+        kind: "safetensors", "ckpt" or None.
+        access: how files are opened.
+        digests: compare every tensor with the digests on record: reads everything once.
+    """
+
+    directory: str
+    host: str
+    strategy: Optional[Strategy] = None
+    kind: Optional[str] = None
+    access: Access = PLAIN
+    digests: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint that all ranks agree on.
+
+    Attributes:
+        candidate: which it is.
+        listing: its files on this host.
+        strategy: the layouts that cut it; None for whole parameters.
+        scalars: what it holds outside the strategy, single values and texts.
+    """
+
+    candidate: Candidate
+    listing: Listing
+    strategy: Optional[Strategy]
+    scalars: Mapping[str, Value]
+
+
+def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
+    """The newest complete checkpoint, None when there is none; and what was skipped.
+
+    Raises:
+        DisagreementError: ranks look for different things, or ranks of one host in different directories.
+        PeerError, TransportError: another rank failed, or has gone.
+    """
+    agree(transport, {"format": repr(wanted.kind), "digests": repr(wanted.digests), "strategy": _text(wanted.strategy)})
+    probe = _agree_on_directories(transport, wanted)
+    skipped: list[Skipped] = []
+    for candidate in _look_together(transport, wanted, probe):
+        try:
+            return _try(transport, wanted, candidate, probe), tuple(skipped)
+        except _Unfit as unfit:
+            skipped.append(Skipped(candidate.title, str(unfit)))
+            if transport.rank == 0:
+                log.warning("checkpoint %r in %r is skipped: %s", candidate.title, wanted.directory, unfit)
+    return None, tuple(skipped)
+
+
+class _Unfit(Exception):
+    """Why a checkpoint cannot be taken; on all ranks the same."""
+
+
+def _agree_on_directories(transport: Transport[Any], wanted: Wanted) -> bool:
+    """Whether this rank is the one that looks for its host."""
+    places = [json.loads(p) for p in transport.share(json.dumps([wanted.host, _real(wanted.directory)]).encode())]
+    for host in dict.fromkeys(host for host, _ in places):
+        ranks = [rank for rank, place in enumerate(places) if place[0] == host]
+        odd = [rank for rank in ranks if places[rank] != places[ranks[0]]]
+        if odd:
+            raise DisagreementError(
+                f"the ranks were started with different inputs: on host {host!r}, checkpoint_dir of {name_ranks(odd)} "
+                f"is {places[odd[0]][1]!r}, that of rank {ranks[0]} is {places[ranks[0]][1]!r}; "
+                "give all ranks of a host the same directory"
+            )
+    return [host for host, _ in places].index(wanted.host) == transport.rank
+
+
+def _real(directory: str) -> str:
+    return os.path.realpath(directory)
+
+
+def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> list[Candidate]:
+    seen: list[Any] = []
+    error: Optional[BaseException] = None
+    try:
+        if probe:
+            seen = [checkpoints.to_json(c) for c in find_candidates(wanted.directory, wanted.kind)]
+    except OSError as problem:
+        error = problem
+    share_status(transport, error)
+    return checkpoints.together(
+        [checkpoints.from_json(raw) for raw in _unpack(answer)] for answer in transport.share(_pack(seen))
+    )
+
+
+def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe: bool) -> Chosen:
+    folder = os.path.join(wanted.directory, candidate.folder) if candidate.folder else wanted.directory
+    try:
+        check_noted(candidate)
+        strategy = _strategy(transport, wanted, candidate, folder, probe)
+        files = {} if candidate.merged else check_ranks(candidate, strategy)
+    except CheckpointError as error:
+        if isinstance(error, TransportError):
+            raise
+        raise _Unfit(str(error)) from error
+    here = {str(rank): os.path.join(folder, *held.file.split("/")) for rank, held in files.items()}
+
+    def look() -> Listing:
+        if candidate.merged:
+            return list_checkpoint(folder, None, kind=wanted.kind)
+        return Listing({key: path for key, path in here.items() if os.path.exists(path)}, strategy is not None, None)
+
+    seen, catalog = _read_headers(transport, wanted, look, strategy)
+    if wanted.digests:
+        _compare_digests(transport, wanted, seen)
+    listing = Listing({key: index.path for key, index in seen.indexes.items()}, seen.sharded, seen.names)
+    return Chosen(candidate, listing, strategy, _scalars(transport, seen, catalog))
+
+
+def _strategy(
+    transport: Transport[Any], wanted: Wanted, candidate: Candidate, folder: str, probe: bool
+) -> Optional[Strategy]:
+    """The layouts that cut a checkpoint: those given, recorded with it, or found beside it."""
+    if candidate.merged or (candidate.records and not candidate.records[0].sharded):
+        return None
+    if wanted.strategy is not None:
+        return wanted.strategy
+    mine = _layouts_near(folder, candidate) if probe else _Found([], "", "")
+    answers = [_Found(*_unpack(answer)) for answer in transport.share(_pack(mine))]
+    origin = next((answer.origin for answer in answers if answer.items), "")
+    if not origin:
+        problem = next((answer.problem for answer in answers if answer.problem), "")
+        if problem or len(candidate.files) > 1:
+            raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy")
+        return None
+    items = [_item(raw) for answer in answers for raw in answer.items]
+    return Strategy.from_items(items, origin)
+
+
+class _Found(NamedTuple):
+    """Layouts on one host: entries as JSON, where they are from, and what was wrong."""
+
+    items: list[Any]
+    origin: str
+    problem: str
+
+
+def _layouts_near(folder: str, candidate: Candidate) -> _Found:
+    recorded = strategy_folder(folder, candidate.name)
+    folders = [recorded] if candidate.records else [os.path.join(folder, near) for near in _STRATEGY_FOLDERS]
+    for place in folders:
+        if os.path.isdir(place):
+            try:
+                return _Found(_items_in(place), f"strategy directory {os.path.normpath(place)!r}", "")
+            except CheckpointError as error:
+                return _Found([], "", str(error))
+    return _Found([], "", "")
+
+
+def _items_in(folder: str) -> list[Any]:
+    """The layouts of all files of a folder, each once: every rank of a stage may have saved the same."""
+    found: dict[str, Any] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((".ckpt", ".json")):
+            for item in _entries(load_strategy(os.path.join(folder, name))):
+                found.setdefault(json.dumps(item), item)
+    return list(found.values())
+
+
+def _entries(strategy: Strategy) -> list[Any]:
+    return [
+        [name, stage, layout.dev_matrix, layout.tensor_map, layout.opt_shard_step, layout.opt_shard_size]
+        for name, stages in strategy.layouts.items()
+        for stage, layout in stages.items()
+    ]
+
+
+def _item(raw: list[Any]) -> LayoutItem:
+    name, stage, dev_matrix, tensor_map, step, size = raw
+    return LayoutItem(name, stage, Layout(tuple(dev_matrix), tuple(map(tuple, tensor_map)), step, size))
+
+
+def _text(strategy: Optional[Strategy]) -> str:
+    return "" if strategy is None else json.dumps(sorted(_entries(strategy)))
+
+
+def _read_headers(
+    transport: Transport[Any], wanted: Wanted, look: Any, strategy: Optional[Strategy]
+) -> tuple[Survey, Catalog]:
+    """Tables of contents of all files, and that they fit the layouts."""
+    problem, result = "", None
+    try:
+        seen = survey(transport, look, partial(read_index, access=wanted.access), wanted.host)
+        result = seen, catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
+    except PeerError:
+        pass  # the peer tells below; if it is gone, that shows below too
+    except TransportError:
+        raise
+    except CheckpointError as error:
+        problem = str(error)
+    told = [answer.decode() for answer in transport.share(problem.encode())]
+    if result is None or any(told):
+        raise _Unfit(next(filter(None, told), "its headers could not be read"))
+    return result
+
+
+def _compare_digests(transport: Transport[Any], wanted: Wanted, seen: Survey) -> None:
+    """Every file with its manifest, each on one rank that sees it. A file that is on no manifest passes."""
+    problem = ""
+    for index in _dealt(transport, seen).values():
+        try:
+            problem = problem or _faults(index, wanted.access)
+        except CheckpointError as error:
+            problem = str(error)
+    told = [answer.decode() for answer in transport.share(problem.encode())]
+    if any(told):
+        raise _Unfit(next(filter(None, told)))
+
+
+def _dealt(transport: Transport[Any], seen: Survey) -> dict[str, FileIndex]:
+    """This rank's share of the files: those that it is the one to look into."""
+    ranks = range(transport.size)
+    able = {key: sorted(ranks if seen.sees is None else seen.sees[key]) for key in seen.indexes}
+    chosen = {key: able[key][number % len(able[key])] for number, key in enumerate(seen.indexes)}
+    return {key: index for key, index in seen.indexes.items() if chosen[key] == transport.rank}
+
+
+def _faults(index: FileIndex, access: Access) -> str:
+    folder, name = os.path.split(index.path)
+    manifest = load_manifest(folder)
+    if manifest is None or name not in manifest.files:
+        return ""
+    faults = check(
+        folder,
+        Manifest(manifest.files),
+        [name],
+        1,
+        partial(read_index, access=access),
+        partial(open_reader, access=access),
+    )
+    return "; ".join(map(str, faults[:3]))
+
+
+def _scalars(transport: Transport[Any], seen: Survey, catalog: Catalog) -> dict[str, Value]:
+    """Single values and texts outside the layouts; each is read by one rank that sees its file."""
+    keys = list(seen.indexes)
+    small = {
+        name: tensor
+        for name, tensor in {**({} if seen.sharded else catalog.tensors), **catalog.extras}.items()
+        if tensor.meta.dtype.name == TEXT or math.prod(tensor.meta.shape) == 1
+    }
+    mine: dict[str, Any] = {}
+    error: Optional[BaseException] = None
+    try:
+        with catalog.readers() as readers:
+            for name, tensor in small.items():
+                (file,) = next(iter(tensor.placements[0].holders.values()))
+                able = range(transport.size) if seen.sees is None else seen.sees[keys[file]]
+                if min(able) == transport.rank:
+                    mine[name] = _told(read_whole(catalog, readers, tensor))
+    except CheckpointError as problem:
+        error = problem
+    share_status(transport, error)
+    told = {name: raw for answer in transport.share(_pack(mine)) for name, raw in _unpack(answer).items()}
+    return {name: _heard(told[name]) for name in small}
+
+
+def _told(value: Value) -> Any:
+    return value if isinstance(value, str) else [value.dtype.str, value.shape, value.tobytes().hex()]
+
+
+def _heard(raw: Any) -> Value:
+    if isinstance(raw, str):
+        return raw
+    dtype, shape, data = raw
+    return np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape)
+
+
+def _pack(value: Any) -> bytes:
+    return zlib.compress(json.dumps(value).encode(), 1)
+
+
+def _unpack(data: bytes) -> Any:
+    return json.loads(zlib.decompress(data))

@@ -1,0 +1,337 @@
+"""Which checkpoint is taken: ranks as threads, real files, everything that can be torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytest
+from safetensors.numpy import save_file
+
+from ms_ckpt_ext.engine.checkpoints import find_candidates
+from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.digests import digest_file, update_manifest
+from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, read_records, write_record
+from ms_ckpt_ext.errors import DisagreementError, FormatError
+from ms_ckpt_ext.formats.registry import read_index
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+from tests.jobs.support import arrays, cut, scalars, source
+
+RANKS = 4
+Tear = Callable[[Path], None]
+
+
+def save(root: Path, step: int, noted: bool = True, prefix: str = "net") -> None:
+    """What 4 ranks leave at a step: `rank_N/net-1_STEP.safetensors`, and unless told otherwise their notes."""
+    made = source(root.parent / f"made_{step}", seed=step)
+    strategy = load_strategy(made / "strategy.ckpt")
+    for rank in range(RANKS):
+        path = root / f"rank_{rank}" / f"{prefix.format(rank=rank)}-1_{step}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / "shards" / f"rank_{rank}" / "net.safetensors", path)
+        if noted:
+            note(path, rank, step, strategy if rank == 0 else None)
+
+
+def note(path: Path, rank: int, step: int, strategy: Any, world: int = RANKS, sharded: bool = True) -> bool:
+    home = home_of(str(path), rank)
+    update_manifest(str(path.parent), {path.name: digest_file(read_index(str(path)))})
+    size = path.stat().st_size
+    record = Record(rank, world, home.file, size, time.time(), sharded, epoch=1, step=step, loss_scale=64.0)
+    return write_record(home, record, strategy)
+
+
+def look(
+    root: Path, ranks: int = RANKS, host: Callable[[int], str] = lambda rank: "one", **more: Any
+) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
+    """All ranks choose; they must come to the same answer."""
+    where = more.pop("where", lambda rank: root)
+
+    def rank(transport: LocalTransport) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
+        return choose(transport, Wanted(str(where(transport.rank)), host(transport.rank), **more))
+
+    answers = LocalWorld(ranks, timeout=20).run(rank)
+    for chosen, skipped in answers:
+        assert skipped == answers[0][1]
+        assert (chosen and chosen.candidate) == (answers[0][0] and answers[0][0].candidate)
+        assert (chosen and chosen.strategy) == (answers[0][0] and answers[0][0].strategy)
+    return answers[0]
+
+
+def step_of(chosen: Optional[Chosen]) -> Any:
+    assert chosen is not None
+    value = chosen.scalars["global_step"]
+    assert not isinstance(value, str)
+    return value.item() - 7  # see tests.jobs.support.scalars
+
+
+def test_the_newest_is_taken_by_all(tmp_path: Path) -> None:
+    for step in (3, 20, 100):
+        save(tmp_path / "c", step)
+    chosen, skipped = look(tmp_path / "c")
+    assert chosen is not None and skipped == ()
+    assert chosen.candidate.title == "net-1_100.safetensors"
+    assert step_of(chosen) == 100
+    assert sorted(chosen.listing.files) == ["0", "1", "2", "3"]
+    assert chosen.strategy is not None and chosen.strategy.world == RANKS
+
+
+def cut_short(root: Path) -> None:
+    path = root / "rank_2" / "net-1_20.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_short_and_noted(root: Path) -> None:
+    cut_short(root)
+    for held in (root / "ms_ckpt_ext" / "net-1_20.safetensors").glob("*.json"):
+        content = json.loads(held.read_text())
+        for record in content["ranks"]:
+            record["size"] = (root / record["file"]).stat().st_size
+        held.write_text(json.dumps(content))
+
+
+def no_file(root: Path) -> None:
+    (root / "rank_1" / "net-1_20.safetensors").unlink()
+
+
+def no_note(root: Path) -> None:
+    folder = root / "ms_ckpt_ext" / "net-1_20.safetensors"
+    (folder / "complete.json").unlink()
+    (folder / "rank_3.json").unlink()
+
+
+def broken_note(root: Path) -> None:
+    (root / "ms_ckpt_ext" / "net-1_20.safetensors" / "complete.json").write_text('{"format": 1}')
+
+
+def no_layouts(root: Path) -> None:
+    shutil.rmtree(root / "ms_ckpt_ext" / "net-1_20.safetensors" / "strategy")
+
+
+def broken_layouts(root: Path) -> None:
+    (root / "ms_ckpt_ext" / "net-1_20.safetensors" / "strategy" / "stage_0.ckpt").write_bytes(b"\x08\xff\xff")
+
+
+def other_layouts(root: Path) -> None:
+    small = source(root.parent / "small", names=("other.w", "more.w"))
+    target = root / "ms_ckpt_ext" / "net-1_20.safetensors" / "strategy" / "stage_0.ckpt"
+    shutil.copy(small / "strategy.ckpt", target)
+
+
+def older_note_of_a_rank(root: Path) -> None:
+    folder = root / "ms_ckpt_ext" / "net-1_20.safetensors"
+    (folder / "complete.json").unlink()
+    held = json.loads((folder / "rank_1.json").read_text())
+    held["ranks"][0]["step"] = 10
+    (folder / "rank_1.json").write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize(
+    ("tear", "reason"),
+    [
+        (cut_short, "rank_2/net-1_20.safetensors.* bytes, and .* was saved with"),
+        (cut_short_and_noted, "rank_2.*net-1_20.safetensors"),
+        (no_file, "files of rank 1 are gone"),
+        (no_note, "rank 3 of 4 did not record"),
+        (broken_note, "not a checkpoint's record"),
+        (no_layouts, "no layouts"),
+        (broken_layouts, "stage_0.ckpt"),
+        (other_layouts, "no parameter in common"),
+        (older_note_of_a_rank, "different steps"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_torn_ones_are_skipped_and_the_reason_is_told(
+    tear: Tear, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "c", 3)
+    save(tmp_path / "c", 20)
+    tear(tmp_path / "c")
+    chosen, skipped = look(tmp_path / "c")
+    assert step_of(chosen) == 3
+    assert [name for name, _ in skipped] == ["net-1_20.safetensors"]
+    assert re.search(reason, skipped[0].reason), skipped
+    told = [r.getMessage() for r in caplog.records if "is skipped" in r.getMessage()]
+    assert len(told) == 1 and skipped[0].reason in told[0]
+
+
+def test_a_flipped_byte_shows_in_the_digests(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    save(tmp_path / "c", 20)
+    path = tmp_path / "c" / "rank_1" / "net-1_20.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert step_of(look(tmp_path / "c")[0]) == 20
+    chosen, skipped = look(tmp_path / "c", digests=True)
+    assert step_of(chosen) == 3
+    assert "the manifest says" in skipped[0].reason and "net-1_20" in skipped[0].reason
+
+
+def test_without_notes_names_and_layouts_beside_are_used(tmp_path: Path) -> None:
+    """MindFormers: checkpoint/rank_N/PREFIX_rank_N-EPOCH_STEP, strategy/ckpt_strategy_rank_N.ckpt."""
+    root = tmp_path / "out" / "checkpoint"
+    for step in (5, 10):
+        save(root, step, noted=False, prefix="qwen_rank_{rank}")
+    with pytest.raises(AssertionError):
+        step_of(look(root)[0])
+    for rank in range(RANKS):
+        (tmp_path / "out" / "strategy").mkdir(exist_ok=True)
+        target = tmp_path / "out" / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt"
+        shutil.copy(root.parent / "made_5" / "strategy.ckpt", target)
+    assert step_of(look(root)[0]) == 10
+    assert step_of(look(tmp_path / "out")[0]) == 10, "a folder above will do"
+    (root / "rank_3" / "qwen_rank_3-1_10.safetensors").unlink()
+    chosen, skipped = look(root)
+    assert step_of(chosen) == 5
+    assert "files of rank 3 are missing" in skipped[0].reason
+
+
+def test_given_layouts_win(tmp_path: Path) -> None:
+    save(tmp_path / "c", 5, noted=False)
+    given = load_strategy(tmp_path / "made_5" / "strategy.ckpt")
+    assert step_of(look(tmp_path / "c", strategy=given)[0]) == 5
+    assert look(tmp_path / "c")[0] is None
+
+
+def test_newer_files_without_notes_were_cut_short(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    save(tmp_path / "c", 20, noted=False)
+    chosen, skipped = look(tmp_path / "c")
+    assert step_of(chosen) == 3
+    assert [(name, "cut short" in reason) for name, reason in skipped] == [("net-1_20.safetensors", True)]
+
+
+def test_the_order_is_that_of_saving_not_of_names(tmp_path: Path) -> None:
+    """A resumed run counts from 1 again: its first save is newer than the last of the run before."""
+    save(tmp_path / "c", 900)
+    save(tmp_path / "c", 50, prefix="net_1")
+    assert step_of(look(tmp_path / "c")[0]) == 50
+
+
+def test_ranks_of_one_host_must_look_into_one_directory(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    with pytest.raises(DisagreementError, match="checkpoint_dir of rank 2 is .*other"):
+        look(tmp_path / "c", where=lambda rank: tmp_path / ("other" if rank == 2 else "c"))
+    with pytest.raises(DisagreementError, match="format"):
+        LocalWorld(2, timeout=20).run(
+            lambda t: choose(t, Wanted(str(tmp_path / "c"), "one", kind=["ckpt", None][t.rank]))
+        )
+
+
+def test_hosts_with_local_disks_choose_from_what_all_see(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    save(tmp_path / "c", 20)
+    for host, gone in (("a", (2, 3)), ("b", (0, 1))):
+        shutil.copytree(tmp_path / "c", tmp_path / host)
+        for rank in gone:
+            shutil.rmtree(tmp_path / host / f"rank_{rank}")
+            for held in (tmp_path / host / "ms_ckpt_ext").glob(f"*/rank_{rank}.json"):
+                held.unlink()
+        for held in (tmp_path / host / "ms_ckpt_ext").glob("*/complete.json"):
+            held.unlink()
+    for layouts in (tmp_path / "b" / "ms_ckpt_ext").glob("*/strategy"):
+        shutil.rmtree(layouts)  # its stage's first rank is on the other host
+    local = {"host": lambda rank: "ab"[rank // 2], "where": lambda rank: tmp_path / "ab"[rank // 2]}
+    assert step_of(look(tmp_path, **local)[0]) == 20
+    (tmp_path / "b" / "rank_3" / "net-1_20.safetensors").unlink()
+    chosen, skipped = look(tmp_path, **local)
+    assert step_of(chosen) == 3 and "rank 3" in skipped[0].reason
+
+
+def test_hosts_with_different_files_of_one_name(tmp_path: Path) -> None:
+    save(tmp_path / "a", 3)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    path = tmp_path / "b" / "rank_0" / "net-1_3.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    where = {"host": lambda rank: "ab"[rank % 2], "where": lambda rank: tmp_path / "ab"[rank % 2]}
+    chosen, skipped = look(tmp_path, **where)
+    assert chosen is None
+    assert "hosts hold different files of rank 0" in skipped[0].reason
+
+
+def test_data_parallel_ranks_hold_everything(tmp_path: Path) -> None:
+    full = arrays(0)
+    for rank in range(2):
+        path = tmp_path / "c" / f"rank_{rank}" / "net-1_9.safetensors"
+        path.parent.mkdir(parents=True)
+        save_file({**full, **scalars(9)}, path)
+        note(path, rank, 9, None, world=2, sharded=False)
+    chosen, _ = look(tmp_path / "c")
+    assert step_of(chosen) == 9
+    assert chosen is not None and list(chosen.listing.files) == ["0"] and chosen.strategy is None
+
+
+def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
+    root = tmp_path / "c"
+    root.mkdir()
+    for step in (2, 10):
+        save_file({**arrays(step), **scalars(step)}, root / f"CKP-1_{step}.safetensors")
+    assert [c.title for c in find_candidates(str(root))] == ["CKP-1_10.safetensors", "CKP-1_2.safetensors"]
+    assert step_of(look(root)[0]) == 10
+    merged = tmp_path / "m" / "release"
+    shutil.copytree(golden / "full", merged)
+    (merged / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {"weight_map": dict.fromkeys(read_index(str(merged / "model.safetensors")).tensors, "model.safetensors")}
+        )
+    )
+    chosen, _ = look(tmp_path / "m")
+    assert chosen is not None and chosen.candidate.merged and chosen.candidate.title == "release/merged"
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert look(tmp_path / "no such") == (None, ())
+    assert look(tmp_path) == (None, ())
+
+
+def test_complete_is_said_when_all_ranks_have_noted(tmp_path: Path) -> None:
+    strategy = load_strategy(source(tmp_path / "made", seed=1) / "strategy.ckpt")
+    cut(strategy, arrays(1), tmp_path / "c")
+    told = [
+        note(tmp_path / "c" / f"rank_{rank}" / "net.safetensors", rank, 5, strategy if rank == 0 else None)
+        for rank in (2, 0, 3, 1)
+    ]
+    assert told == [False, False, False, True]
+    assert [record.rank for record in read_records(str(tmp_path / "c"), "net.safetensors")] == [0, 1, 2, 3]
+    again = tmp_path / "c" / "rank_1" / "net.safetensors"
+    assert not note(again, 1, 6, None), "the others have not saved step 6"
+    assert not (tmp_path / "c" / "ms_ckpt_ext" / "net.safetensors" / "complete.json").exists()
+
+
+def test_records_of_deleted_checkpoints_go(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    save(tmp_path / "c", 20)
+    os.unlink(tmp_path / "c" / "rank_1" / "net-1_3.safetensors")
+    forget_deleted(str(tmp_path / "c"), 0)
+    assert len(os.listdir(tmp_path / "c" / "ms_ckpt_ext")) == 2
+    forget_deleted(str(tmp_path / "c"), 1)
+    assert os.listdir(tmp_path / "c" / "ms_ckpt_ext") == ["net-1_20.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 4},
+        {"file": "../../etc/passwd"},
+        {"file": "/etc/passwd"},
+        {"size": "1"},
+        {"surprise": 1},
+        {"world": None},
+    ],
+    ids=str,
+)
+def test_records_that_make_no_sense(change: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    path = tmp_path / "c" / "ms_ckpt_ext" / "net-1_3.safetensors" / "complete.json"
+    content = json.loads(path.read_text())
+    content["ranks"][0].update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match="not a checkpoint's record"):
+        read_records(str(tmp_path / "c"), "net-1_3.safetensors")
