@@ -8,11 +8,17 @@ On emulated NPUs, semi_auto_parallel in graph mode (any number of ranks = dp * t
 In one process on the CPU, not parallel, to compare with:
     python train_demo.py cpu OUTCPU --steps 6 --save-at 3,6
 
+With ms_ckpt_ext on PYTHONPATH it records what it saves (--record), resumes from any layout (--by resume, or dropin:
+MindSpore's own function names after ms_ckpt_ext.install()) and serves the weights alone (--serve):
+    ... train_demo.py 1,2 OUT3 --steps 6 --resume OUT --by resume
+    ... train_demo.py 1,2 OUT4 --serve --resume OUT
+
 Writes OUT/step<n>/rank_<r>/net.ckpt and net.safetensors, OUT/strategy/strategy_<r>.ckpt (MindSpore's strategy
 file, one for every rank) and prints "LOSS <rank> <step> <loss as hex float> <decimal>".
 """
 
 import argparse
+import glob
 import os
 
 import mindspore as ms
@@ -36,6 +42,10 @@ ap.add_argument("--start", type=int, default=0, help="number of steps done befor
 ap.add_argument("--save-at", default="", help="step numbers, default: the last")
 ap.add_argument("--resume", default="", help="directory with rank_<r>/net.ckpt")
 ap.add_argument("--format", default="ckpt", choices=["ckpt", "safetensors"], help="which of the two to resume from")
+ap.add_argument("--record", action="store_true", help="leave the notes of ms_ckpt_ext.CheckpointRecorder")
+ap.add_argument("--by", default="stock", choices=["stock", "resume", "dropin"], help="what to resume with")
+ap.add_argument("--mode", default="auto", help="with --by resume, dropin and --serve: direct, cooperative or auto")
+ap.add_argument("--serve", action="store_true", help="load the weights alone and print the output for one batch")
 args = ap.parse_args()
 save_at = [int(s) for s in args.save_at.split(",") if s] or [args.steps]
 
@@ -152,9 +162,42 @@ def batch(step):
     )
 
 
-if args.resume:
-    if args.layout != "cpu":
-        train.compile(*batch(0))  # parameters get their slice shapes here
+if args.serve:
+    from ms_ckpt_ext import load_for_inference
+
+    served = net = Mlp()
+    served.set_train(False)
+    served.compile(batch(0)[0])
+    names = {p.name: f"net.{p.name}" for p in served.get_parameters()}
+    told = load_for_inference(served, args.resume, format=args.format, mode=args.mode, name_map=names)
+    print("SERVED", rank, told.checkpoint, told.step, told.mode, told.bytes_read, flush=True)
+    print("OUTPUT", rank, served(batch(0)[0]).asnumpy().tobytes().hex(), flush=True)
+    raise SystemExit
+if args.resume and args.layout != "cpu":
+    train.compile(*batch(0))  # parameters get their slice shapes here
+if args.resume and args.by == "resume":
+    from ms_ckpt_ext import resume
+
+    told = resume(train, checkpoint_dir=args.resume, format=args.format, mode=args.mode)
+    args.start = told.step
+    print("RESUMED", rank, told.checkpoint, told.step, told.mode, "skipped:", list(told.skipped), flush=True)
+elif args.resume and args.by == "dropin":
+    import ms_ckpt_ext
+
+    os.environ["MS_CKPT_EXT_MODE"] = args.mode
+    ms_ckpt_ext.install()
+    folders = sorted(glob.glob(f"{args.resume}/rank_*"), key=lambda folder: int(folder.rsplit("_", 1)[1]))
+    source = {"checkpoint_filenames": [f"{folder}/net.ckpt" for folder in folders]}
+    if args.format == "safetensors":
+        source = {"format": "safetensors", "unified_safetensors_dir": args.resume}
+    told = ms.load_distributed_checkpoint(
+        train,
+        train_strategy_filename=f"{args.resume}/../strategy",
+        predict_strategy=train.parameter_layout_dict,
+        **source,
+    )
+    print("RESUMED", rank, args.resume, "not loaded:", *told, flush=True)
+elif args.resume:
     path = f"{args.resume}/rank_{rank}/net.{args.format}"
     loaded = ms.load_checkpoint(path, format=args.format)
     not_in_net, not_in_file = ms.load_param_into_net(train, loaded, strict_load=True)
@@ -169,6 +212,11 @@ for step in range(args.start + 1, args.steps + 1):
         os.makedirs(to, exist_ok=True)
         ms.save_checkpoint(train, f"{to}/net.ckpt", integrated_save=False)
         ms.save_checkpoint(train, f"{to}/net.safetensors", integrated_save=False, format="safetensors")
+        if args.record:
+            from ms_ckpt_ext import CheckpointRecorder
+
+            for kind in ("ckpt", "safetensors"):
+                CheckpointRecorder().record(f"{to}/net.{kind}", train, step=step)
 for p in train.get_parameters():
     print("PARAM", rank, p.name, p.dtype, p.shape, flush=True)
 print("DONE", rank, flush=True)

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Every end-to-end run: real training on emulated NPUs, resumed and served under other layouts. About 5 minutes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+
+ensure_venv
+cd "$ROOT"
+export MS_CKPT_EXT_E2E=all
+exec python -m pytest --timeout=900 tests/e2e "$@"
