@@ -26,6 +26,7 @@ def convert(arguments: Namespace) -> list[dict[str, Any]]:
         results = one_way(root, source, "ckpt_to_safetensors", "safetensors", arguments)
         made = root / "made" / "net.safetensors"
         results += one_way(root, made, "safetensors_to_ckpt", "ckpt", arguments)
+        results += sealed(root, source, arguments)
         return results + slices(source, arguments)
 
 
@@ -78,6 +79,25 @@ def one_way(root: Path, source: Path, function: str, suffix: str, arguments: Nam
 
     turns = take_turns(commands, clean, arguments.rounds)
     return [row(function, made.stat().st_size, name, turns) for name in commands]
+
+
+def sealed(root: Path, source: Path, arguments: Namespace) -> list[dict[str, Any]]:
+    """Encrypting the file and decrypting it again, AES-256-GCM in MindSpore's blocks, all cores."""
+    out, copy, made = root / "out", root / "copy", root / "sealed"
+    key = "bytes(range(32))"
+    there = python(f"from ms_ckpt_ext import encrypt as f; f({str(source)!r}, {str(out)!r}, enc_key={key})")
+    measure(there)
+    out.rename(made)
+    back = python(f"from ms_ckpt_ext import decrypt as f; f({str(made)!r}, {str(out)!r}, dec_key={key})")
+
+    def clean() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        copy.unlink(missing_ok=True)
+
+    turns = take_turns(
+        {"encrypt": there, "decrypt": back, "cp": ["cp", str(source), str(copy)]}, clean, arguments.rounds
+    )
+    return [row("AES-256-GCM", source.stat().st_size, name, turns) for name in turns]
 
 
 def slices(source: Path, arguments: Namespace) -> list[dict[str, Any]]:
