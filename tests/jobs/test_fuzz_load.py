@@ -1,4 +1,4 @@
-"""Damaged files on disk, through `load` as users call it: the right data or one of our errors; no hang, no large memory.
+"""Damaged files on disk, through `load` as users call it: the right data or one of our errors, no hang, little memory.
 
 `damage.survives` guards. Where a file carries a checksum, or its container authenticates, what is accepted is true.
 """
