@@ -25,7 +25,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_extras, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.session import LoadOptions
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.strategy_file import load_strategy
@@ -126,19 +126,9 @@ def load_distributed_checkpoint(
     seal = seal_of(enc_key, enc_mode)
     names, weight_rules = checked_name_map(name_map), checked_rules(rules)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
-    if train_strategy_filename is None and network is not None and checkpoint_filenames is not None:
-        from ms_ckpt_ext.bridge.world import training_strategy_file
-
-        train_strategy_filename = training_strategy_file(network)
-    trained = None
-    if train_strategy_filename is not None:
-        trained = load_strategy(path_of(train_strategy_filename, "train_strategy_filename"))
-    look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     if network is not None:
         from ms_ckpt_ext.bridge import network as live
 
-        rank = live.own_rank()
-        strategy = as_strategy(predict_strategy, rank)
         options = LoadOptions(
             mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
             bucket_bytes=bucket_bytes,
@@ -147,18 +137,31 @@ def load_distributed_checkpoint(
             trace="" if trace is None else path_of(trace, "trace"),
             timeout=timeout,
         )
-        if return_param_dict:
-            if verify != "none":
-                raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
+        if return_param_dict and verify != "none":
+            raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
+        alone = return_param_dict or (options.mode == "direct" and verify == "none")
+        rank = live.own_rank()
+        try:
+            trained = _trained(train_strategy_filename, checkpoint_filenames, network)
+            look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
+            strategy = as_strategy(predict_strategy, rank)
+        except CheckpointError as error:
+            if alone:
+                raise
+            from ms_ckpt_ext.bridge.together import give_up
+
+            give_up(error, timeout)
+        if alone:
             catalog = read_listing(look(), trained, access).ruled(weight_rules)
-            return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
-        if options.mode == "direct" and verify == "none":
-            catalog = read_listing(look(), trained, access).ruled(weight_rules)
+            if return_param_dict:
+                return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
             return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
         shared = Source(look, trained, access, weight_rules)
         return fill_together(network, shared, strategy, rank, names, strict_load, options, workers, limits)
+    trained = _trained(train_strategy_filename, None, None)
+    look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
     _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
@@ -180,6 +183,15 @@ def load_distributed_checkpoint(
         target = os.path.join(target, f"rank_{rank_id}")
     execute(job, target, workers, limits, "reshard")
     return True
+
+
+def _trained(filename: Optional[PathLike], checkpoint_filenames: Any, network: Any) -> Optional[Strategy]:
+    """The strategy that cut the source. `checkpoint_filenames` without one come from the network's own training job."""
+    if filename is None and network is not None and checkpoint_filenames is not None:
+        from ms_ckpt_ext.bridge.world import training_strategy_file
+
+        filename = training_strategy_file(network)
+    return None if filename is None else load_strategy(path_of(filename, "train_strategy_filename"))
 
 
 def _lister(

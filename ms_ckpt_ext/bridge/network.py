@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedu
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import proof, pump
 from ms_ckpt_ext.engine.catalog import TEXT, Catalog, decode_text
-from ms_ckpt_ext.errors import CheckpointError, LoadError
+from ms_ckpt_ext.errors import LoadError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
@@ -121,7 +121,7 @@ def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool
             in_place.append((match, memory))
     try:
         _read([(match.offer, memory) for match, memory in in_place], catalog, readers, workers, limits)
-    except CheckpointError as error:
+    except Exception as error:
         raise half_done(error, [match.parameter.name for match, _ in in_place]) from error
     done = []
     for match, _ in in_place:
@@ -131,11 +131,11 @@ def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool
         buffers = [np.empty(nbytes_of(match.offer), np.uint8) for match in group]
         try:
             _read([(match.offer, buffer) for match, buffer in zip(group, buffers)], catalog, readers, workers, limits)
-        except CheckpointError as error:
+            for match, buffer in zip(group, buffers):
+                done.append(match.parameter.name)
+                give(match, buffer)
+        except Exception as error:
             raise half_done(error, done) from error
-        for match, buffer in zip(group, buffers):
-            give(match, buffer)
-        done += [match.parameter.name for match in group]
 
 
 def _same_memory(match: Match) -> Optional[Bytes]:
@@ -159,7 +159,7 @@ def _groups(matches: Sequence[Match], limits: Limits) -> list[list[Match]]:
     return groups
 
 
-def half_done(error: CheckpointError, changed: Sequence[str]) -> LoadError:
+def half_done(error: Exception, changed: Sequence[str]) -> LoadError:
     """The error of a load that stopped after it began to change Parameters."""
     listed = ", ".join(map(repr, changed[:5])) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
     return LoadError(

@@ -11,7 +11,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
+from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
 from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
 from ms_ckpt_ext.bridge.memory import ParameterSink
@@ -102,6 +102,7 @@ def fill_together(
     """
     transport = choose(timeout=options.timeout)
     try:
+        share_status(transport)  # a rank whose arguments were refused says so here, see give_up
         host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
         seen = survey(transport, source.look, partial(read_index, access=source.access), host)
         catalog = _on_all(transport, lambda: source.catalog(seen))
@@ -132,6 +133,16 @@ def fill_together(
         transport.close()
     warn_missing(missing)
     return missing, unused
+
+
+def give_up(error: CheckpointError, timeout: float) -> NoReturn:
+    """Instead of `fill_together`, on a rank that cannot take part: the others are told why. Raises `error`."""
+    transport = choose(timeout=timeout)
+    try:
+        share_status(transport, error)
+    finally:
+        transport.close()
+    raise error
 
 
 def _on_all(transport: Transport[Any], step: Callable[[], T]) -> T:
@@ -205,12 +216,12 @@ def _load(
             else:
                 _on_all(transport, lambda: fill_matches(matches, ready.catalog, readers, workers, limits))
                 report = LoadReport("direct", readers.count)
-            readers.verify()
+            _on_all(transport, readers.verify)
         if options.verify != "none":
             session.compare_replicas(transport, ready, lambda number: _digest(by_name.get(ready.demands[number].name)))
     except LoadError:
         raise
-    except CheckpointError as error:
+    except Exception as error:
         raise half_done(error, names) from error
     log.info("loaded %d parameters: %s", len(matches), report)
     return report
@@ -224,18 +235,25 @@ def _exchange(
     options: LoadOptions,
 ) -> LoadReport:
     wanted = [(number, by_name[d.name]) for number, d in enumerate(ready.demands) if d.name in by_name]
-    if _on_device(transport):
-        from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink
-
-        mover: Any = DeviceMover(transport)
-        sinks: dict[int, Union[ParameterSink, DeviceSink]] = {n: DeviceSink(match, transport) for n, match in wanted}
-    else:
-        mover = HostMover()
-        sinks = {number: ParameterSink(match) for number, match in wanted}
+    mover, sink_of = _landing(transport)
+    sinks = _on_all(transport, lambda: {number: sink_of(match) for number, match in wanted})
     report = session.exchange(transport, ready, mover, sinks, readers, options)
-    for sink in sinks.values():
-        sink.finish()
+
+    def finish() -> None:
+        for sink in sinks.values():
+            sink.finish()
+
+    _on_all(transport, finish)
     return report
+
+
+def _landing(transport: Transport[Any]) -> tuple[Any, Callable[[Match], Any]]:
+    """What cuts staged bytes, and what makes the sink of a Parameter: on the device, or in host memory."""
+    if not _on_device(transport):
+        return HostMover(), ParameterSink
+    from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink
+
+    return DeviceMover(transport), partial(DeviceSink, transport=transport)
 
 
 def _digest(match: Optional[Match]) -> Optional[str]:
