@@ -50,6 +50,7 @@ def load_distributed_checkpoint(
     *,
     file_suffix: Optional[str] = None,
     buffer_bytes: int = BUFFER_BYTES,
+    digests: bool = True,
     mode: Optional[str] = None,
     bucket_bytes: int = BUFFER_BYTES,
     prefetch: int = 1,
@@ -93,6 +94,7 @@ def load_distributed_checkpoint(
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix: which file of a rank folder of a sharded source; None for the newest.
         buffer_bytes: buffer budget of each worker.
+        digests: in save mode: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
         mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
             checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.
             Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
@@ -167,19 +169,11 @@ def load_distributed_checkpoint(
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     catalog = read_listing(look(), trained, access).ruled(weight_rules)
+    recut = partial(recut_job, catalog, strategy, ranks, names, crc=crc_check, seal=seal, digests=digests)
     if rank_id is None:
-        job = recut_job(
-            catalog,
-            strategy,
-            ranks,
-            names,
-            lambda rank: f"rank_{rank}/net.{output_format}",
-            target,
-            crc=crc_check,
-            seal=seal,
-        )
+        job = recut(lambda rank: f"rank_{rank}/net.{output_format}", target)
     else:  # a target of its own, so that the ranks of a job can do this at the same time
-        job = recut_job(catalog, strategy, ranks, names, lambda _: f"net.{output_format}", crc=crc_check, seal=seal)
+        job = recut(lambda _: f"net.{output_format}")
         target = os.path.join(target, f"rank_{rank_id}")
     execute(job, target, workers, limits, "reshard")
     return True

@@ -39,6 +39,7 @@ def unified_safetensors(
     naming: str = "mindspore",
     part_bytes: int = PART_BYTES,
     buffer_bytes: int = BUFFER_BYTES,
+    digests: bool = True,
     dec_key: Optional[KeyLike] = None,
     dec_mode: str = "AES-GCM",
     crc_check: bool = False,
@@ -66,6 +67,7 @@ def unified_safetensors(
         naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
+        digests: write `ms_ckpt_ext.digests.json` beside the files: xxh3-128 of every tensor, see `engine.digests`.
         dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable
             MS_CKPT_EXT_DEC_KEY.
         dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
@@ -92,7 +94,7 @@ def unified_safetensors(
         raise ArgumentTypeError(f"choice_func must be callable, got {type(choice_func).__name__}")
     task, tasks = _share_of(split_dst_file)
     seal = seal_of(enc_key, enc_mode)
-    options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc_check, seal)
+    options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc_check, seal, digests)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))

@@ -72,13 +72,19 @@ class Limits:
 
 
 class Direct(NamedTuple):
-    """Copy `length` bytes from a file to a sink, no buffer needed."""
+    """Copy `length` bytes from a file to a sink, no buffer needed; `last` as in `Batch`."""
 
     file: int
     source: int
     sink: int
     target: int
     length: int
+    last: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that land."""
+        return self.length
 
 
 class ReadCopy(NamedTuple):
@@ -118,10 +124,21 @@ class Stretch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Reads that together fill stretches completely."""
+    """Reads that together fill stretches completely.
+
+    Attributes:
+        last: a target array ends with this unit, so the next one may well go to another worker. Until then, a worker
+            that takes units one after another fills an array from front to back.
+    """
 
     reads: tuple[Read, ...]
     stretches: tuple[Stretch, ...]
+    last: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are assembled."""
+        return sum(stretch.nbytes for stretch in self.stretches)
 
 
 Unit = Union[Direct, Batch]
@@ -150,15 +167,19 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
             for (_, files, name), copy in copies:
                 file = chooser.pick(files, copy.nbytes)
                 yield from _direct(file, stored(file, name), target.landings[0], copy, limits)
+        begun = False
         for block in _blocks([target.region for target in staged], dtype, limits.tile):
             for target in staged:
                 tile = target.region.intersect(block)
                 if tile is not None:
                     batch.add(task.tensor, target, tile, chooser)
             if batch.nbytes >= limits.tile:
+                begun = True
                 yield batch.finish()
+        if batch.nbytes and (begun or batch.nbytes >= limits.tile // 2):
+            yield batch.finish(last=True)
     if batch.nbytes:
-        yield batch.finish()
+        yield batch.finish(last=True)
 
 
 class _Balance:
@@ -189,11 +210,13 @@ def ranges(extents: tuple[Extent, ...], offset: int, length: int) -> Iterator[Ex
 def _direct(
     file: int, extents: tuple[Extent, ...], landing: Landing, copy: StridedCopy, limits: Limits
 ) -> Iterator[Direct]:
+    end = landing.extents[-1].offset + landing.extents[-1].length
     for source, target in copy.runs():
         for lying, landed in _paired(ranges(extents, source, copy.run), ranges(landing.extents, target, copy.run)):
             for start in range(0, landed.length, limits.chunk):
                 length = min(limits.chunk, landed.length - start)
-                yield Direct(file, lying.offset + start, landing.sink, landed.offset + start, length)
+                at = landed.offset + start
+                yield Direct(file, lying.offset + start, landing.sink, at, length, at + length == end)
 
 
 def _paired(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Extent, Extent]]:
@@ -294,10 +317,10 @@ class _BatchBuilder:
                 skip += extent.length
         return tuple(places)
 
-    def finish(self) -> Batch:
+    def finish(self, last: bool = False) -> Batch:
         """The batch so far; the builder starts anew."""
         reads = [read for file, spans in self._spans.items() for read in self._merge(file, spans)]
-        batch = Batch(tuple(reads + self._scattered), tuple(self._stretches))
+        batch = Batch(tuple(reads + self._scattered), tuple(self._stretches), last)
         self._reset()
         return batch
 

@@ -26,7 +26,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import xxhash
 
-from ms_ckpt_ext.errors import FormatError, storage_error
+from ms_ckpt_ext.errors import FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage.reader import ByteReader
@@ -180,12 +180,18 @@ def update_manifest(directory: str, files: Mapping[str, FileDigests]) -> None:
 
     For one writer at a time. A manifest that cannot be understood is replaced. Raises StorageError.
     """
+    write_manifest(directory, renewed(directory, files))
+
+
+def renewed(directory: str, files: Mapping[str, FileDigests], gone: Iterable[str] = ()) -> Manifest:
+    """A folder's manifest with new entries; without those of files that are gone or have another size now."""
     try:
         known = load_manifest(directory)
     except FormatError:
         known = None
-    held = {} if known is None else {n: f for n, f in known.files.items() if _size(directory, n) == f.size}
-    write_manifest(directory, Manifest({**held, **files}))
+    dropped = set(gone)
+    held = {} if known is None else {n: f for n, f in known.files.items() if n not in dropped}
+    return Manifest({**{n: f for n, f in held.items() if _size(directory, n) == f.size}, **files})
 
 
 def write_manifest(directory: str, manifest: Manifest) -> None:
@@ -201,6 +207,35 @@ def _size(directory: str, name: str) -> Optional[int]:
         return os.stat(os.path.join(directory, *name.split("/"))).st_size
     except OSError:
         return None
+
+
+def superseded(directory: str, names: Iterable[str]) -> list[str]:
+    """Manifests of older results that list a file about to be written: in its own folder, or above the directory.
+
+    Args:
+        directory: where the new manifest goes, if there is one.
+        names: the files, relative to the directory.
+
+    Returns:
+        Their names relative to the directory, without that of the directory itself.
+    """
+    listed: dict[str, set[str]] = {}
+    base = os.path.basename(os.path.abspath(directory))
+    for name in names:
+        folder, file = os.path.split(name)
+        if folder:
+            listed.setdefault(folder, set()).add(file)
+        else:
+            listed.setdefault(os.pardir, set()).add(f"{base}/{file}")
+    found = []
+    for folder, files in listed.items():
+        try:
+            manifest = load_manifest(os.path.join(directory, folder))
+        except (FormatError, StorageError):
+            continue
+        if manifest is not None and not files.isdisjoint(manifest.files):
+            found.append(f"{folder}/{MANIFEST_NAME}")
+    return found
 
 
 def check(

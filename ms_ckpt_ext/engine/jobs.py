@@ -45,6 +45,7 @@ class MergeOptions:
         format: "safetensors" or "ckpt".
         crc: give every file a checksum.
         seal: how the files are encrypted; None when they are not. The index names parameters and is not encrypted.
+        digests: write a manifest of digests beside them.
     """
 
     choice: Optional[Choice] = None
@@ -55,6 +56,7 @@ class MergeOptions:
     format: str = "safetensors"
     crc: bool = False
     seal: Optional[Seal] = None
+    digests: bool = True
 
     def __post_init__(self) -> None:
         if self.format not in discovery.FORMATS:
@@ -107,6 +109,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         tuple(name for name in _stale(target) if name not in names and name != index_name),
         f"task-{options.task}-of-{options.tasks}",
         options.seal,
+        options.digests,
     )
 
 
@@ -205,6 +208,7 @@ def recut_job(
     *,
     crc: bool = False,
     seal: Optional[Seal] = None,
+    digests: bool = True,
 ) -> Job:
     """The slices of `ranks` under `strategy` (None: one device), one file per rank.
 
@@ -215,6 +219,7 @@ def recut_job(
             these, left by an older result, are taken away with it.
         crc: give every file a checksum.
         seal: how the files are encrypted; None when they are not.
+        digests: write a manifest of digests beside them.
 
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
@@ -227,7 +232,7 @@ def recut_job(
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
         outputs.append(_output(file_name(rank), wanted, catalog, crc))
     stale = _stale_ranks(target, [output.name for output in outputs])
-    return Job(catalog, tuple(outputs), replaces=stale, seal=seal)
+    return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
 
 
 def _stale_ranks(target: Optional[str], names: Sequence[str]) -> tuple[str, ...]:

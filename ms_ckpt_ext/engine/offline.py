@@ -4,11 +4,12 @@
 2. What each file wants of each parameter becomes one task per parameter, so that bytes wanted by several files are
    read once.
 3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
-4. When the whole set is complete, it is published (see `storage.staging`).
+4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.digests`) with it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,11 +25,13 @@ from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, renewed, superseded
 from ms_ckpt_ext.engine.sealing import Seal, SealedSink, rounds
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import open_reader
+from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
@@ -68,6 +71,7 @@ class Job:
         replaces: files of an older result in the target that must not survive.
         task: name of this task, unique within the job.
         seal: how the outputs are encrypted; None when they are not.
+        digests: write a manifest of digests beside the outputs.
     """
 
     source: Catalog
@@ -77,6 +81,7 @@ class Job:
     replaces: tuple[str, ...] = ()
     task: str = "task-1-of-1"
     seal: Optional[Seal] = None
+    digests: bool = True
 
     def size(self, output: Output) -> int:
         """Bytes of an output as it lies on disk."""
@@ -86,6 +91,11 @@ class Job:
     def open(self, output: Output, path: str) -> ByteReader:
         """The plaintext of an output that was written."""
         return PlainReader(path) if self.seal is None else open_reader(path, self.seal.access(output.name))
+
+    @property
+    def digests_contents(self) -> bool:
+        """True when tensors are digested: not those of encrypted files, see `engine.digests`."""
+        return self.digests and self.seal is None
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         with staging.alone():
             complete = all(_is_done(job, output, staging) for output in everything.values())
             if complete:
-                staging.publish(tuple(everything), job.index, job.replaces)
+                _publish(job, everything, staging, target)
         return Report(*report, complete or staging.published(sizes, job.index))
     except BaseException:
         staging.abandon(output.name for output in job.outputs)
@@ -137,11 +147,29 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         staging.close()
 
 
+def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
+    held = {name: FileDigests(job.size(outputs[name]), _noted(staging, name) or {}) for name in sorted(outputs)}
+    manifest = renewed(target, held if job.digests else {}, (*outputs, *job.replaces))
+    beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
+    replaces = (*job.replaces, MANIFEST_NAME, *superseded(target, outputs))
+    staging.publish(tuple(outputs), job.index, replaces, beside)
+
+
+def _noted(staging: Staging, name: str) -> Optional[dict[str, str]]:
+    """The digests of a complete file; None where there are none."""
+    try:
+        noted: dict[str, str] = json.loads(staging.note(name) or b"null")
+    except ValueError:
+        return None
+    return noted
+
+
 def tasks_of(outputs: Sequence[Output]) -> list[Task]:
-    """One task per source parameter, in the order of first use, with every box that any output wants of it."""
+    """One task per source parameter, with every box that any output wants of it, in the order of the files' bytes."""
     wanted: dict[int, tuple[SourceTensor, dict[Region, list[Landing]]]] = {}
     for number, output in enumerate(outputs):
-        for name, tensor, region in output.wanted:
+        placed = sorted(output.wanted, key=lambda wanted: output.layout.tensors[wanted.name].extents[:1])
+        for name, tensor, region in placed:
             if region is None:
                 continue
             landing = Landing(number, output.layout.tensors[name].extents)
@@ -165,6 +193,8 @@ def _refuse_overwrite(job: Job, target: str) -> None:
 def _is_done(job: Job, output: Output, staging: Staging) -> bool:
     """True when an output is complete: by its size and framing, and where it is encrypted, by the key and its start."""
     literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
+    if job.digests_contents and _noted(staging, output.name) is None:
+        return False
     return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
 
 
@@ -172,6 +202,7 @@ def _fingerprint(job: Job) -> str:
     """Everything that decides the result: source files as they are, output layouts, and what goes where."""
     digest = xxhash.xxh3_64(_PLAN_VERSION)
     digest.update(b"" if job.seal is None else job.seal.identity().encode())
+    digest.update(b"digests" if job.digests else b"")
     for file in job.source.files:
         digest.update(f"{file.path}|{file.size}|{file.mtime_ns}\n".encode())
     for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
@@ -198,7 +229,7 @@ def _fill(
     written = sum(map(job.size, todo))
     staging.check_space(written)
     allow_open_files(len(todo) + len(job.source.files))
-    with job.source.readers() as readers, _Files(todo, staging, job.seal) as files:
+    with job.source.readers() as readers, _Files(todo, staging, job) as files:
 
         def landed(sink: int, nbytes: int) -> None:
             files.landed(sink, nbytes)
@@ -221,8 +252,8 @@ def _rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Tas
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
-    def __init__(self, outputs: Sequence[Output], staging: Staging, seal: Optional[Seal]) -> None:
-        self._outputs, self._staging, self._seal = outputs, staging, seal
+    def __init__(self, outputs: Sequence[Output], staging: Staging, job: Job) -> None:
+        self._outputs, self._staging, self._job = outputs, staging, job
         self._lock = threading.Lock()
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
         self._syncs = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
@@ -242,10 +273,12 @@ class _Files:
 
     def _open(self, output: Output) -> None:
         path = self._staging.partial(output.name)
-        if self._seal is not None:
-            self.sinks.append(SealedSink(path, output.name, output.layout, self._seal))
+        if self._job.seal is not None:
+            self.sinks.append(SealedSink(path, output.name, output.layout, self._job.seal))
             return
-        sink = FileSink(path, output.layout.size)
+        sink: Sink = FileSink(path, output.layout.size)
+        if self._job.digests:
+            sink = DigestingSink(sink, {name: entry.extents for name, entry in output.layout.tensors.items()})
         self.sinks.append(sink)
         for offset, literal in output.layout.literals:
             sink.write(offset, memoryview(literal))
@@ -260,12 +293,14 @@ class _Files:
         self._accepted.append(self._syncs.submit(self._finish, number))
 
     def _finish(self, number: int) -> None:
-        checksum = self._outputs[number].layout.checksum
-        if checksum is not None and self._seal is None:
-            with PlainReader(self.sinks[number].path) as reader:
+        checksum, sink = self._outputs[number].layout.checksum, self.sinks[number]
+        if checksum is not None and self._job.seal is None:
+            with PlainReader(sink.path) as reader:
                 found = crc_of(reader, checksum.parts)
-            self.sinks[number].write(checksum.offset, memoryview(checksum.render(found)))
-        self.sinks[number].finish()
+            sink.write(checksum.offset, memoryview(checksum.render(found)))
+        sink.finish()
+        if isinstance(sink, DigestingSink):
+            self._staging.keep(self._outputs[number].name, json.dumps(sink.digests()).encode())
         self._staging.accept(self._outputs[number].name)
 
     def settle(self) -> None:

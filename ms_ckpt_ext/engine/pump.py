@@ -15,12 +15,15 @@ import numpy as np
 
 from ms_ckpt_ext.core.reads import Batch, Direct, Read, Stretch, Unit
 from ms_ckpt_ext.core.strided import StridedCopy
+from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
 
 Landed = Callable[[int, int], None]
 """(sink, bytes): told after bytes reached a sink, from worker threads."""
 _COPY = 1 << 20  # stays in a core's cache between read and write
+_PLENTY = 32 << 20  # bytes a worker takes at once: enough to go through files in long stretches, too little to idle for
 
 
 def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], workers: int, landed: Landed) -> None:
@@ -59,9 +62,18 @@ class _Shared:
         self._lock = threading.Lock()
         self.error: Optional[BaseException] = None
 
-    def take(self) -> Optional[Unit]:
+    def take(self) -> list[Unit]:
+        """The next units, to be done in this order by one worker: an array to its end, or what is plenty; else []."""
+        taken: list[Unit] = []
         with self._lock:
-            return None if self.error is not None else next(self._units, None)
+            nbytes = 0
+            while self.error is None and nbytes < _PLENTY and not (taken and taken[-1].last):
+                unit = next(self._units, None)
+                if unit is None:
+                    break
+                taken.append(unit)
+                nbytes += unit.nbytes
+        return taken
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -71,8 +83,11 @@ class _Shared:
 def _work(source: _Shared, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed) -> None:
     worker = _Worker(readers, sinks, landed)
     try:
-        while (unit := source.take()) is not None:
-            worker.direct(unit) if isinstance(unit, Direct) else worker.batch(unit)
+        while units := source.take():
+            for unit in units:
+                if source.error is not None:
+                    return
+                worker.direct(unit) if isinstance(unit, Direct) else worker.batch(unit)
     except BaseException as error:  # noqa: BLE001 - handed to the caller of run()
         source.fail(error)
 
@@ -102,14 +117,21 @@ class _Worker:
             )
         else:
             with self._readers.use(unit.file) as reader:
-                done = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
-                while done < unit.length:
-                    part = memoryview(self._scratch.take(min(_COPY, unit.length - done)))
-                    reader.read_into(unit.source + done, part)
-                    sink.write(unit.target + done, part)
-                    done += len(part)
+                copied = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
+                if copied and isinstance(sink, DigestingSink):
+                    for at, part in self._parts(reader, unit, 0, copied):
+                        sink.landed(at, part)
+                for at, part in self._parts(reader, unit, copied, unit.length):
+                    sink.write(at, part)
             self._readers.tally(unit.file, unit.length)
         self._landed(unit.sink, unit.length)
+
+    def _parts(self, reader: ByteReader, unit: Direct, start: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+        """(offset in the sink, bytes) of a stretch of a direct copy."""
+        for at in range(start, stop, _COPY):
+            part = memoryview(self._scratch.take(min(_COPY, stop - at)))
+            reader.read_into(unit.source + at, part)
+            yield unit.target + at, part
 
     def batch(self, batch: Batch) -> None:
         staged = [self._memory(stretch) is None for stretch in batch.stretches]

@@ -79,6 +79,7 @@ class ReaderPool:
         finally:
             with self._lock:
                 held.users -= 1
+                self._evict()
 
     def _checked(self, file: int) -> ByteReader:
         known = self._files[file]

@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Callable, Optional, Union
 
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
@@ -28,6 +29,7 @@ from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 _FOLDER = ".ms_ckpt_ext-"
 MANIFEST = ".ms_ckpt_ext.json"
 _PUBLISHING = "publishing"
+_NOTE = ".note"
 # Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.
 # While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
 _OBSTACLE = "publishing-was-interrupted-run-the-job-again.safetensors"
@@ -115,6 +117,17 @@ class Staging:
         """Declare the written and synced file complete."""
         os.rename(self.folder / (name + ".partial"), self.folder / name)
 
+    def keep(self, name: str, note: bytes) -> None:
+        """Keep a note about a file that is about to be accepted, until the job is done."""
+        (self.folder / (name + _NOTE)).write_bytes(note)
+
+    def note(self, name: str) -> Optional[bytes]:
+        """What `keep` was given. Not synced, so a crash of the machine may have left less of it."""
+        try:
+            return (self.folder / (name + _NOTE)).read_bytes()
+        except OSError:
+            return None
+
     def discard_partials(self, names: Iterable[str]) -> None:
         """Remove what was not completed of these files; other tasks may be writing theirs."""
         for name in names:
@@ -144,11 +157,8 @@ class Staging:
             manifest = json.loads((self.target / MANIFEST).read_bytes())
             return (
                 manifest["job"] == self.job
-                and all(
-                    manifest["files"][name] == [size, (self.target / name).stat().st_mtime_ns]
-                    and (self.target / name).stat().st_size == size
-                    for name, size in names.items()
-                )
+                and all(manifest["files"][name][0] == size for name, size in names.items())
+                and all(_state(self.target / name) == state for name, state in manifest["files"].items())
                 and all((self.target / name).read_bytes() == contents for name, contents in index.items())
             )
         except (OSError, ValueError, KeyError, TypeError):
@@ -168,13 +178,20 @@ class Staging:
         finally:
             os.close(lock)
 
-    def publish(self, names: Sequence[str], index: Mapping[str, bytes], replaces: Sequence[str]) -> None:
+    def publish(
+        self,
+        names: Sequence[str],
+        index: Mapping[str, bytes],
+        replaces: Sequence[str],
+        beside: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         """Move the complete set into place; `index` (name -> contents) comes last.
 
         Args:
             names: every file of the job, relative to the target.
             index: files that make the result loadable.
             replaces: files of an older result that must go, besides those of the same names.
+            beside: files about the set (name -> contents), which come before the index.
         """
         try:
             (self.folder / _PUBLISHING).touch()
@@ -183,7 +200,7 @@ class Staging:
                 (self.target / _OBSTACLE).touch()
             for name in index:
                 write_atomically(self.target / name, _UNFINISHED)
-            for name in (MANIFEST, *replaces, *waiting):
+            for name in (MANIFEST, *beside, *replaces, *waiting):
                 (self.target / name).unlink(missing_ok=True)
             for folder in {(self.target / name).parent for name in replaces} - {self.target}:
                 with contextlib.suppress(OSError):  # not empty
@@ -194,19 +211,16 @@ class Staging:
             for folder in {(self.target / name).parent for name in names}:
                 _sync_folder(folder)
             (self.target / _OBSTACLE).unlink(missing_ok=True)
-            for name, contents in {**index, MANIFEST: self._manifest(names)}.items():
+            for name, contents in {**beside, **index}.items():
                 write_atomically(self.target / name, contents)
+            write_atomically(self.target / MANIFEST, self._manifest((*names, *beside)))
             _sync_folder(self.target)
         except OSError as error:
             raise storage_error("publish the result in", str(self.target), error) from error
         self.remove()
 
     def _manifest(self, names: Sequence[str]) -> bytes:
-        files = {}
-        for name in names:
-            status = (self.target / name).stat()
-            files[name] = [status.st_size, status.st_mtime_ns]
-        content: dict[str, Any] = {"job": self.job, "files": files}
+        content: dict[str, Any] = {"job": self.job, "files": {name: _state(self.target / name) for name in names}}
         return json.dumps(content, indent=1).encode()
 
     def remove(self) -> None:
@@ -241,6 +255,11 @@ def _read(reader: ByteReader, offset: int, length: int) -> bytearray:
     data = bytearray(length)
     reader.read_into(offset, memoryview(data))
     return data
+
+
+def _state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _try_lock(descriptor: int) -> bool:

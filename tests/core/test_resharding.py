@@ -193,7 +193,7 @@ def test_a_long_run_on_both_sides_needs_no_buffer() -> None:
         Direct(0, 100, 0, 1000, 10),
         Direct(0, 110, 0, 1010, 6),
         Direct(1, 100, 0, 1016, 10),
-        Direct(1, 110, 0, 1026, 6),
+        Direct(1, 110, 0, 1026, 6, last=True),
     ]
 
 

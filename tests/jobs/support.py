@@ -78,14 +78,14 @@ def shard(folder: Path) -> Path:
 
 
 def tree(root: Path) -> dict[str, bytes]:
-    """Every file below a directory but for the package's own hidden ones."""
+    """Every file below a directory but for the package's own: hidden ones, and manifests of digests."""
     files = (p for p in sorted(root.rglob("*")) if p.is_file())
     named = {str(p.relative_to(root)): p for p in files}
     return {name: p.read_bytes() for name, p in named.items() if not _hidden(name)}
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".ms_ckpt_ext") for part in name.split("/"))
+    return any(part.startswith((".ms_ckpt_ext", "ms_ckpt_ext.digests")) for part in name.split("/"))
 
 
 def assert_nothing_complete(target: Path) -> None:

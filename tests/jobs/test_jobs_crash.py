@@ -13,6 +13,7 @@ import pytest
 
 from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint
 from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.engine.digests import check, load_manifest
 from tests.jobs import crash_child
 from tests.jobs.crash_child import run_job
 from tests.jobs.support import Stored, read_file, source, strategy_of, tree
@@ -73,6 +74,7 @@ def test_merge_killed_at_random_points(before: str, tmp_path: Path) -> None:
         assert report.published and (report.bytes_written == 0 or set(finished) <= set(report.files_kept))
         assert {name: (target / name).stat().st_ino for name in finished} == finished, "finished parts written again"
         assert tree(target) == tree(tmp_path / "expected")
+        assert load_manifest(str(target)) == load_manifest(str(tmp_path / "expected"))
         assert not list(target.glob(".ms_ckpt_ext-*")) or report.bytes_written == 0
 
     with ThreadPoolExecutor(2) as pool:
@@ -95,8 +97,11 @@ def test_recut_killed_at_random_points(tmp_path: Path) -> None:
         found = tree(target)
         expected, older = tree(tmp_path / "expected"), tree(tmp_path / "older")
         assert found.items() <= expected.items() or found.items() <= older.items()
+        manifest = load_manifest(str(target))
+        assert manifest is None or check(str(target), manifest) == []
         run_job("recut", new, target)
         assert tree(target) == expected
+        assert load_manifest(str(target)) == load_manifest(str(tmp_path / "expected"))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(one, points(calls, last=20, some=4)))

@@ -440,7 +440,7 @@ def test_a_finished_part_that_was_damaged_is_written_again(tmp_path: Path) -> No
     """What the killed run left is checked: length and header."""
     root = source(tmp_path / "src")
     merge(root, tmp_path / "out", part_bytes=9000, split_dst_file=(1, 2))
-    (part, other) = sorted(p for p in (tmp_path / "out").glob(".ms_ckpt_ext-*/part*"))
+    (part, other) = sorted(p for p in (tmp_path / "out").glob(".ms_ckpt_ext-*/part*.safetensors"))
     part.write_bytes(part.read_bytes()[:-1])
     report = merge(root, tmp_path / "out", part_bytes=9000, split_dst_file=(1, 2))
     assert report.files_written == (part.name,) and other.name in report.files_kept

@@ -1,0 +1,174 @@
+"""The manifest that jobs write: true, there whenever its files are, and gone when they are replaced."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.engine import digests
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest
+from ms_ckpt_ext.storage import digesting, sink
+from tests.jobs.support import read_file, source, strategy_of, tree
+
+KEY = bytes(range(32))
+
+
+def merge(root: Path, target: Path, **more: Any) -> Any:
+    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **{"part_bytes": 9000, **more})
+
+
+def recut(root: Path, target: Path, **more: Any) -> None:
+    load_distributed_checkpoint(
+        None, None, root / "target.ckpt", root / "strategy.ckpt", format="safetensors",
+        unified_safetensors_dir=root / "shards", dst_safetensors_dir=target, **more,
+    )  # fmt: skip
+
+
+def manifest_of(target: Path) -> Manifest:
+    found = digests.load_manifest(str(target))
+    assert found is not None
+    return found
+
+
+def assert_true(target: Path) -> None:
+    """Every tensor of every file is on record, as it lies in the file."""
+    found = manifest_of(target)
+    files = {str(p.relative_to(target)): p for p in sorted(target.rglob("*.safetensors"))}
+    assert set(found.files) == set(files)
+    for name, path in files.items():
+        assert found.files[name].size == path.stat().st_size
+        assert found.files[name].tensors == {n: xxhash.xxh3_128_hexdigest(t.data) for n, t in read_file(path).items()}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
+    root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "c"))  # slices for direct copies and for tiles
+    merge(root, tmp_path / "out", max_process_num=workers, part_bytes=8 << 20)
+    assert_true(tmp_path / "out")
+
+
+def test_nothing_is_read_twice_by_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays are filled from front to back, so no digest waits for bytes and reads them back."""
+    read: list[int] = []
+    real = digesting.DigestingSink._read_back
+    monkeypatch.setattr(
+        digesting.DigestingSink, "_read_back", lambda *a: (read.append(len(a[2])), real(*a))  # type: ignore[func-returns-value]
+    )  # fmt: skip
+    root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "d"))
+    merge(root, tmp_path / "out", max_process_num=1)
+    assert_true(tmp_path / "out")
+    assert sum(read) == 0
+
+
+def test_what_the_file_system_copies_is_digested_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(os, "copy_file_range"):
+        pytest.skip("no copy_file_range here")
+    monkeypatch.setattr(sink, "copies_by_itself", lambda _: True)
+    root = source(tmp_path / "src", rows=1 << 15, names=("a", "b"))
+    merge(root, tmp_path / "out")
+    assert_true(tmp_path / "out")
+
+
+def test_a_recut_records_every_rank(tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    strategy_of({n: Layout((4, 2), ((1,), (0,))) for n in ("a.w", "b.w", "c.w", "d.w")}, root / "target.ckpt")
+    recut(root, tmp_path / "out")
+    assert_true(tmp_path / "out")
+    recut(root, tmp_path / "out", rank_id=3)
+    assert_true(tmp_path / "out" / "rank_3")
+    path = tmp_path / "out" / "rank_3" / "net.safetensors"
+    assert digests.load_manifest(str(tmp_path / "out")) is None, "it lists a file that was written anew"
+    assert digests.digests_of(str(path)) == manifest_of(path.parent).files["net.safetensors"]
+    recut(root, tmp_path / "out", digests=False)
+    assert not list(tmp_path.rglob(MANIFEST_NAME))
+
+
+def test_shares_are_recorded_together(tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    for share in (2, 3, 1):
+        assert digests.load_manifest(str(tmp_path / "out")) is None
+        merge(root, tmp_path / "out", split_dst_file=(share, 3))
+    assert_true(tmp_path / "out")
+    merge(root, tmp_path / "whole")
+    assert manifest_of(tmp_path / "whole") == manifest_of(tmp_path / "out")
+
+
+def test_a_rerun_keeps_what_was_recorded(tmp_path: Path) -> None:
+    """A finished part whose record is torn is written again."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, split_dst_file=(1, 2))
+    notes = sorted(target.glob(".ms_ckpt_ext-*/*.note"))
+    assert len(notes) >= 2
+    notes[0].write_bytes(notes[0].read_bytes()[:-1])
+    report = merge(root, target, split_dst_file=(1, 2))
+    assert report.files_written == (notes[0].name[: -len(".note")],)
+    merge(root, target, split_dst_file=(2, 2))
+    assert_true(target)
+
+
+def test_with_and_without(tmp_path: Path) -> None:
+    """Another setting is another job; what an older result left never stays beside the new one."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    assert merge(root, target, digests=False).files_written
+    assert digests.load_manifest(str(target)) is None
+    assert merge(root, target).files_written
+    assert_true(target)
+    (target / MANIFEST_NAME).unlink()
+    assert merge(root, target).files_written, "a result that lost its manifest is made again"
+    assert merge(root, target).files_written == ()
+    merge(source(tmp_path / "other", 1), target, digests=False)
+    assert digests.load_manifest(str(target)) is None
+
+
+def test_other_files_stay_on_record(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    target.mkdir()
+    (target / "mine.bin").write_bytes(b"abc")
+    other = digests.FileDigests(3, {"w": "0" * 32})
+    gone = {"part0.safetensors": other, "lost.bin": other}
+    digests.write_manifest(str(target), Manifest({"mine.bin": other, **gone}))
+    merge(root, target)
+    found = dict(manifest_of(target).files)
+    assert found.pop("mine.bin") == other and "lost.bin" not in found
+    assert digests.check(str(target), Manifest(found)) == []
+    merge(root, target, digests=False)
+    assert manifest_of(target) == Manifest({"mine.bin": other})
+
+
+def test_other_formats_and_checksums(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, crc_check=True)
+    assert_true(target)
+    tensors = {n: d for f in manifest_of(target).files.values() for n, d in f.tensors.items()}
+    merge(root, target, output_format="ckpt", crc_check=True)
+    found = manifest_of(target)
+    assert {n: d for f in found.files.values() for n, d in f.tensors.items()} == tensors
+    assert all(name.endswith(".ckpt") for name in found.files) and digests.check(str(target), found) == []
+
+
+def test_encrypted_files_are_listed_without_digests(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, enc_key=KEY)
+    found = manifest_of(target)
+    assert found.files.keys() == {name for name in tree(target) if name.endswith(".safetensors")}
+    assert all(held == (os.stat(target / name).st_size, {}) for name, held in found.files.items())
+    assert digests.check(str(target), found) == []
+
+
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target)
+    found = manifest_of(target)
+    path = target / "part0.safetensors"
+    raw = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    raw[-1] ^= 4
+    path.write_bytes(raw.tobytes())
+    (fault,) = digests.check(str(target), found, workers=2)
+    assert fault.file == "part0.safetensors" and fault.tensor in found.files["part0.safetensors"].tensors
