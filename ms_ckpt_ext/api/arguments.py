@@ -52,9 +52,9 @@ def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     raise ArgumentTypeError("rules must be a list of rules from ms_ckpt_ext.rules")
 
 
-def workers_of(most: int) -> int:
+def workers_of(most: int, argument: str = "max_process_num") -> int:
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise UsageError(f"max_process_num must be an int of at least 1, got {most!r}")
+        raise UsageError(f"{argument} must be an int of at least 1, got {most!r}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(most, cores, 16)
 

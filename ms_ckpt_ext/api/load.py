@@ -58,6 +58,7 @@ def load_distributed_checkpoint(
     trace: Optional[PathLike] = None,
     timeout: float = 600.0,
     crc_check: bool = False,
+    crc: bool = False,
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
     rules: Sequence[Rule] = (),
@@ -105,8 +106,8 @@ def load_distributed_checkpoint(
             cost of one more read of every wanted byte over all ranks together.
         trace: write a Chrome trace of a cooperative load there.
         timeout: seconds that one exchange between ranks may last.
-        crc_check: verify the checksum of every source file that has one, before anything is changed; in save mode also
-            give one to every file that is written.
+        crc_check: verify the checksum of every source file that has one, before anything is changed.
+        crc: save mode: give a checksum to every file that is written.
         enc_key: save mode: encrypt what is written. Default: the environment variable MS_CKPT_EXT_ENC_KEY.
         enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
             "AES-GCM", in this package's chunked container. See docs/encryption.md.
@@ -169,7 +170,7 @@ def load_distributed_checkpoint(
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     catalog = read_listing(look(), trained, access).ruled(weight_rules)
-    recut = partial(recut_job, catalog, strategy, ranks, names, crc=crc_check, seal=seal, digests=digests)
+    recut = partial(recut_job, catalog, strategy, ranks, names, crc=crc, seal=seal, digests=digests)
     if rank_id is None:
         job = recut(lambda rank: f"rank_{rank}/net.{output_format}", target)
     else:  # a target of its own, so that the ranks of a job can do this at the same time

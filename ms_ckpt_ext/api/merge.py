@@ -43,6 +43,7 @@ def unified_safetensors(
     dec_key: Optional[KeyLike] = None,
     dec_mode: str = "AES-GCM",
     crc_check: bool = False,
+    crc: bool = False,
     output_format: str = "safetensors",
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
@@ -71,7 +72,8 @@ def unified_safetensors(
         dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable
             MS_CKPT_EXT_DEC_KEY.
         dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
-        crc_check: verify the checksum of every source file that has one, and give one to every file that is written.
+        crc_check: verify the checksum of every source file that has one.
+        crc: give a checksum to every file that is written.
         output_format: "safetensors", or "ckpt" for `part{i}.ckpt` and `hyper_param.ckpt`.
         enc_key: encrypt what is written, but for the map, which names parameters. Default: the environment variable
             MS_CKPT_EXT_ENC_KEY.
@@ -94,7 +96,7 @@ def unified_safetensors(
         raise ArgumentTypeError(f"choice_func must be callable, got {type(choice_func).__name__}")
     task, tasks = _share_of(split_dst_file)
     seal = seal_of(enc_key, enc_mode)
-    options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc_check, seal, digests)
+    options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc, seal, digests)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))

@@ -104,6 +104,16 @@ class Layout:
         """For every cell, the ranks of the stage that hold it, ascending."""
         return _holders(self)
 
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """Place of `rank` in the device matrix, outermost axis first; an axis that an optimizer shard consumes is two:
+        the replica, then the shard."""
+        found: list[int] = []
+        ways = dict(_consumed(self))
+        for axis in range(len(self.dev_matrix) - 1, -1, -1):
+            rank, coordinate = divmod(rank, self.dev_matrix[axis])
+            found += reversed(divmod(coordinate, ways[axis])) if axis in ways else [coordinate]
+        return tuple(reversed(found))
+
     def region(self, rank: int, shape: Shape) -> Region:
         """The box that `rank` (within the stage) holds of a parameter of full `shape`.
 

@@ -226,13 +226,24 @@ def recut_job(
         UsageError: no parameter of the strategy is in the checkpoint.
     """
     outputs = []
+    order = _file_order(catalog)
     for rank in ranks:
         wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank, name_map)]
         taken = {name for name, _, _ in wanted}
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
+        wanted.sort(key=lambda item: order.get(item[1].stored_name, len(order)))
         outputs.append(_output(file_name(rank), wanted, catalog, crc))
     stale = _stale_ranks(target, [output.name for output in outputs])
     return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
+
+
+def _file_order(catalog: Catalog) -> dict[str, int]:
+    """Stored name -> its place in the source's files, which a `.ckpt` keeps: MindSpore's readers list names so."""
+    order: dict[str, int] = {}
+    for index in catalog.files:
+        for name in index.tensors:
+            order.setdefault(name, len(order))
+    return order
 
 
 def _stale_ranks(target: Optional[str], names: Sequence[str]) -> tuple[str, ...]:

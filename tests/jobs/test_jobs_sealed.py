@@ -62,7 +62,7 @@ def test_merge_and_recut(form: str, mode: Optional[str], crc: bool, golden: Path
     access = Access(None if mode is None else Key(KEY), mode, crc_check=crc)
     unified_safetensors(
         golden / CASE / "safetensors", golden / CASE / "strategy.ckpt", tmp_path / "merged",
-        output_format=form, crc_check=crc, **enc,
+        output_format=form, crc=crc, **enc,
     )  # fmt: skip
     assert contents(tmp_path / f"merged/part0.{form}", access) == read_file(golden / "full/model.safetensors")
     assert contents(tmp_path / f"merged/hyper_param.{form}", access) == scalars_of(golden, CASE)
@@ -70,7 +70,7 @@ def test_merge_and_recut(form: str, mode: Optional[str], crc: bool, golden: Path
     dec = {} if mode is None else {"dec_key": KEY, "dec_mode": mode}
     load_distributed_checkpoint(
         None, None, golden / "tp4/strategy.ckpt", format=form, unified_safetensors_dir=tmp_path / "merged",
-        dst_safetensors_dir=tmp_path / "cut", output_format=form, crc_check=crc, **enc, **dec,
+        dst_safetensors_dir=tmp_path / "cut", output_format=form, crc=crc, crc_check=crc, **enc, **dec,
     )  # fmt: skip
     for rank in range(4):
         expected = read_file(shard(golden / "tp4/shards" / f"rank_{rank}")) | scalars_of(golden, CASE)
@@ -107,7 +107,7 @@ def test_a_checksum_in_safetensors_is_mindspores(golden: Path, tmp_path: Path) -
     """It tells on loading; its own save makes the same of 0-d integers, of which it sums something else."""
     import mindspore as ms
 
-    unified_safetensors(golden / CASE / "ckpt", golden / CASE / "strategy.ckpt", tmp_path, crc_check=True)
+    unified_safetensors(golden / CASE / "ckpt", golden / CASE / "strategy.ckpt", tmp_path, crc=True)
     found = ms.load_checkpoint(str(tmp_path / "hyper_param.safetensors"), format="safetensors", crc_check=True)
     assert sorted(found) == sorted(scalars_of(golden, CASE))
     ms.save_checkpoint(found, str(tmp_path / "theirs.safetensors"), format="safetensors", crc_check=True)

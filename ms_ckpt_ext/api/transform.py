@@ -1,0 +1,263 @@
+"""MindSpore's functions that cut a checkpoint anew for other ranks, file to file, in one pass and bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext.api.arguments import (
+    BUFFER_BYTES,
+    PathLike,
+    access_of,
+    execute,
+    limits_of,
+    path_of,
+    seal_of,
+    workers_of,
+)
+from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.catalog import Catalog, list_files, read_listing
+from ms_ckpt_ext.engine.jobs import recut_job
+from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+_NOT_COUNTED = (ACCUMULATED_GRADIENT_PREFIX, "adam_v", "adam_m")
+"""What MindSpore leaves out when it asks whether a strategy has more parameters than another."""
+
+
+def transform_checkpoints(
+    src_checkpoints_dir: PathLike,
+    dst_checkpoints_dir: PathLike,
+    ckpt_prefix: str,
+    src_strategy_file: Optional[PathLike] = None,
+    dst_strategy_file: Optional[PathLike] = None,
+    process_num: int = 1,
+    output_format: str = "ckpt",
+    *,
+    file_suffix: Optional[str] = None,
+    buffer_bytes: int = BUFFER_BYTES,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: str = "AES-GCM",
+    crc_check: bool = False,
+    crc: bool = False,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = "AES-GCM",
+    digests: bool = True,
+) -> Report:
+    """Cut a sharded checkpoint anew for every rank of another strategy.
+
+    Drop-in for `mindspore.transform_checkpoints`; the arguments up to `output_format` are MindSpore's. Deduplicated and
+    encrypted sources are taken as well, and `.ckpt` may become safetensors.
+
+    Args:
+        src_checkpoints_dir: holds `rank_{N}/*.ckpt` or `rank_{N}/*.safetensors`.
+        dst_checkpoints_dir: gets `rank_{N}/{ckpt_prefix}{N}.{output_format}`. When the source strategy is that of one
+            pipeline stage and the target strategy lists more parameters, the files are those of that stage,
+            `rank_{N}/{ckpt_prefix}{N}_part{stage}.{output_format}`.
+        src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole.
+        dst_strategy_file: strategy of the target; None for one device.
+        process_num: upper bound on worker threads.
+        output_format: "ckpt" or "safetensors".
+        file_suffix: which file of a rank folder; None for the newest.
+        buffer_bytes: buffer budget of each worker.
+        dec_key, dec_mode, crc_check, enc_key, enc_mode: as in `load_distributed_checkpoint`.
+        crc: give every file a checksum.
+        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments; nothing was written.
+        DiscoveryError: no rank folders, or files of both formats, or no telling which file of a folder is meant.
+        StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
+        StorageError: no space or permission; what is finished is kept for a rerun.
+    """
+    source, target = (
+        path_of(src_checkpoints_dir, "src_checkpoints_dir"),
+        path_of(dst_checkpoints_dir, "dst_checkpoints_dir"),
+    )
+    prefix = _checked_prefix(ckpt_prefix)
+    if output_format not in discovery.FORMATS:
+        raise UsageError(f"output_format must be one of {', '.join(discovery.FORMATS)}; got {output_format!r}")
+    access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
+    workers, limits = workers_of(process_num, "process_num"), limits_of(buffer_bytes)
+    trained, wanted = (
+        _strategy(src_strategy_file, "src_strategy_file"),
+        _strategy(dst_strategy_file, "dst_strategy_file"),
+    )
+    kind = next(iter(discovery.kinds(source)), None) if discovery.is_sharded(source) else None
+    files = discovery.rank_files(source, None, file_suffix)
+    if file_suffix is None and kind == "ckpt":
+        _refuse_two_newest(files)
+    part = _stage_alone(trained, wanted)
+    if part is not None and trained is not None and kind == "ckpt":
+        first = part * trained.devices_per_stage
+        files = {rank - first: path for rank, path in files.items() if 0 <= rank - first < trained.devices_per_stage}
+        trained, wanted = _only_stage(trained, part), _only_names(wanted, trained)
+    suffix = f"_part{part}.{output_format}" if part is not None and kind == "ckpt" else f".{output_format}"
+    catalog = _catalog(files, trained, access)
+    if wanted is not None:
+        wanted.check_complete()
+    ranks = range(wanted.world if wanted else 1)
+    job = recut_job(
+        catalog, wanted, ranks, {}, lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", crc=crc, seal=seal, digests=digests
+    )  # fmt: skip
+    return execute(job, target, workers, limits, "transform")
+
+
+def transform_checkpoint_by_rank(
+    rank_id: int,
+    checkpoint_files_map: Mapping[int, PathLike],
+    save_checkpoint_file_name: PathLike,
+    src_strategy_file: Optional[PathLike] = None,
+    dst_strategy_file: Optional[PathLike] = None,
+    *,
+    buffer_bytes: int = BUFFER_BYTES,
+    max_process_num: int = 64,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: str = "AES-GCM",
+    crc_check: bool = False,
+    crc: bool = False,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = "AES-GCM",
+    digests: bool = True,
+) -> Report:
+    """Cut the file of one rank of another strategy out of the files that hold it.
+
+    Drop-in for `mindspore.transform_checkpoint_by_rank`; the arguments up to `dst_strategy_file` are MindSpore's.
+
+    Args:
+        rank_id: rank of the target.
+        checkpoint_files_map: rank of the source -> its file, `.ckpt` or safetensors; those of
+            `rank_list_for_transform` suffice. Without a source strategy only rank 0 counts.
+        save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. One call at a time per folder.
+        src_strategy_file, dst_strategy_file: as in `transform_checkpoints`.
+        buffer_bytes, max_process_num: buffer budget of each worker, and upper bound on their number.
+        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests: as in `transform_checkpoints`.
+
+    Returns:
+        What was read and written.
+
+    Raises:
+        as `transform_checkpoints`; CoverageError names a rank whose file is missing in the map.
+    """
+    _checked_rank(rank_id)
+    if not isinstance(checkpoint_files_map, Mapping) or not all(type(rank) is int for rank in checkpoint_files_map):
+        raise ArgumentTypeError("checkpoint_files_map must map ranks (int) to paths")
+    target = path_of(save_checkpoint_file_name, "save_checkpoint_file_name")
+    if not target.endswith((".ckpt", ".safetensors")):
+        raise UsageError(f"save_checkpoint_file_name must end with .ckpt or .safetensors, got {target!r}")
+    access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
+    workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    trained, wanted = (
+        _strategy(src_strategy_file, "src_strategy_file"),
+        _strategy(dst_strategy_file, "dst_strategy_file"),
+    )
+    world = wanted.world if wanted else 1
+    if rank_id >= world:
+        raise UsageError(f"rank_id must be between 0 and {world - 1} under dst_strategy_file, got {rank_id}")
+    files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(checkpoint_files_map.items())}
+    catalog = _catalog(files, trained, access)
+    folder, name = os.path.split(target)
+    job = recut_job(catalog, wanted, [rank_id], {}, lambda _: name, crc=crc, seal=seal, digests=digests)
+    return execute(job, folder or os.curdir, workers, limits, "transform")
+
+
+def rank_list_for_transform(
+    rank_id: int, src_strategy_file: Optional[PathLike] = None, dst_strategy_file: Optional[PathLike] = None
+) -> list[int]:
+    """Ranks of the source whose files together hold what `rank_id` of the target needs, descending.
+
+    Drop-in for `mindspore.rank_list_for_transform`. The list is as short as the layouts allow, where MindSpore's
+    may name more ranks.
+
+    Args:
+        rank_id: rank of the target.
+        src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole.
+        dst_strategy_file: strategy of the target; None for one device.
+
+    Raises:
+        ArgumentTypeError, UsageError, StrategyError: wrong arguments.
+    """
+    _checked_rank(rank_id)
+    trained, wanted = (
+        _strategy(src_strategy_file, "src_strategy_file"),
+        _strategy(dst_strategy_file, "dst_strategy_file"),
+    )
+    if trained is None:
+        return [0]
+    if wanted is None:
+        return sorted(needed_for_whole(trained), reverse=True)
+    if rank_id >= wanted.world:
+        raise UsageError(f"rank_id must be between 0 and {wanted.world - 1} under dst_strategy_file, got {rank_id}")
+    return sorted(needed_ranks(trained, wanted, rank_id), reverse=True)
+
+
+def _strategy(value: Union[PathLike, Strategy, None], argument: str) -> Optional[Strategy]:
+    return value if value is None or isinstance(value, Strategy) else load_strategy(path_of(value, argument))
+
+
+def _checked_rank(rank_id: Any) -> None:
+    if not isinstance(rank_id, int) or isinstance(rank_id, bool):
+        raise ArgumentTypeError(f"rank_id must be an int, got {type(rank_id).__name__}")
+    if rank_id < 0:
+        raise UsageError(f"rank_id must be at least 0, got {rank_id}")
+
+
+def _checked_prefix(prefix: Any) -> str:
+    if not isinstance(prefix, str):
+        raise ArgumentTypeError(f"ckpt_prefix must be a str, got {type(prefix).__name__}")
+    if os.path.basename(prefix) != prefix:
+        raise UsageError(f"ckpt_prefix is the beginning of a file's name and holds no path; got {prefix!r}")
+    return prefix
+
+
+def _catalog(files: Mapping[int, str], trained: Optional[Strategy], access: Access) -> Catalog:
+    """The source; without a strategy rank 0 holds all of it."""
+    if trained is None:
+        files = {rank: path for rank, path in files.items() if rank == 0}
+    return read_listing(list_files(files, trained), trained, access)
+
+
+def _refuse_two_newest(files: Mapping[int, str]) -> None:
+    """MindSpore takes the last name in alphabetical order, where `net-9_1.ckpt` comes after `net-10_1.ckpt`."""
+    for path in files.values():
+        folder, name = os.path.split(path)
+        last = max(each for each in os.listdir(folder) if each.endswith(".ckpt"))
+        if last != name:
+            raise DiscoveryError(
+                f"of the files in {folder!r}, {name!r} is the newest by its numbers, but MindSpore takes {last!r}, the "
+                "last in alphabetical order; say with file_suffix which is meant, or move the others away"
+            )
+
+
+def _stage_alone(trained: Optional[Strategy], wanted: Optional[Strategy]) -> Optional[int]:
+    """The stage whose strategy the source is, when MindSpore would write that stage's part of the target only."""
+    if trained is None or wanted is None or wanted.stages != 1:
+        return None
+    stages = {stage for held in trained.layouts.values() for stage in held}
+    mine, theirs = (
+        {name for name in strategy.layouts if not name.startswith(_NOT_COUNTED)} for strategy in (trained, wanted)
+    )
+    return stages.pop() if len(stages) == 1 and mine < theirs else None
+
+
+def _only_stage(strategy: Strategy, stage: int) -> Strategy:
+    """A strategy of one stage as one of a whole job."""
+    layouts = {name: {0: stages[stage]} for name, stages in strategy.layouts.items()}
+    return Strategy(layouts, strategy.devices_per_stage, 1, strategy.origin)
+
+
+def _only_names(wanted: Optional[Strategy], trained: Strategy) -> Optional[Strategy]:
+    """What of the target the source lists."""
+    if wanted is None:
+        return None
+    layouts = {name: stages for name, stages in wanted.layouts.items() if name in trained.layouts}
+    return Strategy(layouts, wanted.devices_per_stage, wanted.stages, wanted.origin)
