@@ -16,12 +16,11 @@ from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
-from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.layout import Layout, whole
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import session
+from ms_ckpt_ext.engine import profiles, session
 from ms_ckpt_ext.engine.audit import audit, settled
 from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.demand import Want
@@ -173,7 +172,7 @@ def _prepare(
     facts["rules"] = repr(source.rules)
     facts["target strategy"] = repr(target and target.devices_per_stage)  # a layout dict is of one stage only
     facts["name_map"] = repr(sorted(name_map.items()))
-    hardware = cost.ASCEND if _on_device(transport) else cost.CPU
+    hardware = profiles.profile(profiles.ASCEND if _on_device(transport) else profiles.CPU).hardware
     return session.prepare(transport, seen, catalog, wants, options, hardware, facts)
 
 

@@ -6,6 +6,7 @@ Reading and exchanging overlap, so a cooperative load takes the longer of the tw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ class Hardware(NamedTuple):
     Attributes:
         storage: bytes per second that the storage delivers, to all ranks together if `shared`, else to each host.
         shared: the storage is one for all hosts.
-        ranks_per_host: ranks that share a host's storage.
+        ranks_per_host: ranks that share a host's storage, or its way to the shared one.
         link: bytes per second that one rank can receive from others.
         latency: seconds one collective takes beside the bytes.
+        host: bytes per second that one host can take from shared storage.
     """
 
     storage: float
@@ -26,12 +28,7 @@ class Hardware(NamedTuple):
     ranks_per_host: int
     link: float
     latency: float
-
-
-CPU = Hardware(storage=2e9, shared=False, ranks_per_host=8, link=27e6, latency=5e-3)
-"""MindSpore's MCCL over loopback: the measured 27 MB/s per rank make reading twice cheaper than sending."""
-ASCEND = Hardware(storage=8e9, shared=True, ranks_per_host=8, link=20e9, latency=2e-4)
-"""Order of magnitude of an Atlas 800T A2 (HCCS within a host, RoCE between hosts) on a parallel file system."""
+    host: float = math.inf
 
 
 def direct_seconds(wanted: Sequence[int], hardware: Hardware) -> float:
@@ -45,9 +42,16 @@ def cooperative_seconds(read: Sequence[int], received: Sequence[int], rounds: in
     return max(_storage_seconds(read, hardware), exchange) + rounds * hardware.latency
 
 
+def cooperates(
+    wanted: Sequence[int], read: Sequence[int], received: Sequence[int], rounds: int, hardware: Hardware
+) -> bool:
+    """What mode "auto" chooses: the cheaper of the two; direct when nothing would be exchanged anyway."""
+    return any(received) and cooperative_seconds(read, received, rounds, hardware) < direct_seconds(wanted, hardware)
+
+
 def _storage_seconds(read: Sequence[int], hardware: Hardware) -> float:
-    if hardware.shared:
-        return sum(read) / hardware.storage
     size = hardware.ranks_per_host
-    hosts = [sum(read[first : first + size]) for first in range(0, len(read), size)]
-    return max(hosts, default=0) / hardware.storage
+    busiest = max((sum(read[first : first + size]) for first in range(0, len(read), size)), default=0)
+    if hardware.shared:
+        return max(sum(read) / hardware.storage, busiest / hardware.host)
+    return busiest / hardware.storage

@@ -42,6 +42,8 @@ class Tally:
         rounds: the rounds, in order.
         matrix: bytes that a group of ranks (row) sends to another (column), reads of a group for itself not counted.
         group: ranks of a group.
+        files: bytes that a group of ranks (row) reads of a group of files (column).
+        file_group: files of a group.
     """
 
     wanted: Ints
@@ -54,6 +56,8 @@ class Tally:
     rounds: tuple[RoundTally, ...]
     matrix: Ints
     group: int
+    files: Ints
+    file_group: int
 
 
 def tally(table: ExchangeTable, prefetch: int = 1) -> Tally:
@@ -86,7 +90,15 @@ class _Counter:
         read = sums(chunks.reader, chunks.nbytes, world)
         reads = np.bincount(chunks.reader, minlength=world)
         columns = (self._wanted, read, reads, self._sent, self._received, self._messages, staging, counted)
-        return Tally(*columns, self._matrix.reshape(self._groups, self._groups), self._group)
+        return Tally(*columns, self._matrix.reshape(self._groups, self._groups), self._group, *self._files())
+
+    def _files(self) -> tuple[Ints, int]:
+        chunks = self._table.chunks
+        count = int(chunks.file.max(initial=0)) + 1
+        group = -(-count // MATRIX)
+        columns = -(-count // group)
+        cell = chunks.reader.astype(np.int64) // self._group * columns + chunks.file // group
+        return sums(cell, chunks.nbytes, self._groups * columns).reshape(self._groups, columns), group
 
     def _round(self, number: int, parts: Ints) -> RoundTally:
         fresh = self._held.enter(number)

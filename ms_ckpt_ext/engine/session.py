@@ -143,10 +143,10 @@ def _cooperative(plan: ExchangePlan, all_see_all: bool, options: LoadOptions, ha
     if options.mode != "auto" or not all_see_all:
         return options.mode != "direct"
     read, received = plan.bytes_read(), plan.bytes_received()
-    together = cost.cooperative_seconds(read, received, len(plan.rounds), hardware)
-    alone = cost.direct_seconds(wanted_bytes(plan), hardware)
+    figures = (wanted_bytes(plan), read, received, len(plan.rounds))
+    together, alone = cost.cooperative_seconds(*figures[1:], hardware), cost.direct_seconds(figures[0], hardware)
     log.info("predicted: direct %.3f s, cooperative %.3f s", alone, together)
-    return any(received) and together < alone
+    return cost.cooperates(*figures, hardware)
 
 
 def wanted_bytes(plan: ExchangePlan) -> list[int]:

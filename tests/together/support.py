@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.layout import Layout, whole
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import session
+from ms_ckpt_ext.engine import profiles, session
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover, HostSink
@@ -30,6 +29,7 @@ from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.support import cut, read_file, strategy_of
 
 SOON = 5.0
+CPU = profiles.profile(profiles.CPU).hardware
 
 
 class Loaded(NamedTuple):
@@ -83,7 +83,7 @@ class Load:
         catalog = self.catalog(seen)
         wants = self.wants(rank, catalog)
         facts = self.facts(rank)
-        return catalog, wants, session.prepare(transport, seen, catalog, wants, self.options, cost.CPU, facts)
+        return catalog, wants, session.prepare(transport, seen, catalog, wants, self.options, CPU, facts)
 
     def rank(self, transport: LocalTransport) -> Loaded:
         rank = transport.rank
