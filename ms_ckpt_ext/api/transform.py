@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
@@ -106,9 +107,8 @@ def transform_checkpoints(
     if wanted is not None:
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)
-    job = recut_job(
-        catalog, wanted, ranks, {}, lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", crc=crc, seal=seal, digests=digests
-    )  # fmt: skip
+    recut = partial(recut_job, catalog, wanted, ranks, {}, crc=crc, seal=seal, digests=digests)
+    job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}")
     return execute(job, target, workers, limits, "transform")
 
 
