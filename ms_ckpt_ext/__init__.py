@@ -20,6 +20,8 @@ _PUBLIC = {
     "convert": "api.convert",
     "decrypt": "api.convert",
     "encrypt": "api.convert",
+    "diff_strategy": "api.diff",
+    "inspect": "api.inspect",
     "install": "api.install",
     "load": "api.parameters",
     "load_checkpoint": "api.parameters",
@@ -36,6 +38,7 @@ _PUBLIC = {
     "transform_checkpoints": "api.transform",
     "unified_safetensors": "api.merge",
     "uninstall": "api.install",
+    "verify": "api.verify",
 }
 
 __all__ = [
@@ -49,6 +52,8 @@ __all__ = [
     "convert",
     "decrypt",
     "encrypt",
+    "diff_strategy",
+    "inspect",
     "install",
     "load",
     "load_checkpoint",
@@ -65,6 +70,7 @@ __all__ = [
     "transform_checkpoints",
     "unified_safetensors",
     "uninstall",
+    "verify",
 ]
 
 

@@ -21,7 +21,7 @@ from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
 
 PROG = "ms-ckpt"
-COMMANDS = ("plan", "completion")
+COMMANDS = ("inspect", "plan", "diff_strategy", "verify", "completion")
 """Modules of this package, in the order of `--help`; `_` stands for `-`."""
 
 _DESCRIPTION = """\

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Optional
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 MOST_LISTED = 20
-"""Lines of a list that people read; the rest is counted, and `--json` or `--all` has it."""
+"""Rows of a table that people read at a glance; `--all` and `--json` have the others too."""
 
 
 def size(nbytes: float) -> str:
@@ -35,8 +35,8 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending integers, runs shortened.
+def ranges(numbers: Sequence[int], comma: str = ", ", least: int = 3) -> str:
+    """Ascending integers, runs from `least` on shortened.
 
     >>> ranges([0, 1, 2, 5]), ranges([3, 4])
     ('0-2, 5', '3, 4')
@@ -47,7 +47,7 @@ def ranges(numbers: Sequence[int]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return comma.join(f"{run[0]}-{run[-1]}" if len(run) >= least else comma.join(map(str, run)) for run in runs)
 
 
 def shape(extents: Optional[Sequence[int]]) -> str:
@@ -94,6 +94,34 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", 
 
     yield style(line(heads), "bold")
     yield from map(line, rows)
+
+
+def listed(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str, everything: bool) -> Iterator[str]:
+    """A table of the first rows, or of all; the rest is counted."""
+    shown = rows if everything else rows[:MOST_LISTED]
+    yield from table(heads, shown, right)
+    if len(rows) > len(shown):
+        yield style(f"… and {len(rows) - len(shown):,} more (--all lists them)", "dim")
+
+
+def folded(told: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names that differ in the number of their first numbered part, and of which the same is told, as one.
+
+    >>> folded({"head.w": "", "layers.0.w": "", "layers.1.w": "", "layers.3.w": ""})
+    [('head.w', ''), ('layers.[0-1,3].w', '')]
+    """
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for name, text in told.items():
+        parts = name.split(".")
+        at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
+        key = (".".join(parts[:at]), ".".join(parts[at + 1 :]), text)
+        groups.setdefault(key, []).extend(map(int, parts[at : at + 1]))
+    found = []
+    for (head, tail, text), numbers in groups.items():
+        runs = ranges(sorted(numbers), ",", 2)
+        middle = f"[{runs}]" if len(numbers) > 1 else runs
+        found.append((".".join(filter(None, (head, middle, tail))), text))
+    return found
 
 
 def _cut(text: str, most: int) -> str:

@@ -9,11 +9,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Callable, Optional
+from typing import Callable, Generic, Optional, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.core.reads import Batch, Direct, Read, Stretch, Unit
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.reads import (
+    Batch,
+    Direct,
+    Extent,
+    Landing,
+    Limits,
+    Read,
+    Stored,
+    Stretch,
+    Target,
+    Task,
+    Unit,
+    schedule,
+)
+from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strided import StridedCopy
 from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -22,21 +37,62 @@ from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
 
 Landed = Callable[[int, int], None]
 """(sink, bytes): told after bytes reached a sink, from worker threads."""
+_Item = TypeVar("_Item")
 _COPY = 1 << 20  # stays in a core's cache between read and write
 _PLENTY = 32 << 20  # bytes a worker takes at once: enough to go through files in long stretches, too little to idle for
 
 
 def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], workers: int, landed: Landed) -> None:
     """Run all units; the first error stops the others and is raised."""
-    source = _Shared(units)
+
+    def worker(stopped: Callable[[], bool]) -> Callable[[list[Unit]], None]:
+        mine = _Worker(readers, sinks, landed)
+
+        def do(taken: list[Unit]) -> None:
+            for unit in taken:
+                if stopped():
+                    return
+                mine.unit(unit)
+
+        return do
+
+    spread(_shares(units), workers, worker)
+
+
+def _shares(units: Iterator[Unit]) -> Iterator[list[Unit]]:
+    """Units to be done in this order by one worker: an array to its end, or what is plenty."""
+    share: list[Unit] = []
+    nbytes = 0
+    for unit in units:
+        share.append(unit)
+        nbytes += unit.nbytes
+        if unit.last or nbytes >= _PLENTY:
+            yield share
+            share, nbytes = [], 0
+    if share:
+        yield share
+
+
+Make = Callable[[Callable[[], bool]], Callable[[_Item], None]]
+
+
+def spread(items: Iterator[_Item], workers: int, make: Make[_Item]) -> None:
+    """Have threads (the calling one is one of them) take items until none are left.
+
+    The first error stops the others and is raised.
+
+    Args:
+        make: called by each thread, with a function that tells whether another thread has failed; returns what the
+            thread does with an item.
+    """
+    source = _Shared(items)
     threads = [
-        threading.Thread(target=_work, args=(source, readers, sinks, landed), name=f"pump-{n}", daemon=True)
-        for n in range(workers - 1)
+        threading.Thread(target=_work, args=(source, make), name=f"pump-{n}", daemon=True) for n in range(workers - 1)
     ]
     try:
         for thread in threads:
             thread.start()
-        _work(source, readers, sinks, landed)
+        _work(source, make)
     except BaseException as error:  # noqa: BLE001 - a thread that cannot start; raised below
         source.fail(error)
     for thread in threads:
@@ -45,51 +101,58 @@ def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], worke
         raise source.error
 
 
-def _join(thread: threading.Thread, source: _Shared) -> None:
+def _join(thread: threading.Thread, source: _Shared[_Item]) -> None:
     """Wait for a thread even through a Ctrl-C: the caller closes the files it writes to."""
     while thread.is_alive():
         try:
             thread.join()
-        except BaseException as error:  # noqa: BLE001 - stops the threads; raised by run()
+        except BaseException as error:  # noqa: BLE001 - stops the threads; raised by spread()
             source.fail(error)
 
 
-class _Shared:
+class _Shared(Generic[_Item]):
     """An iterator that threads take from, and the first error any of them met."""
 
-    def __init__(self, units: Iterator[Unit]) -> None:
-        self._units = units
+    def __init__(self, items: Iterator[_Item]) -> None:
+        self._items = items
         self._lock = threading.Lock()
         self.error: Optional[BaseException] = None
 
-    def take(self) -> list[Unit]:
-        """The next units, to be done in this order by one worker: an array to its end, or what is plenty; else []."""
-        taken: list[Unit] = []
+    def take(self) -> Optional[_Item]:
         with self._lock:
-            nbytes = 0
-            while self.error is None and nbytes < _PLENTY and not (taken and taken[-1].last):
-                unit = next(self._units, None)
-                if unit is None:
-                    break
-                taken.append(unit)
-                nbytes += unit.nbytes
-        return taken
+            return None if self.error is not None else next(self._items, None)
+
+    def stopped(self) -> bool:
+        return self.error is not None
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
             self.error = self.error or error
 
 
-def _work(source: _Shared, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed) -> None:
-    worker = _Worker(readers, sinks, landed)
+def _work(source: _Shared[_Item], make: Make[_Item]) -> None:
     try:
-        while units := source.take():
-            for unit in units:
-                if source.error is not None:
-                    return
-                worker.direct(unit) if isinstance(unit, Direct) else worker.batch(unit)
-    except BaseException as error:  # noqa: BLE001 - handed to the caller of run()
+        do = make(source.stopped)
+        while (item := source.take()) is not None:
+            do(item)
+    except BaseException as error:  # noqa: BLE001 - handed to the caller of spread()
         source.fail(error)
+
+
+class Assembler:
+    """Reads boxes of parameters into memory, one after another on the calling thread. Not for several threads."""
+
+    def __init__(self, readers: ReaderPool, stored: Stored, limits: Limits) -> None:
+        self._stored, self._limits = stored, limits
+        self._sinks: list[Sink] = []
+        self._worker = _Worker(readers, self._sinks, lambda _sink, _nbytes: None)
+
+    def read(self, tensor: SourceTensor, region: Region, into: np.ndarray) -> None:
+        """Fill `into` (flat bytes) with a box, row-major. Raises CoverageError, FormatError or StorageError."""
+        self._sinks[:] = [MemorySink(into)]
+        task = Task(tensor, (Target(region, (Landing(0, (Extent(0, into.size),)),)),))
+        for unit in schedule([task], self._stored, self._limits):
+            self._worker.unit(unit)
 
 
 class _Buffer:
@@ -108,6 +171,12 @@ class _Worker:
     def __init__(self, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed) -> None:
         self._readers, self._sinks, self._landed = readers, sinks, landed
         self._assembly, self._scratch = _Buffer(), _Buffer()
+
+    def unit(self, unit: Unit) -> None:
+        if isinstance(unit, Direct):
+            self.direct(unit)
+        else:
+            self.batch(unit)
 
     def direct(self, unit: Direct) -> None:
         sink = self._sinks[unit.sink]

@@ -1,0 +1,354 @@
+"""What is in a checkpoint or a strategy, told from headers; of contents, only training scalars are read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from ms_ckpt_ext.api.arguments import PathLike, as_strategy, path_of
+from ms_ckpt_ext.api.source import Filter, Globs, Source, access_of, find
+from ms_ckpt_ext.core.describe import LayoutInfo, StrategyInfo, describe, describe_strategy
+from ms_ckpt_ext.core.groups import GROUPS, SCALARS, group_of, natural
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.bits import to_python
+from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
+from ms_ckpt_ext.engine.pump import Assembler
+from ms_ckpt_ext.formats import crypto, discovery
+from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.registry import Access, read_indexes
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+_MOST_ELEMENTS = 64
+"""A scalar's contents are told up to this many elements."""
+
+
+class FileInfo(NamedTuple):
+    """A file: `rank` where its folder names one, `encryption` where it is encrypted, `tensors` in number."""
+
+    path: str
+    size: int
+    rank: Optional[int]
+    tensors: int
+    encryption: Optional[str]
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """A parameter.
+
+    Attributes:
+        shape: whole; None where it is not known, because slices come without their strategy.
+        nbytes: of the whole parameter; without a shape, of its slices.
+        stored_nbytes: in all files together.
+        slice_shapes: shapes of its slices.
+        slices: number of different slices; None where that is not known.
+        copies: (fewest, most) files that hold the same slice; None where that is not known. 0: a slice is missing.
+        copies_expected: (fewest, most) ranks that hold the same slice in the job, by the strategy.
+        layouts: of every pipeline stage that has it, when a strategy is given.
+    """
+
+    name: str
+    dtype: str
+    group: str
+    shape: Optional[Shape]
+    nbytes: int
+    stored_nbytes: int
+    slice_shapes: tuple[Shape, ...]
+    slices: Optional[int]
+    copies: Optional[tuple[int, int]]
+    copies_expected: Optional[tuple[int, int]]
+    layouts: tuple[LayoutInfo, ...] = ()
+
+
+class GroupInfo(NamedTuple):
+    """Parameters of one kind: their number, their bytes when every slice counts once, and in all files together."""
+
+    parameters: int
+    nbytes: int
+    stored_nbytes: int
+
+
+class Redundancy(NamedTuple):
+    """Copies of slices.
+
+    Attributes:
+        slices: different slices, of all parameters.
+        stored: slices in the files.
+        expected: slices that the ranks of the job hold.
+        missing: slices that no file holds.
+    """
+
+    slices: int
+    stored: int
+    expected: int
+    missing: int
+
+    @property
+    def replicas(self) -> str:
+        """Of a job that has copies: "held" in every rank's file, "dropped" but for one, or "partly dropped"."""
+        if self.expected == self.slices:
+            return "none"
+        if self.stored >= self.expected:
+            return "held"
+        return "dropped" if self.stored <= self.slices else "partly dropped"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: "strategy", "file", "sharded", "merged", or "files" that nothing relates to each other.
+        files: checkpoint files; () of a strategy.
+        strategy: the one that was given or found.
+        parameters: those that match the filter, by group, then by name.
+        groups: sums over them.
+        scalars: what lies outside the strategy, with contents where they are small; also single elements.
+        redundancy: None where it is not known.
+    """
+
+    path: str
+    kind: str
+    files: tuple[FileInfo, ...]
+    strategy: Optional[StrategyInfo]
+    parameters: tuple[ParameterInfo, ...]
+    groups: Mapping[str, GroupInfo]
+    scalars: Mapping[str, Any]
+    redundancy: Optional[Redundancy]
+
+
+def inspect(
+    path: PathLike,
+    *,
+    strategy: Any = None,
+    match: Globs = (),
+    exclude: Globs = (),
+    file_suffix: Optional[str] = None,
+    format: Optional[str] = None,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: Optional[str] = None,
+) -> Inspection:
+    """Tell what a checkpoint or a strategy holds.
+
+    Args:
+        path: a checkpoint file, rank folders, a merged directory, a strategy file, or a directory of these.
+        strategy: of the job that saved rank folders, which tells whole shapes and layouts.
+        match, exclude: shell-style globs of parameter names.
+        file_suffix: which file of a rank folder; None for the newest.
+        format: "safetensors" or "ckpt", where there are both.
+        dec_key, dec_mode: of encrypted files; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
+
+    Raises:
+        DiscoveryError: nothing there that could be inspected.
+        DecryptionError: an encrypted file and no key, or a wrong one.
+        FormatError, StrategyError, LayoutMismatchError, StorageError: it cannot be read, or contradicts itself.
+    """
+    source, wanted = path_of(path, "path"), Filter(match, exclude)
+    if _is_strategy(source):
+        return _of_strategy(source, load_strategy(source), wanted)
+    access = access_of(dec_key, dec_mode)
+    known = as_strategy(strategy)
+    if os.path.isdir(source) and known is None:
+        loose = _loose_files(source, file_suffix, format)
+        if loose:
+            return _of_loose(source, loose, access, wanted)
+    return _of_catalog(find(source, known, file_suffix, access, format), wanted)
+
+
+def _is_strategy(path: str) -> bool:
+    """Whether a path is a strategy file, or a directory with nothing but strategy files of stages."""
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        files = [os.path.join(path, n) for n in names if n.endswith((".ckpt", ".json"))]
+        return bool(files) and not discovery.is_sharded(path) and all(map(_is_strategy, files))
+    if not os.path.isfile(path):
+        return False
+    if path.endswith(".json"):
+        with open(path, "rb") as file:
+            return b"parallel_layout_item" in file.read(1 << 20)
+    return path.endswith(".ckpt") and discovery.is_strategy(Path(path))
+
+
+def _of_strategy(path: str, strategy: Strategy, wanted: Filter) -> Inspection:
+    parameters = _ordered(
+        ParameterInfo(name, "", group_of(name, strategy.layouts), None, 0, 0, (), *_expected(stages), _layouts(stages))
+        for name, stages in strategy.layouts.items()
+        if wanted(name) and not name.startswith(ACCUMULATED_GRADIENT_PREFIX)
+    )
+    return Inspection(path, "strategy", (), describe_strategy(strategy), parameters, _groups(parameters), {}, None)
+
+
+def _ordered(parameters: Iterable[ParameterInfo]) -> tuple[ParameterInfo, ...]:
+    return tuple(sorted(parameters, key=lambda p: (GROUPS.index(p.group), natural(p.name))))
+
+
+def _expected(stages: Mapping[int, Any]) -> tuple[int, None, tuple[int, int]]:
+    infos = _layouts(stages)
+    copies = [info.copies for info in infos]
+    return max(math.prod(info.parts) for info in infos), None, (min(copies), max(copies))
+
+
+def _layouts(stages: Mapping[int, Any]) -> tuple[LayoutInfo, ...]:
+    return tuple(describe(layout, stage) for stage, layout in sorted(stages.items()))
+
+
+def _loose_files(directory: str, file_suffix: Optional[str], format: Optional[str]) -> dict[str, str]:
+    """Files whose slices nothing relates to each other: several rank folders, or several files without a map."""
+    if discovery.is_sharded(directory):
+        if os.path.isfile(os.path.join(directory, discovery.MAP_NAME)):
+            return {}
+        files = discovery.rank_files(directory, format, file_suffix)
+        return {str(rank): path for rank, path in files.items()} if len(files) > 1 else {}
+    if any(os.path.isfile(os.path.join(directory, name)) for name in (discovery.MAP_NAME, discovery.HF_INDEX_NAME)):
+        return {}
+    kinds = discovery.FORMATS if format is None else (format,)
+    names = [name for name in sorted(os.listdir(directory)) if name.endswith(tuple(f".{kind}" for kind in kinds))]
+    paths = {name: os.path.join(directory, name) for name in names}
+    files_ = {n: p for n, p in paths.items() if os.path.isfile(p) and not _is_strategy(p)}
+    return files_ if len(files_) > 1 else {}
+
+
+def _of_loose(path: str, files: Mapping[str, str], access: Access, wanted: Filter) -> Inspection:
+    indexes = read_indexes(files.values(), access)
+    sharded = discovery.is_sharded(path)
+    held: dict[str, list[FileIndex]] = {}
+    for index in indexes:
+        for name in filter(wanted, index.tensors):
+            held.setdefault(name, []).append(index)
+    parameters = _ordered(_loose(name, found, held) for name, found in held.items())
+    scalars = [p.name for p in parameters if p.group == SCALARS]
+    here = {name: indexes[0].tensors[name] for name in scalars if name in indexes[0].tensors}
+    first = Catalog((indexes[0],), {n: whole_tensor(n, entry, [0]) for n, entry in here.items()}, {}, {}, access)
+    return Inspection(
+        path,
+        "sharded" if sharded else "files",
+        tuple(_file(i, int(key) if sharded else None) for key, i in zip(files, indexes)),
+        None,
+        parameters,
+        _groups(parameters),
+        {**dict.fromkeys(scalars), **_scalars(first, here)},
+        None,
+    )
+
+
+def _loose(name: str, files: list[FileIndex], names: Mapping[str, Any]) -> ParameterInfo:
+    entries = [index.tensors[name] for index in files]
+    shapes = tuple(sorted({entry.shape for entry in entries}))
+    stored = sum(entry.nbytes for entry in entries)
+    group = SCALARS if math.prod(shapes[0]) == 1 or entries[0].dtype.name == "STR" else group_of(name, names)
+    return ParameterInfo(name, entries[0].dtype.name, group, None, stored, stored, shapes, None, None, None)
+
+
+def _of_catalog(source: Source, wanted: Filter) -> Inspection:
+    catalog, strategy = source.open(), source.strategy
+    held = wanted.of(catalog.tensors)
+    sharded = source.listing.sharded
+    inside = [_parameter(name, t, catalog, strategy, catalog.tensors) for name, t in held.items()]
+    outside = [_parameter(name, t, catalog, None, (), SCALARS) for name, t in wanted.of(catalog.extras).items()]
+    parameters = _ordered([*inside, *outside])
+    kind = "sharded" if sharded else "file" if os.path.isfile(source.path) else "merged"
+    keys = list(source.listing.files)
+    ranks = [int(key) if sharded else None for key in keys]
+    return Inspection(
+        source.path,
+        kind,
+        tuple(_file(index, rank) for index, rank in zip(catalog.files, ranks)),
+        None if strategy is None else describe_strategy(strategy),
+        parameters,
+        _groups(parameters),
+        _scalars(catalog, [p.name for p in parameters if p.group == SCALARS]),
+        None if strategy is None else _redundancy(held.values()),
+    )
+
+
+def _parameter(
+    name: str,
+    tensor: SourceTensor,
+    catalog: Catalog,
+    strategy: Optional[Strategy],
+    names: Any,
+    group: Optional[str] = None,
+) -> ParameterInfo:
+    meta = tensor.meta
+    nbytes = meta.dtype.nbytes(math.prod(meta.shape))
+    held, expected, slices = _copies(tensor)
+    files = [number for p in tensor.placements for holders in p.holders.values() for number in holders]
+    entries = [catalog.files[number].tensors[tensor.stored_name] for number in files]
+    if group is None and strategy is None and (math.prod(meta.shape) == 1 or meta.dtype.name == "STR"):
+        group = SCALARS
+    return ParameterInfo(
+        name,
+        meta.dtype.name,
+        group or group_of(name, names),
+        meta.shape,
+        nbytes,
+        sum(entry.nbytes for entry in entries),
+        tuple(sorted({entry.shape for entry in entries})),
+        slices,
+        (min(held), max(held)),
+        (min(expected), max(expected)),
+        () if strategy is None else _layouts(strategy.layouts[name]),
+    )
+
+
+def _copies(tensor: SourceTensor) -> tuple[list[int], list[int], int]:
+    """(files that hold each slice, ranks that should, number of slices); where stages cut alike, they count as one."""
+    held = [len(p.holders.get(cell, ())) for p in tensor.placements for cell in p.expected]
+    expected = [len(ranks) for p in tensor.placements for ranks in p.expected.values()]
+    return held, expected, len(expected)
+
+
+def _redundancy(tensors: Iterable[SourceTensor]) -> Redundancy:
+    slices = stored = expected = missing = 0
+    for tensor in tensors:
+        held, wanted, count = _copies(tensor)
+        slices, stored, expected = slices + count, stored + sum(held), expected + sum(wanted)
+        missing += held.count(0)
+    return Redundancy(slices, stored, expected, missing)
+
+
+def _file(index: FileIndex, rank: Optional[int]) -> FileInfo:
+    encryption = None
+    if index.reader != "plain":
+        with open(index.path, "rb") as file:
+            encryption = crypto.sniff(file.read(crypto.HEAD_BYTES))
+    return FileInfo(index.path, index.size, rank, len(index.tensors), encryption)
+
+
+def _groups(parameters: Iterable[ParameterInfo]) -> dict[str, GroupInfo]:
+    found: dict[str, GroupInfo] = {}
+    for p in parameters:
+        before = found.get(p.group, GroupInfo(0, 0, 0))
+        found[p.group] = GroupInfo(
+            before.parameters + 1, before.nbytes + p.nbytes, before.stored_nbytes + p.stored_nbytes
+        )
+    return found
+
+
+def _scalars(catalog: Catalog, names: Iterable[str]) -> dict[str, Any]:
+    """Contents of small tensors; None for what is not small."""
+    return dict(_read(catalog, names))
+
+
+def _read(catalog: Catalog, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    with catalog.readers() as readers:
+        for name in names:
+            tensor = catalog.extras.get(name) or catalog.tensors[name]
+            size = math.prod(tensor.meta.shape)
+            if size > _MOST_ELEMENTS and tensor.meta.dtype.name != "STR":
+                yield name, None
+                continue
+            data = np.empty(tensor.meta.dtype.nbytes(size), np.uint8)
+            if size:
+                Assembler(readers, catalog.stored, Limits()).read(tensor, Region.whole(tensor.meta.shape), data)
+            yield name, to_python(data, tensor.meta.dtype, tensor.meta.shape)

@@ -1,0 +1,119 @@
+"""One way to name a checkpoint, whatever it is: a file, rank folders, a merged directory; plain or encrypted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext.api.arguments import as_strategy, path_of
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.catalog import Catalog, Listing, list_checkpoint, read_listing
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.crypto import KeyLike, load_key
+from ms_ckpt_ext.formats.crypto.keys import as_key
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, Access
+
+Globs = Union[str, Iterable[str]]
+
+
+def access_of(key: Optional[KeyLike], mode: Optional[str] = None, crc_check: bool = False) -> Access:
+    """How files may be opened: with the key that is given, else with the one in the environment, if there is."""
+    if key is not None:
+        return Access(as_key(key), mode, crc_check)
+    found = load_key(env=DEC_KEY_VARIABLE) if DEC_KEY_VARIABLE in os.environ else None
+    return Access(found, None, crc_check, optional=True)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that was found, its files not opened yet."""
+
+    path: str
+    listing: Listing
+    strategy: Optional[Strategy]
+    access: Access
+
+    def open(self) -> Catalog:
+        """Read the headers. Raises as `engine.catalog.catalog_of`."""
+        return read_listing(self.listing, self.strategy, self.access)
+
+
+def find(
+    path: Any,
+    strategy: Any = None,
+    file_suffix: Optional[str] = None,
+    access: Optional[Access] = None,
+    format: Optional[str] = None,
+    argument: str = "path",
+) -> Source:
+    """Find the files of a checkpoint.
+
+    Args:
+        path: a checkpoint file, rank folders, or a merged directory.
+        strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
+        file_suffix: which file of a rank folder; None for the newest.
+        format: "safetensors" or "ckpt"; None for whichever is there.
+
+    Raises:
+        DiscoveryError: no checkpoint there, or no way to tell which files are meant.
+        StrategyError: the strategy cannot be read.
+    """
+    path = path_of(path, argument)
+    if format not in (None, *discovery.FORMATS):
+        raise UsageError(f"format must be one of {', '.join(discovery.FORMATS)}, or None, got {format!r}")
+    access = access_of(None) if access is None else access
+    if os.path.isfile(path):
+        _refuse_strategy(path)
+        return Source(path, Listing({os.path.basename(path): path}, False, None), None, access)
+    if not os.path.isdir(path):
+        raise DiscoveryError(f"no such file or directory: {path!r}; check the path")
+    known = as_strategy(strategy)
+    return Source(path, list_checkpoint(path, known, file_suffix, kind=format), known, access)
+
+
+def _refuse_strategy(path: str) -> None:
+    if path.endswith(".ckpt") and os.path.getsize(path) and discovery.is_strategy(Path(path)):
+        raise DiscoveryError(
+            f"{path!r} is a strategy file, which has the same suffix as a checkpoint; give the checkpoint's path here"
+        )
+
+
+class Filter:
+    """Names by shell-style globs: those that match one of `match` (all, when there are none) and none of `exclude`.
+
+    >>> wanted = Filter(match="layers.*", exclude=["*.bias"])
+    >>> wanted("layers.0.weight"), wanted("layers.0.bias"), wanted("head.weight")
+    (True, False, False)
+    """
+
+    def __init__(self, match: Globs = (), exclude: Globs = ()) -> None:
+        self._match, self._exclude = _globs(match, "match"), _globs(exclude, "exclude")
+
+    def __call__(self, name: str) -> bool:
+        """Whether a name is wanted."""
+        return (not self._match or _any(name, self._match)) and not _any(name, self._exclude)
+
+    def __bool__(self) -> bool:
+        """Whether anything is left out."""
+        return bool(self._match or self._exclude)
+
+    def of(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+        """The parameters that are wanted."""
+        return {name: tensor for name, tensor in tensors.items() if self(name)}
+
+
+def _any(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
+
+
+def _globs(value: Globs, argument: str) -> tuple[str, ...]:
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(glob, str) for glob in found):
+        raise ArgumentTypeError(f"{argument} must be a glob or several, as str")
+    return found

@@ -1,0 +1,170 @@
+"""Proof that a checkpoint is what it should be: against another one, against its digests, against its strategy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext import progress
+from ms_ckpt_ext.api.arguments import PathLike, checked_name_map, path_of, workers_of
+from ms_ckpt_ext.api.source import Filter, Globs, access_of, find
+from ms_ckpt_ext.engine import health
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, check, load_manifest
+from ms_ckpt_ext.engine.health import Health
+from ms_ckpt_ext.errors import DiscoveryError, UsageError
+from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.registry import Access, open_reader, read_index
+from ms_ckpt_ext.storage.reader import ByteReader
+
+
+@dataclass(frozen=True)
+class ManifestCheck:
+    """A checkpoint against its digests.
+
+    Attributes:
+        manifests: the manifests that were found.
+        files, tensors: how many were checked.
+        nbytes: bytes of the files.
+        faults: what is not as it was written.
+        unlisted: checkpoint files that no manifest lists.
+    """
+
+    manifests: tuple[str, ...]
+    files: int
+    tensors: int
+    nbytes: int
+    faults: tuple[Fault, ...]
+    unlisted: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every listed file is as it was written."""
+        return not self.faults
+
+
+def verify(
+    a: PathLike,
+    b: Optional[PathLike] = None,
+    *,
+    strategy: Any = None,
+    strategy_b: Any = None,
+    manifest: bool = False,
+    match: Globs = (),
+    exclude: Globs = (),
+    name_map: Optional[Mapping[str, str]] = None,
+    file_suffix: Optional[str] = None,
+    file_suffix_b: Optional[str] = None,
+    dec_key: Optional[KeyLike] = None,
+    dec_key_b: Optional[KeyLike] = None,
+    max_process_num: int = 64,
+) -> Union[Comparison, Health, ManifestCheck]:
+    """Verify a checkpoint against another one, against its manifest of digests, or by itself.
+
+    With `b`: are both the same model? Layouts, formats and encryption may differ; values are compared bit for bit,
+    region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
+    that `ms_ckpt_ext.digests.json` gives it? Else: is every slice there, are all copies of a slice equal, and what is
+    NaN or infinite?
+
+    Args:
+        a, b: checkpoints: a file, rank folders, or a merged directory.
+        strategy, strategy_b: of the jobs that saved them, where they are rank folders.
+        match, exclude: shell-style globs of parameter names (as `a` has them); all by default.
+        name_map: parameter name in `b` -> name in `a`.
+        file_suffix, file_suffix_b: which file of a rank folder; None for the newest.
+        dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
+        max_process_num: upper bound on worker threads.
+
+    Returns:
+        What was compared and what was found; its `ok` says whether all is as it should be.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments.
+        DiscoveryError: no checkpoint, or no manifest, there.
+        CoverageError: one of two checkpoints lacks a region that it should hold.
+        StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
+    """
+    workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), access_of(dec_key)
+    if manifest:
+        if b is not None or strategy is not None or wanted:
+            raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
+        return _by_manifest(path_of(a, "a"), access, workers)
+    first = find(a, strategy, file_suffix, access, argument="a")
+    if b is None:
+        return _by_itself(first.open(), first.strategy, wanted, workers)
+    second = find(b, strategy_b, file_suffix_b, access_of(dec_key_b), argument="b")
+    one, two = first.open(), second.open()
+    names = checked_name_map(name_map)
+    held = {names.get(name, name): tensor for name, tensor in {**two.extras, **two.tensors}.items()}
+    pairing = pair_up(wanted.of({**one.extras, **one.tensors}), wanted.of(held))
+    with progress.bar("verify", pairing.nbytes) as advance:
+        return compare(pairing, one, two, workers, progress=advance)
+
+
+def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int) -> Health:
+    tensors = wanted.of(catalog.tensors)
+    with progress.bar("verify", health.bytes_to_read(catalog, tensors, wanted)) as advance:
+        return health.check(catalog, tensors, strategy, wanted, workers, advance)
+
+
+def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
+    if not os.path.isdir(path):
+        raise DiscoveryError(
+            f"no such checkpoint directory: {path!r}; a manifest lies in a directory, beside the files"
+        )
+    folders = [path, *sorted(str(child) for child in Path(path).iterdir() if child.is_dir())]
+    found = {folder: held for folder in folders if (held := load_manifest(folder)) is not None}
+    if not found:
+        raise DiscoveryError(
+            f"{path!r} holds no {MANIFEST_NAME}, so nothing says what the files should hold; "
+            "compare with another checkpoint, or give the strategy to check the checkpoint by itself"
+        )
+    listed = {os.path.normpath(os.path.join(folder, name)) for folder, held in found.items() for name in held.files}
+    faults: list[Fault] = []
+    sizes = [entry.size for held in found.values() for entry in held.files.values()]
+    with progress.bar("verify", sum(sizes)) as advance:
+
+        def opener(file: str) -> ByteReader:
+            return _Counted(open_reader(file, access), advance)
+
+        for folder, held in found.items():
+            prefix = os.path.relpath(folder, path)
+            told = check(folder, held, None, workers, lambda file: read_index(file, access), opener)
+            faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in told]
+    tensors = sum(len(entry.tensors) for held in found.values() for entry in held.files.values())
+    manifests = tuple(os.path.join(folder, MANIFEST_NAME) for folder in found)
+    return ManifestCheck(manifests, len(sizes), tensors, sum(sizes), tuple(faults), tuple(_unlisted(folders, listed)))
+
+
+def _unlisted(folders: list[str], listed: set[str]) -> list[str]:
+    files = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    kinds = (".safetensors", ".ckpt")
+    return [f for f in map(os.path.normpath, files) if f.endswith(kinds) and os.path.isfile(f) and f not in listed]
+
+
+class _Counted:
+    """A reader that tells how much was read of it."""
+
+    def __init__(self, inner: ByteReader, advance: Any) -> None:
+        self._inner, self._advance = inner, advance
+        self.path, self.size, self.disk_size = inner.path, inner.size, inner.disk_size
+        self.mtime_ns, self.fd = inner.mtime_ns, inner.fd
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        self._inner.read_into(offset, buffer)
+        self._advance(len(buffer))
+
+    def close(self) -> None:
+        """Release the file."""
+        self._inner.close()
+
+    def __enter__(self) -> _Counted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

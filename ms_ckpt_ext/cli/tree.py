@@ -1,0 +1,76 @@
+"""Parameters as a tree of the dotted parts of their names; numbered branches that are alike are shown once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ms_ckpt_ext.cli import words
+
+
+@dataclass
+class _Node:
+    """A branch, or a parameter (`kind` is set)."""
+
+    kind: str = ""
+    nbytes: int = 0
+    leaves: int = 0
+    below: dict[str, _Node] = field(default_factory=dict)
+
+    def likeness(self) -> object:
+        return self.kind, self.nbytes, tuple((name, node.likeness()) for name, node in self.below.items())
+
+
+def tree_lines(parameters: Sequence[tuple[str, str, int]]) -> Iterator[str]:
+    """Lines of a tree.
+
+    Args:
+        parameters: name, what to say of it, bytes.
+    """
+    root = _Node()
+    for name, kind, nbytes in parameters:
+        node = root
+        for part in name.split("."):
+            node = node.below.setdefault(part, _Node())
+            node.leaves, node.nbytes = node.leaves + 1, node.nbytes + nbytes
+        node.kind = kind
+    yield from _branch(root, "")
+
+
+def _branch(node: _Node, indent: str) -> Iterator[str]:
+    shown = [_joined(*entry) for entry in _folded(node.below)]
+    for number, (name, copies, child) in enumerate(shown):
+        last = number == len(shown) - 1
+        total = f" ({words.size(child.nbytes * copies)})" if child.nbytes else ""
+        if child.below:
+            many = f"{copies} x " if copies > 1 else ""
+            told = f"{many}{words.count(child.leaves, 'parameter')}{total}"
+        else:
+            told = f"{child.kind}{total}"
+        yield f"{indent}{'└─ ' if last else '├─ '}{words.style(name, 'bold')}  {told}"
+        yield from _branch(child, indent + ("   " if last else "│  "))
+
+
+def _joined(name: str, copies: int, node: _Node) -> tuple[str, int, _Node]:
+    """A branch with a single one below it, and no more to tell, on one line with that."""
+    while copies == 1 and not node.kind and len(node.below) == 1:
+        ((part, below_copies, node),) = _folded(node.below)
+        name, copies = f"{name}.{part}", below_copies
+    return name, copies, node
+
+
+def _folded(below: dict[str, _Node]) -> Iterator[tuple[str, int, _Node]]:
+    """(name, how many, one of them): neighbours by number that are alike are one."""
+    numbered = sorted((int(name), node) for name, node in below.items() if name.isdecimal())
+    runs: list[tuple[list[int], _Node]] = []
+    for number, node in numbered:
+        if runs and runs[-1][0][-1] + 1 == number and runs[-1][1].likeness() == node.likeness():
+            runs[-1][0].append(number)
+        else:
+            runs.append(([number], node))
+    for numbers, node in runs:
+        name = str(numbers[0]) if len(numbers) == 1 else f"[{numbers[0]}-{numbers[-1]}]"
+        yield name, len(numbers), node
+    for name, node in below.items():
+        if not name.isdecimal():
+            yield name, 1, node

@@ -1,0 +1,46 @@
+"""What a parameter is for: a weight, an optimizer state, or a training scalar, told by its name.
+
+MindSpore names an optimizer state after its weight, `Parameter.clone(prefix=…)`: `adam_m.layers.0.weight`. Prefixes
+that are no words of a network always mean that; the others only where the rest is a parameter itself (`linear` is a
+state of FTRL, and a likely name of a layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+WEIGHTS, STATES, SCALARS = "weights", "optimizer states", "scalars"
+GROUPS = (WEIGHTS, STATES, SCALARS)
+# From `mindspore/nn/optim`, `mindspore/experimental/optim` and `mindspore/mint/optim` of MindSpore 2.10.
+_CLEAR = {"adam_m", "adam_v", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "moment", "moment1", "moment2"} | {
+    "moments",
+    "momentum_buf",
+    "lamb_m",
+    "lamb_v",
+    "vhat",
+    "mean_grad",
+    "mean_square",
+    "accum_update",
+}
+_AMBIGUOUS = {"accum", "ax", "ax_", "linear", "prev", "stat", "step_size"}
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbered parts of names by their number.
+
+    >>> sorted(["layers.10.w", "layers.9.w"], key=natural)
+    ['layers.9.w', 'layers.10.w']
+    """
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def group_of(name: str, names: Container[str]) -> str:
+    """Weight or optimizer state, given the names of all parameters.
+
+    >>> group_of("adam_m.w", {"w", "adam_m.w"}), group_of("linear.weight", {"linear.weight"})
+    ('optimizer states', 'weights')
+    """
+    prefix, _, rest = name.partition(".")
+    if rest and (prefix in _CLEAR or (prefix in _AMBIGUOUS and rest in names)):
+        return STATES
+    return WEIGHTS

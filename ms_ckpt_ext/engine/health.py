@@ -1,0 +1,244 @@
+"""Is one checkpoint whole and sound? Every stored byte is read once.
+
+1. Every cell of every parameter must be in some file, and every parameter of the strategy in some cell.
+2. Every stored slice is digested (xxh3-128) while it streams through a small buffer; files that hold the same cell
+   must have the same digest, and so must training scalars that several ranks hold.
+3. Of every distinct cell what is NaN or infinite is counted on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+import xxhash
+
+from ms_ckpt_ext.core.groups import natural
+from ms_ckpt_ext.core.layout import Cell, cell_region
+from ms_ckpt_ext.core.plan import Placement, SourceTensor, locate
+from ms_ckpt_ext.core.reads import ranges
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine import pump
+from ms_ckpt_ext.engine.bits import Odd, odd_numbers
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.errors import CoverageError
+from ms_ckpt_ext.formats.index import TensorEntry
+from ms_ckpt_ext.storage.pool import ReaderPool
+
+_BUFFER = 1 << 20  # stays in a core's cache between read, digest and count
+
+
+class Gap(NamedTuple):
+    """A part of a parameter that no file holds; `ranks` are those whose files should."""
+
+    name: str
+    region: str
+    ranks: tuple[int, ...]
+
+
+class Unequal(NamedTuple):
+    """Files that should hold the same bytes and do not: `groups` of files that agree, the largest first."""
+
+    name: str
+    region: str
+    groups: tuple[tuple[str, ...], ...]
+
+
+class NotFinite(NamedTuple):
+    """A parameter with elements that are NaN or infinite."""
+
+    name: str
+    nans: int
+    infinities: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was found in one checkpoint.
+
+    Attributes:
+        parameters, files: how many there are.
+        nbytes: bytes read.
+        copies_compared: slices that were compared with another copy of them.
+        absent: parameters of the strategy that no file holds.
+        gaps: parts of parameters that no file holds.
+        unequal: copies of one slice, or of a training scalar, that differ.
+        not_finite: parameters with NaN or infinities.
+    """
+
+    parameters: int
+    files: int
+    nbytes: int
+    copies_compared: int
+    absent: tuple[str, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    unequal: tuple[Unequal, ...] = ()
+    not_finite: tuple[NotFinite, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is missing and all copies are equal; numbers that are not finite may be meant."""
+        return not (self.absent or self.gaps or self.unequal)
+
+
+class _Slice(NamedTuple):
+    """A stored tensor of one file, and the cell of its parameter that it is; `first` of the files that hold it."""
+
+    name: str
+    cell: Optional[tuple[int, Cell]]
+    file: int
+    entry: TensorEntry
+    first: bool
+
+
+class _Told(NamedTuple):
+    digest: str
+    odd: Odd
+
+
+def check(
+    catalog: Catalog,
+    tensors: Mapping[str, SourceTensor],
+    strategy: Optional[Strategy],
+    wanted: Callable[[str], bool],
+    workers: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Health:
+    """Read all of a checkpoint and tell what is wrong with it.
+
+    Args:
+        catalog: the checkpoint.
+        tensors: those of its parameters that are to be looked at.
+        strategy: of the job that saved it; what it lists must be there.
+        wanted: whether a name is to be looked at, for what the checkpoint lacks and for training scalars.
+        workers: threads, each with a buffer of 1 MiB.
+        progress: told the bytes read since its last call, from any thread.
+
+    Raises:
+        FormatError, StorageError: a file cannot be read.
+    """
+    slices = [*_slices(catalog, tensors), *_scalars(catalog, wanted)]
+    with catalog.readers() as readers:
+        told: dict[int, _Told] = {}
+
+        def worker(_: Callable[[], bool]) -> Callable[[int], None]:
+            buffer = np.empty(_BUFFER, np.uint8)
+
+            def look(number: int) -> None:
+                told[number] = _look(slices[number], readers, buffer, progress)
+
+            return look
+
+        pump.spread(iter(range(len(slices))), workers, worker)
+        readers.verify()
+        nbytes = readers.count.nbytes
+    held = {s.name for s in slices}
+    listed = () if strategy is None else strategy.layouts
+    absent = [n for n in listed if n not in held and not n.startswith(ACCUMULATED_GRADIENT_PREFIX) and wanted(n)]
+    unequal, compared = _compared(catalog, tensors, slices, told)
+    return Health(
+        len(held),
+        len(catalog.files),
+        nbytes,
+        compared,
+        tuple(sorted(absent)),
+        tuple(_gaps(tensors)),
+        tuple(unequal),
+        tuple(_not_finite(slices, told)),
+    )
+
+
+def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:
+    """How much `check` reads."""
+    return sum(s.entry.nbytes for s in (*_slices(catalog, tensors), *_scalars(catalog, wanted)))
+
+
+def _slices(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Iterator[_Slice]:
+    for name, tensor in tensors.items():
+        for number, placement in enumerate(tensor.placements):
+            for cell, files in placement.holders.items():
+                for file in files:
+                    entry = catalog.files[file].tensors[tensor.stored_name]
+                    yield _Slice(name, (number, cell), file, entry, file == files[0])
+
+
+def _scalars(catalog: Catalog, wanted: Callable[[str], bool]) -> Iterator[_Slice]:
+    """What lies outside the strategy, in every file that has it."""
+    for name in filter(wanted, catalog.extras):
+        files = [number for number, index in enumerate(catalog.files) if name in index.tensors]
+        for file in files:
+            yield _Slice(name, None, file, catalog.files[file].tensors[name], file == files[0])
+
+
+def _look(item: _Slice, readers: ReaderPool, buffer: np.ndarray, progress: Callable[[int], None]) -> _Told:
+    state, nans, infinities = xxhash.xxh3_128(), 0, 0
+    for start in range(0, item.entry.nbytes, _BUFFER):
+        part = buffer[: min(_BUFFER, item.entry.nbytes - start)]
+        at = 0
+        for offset, length in ranges(item.entry.extents, start, part.size):
+            readers.read_into(item.file, offset, memoryview(part[at : at + length]))
+            at += length
+        state.update(part)
+        if item.first:
+            odd = odd_numbers(part, item.entry.dtype)
+            nans, infinities = nans + odd.nans, infinities + odd.infinities
+        progress(part.size)
+    return _Told(state.hexdigest(), Odd(nans, infinities))
+
+
+def _gaps(tensors: Mapping[str, SourceTensor]) -> Iterator[Gap]:
+    for name, tensor in tensors.items():
+        if not all(tensor.meta.shape):
+            continue
+        try:
+            locate(tensor, Region.whole(tensor.meta.shape))
+        except CoverageError:
+            yield from _missing(name, tensor)
+
+
+def _missing(name: str, tensor: SourceTensor) -> Iterator[Gap]:
+    """Cells that the first placement lacks, and no other makes up for."""
+    for placement in tensor.placements[:1]:
+        for cell, ranks in sorted(placement.expected.items()):
+            region = cell_region(cell, placement.parts, tensor.meta.shape)
+            try:
+                locate(tensor, region)
+            except CoverageError:
+                yield Gap(name, str(region), ranks)
+
+
+def _compared(
+    catalog: Catalog, tensors: Mapping[str, SourceTensor], slices: list[_Slice], told: Mapping[int, _Told]
+) -> tuple[list[Unequal], int]:
+    """(copies that differ, how many were compared)."""
+    copies: dict[tuple[str, Optional[tuple[int, Cell]]], dict[str, list[int]]] = {}
+    for number, item in enumerate(slices):
+        copies.setdefault((item.name, item.cell), {}).setdefault(told[number].digest, []).append(item.file)
+    unequal, compared = [], 0
+    for (name, cell), groups in copies.items():
+        holders = sum(map(len, groups.values()))
+        compared += holders if holders > 1 else 0
+        if len(groups) > 1:
+            files = sorted(groups.values(), key=lambda numbers: (-len(numbers), numbers))
+            paths = tuple(tuple(catalog.files[number].path for number in group) for group in files)
+            unequal.append(Unequal(name, _region(tensors[name], *cell) if cell else "whole", paths))
+    return unequal, compared
+
+
+def _region(tensor: SourceTensor, number: int, cell: Cell) -> str:
+    placement: Placement = tensor.placements[number]
+    return str(cell_region(cell, placement.parts, tensor.meta.shape)) if math.prod(tensor.meta.shape) else "empty"
+
+
+def _not_finite(slices: list[_Slice], told: Mapping[int, _Told]) -> Iterator[NotFinite]:
+    counts: dict[str, tuple[int, int]] = {}
+    for number, item in enumerate(slices):
+        nans, infinities = counts.get(item.name, (0, 0))
+        counts[item.name] = (nans + told[number].odd.nans, infinities + told[number].odd.infinities)
+    for name, (nans, infinities) in sorted(counts.items(), key=lambda item: natural(item[0])):
+        if nans or infinities:
+            yield NotFinite(name, nans, infinities)
