@@ -1,6 +1,7 @@
 # Sourced by the other scripts: ROOT, and a virtual environment that holds this project and its tools.
 #
 #   ensure_venv    makes it or brings it up to date, then puts it first on PATH
+#   find_python    lets the environment be that is active, if it has MindSpore and this project; else ensure_venv
 #
 #   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
 #   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
@@ -47,4 +48,10 @@ ensure_venv() {
   venv="$(cd "$venv" && pwd)"
   export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
   unset PYTHONHOME
+}
+
+find_python() {
+  export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+  local needed='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ["mindspore", "tqdm", "xxhash"])))'
+  python -c "$needed" 2>/dev/null || ensure_venv
 }

@@ -1,0 +1,166 @@
+"""Start the ranks of a job that resumes or serves, or merge a checkpoint: what `scripts/*.sh` of these names call.
+
+    python -m ms_ckpt_ext.cli.launch {resume,infer,merge} [--config FILE] [--dry-run] [options]
+
+On several hosts the same command runs on each of them, with `--host-rank`. `resume` and `infer` start MindSpore's
+msrun; the script that it runs finds checkpoint_dir, train_strategy and mode in its environment, where
+`ms_ckpt_ext.resume()` and `load_for_inference()` look. `merge` needs no MindSpore: each host writes its share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from ms_ckpt_ext.cli import settings
+from ms_ckpt_ext.errors import CheckpointError, UsageError
+
+_SUMMARY = {
+    "resume": "Start a training job's ranks with msrun; its script goes on from the newest complete checkpoint.",
+    "infer": "Start the ranks of a network to serve with msrun; its script fills it from a training job's checkpoint.",
+    "merge": "Merge a sharded checkpoint into whole parameters. Needs no MindSpore and no NPU.",
+}
+_VARIABLES = {
+    "checkpoint_dir": "MS_CKPT_EXT_CHECKPOINT_DIR",
+    "train_strategy": "MS_CKPT_EXT_TRAIN_STRATEGY",
+    "mode": "MS_CKPT_EXT_MODE",
+}
+_TAIL = 15
+
+
+def parser(job: str) -> argparse.ArgumentParser:
+    """The options of one script."""
+    made = argparse.ArgumentParser(
+        prog=f"scripts/{job}.sh",
+        description=f"{_SUMMARY[job]} Every option is also a key of the configuration file, see configs/.",
+        allow_abbrev=False,
+    )
+    made.add_argument("--config", metavar="FILE", help="INI file with these settings; options win over it")
+    made.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    for setting in settings.known(job):
+        told = "needed" if setting.default is None else f"default: {setting.default}" if setting.default != "" else ""
+        made.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            metavar="{" + ",".join(setting.kind) + "}"
+            if isinstance(setting.kind, tuple)
+            else setting.kind.__name__.upper(),
+            help=f"{setting.help}{f' ({told})' if told else ''}",
+        )
+    return made
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one of the scripts; returns its exit code: 2 for wrong arguments, 1 for what failed later."""
+    if not arguments or arguments[0] not in _SUMMARY:
+        sys.stderr.write(f"{__doc__}\n")
+        return 2
+    job, *rest = arguments
+    parsed = vars(parser(job).parse_args(rest))
+    try:
+        config = settings.read(job, parsed["config"]) if parsed["config"] else settings.Settings({}, {})
+        given = {
+            setting.name: settings.value_of(setting, parsed[setting.name], "--" + setting.name.replace("_", "-"))
+            for setting in settings.known(job)
+            if parsed[setting.name] is not None
+        }
+        values = settings.complete(job, config.values, given)
+        if job == "merge":
+            return _merge(values, parsed["dry_run"])
+        return _start(values, config.environment, parsed["dry_run"])
+    except CheckpointError as error:
+        sys.stderr.write(f"scripts/{job}.sh: {error}\n")
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def command(values: Mapping[str, Any], port: int) -> list[str]:
+    """The msrun command of this host."""
+    hosts, ranks = values["hosts"], values["ranks_per_host"]
+    return [
+        "msrun",
+        f"--worker_num={hosts * ranks}",
+        f"--local_worker_num={ranks}",
+        f"--master_addr={values['master']}",
+        f"--master_port={port}",
+        *([f"--node_rank={values['host_rank']}"] if hosts > 1 else []),
+        f"--log_dir={values['log_dir']}",
+        f"--cluster_time_out={values['start_timeout']}",
+        "--join=True",
+        values["script"],
+        *shlex.split(values["arguments"]),
+    ]
+
+
+def variables(values: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
+    """What the ranks find in their environment beside what is there."""
+    return {**{_VARIABLES[name]: str(values[name]) for name in _VARIABLES if values[name]}, **more}
+
+
+def _start(values: Mapping[str, Any], environment: Mapping[str, str], dry_run: bool) -> int:
+    added = variables(values, environment)
+    words = command(values, values["port"] or _free_port())
+    if dry_run:
+        print(*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(words), sep=" \\\n  ")
+        return 0
+    if not os.path.isfile(values["script"]):
+        raise UsageError(f"no such script: {values['script']!r}; give --script, or call this where it can be found")
+    try:
+        code = subprocess.run(words, env={**os.environ, **added}, check=False).returncode
+    except FileNotFoundError as error:
+        raise UsageError("msrun is not on PATH: it comes with MindSpore; activate its environment") from error
+    if code:
+        _show_logs(Path(values["log_dir"]))
+    print(f"{'failed' if code else 'done'}; the ranks' logs are in {values['log_dir']}")
+    return code
+
+
+def _show_logs(folder: Path) -> None:
+    for log in sorted(folder.glob("worker_*.log")):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if any("Error" in line for line in lines[-4 * _TAIL :]):
+            sys.stderr.write("\n".join([f"--- the end of {log}:", *lines[-_TAIL:], ""]))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _merge(values: Mapping[str, Any], dry_run: bool) -> int:
+    from ms_ckpt_ext.api.merge import unified_safetensors
+
+    several = values["hosts"] > 1
+    named = {
+        "src_dir": values["source"],
+        "src_strategy_file": values["strategy"] or None,
+        "dst_dir": values["target"],
+        "file_suffix": values["file_suffix"] or None,
+        "max_process_num": values["workers"],
+        "split_dst_file": (values["host_rank"] + 1, values["hosts"]) if several else (),
+        "naming": values["naming"],
+    }
+    if dry_run:
+        print(f"ms_ckpt_ext.unified_safetensors({', '.join(f'{name}={value!r}' for name, value in named.items())})")
+        return 0
+    report = unified_safetensors(**named)
+    done = f"complete in {values['target']}" if report.published else "its share; other hosts are still at theirs"
+    print(f"merged: {report.bytes_read:,} bytes read in {report.reads:,} reads, {done}")
+    return 0
+
+
+def _cli(argv: Optional[Sequence[str]] = None) -> int:
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    return main(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(_cli())

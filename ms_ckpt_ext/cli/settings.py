@@ -1,0 +1,138 @@
+"""What `scripts/resume.sh`, `infer.sh` and `merge.sh` can be told: one table, for configuration files and options.
+
+A configuration file is INI, as Python's `configparser` reads it: `key = value` under section names, `;` or `#` before a
+comment. Every key but those of [environment] is also an option (`ranks_per_host` is `--ranks-per-host`), and the option
+wins. Relative paths count from the directory where the script is called.
+"""
+
+from __future__ import annotations
+
+import configparser
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ms_ckpt_ext.errors import UsageError
+
+ENVIRONMENT = "environment"
+"""The section of variables for the ranks; any names."""
+LOADERS, MERGE = ("resume", "infer"), ("merge",)
+
+
+class Setting(NamedTuple):
+    """One thing that can be set.
+
+    Attributes:
+        section, name: where a configuration file has it.
+        kind: str, int, or a tuple of the words that are allowed.
+        default: None where it must be given.
+        help: what it is.
+        jobs: which scripts know it.
+    """
+
+    section: str
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    jobs: tuple[str, ...] = LOADERS
+
+
+SETTINGS = (
+    Setting(
+        "launch", "script", str, None, "the Python script that every rank runs; it calls resume or load_for_inference"
+    ),
+    Setting("launch", "arguments", str, "", "its arguments, quoted as in a shell"),
+    Setting("launch", "ranks_per_host", int, 8, "processes, and so NPUs, on each host"),
+    Setting(
+        "launch", "hosts", int, 1, "hosts of the job; call the script on each, with its own host_rank", LOADERS + MERGE
+    ),
+    Setting("launch", "host_rank", int, 0, "number of this host, from 0", LOADERS + MERGE),
+    Setting("launch", "master", str, "127.0.0.1", "address of host 0, where the ranks meet"),
+    Setting(
+        "launch", "port", int, 0, "TCP port there, the same on all hosts; 0 for a free one if there is one host only"
+    ),
+    Setting("launch", "log_dir", str, "log", "gets worker_N.log of every rank"),
+    Setting("launch", "start_timeout", int, 600, "seconds that the ranks wait for each other at the start"),
+    Setting("load", "checkpoint_dir", str, None, "where the checkpoints are; the newest complete one is taken"),
+    Setting("load", "train_strategy", str, "", "layouts of the job that saved; default: recorded or found with them"),
+    Setting("load", "mode", ("auto", "direct", "cooperative"), "auto", "who reads: see docs/training-resume.md"),
+    Setting("merge", "source", str, None, "the sharded checkpoint: holds rank_0, rank_1, …", MERGE),
+    Setting("merge", "strategy", str, "", "layouts of the job that saved: a file, or a directory of stages", MERGE),
+    Setting("merge", "target", str, None, "gets the merged checkpoint, whole or not at all", MERGE),
+    Setting("merge", "naming", ("mindspore", "huggingface"), "mindspore", "names of the merged files", MERGE),
+    Setting(
+        "merge", "file_suffix", str, "", "which file of a rank folder, as 1_300 for net-1_300; default: newest", MERGE
+    ),
+    Setting("merge", "workers", int, 16, "threads at most", MERGE),
+)
+
+
+class Settings(NamedTuple):
+    """What was set, by name, and variables for the ranks."""
+
+    values: Mapping[str, Any]
+    environment: Mapping[str, str]
+
+
+def known(job: str) -> list[Setting]:
+    """The settings of a script."""
+    return [setting for setting in SETTINGS if job in setting.jobs]
+
+
+def read(job: str, path: str) -> Settings:
+    """Read a configuration file.
+
+    Raises:
+        UsageError: no such file, not INI, an unknown section or key, or a value of the wrong kind; says where.
+    """
+    parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";", "#"))
+    parser.optionxform = str  # type: ignore[assignment]  # variables have capitals
+    try:
+        with open(path, encoding="utf-8") as file:
+            parser.read_file(file)
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise UsageError(f"cannot read the configuration {path!r}: {error}") from error
+    settings = {(setting.section, setting.name): setting for setting in known(job)}
+    sections = dict.fromkeys(section for section, _ in settings)
+    values: dict[str, Any] = {}
+    for section in parser.sections():
+        if section not in (*sections, *([ENVIRONMENT] if job in LOADERS else [])):
+            raise UsageError(f"{path!r}: {job} knows no section [{section}]; known are {', '.join(sections)}")
+        for name, text in parser.items(section) if section != ENVIRONMENT else ():
+            if (section, name) not in settings:
+                names = [known_name for known_section, known_name in settings if known_section == section]
+                raise UsageError(f"{path!r}: [{section}] has no {name!r}; it has {', '.join(names)}")
+            values[name] = value_of(settings[section, name], text, f"{path!r}: {name}")
+    return Settings(values, dict(parser.items(ENVIRONMENT)) if parser.has_section(ENVIRONMENT) else {})
+
+
+def value_of(setting: Setting, text: str, where: str) -> Any:
+    """A setting's value from its text. Raises UsageError, beginning with `where`."""
+    if isinstance(setting.kind, tuple) and text not in setting.kind:
+        raise UsageError(f"{where} must be one of {', '.join(setting.kind)}; got {text!r}")
+    if setting.kind is not int:
+        return text
+    if not text.isdigit():
+        raise UsageError(f"{where} must be a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def complete(job: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options over configuration over defaults.
+
+    Raises:
+        UsageError: something is missing, or host numbers do not fit.
+    """
+    given = {**config, **{name: value for name, value in options.items() if value is not None}}
+    values = {s.name: given.get(s.name, s.default) for s in known(job)}
+    missing = [
+        name for name, value in values.items() if value is None or (value == "" and name in ("script", "target"))
+    ]
+    if missing:
+        options_of = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise UsageError(f"{options_of} must be given, here or in the configuration")
+    if values["hosts"] < 1 or values["host_rank"] >= values["hosts"]:
+        raise UsageError(f"host_rank must be below hosts, got {values['host_rank']} of {values['hosts']}")
+    if values["hosts"] > 1 and values.get("port") == 0:
+        raise UsageError("with several hosts, port must be the same number on all of them, as 8118")
+    return values

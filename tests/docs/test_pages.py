@@ -1,0 +1,105 @@
+"""What the pages say can be run is run; what they say can be called exists; the Chinese pages say the same.
+
+Every ```bash block of the pages below runs in the project's folder, with a TMPDIR of its own. Of ```python blocks every
+call of this package is bound to the signature of what it calls.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import ms_ckpt_ext
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["docs/training-resume.md", "docs/inference.md"]
+TRANSLATIONS = {"README.zh-CN.md": "README.md"} | {
+    str(page.relative_to(ROOT)): f"docs/{page.name}" for page in sorted((ROOT / "docs" / "zh-CN").glob("*.md"))
+}
+
+
+class Block(NamedTuple):
+    """A fenced block: its language and its text."""
+
+    language: str
+    text: str
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+
+
+def headings(page: str) -> list[int]:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+
+
+COMMANDS = [(page, block.text) for page in PAGES for block in blocks(page) if block.language == "bash"]
+
+
+@pytest.mark.msrun
+@pytest.mark.parametrize(
+    ("page", "command"), COMMANDS, ids=[f"{Path(p).stem}-{n}" for n, (p, _) in enumerate(COMMANDS)]
+)
+def test_commands_run(page: str, command: str, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_"))}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment.update(TMPDIR=str(tmp_path), PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    if "configs/" in command and "--log-dir" in command:
+        logs = "\n".join(path.read_text() for path in tmp_path.rglob("worker_*.log"))
+        assert logs.count("all equal") == 4, logs[-4000:]
+        if "resume" in command:
+            assert logs.count("epoch 3, step 1200, loss scale") == 4, logs[-4000:]
+    if "merge.sh" in command:
+        assert len(list(tmp_path.rglob("merged/model.safetensors.index.json"))) == 1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_calls_what_there_is(page: str) -> None:
+    calls = 0
+    for block in blocks(page):
+        if block.language == "python":
+            for node in ast.walk(ast.parse(block.text)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("ms_ckpt_ext."):
+                    called = getattr(ms_ckpt_ext, ast.unparse(node.func)[len("ms_ckpt_ext.") :])
+                    inspect.signature(called).bind(*node.args, **{k.arg: k.value for k in node.keywords if k.arg})
+                    calls += 1
+    assert calls
+
+
+@pytest.mark.parametrize("page", [page for page in TRANSLATIONS if (ROOT / page).exists()])
+def test_chinese_pages_say_the_same(page: str) -> None:
+    """The same blocks, and the same headings in number and level. Comments in blocks may be translated."""
+    english = TRANSLATIONS[page]
+    assert headings(page) == headings(english)
+    assert [_code(block) for block in blocks(page)] == [_code(block) for block in blocks(english)]
+
+
+def _code(block: Block) -> Block:
+    bare = [re.sub(r"\s*(?<!\S)#.*$", "", line).rstrip() for line in block.text.splitlines()]
+    return Block(block.language, "\n".join(line for line in bare if line))
+
+
+def test_every_page_here_is_translated() -> None:
+    for page in PAGES:
+        assert (ROOT / "docs" / "zh-CN" / Path(page).name).exists()
