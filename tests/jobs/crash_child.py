@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 
+SEALED = b"0123456789ABCDEF"
 CALLS = ("pwrite", "copy_file_range", "rename", "replace", "unlink", "fsync", "mkdir", "rmdir")
 
 
@@ -34,8 +35,11 @@ def main() -> None:
 
 
 def run_job(job: str, root: Path, target: str | Path) -> Any:
-    """The job that is killed: a merge in several parts, or a re-cut for every rank."""
+    """The job that is killed: a merge in several parts, an encrypted one of `.ckpt`, or a re-cut for every rank."""
     shards, strategy = root / "shards", root / "strategy.ckpt"
+    if job == "sealed":
+        more = {"output_format": "ckpt", "enc_key": SEALED, "crc": True}
+        return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2, **more)
     if job == "merge":
         return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2)
     return load_distributed_checkpoint(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Optional
 
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter
+from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from tests.jobs.support import Stored, read_file, shard
 
@@ -65,3 +66,18 @@ def scalars_of(golden: Path, case: str, kind: str = "safetensors") -> dict[str, 
     known = load_strategy(golden / case / "strategy.ckpt").layouts
     twin = "dedup" if kind == "dedup" else "safetensors"
     return {n: t for n, t in read_file(shard(golden / case / twin / "rank_0")).items() if n not in known}
+
+
+def contents(path: Path, access: Access = PLAIN) -> dict[str, Stored]:
+    """Every tensor of a file, by the package's own readers."""
+    index = read_index(str(path), access)
+    found = {}
+    with open_reader(str(path), access) as reader:
+        for name, entry in index.tensors.items():
+            data = b""
+            for offset, length in entry.extents:
+                part = bytearray(length)
+                reader.read_into(offset, memoryview(part))
+                data += part
+            found[name] = Stored(entry.dtype.name, entry.shape, data)
+    return found

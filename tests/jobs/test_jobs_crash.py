@@ -14,8 +14,11 @@ import pytest
 from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine.digests import check, load_manifest
+from ms_ckpt_ext.formats.crypto import Key
+from ms_ckpt_ext.formats.registry import Access
 from tests.jobs import crash_child
-from tests.jobs.crash_child import run_job
+from tests.jobs.crash_child import SEALED, run_job
+from tests.jobs.formats import contents
 from tests.jobs.support import Stored, read_file, source, strategy_of, tree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,3 +139,24 @@ def test_the_counted_calls_are_the_ones_in_use(tmp_path: Path) -> None:
     root = source(tmp_path / "src")
     assert calls_of("merge", root, tmp_path / "out") > 40
     assert {"rename", "replace", "unlink", "fsync", "pwrite"} <= set(crash_child.CALLS)
+
+
+def test_encrypted_merge_killed_at_random_points(tmp_path: Path) -> None:
+    """Finished files are recognised by their key; what was begun is begun again, under new nonces."""
+    root = source(tmp_path / "src", 2)
+    calls = calls_of("sealed", root, tmp_path / "expected")
+    access = Access(Key(SEALED), crc_check=True)
+    names = sorted(name for name in tree(tmp_path / "expected") if name.endswith(".ckpt"))
+    expected = {name: contents(tmp_path / "expected" / name, access) for name in names}
+
+    def one(kill_at: int) -> None:
+        target = tmp_path / f"out_{kill_at}"
+        assert run_killed("sealed", kill_at, root, target).returncode == -9
+        finished = {p.name: p.read_bytes() for p in target.glob(".ms_ckpt_ext-*/*.ckpt")}
+        report = run_job("sealed", root, target)
+        assert report.published and (report.bytes_written == 0 or set(finished) <= set(report.files_kept))
+        assert all((target / name).read_bytes() == data for name, data in finished.items())
+        assert {name: contents(target / name, access) for name in names} == expected
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, points(calls, last=20, some=4)))

@@ -26,10 +26,10 @@ from ms_ckpt_ext.engine.sealing import Seal, SealedSink, Tally
 from ms_ckpt_ext.formats import checksum
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
-from ms_ckpt_ext.formats.registry import PLAIN, Access, lay_out, open_reader, read_index
+from ms_ckpt_ext.formats.registry import Access, lay_out, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.sink import FileSink
-from tests.jobs.formats import KEY, WRONG, scalars_of
+from tests.jobs.formats import KEY, WRONG, contents, scalars_of
 from tests.jobs.support import Stored, cut, read_file, shard, source, strategy_of, tree
 
 CASE = "formats_dp2_tp4_zero"
@@ -37,21 +37,6 @@ OURS = "hyper_param"
 OTHER = b"FEDCBA9876543210"
 SEALS = [("ckpt", mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")]
 SEALS += [("safetensors", "AES-GCM"), ("safetensors", "chunked")]
-
-
-def contents(path: Path, access: Access = PLAIN) -> dict[str, Stored]:
-    """Every tensor of a file, by the package's own readers."""
-    index = read_index(str(path), access)
-    found = {}
-    with open_reader(str(path), access) as reader:
-        for name, entry in index.tensors.items():
-            data = b""
-            for offset, length in entry.extents:
-                part = bytearray(length)
-                reader.read_into(offset, memoryview(part))
-                data += part
-            found[name] = Stored(entry.dtype.name, entry.shape, data)
-    return found
 
 
 @pytest.mark.parametrize("crc", [False, True])

@@ -40,8 +40,8 @@ def check(rank: int, case: dict[str, Any]) -> None:
     cell = poisoned(expected)
     COUNTS.clear()
     missing, unused = load_distributed_checkpoint(
-        cell, None, case["predicted"], case["trained"], format="safetensors", unified_safetensors_dir=case["source"],
-        mode=case.get("mode"), **case.get("options", {}),
+        cell, None, case["predicted"], case["trained"], format=case.get("format", "safetensors"),
+        unified_safetensors_dir=case["source"], mode=case.get("mode"), **case.get("options", {}),
     )  # fmt: skip
     found = bytes_of(cell)
     wrong = [name for name, tensor in expected.items() if found[name] != tensor.data]

@@ -16,6 +16,7 @@ from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
+from tests.jobs.formats import KEY, format_of, key_of, make_source
 from tests.jobs.support import cut, read_file, scalars, shard, strategy_of
 
 pytestmark = [
@@ -100,12 +101,31 @@ def test_four_ranks(golden: Path, tmp_path: Path) -> None:
                 "scalars": {name: tensor.data.hex() for name, tensor in extras.items()},
                 **resumed,
             },
+            *(
+                {
+                    "name": f"{kind} {mode}",
+                    "source": make_source(golden, "formats_dp2_tp4", kind, tmp_path / f"{kind}_{mode}"),
+                    "format": format_of(kind),
+                    "expected": tmp_path / "resumed",
+                    "mode": mode,
+                    "options": {"dec_mode": str(key_of(kind).get("dec_mode", "AES-GCM"))},
+                    **resumed,
+                }
+                for kind, mode in (
+                    ("ckpt", "cooperative"),
+                    ("ckpt_aes_cbc", "direct"),
+                    ("ckpt_aes_gcm", "cooperative"),
+                    ("safetensors_chunked", "cooperative"),
+                    ("safetensors_chunked", "direct"),
+                )
+            ),
             {**wide, "mode": "direct", "counted": True},
             cooperative(golden, "dp3_tp8", "tp4"),
             cooperative(golden, "dp2_tp2_pp2_zero", "dp2_tp2", bucket_bytes=16384),
         ],
         4,
         tmp_path,
+        MS_CKPT_EXT_DEC_KEY=f"hex:{KEY.hex()}",
     )
 
 
