@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
+from ms_ckpt_ext.formats.registry import read_index
 from tests.jobs.support import tree
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -81,3 +82,19 @@ def test_text_on_which_stock_fails(ms: Any, tmp_path: Path) -> None:
 def test_signatures(name: str, ms: Any) -> None:
     stock, ours = (inspect.signature(getattr(module, name)).parameters for module in (ms, ms_ckpt_ext))
     assert [(p.name, p.default) for p in ours.values()] == [(p.name, p.default) for p in stock.values()]
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_stock_verifies_our_checksums(kind: str, ms: Any, source: Path, tmp_path: Path) -> None:
+    """A right one is accepted, a wrong one is not. Stock cannot check bfloat16 in safetensors."""
+    chosen = (lambda name: name != "dense.bias") if kind == "safetensors" else None
+    path = tmp_path / f"net.{kind}"
+    ms_ckpt_ext.convert(source / "rank_0" / "net_rank_0-1_2.ckpt", path, choice_func=chosen, crc=True)
+    found = ms.load_checkpoint(str(path), format=kind, crc_check=True)
+    assert "dense.weight" in found
+    raw = bytearray(path.read_bytes())
+    raw[read_index(str(path)).tensors["dense.weight"].extents[0].offset] ^= 1
+    path.write_bytes(raw)
+    for module in (ms, ms_ckpt_ext):
+        with pytest.raises(ValueError):
+            module.load_checkpoint(str(path), format=kind, crc_check=True)
