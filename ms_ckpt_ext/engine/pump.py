@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Callable, Generic, Optional, TypeVar
 
 import numpy as np
@@ -40,6 +41,8 @@ Landed = Callable[[int, int], None]
 _Item = TypeVar("_Item")
 _COPY = 1 << 20  # stays in a core's cache between read and write
 _PLENTY = 32 << 20  # bytes a worker takes at once: enough to go through files in long stretches, too little to idle for
+_LARGEST_UNIT = 8 << 20
+"""Bytes of the largest unit of an encrypted file that a copy takes at once."""
 
 
 def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], workers: int, landed: Landed) -> None:
@@ -167,6 +170,18 @@ class _Buffer:
         return self._array[:nbytes]
 
 
+def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[int, int]:
+    """Bytes of one piece of a copy, and the offset from which they count.
+
+    An encrypted file takes and gives whole units at no extra cost; of large units its reader keeps the one in use.
+    """
+    for side, offset in ((sink, target), (reader, source)):
+        unit: int = getattr(side, "unit", 0)
+        if 0 < unit <= _LARGEST_UNIT:
+            return -(-_COPY // unit) * unit, offset
+    return _COPY, 0
+
+
 class _Worker:
     def __init__(self, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed) -> None:
         self._readers, self._sinks, self._landed = readers, sinks, landed
@@ -185,22 +200,26 @@ class _Worker:
                 unit.file, unit.source, memoryview(sink.array[unit.target : unit.target + unit.length])
             )
         else:
-            with self._readers.use(unit.file) as reader:
+            with self._readers.use(unit.file) as reader, getattr(reader, "turn", None) or nullcontext():
                 copied = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
                 if copied and isinstance(sink, DigestingSink):
-                    for at, part in self._parts(reader, unit, 0, copied):
+                    for at, part in self._parts(reader, unit, sink, 0, copied):
                         sink.landed(at, part)
-                for at, part in self._parts(reader, unit, copied, unit.length):
+                for at, part in self._parts(reader, unit, sink, copied, unit.length):
                     sink.write(at, part)
             self._readers.tally(unit.file, unit.length)
         self._landed(unit.sink, unit.length)
 
-    def _parts(self, reader: ByteReader, unit: Direct, start: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+    def _parts(
+        self, reader: ByteReader, unit: Direct, sink: Sink, start: int, stop: int
+    ) -> Iterator[tuple[int, memoryview]]:
         """(offset in the sink, bytes) of a stretch of a direct copy."""
-        for at in range(start, stop, _COPY):
-            part = memoryview(self._scratch.take(min(_COPY, stop - at)))
-            reader.read_into(unit.source + at, part)
-            yield unit.target + at, part
+        grain, origin = _grain(reader, unit.source, sink, unit.target)
+        while start < stop:
+            part = memoryview(self._scratch.take(min(grain - (origin + start) % grain, stop - start)))
+            reader.read_into(unit.source + start, part)
+            yield unit.target + start, part
+            start += len(part)
 
     def batch(self, batch: Batch) -> None:
         staged = [self._memory(stretch) is None for stretch in batch.stretches]

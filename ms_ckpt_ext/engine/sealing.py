@@ -146,6 +146,9 @@ class SealedSink:
         name: the file's own name, which decides on the container.
         layout: the plaintext; its literals are written by the sink itself.
         seal: how.
+
+    Attributes:
+        unit: plaintext bytes of what is encrypted at once; writes that begin and end at its multiples do not wait.
     """
 
     fd: Optional[int] = None
@@ -153,7 +156,7 @@ class SealedSink:
     def __init__(self, path: str, name: str, layout: FileLayout, seal: Seal) -> None:
         self.path, self._layout, self._tally = path, layout, seal.tally
         self._units = seal.units(name, layout.size)
-        self._unit = seal.unit_bytes(name)
+        self.unit = seal.unit_bytes(name)
         self._literals = sorted(layout.fixed)
         self._starts = [offset for offset, _ in self._literals]
         self._waiting: dict[int, _Unit] = {}
@@ -171,7 +174,7 @@ class SealedSink:
 
     def _take(self, offset: int, buffer: memoryview) -> None:
         while len(buffer):
-            index = offset // self._unit
+            index = offset // self.unit
             low, high = self._units.span(index)
             part = buffer[: high - offset]
             if len(part) == high - low:

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
+from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, FormatError, UsageError
-from ms_ckpt_ext.formats import crypto
+from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
+from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
+from ms_ckpt_ext.storage.reader import PlainReader
 from tests.jobs.support import assert_nothing_complete, tree
 from tests.jobs.test_convert import CASE, KEY, contents, write_ckpt
 
@@ -140,3 +143,26 @@ def test_what_is_no_checkpoint_or_already_encrypted_is_refused(tmp_path: Path) -
         encrypt(tmp_path / "out", tmp_path / "twice", enc_key=KEY)
     with pytest.raises(DecryptionError, match="is not encrypted"):
         decrypt(tmp_path / "net.ckpt", tmp_path / "plain", dec_key=KEY)
+
+
+@pytest.mark.parametrize("block", [64 << 20, 4 << 20])
+def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpore's blocks have 64 MiB, of which one is kept; several threads must not take it from each other."""
+    size = 200 << 20
+    laid = ckpt_writer.layout([TensorSpec("w", DTYPES["F32"], (size // 4096, 1024))])
+    with (tmp_path / "net.ckpt").open("wb") as file:
+        file.write(laid.literals[0][1])
+        file.truncate(laid.size)
+    with PlainReader(str(tmp_path / "net.ckpt")) as reader, (tmp_path / "sealed.ckpt").open("wb") as file:
+        with crypto.EncryptingWriter(file, KEY, block=block) as writer:
+            crypto.encrypt_all(reader, writer)
+    asked = []
+
+    class Counting(PlainReader):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            asked.append(len(buffer))
+            super().read_into(offset, buffer)
+
+    monkeypatch.setattr(registry, "PlainReader", Counting)
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
+    assert sum(asked) <= 1.1 * size

@@ -74,6 +74,10 @@ class UnitReader:
         base: the reader of the ciphertext; closed with this one.
         units: how it is cut and decrypted.
         cache_bytes: most memory for units that were read in part; always at least one unit's.
+
+    Attributes:
+        unit: bytes of the largest unit; reads that begin and end at its multiples mostly cost nothing twice.
+        turn: to be held for a run of reads where only one unit is kept, lest threads take it from each other.
     """
 
     fd: Optional[int] = None
@@ -87,6 +91,8 @@ class UnitReader:
         self._units = units
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._most = max(1, cache_bytes // max(1, units.largest))
+        self.unit = units.largest
+        self.turn = threading.Lock() if units.largest > cache_bytes else None
         self._lock = threading.Lock()
         self._closed = False
 
