@@ -67,6 +67,25 @@ class _Slot:
         self.data = np.empty(0, np.uint8)
 
 
+class Turn:
+    """A lock that goes to who has waited longest, so that work done in order stays in order."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._tickets = self._served = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            ticket = self._tickets
+            self._tickets += 1
+            self._changed.wait_for(lambda: self._served == ticket)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._served += 1
+            self._changed.notify_all()
+
+
 class UnitReader:
     """A ByteReader of the plaintext of `units`, which are cut from `base`.
 
@@ -92,7 +111,7 @@ class UnitReader:
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._most = max(1, cache_bytes // max(1, units.largest))
         self.unit = units.largest
-        self.turn = threading.Lock() if units.largest > cache_bytes else None
+        self.turn = Turn() if units.largest > cache_bytes else None
         self._lock = threading.Lock()
         self._closed = False
 
