@@ -28,7 +28,7 @@ from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.parts import Located, parts_of
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Region, Shape
-from ms_ckpt_ext.core.rounds import rounds_of
+from ms_ckpt_ext.core.rounds import Classes, classes_of, rounds_of
 from ms_ckpt_ext.core.view import View
 
 
@@ -82,11 +82,12 @@ class Round(NamedTuple):
 
 @dataclass(frozen=True)
 class ExchangeTable:
-    """The decisions of a load, as columns: the chunks with their parts, and the round of every part."""
+    """The decisions of a load, as columns: the chunks with their parts, which ranks are alike, every part's round."""
 
     world: int
     demands: tuple[Demand, ...]
     chunks: Chunks
+    classes: Classes
     round_of: Ints
 
 
@@ -143,7 +144,8 @@ def decide(
         CoverageError: a region that a rank needs is in no file.
     """
     chunks = chunks_of(parts_of(demands, world, stored, limits), world, limits, sees)
-    return ExchangeTable(world, tuple(demands), chunks, rounds_of(chunks, world, limits.quarter))
+    classes = classes_of(chunks, world)
+    return ExchangeTable(world, tuple(demands), chunks, classes, rounds_of(chunks, classes, limits.quarter))
 
 
 def plan_exchange(

@@ -19,13 +19,15 @@ from ms_ckpt_ext.core.columns import Ints, mixed, spread, starts, sums
 from ms_ckpt_ext.core.parts import Rows
 
 
-def rounds_of(chunks: Chunks, world: int, quarter: int) -> Ints:
-    """The round of every part. A rank reads and sends up to `quarter` bytes in one, and receives twice that."""
-    return _Filler(chunks, world, quarter).fill()
+class Classes(NamedTuple):
+    """Ranks that get the same parts throughout, and what of every row each class gets.
 
-
-class _Classes(NamedTuple):
-    """Classes of ranks, and for every row what each class gets of it, as a ragged table."""
+    Attributes:
+        of_rank: the class of every rank.
+        size: ranks of every class.
+        start: the entries of every row, as a ragged table.
+        gets, nbytes: of every entry, the class and the bytes that each of its ranks gets.
+    """
 
     of_rank: Ints
     size: Ints
@@ -34,7 +36,13 @@ class _Classes(NamedTuple):
     nbytes: Ints
 
 
-def _classes(chunks: Chunks, world: int) -> _Classes:
+def rounds_of(chunks: Chunks, classes: Classes, quarter: int) -> Ints:
+    """The round of every part. A rank reads and sends up to `quarter` bytes in one, and receives twice that."""
+    return _Filler(chunks, classes, quarter).fill()
+
+
+def classes_of(chunks: Chunks, world: int) -> Classes:
+    """Find ranks that are alike."""
     rows = chunks.parts.rows
     set_start, members = chunks.parts.sets.flat()
     owner = np.repeat(np.arange(len(set_start) - 1), np.diff(set_start))
@@ -48,7 +56,7 @@ def _classes(chunks: Chunks, world: int) -> _Classes:
     gets = of_rank[members[kept]][entries].astype(np.int32)
     per_delivery = np.diff(class_start)[rows.ranks]
     before = np.concatenate([[0], np.cumsum(per_delivery)])
-    return _Classes(of_rank.astype(np.int32), np.bincount(of_rank), before[rows.start], gets, rows.moved[deliveries])
+    return Classes(of_rank.astype(np.int32), np.bincount(of_rank), before[rows.start], gets, rows.moved[deliveries])
 
 
 def _copies(rows: Rows, set_sizes: Ints) -> Ints:
@@ -58,10 +66,10 @@ def _copies(rows: Rows, set_sizes: Ints) -> Ints:
 
 
 class _Filler:
-    def __init__(self, chunks: Chunks, world: int, quarter: int) -> None:
+    def __init__(self, chunks: Chunks, classes: Classes, quarter: int) -> None:
         parts, rows = chunks.parts, chunks.parts.rows
         self._row, self._gathered, self._quarter = parts.row, rows.gathered, quarter
-        self._classes = _classes(chunks, world)
+        self._classes, world = classes, len(classes.of_rank)
         self._copies = _copies(rows, np.array([len(members) for members in parts.sets.members], np.int64))
         of_part = chunks.of_part
         first_demand = np.minimum.reduceat(parts.demand, chunks.start[:-1]) if len(of_part) else parts.demand

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_ckpt_ext.core.columns import Ints, spread, sums
+from ms_ckpt_ext.core.columns import Ints, spread, starts, sums
 from ms_ckpt_ext.core.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange import ExchangeTable
 
@@ -69,11 +69,14 @@ class _Counter:
     def __init__(self, table: ExchangeTable, prefetch: int) -> None:
         world = table.world
         self._table, self._world = table, world
-        self._set_start, self._members = table.chunks.parts.sets.flat()
         self._reader = table.chunks.reader[table.chunks.of_part]
         self._group = -(-world // MATRIX)
         self._groups = -(-world // self._group)
         self._matrix = np.zeros(self._groups**2, np.int64)
+        place = table.classes.of_rank.astype(np.int64) * self._groups + np.arange(world) // self._group
+        places, self._ranks_there = np.unique(place, return_counts=True)
+        self._there = places % self._groups
+        self._places = starts(np.bincount(places // self._groups, minlength=len(table.classes.size)))
         self._wanted, self._sent, self._received, self._messages = (np.zeros(world, np.int64) for _ in range(4))
         self._buffers = {name: np.zeros(world, np.int64) for name in ("send", "receive", "give")}
         self._gather = 0
@@ -104,33 +107,46 @@ class _Counter:
         fresh = self._held.enter(number)
         rows = self._table.chunks.parts.rows
         row, reader = self._table.chunks.parts.row[parts], self._reader[parts]
-        owner, entry = spread(rows.start, row.astype(np.int64))
-        delivery, at = spread(self._set_start, rows.ranks[entry].astype(np.int64))
-        to, sender = self._members[at], reader[owner][delivery].astype(np.int64)
-        nbytes, gathered = rows.moved[entry][delivery], rows.gathered[row][owner][delivery]
-        self._wanted += sums(to, nbytes, self._world)
-        away = to != sender
-        to, sender, nbytes, gathered = to[away], sender[away], nbytes[away], gathered[away]
-        received = sums(to, nbytes, self._world)
+        classes = self._table.classes
+        owner, entry = spread(classes.start, row.astype(np.int64))
+        gets, nbytes, sender = classes.gets[entry], classes.nbytes[entry], reader[owner].astype(np.int64)
+        own = classes.of_rank[sender] == gets
+        kept = sums(sender[own], nbytes[own], self._world)
+        wanted = sums(gets, nbytes, len(classes.size))[classes.of_rank]
+        received, sent = wanted - kept, sums(sender, nbytes * classes.size[gets], self._world) - kept
+        self._wanted += wanted
         self._received += received
-        self._sent += sums(sender, nbytes, self._world)
-        self._matrix += sums(sender // self._group * self._groups + to // self._group, nbytes, self._groups**2)
-        messages = self._blocks(sender, to, nbytes, gathered) + self._gathers(row, reader)
+        self._sent += sent
+        self._mark(sender, gets, nbytes, kept)
+        single = ~rows.gathered[row][owner]
+        messages = self._blocks(sender[single], gets[single], nbytes[single]) + self._gathers(row, reader)
         self._messages += messages
         read = sums(self._table.chunks.reader[fresh], self._table.chunks.nbytes[fresh], self._world)
         return RoundTally(
             int(read.sum()), int(read.max()), int(received.sum()), int(received.max()), int(messages.sum())
         )
 
-    def _blocks(self, sender: Ints, to: Ints, nbytes: Ints, gathered: Ints) -> Ints:
+    def _mark(self, sender: Ints, gets: Ints, nbytes: Ints, kept: Ints) -> None:
+        """Enter what travels into the matrix."""
+        which, place = spread(self._places, gets.astype(np.int64))
+        cell = sender[which] // self._group * self._groups + self._there[place]
+        self._matrix += sums(cell, nbytes[which] * self._ranks_there[place], self._groups**2)
+        home = np.arange(self._world) // self._group
+        self._matrix -= sums(home * self._groups + home, kept, self._groups**2)
+
+    def _blocks(self, sender: Ints, gets: Ints, nbytes: Ints) -> Ints:
         """Note the buffers of the all-to-all; messages that every rank sends."""
-        single = ~gathered
-        pairs, block = np.unique(sender[single] * self._world + to[single], return_inverse=True)
-        sizes = sums(block, nbytes[single], len(pairs))
+        classes, count = self._table.classes, len(self._table.classes.size)
+        pairs, block = np.unique(sender * count + gets, return_inverse=True)
+        sizes = sums(block, nbytes, len(pairs))
         sizes += -sizes % ALIGNMENT
-        for name, ranks in (("send", pairs // self._world), ("receive", pairs % self._world)):
-            np.maximum(self._buffers[name], sums(ranks, sizes, self._world), out=self._buffers[name])
-        return np.bincount(pairs // self._world, minlength=self._world)
+        sender, gets = pairs // count, pairs % count
+        own = classes.of_rank[sender] == gets
+        copies = classes.size[gets] - own
+        received = sums(gets, sizes, count)[classes.of_rank] - sums(sender[own], sizes[own], self._world)
+        for name, now in (("send", sums(sender, sizes * copies, self._world)), ("receive", received)):
+            np.maximum(self._buffers[name], now, out=self._buffers[name])
+        return sums(sender, copies, self._world)
 
     def _gathers(self, row: Ints, reader: Ints) -> Ints:
         """Note the buffers of the all-gather; messages that every rank sends."""
