@@ -38,6 +38,19 @@ def test_live(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_dryrun(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "dryrun", "--ranks", "128", "--layers", "8", "--rounds", "1"]
+    command += ["--dir", str(tmp_path), "--json", str(tmp_path / "x.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [(row["ranks"], row["job"]) for row in rows] == [
+        (128, "resume with tp4"),
+        (128, "without optimizer sharding"),
+    ]
+    assert all(row["rounds"] > 1 and row["peak MiB"] > 0 and row["page kB"] < 300 for row in rows)
+
+
 @pytest.mark.parametrize("arguments", [[], ["offline", "--rounds", "no"], ["nothing"]])
 def test_wrong_arguments_are_told(arguments: list[str]) -> None:
     run = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, check=False)
