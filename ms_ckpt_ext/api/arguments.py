@@ -14,6 +14,7 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.offline import Job, Report
+from ms_ckpt_ext.engine.preview import preview
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import crypto
@@ -121,7 +122,10 @@ def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
     return None if key is None else Seal(key, enc_mode)
 
 
-def execute(job: Job, target: str, workers: int, limits: Limits, title: str) -> Report:
+def execute(job: Job, target: str, workers: int, limits: Limits, title: str, dry_run: bool = False) -> Report:
+    """Run a job with a progress bar; or only tell what it would do, as a `Preview`, which is a report too."""
+    if dry_run:
+        return preview(job, target, workers, limits)
     total = sum(entry.nbytes for output in job.outputs for entry in output.layout.tensors.values())
     with progress.bar(title, total) as advance:
         report = offline.execute(job, target, workers, limits, advance)

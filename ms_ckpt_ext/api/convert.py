@@ -93,6 +93,7 @@ def convert(
     crc: bool = False,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    dry_run: bool = False,
 ) -> Report:
     """Convert one checkpoint file or a tree of them.
 
@@ -111,9 +112,10 @@ def convert(
         crc: give every result a checksum.
         max_process_num: upper bound on worker threads.
         buffer_bytes: buffer budget of each worker.
+        dry_run: only tell what would be read and written.
 
     Returns:
-        What was read and written.
+        What was read and written; of a dry run, a `Preview`.
 
     Raises:
         DiscoveryError: no such input, nothing to convert, or files of both formats where `to` names one of them.
@@ -127,7 +129,7 @@ def convert(
     rename = _rename(name_map, choice_func)
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
     job = convert_job(found.inputs, access, rename, crc, maps, seal)
-    return execute(job, found.target, workers_of(max_process_num), limits_of(buffer_bytes), "convert")
+    return execute(job, found.target, workers_of(max_process_num), limits_of(buffer_bytes), "convert", dry_run)
 
 
 def encrypt(
@@ -139,6 +141,7 @@ def encrypt(
     file_name_regex: Optional[str] = None,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    dry_run: bool = False,
 ) -> Report:
     """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the very same bytes.
 
@@ -148,7 +151,7 @@ def encrypt(
     seal = seal_of(enc_key, enc_mode)
     if seal is None:
         raise UsageError(f"enc_key is needed: give the key, or set the environment variable {ENC_KEY_VARIABLE}")
-    return _copy(src, dst, PLAIN, seal, file_name_regex, "encrypt", (max_process_num, buffer_bytes))
+    return _copy(src, dst, PLAIN, seal, file_name_regex, "encrypt", (max_process_num, buffer_bytes), dry_run)
 
 
 def decrypt(
@@ -160,6 +163,7 @@ def decrypt(
     file_name_regex: Optional[str] = None,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    dry_run: bool = False,
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
@@ -170,7 +174,7 @@ def decrypt(
     if access.key is None:
         raise UsageError(f"dec_key is needed: give the key, or set the environment variable {DEC_KEY_VARIABLE}")
     access = replace(access, optional=False)
-    return _copy(src, dst, access, None, file_name_regex, "decrypt", (max_process_num, buffer_bytes))
+    return _copy(src, dst, access, None, file_name_regex, "decrypt", (max_process_num, buffer_bytes), dry_run)
 
 
 def _copy(
@@ -181,12 +185,13 @@ def _copy(
     file_name_regex: Optional[str],
     title: str,
     budget: tuple[int, int],
+    dry_run: bool,
 ) -> Report:
     """Every file with the plaintext it has."""
     found = _find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
     maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
     job = copy_job(found.inputs, access, maps, seal)
-    return execute(job, found.target, workers_of(budget[0]), limits_of(budget[1]), title)
+    return execute(job, found.target, workers_of(budget[0]), limits_of(budget[1]), title, dry_run)
 
 
 class _Found(NamedTuple):

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.api.arguments import PathLike, as_strategy, path_of
-from ms_ckpt_ext.api.source import Filter, Globs, Source, access_of, find
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
+from ms_ckpt_ext.api.source import Filter, Globs, Source, find
 from ms_ckpt_ext.core.describe import LayoutInfo, StrategyInfo, describe, describe_strategy
 from ms_ckpt_ext.core.groups import GROUPS, SCALARS, group_of, natural
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -156,7 +156,7 @@ def inspect(
     source, wanted = path_of(path, "path"), Filter(match, exclude)
     if _is_strategy(source):
         return _of_strategy(source, load_strategy(source), wanted)
-    access = access_of(dec_key, dec_mode)
+    access = any_mode(dec_key, dec_mode)
     known = as_strategy(strategy)
     if os.path.isdir(source) and known is None:
         loose = _loose_files(source, file_suffix, format)

@@ -9,25 +9,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import as_strategy, path_of
+from ms_ckpt_ext.api.arguments import any_mode, as_strategy, path_of
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, Listing, list_checkpoint, read_listing
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
-from ms_ckpt_ext.formats.crypto import KeyLike, load_key
-from ms_ckpt_ext.formats.crypto.keys import as_key
-from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, Access
+from ms_ckpt_ext.formats.registry import Access
 
 Globs = Union[str, Iterable[str]]
-
-
-def access_of(key: Optional[KeyLike], mode: Optional[str] = None, crc_check: bool = False) -> Access:
-    """How files may be opened: with the key that is given, else with the one in the environment, if there is."""
-    if key is not None:
-        return Access(as_key(key), mode, crc_check)
-    found = load_key(env=DEC_KEY_VARIABLE) if DEC_KEY_VARIABLE in os.environ else None
-    return Access(found, None, crc_check, optional=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ def find(
     path = path_of(path, argument)
     if format not in (None, *discovery.FORMATS):
         raise UsageError(f"format must be one of {', '.join(discovery.FORMATS)}, or None, got {format!r}")
-    access = access_of(None) if access is None else access
+    access = any_mode(None, None) if access is None else access
     if os.path.isfile(path):
         _refuse_strategy(path)
         return Source(path, Listing({os.path.basename(path): path}, False, None), None, access)

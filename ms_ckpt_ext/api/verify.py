@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext import progress
-from ms_ckpt_ext.api.arguments import PathLike, checked_name_map, path_of, workers_of
-from ms_ckpt_ext.api.source import Filter, Globs, access_of, find
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_name_map, path_of, workers_of
+from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.engine import health
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
@@ -88,7 +88,7 @@ def verify(
         CoverageError: one of two checkpoints lacks a region that it should hold.
         StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
     """
-    workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), access_of(dec_key)
+    workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, None)
     if manifest:
         if b is not None or strategy is not None or wanted:
             raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
@@ -96,7 +96,7 @@ def verify(
     first = find(a, strategy, file_suffix, access, argument="a")
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers)
-    second = find(b, strategy_b, file_suffix_b, access_of(dec_key_b), argument="b")
+    second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, None), argument="b")
     one, two = first.open(), second.open()
     names = checked_name_map(name_map)
     held = {names.get(name, name): tensor for name, tensor in {**two.extras, **two.tensors}.items()}

@@ -21,7 +21,18 @@ from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
 
 PROG = "ms-ckpt"
-COMMANDS = ("inspect", "plan", "diff_strategy", "verify", "completion")
+COMMANDS = (
+    "inspect",
+    "plan",
+    "diff_strategy",
+    "merge",
+    "reshard",
+    "convert",
+    "encrypt",
+    "decrypt",
+    "verify",
+    "completion",
+)
 """Modules of this package, in the order of `--help`; `_` stands for `-`."""
 
 _DESCRIPTION = """\

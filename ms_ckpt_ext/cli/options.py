@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from typing import Any
 
 from ms_ckpt_ext.cli.command import takes_path
@@ -47,6 +47,56 @@ def add_key(parser: ArgumentParser, verb: str = "dec", whose: str = "of encrypte
     keys = parser.add_mutually_exclusive_group()
     takes_path(keys.add_argument(f"--{verb}-key-file{suffix}", metavar="FILE", help=f"file with the key {whose}"))
     keys.add_argument(f"--{verb}-key-env{suffix}", metavar="NAME", help="environment variable with that key")
+
+
+def add_name_map(parser: ArgumentParser, form: str) -> None:
+    """A JSON file with names."""
+    takes_path(parser.add_argument("--name-map", metavar="FILE", help=f"JSON {form}"))
+
+
+def name_map(arguments: Namespace) -> Any:
+    """The contents of the file that `add_name_map` asked for. Raises FormatError or StorageError."""
+    if arguments.name_map is None:
+        return None
+    import json
+
+    from ms_ckpt_ext.errors import FormatError, storage_error
+
+    try:
+        with open(arguments.name_map, "rb") as file:
+            return json.load(file)
+    except OSError as error:
+        raise storage_error("read the name map", arguments.name_map, error) from error
+    except ValueError as error:
+        raise FormatError(f"{arguments.name_map!r} is not JSON: {error}") from error
+
+
+def byte_size(text: str) -> int:
+    """A size on the command line, in bytes.
+
+    >>> byte_size("64M"), byte_size("3GiB"), byte_size("512")
+    (67108864, 3221225472, 512)
+    """
+    plain = text.upper().removesuffix("IB").removesuffix("B")
+    number, unit = (plain[:-1], plain[-1]) if plain[-1:] in _SIZES and plain else (plain, "")
+    if not number.isdigit():
+        raise ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with K, M or G")
+    return int(number) * _SIZES.get(unit, 1)
+
+
+_SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def share(text: str) -> tuple[int, int]:
+    """A share of the work on the command line.
+
+    >>> share("1/4")
+    (1, 4)
+    """
+    mine, _, all_ = text.partition("/")
+    if not (mine.isdigit() and all_.isdigit() and 1 <= int(mine) <= int(all_)):
+        raise ArgumentTypeError(f"{text!r} is no share: give I/N with 1 <= I <= N, e.g. 1/4")
+    return int(mine), int(all_)
 
 
 def key(arguments: Namespace, verb: str = "dec", suffix: str = "") -> Any:

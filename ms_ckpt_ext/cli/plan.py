@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Optional
 
-from ms_ckpt_ext.cli import words
+from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, Command, takes_path
 from ms_ckpt_ext.errors import UsageError
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.api.plan_report import PlanReport, Spread
 
 NONE = "none"
-_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -34,17 +33,15 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="profile to predict times for; may be repeated (default: all that come along)",
     )
     add("--mode", choices=("auto", "direct", "cooperative"), default="auto", help="what the job will ask for")
-    add("--bucket", type=_size, default=64 << 20, metavar="SIZE", help="staging memory of a rank, e.g. 64M (default)")
+    add(
+        "--bucket",
+        type=options.byte_size,
+        default=64 << 20,
+        metavar="SIZE",
+        help="staging memory of a rank, e.g. 64M (default)",
+    )
     add("--prefetch", type=int, default=1, metavar="N", help="rounds that are read ahead (default 1)")
     takes_path(add("--html", metavar="FILE", help="write a page with matrices, rounds and layouts there as well"))
-
-
-def _size(text: str) -> int:
-    plain = text.upper().removesuffix("IB").removesuffix("B")
-    number, unit = (plain[:-1], plain[-1]) if plain[-1:] in "KMG" and plain else (plain, "")
-    if not number.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with K, M or G")
-    return int(number) * _SIZES[unit]
 
 
 def _run(arguments: argparse.Namespace) -> Answer:

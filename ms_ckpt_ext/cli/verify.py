@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Union
 
 from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, Command, Exit, takes_path
-from ms_ckpt_ext.errors import FormatError, UsageError, storage_error
+from ms_ckpt_ext.errors import UsageError
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.api.verify import ManifestCheck
@@ -26,7 +25,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_strategy(parser, whose="of the job that saved a")
     options.add_strategy(parser, "--strategy-b", "of the job that saved b")
     options.add_filter(parser)
-    takes_path(parser.add_argument("--name-map", metavar="FILE", help='JSON {"name in b": "name in a"}'))
+    options.add_name_map(parser, '{"name in b": "name in a"}')
     finite = "checked by itself: a NaN or an infinity is a fault too (else they are counted only)"
     parser.add_argument("--finite", action="store_true", help=finite)
     parser.add_argument("--all", action="store_true", help="list everything that was found")
@@ -52,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         manifest=arguments.manifest,
         match=arguments.match,
         exclude=arguments.exclude,
-        name_map=_name_map(arguments.name_map),
+        name_map=options.name_map(arguments),
         file_suffix=arguments.file_suffix,
         file_suffix_b=arguments.file_suffix_b,
         dec_key=options.key(arguments),
@@ -72,18 +71,6 @@ def _answer(found: Union[Comparison, Health, ManifestCheck], ok: bool, lines: It
     from ms_ckpt_ext.cli.records import plain
 
     return Answer({"ok": ok, **plain(asdict(found))}, lines, Exit.FINE if ok else Exit.DIFFERENT)
-
-
-def _name_map(path: Any) -> Any:
-    if path is None:
-        return None
-    try:
-        with open(path, "rb") as file:
-            return json.load(file)
-    except OSError as error:
-        raise storage_error("read the name map", path, error) from error
-    except ValueError as error:
-        raise FormatError(f"{path!r} is not JSON: {error}") from error
 
 
 def _verdict(ok: bool, good: str, bad: str) -> str:

@@ -96,12 +96,14 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", 
     yield from map(line, rows)
 
 
-def listed(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str, everything: bool) -> Iterator[str]:
-    """A table of the first rows, or of all; the rest is counted."""
+def listed(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], right: str, everything: bool, hint: str = "--all"
+) -> Iterator[str]:
+    """A table of the first rows, or of all; the rest is counted, and `hint` is the option that lists it."""
     shown = rows if everything else rows[:MOST_LISTED]
     yield from table(heads, shown, right)
     if len(rows) > len(shown):
-        yield style(f"… and {len(rows) - len(shown):,} more (--all lists them)", "dim")
+        yield style(f"… and {len(rows) - len(shown):,} more ({hint} lists them)", "dim")
 
 
 def folded(told: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -104,7 +104,9 @@ def copy_job(
         tensor = tensors[f"{number}/{_CONTENTS}"] = whole_tensor(_CONTENTS, entry, [number])
         layout = FileLayout(size, (), {_CONTENTS: entry})
         outputs.append(Output(name, layout, (Wanted(_CONTENTS, tensor, whole_box(tensor)),)))
-    return Job(Catalog(tuple(indexes), tensors, {}, {}, access), tuple(outputs), index=index, seal=seal)
+    source = Catalog(tuple(indexes), tensors, {}, {}, access)
+    # A manifest of plain files lists tensors, which a copy does not look at.
+    return Job(source, tuple(outputs), index=index, seal=seal, digests=seal is not None)
 
 
 def renamed_map(path: str, files: Mapping[str, str], rename: Rename) -> bytes:

@@ -122,12 +122,8 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         UsageError: an output file would replace a file of the source.
         StorageError: no space, no permission, another run is writing there; finished files are kept for a rerun.
     """
-    tasks = tasks_of(job.outputs)
-    for task in tasks:
-        for wanted in task.targets:
-            locate(task.tensor, wanted.region)
-    _refuse_overwrite(job, target)
-    staging = Staging(target, _fingerprint(job), job.task)
+    check(job, target)
+    staging = Staging(target, fingerprint(job), job.task)
     everything = {output.name: output for output in (*job.outputs, *job.others)}
     sizes = {name: job.size(output) for name, output in everything.items()}
     if staging.published(sizes, job.index):
@@ -136,7 +132,7 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
     try:
         report = _fill(job, staging, workers, limits, progress)
         with staging.alone():
-            complete = all(_is_done(job, output, staging) for output in everything.values())
+            complete = all(is_done(job, output, staging) for output in everything.values())
             if complete:
                 _publish(job, everything, staging, target)
         return Report(*report, complete or staging.published(sizes, job.index))
@@ -145,6 +141,14 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         raise
     finally:
         staging.close()
+
+
+def check(job: Job, target: str) -> None:
+    """Find what is wrong before anything is written."""
+    for task in tasks_of(job.outputs):
+        for wanted in task.targets:
+            locate(task.tensor, wanted.region)
+    _refuse_overwrite(job, target)
 
 
 def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
@@ -190,7 +194,7 @@ def _refuse_overwrite(job: Job, target: str) -> None:
             )
 
 
-def _is_done(job: Job, output: Output, staging: Staging) -> bool:
+def is_done(job: Job, output: Output, staging: Staging) -> bool:
     """True when an output is complete: by its size and framing, and where it is encrypted, by the key and its start."""
     literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
     if job.digests_contents and _noted(staging, output.name) is None:
@@ -198,7 +202,7 @@ def _is_done(job: Job, output: Output, staging: Staging) -> bool:
     return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
 
 
-def _fingerprint(job: Job) -> str:
+def fingerprint(job: Job) -> str:
     """Everything that decides the result: source files as they are, output layouts, and what goes where."""
     digest = xxhash.xxh3_64(_PLAN_VERSION)
     digest.update(b"" if job.seal is None else job.seal.identity().encode())
@@ -223,7 +227,7 @@ def _fingerprint(job: Job) -> str:
 def _fill(
     job: Job, staging: Staging, workers: int, limits: Limits, progress: Progress
 ) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
-    kept = {output.name for output in job.outputs if _is_done(job, output, staging)}
+    kept = {output.name for output in job.outputs if is_done(job, output, staging)}
     todo = [output for output in job.outputs if output.name not in kept]
     staging.discard_partials(output.name for output in todo)
     written = sum(map(job.size, todo))
@@ -235,14 +239,14 @@ def _fill(
             files.landed(sink, nbytes)
             progress(nbytes)
 
-        for tasks in _rounds(job, todo, workers):
+        for tasks in in_rounds(job, todo, workers):
             pump.run(schedule(tasks, job.source.stored, limits), readers, files.sinks, workers, landed)
         files.settle()
         readers.verify()
         return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
 
 
-def _rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:
+def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:
     """All the work at once, unless it must be done in order to encrypt in bounded memory."""
     if job.seal is None:
         return [tasks_of(todo)]

@@ -241,6 +241,16 @@ class Staging:
             self._lock = None
 
 
+def free_space(target: str) -> Optional[int]:
+    """Bytes left where a directory is, or would be made; None when that cannot be told."""
+    path = Path(target).absolute()
+    there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
+    try:
+        return None if there is None else shutil.disk_usage(there).free
+    except OSError:
+        return None
+
+
 def _matches(path: Path, size: int, literals: Sequence[tuple[int, bytes]], opener: Callable[[str], ByteReader]) -> bool:
     try:
         if path.stat().st_size != size:

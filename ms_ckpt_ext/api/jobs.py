@@ -1,0 +1,163 @@
+"""Merge and reshard, file to file, under plain names: any checkpoint as source, dry runs, formats and keys alike.
+
+`unified_safetensors` and `load_distributed_checkpoint(network=None)` are MindSpore's names for the same jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+from ms_ckpt_ext.api.arguments import (
+    BUFFER_BYTES,
+    PathLike,
+    any_mode,
+    as_strategy,
+    checked_name_map,
+    checked_rules,
+    execute,
+    limits_of,
+    path_of,
+    seal_of,
+    workers_of,
+)
+from ms_ckpt_ext.api.source import Filter, Globs, find
+from ms_ckpt_ext.core.rules import Rule
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job, recut_job
+from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats.crypto import GCM, KeyLike
+from ms_ckpt_ext.formats.discovery import FORMATS
+
+
+def merge(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    strategy: Any = None,
+    match: Globs = (),
+    exclude: Globs = (),
+    rename: Optional[Choice] = None,
+    rules: Sequence[Rule] = (),
+    naming: str = "mindspore",
+    part_bytes: int = PART_BYTES,
+    share: tuple[int, int] = (1, 1),
+    to: str = "safetensors",
+    file_suffix: Optional[str] = None,
+    format: Optional[str] = None,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: Optional[str] = None,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = GCM,
+    crc_check: bool = False,
+    crc: bool = False,
+    max_process_num: int = 64,
+    buffer_bytes: int = BUFFER_BYTES,
+    dry_run: bool = False,
+) -> Report:
+    """Put the slices of a checkpoint together, in memory that does not grow with the model.
+
+    Args:
+        src: rank folders, a merged directory (to cut its parts anew), or a file.
+        dst: the directory for the result. An older result there is replaced when the new one is complete.
+        strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
+        match, exclude: shell-style globs of parameter names; all by default. Training scalars always go along.
+        rename: parameter name -> True (keep), False (drop) or a str (new name); after the globs.
+        rules: weight rules (`ms_ckpt_ext.rules`), applied first.
+        naming: "mindspore" or "huggingface", for names of files and the index.
+        part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
+        share: (i, n): write share i of n, from 1; whoever completes the set publishes it.
+        to: "safetensors" or "ckpt".
+        file_suffix, format: which file of a rank folder, and of which format; by default the newest, and what is there.
+        dec_key, dec_mode: of an encrypted source; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
+        enc_key, enc_mode: encrypt the result; by default with the key in MS_CKPT_EXT_ENC_KEY, if there is one.
+        crc_check, crc: verify checksums of the source; give one to every file that is written.
+        max_process_num, buffer_bytes: upper bound on worker threads, and the buffer budget of each.
+        dry_run: only tell what would be read and written.
+
+    Returns:
+        What was read and written; of a dry run, a `Preview`.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments; nothing was written.
+        DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
+        StorageError: no space or permission; what is finished is kept for a rerun.
+    """
+    target, wanted = path_of(dst, "dst"), Filter(match, exclude)
+    _check_format(to)
+    options = MergeOptions(_choice(wanted, rename), *share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode))
+    workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
+    source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
+    job = merge_job(source.open().ruled(weight_rules), target, options)
+    return execute(job, target, workers, limits, "merge", dry_run)
+
+
+def reshard(
+    src: PathLike,
+    dst: PathLike,
+    *,
+    strategy: Any = None,
+    to_strategy: Any = None,
+    rank: Optional[int] = None,
+    name_map: Optional[Mapping[str, str]] = None,
+    rules: Sequence[Rule] = (),
+    to: str = "safetensors",
+    file_suffix: Optional[str] = None,
+    format: Optional[str] = None,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: Optional[str] = None,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = GCM,
+    crc_check: bool = False,
+    crc: bool = False,
+    max_process_num: int = 64,
+    buffer_bytes: int = BUFFER_BYTES,
+    dry_run: bool = False,
+) -> Report:
+    """Cut a checkpoint anew for another strategy, straight from its slices, without a merge in between.
+
+    Args:
+        src: rank folders, a merged directory, or a file.
+        dst: the directory for the result: `rank_N/net.safetensors` for every rank.
+        strategy: of the job that saved rank folders; to_strategy: of the job that will load, None for one device.
+        rank: write this rank's folder only, so that several hosts can do their ranks at the same time.
+        name_map: parameter name in the result -> name in the source.
+
+    The other arguments, the result and the errors are those of `merge`. UsageError also when there is no such rank.
+    """
+    target, names = path_of(dst, "dst"), checked_name_map(name_map)
+    _check_format(to)
+    seal = seal_of(enc_key, enc_mode)
+    workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
+    source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
+    layout = as_strategy(to_strategy)
+    ranks = _ranks(layout, rank)
+    catalog = source.open().ruled(weight_rules)
+    if rank is None:
+        job = recut_job(catalog, layout, ranks, names, lambda n: f"rank_{n}/net.{to}", target, crc=crc, seal=seal)
+        return execute(job, target, workers, limits, "reshard", dry_run)
+    job = recut_job(catalog, layout, ranks, names, lambda _: f"net.{to}", crc=crc, seal=seal)
+    return execute(job, f"{target}/rank_{rank}", workers, limits, "reshard", dry_run)
+
+
+def _check_format(to: str) -> None:
+    if to not in FORMATS:
+        raise UsageError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+
+
+def _choice(wanted: Filter, rename: Optional[Choice]) -> Optional[Choice]:
+    if not wanted:
+        return rename
+    return lambda name: wanted(name) and (True if rename is None else rename(name))
+
+
+def _ranks(strategy: Optional[Strategy], rank: Optional[int]) -> list[int]:
+    if strategy is not None:
+        strategy.check_complete()
+    world = strategy.world if strategy else 1
+    if rank is None:
+        return list(range(world))
+    if not 0 <= rank < world:
+        raise UsageError(f"rank must be between 0 and {world - 1} under to_strategy, got {rank}")
+    return [rank]

@@ -1,0 +1,137 @@
+"""What merge, reshard, convert, encrypt and decrypt have in common: options, the call, and the words for a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable
+
+from ms_ckpt_ext.cli import options, words
+from ms_ckpt_ext.cli.command import Answer
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.offline import Report
+    from ms_ckpt_ext.engine.preview import Preview
+
+FORMATS = ("safetensors", "ckpt")
+_MODES = ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every job."""
+    parser.add_argument("--dry-run", action="store_true", help="tell what would be read and written, and stop")
+    options.add_workers(parser)
+    parser.add_argument(
+        "--buffer",
+        type=options.byte_size,
+        default=64 << 20,
+        metavar="SIZE",
+        help="buffer memory of each thread, e.g. 16M (default 64M)",
+    )
+
+
+def add_decryption(parser: argparse.ArgumentParser) -> None:
+    """A key to read with."""
+    options.add_key(parser, "dec", "of the source (default: the variable MS_CKPT_EXT_DEC_KEY)")
+    parser.add_argument("--dec-mode", choices=_MODES, help="refuse sources that are encrypted in another way")
+
+
+def add_encryption(parser: argparse.ArgumentParser) -> None:
+    """A key to write with."""
+    options.add_key(parser, "enc", "to encrypt the result with (default: the variable MS_CKPT_EXT_ENC_KEY)")
+    parser.add_argument("--enc-mode", choices=_MODES, default="AES-GCM", help="how (default AES-GCM)")
+
+
+def add_checksums(parser: argparse.ArgumentParser) -> None:
+    """CRC of files."""
+    parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
+    parser.add_argument("--crc", action="store_true", help="give every file that is written a checksum")
+
+
+def common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of every job."""
+    return {"max_process_num": arguments.workers, "buffer_bytes": arguments.buffer, "dry_run": arguments.dry_run}
+
+
+def decryption(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `add_decryption`."""
+    return {"dec_key": options.key(arguments, "dec"), "dec_mode": arguments.dec_mode}
+
+
+def encryption(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `add_encryption`."""
+    return {"enc_key": options.key(arguments, "enc"), "enc_mode": arguments.enc_mode}
+
+
+def answer(job: Callable[[], Report]) -> Answer:
+    """Run a job, and tell what it did or would do."""
+    from ms_ckpt_ext.engine.preview import Preview
+
+    begin = time.monotonic()
+    report = job()
+    if isinstance(report, Preview):
+        return Answer({"dry_run": True, **_data(report), **_foreseen(report)}, _preview(report))
+    return Answer({"dry_run": False, **_data(report)}, _done(report, time.monotonic() - begin))
+
+
+def _data(report: Report) -> dict[str, Any]:
+    return {
+        "published": report.published,
+        "bytes_read": report.bytes_read,
+        "reads": report.reads,
+        "bytes_written": report.bytes_written,
+        "files_written": list(report.files_written),
+        "files_kept": list(report.files_kept),
+    }
+
+
+def _foreseen(report: Preview) -> dict[str, Any]:
+    return {
+        "target": report.target,
+        "sources": dict(report.sources),
+        "sizes": dict(report.sizes),
+        "replaces": list(report.replaces),
+        "free": report.free,
+    }
+
+
+def _done(report: Report, seconds: float) -> Iterator[str]:
+    if not report.files_written:
+        yield f"Nothing to do: {words.count(len(report.files_kept), 'file')} of this very result, complete"
+        return
+    rate = words.size(report.bytes_written / max(seconds, 1e-9))
+    kept = f", {words.count(len(report.files_kept), 'file')} kept from an earlier run" if report.files_kept else ""
+    yield (
+        f"{words.count(len(report.files_written), 'file')} written, {words.size(report.bytes_written)} in "
+        f"{seconds:.1f} s ({rate}/s); {words.size(report.bytes_read)} read in {words.count(report.reads, 'read')}{kept}"
+    )
+    if not report.published:
+        yield "Not complete yet: other shares are missing; the last one to finish publishes the result"
+
+
+def _preview(report: Preview) -> Iterator[str]:
+    yield words.style("Dry run: nothing was written", "bold")
+    if report.published:
+        yield f"{report.target} already holds this very result, complete"
+        return
+    yield f"  read    {words.size(report.bytes_read)} in {words.count(report.reads, 'read')}"
+    yield f"  write   {words.size(report.bytes_written)} to {report.target}"
+    if report.free is not None:
+        short = report.bytes_written > report.free
+        free = f"{words.size(report.free)} there" + (": not enough" if short else "")
+        yield f"  free    {words.style(free, 'red') if short else free}"
+    if report.files_kept:
+        yield f"  kept    {words.count(len(report.files_kept), 'file')} from an earlier run"
+    if report.replaces:
+        yield f"  remove  {words.count(len(report.replaces), 'file')} of an older result"
+    yield ""
+    yield from _files("from", report.sources)
+    yield ""
+    yield from _files("to", report.sizes)
+
+
+def _files(head: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    rows = [[os.path.normpath(name), words.size(nbytes)] for name, nbytes in sorted(sizes.items())]
+    return words.listed([head, "bytes"], rows, "lr", everything=False, hint="--json")

@@ -1,0 +1,74 @@
+"""`ms-ckpt merge`: slices into whole parameters."""
+
+from __future__ import annotations
+
+import argparse
+
+from ms_ckpt_ext.cli import jobs, options
+from ms_ckpt_ext.cli.command import Answer, Command, takes_path
+
+
+def _configure(parser: argparse.ArgumentParser) -> None:
+    takes_path(parser.add_argument("src", help="rank folders; or a merged checkpoint, whose parts are cut anew"))
+    takes_path(parser.add_argument("dst", help="directory for the result"), "directory")
+    options.add_strategy(parser)
+    options.add_filter(parser)
+    naming = "names of files and index (default mindspore)"
+    parser.add_argument("--naming", choices=("mindspore", "huggingface"), default="mindspore", help=naming)
+    size = "size of a part to aim for; with Hugging Face's names a limit (default 3G)"
+    parser.add_argument("--part-size", type=options.byte_size, default=3 << 30, metavar="SIZE", help=size)
+    share = "write share I of N, so that several hosts can share the work"
+    parser.add_argument("--share", type=options.share, default=(1, 1), metavar="I/N", help=share)
+    parser.add_argument("--to", choices=jobs.FORMATS, default="safetensors", help="format (default safetensors)")
+    options.add_suffix(parser)
+    options.add_format(parser)
+    jobs.add_decryption(parser)
+    jobs.add_encryption(parser)
+    jobs.add_checksums(parser)
+    jobs.add_common(parser)
+
+
+def _run(arguments: argparse.Namespace) -> Answer:
+    from ms_ckpt_ext.api.jobs import merge
+
+    return jobs.answer(
+        lambda: merge(
+            arguments.src,
+            arguments.dst,
+            strategy=arguments.strategy,
+            match=arguments.match,
+            exclude=arguments.exclude,
+            naming=arguments.naming,
+            part_bytes=arguments.part_size,
+            share=arguments.share,
+            to=arguments.to,
+            file_suffix=arguments.file_suffix,
+            format=arguments.format,
+            crc_check=arguments.crc_check,
+            crc=arguments.crc,
+            **jobs.decryption(arguments),
+            **jobs.encryption(arguments),
+            **jobs.common(arguments),
+        )
+    )
+
+
+COMMAND = Command(
+    name="merge",
+    summary="put the slices of all ranks together",
+    description=(
+        "Put the slices of a sharded checkpoint together, in memory that does not grow with the model. The result\n"
+        "appears when it is complete; after an interruption the same command goes on where it stopped."
+    ),
+    examples=(
+        ("ms-ckpt merge checkpoint merged --strategy strategy.ckpt", "rank folders into whole parameters"),
+        ("ms-ckpt merge checkpoint merged --strategy strategy.ckpt --dry-run", "what would be read and written"),
+        (
+            "ms-ckpt merge checkpoint hf --strategy s.ckpt --naming huggingface --part-size 5G --exclude 'adam_*'",
+            "weights only, in the files that Hugging Face's libraries look for",
+        ),
+        ("ms-ckpt merge checkpoint merged --strategy s.ckpt --share 1/4", "on the first of four hosts"),
+    ),
+    configure=_configure,
+    run=_run,
+)
