@@ -5,6 +5,7 @@ Looked for in the directory and in the folders of its first level:
     rank_N/PREFIX-EPOCH_STEP.ckpt, rank_N/net.safetensors, …    one for every name that the rank folders share
     PREFIX-EPOCH_STEP.ckpt, PREFIX_rank_N-EPOCH_STEP.ckpt, …    ranks in one folder, or one process
     *.safetensors with param_name_map.json or Hugging Face's    a merged one
+    iteration_N/*.safetensors with common.json, metadata.json   MindFormers' own, which knows its layouts
 
 Newest first means: those with records (`engine.records`) before all others, by the time of the save; the others by the
 last two numbers of their names, as MindSpore orders them (folder names count before), then by modification time.
@@ -22,10 +23,11 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.records import Record, read_records, record_of, shared_name
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
-from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.transport.base import name_ranks
 
 MERGED = "merged"
+_MERGED_BY = (discovery.MAP_NAME, discovery.HF_INDEX_NAME, mindformers.METADATA_NAME, mindformers.COMMON_NAME)
 _RANK = re.compile(r"rank_(\d+)")
 
 
@@ -67,6 +69,11 @@ class Candidate:
         return self.name == MERGED
 
     @property
+    def whole(self) -> bool:
+        """No file holds a part of a parameter only."""
+        return self.merged or (bool(self.records) and not self.records[0].sharded)
+
+    @property
     def suffix(self) -> str:
         """The format of its files, with the dot."""
         return os.path.splitext(self.name)[1]
@@ -100,7 +107,7 @@ def find_candidates(directory: str, kind: Optional[str] = None) -> list[Candidat
 
 def _in_folder(root: Path, folder: Path, suffixes: list[str]) -> Iterator[Candidate]:
     where = "" if folder == root else folder.name
-    if any((folder / name).is_file() for name in (discovery.MAP_NAME, discovery.HF_INDEX_NAME)):
+    if any((folder / name).is_file() for name in _MERGED_BY):
         yield Candidate(where, MERGED, {}, folder.stat().st_mtime)
         if not discovery.is_sharded(str(folder)):
             return  # the files beside the map are its parts

@@ -10,43 +10,41 @@ Collective: all ranks call it, and all return the same or raise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Optional, Union
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import checkpoints
-from ms_ckpt_ext.engine.catalog import TEXT, Catalog, Listing, catalog_of, list_checkpoint, read_whole
+from ms_ckpt_ext.engine.catalog import TEXT, Catalog, Listing, catalog_of, folder_catalog, list_checkpoint, read_whole
 from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, find_candidates
 from ms_ckpt_ext.engine.digests import Manifest, check, load_manifest
-from ms_ckpt_ext.engine.records import strategy_folder
-from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
+from ms_ckpt_ext.engine.trained import entries, find_layouts
 from ms_ckpt_ext.errors import (
     CheckpointError,
     DisagreementError,
+    DiscoveryError,
     PeerError,
-    StrategyError,
     TransportError,
 )
 from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.mindformers import COMMON_NAME
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.transport.agree import agree, share_status
 from ms_ckpt_ext.transport.base import Transport, name_ranks
 
 Value = Union[np.ndarray, str]
 log = logging.getLogger("ms_ckpt_ext")
-_STRATEGY_FOLDERS = ("strategy", os.path.join("..", "strategy"))
-"""Where MindFormers and most scripts keep the layouts, seen from a checkpoint's folder."""
 
 
 class Skipped(NamedTuple):
@@ -147,7 +145,7 @@ def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> li
         error = problem
     share_status(transport, error)
     return checkpoints.together(
-        [checkpoints.from_json(raw) for raw in _unpack(answer)] for answer in transport.share(_pack(seen))
+        [checkpoints.from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
     )
 
 
@@ -155,7 +153,8 @@ def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe:
     folder = os.path.join(wanted.directory, candidate.folder) if candidate.folder else wanted.directory
     try:
         check_noted(candidate)
-        strategy = _strategy(transport, wanted, candidate, folder, probe)
+        given = None if candidate.whole else wanted.strategy
+        strategy = given or find_layouts(transport, candidate, folder, probe)
         files = {} if candidate.merged else check_ranks(candidate, strategy)
     except CheckpointError as error:
         if isinstance(error, TransportError):
@@ -168,88 +167,31 @@ def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe:
             return list_checkpoint(folder, None, kind=wanted.kind)
         return Listing({key: path for key, path in here.items() if os.path.exists(path)}, strategy is not None, None)
 
-    seen, catalog = _read_headers(transport, wanted, look, strategy)
+    seen, catalog, listing = _read_headers(transport, wanted, look, strategy)
     if wanted.digests:
         _compare_digests(transport, wanted, seen)
-    listing = Listing({key: index.path for key, index in seen.indexes.items()}, seen.sharded, seen.names)
-    return Chosen(candidate, listing, strategy, _scalars(transport, seen, catalog))
-
-
-def _strategy(
-    transport: Transport[Any], wanted: Wanted, candidate: Candidate, folder: str, probe: bool
-) -> Optional[Strategy]:
-    """The layouts that cut a checkpoint: those given, recorded with it, or found beside it."""
-    if candidate.merged or (candidate.records and not candidate.records[0].sharded):
-        return None
-    if wanted.strategy is not None:
-        return wanted.strategy
-    mine = _layouts_near(folder, candidate) if probe else _Found([], "", "")
-    answers = [_Found(*_unpack(answer)) for answer in transport.share(_pack(mine))]
-    origin = next((answer.origin for answer in answers if answer.items), "")
-    if not origin:
-        problem = next((answer.problem for answer in answers if answer.problem), "")
-        if problem or len(candidate.files) > 1:
-            raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy")
-        return None
-    items = [_item(raw) for answer in answers for raw in answer.items]
-    return Strategy.from_items(items, origin)
-
-
-class _Found(NamedTuple):
-    """Layouts on one host: entries as JSON, where they are from, and what was wrong."""
-
-    items: list[Any]
-    origin: str
-    problem: str
-
-
-def _layouts_near(folder: str, candidate: Candidate) -> _Found:
-    recorded = strategy_folder(folder, candidate.name)
-    folders = [recorded] if candidate.records else [os.path.join(folder, near) for near in _STRATEGY_FOLDERS]
-    for place in folders:
-        if os.path.isdir(place):
-            try:
-                return _Found(_items_in(place), f"strategy directory {os.path.normpath(place)!r}", "")
-            except CheckpointError as error:
-                return _Found([], "", str(error))
-    return _Found([], "", "")
-
-
-def _items_in(folder: str) -> list[Any]:
-    """The layouts of all files of a folder, each once: every rank of a stage may have saved the same."""
-    found: dict[str, Any] = {}
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((".ckpt", ".json")):
-            for item in _entries(load_strategy(os.path.join(folder, name))):
-                found.setdefault(json.dumps(item), item)
-    return list(found.values())
-
-
-def _entries(strategy: Strategy) -> list[Any]:
-    return [
-        [name, stage, layout.dev_matrix, layout.tensor_map, layout.opt_shard_step, layout.opt_shard_size]
-        for name, stages in strategy.layouts.items()
-        for stage, layout in stages.items()
-    ]
-
-
-def _item(raw: list[Any]) -> LayoutItem:
-    name, stage, dev_matrix, tensor_map, step, size = raw
-    return LayoutItem(name, stage, Layout(tuple(dev_matrix), tuple(map(tuple, tensor_map)), step, size))
+    scalars = {**_common(transport, listing), **_scalars(transport, seen, catalog)}
+    return Chosen(candidate, listing, strategy, scalars)
 
 
 def _text(strategy: Optional[Strategy]) -> str:
-    return "" if strategy is None else json.dumps(sorted(_entries(strategy)))
+    return "" if strategy is None else json.dumps(sorted(entries(strategy)))
 
 
 def _read_headers(
-    transport: Transport[Any], wanted: Wanted, look: Any, strategy: Optional[Strategy]
-) -> tuple[Survey, Catalog]:
-    """Tables of contents of all files, and that they fit the layouts."""
+    transport: Transport[Any], wanted: Wanted, look: Callable[[], Listing], strategy: Optional[Strategy]
+) -> tuple[Survey, Catalog, Listing]:
+    """Tables of contents of all files, that they fit the layouts, and that nothing is missing."""
     problem, result = "", None
     try:
         seen = survey(transport, look, partial(read_index, access=wanted.access), wanted.host)
-        result = seen, catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
+        listing = _here(look)
+        if listing.folder is not None:
+            catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
+        else:
+            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
+        problem = _uncovered(catalog)
+        result = seen, catalog, listing
     except PeerError:
         pass  # the peer tells below; if it is gone, that shows below too
     except TransportError:
@@ -260,6 +202,35 @@ def _read_headers(
     if result is None or any(told):
         raise _Unfit(next(filter(None, told), "its headers could not be read"))
     return result
+
+
+def _here(look: Callable[[], Listing]) -> Listing:
+    """What this host sees of it, which may be nothing."""
+    try:
+        return look()
+    except DiscoveryError:
+        return Listing({}, False, None)
+
+
+def _uncovered(catalog: Catalog) -> str:
+    """The first parameter that lacks a slice in every place where it could be whole; "" when there is none."""
+    for name, tensor in catalog.tensors.items():
+        lacking = [[cell for cell in p.expected if not p.holders.get(cell)] for p in tensor.placements]
+        if lacking and all(lacking):
+            ranks = sorted(rank for cell in lacking[0] for rank in tensor.placements[0].expected[cell])
+            return f"no file holds the slices of parameter {name!r} that {name_ranks(ranks)} should have saved"
+    return ""
+
+
+def _common(transport: Transport[Any], listing: Listing) -> dict[str, Value]:
+    """The training scalars of a MindFormers folder."""
+    mine: dict[str, Any] = {}
+    if listing.folder is not None:
+        with contextlib.suppress(OSError, ValueError):  # it may lack them
+            held = json.loads(Path(listing.folder.path, COMMON_NAME).read_bytes())
+            mine = {name: value for name, value in held.items() if isinstance(value, (int, float, str))}
+    told: dict[str, Any] = next(filter(None, map(unpack, transport.share(pack(mine)))), {})
+    return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 
 
 def _compare_digests(transport: Transport[Any], wanted: Wanted, seen: Survey) -> None:
@@ -319,7 +290,7 @@ def _scalars(transport: Transport[Any], seen: Survey, catalog: Catalog) -> dict[
     except CheckpointError as problem:
         error = problem
     share_status(transport, error)
-    told = {name: raw for answer in transport.share(_pack(mine)) for name, raw in _unpack(answer).items()}
+    told = {name: raw for answer in transport.share(pack(mine)) for name, raw in unpack(answer).items()}
     return {name: _heard(told[name]) for name in small}
 
 
@@ -332,11 +303,3 @@ def _heard(raw: Any) -> Value:
         return raw
     dtype, shape, data = raw
     return np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape)
-
-
-def _pack(value: Any) -> bytes:
-    return zlib.compress(json.dumps(value).encode(), 1)
-
-
-def _unpack(data: bytes) -> Any:
-    return json.loads(zlib.decompress(data))

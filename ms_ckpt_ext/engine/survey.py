@@ -80,7 +80,7 @@ def survey(
     hosts = [answer.decode() for answer in transport.share(host.encode())]
     probe = hosts.index(host) == transport.rank
     found, problem = _list(look) if probe else ({}, "")
-    answers = [_unpack(a) for a in transport.share(_pack([found, problem]))]
+    answers = [unpack(a) for a in transport.share(pack([found, problem]))]
     sightings: dict[str, list[_Sighting]] = {}
     names: Optional[dict[str, str]] = None
     sharded = any(seen.get("sharded") for seen, _ in answers)
@@ -146,8 +146,8 @@ def _read_together(
         error = problem
     share_status(transport, error)
     found: dict[str, FileIndex] = {}
-    for answer in transport.share(_pack([(key, _to_json(index)) for key, index in tables])):
-        for key, raw in _unpack(answer):
+    for answer in transport.share(pack([(key, _to_json(index)) for key, index in tables])):
+        for key, raw in unpack(answer):
             index = _from_json(raw)
             before = found.setdefault(key, index)
             if header_digest(before) != header_digest(index):
@@ -184,11 +184,13 @@ def _local(index: FileIndex, sightings: Sequence[_Sighting], host: str) -> FileI
     return FileIndex(here.path, index.size, here.identity[1], index.tensors, index.metadata, index.reader)
 
 
-def _pack(value: Any) -> bytes:
+def pack(value: Any) -> bytes:
+    """JSON, small enough to share."""
     return zlib.compress(json.dumps(value).encode(), 1)
 
 
-def _unpack(data: bytes) -> Any:
+def unpack(data: bytes) -> Any:
+    """What `pack` was given; tuples are lists."""
     return json.loads(zlib.decompress(data))
 
 

@@ -99,6 +99,20 @@ def test_a_torn_one_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert reason in caplog.text
 
 
+@pytest.mark.parametrize("mode", ["AES-GCM", "SM4-CBC"])
+def test_encrypted_ones(mode: str, tmp_path: Path) -> None:
+    key = b"0123456789abcdef"
+    model = train(tmp_path, epochs=1, enc_key=key, enc_mode=mode)
+    manifest = load_manifest(str(tmp_path))
+    assert manifest is not None and [dict(held.tensors) for held in manifest.files.values()] == [{}] * 3
+    net = network(1)
+    assert resume(net, None, tmp_path, dec_key=key, dec_mode=mode).step == 3
+    expected = contents(model.train_network)
+    assert contents(net) == {name: expected[name] for name in contents(net)}
+    with pytest.raises(DiscoveryError, match="is encrypted .*pass the key"):
+        resume(net, None, tmp_path)
+
+
 def test_a_run_that_was_resumed_counts_on(tmp_path: Path) -> None:
     train(tmp_path, epochs=1)
     train(tmp_path, epochs=1, recorder=CheckpointRecorder(start_epoch=1, start_step=3))

@@ -115,20 +115,20 @@ def test_training_goes_on(case: Case, trained: Trained, tmp_path: Path) -> None:
         assert all(line and f"step3/net.{case.format} 3 " in line[0] for line in lines), lines
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_weights_alone_are_served(tp: int, trained: Trained, tmp_path: Path) -> None:
-    """The output is that of the trained weights, and the optimizer's states never left the storage."""
+@pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1)])
+def test_weights_alone_are_served(dp: int, tp: int, trained: Trained, tmp_path: Path) -> None:
+    """The output is that of the trained weights; optimizer states never left the storage, and replicas share."""
     if not ALL:
         pytest.skip("one of the long ones: scripts/e2e.sh runs them")
     result = demo(
-        tp, tmp_path, f"1,{tp}", tmp_path / "out", "--serve", "--resume", trained.root, "--format", "safetensors",
-        "--mode", "cooperative",
+        dp * tp, tmp_path, f"{dp},{tp}", tmp_path / "out", "--serve", "--resume", trained.root,
+        "--format", "safetensors", "--mode", "cooperative",
     )  # fmt: skip
     shards = [read_index(str(path)) for path in sorted(trained.root.glob("step3/rank_*/net.safetensors"))]
     weights = sum(shard.tensors[name].nbytes for shard in shards for name in WEIGHTS)
     truth = expected(trained, tmp_path / "merged")
     read = 0
-    for rank in range(tp):
+    for rank in range(dp * tp):
         told = re.search(r"^SERVED \d+ \S+ 3 cooperative (\d+)$", result.worker(rank), re.MULTILINE)
         assert told, result.worker(rank)
         read += int(told[1])
@@ -137,8 +137,8 @@ def test_weights_alone_are_served(tp: int, trained: Trained, tmp_path: Path) -> 
         found = np.frombuffer(bytes.fromhex(output[1]), np.float32).reshape(16, 16)
         np.testing.assert_allclose(found, truth, rtol=0, atol=2e-6)
     states = sum(entry.nbytes for shard in shards for entry in shard.tensors.values()) - weights
-    print(f"tp{tp}: read {read} bytes of {weights} of weights and {states} of other things")
-    assert 0 < read <= weights
+    print(f"dp{dp} tp{tp}: read {read} bytes of {weights} of weights and {states} of other things")
+    assert read == weights
 
 
 def expected(trained: Trained, merged: Path) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext.engine.checkpoints import find_candidates
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
@@ -132,6 +132,18 @@ def older_note_of_a_rank(root: Path) -> None:
     (folder / "rank_1.json").write_text(json.dumps(held))
 
 
+def a_slice_is_nowhere(root: Path) -> None:
+    """`b.w` is cut in two by tensor parallelism: ranks 0 and 2 hold the same half."""
+    for rank in (0, 2):
+        path = root / f"rank_{rank}" / "net-1_20.safetensors"
+        save_file({name: array for name, array in load_file(path).items() if name != "b.w"}, path)
+        for held in (root / "ms_ckpt_ext" / "net-1_20.safetensors").glob("*.json"):
+            content = json.loads(held.read_text())
+            for record in content["ranks"]:
+                record["size"] = (root / record["file"]).stat().st_size
+            held.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("tear", "reason"),
     [
@@ -144,6 +156,7 @@ def older_note_of_a_rank(root: Path) -> None:
         (broken_layouts, "stage_0.ckpt"),
         (other_layouts, "no parameter in common"),
         (older_note_of_a_rank, "different steps"),
+        (a_slice_is_nowhere, "no file holds the slices of parameter 'b.w' that ranks 0, 2"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -284,6 +297,21 @@ def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
     )
     chosen, _ = look(tmp_path / "m")
     assert chosen is not None and chosen.candidate.merged and chosen.candidate.title == "release/merged"
+
+
+def test_folders_of_mindformers(tmp_path: Path) -> None:
+    for step in (4, 10):
+        folder = tmp_path / "checkpoint" / f"iteration_{step:08d}"
+        folder.mkdir(parents=True)
+        save_file(arrays(step), folder / "qwen3-model-0000000-0000001.safetensors")
+        (folder / "common.json").write_text(json.dumps({"epoch_num": 2, "global_step": step + 7, "ckpt_status": None}))
+    chosen, _ = look(tmp_path / "checkpoint")
+    assert step_of(chosen) == 10
+    assert chosen is not None and chosen.candidate.title == "iteration_00000010/merged"
+    assert chosen.listing.folder is not None
+    (tmp_path / "checkpoint" / "iteration_00000010" / "qwen3-model-0000000-0000001.safetensors").write_bytes(b"x" * 20)
+    chosen, skipped = look(tmp_path / "checkpoint")
+    assert step_of(chosen) == 4 and skipped[0].name == "iteration_00000010/merged"
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""The layouts of the job that saved a checkpoint: noted with it, or where training jobs keep their strategy files."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, NamedTuple, Optional
+
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.checkpoints import Candidate
+from ms_ckpt_ext.engine.records import strategy_folder
+from ms_ckpt_ext.engine.survey import pack, unpack
+from ms_ckpt_ext.errors import CheckpointError, StrategyError
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.transport.base import Transport
+
+_FOLDERS = ("strategy", os.path.join("..", "strategy"))
+"""Where MindFormers and most scripts keep them, seen from a checkpoint's folder."""
+
+
+def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, probe: bool) -> Optional[Strategy]:
+    """The layouts that cut a checkpoint, recorded with it or found beside it; None when it is whole. Collective.
+
+    Args:
+        transport: between the ranks, of which one per host is a `probe` and looks into files.
+        candidate: in `folder` on this host.
+
+    Raises:
+        StrategyError: on all ranks: there are none, or they are damaged or contradict each other.
+    """
+    if candidate.whole:
+        return None
+    mine = _layouts_near(folder, candidate) if probe else _Found([], "", "")
+    answers = [_Found(*unpack(answer)) for answer in transport.share(pack(mine))]
+    origin = next((answer.origin for answer in answers if answer.items), "")
+    if not origin:
+        problem = next((answer.problem for answer in answers if answer.problem), "")
+        if problem or len(candidate.files) > 1:
+            raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy")
+        return None
+    items = [_item(raw) for answer in answers for raw in answer.items]
+    return Strategy.from_items(items, origin)
+
+
+class _Found(NamedTuple):
+    """Layouts on one host: entries as JSON, where they are from, and what was wrong."""
+
+    items: list[Any]
+    origin: str
+    problem: str
+
+
+def _layouts_near(folder: str, candidate: Candidate) -> _Found:
+    recorded = strategy_folder(folder, candidate.name)
+    folders = [recorded] if candidate.records else [os.path.join(folder, near) for near in _FOLDERS]
+    for place in folders:
+        if os.path.isdir(place):
+            try:
+                return _Found(_items_in(place), f"strategy directory {os.path.normpath(place)!r}", "")
+            except CheckpointError as error:
+                return _Found([], "", str(error))
+    return _Found([], "", "")
+
+
+def _items_in(folder: str) -> list[Any]:
+    """The layouts of all files of a folder, each once: every rank of a stage may have saved the same."""
+    found: dict[str, Any] = {}
+    for name in sorted(os.listdir(folder)):
+        if name.endswith((".ckpt", ".json")):
+            for item in entries(load_strategy(os.path.join(folder, name))):
+                found.setdefault(json.dumps(item), item)
+    return list(found.values())
+
+
+def entries(strategy: Strategy) -> list[Any]:
+    """A strategy as JSON: an entry for every parameter and stage."""
+    return [
+        [name, stage, layout.dev_matrix, layout.tensor_map, layout.opt_shard_step, layout.opt_shard_size]
+        for name, stages in strategy.layouts.items()
+        for stage, layout in stages.items()
+    ]
+
+
+def _item(raw: list[Any]) -> LayoutItem:
+    name, stage, dev_matrix, tensor_map, step, size = raw
+    return LayoutItem(name, stage, Layout(tuple(dev_matrix), tuple(map(tuple, tensor_map)), step, size))
