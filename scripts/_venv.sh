@@ -2,6 +2,7 @@
 #
 #   ensure_venv    makes it or brings it up to date, then puts it first on PATH
 #   find_python    lets the environment be that is active, if it has MindSpore and this project; else ensure_venv
+#   ensure_mindformers    adds MindFormers to the environment, for its tests
 #
 #   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
 #   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
@@ -54,4 +55,25 @@ find_python() {
   export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
   local needed='import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ["mindspore", "tqdm", "xxhash"])))'
   python -c "$needed" 2>/dev/null || ensure_venv
+}
+
+pip_install() { python -m pip install --quiet --disable-pip-version-check --no-input "$@"; }
+
+# MindFormers, for its tests: about half a minute and 650 MB. It is installed without its declared requirements, because
+# one of them (hyper-parallel) is not on PyPI; what it imports stands in tests/mindformers/requirements.txt.
+# MS_CKPT_EXT_MINDFORMERS=0 leaves it out, and its tests are skipped; another value than 2.0.0 is tried as its version.
+ensure_mindformers() {
+  local wanted="${MS_CKPT_EXT_MINDFORMERS:-2.0.0}" list="$ROOT/tests/mindformers/requirements.txt" stamp
+  if [[ $wanted == 0 ]]; then return; fi
+  stamp="$wanted $(cksum <"$list")"
+  if [[ $(cat "$VIRTUAL_ENV/.mindformers" 2>/dev/null) != "$stamp" ]]; then
+    say "Installing MindFormers $wanted for its tests"
+    if ! { pip_install --requirement "$list" && pip_install --no-deps "mindformers==$wanted"; }; then
+      if [[ -n ${CI:-} ]]; then die "MindFormers $wanted cannot be installed"; fi
+      say "MindFormers $wanted cannot be installed; its tests are skipped"
+      return
+    fi
+    echo "$stamp" >"$VIRTUAL_ENV/.mindformers"
+  fi
+  export MS_CKPT_EXT_REQUIRE_MINDFORMERS=1
 }

@@ -4,5 +4,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 ensure_venv
+ensure_mindformers
 cd "$ROOT"
 exec python -m pytest --timeout=900 "$@"

@@ -1,0 +1,172 @@
+"""MindFormers' own functions beside ours, in one process: functions_worker.py GOLDEN SCRATCH; ends with "all right".
+
+1. Every conversion operator, on whole tensors, against the rule that is made of it.
+2. The legacy way: its merge of rank folders and its load, stock and with ours in place, into equal networks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import standin  # noqa: F401 - before mindformers
+import mindspore as ms
+import numpy as np
+from mindformers.checkpoint.converter import convert_op
+from mindformers.tools.register import MindFormerConfig
+from mindformers.utils import load_checkpoint_utils as legacy
+from mindspore import Parameter, Tensor, nn
+from safetensors.numpy import load_file, save_file
+
+from ms_ckpt_ext.api.install import install, uninstall
+from ms_ckpt_ext.bridge.mindformers import seam
+from ms_ckpt_ext.bridge.mindformers.converters import rules_of
+from ms_ckpt_ext.bridge.mindformers.legacy import NOTE_NAME
+from ms_ckpt_ext.bridge.mindformers.loader import Options
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.offline import execute
+from ms_ckpt_ext.errors import UnsupportedError
+
+golden, scratch = Path(sys.argv[1]), Path(sys.argv[2])
+ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
+CONFIG = SimpleNamespace(
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=2,
+    hidden_size=6,
+    tensor_model_parallel_size=1,
+    num_moe_experts=3,
+    moe_ffn_hidden_size=5,
+    expert_model_parallel_size=1,
+)
+
+
+def converted(operator: Any, sources: dict[str, np.ndarray], stock_sources: dict[str, np.ndarray]) -> None:
+    """Compare what the operator makes with what a merge through its rules writes."""
+    if hasattr(operator, "set_model_config"):
+        operator.set_model_config(CONFIG)
+    operator.optimizer_parallel_size = 1
+    expected = operator(stock_sources)
+    folder = scratch / type(operator).__name__ / "-".join(expected)
+    folder.mkdir(parents=True)
+    save_file(sources, folder / "model.safetensors")
+    catalog = open_catalog(str(folder), None).ruled(rules_of([operator]))
+    execute(merge_job(catalog, str(folder / "out"), MergeOptions()), str(folder / "out"), 1, Limits())
+    got = {}
+    for part in (folder / "out").glob("part*.safetensors"):
+        got.update(load_file(part))
+    assert got.keys() == expected.keys(), (got.keys(), expected.keys())
+    for name, array in expected.items():
+        assert np.array_equal(got[name], array), (type(operator).__name__, name)
+
+
+def operators() -> None:
+    rng = np.random.default_rng(5)
+
+    def draw(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
+        return {f"h.0.{name}": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def same(operator: Any, sources: dict[str, np.ndarray]) -> None:
+        converted(operator, sources, sources)
+
+    three = ["h.{}.q", "h.{}.k", "h.{}.v"]
+    same(convert_op.RenameConvertOp("h.{}.a", "m.{}.a"), draw(a=(3, 4)))
+    for dim in (0, 1):
+        same(convert_op.ConcatConvertOp(["h.{}.a", "h.{}.b"], f"m.{{}}.c{dim}", dim=dim), draw(a=(3, 4), b=(3, 4)))
+        same(convert_op.StackConvertOp(["h.{}.a", "h.{}.b"], f"m.{{}}.s{dim}", dim=dim), draw(a=(3, 4), b=(3, 4)))
+    same(convert_op.QKVConvertOp(three, "m.{}.qkv"), draw(q=(16, 6), k=(8, 6), v=(8, 6)))
+    same(convert_op.QKVBiasConvertOp(three, "m.{}.bias"), draw(q=(8,), k=(8,), v=(8,)))
+    if hasattr(convert_op, "ScaleSplitConvertOp"):  # since 2.1
+        same(convert_op.ScaleSplitConvertOp("h.{}.s", ["m.{}.x", "m.{}.y", "m.{}.z"]), draw(s=(3,)))
+        plain = convert_op.ConcatConvertOp(["h.{}.a", "h.{}.b"], "m.{}.plain", interleaved=False)
+        same(plain, draw(a=(3, 4), b=(2, 4)))
+    experts = {f"h.0.e.{n}.{name}": rng.standard_normal(shape).astype(np.float32)
+               for name, shape in {"gate": (5, 6), "up": (5, 6), "down": (6, 5)}.items() for n in range(3)}  # fmt: skip
+
+    def stacked(name: str) -> np.ndarray:
+        """As MindFormers' loader hands experts to their operator."""
+        return np.concatenate([experts[f"h.0.e.{n}.{name}"] for n in range(3)])
+
+    pair = {name: array for name, array in experts.items() if "down" not in name}
+    wide = convert_op.ExpertsConvertOp(["h.{}.e.{}.gate", "h.{}.e.{}.up"], "m.{}.weight1")
+    converted(wide, pair, {f"h.0.e.stack.{name}": stacked(name) for name in ("gate", "up")})
+    single = {name: array for name, array in experts.items() if "down" in name}
+    tall = convert_op.ExpertsConvertOp(["h.{}.e.{}.down"], "m.{}.weight2")
+    converted(tall, single, {"h.0.e.stack.down": stacked("down")})
+
+
+def unknown_operators() -> None:
+    class Own(convert_op.RenameConvertOp):
+        pass
+
+    try:
+        rules_of([Own("h.{}.a", "m.{}.a")])
+    except UnsupportedError as refusal:
+        assert "Own" in str(refusal)
+        return
+    raise AssertionError("an operator of one's own was taken for MindFormers'")
+
+
+class Network(nn.Cell):
+    """This rank's slices of a golden case, empty."""
+
+    def __init__(self, slices: dict[str, np.ndarray]) -> None:
+        super().__init__()
+        self.held = ms.ParameterTuple([Parameter(Tensor(np.zeros_like(a)), name=n) for n, a in slices.items()])
+
+    def convert_name(self, name: str) -> str:
+        """Names of the checkpoint are those of the network; MindFormers asks."""
+        return name
+
+
+def by_the_legacy_way(output: Path) -> dict[str, bytes]:
+    """What MindFormers does with `auto_trans_ckpt` and rank folders, from dp2 x tp4 to tp4."""
+    source, unified = golden / "dp2_tp4", str(output / "unified_checkpoint/")
+    output.mkdir()
+    legacy.unify_safetensors(str(source / "shards"), str(source / "strategy.ckpt"), unified)
+    shard = next((golden / "tp4/shards/rank_0").glob("*.safetensors"))
+    slices = load_file(shard)
+    network = Network(slices)
+    config = MindFormerConfig(
+        use_parallel=True,
+        auto_trans_ckpt=True,
+        resume_training=False,
+        load_ckpt_format="safetensors",
+        model=MindFormerConfig(model_config=MindFormerConfig()),
+    )
+    files = sorted(str(path) for path in Path(unified).glob("*.safetensors"))
+    strategy = str(golden / "tp4/strategy.ckpt")
+    legacy.load_safetensors_checkpoint(config, files, network, strategy, unified, None)
+    held = {parameter.name: parameter.asnumpy().tobytes() for parameter in network.get_parameters()}
+    assert held == {name: array.tobytes() for name, array in slices.items()}
+    return held
+
+
+def the_legacy_way() -> None:
+    os.environ["MS_CKPT_EXT_MODE"] = "direct"
+    stock = by_the_legacy_way(scratch / "stock")
+    assert (scratch / "stock/unified_checkpoint/part0.safetensors").is_file()
+    install()
+    seam.install(Options())
+    ours = by_the_legacy_way(scratch / "ours")
+    left = sorted(path.name for path in (scratch / "ours/unified_checkpoint").iterdir())
+    assert NOTE_NAME in left, left
+    assert (scratch / "ours/unified_checkpoint/part0.safetensors").is_symlink(), "nothing was merged"
+    assert ours == stock
+    uninstall()
+    merged = by_the_legacy_way(scratch / "half")  # ours in MindFormers only: the merge is stock
+    assert merged == stock
+    assert not (scratch / "half/unified_checkpoint" / NOTE_NAME).exists()
+    seam.uninstall()
+
+
+operators()
+unknown_operators()
+the_legacy_way()
+sys.stdout.write("all right\n")
