@@ -72,9 +72,12 @@ def _offer(catalog: Catalog, tensor: SourceTensor, region: Optional[Region]) -> 
     return Offer(tensor, region, region.shape if region else tensor.meta.shape, dtype)
 
 
+_ATTRIBUTES = {"Bool": "bool_", "Float8E4M3FN": "float8_e4m3fn", "Float8E5M2": "float8_e5m2"}
+"""MindSpore's dtypes whose attribute is not their name in small letters."""
+
+
 def _mindspore_dtype(dtype: DType) -> Any:
-    name = {"Bool": "bool_", "BFloat16": "bfloat16"}.get(dtype.mindspore, dtype.mindspore.lower())
-    return getattr(ms, name, None)
+    return getattr(ms, _ATTRIBUTES.get(dtype.mindspore, dtype.mindspore.lower()), None)
 
 
 def nbytes_of(offer: Offer) -> int:

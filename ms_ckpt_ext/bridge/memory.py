@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 import numpy as np
+from mindspore._c_expression import TensorPy
 from mindspore.common import np_dtype
 
 from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
@@ -65,7 +66,8 @@ def tensor_of(buffer: Bytes, offer: Offer) -> Any:
     numpy = _NUMPY.get(offer.tensor.meta.dtype.name)
     if numpy is not None:
         return ms.Tensor.from_numpy(buffer.view(numpy).reshape(offer.shape))
-    return ms.Tensor.from_numpy(buffer.reshape(offer.shape)).view(offer.dtype)  # 8-bit floats, which numpy lacks
+    # 8-bit floats: numpy lacks them and the CPU cannot view bytes as them, so as `mindspore.load_checkpoint` does it.
+    return TensorPy.convert_bytes_to_tensor(buffer.tobytes(), tuple(offer.shape), offer.dtype)
 
 
 def give(match: Match, buffer: Bytes) -> None:

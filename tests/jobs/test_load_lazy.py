@@ -131,6 +131,17 @@ def test_a_sharded_checkpoint_is_seen_whole(case: str, golden: Path, tmp_path: P
         assert {n: merged[n].numpy().tobytes() for n in truth} == {n: t.data for n, t in truth.items()}
 
 
+@pytest.mark.parametrize("kind", ["ckpt", "ckpt_crc", "safetensors", "dedup"])
+@pytest.mark.parametrize("case", ["formats_dp2_tp4", "formats_dp2_tp4_zero"])
+def test_every_golden_set_is_the_truth(case: str, kind: str, golden: Path) -> None:
+    truth = read_file(golden / "full" / "model.safetensors")
+    with load(golden / case / kind, golden / case / "strategy.ckpt", crc_check=True) as held:
+        found = held.arrays()
+    assert {name: found[name].tobytes() for name in truth} == {name: tensor.data for name, tensor in truth.items()}
+    outside = {"global_step", "learning_rate", "epoch_num", "step_num", "loss_scale", "scale_sense"}
+    assert found.keys() - truth.keys() == {*outside, "current_iterator_step"}
+
+
 @pytest.mark.parametrize("mode", ["aes_gcm", "aes_cbc", "sm4_cbc"])
 def test_an_encrypted_file(mode: str, golden: Path) -> None:
     path = next((golden / CASE / f"ckpt_{mode}" / "rank_1").glob("*.ckpt"))

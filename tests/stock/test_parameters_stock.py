@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.errors import ChecksumError, DiscoveryError
+from ms_ckpt_ext.core.dtype import DTYPES
+from ms_ckpt_ext.errors import ChecksumError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats import safetensors
+from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -176,3 +179,18 @@ def test_crc_check_is_wherever_mindspore_has_it(ms: Any) -> None:
     ours = {name for name, arguments in public(ms_ckpt_ext).items() if "crc_check" in arguments}
     assert stock == {"load_checkpoint", "save_checkpoint", "CheckpointConfig"}
     assert ours >= {"load_checkpoint", "load", "convert", "unified_safetensors", "load_distributed_checkpoint"}
+
+
+def test_eight_bit_floats(ms: Any, tmp_path: Path) -> None:
+    """Stock cannot load them from either format; a dtype that MindSpore lacks is an error by name."""
+    specs = [TensorSpec("a", DTYPES["F8_E4M3"], (2, 2)), TensorSpec("b", DTYPES["F8_E5M2"], (3,))]
+    laid = safetensors.layout([*specs, TensorSpec("c", DTYPES["F8_E8M0"], (1,))], {})
+    (tmp_path / "net.safetensors").write_bytes(laid.literals[0][1] + bytes(range(8)))
+    with ms_ckpt_ext.load(tmp_path / "net.safetensors") as held:
+        found = ms_ckpt_ext.as_parameters(held, ["a", "b"])
+        assert {name: str(value.dtype) for name, value in found.items()} == {"a": "Float8E4M3FN", "b": "Float8E5M2"}
+        assert described(found) == {
+            name: (str(value.dtype), value.shape, held[name].numpy().tobytes()) for name, value in found.items()
+        }
+        with pytest.raises(UsageError, match="'c' is F8_E8M0, which this MindSpore has no dtype for"):
+            ms_ckpt_ext.as_parameters(held)
