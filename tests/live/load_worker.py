@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import mindspore as ms
 import numpy as np
@@ -13,6 +15,7 @@ from mindspore.communication import init
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
+from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from tests.jobs.support import Stored, read_file
 
@@ -39,10 +42,27 @@ def check(rank: int, case: dict[str, Any]) -> None:
     expected = read_file(next(Path(case["expected"]).glob(f"rank_{rank}/*.safetensors")))
     cell = poisoned(expected)
     COUNTS.clear()
-    missing, unused = load_distributed_checkpoint(
-        cell, None, case["predicted"], case["trained"], format=case.get("format", "safetensors"),
-        unified_safetensors_dir=case["source"], mode=case.get("mode"), **case.get("options", {}),
-    )  # fmt: skip
+    host = rank * case.get("hosts", 1) // distributed.get_world_size()
+
+    def load() -> tuple[list[str], list[str]]:
+        source = case["source"].format(host=host)
+        with mock.patch.dict(os.environ, {"MS_CKPT_EXT_HOST": f"host-{host}"}):
+            return load_distributed_checkpoint(
+                cell, None, case["predicted"], case["trained"], format=case.get("format", "safetensors"),
+                unified_safetensors_dir=source, mode=case.get("mode"), **case.get("options", {}),
+            )  # fmt: skip
+
+    if "error" in case:
+        before = bytes_of(cell)
+        try:
+            load()
+        except CheckpointError as error:
+            assert type(error).__name__ == case["error"], error
+            assert all(text in str(error) for text in case["says"]), error
+            assert bytes_of(cell) == before, "something was changed"
+            return
+        raise AssertionError(f"{case['name']}, rank {rank}: no error")
+    missing, unused = load()
     found = bytes_of(cell)
     wrong = [name for name, tensor in expected.items() if found[name] != tensor.data]
     assert not wrong, f"{case['name']}, rank {rank}: {wrong}"

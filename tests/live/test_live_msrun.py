@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
 from tests.jobs.formats import KEY, format_of, key_of, make_source
 from tests.jobs.support import cut, read_file, scalars, shard, strategy_of
+from tests.live.shards import Full, write
 
 pytestmark = [
     pytest.mark.msrun,
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 WORKER = Path(__file__).with_name("load_worker.py")
+PAIRS = (("dp2_tp4", "tp4"), ("dp2_tp2_pp2_zero", "dp2_tp2"), ("dp3_tp8", "tp4"))
 
 
 def run(cases: list[dict[str, Any]], ranks: int, tmp_path: Path, device: str = "cpu", **env: str) -> None:
@@ -70,11 +73,74 @@ def cooperative(golden: Path, source: str, target: str, **options: Any) -> dict[
     return golden_case(golden, source, target, mode="cooperative", options={"verify": "replicas", **options})
 
 
+def in_all_modes(golden: Path, tmp_path: Path) -> list[dict[str, Any]]:
+    """The pairs that every back end must do in every mode; they hold Adam states, scalars, F32, F16, BF16 and NaNs."""
+    formats = golden / "formats_dp2_tp4"
+    known = load_strategy(formats / "strategy.ckpt").layouts
+    few = {n: t for n, t in read_file(shard(formats / "dedup" / "rank_0")).items() if n not in known}
+    dedup = {
+        "source": formats / "dedup",
+        "trained": formats / "strategy.ckpt",
+        "predicted": golden / "dp2_tp2" / "strategy.ckpt",
+        "expected": with_scalars(golden / "dp2_tp2" / "shards", few, tmp_path / "few"),
+        "scalars": {name: tensor.data.hex() for name, tensor in few.items()},
+    }
+    cases = []
+    for mode in ("direct", "cooperative", "auto"):
+        cases += [golden_case(golden, source, target, mode=mode) for source, target in PAIRS]
+        cases.append({**dedup, "name": f"dedup {mode}", "mode": mode})
+    return [*cases, *bit_patterns(tmp_path / "bits")]
+
+
+def bit_patterns(root: Path) -> list[dict[str, Any]]:
+    """Every pattern of 16 bits as F16 and as BF16, and random ones as F32: NaNs of all payloads; split on both axes."""
+    rng = np.random.default_rng(0)
+    full: Full = {
+        "half": ("F16", rng.permutation(1 << 16).astype(np.uint16).reshape(256, 256)),
+        "brain": ("BF16", rng.permutation(1 << 16).astype(np.uint16).reshape(256, 256)),
+        "single": ("F32", rng.integers(0x7F800000, 0x80000000, (64, 64), np.uint32)),
+    }
+    root.mkdir()
+    trained = strategy_of(dict.fromkeys(full, Layout((4, 2), ((0,), ()))), root / "trained.ckpt")
+    predicted = strategy_of(dict.fromkeys(full, Layout((2, 2), ((1,), (0,)))), root / "predicted.ckpt")
+    write(trained, full, root / "source")
+    write(predicted, full, root / "expected")
+    paths = {name: root / f"{name}.ckpt" for name in ("trained", "predicted")}
+    folders = {name: root / name for name in ("source", "expected")}
+    return [{"name": f"bits {mode}", "mode": mode, **paths, **folders} for mode in ("direct", "cooperative")]
+
+
+def test_the_pairs_hold_what_they_should(golden: Path) -> None:
+    """NaNs in every floating dtype, Adam's two states, scalars beside the strategy."""
+    held = read_file(golden / "full/model.safetensors")
+    for dtype, width, exponent in (("F32", "<u4", 0x7F800000), ("F16", "<u2", 0x7C00), ("BF16", "<u2", 0x7F80)):
+        bits = np.concatenate([np.frombuffer(t.data, width) for t in held.values() if t.dtype == dtype])
+        assert (bits & (0x7FFFFFFF >> (32 - 8 * bits.itemsize)) > exponent).any(), dtype
+    assert {"adam_m.head.weight", "adam_v.head.weight"} <= held.keys()
+    dedup = read_file(shard(golden / "formats_dp2_tp4/dedup/rank_0"))
+    assert {"global_step", "epoch_num", "loss_scale", "learning_rate"} <= dedup.keys()
+
+
+def local_disks(golden: Path, root: Path) -> list[dict[str, Any]]:
+    """Eight shards on two disks, each seen by half of the ranks; then one of them is on neither."""
+    case = golden_case(golden, "dp2_tp4_zero", "tp4")
+    for rank in range(8):
+        for name in ("whole", "lacking") if rank != 5 else ("whole",):
+            target = root / name / f"disk-{rank % 2}" / f"rank_{rank}"
+            shutil.copytree(golden / "dp2_tp4_zero" / "shards" / f"rank_{rank}", target)
+    split = {**case, "hosts": 2}
+    says = ["should be in the file of rank 5", "hosts asked: host-0, host-1"]
+    return [
+        {**split, "name": "local disks", "source": root / "whole" / "disk-{host}", "options": {"verify": "replicas"}},
+        {**split, "name": "a folder nowhere", "source": root / "lacking" / "disk-{host}", "error": "CoverageError"}
+        | {"says": says},
+    ]
+
+
 def test_four_ranks(golden: Path, tmp_path: Path) -> None:
     formats = golden / "formats_dp2_tp4"
     known = load_strategy(formats / "strategy.ckpt").layouts
     extras = {n: t for n, t in read_file(shard(formats / "safetensors" / "rank_0")).items() if n not in known}
-    few = {n: t for n, t in read_file(shard(formats / "dedup" / "rank_0")).items() if n not in known}
     resumed = {
         "trained": formats / "strategy.ckpt",
         "predicted": golden / "dp2_tp2" / "strategy.ckpt",
@@ -82,18 +148,8 @@ def test_four_ranks(golden: Path, tmp_path: Path) -> None:
     wide = wide_case(tmp_path / "wide", Layout((2, 2), ((1,), (0,))))
     run(
         [
-            golden_case(golden, "dp3_tp8", "tp4"),
-            golden_case(golden, "dp3_tp8", "tp4", mode="direct"),
-            golden_case(golden, "dp2_tp2_pp2_zero", "dp2_tp2"),
-            golden_case(golden, "dp2_tp2_pp2_zero", "dp2_tp2", mode="direct"),
+            *in_all_modes(golden, tmp_path),
             {**golden_case(golden, "tp4", "dp2_tp2"), "name": "merged", "source": golden / "full", "trained": None},
-            {
-                "name": "dedup",
-                "source": formats / "dedup",
-                "expected": with_scalars(golden / "dp2_tp2" / "shards", few, tmp_path / "few"),
-                "scalars": {name: tensor.data.hex() for name, tensor in few.items()},
-                **resumed,
-            },
             {
                 "name": "scalars",
                 "source": formats / "safetensors",
@@ -120,8 +176,8 @@ def test_four_ranks(golden: Path, tmp_path: Path) -> None:
                 )
             ),
             {**wide, "mode": "direct", "counted": True},
-            cooperative(golden, "dp3_tp8", "tp4"),
             cooperative(golden, "dp2_tp2_pp2_zero", "dp2_tp2", bucket_bytes=16384),
+            *local_disks(golden, tmp_path),
         ],
         4,
         tmp_path,
@@ -134,26 +190,13 @@ def test_four_ranks(golden: Path, tmp_path: Path) -> None:
 def test_four_emulated_npus(mode: str, golden: Path, tmp_path: Path) -> None:
     """MindSpore's Ascend back end and HCCL code: pieces are cut on the device and land in device tensors."""
     emulator_or_skip()
-    formats = golden / "formats_dp2_tp4"
-    known = load_strategy(formats / "strategy.ckpt").layouts
-    few = {n: t for n, t in read_file(shard(formats / "dedup" / "rank_0")).items() if n not in known}
-    dedup = {
-        "name": "dedup",
-        "source": formats / "dedup",
-        "trained": formats / "strategy.ckpt",
-        "predicted": golden / "dp2_tp2" / "strategy.ckpt",
-        "expected": with_scalars(golden / "dp2_tp2" / "shards", few, tmp_path / "few"),
-        "mode": "cooperative",
-    }
     env = {} if mode == "synchronous" else {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
     run(
         [
-            cooperative(golden, "dp2_tp4", "tp4"),
+            *in_all_modes(golden, tmp_path),
             cooperative(golden, "dp3_tp8", "tp4", bucket_bytes=16384),
-            cooperative(golden, "dp2_tp2_pp2_zero", "dp2_tp2"),
-            golden_case(golden, "dp2_tp4", "tp4", mode="direct"),
             golden_case(golden, "dp2_tp4_zero", "tp4", mode="auto"),
-            dedup,
+            *local_disks(golden, tmp_path),
         ],
         4,
         tmp_path,

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.formats import safetensors
-from ms_ckpt_ext.formats.index import TensorSpec
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
 from tests.jobs.support import strategy_of
+from tests.live.shards import Full, write
 
 pytestmark = [
     pytest.mark.msrun,
@@ -27,22 +24,6 @@ WORKER = Path(__file__).with_name("sink_worker.py")
 MIB = 1 << 20
 BUCKET = 8 * MIB
 ROWS, COLUMNS, WHOLE = ((0,), ()), ((), (0,)), ((), ())
-Full = dict[str, tuple[str, np.ndarray]]
-"""Name -> dtype of the file, and the array (raw uint16 for BF16)."""
-
-
-def write(strategy: Strategy, full: Full, root: Path) -> None:
-    """`rank_N/net.safetensors`; what the strategy does not list lies whole on every rank."""
-    for rank in range(strategy.world):
-        held = {}
-        for name, (dtype, array) in full.items():
-            layout = strategy.layout(name, rank)
-            part = array if layout is None else array[layout.region(rank, array.shape).slices]
-            held[name] = TensorSpec(name, DTYPES[dtype], part.shape), np.ascontiguousarray(part).tobytes()
-        laid = safetensors.layout([spec for spec, _ in held.values()], {"format": "ms"})
-        data = b"".join(held[name][1] for name in laid.tensors)
-        (root / f"rank_{rank}").mkdir(parents=True)
-        (root / f"rank_{rank}/net.safetensors").write_bytes(laid.literals[0][1] + data)
 
 
 def make(root: Path, full: Full, trained: dict[str, Layout], predicted: dict[str, Layout]) -> None:
