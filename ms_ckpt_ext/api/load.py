@@ -22,7 +22,8 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_extras, read_listing
+from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_listing
+from ms_ckpt_ext.engine.contents import read_extras
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError

@@ -23,7 +23,8 @@ from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import proof, pump
-from ms_ckpt_ext.engine.catalog import TEXT, Catalog, decode_text
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.contents import TEXT, decode_text
 from ms_ckpt_ext.errors import LoadError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink

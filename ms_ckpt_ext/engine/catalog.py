@@ -8,13 +8,10 @@ only, a weights-only checkpoint has no optimizer states): planning asks for a re
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Optional, Union
-
-import numpy as np
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
@@ -31,8 +28,6 @@ from ms_ckpt_ext.storage.reader import ByteReader
 
 INT4 = "Int4"
 """Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
-TEXT = "STR"
-"""The dtype of text in a `.ckpt`."""
 MOST_OPEN, MOST_DECRYPTING = 256, 16
 """Files that a job keeps open. An encrypted one holds up to 64 MiB of plaintext."""
 
@@ -93,19 +88,13 @@ class Catalog:
         return ReaderPool(self.files, opener, MOST_OPEN if plain else MOST_DECRYPTING)
 
 
-def sharded_catalog(files_by_rank: Mapping[int, str], strategy: Strategy, access: Access = PLAIN) -> Catalog:
-    """Read the headers of a sharded checkpoint.
+def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access: Access = PLAIN) -> Catalog:
+    """A sharded checkpoint from the headers of its ranks' files.
 
     Raises:
         LayoutMismatchError: ranks disagree on a parameter's dtype, or a slice's shape contradicts the strategy.
         StrategyError: the strategy has no parameter in common with the files, or is for fewer ranks or stages.
-        FormatError, StorageError: a header cannot be read.
     """
-    return ranks_catalog(dict(zip(files_by_rank, read_indexes(files_by_rank.values(), access))), strategy, access)
-
-
-def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access: Access = PLAIN) -> Catalog:
-    """A sharded checkpoint from the headers of its ranks' files. Raises as `sharded_catalog`."""
     _check_world({rank: index.path for rank, index in index_of.items()}, strategy)
     indexes = tuple(index_of.values())
     by_rank = {rank: number for number, rank in enumerate(index_of)}
@@ -122,7 +111,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
             f"{_some(strategy.layouts)}, the files hold {_some(n for i in indexes for n in i.tensors)}; "
             "check that the strategy belongs to this model"
         )
-    extras = _extras(indexes, set(strategy.layouts))
+    extras = extras_of(indexes, set(strategy.layouts))
     return Catalog(indexes, tensors, extras, _notes(indexes), access)
 
 
@@ -208,7 +197,7 @@ def _contradiction(
     )
 
 
-def _extras(indexes: tuple[FileIndex, ...], known: set[str]) -> dict[str, SourceTensor]:
+def extras_of(indexes: tuple[FileIndex, ...], known: set[str]) -> dict[str, SourceTensor]:
     """Everything outside the strategy, whole on every rank that has it."""
     found: dict[str, tuple[TensorEntry, list[int]]] = {}
     for number, index in enumerate(indexes):
@@ -377,64 +366,3 @@ def file_catalog(path: str, access: Access = PLAIN) -> Catalog:
     (index,) = read_indexes([path], access)
     tensors = {name: whole_tensor(name, entry, [0]) for name, entry in index.tensors.items()}
     return Catalog((index,), tensors, {}, _notes((index,)), access)
-
-
-NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
-    "U64": "u8",
-    "F16": "f2",
-    "F32": "f4",
-    "F64": "f8",
-    "C64": "c8",
-    "C128": "c16",
-    "BF16": "u2",
-}
-"""dtype -> numpy's; BF16 as its bit patterns. What numpy lacks, 8-bit floats and packed types, is missing."""
-
-
-def read_extras(
-    directory: str,
-    strategy: Optional[Strategy],
-    file_suffix: Optional[str] = None,
-    access: Access = PLAIN,
-    kind: Optional[str] = None,
-) -> dict[str, Union[np.ndarray, str]]:
-    """The contents of everything outside the strategy; without one, of every text and single-element parameter."""
-    if strategy is None and discovery.is_sharded(directory):
-        path = next(iter(discovery.rank_files(directory, kind, file_suffix).values()))
-        (index,) = read_indexes([path], access)
-        catalog = Catalog((index,), {}, _extras((index,), set()), {}, access)
-        names = [
-            name for name, entry in index.tensors.items() if entry.dtype.name == TEXT or math.prod(entry.shape) == 1
-        ]
-    else:
-        catalog = open_catalog(directory, strategy, file_suffix, access=access, kind=kind)
-        names = list(catalog.extras)
-    with catalog.readers() as readers:
-        return {name: read_whole(catalog, readers, catalog.extras[name]) for name in names}
-
-
-def decode_text(contents: bytes) -> str:
-    """Text as a `.ckpt` stores it: UTF-32, little-endian, zeros at its end as numpy has them.
-
-    Raises:
-        FormatError: these bytes are no text.
-    """
-    try:
-        return contents.decode("utf-32-le", "surrogatepass").rstrip("\0")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"a text of {len(contents)} bytes is not UTF-32 ({error.reason}): it is damaged") from error
-
-
-def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
-    """One small tensor, read in one go."""
-    (file,) = next(iter(tensor.placements[0].holders.values()))
-    data = b""
-    for offset, length in catalog.stored(file, tensor.stored_name):
-        part = bytearray(length)
-        readers.read_into(file, offset, memoryview(part))
-        data += part
-    if tensor.meta.dtype.name == TEXT:
-        return decode_text(data)
-    dtype = NUMPY.get(tensor.meta.dtype.name)
-    flat = np.frombuffer(data, np.dtype(dtype or "u1"))
-    return flat.reshape(tensor.meta.shape) if dtype else flat

@@ -21,7 +21,8 @@ from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.catalog import INT4, NUMPY, TEXT, Catalog, decode_text
+from ms_ckpt_ext.engine.catalog import INT4, Catalog
+from ms_ckpt_ext.engine.contents import NUMPY, TEXT, decode_text
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink

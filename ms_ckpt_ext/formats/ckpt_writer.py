@@ -4,8 +4,9 @@
    values with one tag, each carrying all dims and the next 512 MiB (`_write_parameter_bytes_data` in
    mindspore/train/serialization.py); text and scalars are framed as `save_checkpoint` frames them.
 2. Anybody fills the holes, in any order.
-3. With `crc`, the last literal is the checksum's tail with zeros in it; `seal_crc` computes and writes the number
-   when the rest is in place. A writer that streams uses `crc_tail` with its own running CRC-32.
+3. With `crc`, the last literal is the checksum's tail with zeros in it; the layout's `checksum` says what goes there
+   when the rest is in place, and `seal_crc` does it to a finished file. A writer that streams uses `crc_tail` with its
+   own running CRC-32.
 """
 
 from __future__ import annotations

@@ -1,0 +1,78 @@
+"""Small things out of a checkpoint as values: training scalars, text."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional, Union
+
+import numpy as np
+
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.catalog import Catalog, extras_of, open_catalog
+from ms_ckpt_ext.errors import FormatError
+from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes
+from ms_ckpt_ext.storage.pool import ReaderPool
+
+TEXT = "STR"
+"""The dtype of text in a `.ckpt`."""
+NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
+    "U64": "u8",
+    "F16": "f2",
+    "F32": "f4",
+    "F64": "f8",
+    "C64": "c8",
+    "C128": "c16",
+    "BF16": "u2",
+}
+"""dtype -> numpy's; BF16 as its bit patterns. What numpy lacks, 8-bit floats and packed types, is missing."""
+
+
+def read_extras(
+    directory: str,
+    strategy: Optional[Strategy],
+    file_suffix: Optional[str] = None,
+    access: Access = PLAIN,
+    kind: Optional[str] = None,
+) -> dict[str, Union[np.ndarray, str]]:
+    """The contents of everything outside the strategy; without one, of every text and single-element parameter."""
+    if strategy is None and discovery.is_sharded(directory):
+        path = next(iter(discovery.rank_files(directory, kind, file_suffix).values()))
+        (index,) = read_indexes([path], access)
+        catalog = Catalog((index,), {}, extras_of((index,), set()), {}, access)
+        names = [
+            name for name, entry in index.tensors.items() if entry.dtype.name == TEXT or math.prod(entry.shape) == 1
+        ]
+    else:
+        catalog = open_catalog(directory, strategy, file_suffix, access=access, kind=kind)
+        names = list(catalog.extras)
+    with catalog.readers() as readers:
+        return {name: read_whole(catalog, readers, catalog.extras[name]) for name in names}
+
+
+def decode_text(contents: bytes) -> str:
+    """Text as a `.ckpt` stores it: UTF-32, little-endian, zeros at its end as numpy has them.
+
+    Raises:
+        FormatError: these bytes are no text.
+    """
+    try:
+        return contents.decode("utf-32-le", "surrogatepass").rstrip("\0")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"a text of {len(contents)} bytes is not UTF-32 ({error.reason}): it is damaged") from error
+
+
+def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
+    """One small tensor, read in one go."""
+    (file,) = next(iter(tensor.placements[0].holders.values()))
+    data = b""
+    for offset, length in catalog.stored(file, tensor.stored_name):
+        part = bytearray(length)
+        readers.read_into(file, offset, memoryview(part))
+        data += part
+    if tensor.meta.dtype.name == TEXT:
+        return decode_text(data)
+    dtype = NUMPY.get(tensor.meta.dtype.name)
+    flat = np.frombuffer(data, np.dtype(dtype or "u1"))
+    return flat.reshape(tensor.meta.shape) if dtype else flat
