@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import subprocess
 import sys
@@ -16,9 +17,16 @@ IO = "import re; io = open('/proc/self/io').read(); print('IO', *re.findall(r'ch
 
 
 class Turn(NamedTuple):
-    """One run of one command: seconds, bytes of memory (largest process, whole tree), bytes by the kernel's count."""
+    """One run of one command.
+
+    Attributes:
+        seconds, cpu: wall time; processor time of all its processes, user and system.
+        peak, tree: bytes of resident memory: largest process, all of them together.
+        read, written: bytes by the kernel's count, of commands made by `python`.
+    """
 
     seconds: float
+    cpu: float
     peak: int
     tree: int
     read: Optional[int]
@@ -29,6 +37,7 @@ def measure(command: list[str]) -> Turn:
     """Run a command and watch it."""
     import psutil
 
+    before = _processor_time()
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     peaks = [0, 0]
@@ -51,7 +60,12 @@ def measure(command: list[str]) -> Turn:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{err.decode()[-2000:]}")
     io = next((line.split()[1:] for line in out.decode().splitlines() if line.startswith("IO ")), [None, None])
-    return Turn(seconds, peaks[0], peaks[1], *(None if n is None else int(n) for n in io))
+    return Turn(seconds, _processor_time() - before, peaks[0], peaks[1], *(None if n is None else int(n) for n in io))
+
+
+def _processor_time() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def take_turns(commands: dict[str, list[str]], clean: Callable[[], None], rounds: int) -> dict[str, list[Turn]]:
@@ -77,13 +91,19 @@ def row(title: str, written: int, name: str, turns: dict[str, list[Turn]]) -> di
         return statistics.median(known) if known else None
 
     mine = turns[name]
+    ratios = [t.seconds / c.seconds for t, c in zip(mine, turns["cp"])]
     return {
         "job": title,
         "output bytes": written,
         "command": name,
         "seconds": round(median(t.seconds for t in mine), 3),
-        "x cp": round(median(t.seconds / c.seconds for t, c in zip(mine, turns["cp"])), 2),
+        "least s": round(min(t.seconds for t in mine), 3),
+        "cpu s": round(median(t.cpu for t in mine), 3),
+        "x cp": round(median(ratios), 2),
+        "least x cp": round(min(ratios), 2),
+        "most x cp": round(max(ratios), 2),
         "peak MiB": round(max(t.peak for t in mine) / (1 << 20)),
         "tree MiB": round(max(t.tree for t in mine) / (1 << 20)),
         "read / output": None if mine[0].read is None else round(median(t.read for t in mine) / written, 3),
+        "written / output": None if mine[0].written is None else round(median(t.written for t in mine) / written, 3),
     }

@@ -1,0 +1,102 @@
+"""Merge and re-cut against `cp`, `cp` with a sync, and stock MindSpore."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Optional
+
+from benches.measure import ROOT, measure, python, row, take_turns
+
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+def make_source(case: str, size: float, root: Path) -> Path:
+    """`size` bytes of parameters (replicas not counted), sharded as the golden case is."""
+    import numpy as np
+
+    from ms_ckpt_ext.formats import safetensors
+    from ms_ckpt_ext.formats.index import TensorSpec
+    from ms_ckpt_ext.formats.registry import read_index
+    from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+    golden = GOLDEN / case
+    strategy = load_strategy(golden / "strategy.ckpt")
+    full = read_index(str(GOLDEN / json.loads((golden / "case.json").read_text())["full"] / "model.safetensors"))
+    held = sum(entry.nbytes for entry in full.tensors.values())
+    factor = max(1, round(math.sqrt(size / held)))
+    noise = np.random.default_rng(0).bytes(8 << 20)
+    for rank in range(strategy.world):
+        specs = []
+        for name in strategy.names_of(rank):
+            entry = full.tensors.get(name)
+            layout = strategy.layout(name, rank)
+            if entry is not None and layout is not None:
+                shape = layout.slice_shape(tuple(extent * factor for extent in entry.shape))
+                specs.append(TensorSpec(name, entry.dtype, shape))
+        laid = safetensors.layout(specs, {"format": "ms"})
+        folder = root / f"rank_{rank}"
+        folder.mkdir(parents=True)
+        with (folder / "net.safetensors").open("wb") as file:
+            file.write(laid.literals[0][1])
+            while file.tell() < laid.size:
+                file.write(noise[: laid.size - file.tell()])
+    return golden / "strategy.ckpt"
+
+
+def offline(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Merge and re-cut."""
+    results = []
+    size = arguments.size * (1 << 30)
+    jobs = [("dp2_tp4_zero", None), ("dp2_tp4_zero", "tp4"), ("dp3_tp8", "dp2_tp4")]
+    for source_case, target_case in jobs:
+        with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
+            root = Path(work)
+            strategy = make_source(source_case, size, root / "source")
+            results += one_job(root, strategy, target_case, source_case, arguments)
+    return results
+
+
+def one_job(
+    root: Path, strategy: Path, target_case: Optional[str], source_case: str, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    source, out, copy = str(root / "source"), str(root / "out"), str(root / "copy")
+    if target_case is None:
+        call = f"unified_safetensors({source!r}, {str(strategy)!r}, {out!r})"
+        ours, title = f"from ms_ckpt_ext import unified_safetensors as f; f{call[19:]}", f"merge of {source_case}"
+    else:
+        target = str(GOLDEN / target_case / "strategy.ckpt")
+        ours = (
+            "from ms_ckpt_ext import load_distributed_checkpoint as f; "
+            f"f(None, None, {target!r}, {str(strategy)!r}, format='safetensors', unified_safetensors_dir={source!r}, "
+            f"dst_safetensors_dir={out!r})"
+        )
+        title = f"re-cut {source_case} to {target_case}"
+    measure(python(ours))
+    kept = str(root / "kept")
+    os.rename(out, kept)
+    for name in Path(kept).glob(".ms_ckpt_ext*"):
+        name.unlink()
+    written = sum(path.stat().st_size for path in Path(kept).rglob("*") if path.is_file())
+    commands = {
+        "ms_ckpt_ext": python(ours),
+        "cp": ["cp", "-r", kept, copy],
+        "cp and sync": ["sh", "-c", f"cp -r {kept} {copy} && find {copy} -type f | xargs sync"],
+    }
+    if arguments.stock and target_case is None:
+        commands["stock MindSpore"] = python(f"import mindspore; mindspore.{call}")
+
+    def clean() -> None:
+        for folder in (out, copy):
+            shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(kept, copy)
+        shutil.rmtree(copy)
+        os.sync()
+
+    turns = take_turns(commands, clean, arguments.rounds)
+    return [row(title, written, name, turns) for name in commands]
