@@ -20,7 +20,8 @@ from ms_ckpt_ext.bridge.match import Match, Offer, check_cell, check_fit, match_
 from ms_ckpt_ext.bridge.memory import give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import proof, pump
 from ms_ckpt_ext.engine.catalog import Catalog

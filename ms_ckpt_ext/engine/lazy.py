@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from ms_ckpt_ext.core.plan import SourceTensor
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
 from ms_ckpt_ext.engine.contents import NUMPY, TEXT, decode_text

@@ -21,8 +21,9 @@ from typing import Callable, NamedTuple, Optional
 import xxhash
 
 from ms_ckpt_ext.core.plan import SourceTensor, locate
-from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, renewed, superseded

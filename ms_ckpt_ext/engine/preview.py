@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Optional
 
-from ms_ckpt_ext.core.reads import Direct, Limits, Unit, schedule
+from ms_ckpt_ext.core.reads import Direct, Limits, Unit
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine.offline import Job, Report, check, fingerprint, in_rounds, is_done
 from ms_ckpt_ext.storage.staging import Staging, free_space
 

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
 from ms_ckpt_ext.core.exchange import ExchangePlan
-from ms_ckpt_ext.core.reads import Limits, Task, schedule
+from ms_ckpt_ext.core.reads import Limits, Task
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
 

@@ -27,9 +27,9 @@ from ms_ckpt_ext.core.reads import (
     Target,
     Task,
     Unit,
-    schedule,
 )
 from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strided import StridedCopy
 from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.pool import ReaderPool

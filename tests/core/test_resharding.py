@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.dtype import DTYPES, DType
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.plan import Piece, Placement, SourceTensor, TensorMeta, locate, pieces
-from ms_ckpt_ext.core.reads import Batch, Direct, Extent, Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.reads import Batch, Direct, Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strided import StridedCopy, strided_copy
 from ms_ckpt_ext.engine.pump import copy_strided
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError

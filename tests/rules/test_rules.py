@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose, apply_rules
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, open_catalog
