@@ -10,8 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
@@ -24,11 +23,12 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
     workers_of,
 )
+from ms_ckpt_ext.api.inputs import find, other_suffix
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.jobs import Choice, chosen_name
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
@@ -91,6 +91,7 @@ def convert(
     enc_mode: str = GCM,
     crc_check: bool = False,
     crc: bool = False,
+    digests: bool = True,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
     dry_run: bool = False,
@@ -110,6 +111,7 @@ def convert(
             "AES-GCM", in this package's chunked container (docs/encryption.md).
         crc_check: verify the checksum of every input that has one, before anything is written.
         crc: give every result a checksum.
+        digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see `engine.digests`.
         max_process_num: upper bound on worker threads.
         buffer_bytes: buffer budget of each worker.
         dry_run: only tell what would be read and written.
@@ -125,10 +127,10 @@ def convert(
     if to not in (None, *discovery.FORMATS):
         raise UsageError(f"to must be one of {', '.join(discovery.FORMATS)}, or None, got {to!r}")
     access, seal = any_mode(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
-    found = _find(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
+    found = find(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
     rename = _rename(name_map, choice_func)
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
-    job = convert_job(found.inputs, access, rename, crc, maps, seal)
+    job = convert_job(found.inputs, access, rename, crc, maps, seal, digests)
     return execute(job, found.target, workers_of(max_process_num), limits_of(buffer_bytes), "convert", dry_run)
 
 
@@ -188,36 +190,10 @@ def _copy(
     dry_run: bool,
 ) -> Report:
     """Every file with the plaintext it has."""
-    found = _find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
+    found = find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
     maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
     job = copy_job(found.inputs, access, maps, seal)
     return execute(job, found.target, workers_of(budget[0]), limits_of(budget[1]), title, dry_run)
-
-
-class _Found(NamedTuple):
-    """What a conversion has to do.
-
-    Attributes:
-        source, target: directories.
-        files: input relative to the source -> output relative to the target.
-        maps: parameter maps that go along, relative to both.
-    """
-
-    source: str
-    target: str
-    files: dict[str, str]
-    maps: tuple[str, ...] = ()
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Output relative to the target -> path of its input."""
-        return {output: os.path.join(self.source, name) for name, output in self.files.items()}
-
-    def renamed_in(self, name: str) -> dict[str, str]:
-        """File names as the map `name` has them -> their new names."""
-        folder = os.path.dirname(name)
-        mine = {old: new for old, new in self.files.items() if os.path.dirname(old) == folder}
-        return {os.path.basename(old): os.path.basename(new) for old, new in mine.items()}
 
 
 def _as_mindspore(
@@ -230,7 +206,7 @@ def _as_mindspore(
 ) -> None:
     source, pattern, rename = path_of(file_path, "file_path"), _pattern(file_name_regex), _rename(name_map, None)
     target = None if save_path is None else path_of(save_path, "save_path")
-    suffix = _other(to)
+    suffix = other_suffix(to)
     if target and os.path.splitext(target)[1]:
         raise UsageError(f"save_path must be a directory, got {target!r}; a file keeps its name but for the suffix")
     if os.path.isfile(source) and not source.endswith(suffix):
@@ -238,96 +214,9 @@ def _as_mindspore(
     if os.path.isfile(source) and pattern and not pattern.search(source):
         raise UsageError(f"file_name_regex {file_name_regex!r} is not found in file_path {source!r}")
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    found = _find(source, (target or folder) + os.sep, to, None if os.path.isfile(source) else pattern, "rank")
+    found = find(source, (target or folder) + os.sep, to, None if os.path.isfile(source) else pattern, "rank")
     job = convert_job(found.inputs, any_mode(None, None), rename, seal=seal_of(None, GCM))
     execute(job, found.target, workers_of(processes_num), limits_of(BUFFER_BYTES), "convert")
-
-
-def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]], below: str = "") -> _Found:
-    """The files of a conversion.
-
-    Args:
-        source: a file or a directory.
-        target: a directory, or the new path of a single file.
-        to: the wanted format.
-        pattern: must be found in a file's name.
-        below: of a directory, only files in folders of it whose names begin so; "" for all files, however deep.
-    """
-    if os.path.isfile(source):
-        folder, name = os.path.split(source)
-        return _single(folder or ".", name, target, to)
-    if not os.path.isdir(source):
-        raise DiscoveryError(f"no such file or directory: {source!r}; check the path")
-    folders = sorted(child.name for child in Path(source).iterdir() if child.is_dir() and child.name.startswith(below))
-    if below and not folders:
-        raise DiscoveryError(f"{source!r} holds no folder whose name starts with {below!r}; check the path")
-    names = _walk(source, folders if below else None)
-    files = [name for name in names if name.endswith(_SUFFIXES) and (not pattern or pattern.search(_base(name)))]
-    files = [name for name in files if not (name.endswith(".ckpt") and discovery.is_strategy(Path(source, name)))]
-    if to is not None:
-        files = _of_one_kind(source, files, to, same_place=os.path.realpath(target) == os.path.realpath(source))
-    if not files:
-        raise DiscoveryError(f"{source!r} holds no checkpoint file to convert; check the path and file_name_regex")
-    maps = (discovery.MAP_NAME, discovery.HF_INDEX_NAME)
-    return _Found(
-        source,
-        target,
-        {name: _renamed(name, to) for name in files},
-        tuple(name for name in names if _base(name) in maps) if not below else (),
-    )
-
-
-_SUFFIXES = tuple(f".{kind}" for kind in discovery.FORMATS)
-_base = os.path.basename
-
-
-def _single(folder: str, name: str, target: str, to: Optional[str]) -> _Found:
-    """One file: into a directory, or to a path that ends in a format's suffix."""
-    if not name.endswith(_SUFFIXES):
-        raise UsageError(f"{os.path.join(folder, name)!r} is not a checkpoint by its name: {' or '.join(_SUFFIXES)}")
-    if target.endswith(_SUFFIXES) and not os.path.isdir(target):
-        if to is not None and not target.endswith(f".{to}"):
-            raise UsageError(f"the target {target!r} and the wanted format {to!r} contradict each other")
-        return _Found(folder, os.path.dirname(target) or ".", {name: _base(target)})
-    return _Found(folder, target, {name: _renamed(name, to)})
-
-
-def _renamed(name: str, to: Optional[str]) -> str:
-    return name if to is None else f"{os.path.splitext(name)[0]}.{to}"
-
-
-def _walk(source: str, folders: Optional[list[str]]) -> list[str]:
-    """Files below a directory, relative to it; hidden ones aside. With `folders`, those directly in these folders."""
-    if folders is not None:
-        return sorted(
-            f"{folder}/{child.name}"
-            for folder in folders
-            for child in Path(source, folder).iterdir()
-            if child.is_file()
-        )
-    found = []
-    for root, inner, names in os.walk(source):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(root, name), source) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
-def _of_one_kind(source: str, files: list[str], to: str, same_place: bool) -> list[str]:
-    """The files that are not of the wanted format yet. The others may only be results of an earlier run."""
-    wanted = [name for name in files if name.endswith(_other(to))]
-    results = {_renamed(name, to) for name in wanted} if same_place else set()
-    strange = [name for name in files if name not in wanted and name not in results]
-    if wanted and strange:
-        raise DiscoveryError(
-            f"{source!r} holds both .safetensors and .ckpt files ({wanted[0]!r} and {strange[0]!r}), so which ones are "
-            "the checkpoint is not clear; select them by file_name_regex, or move the others away"
-        )
-    return wanted or strange
-
-
-def _other(to: str) -> str:
-    """Suffix of the format that is converted from."""
-    return ".ckpt" if to == "safetensors" else ".safetensors"
 
 
 def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:

@@ -36,6 +36,7 @@ def convert_job(
     crc: bool = False,
     index: Mapping[str, bytes] = {},
     seal: Optional[Seal] = None,
+    digests: bool = True,
 ) -> Job:
     """Every input file in the format that its output's name says.
 
@@ -46,6 +47,7 @@ def convert_job(
         crc: give every output a checksum.
         index: small files that go along, published last: name -> contents.
         seal: how the outputs are encrypted; None when they are not.
+        digests: write a manifest of digests beside the outputs.
 
     Raises:
         UsageError: two parameters of a file get the same name, none is left, or the format cannot hold one.
@@ -58,7 +60,7 @@ def convert_job(
         mine = {stored: whole_tensor(stored, entry, [number]) for stored, entry in held.tensors.items()}
         tensors.update({f"{number}/{stored}": tensor for stored, tensor in mine.items()})
         outputs.append(_converted(name, held, mine, rename, crc))
-    return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index, seal=seal)
+    return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index, seal=seal, digests=digests)
 
 
 def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], rename: Rename, crc: bool) -> Output:
@@ -92,7 +94,10 @@ def _notes(held: FileIndex, renamed: Mapping[str, str]) -> dict[str, str]:
 def copy_job(
     inputs: Mapping[str, str], access: Access = PLAIN, index: Mapping[str, bytes] = {}, seal: Optional[Seal] = None
 ) -> Job:
-    """Every input file as it is: the same plaintext, byte for byte. Arguments and errors as for `convert_job`."""
+    """Every input file as it is: the same plaintext, byte for byte. Arguments and errors as for `convert_job`.
+
+    There are no digests of plain outputs, for their tensors are not looked at.
+    """
     indexes, tensors, outputs = [], {}, []
     for number, (name, path) in enumerate(inputs.items()):
         with registry.open_reader(path, access) as reader:

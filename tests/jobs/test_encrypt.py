@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
+from ms_ckpt_ext.engine.digests import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.index import TensorSpec
@@ -166,3 +168,19 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(registry, "PlainReader", Counting)
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
     assert sum(asked) <= 1.1 * size
+
+
+def test_digests_are_of_tensors_or_not_at_all(tmp_path: Path) -> None:
+    """Encrypted files are listed without; what was only decrypted is not listed; a conversion is, tensor by tensor."""
+    source = write_ckpt(tmp_path / "net.ckpt")
+    encrypt(source, tmp_path / "sealed", enc_key=KEY)
+    decrypt(tmp_path / "sealed", tmp_path / "plain", dec_key=KEY)
+    convert(source, tmp_path / "converted", to="safetensors")
+    convert(source, tmp_path / "without", to="safetensors", digests=False)
+    listed = [load_manifest(str(tmp_path / name)) for name in ("sealed", "plain", "converted", "without")]
+    assert listed[0] is not None
+    assert listed[2] is not None
+    assert [dict(held.tensors) for held in listed[0].files.values()] == [{}]
+    assert listed[1] is listed[3] is None
+    truth = {name: xxhash.xxh3_128(entry[2]).hexdigest() for name, entry in contents(source).items()}
+    assert dict(listed[2].files["net.safetensors"].tensors) == truth

@@ -1,0 +1,124 @@
+"""Which files a conversion is about, and what their results are called."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from ms_ckpt_ext.errors import DiscoveryError, UsageError
+from ms_ckpt_ext.formats import discovery
+
+
+class Inputs(NamedTuple):
+    """What a conversion has to do.
+
+    Attributes:
+        source, target: directories.
+        files: input relative to the source -> output relative to the target.
+        maps: parameter maps that go along, relative to both.
+    """
+
+    source: str
+    target: str
+    files: dict[str, str]
+    maps: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Output relative to the target -> path of its input."""
+        return {output: os.path.join(self.source, name) for name, output in self.files.items()}
+
+    def renamed_in(self, name: str) -> dict[str, str]:
+        """File names as the map `name` has them -> their new names."""
+        folder = os.path.dirname(name)
+        mine = {old: new for old, new in self.files.items() if os.path.dirname(old) == folder}
+        return {os.path.basename(old): os.path.basename(new) for old, new in mine.items()}
+
+
+def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]], below: str = "") -> Inputs:
+    """The files of a conversion.
+
+    Args:
+        source: a file or a directory.
+        target: a directory, or the new path of a single file.
+        to: the wanted format.
+        pattern: must be found in a file's name.
+        below: of a directory, only files in folders of it whose names begin so; "" for all files, however deep.
+    """
+    if os.path.isfile(source):
+        folder, name = os.path.split(source)
+        return _single(folder or ".", name, target, to)
+    if not os.path.isdir(source):
+        raise DiscoveryError(f"no such file or directory: {source!r}; check the path")
+    folders = sorted(child.name for child in Path(source).iterdir() if child.is_dir() and child.name.startswith(below))
+    if below and not folders:
+        raise DiscoveryError(f"{source!r} holds no folder whose name starts with {below!r}; check the path")
+    names = _walk(source, folders if below else None)
+    files = [name for name in names if name.endswith(_SUFFIXES) and (not pattern or pattern.search(_base(name)))]
+    files = [name for name in files if not (name.endswith(".ckpt") and discovery.is_strategy(Path(source, name)))]
+    if to is not None:
+        files = _of_one_kind(source, files, to, same_place=os.path.realpath(target) == os.path.realpath(source))
+    if not files:
+        raise DiscoveryError(f"{source!r} holds no checkpoint file to convert; check the path and file_name_regex")
+    maps = (discovery.MAP_NAME, discovery.HF_INDEX_NAME)
+    return Inputs(
+        source,
+        target,
+        {name: _renamed(name, to) for name in files},
+        tuple(name for name in names if _base(name) in maps) if not below else (),
+    )
+
+
+_SUFFIXES = tuple(f".{kind}" for kind in discovery.FORMATS)
+_base = os.path.basename
+
+
+def _single(folder: str, name: str, target: str, to: Optional[str]) -> Inputs:
+    """One file: into a directory, or to a path that ends in a format's suffix."""
+    if not name.endswith(_SUFFIXES):
+        raise UsageError(f"{os.path.join(folder, name)!r} is not a checkpoint by its name: {' or '.join(_SUFFIXES)}")
+    if target.endswith(_SUFFIXES) and not os.path.isdir(target):
+        if to is not None and not target.endswith(f".{to}"):
+            raise UsageError(f"the target {target!r} and the wanted format {to!r} contradict each other")
+        return Inputs(folder, os.path.dirname(target) or ".", {name: _base(target)})
+    return Inputs(folder, target, {name: _renamed(name, to)})
+
+
+def _renamed(name: str, to: Optional[str]) -> str:
+    return name if to is None else f"{os.path.splitext(name)[0]}.{to}"
+
+
+def _walk(source: str, folders: Optional[list[str]]) -> list[str]:
+    """Files below a directory, relative to it; hidden ones aside. With `folders`, those directly in these folders."""
+    if folders is not None:
+        return sorted(
+            f"{folder}/{child.name}"
+            for folder in folders
+            for child in Path(source, folder).iterdir()
+            if child.is_file()
+        )
+    found = []
+    for root, inner, names in os.walk(source):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [os.path.relpath(os.path.join(root, name), source) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _of_one_kind(source: str, files: list[str], to: str, same_place: bool) -> list[str]:
+    """The files that are not of the wanted format yet. The others may only be results of an earlier run."""
+    wanted = [name for name in files if name.endswith(other_suffix(to))]
+    results = {_renamed(name, to) for name in wanted} if same_place else set()
+    strange = [name for name in files if name not in wanted and name not in results]
+    if wanted and strange:
+        raise DiscoveryError(
+            f"{source!r} holds both .safetensors and .ckpt files ({wanted[0]!r} and {strange[0]!r}), so which ones are "
+            "the checkpoint is not clear; select them by file_name_regex, or move the others away"
+        )
+    return wanted or strange
+
+
+def other_suffix(to: str) -> str:
+    """Suffix of the format that is converted from."""
+    return ".ckpt" if to == "safetensors" else ".safetensors"
