@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every end-to-end run: real training on emulated NPUs, resumed and served under other layouts. About 5 minutes.
+# Every end-to-end run: real training on emulated NPUs, resumed and served under other layouts. About 15 minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
