@@ -59,14 +59,14 @@ class CheckpointRecorder(ms.train.Callback):
         self._pool = ThreadPoolExecutor(1, "ms_ckpt_ext recorder")
         self._under_way: list[Future[None]] = []
 
-    def step_end(self, run_context: Any) -> None:
+    def on_train_step_end(self, run_context: Any) -> None:
         """Look for new saves; note those whose files are there."""
         self._look(run_context.original_args())
         self._note_finished()
 
-    def end(self, run_context: Any) -> None:
+    def on_train_end(self, run_context: Any) -> None:
         """Note the last save, and wait until all is noted."""
-        self.step_end(run_context)
+        self.on_train_step_end(run_context)
         for saved in self._waiting:
             log.error("the save of %r did not finish, so it is not recorded", saved.path)
         for under_way in self._under_way:
