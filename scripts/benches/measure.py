@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -68,11 +68,15 @@ def _processor_time() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def take_turns(commands: dict[str, list[str]], clean: Callable[[], None], rounds: int) -> dict[str, list[Turn]]:
-    """Every command once a round, after an uncounted round to warm up."""
+def take_turns(
+    commands: dict[str, list[str]], clean: Callable[[], None], rounds: int, once: Collection[str] = ()
+) -> dict[str, list[Turn]]:
+    """Every command once a round, after an uncounted round to warm up; those in `once` in the first round only."""
     turns: dict[str, list[Turn]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for name, command in commands.items():
+            if name in once and number != 1:
+                continue
             clean()
             turn = measure(command)
             if number:

@@ -14,6 +14,12 @@ from typing import Any, Optional
 from benches.measure import ROOT, measure, python, row, take_turns
 
 GOLDEN = ROOT / "tests" / "data" / "golden"
+JOBS: dict[str, tuple[str, Optional[str]]] = {
+    "merge": ("dp2_tp4_zero", None),
+    "8to4": ("dp2_tp4_zero", "tp4"),
+    "24to8": ("dp3_tp8", "dp2_tp4"),
+}
+STOCK = "stock MindSpore"
 
 
 def make_source(case: str, size: float, root: Path) -> Path:
@@ -53,8 +59,7 @@ def offline(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Merge and re-cut."""
     results = []
     size = arguments.size * (1 << 30)
-    jobs = [("dp2_tp4_zero", None), ("dp2_tp4_zero", "tp4"), ("dp3_tp8", "dp2_tp4")]
-    for source_case, target_case in jobs:
+    for source_case, target_case in (JOBS[name] for name in arguments.only or JOBS):
         with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
             root = Path(work)
             strategy = make_source(source_case, size, root / "source")
@@ -89,7 +94,7 @@ def one_job(
         "cp and sync": ["sh", "-c", f"cp -r {kept} {copy} && find {copy} -type f | xargs sync"],
     }
     if arguments.stock and target_case is None:
-        commands["stock MindSpore"] = python(f"import mindspore; mindspore.{call}")
+        commands[STOCK] = python(f"import mindspore; mindspore.{call}")
 
     def clean() -> None:
         for folder in (out, copy):
@@ -98,5 +103,5 @@ def one_job(
         shutil.rmtree(copy)
         os.sync()
 
-    turns = take_turns(commands, clean, arguments.rounds)
+    turns = take_turns(commands, clean, arguments.rounds, once=[STOCK])
     return [row(title, written, name, turns) for name in commands]
