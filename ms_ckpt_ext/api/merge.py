@@ -115,11 +115,28 @@ def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: Pat
     )
 
 
+# (rank, world) as rank tables, msrun, torchrun and Open MPI's mpirun give them, whoever comes first.
+_LAUNCHERS = (
+    ("RANK_ID", "RANK_SIZE"),
+    ("RANK_ID", "MS_WORKER_NUM"),
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
+
+
+def _share_from_environment() -> tuple[int, int]:
+    for names in _LAUNCHERS:
+        rank, world = map(os.environ.get, names)
+        if rank and world:
+            if not (rank.isdecimal() and world.isdecimal()):
+                raise UsageError(f"split_dst_file='auto' needs numbers in {names[0]}={rank!r}, {names[1]}={world!r}")
+            return int(rank) + 1, int(world)
+    return 1, 1
+
+
 def _share_of(split: Any) -> tuple[int, int]:
     if isinstance(split, str) and split == "auto":
-        rank = os.environ.get("RANK_ID") or os.environ.get("RANK") or "0"
-        size = os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or os.environ.get("WORLD_SIZE") or "1"
-        return int(rank) + 1, int(size)
+        return _share_from_environment()
     if not split:
         return 1, 1
     if not isinstance(split, (tuple, list)) or len(split) != 2 or not all(type(n) is int for n in split):

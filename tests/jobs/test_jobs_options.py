@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.errors import UsageError
 from tests.jobs.support import arrays, cut, read_file, read_merged, scalars, source, strategy_of, tree
 
 
@@ -65,14 +66,41 @@ def test_more_shares_than_parameters(tmp_path: Path) -> None:
     assert read_merged(tmp_path / "out")[0].keys() == {"a", "b"}
 
 
-def test_share_from_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+LAUNCHERS = [
+    ("RANK_ID", "RANK_SIZE"),
+    ("RANK_ID", "MS_WORKER_NUM"),
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in LAUNCHERS:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize(("rank_of", "world_of"), LAUNCHERS)
+def test_share_from_the_launcher(rank_of: str, world_of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = source(tmp_path / "src")
-    monkeypatch.setenv("RANK_SIZE", "2")
+    monkeypatch.setenv(world_of, "2")
     for rank in "10":
-        monkeypatch.setenv("RANK_ID", rank)
+        monkeypatch.setenv(rank_of, rank)
         report = merge(root, tmp_path / "out", split_dst_file="auto")
-    assert report.published
+        assert report.published is (rank == "0")
     assert_merged(tmp_path / "out", 0)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_no_launcher_or_a_strange_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = source(tmp_path / "src")
+    assert merge(root, tmp_path / "out", split_dst_file="auto").published
+    monkeypatch.setenv("RANK", "one")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="'auto' needs numbers in RANK='one', WORLD_SIZE='2'"):
+        merge(root, tmp_path / "out", split_dst_file="auto")
 
 
 def test_choice_filters_and_renames(tmp_path: Path) -> None:
