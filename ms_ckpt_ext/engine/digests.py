@@ -205,7 +205,7 @@ def write_manifest(directory: str, manifest: Manifest) -> None:
 def _size(directory: str, name: str) -> Optional[int]:
     try:
         return os.stat(os.path.join(directory, *name.split("/"))).st_size
-    except OSError:
+    except (OSError, ValueError):  # also a name that no file can have
         return None
 
 

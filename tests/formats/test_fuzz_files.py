@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, Manifest, check, digest_file, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, decrypting_reader
 from ms_ckpt_ext.formats.index import TensorSpec
+from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
 from ms_ckpt_ext.formats.wire import MemoryReader
-from tests.formats.damage import edits, lies, memory_limit, mutate, survives, time_limit
+from tests.formats.damage import BUDGET, edits, lies, memory_limit, mutate, survives, time_limit
 
 KEY = bytes(range(32))
 SPECS = [TensorSpec("layer.0.weight", DTYPES["F32"], (4, 3)), TensorSpec("layer.0.bias", DTYPES["BF16"], (5,))] + [
@@ -194,3 +196,28 @@ def test_deep_json_is_no_strategy(tmp_path: Path) -> None:
     (tmp_path / "s.json").write_text('{"a":' * 100_000)
     with time_limit(), pytest.raises(StrategyError, match="not valid JSON"):
         load_strategy(tmp_path / "s.json")
+
+
+@settings(max_examples=200)
+@given(changes=edits)
+def test_mutated_manifests(changes: list[Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A manifest of digests is one, or is refused; what it lists is checked against the files, not believed."""
+    folder = tmp_path_factory.getbasetemp() / "manifest"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.safetensors").write_bytes(PLAIN)
+    index = read_index(str(folder / "a.safetensors"))
+    seed = Manifest({"a.safetensors": digest_file(index), "b/c.ckpt": FileDigests(5, {})}).to_json()
+    (folder / MANIFEST_NAME).write_bytes(mutate(seed, changes))
+    with time_limit(), memory_limit(BUDGET):
+        try:
+            found = load_manifest(str(folder))
+            assert found is not None
+            check(str(folder), found)
+        except CheckpointError as error:
+            assert len(str(error)) > 20
+
+
+def test_a_manifest_of_names_that_no_file_has(tmp_path: Path) -> None:
+    names = ("a\0b", "\ud800", "../" * 2000 + "x")
+    found = check(str(tmp_path), Manifest({name: FileDigests(5, {}) for name in names}))
+    assert [fault.found for fault in found] == ["no file"] * 3
