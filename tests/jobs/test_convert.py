@@ -14,9 +14,11 @@ from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, safetensors_to_ck
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.errors import ArgumentTypeError, ChecksumError, DecryptionError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, registry
+from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access
-from tests.jobs.support import tree
+from ms_ckpt_ext.storage.staging import Staging
+from tests.jobs.support import assert_nothing_complete, tree
 
 KEY = b"0123456789ABCDEF"
 CASE = "formats_dp2_tp4_zero"
@@ -250,3 +252,30 @@ def test_what_is_refused(call: Any, error: str, tmp_path: Path) -> None:
         call(tmp_path)
     assert "secret" not in str(caught.value)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_rerun_keeps_what_was_finished(key: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the first of three files: nothing is visible, and the next run writes the other two."""
+    for rank in range(3):
+        write_ckpt(tmp_path / "in" / f"rank_{rank}" / "net.ckpt")
+    finished: list[str] = []
+    accept = Staging.accept
+
+    def first_only(self: Staging, name: str, *more: Any) -> None:
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(name)
+        accept(self, name, *more)
+
+    monkeypatch.setattr(Staging, "accept", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "in", tmp_path / "out", to="safetensors", enc_key=key)
+    assert_nothing_complete(tmp_path / "out")
+    monkeypatch.setattr(Staging, "accept", accept)
+    report = convert(tmp_path / "in", tmp_path / "out", to="safetensors", enc_key=key)
+    assert report.files_kept == tuple(finished)
+    assert len(report.files_written) == 2
+    assert len(tree(tmp_path / "out")) == 3
+    access = Access(Key(key) if key else None)
+    assert contents(tmp_path / "out" / finished[0], access) == contents(tmp_path / "in" / "rank_0" / "net.ckpt")
