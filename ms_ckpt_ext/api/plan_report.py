@@ -50,7 +50,9 @@ class PlanReport:
         unique: bytes of them, each byte counted once.
         source_copies: files that hold a slice, on average over bytes: above 1 there are replicas to choose from.
         target_copies: ranks that want a byte, on average.
-        direct: "read": what every rank reads in direct mode: the bytes of its own slices.
+        direct: "wanted": bytes of every rank's own slices. "read": what direct mode reads for them: small gaps between
+            the rows of a slice are read over.
+        direct_counted: ranks for which "read" was counted; where not all were, it is an estimate from those.
         cooperative: "read", "sent", "received", "messages", "reads" and "staging" of every rank.
         balance: bytes of the busiest reader, as a multiple of a fair share.
         bucket, chunk: the limits that were planned with.
@@ -68,6 +70,7 @@ class PlanReport:
     source_copies: float
     target_copies: float
     direct: Mapping[str, Spread]
+    direct_counted: int
     cooperative: Mapping[str, Spread]
     balance: float
     bucket: int
@@ -102,7 +105,8 @@ def report_of(
         unique=unique,
         source_copies=_copies(done),
         target_copies=float(tally.wanted.sum()) / max(unique, 1),
-        direct={"read": _spread(tally.wanted)},
+        direct={"wanted": _spread(tally.wanted), "read": _spread(done.direct.nbytes)},
+        direct_counted=done.direct.counted,
         cooperative={name: _spread(column) for name, column in columns.items()},
         balance=float(tally.read.max()) / max(float(tally.read.mean()), 1e-9),
         bucket=done.limits.bucket,

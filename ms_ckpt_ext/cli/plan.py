@@ -93,7 +93,10 @@ def lines(report: PlanReport, html: Optional[str] = None) -> Iterator[str]:
 
 
 def _rows(report: PlanReport) -> Iterator[tuple[str, ...]]:
-    yield _row("read, direct", report.direct["read"], True)
+    yield _row("wanted", report.direct["wanted"], True)
+    yield _row(
+        "read, direct" if report.direct_counted == report.ranks else "read, direct, about", report.direct["read"], True
+    )
     for name, told in (
         ("read", "read, cooperative"),
         ("sent", "sent"),

@@ -7,18 +7,22 @@ rank's stage, in the order of the safetensors library.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
+import numpy as np
+
+from ms_ckpt_ext.core.columns import Ints
 from ms_ckpt_ext.core.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.dtype import FILE_ORDER
 from ms_ckpt_ext.core.exchange import ExchangeTable, decide
-from ms_ckpt_ext.core.layout import Cell, Layout, whole
+from ms_ckpt_ext.core.layout import Cell, Layout, cell_region, whole
 from ms_ckpt_ext.core.parts import Located
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta
-from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.reads import Direct, Extent, Landing, Limits, Stored, Target, Task, Unit
 from ms_ckpt_ext.core.region import Shape
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.tally import Tally, tally
 from ms_ckpt_ext.engine.catalog import Catalog
@@ -26,6 +30,8 @@ from ms_ckpt_ext.engine.session import LoadOptions, limits_for
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
 
 Stages = tuple[tuple[int, Layout], ...]
+_UNITS = 6000
+"""Pieces of I/O that are planned to find the gaps of direct mode: about a second's worth."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,23 @@ class Source:
     files: int
 
 
+class DirectReads(NamedTuple):
+    """Bytes that every rank reads in direct mode, gaps that are read over included.
+
+    `counted` is how many ranks were planned for it; where not all were, the others are taken to have gaps like them.
+    """
+
+    nbytes: Ints
+    counted: int
+
+
 class DryRun(NamedTuple):
     """A load that was planned but not made."""
 
     table: ExchangeTable
     tally: Tally
     limits: ExchangeLimits
+    direct: DirectReads
 
 
 def of_catalog(catalog: Catalog) -> Source:
@@ -138,7 +155,55 @@ def dry_run(source: Source, target: Optional[Strategy], options: LoadOptions) ->
     demands = demands_under(source, target)
     limits = limits_for(demands, world, options)
     table = decide(demands, world, source.located, limits)
-    return DryRun(table, tally(table, options.prefetch), limits)
+    counts = tally(table, options.prefetch)
+    return DryRun(table, counts, limits, _direct_reads(demands, counts.wanted, source.located))
+
+
+def _direct_reads(demands: Sequence[Demand], wanted: Ints, located: Located) -> DirectReads:
+    limits = Limits()
+    units = len(demands) + int(wanted.max(initial=0)) // limits.tile
+    count = min(len(wanted), max(4, _UNITS // units))
+    ranks = [n * len(wanted) // count for n in range(count)]
+    cells = _Cells(ranks)
+    stored = (lambda _, name: (located[name],)) if isinstance(located, Mapping) else located
+    nbytes = np.array([_direct_bytes(demands, cells, rank, stored, limits) for rank in ranks], np.int64)
+    if count == len(wanted):
+        return DirectReads(nbytes, count)
+    gaps = nbytes.sum() / max(int(wanted[ranks].sum()), 1)
+    return DirectReads((wanted * gaps).astype(np.int64), count)
+
+
+def _direct_bytes(demands: Sequence[Demand], cells: _Cells, rank: int, stored: Stored, limits: Limits) -> int:
+    """Bytes that one rank reads: the reads of a direct load, planned."""
+    tasks = []
+    for demand in demands:
+        for grid in demand.grids:
+            cell = cells.of(grid).get(rank)
+            if cell is not None:
+                box = cell_region(cell, grid.parts, demand.tensor.meta.shape)
+                landing = Landing(0, (Extent(0, demand.tensor.meta.dtype.nbytes(box.size)),))
+                tasks.append(Task(demand.tensor, (Target(box, (landing,)),)))
+    return sum(_unit_bytes(unit) for unit in schedule(tasks, stored, limits))
+
+
+def _unit_bytes(unit: Unit) -> int:
+    return unit.length if isinstance(unit, Direct) else sum(read.nbytes for read in unit.reads)
+
+
+class _Cells:
+    """Which cell each of some ranks wants; looked up once for grids that parameters share."""
+
+    def __init__(self, ranks: Iterable[int]) -> None:
+        self._ranks = frozenset(ranks)
+        self._known: dict[int, dict[int, Cell]] = {}
+
+    def of(self, grid: Grid) -> dict[int, Cell]:
+        """Rank -> cell."""
+        found = self._known.get(id(grid.ranks))
+        if found is None:
+            wanted = ((rank, cell) for cell, ranks in grid.ranks.items() for rank in ranks)
+            found = self._known[id(grid.ranks)] = {rank: cell for rank, cell in wanted if rank in self._ranks}
+        return found
 
 
 class _Shared:

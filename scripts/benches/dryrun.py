@@ -81,7 +81,8 @@ def _row(root: Path, ranks: int, job: str, source: Path, target: Path) -> dict[s
     found = root / "plan.json"
     call = ["plan", str(source), str(target), "--shapes", str(root / "shapes.json"), "--html", str(root / "plan.html")]
     code = (
-        f"import sys; from ms_ckpt_ext.cli.main import main; sys.stdout = open({str(found)!r}, 'w'); main(sys.argv[1:])"
+        f"import os, sys; from ms_ckpt_ext.cli.main import main; sys.stdout = open({str(found)!r}, 'w'); "
+        f"main(sys.argv[1:]); open({str(root / 'cpu')!r}, 'w').write(str(sum(os.times()[:2])))"
     )
     turn = measure(["taskset", "-c", core, sys.executable, "-c", code, *call, "--json"])
     report = json.loads(found.read_text())
@@ -89,6 +90,7 @@ def _row(root: Path, ranks: int, job: str, source: Path, target: Path) -> dict[s
         "ranks": ranks,
         "job": job,
         "seconds": round(turn.seconds, 2),
+        "processor s": round(float((root / "cpu").read_text()), 2),
         "peak MiB": round(turn.peak / (1 << 20)),
         "read calls": report["cooperative"]["reads"]["total"],
         "rounds": len(report["rounds"]),

@@ -17,14 +17,18 @@ from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.plan import TensorMeta
+from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.core.tally import Tally
-from ms_ckpt_ext.engine import dryrun
+from ms_ckpt_ext.engine import dryrun, pump
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.dryrun import DryRun, dry_run
+from ms_ckpt_ext.engine.jobs import rank_boxes
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport
 from tests.core.strategies import pairs
 from tests.together.support import Load, Loaded, golden_load
@@ -79,7 +83,22 @@ def test_counts_equal_those_of_a_load(source: str, target: str, bucket: int, gol
     assert tally.received.tolist() == [rank.report.bytes_received for rank in loaded]
     assert tally.wanted.tolist() == [sum(map(len, rank.contents.values())) for rank in loaded]
     assert {len(tally.rounds)} == {rank.report.rounds for rank in loaded}
+    assert predicted.direct.counted == len(loaded)
+    assert predicted.direct.nbytes.tolist() == [read_directly(load, rank) for rank in range(len(loaded))]
     assert_blocks(tally, loaded[0].plan, load.buffers)
+
+
+def read_directly(load: Load, rank: int) -> int:
+    """Bytes that the storage is asked for when a rank takes its slices in direct mode."""
+    catalog = open_catalog(str(load.source), load.trained)
+    boxes = [(tensor, box) for _, tensor, box in rank_boxes(catalog, load.target, rank, {}) if box]
+    sizes = [tensor.meta.dtype.nbytes(box.size) for tensor, box in boxes]
+    targets = [Target(box, (Landing(n, (Extent(0, sizes[n]),)),)) for n, (_, box) in enumerate(boxes)]
+    tasks = [Task(tensor, (target,)) for (tensor, _), target in zip(boxes, targets)]
+    sinks = [MemorySink(np.zeros(size, np.uint8)) for size in sizes]
+    with catalog.readers() as readers:
+        pump.run(schedule(tasks, catalog.stored, Limits()), readers, sinks, 1, lambda *_: None)
+    return readers.count.nbytes
 
 
 def assert_blocks(tally: Tally, plan: ExchangePlan, buffers: dict[int, int]) -> None:

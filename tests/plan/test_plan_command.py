@@ -75,6 +75,18 @@ def test_dst_strategy_says_what_dst_does(shapes: Path) -> None:
     assert as_json(*argv, "out/", "--dst-strategy", shapes / "serve.ckpt") == as_json(*argv, shapes / "serve.ckpt")
 
 
+ROOT = Path(__file__).resolve().parents[2]
+TYPED = [
+    line.split()[1:] for line in (ROOT / "docs/plan.md").read_text().splitlines() if line.startswith("    ms-ckpt ")
+]
+
+
+@pytest.mark.parametrize("words", TYPED)
+def test_commands_of_the_page(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert fine(*words).startswith("42 parameters, 186.5 KiB, by ")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
