@@ -281,9 +281,9 @@ class _Files:
         if self._job.seal is not None:
             self.sinks.append(SealedSink(path, output.name, output.layout, self._job.seal))
             return
-        sink: Sink = FileSink(path, output.layout.size)
-        if self._job.digests:
-            sink = DigestingSink(sink, {name: entry.extents for name, entry in output.layout.tensors.items()})
+        file = FileSink(path, output.layout.size)
+        extents = {name: entry.extents for name, entry in output.layout.tensors.items()}
+        sink: Sink = DigestingSink(file, extents) if self._job.digests else file
         self.sinks.append(sink)
         for offset, literal in output.layout.literals:
             sink.write(offset, memoryview(literal))

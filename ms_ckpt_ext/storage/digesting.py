@@ -15,8 +15,7 @@ from typing import Callable, NamedTuple, Optional
 import xxhash
 
 from ms_ckpt_ext.core.reads import Extent, ranges
-from ms_ckpt_ext.storage.reader import PlainReader
-from ms_ckpt_ext.storage.sink import Sink
+from ms_ckpt_ext.storage.sink import FileSink
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
 
@@ -29,13 +28,11 @@ class DigestingSink:
         tensors: name -> where the tensor's bytes lie in the file, one extent after another.
     """
 
-    def __init__(self, sink: Sink, tensors: Mapping[str, Sequence[Extent]]) -> None:
+    def __init__(self, sink: FileSink, tensors: Mapping[str, Sequence[Extent]]) -> None:
         self._sink, self.path, self.fd = sink, sink.path, sink.fd
-        self._streams = {name: _Stream(tuple(extents), self._read_back) for name, extents in tensors.items()}
+        self._streams = {name: _Stream(tuple(extents), sink.read_back) for name, extents in tensors.items()}
         self._parts = sorted((part for stream in self._streams.values() for part in stream.parts()), key=_start)
         self._starts = [part.start for part in self._parts]
-        self._reader: Optional[PlainReader] = None
-        self._lock = threading.Lock()
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write and digest."""
@@ -56,26 +53,13 @@ class DigestingSink:
         """Name -> 32 hexadecimal digits of the xxh3-128 of its bytes; after the last write returned."""
         return {name: stream.digest() for name, stream in self._streams.items()}
 
-    def _read_back(self, offset: int, buffer: memoryview) -> None:
-        with self._lock:
-            if self._reader is None:
-                self._reader = PlainReader(self.path)
-        self._reader.read_into(offset, buffer)
-
     def finish(self) -> None:
         """Make the bytes durable, and close."""
-        self._close_reader()
         self._sink.finish()
 
     def close(self) -> None:
         """Close without a promise."""
-        self._close_reader()
         self._sink.close()
-
-    def _close_reader(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
 
 
 class _Part(NamedTuple):

@@ -70,6 +70,18 @@ class FileSink:
                 raise storage_error(f"write {len(buffer)} bytes at offset {offset} of", self.path, error) from error
         start_writeback(file, offset, len(buffer))
 
+    def read_back(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes that were written at `offset`."""
+        file, done = self._open(), 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(file, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise storage_error(f"read {len(buffer)} bytes at offset {offset} of", self.path, error) from error
+            if got == 0:
+                raise storage_error("read back", self.path, OSError(errno.EIO, "the file was cut short"))
+            done += got
+
     def finish(self) -> None:
         """Make the bytes durable and close."""
         try:

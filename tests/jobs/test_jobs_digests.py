@@ -14,7 +14,7 @@ from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine import digests
 from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest
-from ms_ckpt_ext.storage import digesting, sink
+from ms_ckpt_ext.storage import sink
 from tests.jobs.support import read_file, source, strategy_of, tree
 
 KEY = bytes(range(32))
@@ -57,10 +57,13 @@ def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
 def test_nothing_is_read_twice_by_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays are filled from front to back, so no digest waits for bytes and reads them back."""
     read: list[int] = []
-    real = digesting.DigestingSink._read_back
-    monkeypatch.setattr(
-        digesting.DigestingSink, "_read_back", lambda *a: (read.append(len(a[2])), real(*a))  # type: ignore[func-returns-value]
-    )  # fmt: skip
+    real = sink.FileSink.read_back
+
+    def counted(self: sink.FileSink, offset: int, buffer: memoryview) -> None:
+        read.append(len(buffer))
+        real(self, offset, buffer)
+
+    monkeypatch.setattr(sink.FileSink, "read_back", counted)
     root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "d"))
     merge(root, tmp_path / "out", max_process_num=1)
     assert_true(tmp_path / "out")
