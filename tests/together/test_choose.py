@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.checkpoints import find_candidates
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.digests import digest_file, update_manifest
@@ -297,6 +300,29 @@ def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
     )
     chosen, _ = look(tmp_path / "m")
     assert chosen is not None and chosen.candidate.merged and chosen.candidate.title == "release/merged"
+
+
+def test_pipeline_stages_record_their_own_layouts(tmp_path: Path) -> None:
+    """64 ranks: dp 2, tp 8, 4 stages, optimizer sharding; 16 look, as two replicas that serve."""
+    items = [
+        LayoutItem(f"layers.{stage}.{kind}w", stage, Layout((2, 8), ((0,), ()), 1, -1))
+        for stage in range(4)
+        for kind in ("", "adam_m.")
+    ]
+    strategy = Strategy.from_items(items, "64 ranks")
+    full = {item.name: np.arange(64 * 4, dtype=np.float32).reshape(64, 4) for item in items}
+    cut(strategy, full, tmp_path / "c", scalars(2))
+    for rank in range(64):
+        own = Strategy.from_items([item for item in items if item.stage == rank // 16], "a stage")
+        path = tmp_path / "c" / f"rank_{rank}" / "net.safetensors"
+        assert note(path, rank, 2, own if rank % 16 == 0 else None, world=64) == (rank == 63)
+    chosen, skipped = look(tmp_path / "c", ranks=16)
+    assert step_of(chosen) == 2 and skipped == ()
+    assert chosen is not None and chosen.strategy is not None
+    assert (chosen.strategy.layouts, chosen.strategy.world) == (strategy.layouts, 64)
+    shutil.rmtree(tmp_path / "c" / "rank_40")
+    chosen, skipped = look(tmp_path / "c", ranks=16)
+    assert chosen is None and "files of rank 40 are gone" in skipped[0].reason
 
 
 def test_folders_of_mindformers(tmp_path: Path) -> None:
