@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
@@ -179,14 +180,15 @@ def _measured(source: str, spec: dict[str, Wanted], way: str) -> dict[str, Any]:
             handed: list[int] = []
             reshard.ms_load_checkpoint = metadata.ms_load_checkpoint = _counting(handed)
             Path("/proc/self/clear_refs").write_text("5")
-            before, resident = _bytes_read(), _memory("VmRSS")
+            before, resident, began = _bytes_read(), _memory("VmRSS"), time.perf_counter()
             loader(source, network)
+            seconds = time.perf_counter() - began
             read, peak = _bytes_read() - before, _memory("VmHWM") - resident
     finally:
         seam.uninstall()
     right = {p.name: p.asnumpy().tobytes() == local(spec[p.name]).tobytes() for p in network.get_parameters()}
     wanted = sum(local(each).nbytes for each in spec.values())
-    return {"right": right, "read": sum(handed) or read, "peak": peak, "wanted": wanted}
+    return {"right": right, "read": sum(handed) or read, "peak": peak, "wanted": wanted, "seconds": seconds}
 
 
 def _counting(handed: list[int]) -> Callable[..., Any]:

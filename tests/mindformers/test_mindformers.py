@@ -24,6 +24,7 @@ from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
 from ms_ckpt_ext.engine.offline import execute
+from tests.docs.test_pages import blocks
 from tests.harness.msrun import run_msrun
 
 HERE = Path(__file__).resolve().parent
@@ -87,6 +88,30 @@ def train_both(root: Path, *changes: str) -> tuple[Run, Run]:
         stock = pool.submit(train, root / "stock", STOCK, *changes)
         ours = pool.submit(train, root / "ours", *changes)
         return stock.result(), ours.result()
+
+
+def test_commands_of_the_page_run(tmp_path: Path) -> None:
+    """All of them in one shell: what is exported in one is used in the next. The page's training is resumed by ours."""
+    script = "\n".join(block.text for block in blocks("docs/mindformers.md") if block.language == "bash")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    ran = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=ROOT,
+        env={
+            **environment(),
+            "PATH": path,
+            "TMPDIR": str(tmp_path),
+            "REGISTER_PATH": "",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    first, second = (json.loads(next(tmp_path.rglob(f"{name}.json")).read_text()) for name in ("first", "second"))
+    assert (len(first["losses"]), len(second["losses"]), second["ours"]) == (4, 4, True)
+    assert not set(first["losses"]) & set(second["losses"])
 
 
 @pytest.fixture(scope="module")
