@@ -4,7 +4,7 @@
     root/iteration_%08d/{prefix}-model-{file:07d}-{files:07d}.safetensors     parameters of one or more ranks
     root/iteration_%08d/{prefix}-opt-{file:07d}-{files:07d}.safetensors       optimizer states
     root/iteration_%08d/metadata.json              who holds which slice; absent when one device saved everything whole
-    root/iteration_%08d/common.json                training scalars
+    root/iteration_%08d/common.json                training scalars; not needed here
 
 `metadata.json` says for every parameter its full shape, its layout in MindSpore's terms, and for every slice the files
 that hold it. A slice is named by `global_offset`, which is no offset: it is the slice's number, row-major over the grid
@@ -67,7 +67,7 @@ def find_folder(directory: str) -> Optional[Folder]:
     names = sorted(path.name for path in root.iterdir() if path.is_file()) if root.is_dir() else []
     files = {name: str(root / name) for name in names if name.endswith(".safetensors")}
     if METADATA_NAME not in names:
-        ours = COMMON_NAME in names and bool(files) and all(_FILE.search(name) for name in files)
+        ours = bool(files) and all(_FILE.search(name) for name in files)
         return Folder(str(root), files, None) if ours else None
     cuts = read_cuts(str(root / METADATA_NAME))
     if cuts is None:

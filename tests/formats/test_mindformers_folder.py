@@ -121,7 +121,6 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
 def test_what_one_device_saved_needs_no_metadata(tmp_path: Path) -> None:
     save_file({"w": np.ones(2, np.float32)}, tmp_path / "toy-model-0000000-0000001.safetensors")
     save_file({"adam_m.w": np.ones(2, np.float32)}, tmp_path / "toy-opt-0000000-0000001.safetensors")
-    (tmp_path / "common.json").write_text("{}")
     assert sorted(open_catalog(str(tmp_path), None).tensors) == ["adam_m.w", "w"]
     save_file({"w": np.ones(2, np.float32)}, tmp_path / "toy-opt-0000000-0000001.safetensors")
     with pytest.raises(LayoutMismatchError, match=r"no metadata.json to say how it is cut"):

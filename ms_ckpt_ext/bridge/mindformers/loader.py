@@ -28,9 +28,8 @@ from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, S
 from ms_ckpt_ext.engine.catalog import list_checkpoint, read_listing
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import DiscoveryError, StrategyError, UnsupportedError
-from ms_ckpt_ext.formats.mindformers import COMMON_NAME, layout_of
+from ms_ckpt_ext.formats.mindformers import COMMON_NAME, find_folder, layout_of
 
-Loader = Callable[..., Any]
 log = logging.getLogger("ms_ckpt_ext")
 
 
@@ -61,7 +60,7 @@ class Both(ms.nn.Cell):
 
 
 def load_checkpoint(
-    stock: Loader,
+    stock: Callable[[], Any],
     options: Options,
     checkpoint: str,
     network: Any,
@@ -71,7 +70,12 @@ def load_checkpoint(
     reshard_worker_num: int = 1,
     **more: Any,
 ) -> None:
-    """Drop-in for `mindformers.checkpoint.checkpoint.load_checkpoint`, with the function it stands for bound first.
+    """Drop-in for `mindformers.checkpoint.checkpoint.load_checkpoint`.
+
+    Args:
+        stock: makes the same call of MindFormers' own function.
+        options: how to load.
+        checkpoint, network, ...: MindFormers' arguments; `reshard_worker_num` has no meaning here.
 
     Raises:
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
@@ -79,12 +83,15 @@ def load_checkpoint(
     """
     from mindformers.checkpoint import checkpoint as theirs
 
-    rest = (checkpoint, network, optimizer, global_step, balanced_load, reshard_worker_num)
     if _stranger(network, more):
-        stock(*rest, **more)
+        stock()
         return
     theirs.check_the_param_for_load_ckpt(checkpoint, network)
     directory = theirs.get_checkpoint_path(checkpoint)
+    if not hasattr(theirs, "load_hf_checkpoint") and find_folder(directory) is None:
+        log.warning("%r is no folder of MindFormers' own; MindFormers' own loader serves this call", directory)
+        stock()  # before 2.0 this function takes Hugging Face directories too, by code of the model
+        return
     names = None if optimizer is not None else set(network.parameters_dict())
 
     def wanted(name: str) -> bool:
@@ -98,7 +105,7 @@ def load_checkpoint(
 
 
 def load_hf_checkpoint(
-    stock: Loader,
+    stock: Callable[[], Any],
     options: Options,
     pretrained_model_dir: str,
     network: Any,
@@ -110,15 +117,14 @@ def load_hf_checkpoint(
     from mindformers.checkpoint.utils import get_core_network
 
     template = getattr(get_core_network(network), "template", None)
-    rest = (pretrained_model_dir, network, balanced_load, reshard_worker_num)
     if template is None or _stranger(network, more):
-        stock(*rest, **more)
+        stock()
         return
     try:
         rules = rules_of(template.weight_converters)
     except UnsupportedError as refusal:
         log.warning("%s; MindFormers' own loader serves this call", refusal)
-        stock(*rest, **more)
+        stock()
         return
     names = set(network.parameters_dict())
     target = _target(network, None, lambda name: name in names)
@@ -127,14 +133,18 @@ def load_hf_checkpoint(
 
 def _stranger(network: Any, more: Mapping[str, Any]) -> bool:
     """True, and a warning, for what MindFormers' own loader must serve."""
-    from mindformers.checkpoint.layout_adapter import LayoutAdapter
+    try:
+        from mindformers.checkpoint.layout_adapter import LayoutAdapter
 
+        pynative = LayoutAdapter.is_pynative_mode()
+    except ImportError:  # before 2.0 there is graph mode only
+        pynative = False
     reason = ""
     if more:
         reason = f"arguments this package does not know: {sorted(more)}"
     elif isinstance(network, list):
         reason = "a list of networks"
-    elif LayoutAdapter.is_pynative_mode():
+    elif pynative:
         reason = "PyNative mode, whose parameters are DTensors"
     if reason:
         log.warning("%s; MindFormers' own loader serves this call", reason)

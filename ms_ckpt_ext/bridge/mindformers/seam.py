@@ -72,6 +72,6 @@ def _found() -> Iterator[tuple[Function, Function]]:
 def _bound(stock: Function, ours: Function, options: Options) -> Function:
     @functools.wraps(stock)
     def replaced(*args: Any, **named: Any) -> Any:
-        return ours(stock, options, *args, **named)
+        return ours(functools.partial(stock, *args, **named), options, *args, **named)
 
     return replaced
