@@ -1,4 +1,4 @@
-"""A progress bar on terminals, silence elsewhere."""
+"""A progress bar with rate and time left on terminals, silence elsewhere. `TQDM_DISABLE=1` silences it there, too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
     lock = threading.Lock()
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=title) as shown:
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=title, dynamic_ncols=True) as shown:
 
         def advance(nbytes: int) -> None:
             with lock:

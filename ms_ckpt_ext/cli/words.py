@@ -75,25 +75,24 @@ def width() -> Optional[int]:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", indent: str = "") -> Iterator[str]:
-    """Rows under heads. On a terminal the first column is cut where a line would not fit.
+    """Rows under heads. On a terminal that is too narrow, the first column has a line of its own.
 
     Args:
         right: one letter a column, "r" for those that are flush right, e.g. "lrr".
     """
     widths = [max(len(row[n]) for row in (heads, *rows)) for n in range(len(heads))]
     columns = width()
-    if columns is not None:
-        spare = columns - len(indent) - sum(widths) - 2 * (len(widths) - 1)
-        widths[0] = max(12, widths[0] + min(0, spare))
+    stacked = columns is not None and len(indent) + sum(widths) + 2 * (len(widths) - 1) > columns and len(heads) > 1
     flush = right.ljust(len(heads), "l")
 
-    def line(row: Sequence[str]) -> str:
-        cells = [_cut(row[0], widths[0]), *row[1:]]
-        padded = [c.rjust(w) if f == "r" else c.ljust(w) for c, w, f in zip(cells, widths, flush)]
-        return (indent + "  ".join(padded)).rstrip()
+    def cells(row: Sequence[str]) -> list[str]:
+        return [c.rjust(w) if f == "r" else c.ljust(w) for c, w, f in zip(row, widths, flush)]
 
-    yield style(line(heads), "bold")
-    yield from map(line, rows)
+    for row in (heads, *rows):
+        first, *others = cells(row)
+        lines = [first, "    " + "  ".join(others)] if stacked else ["  ".join([first, *others])]
+        for line in lines:
+            yield style((indent + line).rstrip(), "bold") if row is heads else (indent + line).rstrip()
 
 
 def listed(
@@ -124,11 +123,3 @@ def folded(told: Mapping[str, str]) -> list[tuple[str, str]]:
         middle = f"[{runs}]" if len(numbers) > 1 else runs
         found.append((".".join(filter(None, (head, middle, tail))), text))
     return found
-
-
-def _cut(text: str, most: int) -> str:
-    """The end of a name tells more than its beginning, and both more than the middle."""
-    if len(text) <= most:
-        return text
-    head = (most - 1) // 3
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
