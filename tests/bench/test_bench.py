@@ -51,6 +51,15 @@ def test_dryrun(tmp_path: Path) -> None:
     assert all(row["rounds"] > 1 and row["peak MiB"] > 0 and row["page kB"] < 300 for row in rows)
 
 
+def test_verify(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "verify", "--size", "0.0005", "--rounds", "1", "--dir", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["command"] for row in rows][-1] == "cat both"
+    assert all(row["GiB/s"] >= 0 and row["peak MiB"] < 200 for row in rows)
+
+
 @pytest.mark.parametrize("arguments", [[], ["offline", "--rounds", "no"], ["nothing"]])
 def test_wrong_arguments_are_told(arguments: list[str]) -> None:
     run = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, check=False)
