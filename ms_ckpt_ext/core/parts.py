@@ -10,54 +10,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
 from typing import NamedTuple, Optional, Union
 
 import numpy as np
 
 from ms_ckpt_ext.core.columns import Ints, Sets, joined, mixed, starts
-from ms_ckpt_ext.core.demand import ALIGNMENT, Demand, ExchangeLimits, Grid
-from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.cuts import Cut, cuts_of
+from ms_ckpt_ext.core.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.layout import Cell, cell_region, slice_shape
 from ms_ckpt_ext.core.plan import SourceTensor, locate
-from ms_ckpt_ext.core.reads import Extent, Stored, cut, ranges
+from ms_ckpt_ext.core.reads import Extent, Stored, ranges
 from ms_ckpt_ext.core.region import Region, Shape
-from ms_ckpt_ext.core.strided import byte_box, strides_of
 from ms_ckpt_ext.core.view import View
 
 Located = Union[Stored, Mapping[str, Extent]]
 """Where stored tensors lie: a function of file and name, or, where all files are alike, name -> its one stretch."""
-
-
-_CRUMB = 64 << 10
-"""Bytes; a box is not cut at a seam of the targets into parts shorter than this."""
-
-
-class Share(NamedTuple):
-    """A box of a part that lands somewhere; `need` counts the needs of the slice."""
-
-    need: int
-    in_part: Region
-    in_target: Region
-    target_shape: Shape
-    view: Optional[View]
-    nbytes: int
-
-
-class Cut(NamedTuple):
-    """A box of a slice, contiguous in it: shape in elements, offset and length in bytes, what lands where.
-
-    `gathered`: every rank wants all of it.
-    """
-
-    shape: Shape
-    offset: int
-    nbytes: int
-    shares: tuple[Share, ...]
-    gathered: bool
 
 
 @dataclass(frozen=True)
@@ -302,81 +271,14 @@ def _geometry(demand: Demand, world: int, limits: ExchangeLimits) -> _Geometry:
     slot, cuts, counts, targets, moved = [], [], [], [], []
     for number, (source, needs) in enumerate(slices.items()):
         receivers = sum(need.receivers for need in needs)
-        for cut_ in _cuts(
-            source.shape, tuple(need[2:] for need in needs), receivers, receivers == world, dtype, limits
-        ):
+        placings = tuple(need[2:] for need in needs)
+        for cut in cuts_of(source.shape, placings, receivers, receivers == world, dtype, limits):
             slot.append(number)
-            cuts.append(cut_)
-            counts.append(len(cut_.shares))
-            targets += [needs[share.need].target for share in cut_.shares]
-            moved += [share.nbytes for share in cut_.shares]
-    offset = np.array([cut_.offset for cut_ in cuts], np.int64)
-    nbytes = np.array([cut_.nbytes for cut_ in cuts], np.int64)
+            cuts.append(cut)
+            counts.append(len(cut.shares))
+            targets += [needs[share.need].target for share in cut.shares]
+            moved += [share.nbytes for share in cut.shares]
+    offset = np.array([cut.offset for cut in cuts], np.int64)
+    nbytes = np.array([cut.nbytes for cut in cuts], np.int64)
     columns = (np.array(slot, np.int64), tuple(cuts), offset, nbytes, starts(counts))
     return _Geometry(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))
-
-
-_Placing = tuple[Region, Region, Shape, Optional[View]]
-
-
-@lru_cache(maxsize=8192)
-def _cuts(
-    shape: Shape, needs: tuple[_Placing, ...], receivers: int, everyone: bool, dtype: DType, limits: ExchangeLimits
-) -> tuple[Cut, ...]:
-    """Cut the needed rows of a slice of `shape` into parts, small enough that all copies of one fit a round."""
-    gathered = everyone and all(need[0] == needs[0][0] for need in needs)
-    most = max(ALIGNMENT, min(limits.chunk, limits.quarter // (1 if gathered else max(1, receivers))))
-    found = []
-    for box in _boxes(needs, shape, dtype, most):
-        offset, nbytes = _linear(box, shape, dtype)
-        shares = tuple(_shares(needs, box, dtype))
-        whole = gathered and all(share.in_part.shape == box.shape for share in shares)
-        found.append(Cut(box.shape, offset, nbytes, shares, whole))
-    return tuple(found)
-
-
-def _boxes(needs: Sequence[_Placing], shape: Shape, dtype: DType, most: int) -> Iterator[Region]:
-    """What is needed of a slice, cut into boxes that are contiguous there: of at most `most` bytes, and, where that
-    makes no crumbs, at the rows where other ranks' needs begin, so that few boxes have several readers to choose from
-    who each want a part only."""
-    hull = _rows(needs, shape)
-    free = next((axis for axis, extent in enumerate(hull.shape) if extent > 1), None)
-    if free is None:
-        yield hull
-        return
-    row = dtype.nbytes(prod(hull.shape[free + 1 :]))
-    edges = [hull.start[free]]
-    for edge in sorted({e for in_source, *_ in needs for e in (in_source.start[free], in_source.stop[free])}):
-        if min(edge - edges[-1], hull.stop[free] - edge) * row >= _CRUMB:
-            edges.append(edge)
-    for low, high in zip(edges, [*edges[1:], hull.stop[free]]):
-        part = Region(
-            (*hull.start[:free], low, *hull.start[free + 1 :]), (*hull.stop[:free], high, *hull.stop[free + 1 :])
-        )
-        yield from cut(part, 0, dtype, most)
-
-
-def _rows(needs: Sequence[_Placing], shape: Shape) -> Region:
-    """The hull of what is needed, widened to whole rows so that any cut of it is contiguous in the slice."""
-    start = list(map(min, zip(*(in_source.start for in_source, *_ in needs))))
-    stop = list(map(max, zip(*(in_source.stop for in_source, *_ in needs))))
-    free = next((axis for axis in range(len(shape)) if stop[axis] - start[axis] > 1), len(shape))
-    return Region((*start[: free + 1], *(0 for _ in shape[free + 1 :])), (*stop[: free + 1], *shape[free + 1 :]))
-
-
-def _linear(box: Region, shape: Shape, dtype: DType) -> tuple[int, int]:
-    """Byte offset and length of a contiguous box of a slice."""
-    byte_shape, byte_region = byte_box(shape, box, dtype)
-    return sum(low * s for low, s in zip(byte_region.start, strides_of(byte_shape))), byte_region.size
-
-
-def _shares(needs: Iterable[_Placing], box: Region, dtype: DType) -> Iterator[Share]:
-    for number, (in_source, in_target, target_shape, view) in enumerate(needs):
-        common = in_source.intersect(box)
-        if common is None:
-            continue
-        moved = common.relative_to(in_source.start)
-        start = tuple(a + b for a, b in zip(in_target.start, moved.start))
-        stop = tuple(a + b for a, b in zip(in_target.start, moved.stop))
-        nbytes = dtype.nbytes(common.size)
-        yield Share(number, common.relative_to(box.start), Region(start, stop), target_shape, view, nbytes)

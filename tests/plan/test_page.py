@@ -98,6 +98,30 @@ def test_a_browser_draws_it(scheme: str, golden: Path, tmp_path: Path) -> None:
     assert dom.count("<rect") > 10
 
 
+HANDS = """
+<script>
+const type = (element, value, kind) => { element.value = value; element.dispatchEvent(new Event(kind)); };
+type(byId("filter"), "layers.1.", "input");
+type(byId("parameter"), byId("parameter").options[3].value, "change");
+const box = document.querySelector("#to rect").parentNode;
+box.dispatchEvent(new MouseEvent("mousemove", { clientX: 50, clientY: 50 }));
+</script></body>"""
+
+
+@needs_browser
+def test_a_parameter_is_chosen_and_pointed_at(golden: Path, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    small(golden, page)
+    names = [parameter[0] for parameter in embedded(page)["parameters"] if "layers.1." in parameter[0]]
+    page.write_text(page.read_text().replace("</body>", HANDS))
+    dom, console = open_page(page)
+    assert console == []
+    options = re.findall(r"<option[^>]*>(\S+)", dom)
+    assert options == names
+    (tip,) = re.findall(r'<div id="tip"[^>]*visible[^>]*>(.*?)</div>', dom, re.DOTALL)
+    assert re.match(r"(rank|3 ranks|24 ranks)", tip)
+
+
 @needs_browser
 def test_a_browser_shows_names_as_they_are(tmp_path: Path) -> None:
     named(EVIL, Layout((2, 2), ((0,), ())), tmp_path / "plan.html")
