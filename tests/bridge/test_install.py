@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import subprocess
 import sys
@@ -217,3 +218,12 @@ def test_many_threads() -> None:
 def test_importing_does_not_install_and_needs_no_mindspore() -> None:
     code = "import sys, ms_ckpt_ext; ms_ckpt_ext.uninstall(); sys.exit('mindspore' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", installer.NAMES)
+def test_what_stock_takes_by_place_or_name_ours_takes_too(name: str) -> None:
+    """Arguments in MindSpore's order, with its defaults; ours has more, by keyword only."""
+    theirs = list(inspect.signature(STOCK[name]).parameters.values())
+    ours = list(inspect.signature(getattr(ms_ckpt_ext, name)).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])

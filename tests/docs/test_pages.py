@@ -38,9 +38,18 @@ def blocks(page: str) -> list[Block]:
     return [Block(*found) for found in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
 
 
+def prose(page: str) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
 def headings(page: str) -> list[int]:
-    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    return [len(marks) for marks in re.findall(r"^(#+) ", text, re.MULTILINE)]
+    return [len(marks) for marks in re.findall(r"^(#+) ", prose(page), re.MULTILINE)]
+
+
+def indented(page: str) -> list[str]:
+    """Lines of code that are indented instead of fenced, without their comments."""
+    return [_bare(line) for line in re.findall(r"^    (\S.*)$", prose(page), re.MULTILINE)]
 
 
 COMMANDS = [(page, block.text) for page in PAGES for block in blocks(page) if block.language == "bash"]
@@ -93,11 +102,16 @@ def test_chinese_pages_say_the_same(page: str) -> None:
     english = TRANSLATIONS[page]
     assert headings(page) == headings(english)
     assert [_code(block) for block in blocks(page)] == [_code(block) for block in blocks(english)]
+    assert indented(page) == indented(english)
 
 
 def _code(block: Block) -> Block:
-    bare = [re.sub(r"\s*(?<!\S)#.*$", "", line).rstrip() for line in block.text.splitlines()]
+    bare = map(_bare, block.text.splitlines())
     return Block(block.language, "\n".join(line for line in bare if line))
+
+
+def _bare(line: str) -> str:
+    return re.sub(r"\s*(?<!\S)#.*$", "", line).rstrip()
 
 
 def test_every_page_here_is_translated() -> None:
