@@ -44,6 +44,8 @@ def crypto(arguments: Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
         for cipher, (length, containers) in CIPHERS.items():
+            if arguments.only not in (None, cipher):
+                continue
             for container in containers:
                 size = round(arguments.size * (1 << 30)) // (8 if container == SLOW else 1)
                 results += one_cipher(Path(work), cipher, length, container, size, arguments.rounds)

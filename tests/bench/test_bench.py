@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,34 @@ def test_verify(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "x.json").read_text())
     assert [row["command"] for row in rows][-1] == "cat both"
     assert all(row["GiB/s"] >= 0 and row["peak MiB"] < 200 for row in rows)
+
+
+def test_convert(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "convert", "--size", "0.001", "--rounds", "1", "--dir", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [
+        (row["job"], row["command"]) for row in rows if row["command"] in ("ms_ckpt_ext", "encrypt", "decrypt")
+    ] == [
+        ("ckpt_to_safetensors", "ms_ckpt_ext"),
+        ("safetensors_to_ckpt", "ms_ckpt_ext"),
+        ("AES-256-GCM", "encrypt"),
+        ("AES-256-GCM", "decrypt"),
+        ("one of eight ranks' slices", "ms_ckpt_ext"),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="compares with the command `openssl speed`")
+def test_crypto(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "crypto", "--size", "0.001", "--rounds", "1", "--only", "sm4-cbc"]
+    command += ["--dir", str(tmp_path), "--json", str(tmp_path / "x.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["direction"] for row in rows] == ["encrypt", "decrypt", "decrypt"]
+    assert all(row["GB/s"] > 0 and row["of openssl"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("arguments", [[], ["offline", "--rounds", "no"], ["nothing"]])

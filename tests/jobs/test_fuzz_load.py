@@ -57,7 +57,7 @@ KINDS = ["ckpt", "safetensors", "AES-GCM", "AES-CBC", "SM4-CBC", "chunked", "sea
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(changes=edits)
 @pytest.mark.filterwarnings("ignore")
 def test_mutated_files(kind: str, changes: list[Any], seeds: dict[str, tuple[Path, bytes, Told]]) -> None:
