@@ -161,7 +161,7 @@ def dry_run(source: Source, target: Optional[Strategy], options: LoadOptions) ->
 
 def _direct_reads(demands: Sequence[Demand], wanted: Ints, located: Located) -> DirectReads:
     limits = Limits()
-    units = len(demands) + int(wanted.max(initial=0)) // limits.tile
+    units = 1 + len(demands) + int(wanted.max(initial=0)) // limits.tile
     count = min(len(wanted), max(4, _UNITS // units))
     ranks = [n * len(wanted) // count for n in range(count)]
     cells = _Cells(ranks)

@@ -123,6 +123,17 @@ def test_a_parameter_is_chosen_and_pointed_at(golden: Path, tmp_path: Path) -> N
 
 
 @needs_browser
+@pytest.mark.parametrize("shape", [[0, 4], [], [3]])
+def test_hardly_anything_to_load(shape: list[int], tmp_path: Path) -> None:
+    """No elements, a scalar, a single axis."""
+    report = plan(None, None, shapes={"w": {"dtype": "F32", "shape": shape}}, html=tmp_path / "plan.html")
+    assert (report.ranks, len(report.rounds)) == (1, int(shape != [0, 4]))
+    dom, console = open_page(tmp_path / "plan.html")
+    assert console == []
+    assert 'data-ready="yes"' in dom
+
+
+@needs_browser
 def test_a_browser_shows_names_as_they_are(tmp_path: Path) -> None:
     named(EVIL, Layout((2, 2), ((0,), ())), tmp_path / "plan.html")
     dom, console = open_page(tmp_path / "plan.html")
