@@ -22,7 +22,7 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
 from ms_ckpt_ext.engine.session import LoadOptions
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
@@ -132,24 +132,21 @@ def resume(
         timeout=timeout,
     )
     given = train_strategy_filename or os.environ.get(STRATEGY_VARIABLE) or None
-    wanted = Wanted(
-        directory,
-        live.host_name(options),
-        None if given is None else load_strategy(path_of(given, "train_strategy_filename")),
-        format,
-        access_of(dec_key, dec_mode),
-        check == "digests",
-    )
-    cell = live.both(network, optimizer)
-    rank = live.own_rank()
-    target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
+    access, weight_rules, rank = access_of(dec_key, dec_mode), checked_rules(rules), live.own_rank()
+    try:
+        cell = live.both(network, optimizer)
+        trained = None if given is None else load_strategy(path_of(given, "train_strategy_filename"))
+        target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
+    except CheckpointError as error:
+        live.give_up(error, timeout)
+    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests")
     filled, skipped = live.fill_newest(
         cell,
         wanted,
         target,
         rank,
         names,
-        checked_rules(rules),
+        weight_rules,
         strict_load,
         allow_missing,
         options,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.match import check_cell, is_parallel
-from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together
+from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.reads import Limits
@@ -18,8 +18,9 @@ from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.transport import select
+from ms_ckpt_ext.transport.agree import share_status
 
-__all__ = ["Filled", "both", "fill_newest", "host_name", "layouts_of", "own_rank"]
+__all__ = ["Filled", "both", "fill_newest", "give_up", "host_name", "layouts_of", "own_rank"]
 
 
 class Filled(NamedTuple):
@@ -88,6 +89,7 @@ def fill_newest(
     """
     transport = select.choose(timeout=options.timeout)
     try:
+        share_status(transport)  # a rank whose arguments were refused says so here, see together.give_up
         chosen, skipped = choose(transport, wanted)
     finally:
         transport.close()

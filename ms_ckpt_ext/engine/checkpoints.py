@@ -114,7 +114,10 @@ def _in_folder(root: Path, folder: Path, suffixes: list[str]) -> Iterator[Candid
     found: dict[str, dict[int, Held]] = {}
     modified: dict[str, float] = {}
     for rank, path in _checkpoint_files(folder, suffixes):
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:  # deleted meanwhile, as the oldest ones are
+            continue
         name = shared_name(path.name, rank)
         found.setdefault(name, {})[rank] = Held(path.relative_to(folder).as_posix(), status.st_size)
         modified[name] = max(status.st_mtime, modified.get(name, 0.0))

@@ -37,6 +37,7 @@ from ms_ckpt_ext.errors import (
     DiscoveryError,
     PeerError,
     TransportError,
+    storage_error,
 )
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.mindformers import COMMON_NAME
@@ -143,7 +144,7 @@ def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> li
         if probe:
             seen = [checkpoints.to_json(c) for c in find_candidates(wanted.directory, wanted.kind)]
     except OSError as problem:
-        error = problem
+        error = storage_error("look for checkpoints in", wanted.directory, problem)
     share_status(transport, error)
     return checkpoints.together(
         [checkpoints.from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))

@@ -17,7 +17,7 @@ from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 from ms_ckpt_ext import CheckpointRecorder, load_for_inference, resume, unified_safetensors
 from ms_ckpt_ext.engine.digests import check, load_manifest
 from ms_ckpt_ext.engine.records import read_records
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, StrategyError, UsageError
 from tests.jobs.support import read_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -165,6 +165,7 @@ def test_parameters_that_are_not_there_are_an_error_before_anything_changes(tmp_
         ((None, "out", {"format": "pt"}), UsageError, "safetensors, ckpt"),
         ((None, "out", {"check": "all"}), UsageError, "headers, digests"),
         ((3, "out"), ArgumentTypeError, "Cell"),
+        ((None, "out", {"train_strategy_filename": "no such"}), StrategyError, "no such"),
     ],
 )
 def test_wrong_arguments(arguments: Any, error: Any, message: str) -> None:
