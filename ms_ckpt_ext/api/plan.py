@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, as_strategy, path_of
+from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, any_mode, as_strategy, path_of
 from ms_ckpt_ext.api.plan_page import write_page
 from ms_ckpt_ext.api.plan_report import PlanReport, report_of
 from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES
@@ -18,7 +18,6 @@ from ms_ckpt_ext.engine import dryrun, profiles
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, FormatError, UsageError, storage_error
-from ms_ckpt_ext.formats.registry import PLAIN, Access
 
 Shapes = Mapping[str, Mapping[str, Any]]
 
@@ -35,7 +34,9 @@ def plan(
     prefetch: int = 1,
     html: Optional[PathLike] = None,
     file_suffix: Optional[str] = None,
-    access: Access = PLAIN,
+    format: Optional[str] = None,
+    dec_key: Any = None,
+    dec_mode: Optional[str] = None,
 ) -> PlanReport:
     """Plan a load of every rank of a job without making it. Reads headers at most; needs neither NPU nor MindSpore.
 
@@ -54,7 +55,8 @@ def plan(
         bucket_bytes, prefetch: as the job's.
         html: write a page there as well.
         file_suffix: which file of a rank folder; None for the newest.
-        access: how encrypted files are opened.
+        format: "safetensors" or "ckpt", where both lie in the rank folders.
+        dec_key, dec_mode: of encrypted files, as in `inspect`; their headers are encrypted too.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, or a file of shapes that is not one.
@@ -72,8 +74,8 @@ def plan(
             else _told(shapes, "shapes")
         )
     else:
-        directory = path_of(src, "src")
-        source = dryrun.of_catalog(open_catalog(directory, saved, file_suffix, access=access))
+        directory, access = path_of(src, "src"), any_mode(dec_key, dec_mode)
+        source = dryrun.of_catalog(open_catalog(directory, saved, file_suffix, access=access, kind=format))
         origin = directory
     done = dryrun.dry_run(source, target, options)
     report = report_of(

@@ -42,6 +42,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     add("--prefetch", type=int, default=1, metavar="N", help="rounds that are read ahead (default 1)")
     takes_path(add("--html", metavar="FILE", help="write a page with matrices, rounds and layouts there as well"))
+    options.add_suffix(parser)
+    options.add_format(parser)
+    options.add_key(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -63,6 +66,9 @@ def _run(arguments: argparse.Namespace) -> Answer:
         bucket_bytes=arguments.bucket,
         prefetch=arguments.prefetch,
         html=arguments.html,
+        file_suffix=arguments.file_suffix,
+        format=arguments.format,
+        dec_key=options.key(arguments),
     )
     return Answer(report.to_dict(), lines(report, arguments.html))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ms_ckpt_ext.api.convert import encrypt
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategy_file import save_strategy
@@ -112,3 +113,12 @@ def test_errors(words: list[str], code: int, message: str, shapes: Path, monkeyp
     ran = run("plan", *words)
     assert (ran.code, ran.out) == (code, "")
     assert re.search(message, ran.err), ran.err
+
+
+def test_an_encrypted_checkpoint(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cryptography")
+    monkeypatch.setenv("A_KEY", "0123456789abcdef")
+    encrypt(golden / "tp4/shards", tmp_path / "sealed", enc_key=b"0123456789abcdef")
+    argv = ["plan", tmp_path / "sealed", "none", "--src-strategy", golden / "tp4/strategy.ckpt"]
+    assert as_json(*argv, "--dec-key-env", "A_KEY")["unique"] == 190_944
+    assert run(*argv).code == 6
