@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
+from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
 from ms_ckpt_ext.api.source import Filter, Globs, Source, find
-from ms_ckpt_ext.core.describe import LayoutInfo, StrategyInfo, describe, describe_strategy
+from ms_ckpt_ext.core.describe import LayoutInfo, describe, describe_strategy
 from ms_ckpt_ext.core.groups import GROUPS, SCALARS, group_of, natural
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.region import Region, Shape
+from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.bits import to_python
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
@@ -30,101 +30,6 @@ from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 _MOST_ELEMENTS = 64
 """A scalar's contents are told up to this many elements."""
-
-
-class FileInfo(NamedTuple):
-    """A file: `rank` where its folder names one, `encryption` where it is encrypted, `tensors` in number."""
-
-    path: str
-    size: int
-    rank: Optional[int]
-    tensors: int
-    encryption: Optional[str]
-
-
-@dataclass(frozen=True)
-class ParameterInfo:
-    """A parameter.
-
-    Attributes:
-        shape: whole; None where it is not known, because slices come without their strategy.
-        nbytes: of the whole parameter; without a shape, of its slices.
-        stored_nbytes: in all files together.
-        slice_shapes: shapes of its slices.
-        slices: number of different slices; None where that is not known.
-        copies: (fewest, most) files that hold the same slice; None where that is not known. 0: a slice is missing.
-        copies_expected: (fewest, most) ranks that hold the same slice in the job, by the strategy.
-        layouts: of every pipeline stage that has it, when a strategy is given.
-    """
-
-    name: str
-    dtype: str
-    group: str
-    shape: Optional[Shape]
-    nbytes: int
-    stored_nbytes: int
-    slice_shapes: tuple[Shape, ...]
-    slices: Optional[int]
-    copies: Optional[tuple[int, int]]
-    copies_expected: Optional[tuple[int, int]]
-    layouts: tuple[LayoutInfo, ...] = ()
-
-
-class GroupInfo(NamedTuple):
-    """Parameters of one kind: their number, their bytes when every slice counts once, and in all files together."""
-
-    parameters: int
-    nbytes: int
-    stored_nbytes: int
-
-
-class Redundancy(NamedTuple):
-    """Copies of slices.
-
-    Attributes:
-        slices: different slices, of all parameters.
-        stored: slices in the files.
-        expected: slices that the ranks of the job hold.
-        missing: slices that no file holds.
-    """
-
-    slices: int
-    stored: int
-    expected: int
-    missing: int
-
-    @property
-    def replicas(self) -> str:
-        """Of a job that has copies: "held" in every rank's file, "dropped" but for one, or "partly dropped"."""
-        if self.expected == self.slices:
-            return "none"
-        if self.stored >= self.expected:
-            return "held"
-        return "dropped" if self.stored <= self.slices else "partly dropped"
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was found.
-
-    Attributes:
-        kind: "strategy", "file", "sharded", "merged", or "files" that nothing relates to each other.
-        files: checkpoint files; () of a strategy.
-        strategy: the one that was given or found.
-        parameters: those that match the filter, by group, then by name.
-        groups: sums over them.
-        scalars: what lies outside the strategy, with contents where they are small; also single elements.
-        redundancy: None where it is not known.
-    """
-
-    path: str
-    kind: str
-    files: tuple[FileInfo, ...]
-    strategy: Optional[StrategyInfo]
-    parameters: tuple[ParameterInfo, ...]
-    groups: Mapping[str, GroupInfo]
-    scalars: Mapping[str, Any]
-    redundancy: Optional[Redundancy]
 
 
 def inspect(

@@ -12,7 +12,7 @@ from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, Command, takes_path
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.api.inspect import Inspection, ParameterInfo
+    from ms_ckpt_ext.api.inspection import Inspection, ParameterInfo
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,24 @@ def test_each_side_is_read_once(golden: Path) -> None:
         == pairing.nbytes
         == sum(load_file_sizes(golden / "full" / "model.safetensors").values())
     )
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Two blocks a side and what assembles them, for parameters of any size; rows are cut over both axes."""
+    full = {"w": np.arange(8 << 20, dtype=np.float32).reshape(4096, 2048)}
+    strategy = strategy_of({"w": Layout((2, 4), ((1,), (0,)))}, tmp_path / "s.ckpt")
+    cut(strategy, full, tmp_path / "shards")
+    (tmp_path / "whole").mkdir()
+    save_file(full, tmp_path / "whole" / "model.safetensors")
+    del full
+    a, b = open_catalog(str(tmp_path / "shards"), strategy), open_catalog(str(tmp_path / "whole"), None)
+    pairing = pair_up(a.tensors, b.tensors)
+    tracemalloc.start()
+    found = compare(pairing, a, b, 1, 1 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found.ok, found.nbytes) == (True, 32 << 20)
+    assert peak < 8 << 20
 
 
 def test_a_side_that_lacks_a_slice_is_an_error(golden: Path, tmp_path: Path) -> None:
