@@ -14,8 +14,9 @@ import pytest
 
 from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.layout import Layout, whole
+from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import profiles, session
+from ms_ckpt_ext.engine import profiles, pump, session
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover, HostSink
@@ -25,6 +26,7 @@ from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.registry import PLAIN, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.support import cut, read_file, strategy_of
 
@@ -46,7 +48,7 @@ class Load:
 
     def __init__(self, source: Path, trained: Optional[Strategy], target: Strategy, **options: Any) -> None:
         self.source, self.trained, self.target = source, trained, target
-        self.options = LoadOptions(mode="cooperative", **{"bucket_bytes": 1 << 20, "threads": 1, **options})
+        self.options = LoadOptions(**{"mode": "cooperative", "bucket_bytes": 1 << 20, "threads": 1, **options})
         self.world = LocalWorld(target.world, timeout=20.0)
         self.access = PLAIN
 
@@ -96,7 +98,10 @@ class Load:
                 memory[demand.name] = np.full(meta.dtype.nbytes(prod(shape)), 0xAA, np.uint8)
                 sinks[number] = self.sink(rank, demand.name, HostSink(memory[demand.name], shape, meta.dtype))
         with self.readers(rank, catalog) as readers:
-            report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
+            if ready.cooperative:
+                report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
+            else:
+                report = read_alone(ready, wants, rank, memory, readers)
 
         def digest(number: int) -> Optional[str]:
             array = memory.get(ready.demands[number].name)
@@ -117,6 +122,21 @@ class Load:
         assert sorted(self.world.errors) == list(range(self.world.size))
         assert all(isinstance(error, CheckpointError) for error in self.world.errors.values()), self.world.errors
         return self.world.errors
+
+
+def read_alone(
+    ready: Prepared, wants: Mapping[str, Want], rank: int, memory: Mapping[str, np.ndarray], readers: ReaderPool
+) -> LoadReport:
+    """A direct load: this rank's own boxes, straight into memory."""
+    tasks = []
+    for number, demand in enumerate(d for d in ready.demands if d.name in wants):
+        layout = wants[demand.name].layout
+        landing = Landing(number, (Extent(0, memory[demand.name].size),))
+        box = layout.region(rank % layout.devices, demand.tensor.meta.shape)
+        tasks.append(Task(demand.tensor, (Target(box, (landing,)),)))
+    units = schedule(tasks, ready.catalog.stored, Limits())
+    pump.run(units, readers, [MemorySink(array) for array in memory.values()], 1, lambda *_: None)
+    return LoadReport("direct", readers.count)
 
 
 def golden_load(golden: Path, source: str, target: str, **options: Any) -> Load:

@@ -43,6 +43,15 @@ def test_golden_pairs(source: str, target: str, golden: Path) -> None:
     assert all(rank.plan == loaded[0].plan for rank in loaded)
 
 
+@pytest.mark.parametrize("mode", ["direct", "auto"])
+@pytest.mark.parametrize(("source", "target"), PAIRS)
+def test_golden_pairs_in_other_modes(source: str, target: str, mode: str, golden: Path) -> None:
+    """The same bytes; a direct load reads what each rank wants, replicas included."""
+    loaded = golden_load(golden, source, target, mode=mode).run()
+    assert_shards(loaded, golden / target / "shards")
+    assert mode == "auto" or all(rank.report.mode == "direct" for rank in loaded)
+
+
 @pytest.mark.parametrize(
     ("source", "target"), [("dp2_tp4", "tp4"), ("dp2_tp2_pp2_zero", "dp2_tp2"), ("dp4_tp2_zero2", "dp3_tp8")]
 )
