@@ -157,7 +157,7 @@ def resume(
         return _nothing(directory, required, skipped)
     report = filled.report
     restored = Restored(
-        os.path.join(directory, filled.chosen.candidate.title),
+        os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
         *_progress(filled.chosen),
         filled.chosen.scalars,
         tuple(filled.missing),

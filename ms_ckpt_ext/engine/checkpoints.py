@@ -60,8 +60,8 @@ class Candidate:
 
     @property
     def title(self) -> str:
-        """How messages call it."""
-        return "/".join(filter(None, (self.folder, self.name)))
+        """Its path relative to the directory; for a sharded one, of what its ranks' files have in common."""
+        return "/".join(filter(None, (self.folder, "" if self.merged else self.name))) or "."
 
     @property
     def merged(self) -> bool:

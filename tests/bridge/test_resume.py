@@ -201,6 +201,7 @@ def test_weights_from_a_hugging_face_directory_and_back(tmp_path: Path) -> None:
     served = network(1)
     state = load_for_inference(served, tmp_path / "hf", name_map=theirs)
     assert contents(served) == contents(net)
+    assert state.checkpoint == str(tmp_path / "hf")
     assert state.bytes_read == sum(map(len, contents(net).values()))
 
 

@@ -299,7 +299,7 @@ def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
         )
     )
     chosen, _ = look(tmp_path / "m")
-    assert chosen is not None and chosen.candidate.merged and chosen.candidate.title == "release/merged"
+    assert chosen is not None and chosen.candidate.merged and chosen.candidate.title == "release"
 
 
 def test_pipeline_stages_record_their_own_layouts(tmp_path: Path) -> None:
@@ -333,11 +333,11 @@ def test_folders_of_mindformers(tmp_path: Path) -> None:
         (folder / "common.json").write_text(json.dumps({"epoch_num": 2, "global_step": step + 7, "ckpt_status": None}))
     chosen, _ = look(tmp_path / "checkpoint")
     assert step_of(chosen) == 10
-    assert chosen is not None and chosen.candidate.title == "iteration_00000010/merged"
+    assert chosen is not None and chosen.candidate.title == "iteration_00000010"
     assert chosen.listing.folder is not None
     (tmp_path / "checkpoint" / "iteration_00000010" / "qwen3-model-0000000-0000001.safetensors").write_bytes(b"x" * 20)
     chosen, skipped = look(tmp_path / "checkpoint")
-    assert step_of(chosen) == 4 and skipped[0].name == "iteration_00000010/merged"
+    assert step_of(chosen) == 4 and skipped[0].name == "iteration_00000010"
 
 
 def test_nothing_there(tmp_path: Path) -> None:
