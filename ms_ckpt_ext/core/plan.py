@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import NamedTuple, Optional
 
@@ -49,7 +49,8 @@ class Placement:
     expected: Mapping[Cell, tuple[int, ...]]
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """A box of a source tensor that is a box of the view of a parameter made of several.
 
     Attributes:
@@ -64,7 +65,7 @@ class Block(NamedTuple):
     axes: tuple[int, ...]
     start: Shape
 
-    @property
+    @cached_property
     def box(self) -> Region:
         """Its box in the view."""
         thick = dict(zip(self.axes, self.region.shape))
@@ -205,7 +206,10 @@ def _cell_at(placement: Placement, region: Region, tensor: SourceTensor) -> Cell
 def _made(shape: Shape, recipe: Recipe, target: Region) -> Iterator[Sourced]:
     """The pieces of a parameter that is made of others."""
     for frame in frames(shape, recipe.view, target):
+        first, last = (frame.box.start[0], frame.box.stop[0]) if recipe.view else (0, 1)
         for block in recipe.blocks:
+            if block.start and (block.start[0] >= last or block.box.stop[0] <= first):
+                continue  # most of them, when experts are stacked
             common = block.box.intersect(frame.box)
             if common is None:
                 continue
