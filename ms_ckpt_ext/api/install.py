@@ -72,8 +72,8 @@ def install(
     """
     from ms_ckpt_ext.bridge import names
 
-    kept = {*_checked(skip, "skip"), *_from_environment()}
-    chosen = [name for name in NAMES if name in _checked(NAMES if only is None else only, "only") and name not in kept]
+    asked = {*_checked(NAMES if only is None else only, "only")} - {*_checked(skip, "skip"), *_from_environment()}
+    chosen = [name for name in NAMES if name in asked]
     with names.LOCK:
         uninstall([name for name in _installed if name not in chosen])
         fresh = names.stock_functions(name for name in chosen if name not in _installed)

@@ -85,6 +85,8 @@ def test_twice_is_once_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
 
 def test_the_last_call_says_what_is_replaced() -> None:
     assert ms_ckpt_ext.install(only=["unified_safetensors"]) == ("unified_safetensors",) == tuple(replaced())
+    some = ("unified_safetensors", "transform_checkpoints")
+    assert set(ms_ckpt_ext.install(only=iter(some))) == set(some) == set(replaced())
     assert ms_ckpt_ext.install(skip=["unified_safetensors"]) == tuple(replaced())
     assert "unified_safetensors" not in replaced() and "load_distributed_checkpoint" in replaced()
     ms_ckpt_ext.uninstall(["load_distributed_checkpoint"])
