@@ -152,6 +152,8 @@ def _failed(error: Exception, command: Command, arguments: argparse.Namespace) -
         traceback.print_exception(type(error), error, error.__traceback__)
     what = "error in this program, please report it" if code is Exit.BUG else "error"
     print(f"{PROG} {command.name}: {what}: {error}", file=sys.stderr)
+    if code is Exit.KEY:
+        print(f"{PROG} {command.name}: a key is given by --dec-key-file or --dec-key-env", file=sys.stderr)
     if arguments.json:
         told = {"type": type(error).__name__, "message": str(error), "exit_code": code.value}
         json.dump({"error": told}, sys.stdout, indent=1, ensure_ascii=False)
