@@ -14,7 +14,8 @@ import pytest
 
 from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.layout import Layout, whole
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task, schedule
+from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import profiles, pump, session
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
