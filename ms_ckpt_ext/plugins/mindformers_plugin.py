@@ -19,7 +19,7 @@ from mindspore.train.callback import Callback
 
 from ms_ckpt_ext.api.install import install
 from ms_ckpt_ext.bridge.mindformers import seam
-from ms_ckpt_ext.bridge.mindformers.loader import Options
+from ms_ckpt_ext.bridge.mindformers.options import Options
 
 
 class Resharding(Callback):  # type: ignore[misc] # mindspore is not typed

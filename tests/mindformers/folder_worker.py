@@ -34,7 +34,7 @@ from mindformers.checkpoint.layout_adapter import LayoutAdapter
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext.bridge.mindformers import seam
-from ms_ckpt_ext.bridge.mindformers.loader import Options
+from ms_ckpt_ext.bridge.mindformers.options import Options
 
 standin.collectives(rank, size)
 MESH = tuple(map(int, mesh_text.split("x")))

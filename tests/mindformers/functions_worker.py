@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from ms_ckpt_ext.api.install import install, uninstall
 from ms_ckpt_ext.bridge.mindformers import seam
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.legacy import NOTE_NAME
-from ms_ckpt_ext.bridge.mindformers.loader import Options
+from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
@@ -149,11 +148,10 @@ def by_the_legacy_way(output: Path) -> dict[str, bytes]:
 
 
 def the_legacy_way() -> None:
-    os.environ["MS_CKPT_EXT_MODE"] = "direct"
     stock = by_the_legacy_way(scratch / "stock")
     assert (scratch / "stock/unified_checkpoint/part0.safetensors").is_file()
     install()
-    seam.install(Options())
+    seam.install(Options(mode="direct"))
     ours = by_the_legacy_way(scratch / "ours")
     left = sorted(path.name for path in (scratch / "ours/unified_checkpoint").iterdir())
     assert NOTE_NAME in left, left

@@ -19,6 +19,7 @@ from typing import Any, Optional
 import numpy as np
 from safetensors.numpy import save_file
 
+from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.engine.catalog import list_checkpoint
 from ms_ckpt_ext.engine.contents import read_extras
@@ -32,14 +33,14 @@ _stock: dict[str, Any] = {}
 """Name in MindFormers' module -> what stood there; empty while nothing is replaced."""
 
 
-def install() -> list[str]:
+def install(options: Options) -> list[str]:
     """Replace the merge and the load that follows it; returns the names of what is served."""
     module = _module()
     if module is None or not hasattr(module, "unify_safetensors") or _stock:
         return []
     _stock.update(unify_safetensors=module.unify_safetensors, ms=module.ms)
     setattr(module, "unify_safetensors", unify_safetensors)  # noqa: B010 - a module that mypy does not know
-    setattr(module, "ms", _Redirected("mindspore"))  # noqa: B010
+    setattr(module, "ms", _Redirected(options))  # noqa: B010
     return ["unify_safetensors"]
 
 
@@ -63,16 +64,21 @@ def _module() -> Optional[ModuleType]:
 class _Redirected(ModuleType):
     """`mindspore` as that module sees it: a load from a folder with a note goes to what the note names."""
 
+    def __init__(self, options: Options) -> None:
+        super().__init__("mindspore")
+        self._options = options
+
     def __getattr__(self, name: str) -> Any:
         return getattr(ms, name)
 
-    @staticmethod
-    def load_distributed_checkpoint(*args: Any, **named: Any) -> Any:
+    def load_distributed_checkpoint(self, *args: Any, **named: Any) -> Any:
         """As `mindspore.load_distributed_checkpoint`, of the folder itself or of the note's source."""
         note = os.path.join(str(named.get("unified_safetensors_dir")), NOTE_NAME)
         if os.path.isfile(note):
             with open(note, encoding="utf-8") as file:
                 named.update(json.load(file))
+            options = self._options
+            named.update(mode=options.way, verify=options.verify, bucket_bytes=options.bucket_bytes)
             log.info("loading %s straight from the rank folders", named["unified_safetensors_dir"])
         return ms.load_distributed_checkpoint(*args, **named)
 

@@ -15,10 +15,11 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
+from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.together import Source, fill_together
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.layout import Layout
@@ -31,15 +32,6 @@ from ms_ckpt_ext.errors import DiscoveryError, StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.mindformers import COMMON_NAME, find_folder, layout_of
 
 log = logging.getLogger("ms_ckpt_ext")
-
-
-class Options(NamedTuple):
-    """How to load; see `engine.session.LoadOptions`. `workers` are reading threads of a rank."""
-
-    mode: str = "auto"
-    verify: str = "none"
-    bucket_bytes: int = 64 << 20
-    workers: int = 4
 
 
 class Both(ms.nn.Cell):
@@ -187,7 +179,7 @@ def _fill(
     balanced: bool,
 ) -> list[str]:
     """Fill the Parameters; returns the names of those that got nothing."""
-    mode = "cooperative" if balanced and options.mode == "auto" else options.mode
+    mode = "cooperative" if balanced and options.way == "auto" else options.way
     limits = Limits()
     look = partial(list_checkpoint, directory, None)
     rank = live.own_rank() if target is not None else 0

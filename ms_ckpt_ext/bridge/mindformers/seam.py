@@ -17,7 +17,7 @@ from typing import Any, Callable
 
 from ms_ckpt_ext.bridge import names
 from ms_ckpt_ext.bridge.mindformers import legacy, loader
-from ms_ckpt_ext.bridge.mindformers.loader import Options
+from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.errors import MissingDependencyError
 
 Function = Callable[..., Any]
@@ -44,7 +44,7 @@ def install(options: Options) -> tuple[str, ...]:
         fresh = {stock: _bound(stock, ours, options) for stock, ours in _found()}
         count = names.replace(fresh, everywhere=True)
         _installed.update(fresh)
-        served = [stock.__name__ for stock in fresh] + legacy.install()
+        served = [stock.__name__ for stock in fresh] + legacy.install(options)
     log.info("ms_ckpt_ext serves MindFormers' %s (%d names replaced)", ", ".join(served), count)
     return tuple(served)
 

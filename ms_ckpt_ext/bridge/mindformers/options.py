@@ -1,0 +1,20 @@
+"""What the YAML entry says about loading."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Options(NamedTuple):
+    """How to load; see `engine.session.LoadOptions`. `workers` are reading threads of a rank."""
+
+    mode: str = "auto"
+    verify: str = "none"
+    bucket_bytes: int = 64 << 20
+    workers: int = 4
+
+    @property
+    def way(self) -> str:
+        """The mode, or for "auto" what the environment variable MS_CKPT_EXT_MODE says."""
+        return os.environ.get("MS_CKPT_EXT_MODE") or "auto" if self.mode == "auto" else self.mode
