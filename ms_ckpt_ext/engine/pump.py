@@ -40,7 +40,7 @@ Landed = Callable[[int, int], None]
 """(sink, bytes): told after bytes reached a sink, from worker threads."""
 _Item = TypeVar("_Item")
 _COPY = 1 << 20  # stays in a core's cache between read and write
-_PLENTY = 32 << 20  # bytes a worker takes at once: enough to go through files in long stretches, too little to idle for
+_PLENTY = 128 << 20  # bytes a worker takes at once: most arrays whole, so that their digests need nothing read back
 _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
 
