@@ -112,6 +112,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
         timeout=300,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    assert len(list(root.glob("*/merged/param_name_map.json"))) == 1
     told = {path.stem: (path, json.loads(path.read_text())) for path in root.glob("*/*.json")}
     return Page(*(Run(run["losses"], run["ours"], path.parent / name)
                   for name, (path, run) in ((name, told[name]) for name in ("first", "second"))))  # fmt: skip
