@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import pytest
 
 PACKAGE = "ms_ckpt_ext"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+MAP = ROOT.parent / "ARCHITECTURE.md"
 
 # Room -> what it may import besides itself and _version: rooms, or single modules of them.
 # cli -> api -> {bridge, engine} -> {formats, storage, transport} -> core -> errors
@@ -215,3 +217,11 @@ def test_mindspore_at_module_level_is_found_through_others(sources: dict[str, st
 )
 def test_a_late_import_does_not_load(text: str) -> None:
     assert violations({**WORLD, "api/load.py": text}) == []
+
+
+@pytest.mark.parametrize("room", ["core", "formats", "storage", "transport", "engine", "bridge"])
+def test_the_map_names_every_module(room: str) -> None:
+    """ARCHITECTURE.md lists what each room holds: a module that is not on the map is not found by who comes after."""
+    (listed,) = re.findall(rf"^- \*\*{room}\*\*.*?(?=^- \*\*|^$)", MAP.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    modules = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+    assert sorted(name for name in modules if f"`{name}`" not in listed) == []
