@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
-from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.rules import Rule, apply_rules
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
@@ -28,8 +28,10 @@ from ms_ckpt_ext.storage.reader import ByteReader
 
 INT4 = "Int4"
 """Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
-MOST_OPEN, MOST_DECRYPTING = 256, 16
-"""Files that a job keeps open. An encrypted one holds up to 64 MiB of plaintext."""
+MOST_OPEN = 256
+"""Files that a job keeps open."""
+DECRYPTED_BYTES = 512 << 20
+"""Plaintext that the readers of a job's encrypted files keep, together: eight blocks of MindSpore's 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class Catalog:
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
         return self.files[file].tensors[name].extents
+
+    def position(self, task: Task) -> tuple[int, tuple[Extent, ...]]:
+        """The first file that a task reads, and where its parameter begins there."""
+        tensor = task.tensor if task.tensor.recipe is None else task.tensor.recipe.blocks[0].tensor
+        file = min(files[0] for placement in tensor.placements for files in placement.holders.values())
+        return file, self.stored(file, tensor.stored_name)[:1]
 
     def ruled(self, rules: Sequence[Rule]) -> Catalog:
         """The checkpoint as weight rules present it. Raises as `apply_rules`; also for packed int4, unless renamed."""
@@ -84,8 +92,7 @@ class Catalog:
         def opener(path: str) -> ByteReader:
             return reopen(by_path[path], self.access)
 
-        plain = all(index.reader == "plain" for index in self.files)
-        return ReaderPool(self.files, opener, MOST_OPEN if plain else MOST_DECRYPTING)
+        return ReaderPool(self.files, opener, MOST_OPEN, DECRYPTED_BYTES)
 
 
 def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access: Access = PLAIN) -> Catalog:

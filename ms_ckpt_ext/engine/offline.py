@@ -241,17 +241,25 @@ def _fill(
             progress(nbytes)
 
         for tasks in in_rounds(job, todo, workers):
-            pump.run(schedule(tasks, job.source.stored, limits), readers, files.sinks, workers, landed)
+            units = schedule(tasks, job.source.stored, limits)
+            if job.source.authenticated:  # one by one, so that threads meet in the block that a reader keeps
+                pump.run(units, readers, files.sinks, workers, landed, plenty=0)
+            else:
+                pump.run(units, readers, files.sinks, workers, landed)
         files.settle()
         readers.verify()
         return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
 
 
 def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:
-    """All the work at once, unless it must be done in order to encrypt in bounded memory."""
-    if job.seal is None:
-        return [tasks_of(todo)]
-    return rounds(tasks_of(todo), [output.name for output in todo], job.seal, workers)
+    """All the work at once, unless it must be done in order to encrypt in bounded memory.
+
+    What was encrypted in large blocks is read in the order of the source, lest a block be decrypted for every tensor.
+    """
+    tasks = tasks_of(todo)
+    if job.seal is not None:
+        return rounds(tasks, [output.name for output in todo], job.seal, workers)
+    return [sorted(tasks, key=job.source.position) if job.source.authenticated else tasks]
 
 
 class _Files:

@@ -45,8 +45,15 @@ _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
 
 
-def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], workers: int, landed: Landed) -> None:
-    """Run all units; the first error stops the others and is raised."""
+def run(
+    units: Iterator[Unit],
+    readers: ReaderPool,
+    sinks: Sequence[Sink],
+    workers: int,
+    landed: Landed,
+    plenty: int = _PLENTY,
+) -> None:
+    """Run all units, of which a worker takes an array's, or `plenty` bytes; the first error stops all and is raised."""
 
     def worker(stopped: Callable[[], bool]) -> Callable[[list[Unit]], None]:
         mine = _Worker(readers, sinks, landed)
@@ -59,17 +66,17 @@ def run(units: Iterator[Unit], readers: ReaderPool, sinks: Sequence[Sink], worke
 
         return do
 
-    spread(_shares(units), workers, worker)
+    spread(_shares(units, plenty), workers, worker)
 
 
-def _shares(units: Iterator[Unit]) -> Iterator[list[Unit]]:
+def _shares(units: Iterator[Unit], plenty: int) -> Iterator[list[Unit]]:
     """Units to be done in this order by one worker: an array to its end, or what is plenty."""
     share: list[Unit] = []
     nbytes = 0
     for unit in units:
         share.append(unit)
         nbytes += unit.nbytes
-        if unit.last or nbytes >= _PLENTY:
+        if unit.last or nbytes >= plenty:
             yield share
             share, nbytes = [], 0
     if share:

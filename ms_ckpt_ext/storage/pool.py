@@ -1,4 +1,4 @@
-"""Open readers, shared by threads and bounded in number: 1,024 source files do not need 1,024 descriptors."""
+"""Open readers, shared by threads, bounded in number and memory: 1,024 source files do not need 1,024 descriptors."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ class SourceFile(Protocol):
 class _Open:
     reader: ByteReader
     users: int = 0
+    admitted: bool = False
+
+    @property
+    def keeps(self) -> int:
+        """Most bytes of plaintext in memory; a plain reader has none."""
+        nbytes: int = getattr(self.reader, "keeps", 0)
+        return nbytes
 
 
 @dataclass
@@ -41,14 +48,28 @@ class ReadCount:
 
 
 class ReaderPool:
-    """Readers by file number, opened on first use, the least recently used closed beyond `most`."""
+    """Readers by file number, opened on first use, the least recently used closed beyond what may stay open.
 
-    def __init__(self, files: Sequence[SourceFile], opener: Callable[[str], ByteReader], most: int = 256) -> None:
+    Args:
+        files: what is read.
+        opener: path -> reader.
+        most: files that stay open though nobody uses them.
+        most_bytes: what readers keep in memory together, or the one in use where it alone keeps more. A thread that
+            wants one more reader waits until the others have let go of theirs, so it must not hold one itself.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        opener: Callable[[str], ByteReader],
+        most: int = 256,
+        most_bytes: int = 1 << 30,
+    ) -> None:
         self._files = files
         self._opener = opener
-        self._most = most
+        self._most, self._most_bytes = most, most_bytes
         self._open: OrderedDict[int, _Open] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self.count = ReadCount()
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
@@ -75,11 +96,14 @@ class ReaderPool:
             self._open.move_to_end(file)
             self._evict()
         try:
+            with self._lock:
+                self._lock.wait_for(lambda: held.admitted or self._admit(held))
             yield held.reader
         finally:
             with self._lock:
                 held.users -= 1
                 self._evict()
+                self._lock.notify_all()
 
     def _checked(self, file: int) -> ByteReader:
         known = self._files[file]
@@ -102,8 +126,24 @@ class ReaderPool:
                 _refuse_changed(known, status.st_size, status.st_mtime_ns)
 
     def _evict(self) -> None:
-        for file in [f for f, held in self._open.items() if held.users == 0][: max(0, len(self._open) - self._most)]:
+        self._drop(max(0, len(self._open) - self._most))
+
+    def _drop(self, number: int) -> None:
+        """Close so many readers that nobody uses, or all of these."""
+        for file in [f for f, held in self._open.items() if held.users == 0][:number]:
             self._open.pop(file).reader.close()
+
+    def _admit(self, wanted: _Open) -> bool:
+        """Let a reader take memory if there is room, which readers that nobody uses make."""
+        while wanted.keeps and (others := sum(held.keeps for held in self._open.values() if held.admitted)):
+            if others + wanted.keeps <= self._most_bytes:
+                break
+            before = len(self._open)
+            self._drop(1)
+            if len(self._open) == before:
+                return False
+        wanted.admitted = True
+        return True
 
     def close(self) -> None:
         """Close every reader."""

@@ -15,9 +15,11 @@ from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.engine.digests import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
+from ms_ckpt_ext.formats.crypto import blocks
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.storage.reader import PlainReader
+from tests.jobs.formats import encrypt as encrypt_file
 from tests.jobs.support import assert_nothing_complete, tree
 from tests.jobs.test_convert import CASE, KEY, contents, write_ckpt
 
@@ -184,3 +186,26 @@ def test_digests_are_of_tensors_or_not_at_all(tmp_path: Path) -> None:
     assert listed[1] is listed[3] is None
     truth = {name: xxhash.xxh3_128(entry[2]).hexdigest() for name, entry in contents(source).items()}
     assert dict(listed[2].files["net.safetensors"].tensors) == truth
+
+
+def test_blocks_are_decrypted_about_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the table of contents, once for the tensors, though the output has another order than the source."""
+    specs = [TensorSpec(f"{n}", DTYPES["F32" if n % 2 else "BF16"], (900 + 7 * n,)) for n in range(64)]
+    laid = ckpt_writer.layout(specs)
+    raw = bytearray(laid.size)
+    for offset, literal in laid.literals:
+        raw[offset : offset + len(literal)] = literal
+    (tmp_path / "net.ckpt").write_bytes(raw)
+    encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", "AES-GCM")
+    decrypted: list[int] = []
+    real = blocks._GcmBlocks._decrypt
+
+    def counted(self: Any, block: blocks.Block, out: memoryview) -> None:
+        decrypted.append(block.start)
+        real(self, block, out)
+
+    monkeypatch.setattr(blocks._GcmBlocks, "_decrypt", counted)
+    monkeypatch.setattr(registry, "CACHE_BYTES", 1)  # one block is kept, as of MindSpore's 64 MiB
+    convert(tmp_path / "sealed.ckpt", tmp_path / "out/net.safetensors", dec_key=KEY, max_process_num=1)
+    assert contents(tmp_path / "out/net.safetensors").keys() == {spec.name for spec in specs}
+    assert len(set(decrypted)) > 8 and len(decrypted) <= 2 * len(set(decrypted)) + 2

@@ -23,6 +23,7 @@ from ms_ckpt_ext.engine import offline, pump
 from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage import sink
 from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
 from tests.jobs.support import arrays, read_merged, scalars, source, strategy_of, tree
@@ -316,6 +317,36 @@ def test_the_pool_keeps_few_files_open(tmp_path: Path) -> None:
         assert len(pool._open) <= 3 and len(opened) > 4
         held = [entry.reader for entry in pool._open.values()]
     assert all(reader.fd is None for reader in held)
+
+
+def test_the_pool_keeps_to_its_memory(tmp_path: Path) -> None:
+    """Eight threads, readers of 64 bytes each and room for three; one of 500 is used alone."""
+    files = [read_index(str(p)) for p in sorted(source(tmp_path / "src").glob("shards/*/*.safetensors"))] * 4
+    held, most, lock = [0], [0], threading.Lock()
+
+    class Keeping(PlainReader):
+        keeps = 64
+
+        def close(self) -> None:
+            with lock:
+                held[0] -= getattr(self, "taken", 0)
+            super().close()
+
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            with lock:
+                if not hasattr(self, "taken"):
+                    self.taken = self.keeps
+                    held[0] += self.taken
+                most[0] = max(most[0], held[0])
+            super().read_into(offset, buffer)
+
+    for keeps, limit in ((64, 192), (500, 500)):
+        held[0] = most[0] = 0
+        Keeping.keeps = keeps
+        with ReaderPool(files, Keeping, most_bytes=200) as pool, ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda n: pool.read_into(n % len(files), 0, memoryview(bytearray(8))), range(400)))
+            assert pool.count.reads == 400
+        assert (most[0], held[0]) == (limit, 0)
 
 
 def units(count: int, fail_at: int = -1) -> Iterator[Unit]:

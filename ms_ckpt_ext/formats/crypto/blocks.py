@@ -103,6 +103,7 @@ class DecryptingReader:
             self._inner = _CbcReader(reader, secret, self.mode)
         self.size = self._inner.size
         self.unit = getattr(self._inner, "unit", 0)
+        self.keeps = getattr(self._inner, "keeps", 0)
         self.turn = getattr(self._inner, "turn", None)
         if self.mode != GCM:
             self._require_start(expect)

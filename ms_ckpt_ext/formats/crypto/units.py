@@ -96,6 +96,7 @@ class UnitReader:
 
     Attributes:
         unit: bytes of the largest unit; reads that begin and end at its multiples mostly cost nothing twice.
+        keeps: most bytes of plaintext that it keeps in memory.
         turn: to be held for a run of reads where only one unit is kept, lest threads take it from each other.
     """
 
@@ -111,6 +112,7 @@ class UnitReader:
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._most = max(1, cache_bytes // max(1, units.largest))
         self.unit = units.largest
+        self.keeps = self._most * units.largest
         self.turn = Turn() if units.largest > cache_bytes else None
         self._lock = threading.Lock()
         self._closed = False
