@@ -93,6 +93,8 @@ SAME = Tally()
 
 def differences(a: Bytes, b: Bytes, dtype: DType, spots: int = 3) -> Tally:
     """Compare two flat byte arrays of equal length that hold elements of `dtype`."""
+    if _equal(a, b):
+        return SAME
     found = SAME
     for start in range(0, a.size, _CHUNK):
         one, two = a[start : start + _CHUNK], b[start : start + _CHUNK]
