@@ -24,7 +24,7 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job, recut_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, merge_job, recut_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
@@ -89,7 +89,9 @@ def merge(
     options = MergeOptions(_choice(wanted, rename), *share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode))
     workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    job = merge_job(source.open().ruled(weight_rules), target, options)
+    catalog = source.open().ruled(weight_rules)
+    job = merge_job(catalog, target, options)
+    check_apart(catalog, target, job)
     return execute(job, target, workers, limits, "merge", dry_run)
 
 
@@ -136,9 +138,11 @@ def reshard(
     catalog = source.open().ruled(weight_rules)
     if rank is None:
         job = recut_job(catalog, layout, ranks, names, lambda n: f"rank_{n}/net.{to}", target, crc=crc, seal=seal)
-        return execute(job, target, workers, limits, "reshard", dry_run)
-    job = recut_job(catalog, layout, ranks, names, lambda _: f"net.{to}", crc=crc, seal=seal)
-    return execute(job, f"{target}/rank_{rank}", workers, limits, "reshard", dry_run)
+    else:
+        target = f"{target}/rank_{rank}"
+        job = recut_job(catalog, layout, ranks, names, lambda _: f"net.{to}", crc=crc, seal=seal)
+    check_apart(catalog, target, job)
+    return execute(job, target, workers, limits, "reshard", dry_run)
 
 
 def _check_format(to: str) -> None:

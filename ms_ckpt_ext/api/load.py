@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_listing
 from ms_ckpt_ext.engine.contents import read_extras
-from ms_ckpt_ext.engine.jobs import recut_job
+from ms_ckpt_ext.engine.jobs import check_apart, recut_job
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -177,6 +177,7 @@ def load_distributed_checkpoint(
     else:  # a target of its own, so that the ranks of a job can do this at the same time
         job = recut(lambda _: f"net.{output_format}")
         target = os.path.join(target, f"rank_{rank_id}")
+    check_apart(catalog, target, job)
     execute(job, target, workers, limits, "reshard")
     return True
 

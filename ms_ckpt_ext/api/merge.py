@@ -19,7 +19,7 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -101,7 +101,9 @@ def unified_safetensors(
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
     catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access).ruled(weight_rules)
-    return execute(merge_job(catalog, target, options), target, workers, limits, "merge")
+    job = merge_job(catalog, target, options)
+    check_apart(catalog, target, job)
+    return execute(job, target, workers, limits, "merge")
 
 
 def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:

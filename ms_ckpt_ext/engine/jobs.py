@@ -237,6 +237,20 @@ def recut_job(
     return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
 
 
+def check_apart(catalog: Catalog, folder: str, job: Job) -> None:
+    """Refuse a job that would put files into the source's rank folders: there they would be taken for a rank's own.
+
+    Raises UsageError.
+    """
+    sources = {os.path.dirname(os.path.realpath(file.path)) for file in catalog.files}
+    taken = {os.path.dirname(os.path.realpath(os.path.join(folder, output.name))) for output in job.outputs}
+    if len(sources) > 1 and sources & taken:
+        raise UsageError(
+            f"{min(sources & taken)!r} is a rank folder of the source, and a file that is written there would be taken "
+            "for that rank's; choose another target directory"
+        )
+
+
 def _file_order(catalog: Catalog) -> dict[str, int]:
     """Stored name -> its place in the source's files, which a `.ckpt` keeps: MindSpore's readers list names so."""
     order: dict[str, int] = {}

@@ -344,7 +344,7 @@ def test_the_target_strategy_does_not_divide(tmp_path: Path) -> None:
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     root = source(tmp_path / "src")
     before = tree(root)
-    with pytest.raises(errors.UsageError, match="is a file of the source; choose another target"):
+    with pytest.raises(errors.UsageError, match="is a rank folder of the source, .*choose another target"):
         load_distributed_checkpoint(
             None, None, root / "strategy.ckpt", root / "strategy.ckpt", format="safetensors",
             unified_safetensors_dir=root / "shards", dst_safetensors_dir=root / "shards",
