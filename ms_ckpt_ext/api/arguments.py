@@ -28,9 +28,9 @@ BUFFER_BYTES = 64 << 20
 
 
 def path_of(value: Any, argument: str) -> str:
-    if isinstance(value, (str, os.PathLike)):
+    if isinstance(value, (str, os.PathLike)) and os.fspath(value):
         return str(os.fspath(value))
-    if value is None:
+    if value is None or value == "":
         raise UsageError(f"{argument} is needed here: give a path")
     raise ArgumentTypeError(f"{argument} must be a path, got {type(value).__name__}")
 

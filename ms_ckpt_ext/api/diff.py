@@ -80,6 +80,7 @@ def diff_strategy(a: Any, b: Any, *, shapes: Any = None, match: Globs = (), excl
         match, exclude: shell-style globs of parameter names.
 
     Raises:
+        UsageError: globs that leave nothing to compare.
         StrategyError: a strategy cannot be read.
         LayoutMismatchError: a shape cannot be cut as a strategy says.
         FormatError, StorageError: the file with shapes cannot be read.
@@ -89,6 +90,7 @@ def diff_strategy(a: Any, b: Any, *, shapes: Any = None, match: Globs = (), excl
     one, two, wanted = as_strategy(a), as_strategy(b), Filter(match, exclude)
     assert one is not None  # as_strategy gives None for None only
     assert two is not None
+    wanted.check((*one.layouts, *two.layouts))
     known = _shapes(shapes)
     first, second = _names(one, wanted), _names(two, wanted)
     changes, unchanged = [], 0

@@ -97,6 +97,14 @@ class Filter:
         """The parameters that are wanted."""
         return {name: tensor for name, tensor in tensors.items() if self(name)}
 
+    def check(self, names: Iterable[str]) -> None:
+        """Raise UsageError when none of `names` is wanted: a proof of nothing would look like a proof."""
+        if self and not any(map(self, names)):
+            raise UsageError(
+                f"no parameter is left by match {list(self._match)} and exclude {list(self._exclude)}; "
+                "globs are of whole names, e.g. 'layers.0.*'"
+            )
+
 
 def _any(name: str, globs: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)

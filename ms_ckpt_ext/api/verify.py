@@ -83,7 +83,7 @@ def verify(
         What was compared and what was found; its `ok` says whether all is as it should be.
 
     Raises:
-        UsageError, ArgumentTypeError: wrong arguments.
+        UsageError, ArgumentTypeError: wrong arguments, or globs that leave nothing to verify.
         DiscoveryError: no checkpoint, or no manifest, there.
         CoverageError: one of two checkpoints lacks a region that it should hold.
         StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
@@ -100,12 +100,14 @@ def verify(
     one, two = first.open(), second.open()
     names = checked_name_map(name_map)
     held = {names.get(name, name): tensor for name, tensor in {**two.extras, **two.tensors}.items()}
+    wanted.check((*one.extras, *one.tensors, *held))
     pairing = pair_up(wanted.of({**one.extras, **one.tensors}), wanted.of(held))
     with progress.bar("verify", pairing.nbytes) as advance:
         return compare(pairing, one, two, workers, progress=advance)
 
 
 def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int) -> Health:
+    wanted.check((*catalog.tensors, *catalog.extras, *(strategy.layouts if strategy else ())))
     tensors = wanted.of(catalog.tensors)
     with progress.bar("verify", health.bytes_to_read(catalog, tensors, wanted)) as advance:
         return health.check(catalog, tensors, strategy, wanted, workers, advance)

@@ -65,7 +65,9 @@ def _lines(found: Inspection, tree: bool, everything: bool) -> Iterator[str]:
         rows = [[name, "(large)" if value is None else str(value)] for name, value in found.scalars.items()]
         yield from words.listed(["scalar", "value"], rows, "", everything)
     yield ""
-    if tree:
+    if not found.parameters:
+        yield "no parameters"
+    elif tree:
         from ms_ckpt_ext.cli.tree import tree_lines
 
         yield from tree_lines([(p.name, _kind(p), p.nbytes) for p in found.parameters])

@@ -11,9 +11,14 @@ import importlib
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from types import FrameType
 from typing import Any, Optional
 
 from ms_ckpt_ext import errors
@@ -57,7 +62,7 @@ def commands() -> list[Command]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line. A parsed one has `command`, a `Command`."""
+    """The whole command line. A parsed one has `command`, a `Command`, and `parser`, that of the command."""
     top = argparse.ArgumentParser(
         prog=PROG, description=_DESCRIPTION, epilog=_exit_codes(), formatter_class=_Formatter, allow_abbrev=False
     )
@@ -73,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.configure(made)
-        made.set_defaults(command=command, json=False)
+        made.set_defaults(command=command, parser=made, json=False)
         if command.json:
             made.add_argument("--json", action="store_true", help="print one JSON document, for machines")
         made.add_argument("--verbose", action="store_true", help="tell on standard error what is done; show tracebacks")
@@ -101,27 +106,75 @@ def _examples(command: Command) -> str:
     return "\n".join(["examples:", *lines]).rstrip()
 
 
+class _OutputError(Exception):
+    """Standard output took no more; the cause says why."""
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command line and return its exit code."""
+    _ready_output()
     try:
-        code = _main(sys.argv[1:] if argv is None else list(argv))
-        sys.stdout.flush()
-    except BrokenPipeError:
+        with _interruptions() as interrupted:
+            code = _main(sys.argv[1:] if argv is None else list(argv), interrupted)
+        with _writing():
+            sys.stdout.flush()
+    except _OutputError as error:
         # The interpreter flushes once more at its end, into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Exit.PIPE
+        if isinstance(error.__cause__, BrokenPipeError):
+            return Exit.PIPE
+        print(f"{PROG}: error: cannot write to standard output: {error}", file=sys.stderr)
+        return Exit.STORAGE
     except KeyboardInterrupt:
         print(f"\n{PROG}: interrupted; run the same command again to go on", file=sys.stderr)
         return Exit.INTERRUPTED
     return code
 
 
-def _main(argv: list[str]) -> int:
+def _ready_output() -> None:
+    """Names of files and parameters may hold what the terminal's encoding has no sign for; `>&-` leaves no output."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    elif isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _OutputError(error.strerror or str(error)) from error
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Collects Ctrl-C, beside raising KeyboardInterrupt: an import of C code may turn that into an ImportError."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Optional[FrameType]) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _main(argv: list[str], interrupted: Sequence[int]) -> int:
     if not argv:
         parser().print_help(sys.stderr)
         return Exit.USAGE
     try:
-        arguments = parser().parse_args(argv)
+        arguments = _parsed(argv)
     except SystemExit as asked:  # --help, --version, or a usage error that argparse has printed
         return int(asked.code or 0)
     command: Command = arguments.command
@@ -130,20 +183,40 @@ def _main(argv: list[str]) -> int:
     )
     try:
         return _print(command.run(arguments), arguments.json)
-    except BrokenPipeError:
+    except _OutputError:
         raise
-    except Exception as error:  # noqa: BLE001 - everything becomes words and an exit code
+    except Exception as error:
+        if interrupted:
+            raise KeyboardInterrupt from error
         return _failed(error, command, arguments)
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
+    arguments, unknown = parser().parse_known_args(argv)
+    if unknown:
+        import difflib
+
+        made: argparse.ArgumentParser = arguments.parser
+        near = difflib.get_close_matches(unknown[0].split("=")[0], made._option_string_actions, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        made.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return arguments
 
 
 def _print(answer: Answer, as_json: bool) -> int:
     if as_json:
-        json.dump(answer.data, sys.stdout, indent=1, ensure_ascii=False)
-        print()
+        _print_json(answer.data)
     else:
         for line in answer.lines:
-            print(line)
+            with _writing():
+                print(line)
     return answer.code
+
+
+def _print_json(data: Any) -> None:
+    with _writing():
+        json.dump(data, sys.stdout, indent=1, ensure_ascii=False)
+        print()
 
 
 def _failed(error: Exception, command: Command, arguments: argparse.Namespace) -> int:
@@ -156,6 +229,5 @@ def _failed(error: Exception, command: Command, arguments: argparse.Namespace) -
         print(f"{PROG} {command.name}: a key is given by --dec-key-file or --dec-key-env", file=sys.stderr)
     if arguments.json:
         told = {"type": type(error).__name__, "message": str(error), "exit_code": code.value}
-        json.dump({"error": told}, sys.stdout, indent=1, ensure_ascii=False)
-        print()
+        _print_json({"error": told})
     return code

@@ -39,7 +39,9 @@ def add_filter(parser: ArgumentParser) -> None:
 
 def add_workers(parser: ArgumentParser) -> None:
     """How many threads."""
-    parser.add_argument("--workers", type=int, default=64, metavar="N", help="most threads (default: one per core)")
+    parser.add_argument(
+        "--workers", type=positive, default=64, metavar="N", help="most threads (default: one per core)"
+    )
 
 
 def add_key(parser: ArgumentParser, verb: str = "dec", whose: str = "of encrypted files", suffix: str = "") -> None:
@@ -69,6 +71,17 @@ def name_map(arguments: Namespace) -> Any:
         raise storage_error("read the name map", arguments.name_map, error) from error
     except ValueError as error:
         raise FormatError(f"{arguments.name_map!r} is not JSON: {error}") from error
+
+
+def positive(text: str) -> int:
+    """A number of at least 1 on the command line.
+
+    >>> positive("8")
+    8
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
 
 
 def byte_size(text: str) -> int:

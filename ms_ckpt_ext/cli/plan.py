@@ -23,7 +23,14 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         add("src", metavar="SRC", help="checkpoint directory; with --shapes the strategy that cut it, or 'none'")
     )
     takes_path(add("dst", metavar="DST", help="strategy of the job that loads; 'none' for one device"))
-    takes_path(add("--src-strategy", metavar="FILE", help="strategy of the job that saved SRC (rank folders need it)"))
+    takes_path(
+        add(
+            "--src-strategy",
+            "--strategy",
+            metavar="FILE",
+            help="strategy of the job that saved SRC, if in rank folders",
+        )
+    )
     takes_path(add("--dst-strategy", metavar="FILE", help="the same as DST, for whom DST is an output directory"))
     takes_path(add("--shapes", metavar="FILE", help='no checkpoint: JSON {name: {"dtype": "F32", "shape": [..]}}'))
     add(

@@ -113,6 +113,7 @@ def demands_under(source: Source, target: Optional[Strategy]) -> list[Demand]:
 
     Raises:
         StrategyError: a pipeline stage is missing, or the strategy and the source have no parameter in common.
+        LayoutMismatchError: a parameter cannot be cut as the strategy says.
     """
     if target is not None:
         target.check_complete()
@@ -122,6 +123,7 @@ def demands_under(source: Source, target: Optional[Strategy]) -> list[Demand]:
         stages = _stages(name, tensor, source, target)
         common += bool(stages) and name not in source.everywhere
         if stages and all(tensor.meta.shape):
+            _check_cut(tensor.meta, stages)
             demands.append(Demand(name, tensor, tuple(Grid(*grid) for grid in shared.grids(stages))))
     if not common:
         raise StrategyError(
@@ -226,12 +228,16 @@ class _Shared:
         return found
 
 
-def _placements(meta: TensorMeta, stages: Stages, shared: _Shared) -> tuple[Placement, ...]:
+def _check_cut(meta: TensorMeta, stages: Stages) -> None:
     for _, layout in stages:
         try:
             layout.slice_shape(meta.shape)
         except LayoutMismatchError as error:
             raise LayoutMismatchError(f"parameter {meta.name!r}: {error}") from error
+
+
+def _placements(meta: TensorMeta, stages: Stages, shared: _Shared) -> tuple[Placement, ...]:
+    _check_cut(meta, stages)
     return tuple(Placement(parts, ranks, ranks) for parts, ranks in shared.grids(stages))
 
 

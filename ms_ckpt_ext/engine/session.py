@@ -68,11 +68,11 @@ class LoadOptions:
         for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY)):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        if self.bucket_bytes < 4096 or self.prefetch < 0 or self.threads < 1 or self.timeout <= 0:
-            raise UsageError(
-                "bucket_bytes must be at least 4096, prefetch at least 0, threads at least 1 and timeout above 0; "
-                f"got {self.bucket_bytes}, {self.prefetch}, {self.threads}, {self.timeout}"
-            )
+        for name, least in (("bucket_bytes", 4096), ("prefetch", 0), ("threads", 1)):
+            if (number := getattr(self, name)) < least:
+                raise UsageError(f"{name} must be at least {least}, got {number}")
+        if self.timeout <= 0:
+            raise UsageError(f"timeout must be above 0 seconds, got {self.timeout}")
 
     def facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""

@@ -146,7 +146,7 @@ def _stage_files(directory: str) -> list[str]:
     if not os.path.isdir(directory):
         raise StrategyError(f"{directory!r} is not a directory of strategy files; give one that exists")
     found = {
-        suffix: sorted(str(p) for p in Path(directory).glob(f"*{suffix}") if p.is_file())
+        suffix: sorted(str(p) for p in Path(directory).glob(f"[!.]*{suffix}") if p.is_file())
         for suffix in (".ckpt", ".json")
     }
     kinds = [files for files in found.values() if files]

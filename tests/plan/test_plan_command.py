@@ -52,6 +52,12 @@ def test_text(golden: Path) -> None:
     }
 
 
+def test_the_source_has_a_strategy_as_in_other_commands(golden: Path) -> None:
+    words = ["plan", golden / "tp4" / "shards", "none"]
+    own = golden / "tp4" / "strategy.ckpt"
+    assert as_json(*words, "--strategy", own) == as_json(*words, "--src-strategy", own)
+
+
 def test_json_from_shapes(shapes: Path) -> None:
     argv = ["plan", shapes / "train.ckpt", shapes / "serve.ckpt", "--shapes", shapes / "shapes.json"]
     found = as_json(*argv, "--hardware", "cpu", "--hardware", "atlas-a3", "--bucket", "1M")
