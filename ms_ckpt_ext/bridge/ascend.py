@@ -13,12 +13,13 @@ from typing import Any, Optional
 from mindspore import mint
 
 from ms_ckpt_ext.bridge.match import Match
-from ms_ckpt_ext.bridge.memory import mark_loaded
+from ms_ckpt_ext.bridge.memory import contents_of, mark_loaded
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import byte_box
 from ms_ckpt_ext.core.view import View, nests
+from ms_ckpt_ext.engine.replicas import Contents
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
@@ -96,6 +97,10 @@ class DeviceSink:
     def finish(self) -> None:
         """All pieces have landed."""
         mark_loaded(self._parameter)
+
+    def contents(self) -> Contents:
+        """What the Parameter holds, cast where it was."""
+        return contents_of(self._parameter)
 
 
 def _carried(shape: Shape, box: Region, dtype: DType, *offsets: int) -> tuple[Shape, Region, Any, int]:

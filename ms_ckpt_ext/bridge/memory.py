@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Optional, Union
 
 import numpy as np
+from mindspore import mint
 from mindspore._c_expression import TensorPy
 from mindspore.common import np_dtype
 
@@ -23,9 +24,12 @@ from ms_ckpt_ext.core.strided import copy_box
 from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.engine.live import HostSink
 from ms_ckpt_ext.engine.pump import copy_strided
+from ms_ckpt_ext.engine.replicas import Contents
 from ms_ckpt_ext.transport.base import Bytes
 
 log = logging.getLogger("ms_ckpt_ext")
+_COPY = 4 << 20
+"""Bytes that come down from a device at once."""
 _NUMPY: Mapping[str, Any] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
@@ -89,6 +93,21 @@ def mark_loaded(parameter: Any) -> None:
         parameter.init_param = True
 
 
+def contents_of(parameter: Any) -> Contents:
+    """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another."""
+    if ms.context.get_context("device_target") == "CPU":
+        return Contents(str(parameter.dtype), iter((parameter.asnumpy().reshape(-1).view(np.uint8),)))
+    return Contents(str(parameter.dtype), _copies(parameter), copied=True)
+
+
+def _copies(parameter: Any) -> Iterator[Bytes]:
+    flat = parameter.view(-1)
+    step = _COPY // parameter.itemsize
+    for start in range(0, flat.shape[0], step):
+        piece = mint.narrow(flat, 0, start, min(step, flat.shape[0] - start))
+        yield piece.asnumpy().view(np.uint8)
+
+
 class CastSink:
     """A Parameter's memory of another dtype: every piece is cast as it lands."""
 
@@ -140,3 +159,7 @@ class ParameterSink:
             give(self._match, self._buffer)
             self._buffer = None
         mark_loaded(self._match.parameter)
+
+    def contents(self) -> Contents:
+        """What the Parameter holds, cast where it was."""
+        return contents_of(self._match.parameter)

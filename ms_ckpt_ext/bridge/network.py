@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 
 from ms_ckpt_ext.bridge.match import Match, Offer, check_cell, check_fit, match_parameters, nbytes_of, offers_of
-from ms_ckpt_ext.bridge.memory import give, mark_loaded, own_memory, tensor_of
+from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
@@ -26,6 +27,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import proof, pump
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.contents import TEXT, decode_text
+from ms_ckpt_ext.engine.replicas import Contents
 from ms_ckpt_ext.errors import LoadError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
@@ -111,8 +113,18 @@ def prove_matches(matches: Sequence[Match], catalog: Catalog, workers: int, limi
     proof.prove_tasks(_tasks([match.offer for match in matches]), len(matches), catalog, workers, limits)
 
 
-def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool, workers: int, limits: Limits) -> None:
-    """Read every match's slice into its Parameter. Raises LoadError, also for what was changed before."""
+def fill_matches(
+    matches: Sequence[Match],
+    catalog: Catalog,
+    readers: ReaderPool,
+    workers: int,
+    limits: Limits,
+    filled: Callable[[Match, Contents], None] = lambda _match, _contents: None,
+) -> None:
+    """Read every match's slice into its Parameter. Raises LoadError, also for what was changed before.
+
+    `filled` is told of every Parameter that has all its bytes, by any thread, while others are still read.
+    """
     in_place: list[tuple[Match, Bytes]] = []
     staged: list[Match] = []
     for match in matches:
@@ -122,7 +134,13 @@ def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool
         else:
             in_place.append((match, memory))
     try:
-        _read([(match.offer, memory) for match, memory in in_place], catalog, readers, workers, limits)
+        wanted = [(match.offer, memory) for match, memory in in_place]
+
+        def landed(number: int) -> None:
+            match, memory = in_place[number]
+            filled(match, Contents(str(match.parameter.dtype), iter((memory,))))
+
+        _read(wanted, catalog, readers, workers, limits, landed)
     except Exception as error:
         raise half_done(error, [match.parameter.name for match, _ in in_place]) from error
     done = []
@@ -136,6 +154,7 @@ def fill_matches(matches: Sequence[Match], catalog: Catalog, readers: ReaderPool
             for match, buffer in zip(group, buffers):
                 done.append(match.parameter.name)
                 give(match, buffer)
+                filled(match, contents_of(match.parameter))
         except Exception as error:
             raise half_done(error, done) from error
 
@@ -172,11 +191,27 @@ def half_done(error: Exception, changed: Sequence[str]) -> LoadError:
 
 
 def _read(
-    wanted: Sequence[tuple[Offer, Any]], catalog: Catalog, readers: ReaderPool, workers: int, limits: Limits
+    wanted: Sequence[tuple[Offer, Bytes]],
+    catalog: Catalog,
+    readers: ReaderPool,
+    workers: int,
+    limits: Limits,
+    whole: Callable[[int], None] = lambda _number: None,
 ) -> None:
+    """`whole` is told the number of every offer of which the last byte has landed."""
     sinks = [MemorySink(array) for _, array in wanted]
+    left = [array.size for _, array in wanted]
+    lock = threading.Lock()
+
+    def landed(number: int, nbytes: int) -> None:
+        with lock:
+            left[number] -= nbytes
+            last = not left[number]
+        if last:
+            whole(number)
+
     tasks = _tasks([offer for offer, _ in wanted])
-    pump.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, lambda *_: None)
+    pump.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, landed)
 
 
 def _tasks(offers: Sequence[Offer]) -> list[Task]:

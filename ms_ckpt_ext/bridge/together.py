@@ -26,6 +26,7 @@ from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of, folder_cata
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.proof import prove_chunks
+from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError, LoadError
@@ -206,18 +207,17 @@ def _load(
     workers: int,
     limits: Limits,
 ) -> LoadReport:
-    by_name = {match.name: match for match in matches}
     names = [match.parameter.name for match in matches]
     try:
         with ready.catalog.readers() as readers:
             if ready.cooperative:
-                report = _exchange(transport, ready, by_name, readers, options)
+                report = _exchange(transport, ready, matches, readers, options)
             else:
-                _on_all(transport, lambda: fill_matches(matches, ready.catalog, readers, workers, limits))
-                report = LoadReport("direct", readers.count)
+                digests = _on_all(transport, lambda: _fill(ready, matches, readers, options, workers, limits))
+                report = LoadReport("direct", readers.count, digests=digests)
             _on_all(transport, readers.verify)
         if options.verify != "none":
-            session.compare_replicas(transport, ready, lambda number: _digest(by_name.get(ready.demands[number].name)))
+            compare_replicas(transport, ready.demands, report.digests)
     except LoadError:
         raise
     except Exception as error:
@@ -226,24 +226,46 @@ def _load(
     return report
 
 
+def _fill(
+    ready: Prepared,
+    matches: Sequence[Match],
+    readers: ReaderPool,
+    options: LoadOptions,
+    workers: int,
+    limits: Limits,
+) -> dict[int, Digest]:
+    """A direct load, and digests of what it filled if they are wanted."""
+    if options.verify == "none":
+        fill_matches(matches, ready.catalog, readers, workers, limits)
+        return {}
+    numbers = {id(match): number for number, match in _wanted(ready, matches)}
+    with Digester() as digester:
+
+        def filled(match: Match, contents: Contents) -> None:
+            if id(match) in numbers:
+                digester.add(numbers[id(match)], contents)
+
+        fill_matches(matches, ready.catalog, readers, workers, limits, filled)
+        return digester.wait()
+
+
+def _wanted(ready: Prepared, matches: Sequence[Match]) -> list[tuple[int, Match]]:
+    """The demands of this rank by number; a parameter without elements is none."""
+    numbers = {(demand.tensor.meta.name, demand.name): number for number, demand in enumerate(ready.demands)}
+    keyed = [((match.offer.tensor.meta.name, match.name), match) for match in matches]
+    return [(numbers[key], match) for key, match in keyed if key in numbers]
+
+
 def _exchange(
     transport: Transport[Any],
     ready: Prepared,
-    by_name: Mapping[str, Match],
+    matches: Sequence[Match],
     readers: ReaderPool,
     options: LoadOptions,
 ) -> LoadReport:
-    wanted = [(number, by_name[d.name]) for number, d in enumerate(ready.demands) if d.name in by_name]
     mover, sink_of = _landing(transport)
-    sinks = _on_all(transport, lambda: {number: sink_of(match) for number, match in wanted})
-    report = session.exchange(transport, ready, mover, sinks, readers, options)
-
-    def finish() -> None:
-        for sink in sinks.values():
-            sink.finish()
-
-    _on_all(transport, finish)
-    return report
+    sinks = _on_all(transport, lambda: {number: sink_of(match) for number, match in _wanted(ready, matches)})
+    return session.exchange(transport, ready, mover, sinks, readers, options)
 
 
 def _landing(transport: Transport[Any]) -> tuple[Any, Callable[[Match], Any]]:
@@ -253,9 +275,3 @@ def _landing(transport: Transport[Any]) -> tuple[Any, Callable[[Match], Any]]:
     from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink
 
     return DeviceMover(transport), partial(DeviceSink, transport=transport)
-
-
-def _digest(match: Optional[Match]) -> Optional[str]:
-    if match is None:
-        return None
-    return session.digest_of(match.parameter.asnumpy().reshape(-1).view("uint8"))

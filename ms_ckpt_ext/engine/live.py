@@ -5,6 +5,7 @@
    raised on all of them before anybody waits in a collective for a rank that is not coming.
 3. What a rank reads for others is packed, exchanged by one all-to-all and, where every rank wants the same, one
    all-gather; what arrives is placed in the sinks. What it reads for itself goes there without a detour.
+4. A sink is finished in the round that brings its last piece, and digested on a thread during the rounds that follow.
 
 Where the buffers are (host memory, or an NPU's) is the mover's and the transport's business.
 """
@@ -25,6 +26,7 @@ from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import copy_box
 from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.engine.pump import copy_strided
+from ms_ckpt_ext.engine.replicas import Contents, Digester
 from ms_ckpt_ext.engine.trace import Trace
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
@@ -52,6 +54,12 @@ class Sink(Protocol[B_in]):
 
         With a view, `region` is a box of the slice seen through it.
         """
+
+    def finish(self) -> None:
+        """All pieces have landed."""
+
+    def contents(self) -> Contents:
+        """What the slice holds, after `finish`."""
 
 
 class HostMover:
@@ -81,6 +89,13 @@ class HostSink:
         copy = copy_box(shape, box, self.shape, region, self.dtype, view)
         copy_strided(copy._replace(source=copy.source + offset), source, self.array)
 
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def contents(self) -> Contents:
+        """The memory itself."""
+        return Contents(self.dtype.name, iter((self.array,)))
+
 
 def run_exchange(
     plan: ExchangePlan,
@@ -91,6 +106,7 @@ def run_exchange(
     prefetch: int = 1,
     threads: int = 2,
     trace: Optional[Trace] = None,
+    digester: Optional[Digester] = None,
 ) -> None:
     """Run the plan.
 
@@ -98,11 +114,12 @@ def run_exchange(
         sinks: number of a demand -> where this rank's box of it lands.
         prefetch: rounds that are read ahead.
         threads: reading threads.
+        digester: is given every slice when it is complete, and has digested all when this returns.
 
     Raises:
         the rank's own error, or PeerError on every other rank; TransportError when a rank has gone.
     """
-    _Run(plan, transport, mover, sinks, readers, max(0, prefetch), threads, trace or Trace()).go()
+    _Run(plan, transport, mover, sinks, readers, max(0, prefetch), threads, trace or Trace(), digester).go()
 
 
 class _Run(Generic[B]):
@@ -116,9 +133,10 @@ class _Run(Generic[B]):
         prefetch: int,
         threads: int,
         trace: Trace,
+        digester: Optional[Digester],
     ) -> None:
         self._plan, self._transport, self._mover, self._sinks = plan, transport, mover, sinks
-        self._readers, self._prefetch, self._trace = readers, prefetch, trace
+        self._readers, self._prefetch, self._trace, self._digester = readers, prefetch, trace, digester
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="read")
         self._free = _Buffers(max((chunk.nbytes for chunk in plan.chunks), default=0))
         self._reads: dict[int, Future[Bytes]] = {}
@@ -130,6 +148,7 @@ class _Run(Generic[B]):
         rank = self._transport.rank
         turns = [rank_round(self._plan, round_, rank) for round_ in self._plan.rounds]
         self._allocate(turns)
+        complete = _complete(turns)
         error: Optional[BaseException] = None
         try:
             for number, current in enumerate(turns):
@@ -137,9 +156,9 @@ class _Run(Generic[B]):
                     self._start_reads(ahead)
                 error = error or self._prepare(number, current)
                 self._share_status(number, error)
-                error = self._exchange(number, current)
+                error = self._exchange(number, current) or self._finish(number, complete.get(number, ()))
                 self._release(number)
-            self._share_status(len(turns), error)
+            self._share_status(len(turns), error or self._await_digests())
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -233,10 +252,43 @@ class _Run(Generic[B]):
             return error
         return None
 
+    def _finish(self, number: int, demands: Sequence[int]) -> Optional[BaseException]:
+        """Finish the sinks that have all their pieces, and pass them on to be digested."""
+        try:
+            with self._trace.span("finish", round=number):
+                for demand in demands:
+                    self._sinks[demand].finish()
+                    if self._digester is not None:
+                        self._digester.add(demand, self._sinks[demand].contents())
+        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
+            return error
+        return None
+
+    def _await_digests(self) -> Optional[BaseException]:
+        try:
+            if self._digester is not None:
+                with self._trace.span("wait for digests"):
+                    self._digester.wait()
+        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
+            return error
+        return None
+
     def _release(self, number: int) -> None:
         for chunk in [chunk for chunk in self._held if self._last_use[chunk] <= number]:
             host, _ = self._held.pop(chunk)
             self._free.give(host)
+
+
+def _complete(turns: Sequence[RankRound]) -> dict[int, list[int]]:
+    """Round -> the demands whose last piece it brings to this rank."""
+    last: dict[int, int] = {}
+    for number, current in enumerate(turns):
+        for items in (current.own, current.incoming, current.gathered):
+            last.update((item.part.demand, number) for item in items)
+    complete: dict[int, list[int]] = {}
+    for demand, number in last.items():
+        complete.setdefault(number, []).append(demand)
+    return complete
 
 
 class _Buffers:

@@ -11,7 +11,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -19,16 +19,16 @@ from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.demand import Demand, ExchangeLimits
 from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
-from ms_ckpt_ext.core.layout import cell_region
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.demand import Want, demands_of, share_wants
 from ms_ckpt_ext.engine.live import Mover, Sink, run_exchange
+from ms_ckpt_ext.engine.replicas import Digest, Digester
 from ms_ckpt_ext.engine.survey import Survey, header_digest
 from ms_ckpt_ext.engine.trace import Trace
-from ms_ckpt_ext.errors import ChecksumError, CoverageError, UsageError
+from ms_ckpt_ext.errors import CoverageError, UsageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
-from ms_ckpt_ext.transport.agree import agree, share_status
-from ms_ckpt_ext.transport.base import Bytes, Transport, name_ranks
+from ms_ckpt_ext.transport.agree import agree
+from ms_ckpt_ext.transport.base import Transport
 
 B = TypeVar("B")
 MODES = ("auto", "direct", "cooperative")
@@ -48,8 +48,9 @@ class LoadOptions:
         bucket_bytes: staging memory of a rank for one round.
         prefetch: rounds read ahead.
         threads: reading threads of a rank.
-        verify: "none"; "replicas" compares digests between ranks that hold the same region, afterwards; "full" also
-            compares what is stored with the digests on record, before anything is changed.
+        verify: "none"; "replicas" compares digests between ranks that hold the same region: made during the load,
+            compared afterwards; "full" also compares what is stored with the digests on record, before anything is
+            changed.
         trace: path of a Chrome trace to write; "" for none.
         timeout: seconds that one exchange may last.
         host: name of this rank's host; ranks of a host see the same files.
@@ -94,13 +95,13 @@ class Prepared:
 
 @dataclass
 class LoadReport:
-    """What one rank did, in bytes and calls."""
+    """What one rank did, in bytes and calls; digests of its slices by number of the demand, if they were asked for."""
 
     mode: str
     reads: ReadCount = field(default_factory=ReadCount)
     bytes_received: int = 0
     rounds: int = 0
-    digests: dict[str, str] = field(default_factory=dict)
+    digests: dict[int, Digest] = field(default_factory=dict, repr=False)
 
 
 def prepare(
@@ -168,48 +169,17 @@ def exchange(
     readers: ReaderPool,
     options: LoadOptions,
 ) -> LoadReport:
-    """Run a prepared cooperative load. Raises as `run_exchange`."""
+    """Run a prepared cooperative load, and digest what lands unless `verify` is "none". Raises as `run_exchange`."""
     trace = Trace(transport.rank, bool(options.trace))
-    run_exchange(prepared.plan, transport, mover, sinks, readers, options.prefetch, options.threads, trace)
+    with Digester(trace) as digester:
+        digesting = digester if options.verify != "none" else None
+        run_exchange(
+            prepared.plan, transport, mover, sinks, readers, options.prefetch, options.threads, trace, digesting
+        )
+        digests = digester.wait()
     if options.trace:
         events = transport.share(zlib.compress(json.dumps(trace.events).encode()))
         if transport.rank == 0:
             Trace.save_all([json.loads(zlib.decompress(part)) for part in events], options.trace)
     received = prepared.plan.bytes_received()[transport.rank]
-    return LoadReport("cooperative", readers.count, received, len(prepared.plan.rounds))
-
-
-def compare_replicas(transport: Transport[Any], prepared: Prepared, digest: Callable[[int], Optional[str]]) -> None:
-    """Compare what ranks hold of the same region.
-
-    Args:
-        digest: number of a demand -> digest of this rank's slice; None where it has none.
-
-    Raises:
-        ChecksumError: on all ranks; names the parameter, the ranks, and both digests.
-    """
-    mine: list[Optional[str]] = []
-    error: Optional[BaseException] = None
-    try:
-        mine = [digest(number) for number in range(len(prepared.demands))]
-    except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
-        error = problem
-    share_status(transport, error)
-    theirs = [json.loads(zlib.decompress(a)) for a in transport.share(zlib.compress(json.dumps(mine).encode()))]
-    for number, demand in enumerate(prepared.demands):
-        for grid in demand.grids:
-            for cell, ranks in grid.ranks.items():
-                digests = {rank: theirs[rank][number] for rank in ranks}
-                odd = [rank for rank in ranks if digests[rank] != digests[ranks[0]]]
-                if odd:
-                    region = cell_region(cell, grid.parts, demand.tensor.meta.shape)
-                    raise ChecksumError(
-                        f"parameter {demand.name!r}, region {region}: {name_ranks([ranks[0]])} holds digest "
-                        f"{digests[ranks[0]]}, {name_ranks(odd)} {digests[odd[0]]}; replicas must be equal: "
-                        "the source files differ or a transfer was damaged, load again with mode='cooperative'"
-                    )
-
-
-def digest_of(data: Bytes) -> str:
-    """xxh3-128 of flat bytes, as hex."""
-    return str(xxhash.xxh3_128_hexdigest(data))
+    return LoadReport("cooperative", readers.count, received, len(prepared.plan.rounds), digests)

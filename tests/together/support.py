@@ -21,6 +21,7 @@ from ms_ckpt_ext.engine import profiles, pump, session
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.live import HostMover, HostSink
+from ms_ckpt_ext.engine.replicas import Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import CheckpointError
@@ -49,7 +50,9 @@ class Load:
 
     def __init__(self, source: Path, trained: Optional[Strategy], target: Strategy, **options: Any) -> None:
         self.source, self.trained, self.target = source, trained, target
-        self.options = LoadOptions(**{"mode": "cooperative", "bucket_bytes": 1 << 20, "threads": 1, **options})
+        self.options = LoadOptions(
+            **{"mode": "cooperative", "bucket_bytes": 1 << 20, "threads": 1, "verify": "replicas", **options}
+        )
         self.world = LocalWorld(target.world, timeout=20.0)
         self.access = PLAIN
 
@@ -103,12 +106,12 @@ class Load:
                 report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
             else:
                 report = read_alone(ready, wants, rank, memory, readers)
-
-        def digest(number: int) -> Optional[str]:
-            array = memory.get(ready.demands[number].name)
-            return None if array is None else session.digest_of(array)
-
-        session.compare_replicas(transport, ready, digest)
+                with Digester() as digester:
+                    for number, sink in sinks.items():
+                        digester.add(number, sink.contents())
+                    report.digests = digester.wait()
+        if self.options.verify != "none":
+            compare_replicas(transport, ready.demands, report.digests)
         return Loaded({n: a.tobytes() for n, a in memory.items()}, report, ready.plan, ready)
 
     def run(self) -> list[Loaded]:

@@ -18,6 +18,7 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine import session
 from ms_ckpt_ext.engine.live import HostMover
+from ms_ckpt_ext.engine.replicas import Contents
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
@@ -49,14 +50,23 @@ class Landing:
     """Counts what lands and keeps nothing."""
 
     def __init__(self, width: int) -> None:
-        self.width, self.nbytes = width, 0
+        self.width, self.nbytes, self.finished = width, 0, False
 
     def place(self, source: Any, offset: int, shape: Any, box: Region, region: Region, view: Any) -> None:
         self.nbytes += box.size * self.width
 
+    def finish(self) -> None:
+        self.finished = True
+
+    def contents(self) -> Contents:
+        raise AssertionError("nothing is kept")
+
 
 class Counting(Load):
     """A load into nowhere: what is allocated is the load's own."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, verify="none", **options)
 
     def rank(self, transport: LocalTransport) -> Loaded:
         catalog, _, ready = self.prepare(transport)
@@ -65,6 +75,7 @@ class Counting(Load):
             report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
         landed = sum(sink.nbytes for sink in sinks.values())
         assert landed == session.wanted_bytes(ready.plan)[transport.rank]
+        assert all(sink.finished for sink in sinks.values())
         return Loaded({}, report, ready.plan, ready)
 
 

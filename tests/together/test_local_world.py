@@ -218,31 +218,31 @@ def test_headers_are_read_once_by_all_ranks_together(golden: Path) -> None:
     assert list(seen[0].indexes) == [str(rank) for rank in range(24)]
 
 
+class Slow(Load):
+    """Its reads take their time."""
+
+    def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
+        pool = super().readers(rank, catalog)
+        real = pool.read_into
+
+        def read_into(file: int, offset: int, buffer: memoryview) -> None:
+            time.sleep(0.005)
+            real(file, offset, buffer)
+
+        pool.read_into = read_into  # type: ignore[method-assign]
+        return pool
+
+
+def traced(golden: Path, source: str, target: str, path: Path) -> tuple[ExchangePlan, list[dict[str, Any]]]:
+    """The plan of a slow load in many rounds, and its trace."""
+    layouts = [load_strategy(golden / name / "strategy.ckpt") for name in (source, target)]
+    load = Slow(golden / source / "shards", *layouts, bucket_bytes=32768, trace=str(path))
+    return load.run()[0].plan, json.loads(path.read_text())["traceEvents"]
+
+
 def test_reading_overlaps_the_exchange(golden: Path, tmp_path: Path) -> None:
     """With a reader that takes its time, some chunk of a later round is being read while a round is exchanged."""
-
-    class Slow(Load):
-        def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
-            pool = super().readers(rank, catalog)
-            real = pool.read_into
-
-            def read_into(file: int, offset: int, buffer: memoryview) -> None:
-                time.sleep(0.005)
-                real(file, offset, buffer)
-
-            pool.read_into = read_into  # type: ignore[method-assign]
-            return pool
-
-    path = tmp_path / "trace.json"
-    load = Slow(
-        golden / "dp2_tp4/shards",
-        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
-        load_strategy(golden / "tp4/strategy.ckpt"),
-        bucket_bytes=32768,
-        trace=str(path),
-    )
-    plan = load.run()[0].plan
-    events = json.loads(path.read_text())["traceEvents"]
+    plan, events = traced(golden, "dp2_tp4", "tp4", tmp_path / "trace.json")
     assert {event["pid"] for event in events} == {0, 1, 2, 3}
     assert {event["ph"] for event in events} == {"X"}
     round_of = {chunk: number for number, r in enumerate(plan.rounds) for chunk in r.chunks}
@@ -256,3 +256,26 @@ def test_reading_overlaps_the_exchange(golden: Path, tmp_path: Path) -> None:
         and exchange["ts"] < read["ts"] + read["dur"]
     ]
     assert any(round_of[chunk] > number for chunk, number in overlapping)
+
+
+def test_digesting_overlaps_later_rounds(golden: Path, tmp_path: Path) -> None:
+    """A parameter is digested once, after the round that completes it; some of them before a later round ends."""
+    plan, events = traced(golden, "tp4", "dp2_tp2", tmp_path / "trace.json")
+    digests = [event for event in events if event["name"] == "digest"]
+    within = 0
+    for rank in range(plan.world):
+        exchange = {e["args"]["round"]: e for e in events if e["pid"] == rank and e["name"] == "exchange"}
+        complete = {
+            part.demand: number
+            for number, round_ in enumerate(plan.rounds)
+            for part in (plan.parts[n] for n in round_.parts)
+            if any(rank in delivery.ranks for delivery in part.deliveries)
+        }
+        mine = {e["args"]["demand"]: e for e in digests if e["pid"] == rank}
+        assert mine.keys() == complete.keys()
+        assert len(mine) == sum(e["pid"] == rank for e in digests)
+        for demand, number in complete.items():
+            begin, end = mine[demand]["ts"], mine[demand]["ts"] + mine[demand]["dur"]
+            assert exchange[number]["ts"] + exchange[number]["dur"] <= begin
+            within += any(end <= exchange[later]["ts"] for later in range(number + 1, len(plan.rounds)))
+    assert within
