@@ -10,13 +10,14 @@ from typing import Any, Callable, NamedTuple
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn
+from mindspore import mint, nn
 from mindspore.mint import distributed
 from mindspore.nn.utils import no_init_parameters
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.bridge import together
+from ms_ckpt_ext.bridge import ascend, memory, network, together
 from ms_ckpt_ext.engine.session import LoadReport
+from ms_ckpt_ext.errors import ChecksumError, LoadError
 from tests.jobs.support import read_file
 
 BUCKET = int(sys.argv[2])
@@ -157,6 +158,45 @@ def shared(root: Path, rank: int, mode: str) -> None:
         assert raw(parameter) == (before if (other, rank) == (name, 1) else truth[other].data), other
 
 
+def verified(root: Path, rank: int, mode: str) -> None:
+    """Replicas are compared as they are in the Parameters: cast, not yet sliced, of another dtype; a flip is found."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    full = json.loads((root / "shapes.json").read_text())
+    to = {"F32": ms.bfloat16, "F16": ms.float32, "BF16": ms.float16, "I32": ms.int64}
+
+    def cell(dtypes: dict[str, Any], sliced: bool) -> nn.Cell:
+        shapes = {n: t.shape if sliced else tuple(full[n]) for n, t in truth.items()}
+        return cell_of({n: poison(n, shapes[n], dtypes[t.dtype]) for n, t in truth.items()})
+
+    load(cell(DTYPES, rank == 0), root, mode, verify="replicas")
+    load(cell(to, rank == 0), root, mode, verify="replicas")
+    load(cell(to if rank else DTYPES, True), root, mode, verify="replicas")
+    real = ascend.DeviceSink.finish
+
+    def flip(parameter: ms.Parameter) -> None:
+        if parameter.name == "d.whole" and rank == 1:
+            mint.narrow(parameter, 0, 1, 1).fill_(3)
+
+    def finish(sink: ascend.DeviceSink) -> None:
+        real(sink)
+        flip(sink._parameter)
+
+    def give(match: Any, buffer: Any) -> None:
+        memory.give(match, buffer)
+        flip(match.parameter)
+
+    ascend.DeviceSink.finish, network.give = finish, give  # type: ignore[method-assign, assignment]
+    try:
+        load(cell(to, rank == 0), root, mode, verify="replicas")
+    except LoadError as error:
+        assert isinstance(error.__cause__, ChecksumError)
+        assert "'d.whole', region [0:4, 0:6]: rank 0 holds digest" in str(error) and "rank 1" in str(error), error
+    else:
+        raise AssertionError("the flip was not found")
+    finally:
+        ascend.DeviceSink.finish, network.give = real, memory.give  # type: ignore[method-assign]
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     ms.set_device("Ascend")
@@ -169,7 +209,7 @@ def main() -> None:
 
     together.fill_together = observed  # type: ignore[assignment]
     counted(root / "large", rank)
-    cases: list[Callable[[Path, int, str], None]] = [without_init, not_yet_sliced, cast, shared]
+    cases: list[Callable[[Path, int, str], None]] = [without_init, not_yet_sliced, cast, shared, verified]
     for case in cases:
         for mode in ("cooperative", "direct"):
             case(root / "small", rank, mode)

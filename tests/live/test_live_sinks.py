@@ -40,10 +40,13 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
         "a.f32": ("F32", rng.standard_normal((64, 64), np.float32)),
         "b.f16": ("F16", rng.standard_normal((8,)).astype(np.float16)),
         "c.bf16": ("BF16", rng.standard_normal((4, 6), np.float32).view(np.uint16)[:, 1::2].copy()),
+        "d.whole": ("BF16", rng.standard_normal((4, 6), np.float32).view(np.uint16)[:, 1::2].copy()),
         "global_step": ("I32", np.array([12345], np.int32)),
     }
     trained = {"a.f32": Layout((4,), ROWS), "b.f16": Layout((4,), ((0,),)), "c.bf16": Layout((4,), ROWS)}
+    trained["d.whole"] = Layout((4,), ROWS)
     predicted = {"a.f32": Layout((2,), COLUMNS), "b.f16": Layout((2,), ((0,),)), "c.bf16": Layout((2,), COLUMNS)}
+    predicted["d.whole"] = Layout((2,), WHOLE)
     make(tmp_path / "small", small, trained, predicted)
     large: Full = {f"w{n}": ("F32", rng.standard_normal((2048, 1024), np.float32)) for n in range(5)}
     wide = {name: Layout((4,), ROWS) for name in large}
@@ -59,7 +62,7 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
         check_counts(counts)
     assert sum(counts["read"] for counts in told) == 5 * 8 * MIB
     assert sum(counts["link"] for counts in told) <= 1.05 * (3 * 4 + 8) * MIB
-    for case in ("without_init", "not_yet_sliced", "cast", "shared"):
+    for case in ("without_init", "not_yet_sliced", "cast", "shared", "verified"):
         for mode in ("cooperative", "direct"):
             assert f"case {case} {mode} is right" in result.worker(0)
 
