@@ -40,7 +40,7 @@ def test_help_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("command", ALL, ids=lambda command: command.name)
 def test_every_command_explains_itself(command: Command) -> None:
-    ran = run(command.name, "--help")
+    ran = run_script(command.name, "--help")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out.startswith(f"usage: ms-ckpt {command.name} ")
     assert all(f"  # {told}\n  {typed}" in ran.out for typed, told in command.examples)

@@ -16,6 +16,37 @@ from tests.cli.support import environment, fine, run, run_script, script
 ZERO = "dp2_tp4_zero"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "nothing"),
+        ("plan", "nothing", "none"),
+        ("diff-strategy", "nothing", "nothing"),
+        ("merge", "nothing", "out"),
+        ("reshard", "nothing", "out"),
+        ("convert", "nothing", "out"),
+        ("encrypt", "nothing", "out", "--enc-key-env", "KEY"),
+        ("decrypt", "nothing", "out", "--dec-key-env", "KEY"),
+        ("verify", "nothing"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_installed_script_says_what_is_missing(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*script(), *words],
+        capture_output=True,
+        text=True,
+        env=environment(KEY="0123456789abcdef"),
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith(f"ms-ckpt {words[0]}: error: ")
+    assert "'nothing'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_option_names_its_command(golden: Path) -> None:
     ran = run("reshard", golden / "full", "out", "--to-strategi", "x.ckpt")
     assert (ran.code, ran.out) == (2, "")
