@@ -22,9 +22,10 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Listing, list_checkpoint, list_files, read_listing
+from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.contents import read_extras
 from ms_ckpt_ext.engine.jobs import check_apart, recut_job
+from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike

@@ -12,7 +12,8 @@ from typing import Any, Optional, Union
 from ms_ckpt_ext.api.arguments import any_mode, as_strategy, path_of
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Catalog, Listing, list_checkpoint, read_listing
+from ms_ckpt_ext.engine.catalog import Catalog, read_listing
+from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.registry import Access

@@ -19,8 +19,9 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.engine.catalog import Catalog, list_files, read_listing
+from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
+from ms_ckpt_ext.engine.listing import list_files
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery

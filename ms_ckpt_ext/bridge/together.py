@@ -22,8 +22,9 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import profiles, session
 from ms_ckpt_ext.engine.audit import audit, settled
-from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of, folder_catalog
+from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.demand import Want
+from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas

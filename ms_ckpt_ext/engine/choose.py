@@ -25,10 +25,11 @@ import numpy as np
 
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import checkpoints
-from ms_ckpt_ext.engine.catalog import Catalog, Listing, catalog_of, folder_catalog, list_checkpoint
+from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, find_candidates
 from ms_ckpt_ext.engine.contents import TEXT, read_whole
 from ms_ckpt_ext.engine.digests import Manifest, check, load_manifest
+from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.trained import entries, find_layouts
 from ms_ckpt_ext.errors import (

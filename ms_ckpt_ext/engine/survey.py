@@ -23,7 +23,7 @@ import xxhash
 
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.engine.catalog import Listing
+from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.transport.agree import share_status

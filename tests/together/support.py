@@ -18,8 +18,9 @@ from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import profiles, pump, session
-from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, list_checkpoint
+from ms_ckpt_ext.engine.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.demand import Want
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.live import HostMover, HostSink
 from ms_ckpt_ext.engine.replicas import Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared

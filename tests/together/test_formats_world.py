@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.engine.catalog import catalog_of, list_checkpoint
+from ms_ckpt_ext.engine.catalog import catalog_of
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, PeerError
 from ms_ckpt_ext.formats.crypto import Key

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.collective import rank_round
 from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine.catalog import Catalog, list_checkpoint
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.survey import survey
 from ms_ckpt_ext.errors import (
     CoverageError,

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.engine.catalog import list_checkpoint
 from ms_ckpt_ext.engine.contents import read_extras
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.formats.discovery import HYPER_NAMES
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 

@@ -26,7 +26,8 @@ from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
-from ms_ckpt_ext.engine.catalog import list_checkpoint, read_listing
+from ms_ckpt_ext.engine.catalog import read_listing
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import DiscoveryError, StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.mindformers import COMMON_NAME, find_folder, layout_of
