@@ -5,25 +5,21 @@
    mindspore/train/serialization.py); text and scalars are framed as `save_checkpoint` frames them.
 2. Anybody fills the holes, in any order.
 3. With `crc`, the last literal is the checksum's tail with zeros in it; the layout's `checksum` says what goes there
-   when the rest is in place, and `seal_crc` does it to a finished file. A writer that streams uses `crc_tail` with its
-   own running CRC-32.
+   when the rest is in place.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Optional
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.errors import UsageError, storage_error
-from ms_ckpt_ext.formats.checksum import crc_of
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4
 from ms_ckpt_ext.formats.index import Checksum, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.wire import BYTES, encode_bytes, encode_number, encode_varint
-from ms_ckpt_ext.storage.reader import PlainReader
 
 PIECE = 512 << 20
 """Most bytes of one value's contents: MindSpore's SLICE_SIZE, 512 * 1024 KiB."""
@@ -36,7 +32,7 @@ def layout(
 
     Args:
         specs: the tensors. A dtype STR is text: shape (code points,), contents UTF-32.
-        crc: leave room for the checksum tail, the last 17 bytes; see `seal_crc`.
+        crc: leave room for the checksum tail, the last 17 bytes; see `crc_tail`.
         metadata: `{name: "Int4"}` marks int8 tensors that hold packed 4-bit numbers.
         piece: most bytes of one value; other than the default only in tests.
 
@@ -68,40 +64,6 @@ def layout(
 def crc_tail(crc: int) -> bytes:
     """The 17 bytes that end a file whose preceding bytes have this CRC-32."""
     return CRC_MARK + crc.to_bytes(CRC_TAIL - len(CRC_MARK), "big")
-
-
-def seal_crc(path: str) -> int:
-    """Compute the CRC-32 of a finished file whose layout has `crc=True`, write it into the tail, and return it.
-
-    Reads the file once, in bounded memory.
-
-    Raises:
-        UsageError: the file does not end in a checksum tail.
-        StorageError: the operating system refused.
-    """
-    with PlainReader(path) as reader:
-        end = reader.size - CRC_TAIL
-        mark = bytearray(len(CRC_MARK))
-        if end >= 0:
-            reader.read_into(end, memoryview(mark))
-        if bytes(mark) != CRC_MARK:
-            raise UsageError(
-                f"{path!r} has no room for a checksum in its last {CRC_TAIL} bytes; lay it out with crc=True"
-            )
-        crc = crc_of(reader, [Extent(0, end)])
-    _write_at(path, end, crc_tail(crc))
-    return crc
-
-
-def _write_at(path: str, offset: int, data: bytes) -> None:
-    try:
-        fd = os.open(path, os.O_WRONLY | getattr(os, "O_CLOEXEC", 0))
-        try:
-            os.pwrite(fd, data, offset)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise storage_error("write the checksum of", path, error) from error
 
 
 def _pieces(total: int, piece: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import zlib
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def make_ckpt(path: Path, size: int) -> Path:
     import numpy as np
 
     from ms_ckpt_ext.core.dtype import DTYPES
-    from ms_ckpt_ext.formats import ckpt_writer
+    from ms_ckpt_ext.formats import ckpt, ckpt_writer
     from ms_ckpt_ext.formats.index import TensorSpec
 
     rows = max(8, size // (LAYERS * WIDTH * 6) // 8 * 8)
@@ -55,7 +56,11 @@ def make_ckpt(path: Path, size: int) -> Path:
         for offset, literal in laid.literals:
             file.seek(offset)
             file.write(literal)
-    ckpt_writer.seal_crc(str(path))
+    crc, stop = 0, laid.size - ckpt.CRC_TAIL
+    with path.open("r+b") as file:
+        for at in range(0, stop, 8 << 20):
+            crc = zlib.crc32(file.read(min(8 << 20, stop - at)), crc)
+        file.write(ckpt_writer.crc_tail(crc))
     return path
 
 

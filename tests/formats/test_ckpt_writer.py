@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.errors import StorageError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import ckpt
-from ms_ckpt_ext.formats.ckpt_writer import PIECE, crc_tail, layout, seal_crc
+from ms_ckpt_ext.formats.ckpt_writer import PIECE, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 from ms_ckpt_ext.formats.wire import MemoryReader
 from ms_ckpt_ext.storage.reader import PlainReader
@@ -69,25 +69,14 @@ def test_refusals() -> None:
         layout([TensorSpec("w", DTYPES["F4"], (2,))])
 
 
-def test_seal_crc(tmp_path: Path) -> None:
-    data = filled(layout([TensorSpec("w", DTYPES["I8"], (3,))], crc=True), {"w": b"abc"})
+def test_checksum(tmp_path: Path) -> None:
+    plan = layout([TensorSpec("w", DTYPES["I8"], (3,))], crc=True)
+    data = filled(plan, {"w": b"abc"})
+    assert plan.checksum is not None and plan.checksum.offset == len(data) - 17
     path = tmp_path / "a.ckpt"
-    path.write_bytes(data)
-    crc = seal_crc(str(path))
-    assert crc == zlib.crc32(data[:-17]) and path.read_bytes() == data[:-17] + crc_tail(crc)
+    path.write_bytes(data[:-17] + plan.checksum.render(zlib.crc32(data[:-17])))
     with PlainReader(str(path)) as reader:
         assert ckpt.verify_crc(reader, ckpt.read_index(reader))
-
-
-def test_seal_crc_refuses_a_file_without_room(tmp_path: Path) -> None:
-    for data in (b"short", bytes(100)):
-        path = tmp_path / "a.ckpt"
-        path.write_bytes(data)
-        with pytest.raises(UsageError, match="crc=True"):
-            seal_crc(str(path))
-        assert path.read_bytes() == data
-    with pytest.raises(StorageError):
-        seal_crc(str(tmp_path / "absent.ckpt"))
 
 
 tensors = st.dictionaries(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def write_ckpt(path: Path, crc: bool = False, piece: int = 64) -> Path:
     ((offset, length),) = laid.tensors["note"].extents
     raw[offset : offset + length] = "nöte".encode("utf-32-le")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(raw)
     if crc:
-        ckpt_writer.seal_crc(str(path))
+        raw[-17:] = ckpt_writer.crc_tail(zlib.crc32(raw[:-17]))
+    path.write_bytes(raw)
     return path
 
 
