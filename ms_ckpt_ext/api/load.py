@@ -103,7 +103,7 @@ def load_distributed_checkpoint(
             Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
         bucket_bytes: staging memory of a rank for one round of a cooperative load.
         prefetch: rounds that are read ahead.
-        verify: "none"; "replicas": afterwards compare digests between ranks that hold the same region; "full": also
+        verify: "none"; "replicas": compare digests, made meanwhile, of the same region on several ranks; "full": also
             compare what is stored with the digests in `ms_ckpt_ext.digests.json`, before anything is changed, at the
             cost of one more read of every wanted byte over all ranks together.
         trace: write a Chrome trace of a cooperative load there.
