@@ -8,13 +8,13 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.columns import Ints, sums
+from ms_ckpt_ext.core.columns import BLOCK, Ints, joined, narrow, sums
 from ms_ckpt_ext.core.demand import ExchangeLimits
 from ms_ckpt_ext.core.parts import Parts
 
@@ -27,7 +27,7 @@ class Chunks:
     """Columns.
 
     Attributes:
-        parts: all parts, chunk after chunk, in the order of their bytes.
+        parts: all parts; a chunk is a run of them.
         start: first part of every chunk, and one more.
         nbytes, file, reader: of every chunk.
     """
@@ -41,62 +41,69 @@ class Chunks:
     @property
     def of_part(self) -> Ints:
         """The chunk of every part."""
-        return np.repeat(np.arange(len(self.nbytes), dtype=np.int32), np.diff(self.start))
+        return np.repeat(np.arange(len(self.nbytes), dtype=self.start.dtype), np.diff(self.start))
 
 
 def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[Sees]) -> Chunks:
     """Join parts into chunks and choose their readers; `sees` is None when all ranks see all files."""
-    parts = _sorted(parts)
-    first = _first_parts(parts, limits.read)
-    start = np.append(first, len(parts.row))
-    stops = np.cumsum(parts.rows.nbytes[parts.row])
-    nbytes = np.diff(stops[start[1:] - 1], prepend=0)
-    file = parts.file[first]
-    return Chunks(parts, start, nbytes, file, _readers(parts, parts.row[first], nbytes, file, world, sees))
+    found = [_cut(parts, low, high, limits.read) for low, high in _whole_files(parts.file)]
+    start = joined([*(first for first, _ in found), np.array([len(parts.row)])], narrow(len(parts.row)))
+    longest = max((int(nbytes.max()) for _, nbytes in found), default=0)
+    nbytes = joined([nbytes for _, nbytes in found], narrow(longest))
+    del found
+    file = parts.file[start[:-1]]
+    return Chunks(parts, start, nbytes, file, _readers(parts, parts.row[start[:-1]], nbytes, file, world, sees))
 
 
-def _sorted(parts: Parts) -> Parts:
-    """The same parts in the order of file and offset."""
-    order = np.lexsort((parts.offset, parts.file)).astype(np.int32)
-    back = {int(number): at for at, number in enumerate(order)} if parts.scattered else {}
-    scattered = {back[number]: extents for number, extents in parts.scattered.items()}
-    demand, row, file, offset = (column[order] for column in (parts.demand, parts.row, parts.file, parts.offset))
-    return Parts(demand, row, file, offset, scattered, parts.rows, parts.sets)
+def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:
+    """The parts of some files at a time, about `BLOCK` of them."""
+    low = 0
+    while low < len(file):
+        high = int(np.searchsorted(file, file[min(low + BLOCK, len(file)) - 1], side="right"))
+        yield low, high
+        low = high
 
 
-def _first_parts(parts: Parts, most: int) -> Ints:
-    """Numbers of the parts that begin a chunk."""
-    if not len(parts.row):
-        return np.empty(0, np.int64)
-    nbytes = parts.rows.nbytes[parts.row]
-    interest = parts.rows.interest[parts.row]
-    begins = np.ones(len(parts.row), bool)
-    begins[1:] = (parts.file[1:] != parts.file[:-1]) | (interest[1:] != interest[:-1])
-    begins[1:] |= parts.offset[1:] != parts.offset[:-1] + nbytes[:-1]
+def _cut(parts: Parts, low: int, high: int, most: int) -> tuple[Ints, Ints]:
+    """Of the parts `low` .. `high` those that begin a chunk, by number, and the bytes of every chunk."""
+    row, file, offset = parts.row[low:high], parts.file[low:high], parts.offset[low:high].astype(np.int64)
+    stops = np.cumsum(parts.rows.nbytes[row], dtype=np.int64)
+    before = np.append(0, stops)
+    interest = parts.rows.interest[row]
+    begins = np.ones(high - low, bool)
+    begins[1:] = (file[1:] != file[:-1]) | (interest[1:] != interest[:-1])
+    begins[1:] |= np.diff(offset) != np.diff(before)[:-1]
     for number in parts.scattered:
-        begins[number : number + 2] = True
+        if low <= number < high:
+            begins[number - low : number - low + 2] = True
     runs = np.append(np.flatnonzero(begins), len(begins))
-    before = np.concatenate([[0], np.cumsum(nbytes)])
     at, stop = runs[:-1], runs[1:]
     while len(at):  # every run at once: fill a chunk, go on with what is left
-        full = np.searchsorted(before, before[at] + most, side="right") - 1
-        at = np.maximum(full, at + 1)
+        longer = before[stop] - before[at] > most
+        at, stop = at[longer], stop[longer]
+        at = np.maximum(np.searchsorted(before, before[at] + most, side="right") - 1, at + 1)
         at, stop = at[at < stop], stop[at < stop]
         begins[at] = True
-    return np.flatnonzero(begins)
+    first = np.flatnonzero(begins)
+    nbytes = np.diff(before[np.append(first, len(begins))])
+    kind = narrow(len(parts.row))
+    return (first + low).astype(kind), nbytes.astype(narrow(int(nbytes.max())))
 
 
 def _readers(parts: Parts, row: Ints, nbytes: Ints, file: Ints, world: int, sees: Optional[Sees]) -> Ints:
-    interest = parts.rows.interest[row]
-    views = _views(file, sees)
-    combined = interest * (int(views.max(initial=0)) + 1) + views
-    _, example, combination = np.unique(combined, return_index=True, return_inverse=True)
+    combination = parts.rows.interest[row]
+    if sees is not None:
+        views = _views(file, sees)
+        combination = combination.astype(np.int64) * (int(views.max(initial=0)) + 1) + views
+        combination = np.unique(combination, return_inverse=True)[1]
+    example = np.zeros(int(combination.max(initial=-1)) + 1, np.int64)
+    example[combination] = np.arange(len(row), dtype=np.int32)  # any will do
     everyone = range(world)
     candidates = [
         _candidates(parts, int(row[n]), everyone if sees is None else sorted(sees[int(file[n])])) for n in example
     ]
-    flexible = np.array([len(c) for c in candidates], np.int64)[combination]
-    reader = np.array([c[0] for c in candidates], np.int32)[combination]
+    flexible = np.array([len(c) for c in candidates], narrow(world))[combination]
+    reader: Ints = np.array([c[0] for c in candidates], narrow(world))[combination]
     settled = flexible == 1
     load = sums(reader[settled], nbytes[settled], world).tolist()
     rest = np.flatnonzero(~settled)
@@ -105,14 +112,12 @@ def _readers(parts: Parts, row: Ints, nbytes: Ints, file: Ints, world: int, sees
     for low in range(0, len(rest), 1 << 16):
         numbers = rest[low : low + (1 << 16)]
         chosen = map(least.take, combination[numbers].tolist(), nbytes[numbers].tolist())
-        reader[numbers] = np.fromiter(chosen, np.int32, len(numbers))
+        reader[numbers] = np.fromiter(chosen, reader.dtype, len(numbers))
     return reader
 
 
-def _views(file: Ints, sees: Optional[Sees]) -> Ints:
+def _views(file: Ints, sees: Sees) -> Ints:
     """A number for the set of ranks that see each file."""
-    if sees is None:
-        return np.zeros(len(file), np.int64)
     numbers: dict[frozenset[int], int] = {}
     by_file = {number: numbers.setdefault(ranks, len(numbers)) for number, ranks in sees.items()}
     return np.array([by_file[int(number)] for number in file], np.int64)

@@ -1,11 +1,13 @@
 """Ragged rows in flat arrays: row `k` of a table owns the entries `start[k] .. start[k + 1]` of another.
 
 Plans for many thousands of ranks are tables of millions of rows; Python objects are made only of what a rank touches.
+Columns that are as long are as narrow as their numbers allow, and what is worked out from them is so in blocks: the
+memory of a plan is what it keeps. Arithmetic on a column that may be narrow needs a wider one first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,22 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[Any]
 """A one-dimensional array of integers (or of truth values)."""
+BLOCK = 1 << 20
+"""Rows of a long table that are worked on together."""
+
+
+def narrow(most: int) -> Any:
+    """The shortest signed type that holds 0 .. `most`.
+
+    >>> narrow(127), narrow(16384), narrow(1 << 20)
+    (dtype('int8'), dtype('int16'), dtype('int32'))
+    """
+    return np.min_scalar_type(-int(most) - 1)
+
+
+def blocks(rows: int) -> Iterator[slice]:
+    """All rows of a table, `BLOCK` of them at a time."""
+    return (slice(low, min(low + BLOCK, rows)) for low in range(0, rows, BLOCK))
 
 
 def starts(lengths: Iterable[int]) -> Ints:
@@ -34,7 +52,9 @@ def spread(start: Ints, rows: Ints) -> tuple[Ints, Ints]:
 
 def sums(owner: Ints, values: Ints, rows: int) -> Ints:
     """Sum of the values that every row owns."""
-    return np.bincount(owner, weights=values, minlength=rows).astype(np.int64)  # float64: exact up to 9e15
+    some = (np.bincount(owner[block], weights=values[block], minlength=rows) for block in blocks(len(owner)))
+    total: Ints = sum(some, np.zeros(rows))  # float64: exact up to 9e15
+    return total.astype(np.int64)
 
 
 def mixed(numbers: Ints) -> Ints:
@@ -70,5 +90,4 @@ class Sets:
 
 def joined(columns: Sequence[Ints], dtype: Any = np.int64) -> Ints:
     """Arrays one after another."""
-    together: Ints = np.concatenate([*columns, np.empty(0, dtype)])
-    return together.astype(dtype, copy=False)
+    return np.concatenate([*columns, np.empty(0, dtype)], dtype=dtype, casting="same_kind")

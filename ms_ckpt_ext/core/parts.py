@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.core.columns import Ints, Sets, joined, mixed, starts
+from ms_ckpt_ext.core.columns import Ints, Sets, joined, mixed, narrow, starts
 from ms_ckpt_ext.core.cuts import Cut, cuts_of
 from ms_ckpt_ext.core.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.layout import Cell, cell_region, slice_shape
@@ -53,7 +53,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Parts:
-    """All parts, as columns, in no order that matters.
+    """All parts, as columns, in the order of file and offset.
 
     Attributes:
         demand: number of the parameter in the list of demands.
@@ -117,7 +117,7 @@ class _Geometry(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A demand, cut: number of its unit of rows, for every row the number of its set of files."""
+    """A demand, cut: number of its unit of rows, for every slot the number of its set of files."""
 
     geometry: _Geometry
     unit: int
@@ -141,12 +141,17 @@ class _Builder:
 
     def build(self, demands: Sequence[Demand]) -> Parts:
         made = [self._demand(number, demand) for number, demand in enumerate(demands)]
-        row = joined([np.arange(self._unit_start[m.unit], self._unit_start[m.unit + 1]) for m in made], np.int32)
-        start = starts(len(m.geometry.cuts) for m in made)
-        demand = np.repeat(np.arange(len(demands), dtype=np.int32), np.diff(start))
-        rows = self._rows()
-        file = self._choose(joined([m.replicas for m in made], np.int32), rows.nbytes[row])
+        rows, start = self._rows(), starts(len(m.geometry.cuts) for m in made)
+        row_type = narrow(self._unit_start[-1])
+        spans = ((self._unit_start[m.unit], self._unit_start[m.unit + 1]) for m in made)
+        row = joined([np.arange(first, stop, dtype=row_type) for first, stop in spans], row_type)
+        file = self._choose(made, rows.nbytes, row)
         offset, scattered = self._offsets(made, start, file)
+        order = np.lexsort((offset, file)).astype(np.int32)
+        row, file, offset = row[order], file[order], offset[order]
+        demand = np.repeat(np.arange(len(demands), dtype=narrow(len(demands))), np.diff(start))[order]
+        back = {int(number): at for at, number in enumerate(order)} if scattered else {}
+        scattered = {back[number]: extents for number, extents in scattered.items()}
         return Parts(demand, row, file, offset, scattered, rows, self._sets)
 
     def _demand(self, number: int, demand: Demand) -> _Made:
@@ -159,7 +164,7 @@ class _Builder:
         geometry = self._geometries.get(key)
         if geometry is None:
             geometry = self._geometries[key] = _geometry(demand, self._world, self._limits)
-        replicas = self._files(key, geometry, tensor)[geometry.slot]
+        replicas = self._files(key, geometry, tensor)
         names = (tensor.stored_name,) if tensor.recipe is None else tuple(slot.name for slot in geometry.slots)
         return _Made(geometry, self._unit(key, geometry, demand.grids), replicas, names)
 
@@ -201,26 +206,29 @@ class _Builder:
         start = starts(np.concatenate([[0], *(np.diff(geometry.start) for geometry, _ in self._unit_list)])[1:])
         ranks = joined([ranks for _, ranks in self._unit_list], np.int32)
         moved = joined([geometry.moved for geometry, _ in self._unit_list])
-        nbytes = joined([geometry.nbytes for geometry, _ in self._unit_list])
+        longest = max((int(geometry.nbytes.max(initial=0)) for geometry, _ in self._unit_list), default=0)
+        nbytes = joined([geometry.nbytes for geometry, _ in self._unit_list], narrow(longest))
         gathered = np.fromiter((cut.gathered for cut in cuts), bool, len(cuts))
         return Rows(cuts, nbytes, gathered, start, ranks, moved, _interest(start, ranks, moved))
 
-    def _choose(self, replicas: Ints, nbytes: Ints) -> Ints:
+    def _choose(self, made: Sequence[_Made], nbytes: Ints, row: Ints) -> Ints:
         """A file for every part: those with the same alternatives take them in turns of four chunks."""
         members = self._replicas.members
-        file = np.array([files[0] for files in members], np.int32)[replicas]
+        replicas = joined([m.replicas[m.geometry.slot] for m in made], narrow(len(members)))
+        most = max(map(max, members), default=0)
+        file = np.array([files[0] for files in members], narrow(most))[replicas]
         several = np.flatnonzero(np.array([len(files) > 1 for files in members], bool)[replicas])
         order = several[np.argsort(replicas[several], kind="stable")]
         for group in np.split(order, np.flatnonzero(np.diff(replicas[order])) + 1):
             if len(group):
-                files = np.array(members[replicas[group[0]]], np.int32)
-                before = np.cumsum(nbytes[group]) - nbytes[group]
+                files = np.array(members[replicas[group[0]]], file.dtype)
+                before = np.cumsum(nbytes[row[group]]) - nbytes[row[group]]
                 file[group] = files[before // (4 * self._limits.chunk) % len(files)]
         return file
 
     def _offsets(self, made: Sequence[_Made], start: Ints, file: Ints) -> tuple[Ints, Mapping[int, tuple[Extent, ...]]]:
         """Where every part begins in its file, and the extents of those that do not lie in one stretch."""
-        offset = joined([m.geometry.offset for m in made])
+        offset = joined([m.geometry.offset for m in made], self._offset_type(made))
         scattered: dict[int, tuple[Extent, ...]] = {}
         for one, low, high in zip(made, start.tolist(), start[1:].tolist()):
             if isinstance(self._stored, Mapping):
@@ -240,6 +248,12 @@ class _Builder:
                     scattered[number] = lying
         return offset, scattered
 
+    def _offset_type(self, made: Sequence[_Made]) -> Any:
+        if not isinstance(self._stored, Mapping):
+            return np.int64
+        ends = (self._stored[m.names[0]].offset + m.geometry.offset.max(initial=0) for m in made)
+        return narrow(max(ends, default=0))
+
 
 def _sizes(grid: Grid) -> Hashable:
     return tuple(grid.ranks), tuple(map(len, grid.ranks.values()))
@@ -252,8 +266,9 @@ def _interest(start: Ints, ranks: Ints, moved: Ints) -> Ints:
     most = np.repeat(np.maximum.reduceat(moved, start[:-1]), np.diff(start))
     wanted = mixed(ranks)
     content = wanted + np.where(2 * moved >= most, mixed(wanted), np.uint64(0))
-    interest: Ints = np.unique(np.add.reduceat(content, start[:-1]), return_inverse=True)[1]
-    return interest
+    distinct, interest = np.unique(np.add.reduceat(content, start[:-1]), return_inverse=True)
+    narrowed: Ints = interest.astype(narrow(len(distinct)))
+    return narrowed
 
 
 def _geometry(demand: Demand, world: int, limits: ExchangeLimits) -> _Geometry:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ms_ckpt_ext.core.chunks import Chunks
-from ms_ckpt_ext.core.columns import Ints, mixed, spread, starts, sums
+from ms_ckpt_ext.core.columns import Ints, blocks, joined, mixed, narrow, spread, starts, sums
 from ms_ckpt_ext.core.parts import Rows
 
 
@@ -65,29 +65,35 @@ def _copies(rows: Rows, set_sizes: Ints) -> Ints:
     return np.where(rows.gathered, rows.nbytes, np.diff(before[rows.start]))
 
 
+def _queue(chunks: Chunks) -> Ints:
+    """The parts of every reader, by number: whole chunks in the order of their first parameter, parts as they lie."""
+    first = chunks.start[:-1]
+    first_demand = np.minimum.reduceat(chunks.parts.demand, first) if len(first) else first
+    order = np.lexsort((first_demand, chunks.reader))
+    kind = narrow(len(chunks.parts.row))
+    return joined([spread(chunks.start, order[block])[1].astype(kind) for block in blocks(len(order))], kind)
+
+
 class _Filler:
     def __init__(self, chunks: Chunks, classes: Classes, quarter: int) -> None:
         parts, rows = chunks.parts, chunks.parts.rows
         self._row, self._gathered, self._quarter = parts.row, rows.gathered, quarter
         self._classes, world = classes, len(classes.of_rank)
         self._copies = _copies(rows, np.array([len(members) for members in parts.sets.members], np.int64))
-        of_part = chunks.of_part
-        first_demand = np.minimum.reduceat(parts.demand, chunks.start[:-1]) if len(of_part) else parts.demand
-        reader = chunks.reader[of_part]
-        # Whole chunks in the order of their first parameter, parts in the order of their bytes.
-        self._queue = np.lexsort((first_demand[of_part], reader)).astype(np.int32)
-        self._stop = np.cumsum(np.bincount(reader, minlength=world))
-        self._head = self._stop - np.bincount(reader, minlength=world)
-        self._reads = np.zeros(len(of_part), np.int64)
+        self._queue = _queue(chunks)
+        offers = sums(chunks.reader, np.diff(chunks.start), world)
+        self._stop = np.cumsum(offers)
+        self._head = self._stop - offers
+        self._reads = np.zeros(len(parts.row), chunks.nbytes.dtype)
         self._reads[chunks.start[:-1]] = chunks.nbytes
-        self._round = np.full(len(of_part), -1, np.int32)
+        self._round = np.full(len(parts.row), -1, np.int32)
 
     def fill(self) -> Ints:
         world, number = len(self._stop), 0
         while True:
             active = np.flatnonzero(self._head < self._stop)
             if not len(active):
-                return self._round
+                return self._round.astype(narrow(number))
             self._sent, self._read = np.full(world, self._quarter), np.full(world, self._quarter)
             self._room = np.full(len(self._classes.size), 2 * self._quarter)
             empty = True

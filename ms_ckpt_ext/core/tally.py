@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_ckpt_ext.core.columns import Ints, spread, starts, sums
+from ms_ckpt_ext.core.columns import Ints, narrow, spread, starts, sums
 from ms_ckpt_ext.core.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange import ExchangeTable
 
@@ -69,7 +69,7 @@ class _Counter:
     def __init__(self, table: ExchangeTable, prefetch: int) -> None:
         world = table.world
         self._table, self._world = table, world
-        self._reader = table.chunks.reader[table.chunks.of_part]
+        self._reader = np.repeat(table.chunks.reader, np.diff(table.chunks.start))
         self._group = -(-world // MATRIX)
         self._groups = -(-world // self._group)
         self._matrix = np.zeros(self._groups**2, np.int64)
@@ -84,9 +84,10 @@ class _Counter:
 
     def count(self) -> Tally:
         table, world = self._table, self._world
-        order = np.argsort(table.round_of, kind="stable")
-        rounds = np.split(order, np.flatnonzero(np.diff(table.round_of[order])) + 1) if len(order) else []
-        counted = tuple(self._round(number, parts) for number, parts in enumerate(rounds))
+        order, start = _by_number(table.round_of, int(table.round_of.max(initial=-1)) + 1)
+        counted = tuple(
+            self._round(number, order[low:high]) for number, (low, high) in enumerate(zip(start, start[1:]))
+        )
         chunks = table.chunks
         buffers = sum(self._buffers.values(), np.zeros(world, np.int64)) + self._gather
         staging = buffers + self._held.most * int(chunks.nbytes.max(initial=0))
@@ -106,10 +107,13 @@ class _Counter:
     def _round(self, number: int, parts: Ints) -> RoundTally:
         fresh = self._held.enter(number)
         rows = self._table.chunks.parts.rows
-        row, reader = self._table.chunks.parts.row[parts], self._reader[parts]
+        # Parameters that are alike give a reader the same row several times.
+        pairs = self._table.chunks.parts.row[parts].astype(np.int64) * self._world + self._reader[parts]
+        pairs, times = np.unique(pairs, return_counts=True)
+        row, reader = pairs // self._world, pairs % self._world
         classes = self._table.classes
-        owner, entry = spread(classes.start, row.astype(np.int64))
-        gets, nbytes, sender = classes.gets[entry], classes.nbytes[entry], reader[owner].astype(np.int64)
+        owner, entry = spread(classes.start, row)
+        gets, nbytes, sender = classes.gets[entry], classes.nbytes[entry] * times[owner], reader[owner]
         own = classes.of_rank[sender] == gets
         kept = sums(sender[own], nbytes[own], self._world)
         wanted = sums(gets, nbytes, len(classes.size))[classes.of_rank]
@@ -119,7 +123,7 @@ class _Counter:
         self._sent += sent
         self._mark(sender, gets, nbytes, kept)
         single = ~rows.gathered[row][owner]
-        messages = self._blocks(sender[single], gets[single], nbytes[single]) + self._gathers(row, reader)
+        messages = self._blocks(sender[single], gets[single], nbytes[single]) + self._gathers(row, reader, times)
         self._messages += messages
         read = sums(self._table.chunks.reader[fresh], self._table.chunks.nbytes[fresh], self._world)
         return RoundTally(
@@ -148,11 +152,11 @@ class _Counter:
             np.maximum(self._buffers[name], now, out=self._buffers[name])
         return sums(sender, copies, self._world)
 
-    def _gathers(self, row: Ints, reader: Ints) -> Ints:
+    def _gathers(self, row: Ints, reader: Ints, times: Ints) -> Ints:
         """Note the buffers of the all-gather; messages that every rank sends."""
         rows = self._table.chunks.parts.rows
         given = np.flatnonzero(rows.gathered[row])
-        sizes = sums(reader[given], rows.nbytes[row[given]], self._world)
+        sizes = sums(reader[given], rows.nbytes[row[given]] * times[given], self._world)
         sizes += -sizes % ALIGNMENT
         np.maximum(self._buffers["give"], sizes, out=self._buffers["give"])
         self._gather = max(self._gather, int(sizes.sum()))
@@ -165,10 +169,10 @@ class _Held:
     def __init__(self, table: ExchangeTable, prefetch: int) -> None:
         chunks, start = table.chunks, table.chunks.start[:-1]
         none = np.empty(0, np.int64)
-        self._first = np.minimum.reduceat(table.round_of, start) if len(start) else none
-        self._last = np.maximum.reduceat(table.round_of, start) if len(start) else none
-        self._by_first, self._by_last = np.argsort(self._first, kind="stable"), np.argsort(self._last, kind="stable")
-        self._first, self._last = self._first[self._by_first], self._last[self._by_last]
+        count = int(table.round_of.max(initial=-1)) + 1
+        first = np.minimum.reduceat(table.round_of, start) if len(start) else none
+        last = np.maximum.reduceat(table.round_of, start) if len(start) else none
+        (self._by_first, self._first), (self._by_last, self._last) = _by_number(first, count), _by_number(last, count)
         self._reader, self._prefetch = chunks.reader, prefetch
         self._now = np.zeros(table.world, np.int64)
         self._begun = 0
@@ -176,14 +180,19 @@ class _Held:
 
     def enter(self, number: int) -> Ints:
         """Go on to a round; returns the chunks that it needs first."""
-        low, high = np.searchsorted(self._first, [number, number + 1])
-        ahead = int(np.searchsorted(self._first, number + self._prefetch + 1))
+        low, high = self._first[number : number + 2]
+        ahead = self._first[min(number + self._prefetch + 1, len(self._first) - 1)]
         self._add(self._by_first[self._begun : ahead], 1)
         self._begun = ahead
         np.maximum(self.most, self._now, out=self.most)
-        gone = slice(*np.searchsorted(self._last, [number, number + 1]))
-        self._add(self._by_last[gone], -1)
+        self._add(self._by_last[slice(*self._last[number : number + 2])], -1)
         return self._by_first[low:high]
 
     def _add(self, chunks: Ints, count: int) -> None:
         self._now += count * np.bincount(self._reader[chunks], minlength=len(self._now))
+
+
+def _by_number(column: Ints, count: int) -> tuple[Ints, list[int]]:
+    """Places of a column in the order of its numbers, all below `count`, and where each number begins among them."""
+    order = np.argsort(column, kind="stable").astype(narrow(len(column)))
+    return order, starts(sums(column, np.broadcast_to(1, len(column)), count)).tolist()
