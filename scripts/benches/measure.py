@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import subprocess
@@ -34,12 +35,13 @@ class Turn(NamedTuple):
 
 
 def measure(command: list[str]) -> Turn:
-    """Run a command and watch it."""
+    """Run a command and watch it. Python may keep its compiled modules, as it has them of an installed package."""
     import psutil
 
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     before = _processor_time()
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, env=env)
     peaks = [0, 0]
 
     def watch() -> None:
