@@ -304,6 +304,15 @@ def open_catalog(
 
 def file_catalog(path: str, access: Access = PLAIN) -> Catalog:
     """One file as a source, with everything in it. Raises as `registry.read_index`."""
-    (index,) = read_indexes([path], access)
-    tensors = {name: whole_tensor(name, entry, [0]) for name, entry in index.tensors.items()}
-    return Catalog((index,), tensors, {}, _notes((index,)), access)
+    return files_catalog([path], access)
+
+
+def files_catalog(paths: Sequence[str], access: Access = PLAIN) -> Catalog:
+    """Several files as one source; what two of them have is taken from the later. Raises as `file_catalog`."""
+    indexes = tuple(read_indexes(paths, access))
+    tensors = {
+        name: whole_tensor(name, entry, [number])
+        for number, index in enumerate(indexes)
+        for name, entry in index.tensors.items()
+    }
+    return Catalog(indexes, tensors, {}, _notes(indexes), access)

@@ -3,12 +3,14 @@
 * `hyper_parallel`, a requirement that is not on PyPI, as names without a body: it serves PyNative mode, and MindFormers
   2.0 imports it at the top of models that are not used here. Its own checkpoint module stays missing, so MindFormers
   takes the way that it has for that.
+* `nltk` and `datasets` likewise: they serve metrics and data that no test here has, and take long to import.
 * Operators without a CPU kernel (`operators()`): RmsNorm, Outer, FlashAttentionScore, the gradient of embedding, the
   overflow check; and two collectives (`collectives()`): the barrier, scattering objects.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -41,9 +43,12 @@ class _Module(types.ModuleType):
         return _make(name)
 
 
+_EMPTY = ("hyper_parallel", "nltk", "datasets")
+
+
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.split(".")[0] != "hyper_parallel" or name.startswith("hyper_parallel.core.distributed_checkpoint"):
+        if name.split(".")[0] not in _EMPTY or name.startswith("hyper_parallel.core.distributed_checkpoint"):
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -56,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.append(_Finder())
+sys.meta_path.insert(0, _Finder())
 
 
 def operators() -> None:
@@ -129,16 +134,24 @@ def operators() -> None:
     MFTrainOneStepCell.process_loss_scale = lambda self, overflow: overflow
 
 
+def affinity() -> None:
+    """Bind no process to the processors of its device, which a CPU does not count."""
+    module = importlib.import_module("mindformers.core.context.build_context")
+    setattr(module, "set_ms_affinity", lambda *_: None)  # noqa: B010 - a module that mypy does not know
+
+
 def collectives(rank: int, size: int) -> None:
     """Replace collectives that MCCL lacks by those it has."""
     import mindformers.checkpoint.fully_parallel as fully_parallel
     from mindspore.communication import comm_func
     from mindspore.mint.distributed import all_gather_object, barrier
 
+    from ms_ckpt_ext.bridge import names
+
     def scatter_object_list(out: list, objects: Any = None, src: int = 0, group: Any = None) -> None:
         gathered: list[Any] = [None] * size
         all_gather_object(gathered, objects)
         out[0] = gathered[src][rank]
 
-    comm_func.barrier = barrier
+    names.replace({comm_func.barrier: barrier}, everywhere=True)
     fully_parallel.scatter_object_list = scatter_object_list

@@ -11,8 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import ms_ckpt_ext
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
@@ -42,10 +42,16 @@ pytestmark = [pytest.mark.slow]
 
 
 class Run(NamedTuple):
-    """A training: its exact losses, whose loader served it, and where its output is."""
+    """A training: its exact losses, digests of all it began with, who loaded, and where its output is.
+
+    `stock` counts networks filled by MindSpore's own functions, `read` the bytes that this package read.
+    """
 
     losses: list[str]
+    begun: dict[str, str]
     ours: bool
+    stock: int
+    read: int
     output: Path
 
     def saved(self, step: int) -> dict[str, bytes]:
@@ -55,39 +61,36 @@ class Run(NamedTuple):
         return {name: array.tobytes() for file in files for name, array in load_file(file).items()}
 
 
-def environment() -> dict[str, str]:
+def told(result: Path, output: Path) -> Run:
+    return Run(**json.loads(result.read_text()), output=output)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What MindFormers runs in. The network is the same in all trainings, so it is compiled once."""
     plugins = subprocess.run(
         [sys.executable, "-m", "ms_ckpt_ext.plugins"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**env, "REGISTER_PATH": plugins, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    cache = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(tmp_path_factory.mktemp("compiled"))}
+    return {**env, **cache, "REGISTER_PATH": plugins, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def train(where: Path, *changes: str) -> Run:
-    """Train as the YAML says, with changes, in a process and a folder of its own."""
-    where.mkdir()
-    result = where / "result.json"
-    command = [sys.executable, str(HERE / "train_worker.py"), str(YAML), str(result)]
-    ran = subprocess.run(
-        [*command, f"output_dir={where}/out", *changes],
-        cwd=where,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run(command: Sequence[str], env: Mapping[str, str], where: Path) -> str:
+    """Run to its end; returns what it said."""
+    ran = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    told = json.loads(result.read_text())
-    return Run(told["losses"], told["ours"], where / "out")
+    return ran.stdout
 
 
-def train_both(root: Path, *changes: str) -> tuple[Run, Run]:
-    """(by the stock loader, by ours), at the same time."""
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        stock = pool.submit(train, root / "stock", STOCK, *changes)
-        ours = pool.submit(train, root / "ours", *changes)
-        return stock.result(), ours.result()
+def train(where: Path, env: Mapping[str, str], **changes: Sequence[str]) -> dict[str, Run]:
+    """Train as the YAML says, once for each set of changes, one after another."""
+    words: list[str] = []
+    for name, changed in changes.items():
+        words += ["--", f"{where}/{name}.json", f"output_dir={where}/{name}", *changed]
+    run([sys.executable, str(HERE / "train_worker.py"), str(YAML), *words[1:]], env, where)
+    return {name: told(where / f"{name}.json", where / name) for name in changes}
 
 
 class Page(NamedTuple):
@@ -98,43 +101,104 @@ class Page(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+def page(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Page:
     """The commands of docs/mindformers.md, in one shell: what is exported in one is used in the next."""
     root = tmp_path_factory.mktemp("page")
     script = "\n".join(block.text for block in blocks("docs/mindformers.md") if block.language == "bash")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    ran = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=ROOT,
-        env={**environment(), "PATH": path, "TMPDIR": str(root), "REGISTER_PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    here = {"PATH": path, "TMPDIR": str(root), "REGISTER_PATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    run(["bash", "-euo", "pipefail", "-c", script], {**environment, **here}, ROOT)
     assert len(list(root.glob("*/merged/param_name_map.json"))) == 1
-    told = {path.stem: (path, json.loads(path.read_text())) for path in root.glob("*/*.json")}
-    return Page(*(Run(run["losses"], run["ours"], path.parent / name)
-                  for name, (path, run) in ((name, told[name]) for name in ("first", "second"))))  # fmt: skip
+    (work,) = (path.parent for path in root.glob("*/first.json"))
+    return Page(*(told(work / f"{name}.json", work / name) for name in ("first", "second")))
 
 
-def test_resume_by_yaml_alone(page: Page, tmp_path: Path) -> None:
-    """As the page does it; a resume from the same checkpoint by the stock loader ends with the same bits."""
-    ours = page.second
-    stock = train(
-        tmp_path / "stock",
-        STOCK,
-        f"load_checkpoint={page.first.output}/checkpoint",
-        "resume_training=True",
-        "runner_config.epochs=2",
+class Trained(NamedTuple):
+    """Three trainings that begin with nothing: the legacy way, and from a Hugging Face directory by both loaders."""
+
+    legacy: Run
+    stock: Run
+    ours: Run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    source = f"load_checkpoint={hugging_face(root / 'hf')}"
+    legacy = ("use_legacy_format=True",)
+    return Trained(**train(root, environment, legacy=legacy, stock=(STOCK, source), ours=(source,)))
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    page: Page, trained: Trained, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]
+) -> dict[str, Run]:
+    """Resumes: of the page's checkpoint by the stock loader, of the legacy one, in both formats, by both loaders."""
+    root = tmp_path_factory.mktemp("resumed")
+    saved = trained.legacy.output / "checkpoint/rank_0/qwen3_rank_0-1_4.safetensors"
+    whole, ranks = root / "whole", root / "ranks"
+    whole.mkdir()
+    (whole / "qwen3.safetensors").symlink_to(saved)
+    scalars = {name: array for name, array in load_file(saved).items() if not array.shape}
+    save_file(scalars, whole / "hyper_param.safetensors")
+    ms_ckpt_ext.convert(saved, ranks / f"rank_0/{saved.stem}.ckpt")
+    resume = ("resume_training=True", "runner_config.epochs=2")
+    legacy = (*resume, "use_legacy_format=True", f"load_checkpoint={whole}")
+    ckpt = (*resume, "use_legacy_format=True", f"load_checkpoint={ranks}", "load_ckpt_format=ckpt")
+    return train(
+        root,
+        environment,
+        stock=(STOCK, *resume, f"load_checkpoint={page.first.output}/checkpoint"),
+        legacy_stock=(STOCK, *legacy),
+        legacy_ours=legacy,
+        ckpt_stock=(STOCK, *ckpt),
+        ckpt_ours=ckpt,
     )
+
+
+def test_resume_by_yaml_alone(page: Page, resumed: dict[str, Run]) -> None:
+    """As the page does it; a resume from the same checkpoint by the stock loader ends with the same bits."""
+    stock, ours = resumed["stock"], page.second
     assert (stock.ours, ours.ours) == (False, True)
     assert len(ours.losses) == 4
     assert ours.losses == stock.losses
+    assert ours.begun == stock.begun
     assert not set(ours.losses) & set(page.first.losses)
     for step in (6, 8):
         assert ours.saved(step) == stock.saved(step)
     assert len(ours.saved(8)) == 58  # 19 parameters, two states of each, the step
+
+
+@pytest.mark.parametrize("form", ["legacy", "ckpt"])
+def test_the_legacy_way_by_yaml_alone(form: str, page: Page, resumed: dict[str, Run], trained: Trained) -> None:
+    """One device, safetensors and .ckpt: every byte is read by us, none by MindSpore's functions, with the same end."""
+    stock, ours = resumed[f"{form}_stock"], resumed[f"{form}_ours"]
+    held = load_file(trained.legacy.output / "checkpoint/rank_0/qwen3_rank_0-1_4.safetensors")
+    assert (ours.stock, stock.read) == (0, 0)
+    assert stock.stock >= 1
+    wanted = sum(array.nbytes for name, array in held.items() if name in ours.begun)
+    assert wanted <= ours.read <= wanted + (128 << 10)  # tables of contents, and the step once more
+    assert ours.begun == stock.begun
+    assert len(ours.begun.keys() & held.keys()) == 63  # 58 as above, and what the last step left in the wrapper
+    assert ours.losses == stock.losses == page.second.losses
+    last = [load_file(run.output / "checkpoint/rank_0/qwen3_rank_0-2_4.safetensors") for run in (ours, stock)]
+    assert _whole(last[0]) == _whole(last[1])
+
+
+@pytest.mark.msrun
+def test_a_rank_folder_by_yaml_alone(
+    trained: Trained, resumed: dict[str, Run], environment: dict[str, str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """`use_parallel`, a world of one rank: its own file of `rank_0/`, as the legacy way saved it."""
+    for name in ("REGISTER_PATH", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, environment[name])
+    monkeypatch.chdir(tmp_path)
+    words = ["use_legacy_format=True", "resume_training=True", "runner_config.epochs=2", "use_parallel=True"]
+    words += [f"load_checkpoint={trained.legacy.output}/checkpoint", f"output_dir={tmp_path}/out"]
+    run_msrun(HERE / "train_worker.py", YAML, tmp_path / "out.json", *words, ranks=1, tmp_path=tmp_path)
+    ours, stock = told(tmp_path / "out.json", tmp_path / "out"), resumed["legacy_stock"]
+    assert (ours.stock, ours.begun, ours.losses) == (0, stock.begun, stock.losses)
+    assert ours.read > 1 << 20
 
 
 def hugging_face(root: Path) -> Path:
@@ -167,11 +231,12 @@ def hugging_face(root: Path) -> Path:
     return root
 
 
-def test_a_hugging_face_directory_by_yaml_alone(tmp_path: Path) -> None:
-    stock, ours = train_both(tmp_path, f"load_checkpoint={hugging_face(tmp_path / 'hf')}")
+def test_a_hugging_face_directory_by_yaml_alone(trained: Trained) -> None:
+    stock, ours = trained.stock, trained.ours
     assert (stock.ours, ours.ours) == (False, True)
     assert len(ours.losses) == 4
     assert ours.losses == stock.losses
+    assert ours.begun == stock.begun
     assert ours.saved(4) == stock.saved(4)
 
 
@@ -219,15 +284,7 @@ def _whole(held: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in held.items()}
 
 
-def test_converters_and_the_legacy_way(golden: Path, tmp_path: Path) -> None:
+def test_converters_and_the_legacy_way(golden: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """MindFormers' operators against the rules made of them, and its legacy functions against ours."""
-    ran = subprocess.run(
-        [sys.executable, str(HERE / "functions_worker.py"), str(golden), str(tmp_path)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    assert ran.stdout.splitlines()[-1] == "all right"
+    worker = [sys.executable, str(HERE / "functions_worker.py"), str(golden), str(tmp_path)]
+    assert run(worker, environment, tmp_path).splitlines()[-1] == "all right"

@@ -94,7 +94,7 @@ def load_checkpoint(
     cells = [network] if optimizer is None else [network, optimizer]
     missing = _fill(Both(cells), directory, (), target, options, balanced_load)
     if optimizer is not None and "global_step" in missing:
-        _set_step(optimizer, _step(directory, global_step))
+        set_step(optimizer, _step(directory, global_step))
 
 
 def load_hf_checkpoint(
@@ -215,7 +215,8 @@ def _step(directory: str, given: Optional[int]) -> int:
         ) from error
 
 
-def _set_step(optimizer: Any, step: int) -> None:
-    for parameter in optimizer.get_parameters():
+def set_step(cell: Any, step: int) -> None:
+    """Give a cell's `global_step` this value."""
+    for parameter in cell.get_parameters():
         if parameter.name == "global_step":
             parameter.set_data(ms.Tensor([step], ms.int32))

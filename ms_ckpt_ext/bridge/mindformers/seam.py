@@ -4,7 +4,8 @@
     uninstall()            and by itself again
 
 Both of its ways are covered: the new one (`use_legacy_format: False`: `load_checkpoint`, `load_hf_checkpoint`) and the
-legacy one, whose merge by rank 0 gives way to a load from the rank folders (`legacy`).
+legacy one, whose merge by rank 0 gives way to a load from the rank folders (`legacy`), and whose whole files go
+straight into the Parameters (`single`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any, Callable
 
 from ms_ckpt_ext.bridge import names
-from ms_ckpt_ext.bridge.mindformers import legacy, loader
+from ms_ckpt_ext.bridge.mindformers import legacy, loader, single
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.errors import MissingDependencyError
 
@@ -25,6 +26,8 @@ log = logging.getLogger("ms_ckpt_ext")
 _HOMES: tuple[tuple[str, str, Function], ...] = (
     ("mindformers.checkpoint.checkpoint", "load_checkpoint", loader.load_checkpoint),
     ("mindformers.checkpoint.checkpoint", "load_hf_checkpoint", loader.load_hf_checkpoint),
+    ("mindformers.utils.load_checkpoint_utils", "load_safetensors_checkpoint", single.load_safetensors_checkpoint),
+    ("mindformers.trainer.utils", "load_ckpt", single.load_ckpt),
 )
 _installed: dict[Function, Function] = {}
 """Stock -> ours; changed only under `bridge.names.LOCK`."""
