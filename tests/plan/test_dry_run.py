@@ -218,3 +218,12 @@ def test_what_does_not_fit_is_told() -> None:
         dryrun.of_shapes([metas[0]._replace(shape=(3, 1024))], trained)
     with pytest.raises(StrategyError, match="no parameter of the checkpoint"):
         dryrun.demands_under(dryrun.of_shapes(other, None), trained)
+
+
+def test_last_rounds_may_begin_no_chunk() -> None:
+    """A chunk is read once, and may go out in more rounds than one: with nothing left to read in the last."""
+    metas = [TensorMeta("w0", DTYPES["F32"], (1024,)), TensorMeta("w1", DTYPES["F32"], (1024,))]
+    everywhere = strategy_of([Layout((8, 2), ((0,),))] * 2, [0, 0])
+    done = dry_run(dryrun.of_shapes(metas, None), everywhere, LoadOptions(bucket_bytes=4096))
+    assert done.tally.rounds[-1].read == 0
+    assert sum(r.read for r in done.tally.rounds) == done.tally.read.sum() == 8192
