@@ -21,6 +21,7 @@ from ms_ckpt_ext.errors import ChecksumError, LoadError
 from tests.jobs.support import read_file
 
 BUCKET = int(sys.argv[2])
+KEY = bytes(range(32))
 REPORTS: list[LoadReport] = []
 DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32}
 
@@ -197,6 +198,20 @@ def verified(root: Path, rank: int, mode: str) -> None:
         ascend.DeviceSink.finish, network.give = real, memory.give  # type: ignore[method-assign]
 
 
+def encrypted(root: Path, rank: int, mode: str) -> None:
+    """Decrypted by who reads it, exchanged and cut on the device: our container, and MindSpore's blocks."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    for folder, form in (("sealed", "safetensors"), ("sealed_ckpt", "ckpt")):
+        cell = cell_of({n: poison(n, t.shape, DTYPES[t.dtype]) for n, t in truth.items()})
+        source = {"unified_safetensors_dir": root / folder} if form == "safetensors" else {}
+        load_distributed_checkpoint(
+            cell, root / folder if form == "ckpt" else None, root / "predicted.ckpt", root / "trained.ckpt",
+            format=form, mode=mode, bucket_bytes=BUCKET, dec_key=KEY, **source,
+        )  # fmt: skip
+        for parameter in cell.get_parameters():
+            assert raw(parameter) == truth[parameter.name].data, (folder, parameter.name)
+
+
 def main() -> None:
     root = Path(sys.argv[1])
     ms.set_device("Ascend")
@@ -209,7 +224,7 @@ def main() -> None:
 
     together.fill_together = observed  # type: ignore[assignment]
     counted(root / "large", rank)
-    cases: list[Callable[[Path, int, str], None]] = [without_init, not_yet_sliced, cast, shared, verified]
+    cases: list[Callable[[Path, int, str], None]] = [without_init, not_yet_sliced, cast, shared, verified, encrypted]
     for case in cases:
         for mode in ("cooperative", "direct"):
             case(root / "small", rank, mode)

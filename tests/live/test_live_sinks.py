@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ms_ckpt_ext import convert, encrypt
 from ms_ckpt_ext.core.layout import Layout
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
@@ -48,6 +49,9 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
     predicted = {"a.f32": Layout((2,), COLUMNS), "b.f16": Layout((2,), ((0,),)), "c.bf16": Layout((2,), COLUMNS)}
     predicted["d.whole"] = Layout((2,), WHOLE)
     make(tmp_path / "small", small, trained, predicted)
+    source, key = tmp_path / "small" / "source", bytes(range(32))
+    encrypt(source, tmp_path / "small" / "sealed", enc_key=key)
+    convert(source, tmp_path / "small" / "sealed_ckpt", to="ckpt", enc_key=key)
     large: Full = {f"w{n}": ("F32", rng.standard_normal((2048, 1024), np.float32)) for n in range(5)}
     wide = {name: Layout((4,), ROWS) for name in large}
     cuts = [COLUMNS, COLUMNS, ROWS, COLUMNS, WHOLE]
@@ -62,7 +66,7 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
         check_counts(counts)
     assert sum(counts["read"] for counts in told) == 5 * 8 * MIB
     assert sum(counts["link"] for counts in told) <= 1.05 * (3 * 4 + 8) * MIB
-    for case in ("without_init", "not_yet_sliced", "cast", "shared", "verified"):
+    for case in ("without_init", "not_yet_sliced", "cast", "shared", "verified", "encrypted"):
         for mode in ("cooperative", "direct"):
             assert f"case {case} {mode} is right" in result.worker(0)
 
