@@ -5,20 +5,15 @@ from __future__ import annotations
 import argparse
 
 from ms_ckpt_ext.cli import jobs, options
-from ms_ckpt_ext.cli.command import Answer, Command, takes_path
+from ms_ckpt_ext.cli.command import Answer, Command
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    takes_path(parser.add_argument("src", help="a file, or a directory with files however deep"))
-    takes_path(parser.add_argument("dst", help="directory for the results; for a file also its new path"))
+    jobs.add_files(parser)
     parser.add_argument("--to", choices=jobs.FORMATS, help="format (default: by the suffix of dst, else as it is)")
     options.add_name_map(parser, '{"name in the source": "name in the result"}')
-    regex = "only files whose name this is found in, e.g. '_0-'"
-    parser.add_argument("--file-name-regex", metavar="REGEX", help=regex)
-    jobs.add_decryption(parser)
-    jobs.add_encryption(parser)
-    jobs.add_checksums(parser)
-    jobs.add_common(parser)
+    jobs.add_file_name_regex(parser, ", e.g. '_0-'")
+    jobs.add_rewriting(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -31,11 +26,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             to=arguments.to,
             name_map=options.name_map(arguments),
             file_name_regex=arguments.file_name_regex,
-            crc_check=arguments.crc_check,
-            crc=arguments.crc,
-            **jobs.decryption(arguments),
-            **jobs.encryption(arguments),
-            **jobs.common(arguments),
+            **jobs.rewriting(arguments),
         )
     )
 

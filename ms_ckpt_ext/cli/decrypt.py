@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 
 from ms_ckpt_ext.cli import jobs
-from ms_ckpt_ext.cli.command import Answer, Command, takes_path
+from ms_ckpt_ext.cli.command import Answer, Command
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
-    takes_path(parser.add_argument("src", help="a file, or a directory with files however deep"))
-    takes_path(parser.add_argument("dst", help="directory for the results; for a file also its new path"))
-    regex = "only files whose name this is found in"
-    parser.add_argument("--file-name-regex", metavar="REGEX", help=regex)
+    jobs.add_files(parser)
+    jobs.add_file_name_regex(parser)
     jobs.add_decryption(parser)
     jobs.add_common(parser)
 

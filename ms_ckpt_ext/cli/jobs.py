@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Callable
 
 from ms_ckpt_ext.cli import options, words
-from ms_ckpt_ext.cli.command import Answer
+from ms_ckpt_ext.cli.command import Answer, takes_path
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.offline import Report
@@ -17,6 +17,44 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "ckpt")
 _MODES = ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """A file, or a tree of them, and where the results go."""
+    takes_path(parser.add_argument("src", help="a file, or a directory with files however deep"))
+    takes_path(parser.add_argument("dst", help="directory for the results; for a file also its new path"))
+
+
+def add_file_name_regex(parser: argparse.ArgumentParser, example: str = "") -> None:
+    """Which files of a tree."""
+    parser.add_argument("--file-name-regex", metavar="REGEX", help=f"only files whose name this is found in{example}")
+
+
+def add_which(parser: argparse.ArgumentParser) -> None:
+    """The format of the result, and which files of rank folders are the source."""
+    parser.add_argument("--to", choices=FORMATS, default="safetensors", help="format (default safetensors)")
+    options.add_suffix(parser)
+    options.add_format(parser)
+
+
+def which(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `add_which`."""
+    return {"to": arguments.to, "file_suffix": arguments.file_suffix, "format": arguments.format}
+
+
+def add_rewriting(parser: argparse.ArgumentParser) -> None:
+    """Options of every job that reads tensors and writes them anew."""
+    add_decryption(parser)
+    add_encryption(parser)
+    parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
+    parser.add_argument("--crc", action="store_true", help="give every file that is written a checksum")
+    add_common(parser)
+
+
+def rewriting(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `add_rewriting`."""
+    checks = {"crc_check": arguments.crc_check, "crc": arguments.crc}
+    return {**decryption(arguments), **encryption(arguments), **checks, **common(arguments)}
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +80,6 @@ def add_encryption(parser: argparse.ArgumentParser) -> None:
     """A key to write with."""
     options.add_key(parser, "enc", "to encrypt the result with (default: the variable MS_CKPT_EXT_ENC_KEY)")
     parser.add_argument("--enc-mode", choices=_MODES, default="AES-GCM", help="how (default AES-GCM)")
-
-
-def add_checksums(parser: argparse.ArgumentParser) -> None:
-    """CRC of files."""
-    parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
-    parser.add_argument("--crc", action="store_true", help="give every file that is written a checksum")
 
 
 def common(arguments: argparse.Namespace) -> dict[str, Any]:

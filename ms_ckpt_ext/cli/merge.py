@@ -19,13 +19,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part-size", type=options.byte_size, default=3 << 30, metavar="SIZE", help=size)
     share = "write share I of N, so that several hosts can share the work"
     parser.add_argument("--share", type=options.share, default=(1, 1), metavar="I/N", help=share)
-    parser.add_argument("--to", choices=jobs.FORMATS, default="safetensors", help="format (default safetensors)")
-    options.add_suffix(parser)
-    options.add_format(parser)
-    jobs.add_decryption(parser)
-    jobs.add_encryption(parser)
-    jobs.add_checksums(parser)
-    jobs.add_common(parser)
+    jobs.add_which(parser)
+    jobs.add_rewriting(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -41,14 +36,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
             naming=arguments.naming,
             part_bytes=arguments.part_size,
             share=arguments.share,
-            to=arguments.to,
-            file_suffix=arguments.file_suffix,
-            format=arguments.format,
-            crc_check=arguments.crc_check,
-            crc=arguments.crc,
-            **jobs.decryption(arguments),
-            **jobs.encryption(arguments),
-            **jobs.common(arguments),
+            **jobs.which(arguments),
+            **jobs.rewriting(arguments),
         )
     )
 

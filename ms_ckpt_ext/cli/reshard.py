@@ -15,13 +15,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_strategy(parser, "--to-strategy", "of the job that will load it (default: one device)")
     parser.add_argument("--rank", type=int, metavar="N", help="write this rank's folder only")
     options.add_name_map(parser, '{"name in the result": "name in the source"}')
-    parser.add_argument("--to", choices=jobs.FORMATS, default="safetensors", help="format (default safetensors)")
-    options.add_suffix(parser)
-    options.add_format(parser)
-    jobs.add_decryption(parser)
-    jobs.add_encryption(parser)
-    jobs.add_checksums(parser)
-    jobs.add_common(parser)
+    jobs.add_which(parser)
+    jobs.add_rewriting(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -35,14 +30,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
             to_strategy=arguments.to_strategy,
             rank=arguments.rank,
             name_map=options.name_map(arguments),
-            to=arguments.to,
-            file_suffix=arguments.file_suffix,
-            format=arguments.format,
-            crc_check=arguments.crc_check,
-            crc=arguments.crc,
-            **jobs.decryption(arguments),
-            **jobs.encryption(arguments),
-            **jobs.common(arguments),
+            **jobs.which(arguments),
+            **jobs.rewriting(arguments),
         )
     )
 
