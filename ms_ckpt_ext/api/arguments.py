@@ -18,6 +18,7 @@ from ms_ckpt_ext.engine.preview import preview
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import crypto
+from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
@@ -33,6 +34,13 @@ def path_of(value: Any, argument: str) -> str:
     if value is None or value == "":
         raise UsageError(f"{argument} is needed here: give a path")
     raise ArgumentTypeError(f"{argument} must be a path, got {type(value).__name__}")
+
+
+def checked_format(value: Any, argument: str, optional: bool = False) -> None:
+    """Raise UsageError for what is no format of checkpoint files; None is fine where it is `optional`."""
+    if value not in FORMATS and not (optional and value is None):
+        allowed = ", ".join(FORMATS) + (", or None" if optional else "")
+        raise UsageError(f"{argument} must be one of {allowed}; got {value!r}")
 
 
 def checked_name_map(name_map: Optional[Mapping[str, str]]) -> Mapping[str, str]:

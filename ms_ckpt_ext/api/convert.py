@@ -16,6 +16,7 @@ from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     any_mode,
+    checked_format,
     checked_name_map,
     execute,
     limits_of,
@@ -29,7 +30,6 @@ from ms_ckpt_ext.engine.jobs import Choice, chosen_name
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
-from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
 
@@ -124,8 +124,7 @@ def convert(
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, ChecksumError, DecryptionError, StorageError: an input cannot be read, or the output not written.
     """
-    if to not in (None, *discovery.FORMATS):
-        raise UsageError(f"to must be one of {', '.join(discovery.FORMATS)}, or None, got {to!r}")
+    checked_format(to, "to", optional=True)
     access, seal = any_mode(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     found = find(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
     rename = _rename(name_map, choice_func)

@@ -13,6 +13,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     any_mode,
     as_strategy,
+    checked_format,
     checked_name_map,
     checked_rules,
     execute,
@@ -24,11 +25,10 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, merge_job, recut_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, folders_job, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
-from ms_ckpt_ext.formats.discovery import FORMATS
 
 
 def merge(
@@ -85,7 +85,7 @@ def merge(
         StorageError: no space or permission; what is finished is kept for a rerun.
     """
     target, wanted = path_of(dst, "dst"), Filter(match, exclude)
-    _check_format(to)
+    checked_format(to, "to")
     options = MergeOptions(_choice(wanted, rename), *share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode))
     workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
@@ -129,25 +129,16 @@ def reshard(
     The other arguments, the result and the errors are those of `merge`. UsageError also when there is no such rank.
     """
     target, names = path_of(dst, "dst"), checked_name_map(name_map)
-    _check_format(to)
+    checked_format(to, "to")
     seal = seal_of(enc_key, enc_mode)
     workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
     ranks = _ranks(layout, rank)
     catalog = source.open().ruled(weight_rules)
-    if rank is None:
-        job = recut_job(catalog, layout, ranks, names, lambda n: f"rank_{n}/net.{to}", target, crc=crc, seal=seal)
-    else:
-        target = f"{target}/rank_{rank}"
-        job = recut_job(catalog, layout, ranks, names, lambda _: f"net.{to}", crc=crc, seal=seal)
-    check_apart(catalog, target, job)
+    alone = rank is not None
+    job, target = folders_job(catalog, layout, ranks, alone, names, target, to, crc=crc, seal=seal)
     return execute(job, target, workers, limits, "reshard", dry_run)
-
-
-def _check_format(to: str) -> None:
-    if to not in FORMATS:
-        raise UsageError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
 
 
 def _choice(wanted: Filter, rename: Optional[Choice]) -> Optional[Choice]:

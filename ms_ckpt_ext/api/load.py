@@ -12,6 +12,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     access_of,
     as_strategy,
+    checked_format,
     checked_name_map,
     checked_rules,
     execute,
@@ -24,12 +25,11 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.contents import read_extras
-from ms_ckpt_ext.engine.jobs import check_apart, recut_job
+from ms_ckpt_ext.engine.jobs import folders_job
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 
@@ -126,7 +126,8 @@ def load_distributed_checkpoint(
         ChecksumError: verify="full", and the files are not what they were; nothing was changed.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
-    _check_formats(format, output_format)
+    checked_format(format, "format")
+    checked_format(output_format, "output_format")
     access = access_of(dec_key, dec_mode, crc_check)
     seal = seal_of(enc_key, enc_mode)
     names, weight_rules = checked_name_map(name_map), checked_rules(rules)
@@ -172,13 +173,10 @@ def load_distributed_checkpoint(
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     catalog = read_listing(look(), trained, access).ruled(weight_rules)
-    recut = partial(recut_job, catalog, strategy, ranks, names, crc=crc, seal=seal, digests=digests)
-    if rank_id is None:
-        job = recut(lambda rank: f"rank_{rank}/net.{output_format}", target)
-    else:  # a target of its own, so that the ranks of a job can do this at the same time
-        job = recut(lambda _: f"net.{output_format}")
-        target = os.path.join(target, f"rank_{rank_id}")
-    check_apart(catalog, target, job)
+    alone = rank_id is not None
+    job, target = folders_job(
+        catalog, strategy, ranks, alone, names, target, output_format, crc=crc, seal=seal, digests=digests
+    )
     execute(job, target, workers, limits, "reshard")
     return True
 
@@ -251,12 +249,6 @@ def training_scalars(
     strategy = None if strategy_file is None else load_strategy(path_of(strategy_file, "strategy_file"))
     access = access_of(dec_key, dec_mode, crc_check)
     return read_extras(path_of(checkpoint_dir, "checkpoint_dir"), strategy, file_suffix, access)
-
-
-def _check_formats(source: str, target: str) -> None:
-    for argument, value in (("format", source), ("output_format", target)):
-        if value not in FORMATS:
-            raise UsageError(f"{argument} must be one of {', '.join(FORMATS)}; got {value!r}")
 
 
 def _check_rank(rank_id: Any) -> None:

@@ -14,6 +14,7 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     any_mode,
     as_strategy,
+    checked_format,
     checked_name_map,
     limits_of,
     log,
@@ -139,8 +140,7 @@ def load_checkpoint(
         FormatError, ChecksumError, DecryptionError, StorageError: it cannot be read.
     """
     source = path_of(ckpt_file_name, "ckpt_file_name")
-    if format not in discovery.FORMATS:
-        raise UsageError(f"format must be one of {', '.join(discovery.FORMATS)}, got {format!r}")
+    checked_format(format, "format")
     if not source.endswith(f".{format}"):
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
     choice = _prefixes(specify_prefix, filter_prefix) or choice_func
@@ -208,8 +208,7 @@ def _open(path: str, access: Access, choice: Optional[Choice]) -> Parameters:
 
 
 def _catalog(path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str]) -> Catalog:
-    if kind not in (None, *discovery.FORMATS):
-        raise UsageError(f"format must be one of {', '.join(discovery.FORMATS)}, or None, got {kind!r}")
+    checked_format(kind, "format", optional=True)
     if not os.path.isdir(path):
         if kind is not None and not path.endswith(f".{kind}"):
             raise UsageError(f"path must end in .{kind}, as format says, got {path!r}")

@@ -13,6 +13,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     access_of,
     as_strategy,
+    checked_format,
     checked_name_map,
     checked_rules,
     limits_of,
@@ -23,7 +24,6 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
-from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 log = logging.getLogger("ms_ckpt_ext")
@@ -119,8 +119,7 @@ def resume(
     from ms_ckpt_ext.bridge import restore as live
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
-    if format is not None and format not in FORMATS:
-        raise UsageError(f"format must be one of {', '.join(FORMATS)} or None; got {format!r}")
+    checked_format(format, "format", optional=True)
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     names = checked_name_map(name_map)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import any_mode, as_strategy, path_of
+from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
@@ -56,8 +56,7 @@ def find(
         StrategyError: the strategy cannot be read.
     """
     path = path_of(path, argument)
-    if format not in (None, *discovery.FORMATS):
-        raise UsageError(f"format must be one of {', '.join(discovery.FORMATS)}, or None, got {format!r}")
+    checked_format(format, "format", optional=True)
     access = any_mode(None, None) if access is None else access
     if os.path.isfile(path):
         _refuse_strategy(path)

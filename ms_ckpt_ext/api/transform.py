@@ -11,6 +11,7 @@ from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    checked_format,
     execute,
     limits_of,
     path_of,
@@ -86,8 +87,7 @@ def transform_checkpoints(
         path_of(dst_checkpoints_dir, "dst_checkpoints_dir"),
     )
     prefix = _checked_prefix(ckpt_prefix)
-    if output_format not in discovery.FORMATS:
-        raise UsageError(f"output_format must be one of {', '.join(discovery.FORMATS)}; got {output_format!r}")
+    checked_format(output_format, "output_format")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     workers, limits = workers_of(process_num, "process_num"), limits_of(buffer_bytes)
     trained, wanted = (

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, Optional, Union
 
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -235,6 +236,34 @@ def recut_job(
         outputs.append(_output(file_name(rank), wanted, catalog, crc))
     stale = _stale_ranks(target, [output.name for output in outputs])
     return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
+
+
+def folders_job(
+    catalog: Catalog,
+    strategy: Optional[Strategy],
+    ranks: Sequence[int],
+    alone: bool,
+    name_map: Mapping[str, str],
+    target: str,
+    form: str,
+    *,
+    crc: bool = False,
+    seal: Optional[Seal] = None,
+    digests: bool = True,
+) -> tuple[Job, str]:
+    """`rank_N/net.{form}` below `target` for every one of `ranks`; and the directory that the job is to be run in.
+
+    With `alone`, `ranks` is a single one, which gets a target of its own, so that the ranks of a job can do this at the
+    same time. The other arguments are those of `recut_job`. Raises as `recut_job` and `check_apart`.
+    """
+    recut = partial(recut_job, catalog, strategy, ranks, name_map, crc=crc, seal=seal, digests=digests)
+    if alone:
+        target = os.path.join(target, f"rank_{ranks[0]}")
+        job = recut(lambda _: f"net.{form}")
+    else:
+        job = recut(lambda rank: f"rank_{rank}/net.{form}", target)
+    check_apart(catalog, target, job)
+    return job, target
 
 
 def check_apart(catalog: Catalog, folder: str, job: Job) -> None:
