@@ -23,8 +23,8 @@ from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import copy_box
 from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.engine.live import HostSink
-from ms_ckpt_ext.engine.pump import copy_strided
 from ms_ckpt_ext.engine.replicas import Contents
+from ms_ckpt_ext.engine.strides import copy_strided
 from ms_ckpt_ext.transport.base import Bytes
 
 log = logging.getLogger("ms_ckpt_ext")

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.reads import Extent, Task
-from ms_ckpt_ext.core.rules import Rule, apply_rules
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
@@ -25,6 +24,9 @@ from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.rules import Rule
 
 INT4 = "Int4"
 """Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
@@ -66,6 +68,8 @@ class Catalog:
         """The checkpoint as weight rules present it. Raises as `apply_rules`; also for packed int4, unless renamed."""
         if not rules:
             return self
+        from ms_ckpt_ext.core.rules import apply_rules
+
         tensors = apply_rules(self.tensors, rules)
         for name, tensor in tensors.items():
             if tensor.recipe is None:

@@ -25,8 +25,8 @@ from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strided import copy_box
 from ms_ckpt_ext.core.view import View
-from ms_ckpt_ext.engine.pump import copy_strided
 from ms_ckpt_ext.engine.replicas import Contents, Digester
+from ms_ckpt_ext.engine.strides import copy_strided
 from ms_ckpt_ext.engine.trace import Trace
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status

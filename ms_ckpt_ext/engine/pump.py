@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Callable, Generic, Optional, TypeVar
-
-import numpy as np
+from functools import lru_cache
+from typing import TYPE_CHECKING, Callable, Generic, NamedTuple, Optional, TypeVar
 
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import (
@@ -22,6 +21,7 @@ from ms_ckpt_ext.core.reads import (
     Landing,
     Limits,
     Read,
+    ReadCopy,
     Stored,
     Stretch,
     Target,
@@ -30,19 +30,26 @@ from ms_ckpt_ext.core.reads import (
 )
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.core.strided import StridedCopy
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
 
 Landed = Callable[[int, int], None]
 """(sink, bytes): told after bytes reached a sink, from worker threads."""
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Bytes = npt.NDArray[np.uint8]
 _Item = TypeVar("_Item")
 _COPY = 1 << 20  # stays in a core's cache between read and write
 _PLENTY = 128 << 20  # bytes a worker takes at once: most arrays whole, so that their digests need nothing read back
 _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
+_SCATTER = 4 << 10
+"""Runs from this length on are put in place by the read itself; shorter ones are cheaper to copy afterwards."""
 
 
 def run(
@@ -157,7 +164,7 @@ class Assembler:
         self._sinks: list[Sink] = []
         self._worker = _Worker(readers, self._sinks, lambda _sink, _nbytes: None)
 
-    def read(self, tensor: SourceTensor, region: Region, into: np.ndarray) -> None:
+    def read(self, tensor: SourceTensor, region: Region, into: Bytes) -> None:
         """Fill `into` (flat bytes) with a box, row-major. Raises CoverageError, FormatError or StorageError."""
         self._sinks[:] = [MemorySink(into)]
         task = Task(tensor, (Target(region, (Landing(0, (Extent(0, into.size),)),)),))
@@ -169,12 +176,12 @@ class _Buffer:
     """Scratch memory that grows to the largest request and is reused."""
 
     def __init__(self) -> None:
-        self._array = np.empty(0, np.uint8)
+        self._bytes = memory.scratch(0)
 
-    def take(self, nbytes: int) -> np.ndarray:
-        if self._array.size < nbytes:
-            self._array = np.empty(nbytes, np.uint8)
-        return self._array[:nbytes]
+    def take(self, nbytes: int) -> memoryview:
+        if len(self._bytes) < nbytes:
+            self._bytes = memory.scratch(nbytes)
+        return self._bytes[:nbytes]
 
 
 def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[int, int]:
@@ -203,9 +210,7 @@ class _Worker:
     def direct(self, unit: Direct) -> None:
         sink = self._sinks[unit.sink]
         if isinstance(sink, MemorySink):
-            self._readers.read_into(
-                unit.file, unit.source, memoryview(sink.array[unit.target : unit.target + unit.length])
-            )
+            self._readers.read_into(unit.file, unit.source, sink.bytes[unit.target : unit.target + unit.length])
         else:
             with self._readers.use(unit.file) as reader, getattr(reader, "turn", None) or nullcontext():
                 copied = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
@@ -223,7 +228,7 @@ class _Worker:
         """(offset in the sink, bytes) of a stretch of a direct copy."""
         grain, origin = _grain(reader, unit.source, sink, unit.target)
         while start < stop:
-            part = memoryview(self._scratch.take(min(grain - (origin + start) % grain, stop - start)))
+            part = self._scratch.take(min(grain - (origin + start) % grain, stop - start))
             reader.read_into(unit.source + start, part)
             yield unit.target + start, part
             start += len(part)
@@ -240,33 +245,47 @@ class _Worker:
             self._read(read, buffers)
         self._write(batch, staged, arena)
 
-    def _memory(self, stretch: Stretch) -> Optional[np.ndarray]:
+    def _memory(self, stretch: Stretch) -> Optional[memoryview]:
         """The stretch's own memory, when that is the only place it goes."""
         place = stretch.places[0]
         sink = self._sinks[place.sink]
         if len(stretch.places) == 1 and isinstance(sink, MemorySink):
-            return sink.array[place.offset : place.offset + place.length]
+            return sink.bytes[place.offset : place.offset + place.length]
         return None
 
-    def _read(self, read: Read, buffers: list[np.ndarray]) -> None:
+    def _read(self, read: Read, buffers: list[memoryview]) -> None:
         nbytes = read.nbytes
         only = read.copies[0]
         if len(read.copies) == 1 and only.copy.nbytes == nbytes and not only.copy.counts:
             into = buffers[only.stretch][only.copy.target : only.copy.target + nbytes]
             self._fill(read, into)
             return
+        places = _places(read.copies, nbytes) if len(read.extents) == 1 else ()
+        if places and self._scatter(read, [buffers[n][low:high] for n, low, high in places]):
+            return
+        from ms_ckpt_ext.engine.strides import copy_strided  # numpy takes long to import, and many jobs need it not
+
         scratch = self._scratch.take(nbytes)
         self._fill(read, scratch)
         for stretch, copy in read.copies:
             copy_strided(copy, scratch, buffers[stretch])
 
-    def _fill(self, read: Read, into: np.ndarray) -> None:
+    def _scatter(self, read: Read, into: list[memoryview]) -> bool:
+        """Have the kernel put every run in its place; False where the bytes do not come from the kernel as they are."""
+        with self._readers.use(read.file) as reader:
+            if not isinstance(reader, PlainReader):
+                return False
+            reader.scatter(read.extents[0].offset, into)
+        self._readers.tally(read.file, read.nbytes)
+        return True
+
+    def _fill(self, read: Read, into: memoryview) -> None:
         at = 0
         for offset, length in read.extents:
-            self._readers.read_into(read.file, offset, memoryview(into[at : at + length]))
+            self._readers.read_into(read.file, offset, into[at : at + length])
             at += length
 
-    def _write(self, batch: Batch, staged: list[bool], arena: np.ndarray) -> None:
+    def _write(self, batch: Batch, staged: list[bool], arena: memoryview) -> None:
         """Write every staged stretch to its places; neighbours in buffer and file go together."""
         pending: dict[int, tuple[int, int, int]] = {}  # sink -> (offset in sink, offset in arena, length)
         base = 0
@@ -285,21 +304,36 @@ class _Worker:
         for sink, run_ in pending.items():
             self._flush(sink, run_, arena)
 
-    def _flush(self, number: int, held: Optional[tuple[int, int, int]], arena: np.ndarray) -> None:
+    def _flush(self, number: int, held: Optional[tuple[int, int, int]], arena: memoryview) -> None:
         if held is None:
             return
         offset, start, length = held
-        self._sinks[number].write(offset, memoryview(arena[start : start + length]))
+        self._sinks[number].write(offset, arena[start : start + length])
         self._landed(number, length)
 
 
-def copy_strided(copy: StridedCopy, source: np.ndarray, target: np.ndarray) -> None:
-    """Make one strided copy between flat byte arrays."""
-    if not copy.counts:
-        target[copy.target : copy.target + copy.run] = source[copy.source : copy.source + copy.run]
-        return
-    grain = copy.run if copy.run in (2, 4, 8) else 1  # a transposed matrix: runs of one element
-    shape, dtype = (*copy.counts, copy.run // grain), np.dtype(f"u{grain}")
-    lying: np.ndarray = np.ndarray(shape, dtype, source.data, copy.source, (*copy.source_strides, grain))
-    landing: np.ndarray = np.ndarray(shape, dtype, target.data, copy.target, (*copy.target_strides, grain))
-    landing[...] = lying
+class _Run(NamedTuple):
+    """Where bytes of a read go, in the order of the read: stretch number, from and to which byte of it."""
+
+    stretch: int
+    low: int
+    high: int
+
+
+@lru_cache(maxsize=1024)
+def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> tuple[_Run, ...]:
+    """Where every byte of a read goes, run by run.
+
+    () where that is no way to read: short runs, bytes that go nowhere or to several places.
+    """
+    if any(copy.run < _SCATTER for _, copy in copies) or sum(copy.nbytes for _, copy in copies) != nbytes:
+        return ()
+    runs = sorted(
+        (source, _Run(stretch, target, target + copy.run)) for stretch, copy in copies for source, target in copy.runs()
+    )
+    at = 0
+    for source, (_, low, high) in runs:
+        if source != at:
+            return ()
+        at += high - low
+    return tuple(run for _, run in runs)

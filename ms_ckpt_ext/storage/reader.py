@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Optional, Protocol
 
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError, storage_error
+
+_MOST_BUFFERS = 1024
+"""What one call of the kernel fills at most (Linux: UIO_MAXIOV)."""
 
 
 class ByteReader(Protocol):
@@ -45,22 +49,40 @@ class PlainReader:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
-        if self.fd is None:
-            raise StorageError(0, f"cannot read {self.path!r}: the reader is closed")
         done, total = 0, len(buffer)
         while done < total:
-            try:
-                got = os.preadv(self.fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise storage_error(
-                    f"read {total - done} bytes at offset {offset + done} of", self.path, error
-                ) from error
-            if got == 0:
-                raise TruncatedFileError(
-                    f"{self.path!r} ended at byte {offset + done} while {total - done} more bytes were expected there; "
-                    "the file was truncated after its header was read: restore it or choose another checkpoint"
-                )
-            done += got
+            done += self._read([buffer[done:]], offset + done, total - done)
+
+    def scatter(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill `buffers`, in order, with the bytes from `offset` on. Raises as `read_into`."""
+        for first in range(0, len(buffers), _MOST_BUFFERS):
+            some = buffers[first : first + _MOST_BUFFERS]
+            wanted = sum(map(len, some))
+            got = self._read(some, offset, wanted)
+            if got < wanted:  # the kernel stopped early
+                self._fill_rest(offset, some, got)
+            offset += wanted
+
+    def _fill_rest(self, offset: int, buffers: Sequence[memoryview], done: int) -> None:
+        for buffer in buffers:
+            filled = min(done, len(buffer))
+            self.read_into(offset + filled, buffer[filled:])
+            offset, done = offset + len(buffer), done - filled
+
+    def _read(self, buffers: Sequence[memoryview], offset: int, wanted: int) -> int:
+        """One call of the kernel; it may stop short of `wanted` bytes, but not before the first."""
+        if self.fd is None:
+            raise StorageError(0, f"cannot read {self.path!r}: the reader is closed")
+        try:
+            got = os.preadv(self.fd, buffers, offset)
+        except OSError as error:
+            raise storage_error(f"read {wanted} bytes at offset {offset} of", self.path, error) from error
+        if got == 0 and wanted:
+            raise TruncatedFileError(
+                f"{self.path!r} ended at byte {offset} while {wanted} more bytes were expected there; "
+                "the file was truncated after its header was read: restore it or choose another checkpoint"
+            )
+        return got
 
     def close(self) -> None:
         """Release the file."""

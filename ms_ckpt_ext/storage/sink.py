@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Optional, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any, Optional, Protocol
 
 from ms_ckpt_ext.errors import storage_error
 from ms_ckpt_ext.storage.linux import copies_by_itself, preallocate, start_writeback
@@ -44,10 +41,14 @@ class Sink(Protocol):
 
 
 class FileSink:
-    """A file of known size, created empty and filled at any offset."""
+    """A file of known size, created empty and filled at any offset.
 
-    def __init__(self, path: str, size: int) -> None:
-        self.path = path
+    Args:
+        sync: `finish` makes the bytes durable; else the kernel writes them when it likes.
+    """
+
+    def __init__(self, path: str, size: int, sync: bool = True) -> None:
+        self.path, self._sync = path, sync
         try:
             self._file: Optional[int] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
         except OSError as error:
@@ -61,14 +62,15 @@ class FileSink:
         self.fd = self._file if copies_by_itself(self._file) else None
 
     def write(self, offset: int, buffer: memoryview) -> None:
-        """Write `buffer` (flat bytes) at `offset` and start its way to disk."""
+        """Write `buffer` (flat bytes) at `offset`, and start its way to disk if it is to be there in the end."""
         file, done = self._open(), 0
         while done < len(buffer):
             try:
                 done += os.pwrite(file, buffer[done : done + _WRITE], offset + done)
             except OSError as error:
                 raise storage_error(f"write {len(buffer)} bytes at offset {offset} of", self.path, error) from error
-        start_writeback(file, offset, len(buffer))
+        if self._sync:
+            start_writeback(file, offset, len(buffer))
 
     def read_back(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with bytes that were written at `offset`."""
@@ -83,9 +85,10 @@ class FileSink:
             done += got
 
     def finish(self) -> None:
-        """Make the bytes durable and close."""
+        """Make the bytes durable, if that is wanted, and close."""
         try:
-            os.fsync(self._open())
+            if self._sync:
+                os.fsync(self._open())
         except OSError as error:
             raise storage_error("sync", self.path, error) from error
         finally:
@@ -123,8 +126,6 @@ def kernel_copy(reader: ByteReader, source: int, sink: Sink, offset: int, length
         if copied == 0:  # end of the source, or a file system that cannot say no: the buffer will tell
             break
         done += copied
-    if sink.fd is not None:
-        start_writeback(sink.fd, offset, done)
     return done
 
 
@@ -134,14 +135,14 @@ class MemorySink:
     path = "memory"
     fd: Optional[int] = None
 
-    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
-        if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous or not array.flags.writeable:
+    def __init__(self, array: Any) -> None:
+        self.bytes = memoryview(array)
+        if self.bytes.format != "B" or self.bytes.ndim != 1 or not self.bytes.contiguous or self.bytes.readonly:
             raise ValueError("a memory sink is a flat, contiguous, writable uint8 array")
-        self.array = array
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Copy `buffer` to `offset`."""
-        self.array[offset : offset + len(buffer)] = buffer
+        self.bytes[offset : offset + len(buffer)] = buffer
 
     def finish(self) -> None:
         """Nothing to do: the memory is its owner's."""

@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.reads import Batch, Direct, Extent, Landing, Limits, Targe
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strided import StridedCopy, strided_copy
-from ms_ckpt_ext.engine.pump import copy_strided
+from ms_ckpt_ext.engine.strides import copy_strided
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
 
 from .strategies import dtypes, pairs

@@ -155,7 +155,7 @@ def test_a_rank_reads_its_bytes_and_they_are_right(case: Case, data: st.DataObje
             with ReaderPool(catalog.files, open_reader) as readers:
                 pump.run(schedule([task], catalog.stored, limits), readers, [sink], 1, lambda *_: None)
                 assert nbytes <= readers.count.nbytes <= 1.25 * nbytes
-            assert sink.array.tobytes() == case.expected[region.slices].tobytes()
+            assert sink.bytes.tobytes() == case.expected[region.slices].tobytes()
 
 
 class Ruled(Load):
@@ -275,4 +275,4 @@ def test_a_transposed_matrix_in_many_tiles(tmp_path: Path) -> None:
         units = schedule([task], catalog.stored, Limits(tile=256 << 10))
         pump.run(units, readers, [sink], 2, lambda *_: None)
         assert readers.count.nbytes == whole.nbytes
-    assert sink.array.tobytes() == whole.T.tobytes()
+    assert sink.bytes.tobytes() == whole.T.tobytes()

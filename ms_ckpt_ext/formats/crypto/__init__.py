@@ -9,23 +9,35 @@
     units            the reader that both authenticated formats share
     backend          the only module that imports `cryptography`, late
 
-Importing this package costs nothing; `cryptography` is imported when something is encrypted or decrypted.
+Importing this package costs nothing: what knows a container is imported when one is met, `cryptography` when something
+is encrypted or decrypted.
 """
 
 from __future__ import annotations
 
-from typing import Optional, Union
+import importlib
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError
-from ms_ckpt_ext.formats.crypto import backend
-from ms_ckpt_ext.formats.crypto.blocks import CACHE_BYTES as BLOCK_CACHE_BYTES
-from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader
-from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer, EncryptingWriter, encrypt_all
-from ms_ckpt_ext.formats.crypto.container import CACHE_BYTES, ChunkedReader
-from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
 from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
 from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, HEAD_BYTES, SM4, is_encrypted, sniff
 from ms_ckpt_ext.storage.reader import ByteReader
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader
+    from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer, EncryptingWriter, encrypt_all
+    from ms_ckpt_ext.formats.crypto.container import ChunkedReader
+    from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
+
+_LATE = {
+    "BlockSealer": "blocks_writer",
+    "ChunkedReader": "container",
+    "ChunkedWriter": "container_writer",
+    "DecryptingReader": "blocks",
+    "EncryptingWriter": "blocks_writer",
+    "Sealer": "container_writer",
+    "encrypt_all": "blocks_writer",
+}
 
 __all__ = [
     "CBC",
@@ -50,8 +62,16 @@ __all__ = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+
+
 def fingerprint(key: Key, label: bytes) -> str:
     """Hexadecimal digits that tell keys apart and tell nothing about them: HKDF-SHA256 of the key."""
+    from ms_ckpt_ext.formats.crypto import backend
+
     return backend.hkdf(key, b"", label, 16).hex()
 
 
@@ -69,10 +89,12 @@ def decrypting_reader(
     Raises:
         DecryptionError: not encrypted, another container, or a wrong key.
     """
+    from ms_ckpt_ext.formats.crypto import blocks, container
+
     head = bytearray(min(HEAD_BYTES, reader.size))
     reader.read_into(0, memoryview(head))
     if sniff(bytes(head)) != CHUNKED:
-        return DecryptingReader(reader, key, mode, cache_bytes=cache_bytes or BLOCK_CACHE_BYTES)
+        return blocks.DecryptingReader(reader, key, mode, cache_bytes=cache_bytes or blocks.CACHE_BYTES)
     if mode not in (None, CHUNKED):
         raise DecryptionError(f"{reader.path!r} is a {CHUNKED} container, not {mode}; pass mode {CHUNKED!r} or None")
-    return ChunkedReader(reader, key, cache_bytes=cache_bytes or CACHE_BYTES)
+    return container.ChunkedReader(reader, key, cache_bytes=cache_bytes or container.CACHE_BYTES)

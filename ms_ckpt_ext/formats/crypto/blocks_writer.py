@@ -12,8 +12,6 @@ import os
 import struct
 from typing import BinaryIO, Optional, Protocol, Union
 
-import numpy as np
-
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
@@ -21,6 +19,7 @@ from ms_ckpt_ext.formats.crypto.blocks import BLOCK_BYTES, IV_BYTES, NONCE_BYTES
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
 from ms_ckpt_ext.formats.crypto.units import PIECE
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.reader import ByteReader
 
 _MAGIC = {mode: magic for magic, mode in BLOCK_MAGIC.items()}
@@ -46,7 +45,7 @@ class EncryptingWriter:
         self._key = _checked(key, mode, block)
         self._mode = mode
         self._most = block
-        self._sealed = np.empty(block + BLOCK, np.uint8)  # numpy asks for huge pages, and touches none before its use
+        self._sealed = memory.scratch(block + BLOCK)
         self._filled = 0
         self._rest = b""
         self._context: Optional[backend.Context] = None
@@ -108,7 +107,7 @@ class EncryptingWriter:
         stop = self._filled + len(data)
         for low in range(self._filled, stop, PIECE):
             high = min(low + PIECE, stop)
-            target = memoryview(self._sealed)[low:high]
+            target = self._sealed[low:high]
             pour(self._context, data[low - self._filled : high - self._filled], target)
         self._filled = stop
 
@@ -122,7 +121,7 @@ class EncryptingWriter:
         self._context.finalize()
         tag = getattr(self._context, "tag", b"") if self._mode == GCM else b""
         self._emit(_header(self._mode, tag, self._iv, self._filled))
-        self._emit(memoryview(self._sealed)[: self._filled])
+        self._emit(self._sealed[: self._filled])
         self._context, self._filled = None, 0
 
     def _emit(self, data: Union[bytes, memoryview]) -> None:

@@ -18,9 +18,8 @@ import threading
 from collections import OrderedDict
 from typing import Optional, Protocol
 
-import numpy as np
-
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.reader import ByteReader
 
 PIECE = 4 << 20
@@ -64,7 +63,7 @@ class _Slot:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.unit: Optional[int] = None
-        self.data = np.empty(0, np.uint8)
+        self.data = memoryview(b"")
 
 
 class Turn:
@@ -147,10 +146,10 @@ class UnitReader:
             if slot.unit != unit:
                 slot.unit = None
                 if len(slot.data) < high - low:
-                    slot.data = np.empty(high - low, np.uint8)  # numpy asks for huge pages: fresh memory is dear
-                self._units.decrypt(unit, unit + 1, memoryview(slot.data)[: high - low])
+                    slot.data = memory.scratch(high - low)
+                self._units.decrypt(unit, unit + 1, slot.data[: high - low])
                 slot.unit = unit
-            out[:] = memoryview(slot.data)[skip : skip + len(out)]
+            out[:] = slot.data[skip : skip + len(out)]
 
     def _slot(self, unit: int) -> _Slot:
         """The slot for a unit: its own, a new one, or the one longest unused.

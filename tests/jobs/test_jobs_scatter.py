@@ -1,0 +1,140 @@
+"""Long runs of a read go to their places in the call that reads them, and no copy follows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ms_ckpt_ext import unified_safetensors
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.reads import ReadCopy
+from ms_ckpt_ext.core.strided import StridedCopy
+from ms_ckpt_ext.engine import pump
+from ms_ckpt_ext.errors import StorageError, TruncatedFileError
+from ms_ckpt_ext.storage import reader
+from ms_ckpt_ext.storage.reader import PlainReader
+from tests.jobs.support import FULL, cut, read_file, read_merged, strategy_of, tree
+from tests.jobs.test_jobs_golden import assert_is, recut
+
+K = 4096
+
+
+def rows(count: int, run: int, stride: int, target: int = 0, source: int = 0, step: int = 0) -> StridedCopy:
+    return StridedCopy(run, (count,), source, (step or run,), target, (stride,))
+
+
+# (copies of a read, its bytes, where they go)
+PLACED = [
+    ([rows(2, K, 3 * K)], 2 * K, [(0, 0, K), (0, 3 * K, 4 * K)]),
+    (
+        [rows(2, K, K, step=3 * K), rows(2, 2 * K, 2 * K, source=K, step=3 * K)],
+        6 * K,
+        [(0, 0, K), (1, 0, 2 * K), (0, K, 2 * K), (1, 2 * K, 4 * K)],
+    ),
+    ([StridedCopy(K, (), K, (), 0, ()), StridedCopy(K, (), 0, (), 7, ())], 2 * K, [(1, 7, 7 + K), (0, 0, K)]),
+    ([rows(2, K - 1, 2 * K)], 2 * K - 2, []),  # short runs
+    ([rows(2, K, 3 * K, step=2 * K)], 3 * K, []),  # a gap that nobody wants
+    ([rows(2, K, K), rows(1, K, K)], 2 * K, []),  # bytes that two want
+    ([rows(2, K, K), rows(1, K, K)], 3 * K, []),  # the same, with a gap of that size
+]
+
+
+@pytest.mark.parametrize(("copies", "nbytes", "expected"), PLACED)
+def test_where_the_bytes_of_a_read_go(
+    copies: list[StridedCopy], nbytes: int, expected: list[tuple[int, int, int]]
+) -> None:
+    assert list(pump._places(tuple(ReadCopy(n, copy) for n, copy in enumerate(copies)), nbytes)) == expected
+
+
+@given(data=st.data())
+def test_a_reader_fills_buffers_in_order(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whatever the kernel gives at once, from any offset, into more buffers than one call takes."""
+    path = tmp_path_factory.getbasetemp() / "scattered"
+    content = np.random.default_rng(0).bytes(5000)
+    path.write_bytes(content)
+    offset = data.draw(st.integers(0, 4000))
+    sizes = data.draw(st.lists(st.integers(0, 90), max_size=11))
+    calls = iter(data.draw(st.lists(st.integers(1, 200), max_size=20)))
+    buffers = [memoryview(bytearray(size)) for size in sizes]
+    real = os.preadv
+
+    def stopping_early(fd: int, some: Sequence[memoryview], at: int) -> int:
+        assert len(some) <= 4
+        most = next(calls, 1 << 20)
+        held = bytearray(min(most, sum(map(len, some))))
+        got = real(fd, [held], at) if held else 0
+        for buffer in some:
+            part, held = held[: len(buffer)], held[len(buffer) :]
+            buffer[: len(part)] = part
+        return got
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "preadv", stopping_early)
+        patched.setattr(reader, "_MOST_BUFFERS", 4)
+        with PlainReader(str(path)) as source:
+            source.scatter(offset, buffers)
+    assert b"".join(buffers) == content[offset : offset + sum(sizes)]
+
+
+def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(100)))
+    with PlainReader(str(path)) as source:
+        with pytest.raises(TruncatedFileError, match="ended at byte 100 while 10 more bytes were expected"):
+            source.scatter(90, [memoryview(bytearray(5)), memoryview(bytearray(15))])
+        source.close()
+        with pytest.raises(StorageError, match="the reader is closed"):
+            source.scatter(0, [memoryview(bytearray(5))])
+
+
+@pytest.fixture
+def any_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every run is a long one, as the slices of large models have them."""
+    monkeypatch.setattr(pump, "_SCATTER", 1)
+    pump._places.cache_clear()
+    yield
+    pump._places.cache_clear()
+
+
+@pytest.mark.usefixtures("any_length")
+@pytest.mark.parametrize(
+    ("case", "other"),
+    [("dp2_tp4_zero", "tp4"), ("dp3_tp8", "dp2_tp4"), ("dp2_tp4_layout", "dp2_tp4_layout"), ("tp4_pp2", "dp3_tp8")],
+)
+def test_golden_files(case: str, other: str, golden: Path, tmp_path: Path) -> None:
+    shards, strategy = golden / case / "shards", golden / case / "strategy.ckpt"
+    unified_safetensors(shards, strategy, tmp_path / "merged")
+    assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL[case] / "model.safetensors")
+    recut(shards, strategy, golden / other / "strategy.ckpt", tmp_path / "cut")
+    assert_is(tmp_path / "cut", golden / other / "shards")
+
+
+def test_long_rows_need_no_numpy(tmp_path: Path) -> None:
+    """Importing it takes longer than all else a file job imports. Four column slices, merged and cut into two."""
+    layouts = {"w": Layout((1, 4), ((), (0,)))}
+    strategy = strategy_of(layouts, tmp_path / "four.ckpt")
+    strategy_of({"w": Layout((1, 2), ((), (0,)))}, tmp_path / "two.ckpt")
+    whole = np.random.default_rng(1).standard_normal((300, 8192), np.float32)
+    cut(strategy, {"w": whole}, tmp_path / "src")
+    code = (
+        "import sys, json; from ms_ckpt_ext import merge, reshard; "
+        f"a = merge({str(tmp_path / 'src')!r}, {str(tmp_path / 'out')!r}, strategy={str(tmp_path / 'four.ckpt')!r}); "
+        f"b = reshard({str(tmp_path / 'src')!r}, {str(tmp_path / 'cut')!r}, strategy={str(tmp_path / 'four.ckpt')!r}, "
+        f"to_strategy={str(tmp_path / 'two.ckpt')!r}); "
+        "print(json.dumps([a.bytes_read, b.bytes_read, 'numpy' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout) == [whole.nbytes, whole.nbytes, False]
+    found, _ = read_merged(tmp_path / "out")
+    assert found["w"].data == whole.tobytes()
+    halves = [tree(tmp_path / "cut")[f"rank_{rank}/net.safetensors"] for rank in (0, 1)]
+    assert all(half.endswith(whole[:, 4096 * n : 4096 * (n + 1)].tobytes()) for n, half in enumerate(halves))
