@@ -6,21 +6,22 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.offline import Job, Report
-from ms_ckpt_ext.engine.preview import preview
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.discovery import FORMATS
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.rules import Rule
 
 PathLike = Union[str, "os.PathLike[str]"]
 log = logging.getLogger("ms_ckpt_ext")
@@ -56,6 +57,10 @@ def checked_name_map(name_map: Optional[Mapping[str, str]]) -> Mapping[str, str]
 
 
 def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    if isinstance(rules, (list, tuple)) and not rules:
+        return ()
+    from ms_ckpt_ext.core.rules import Rule  # a dozen classes, which most calls do without
+
     if isinstance(rules, (list, tuple)) and all(isinstance(rule, Rule) for rule in rules):
         return tuple(rules)
     raise ArgumentTypeError("rules must be a list of rules from ms_ckpt_ext.rules")
@@ -130,9 +135,36 @@ def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
     return None if key is None else Seal(key, enc_mode)
 
 
-def execute(job: Job, target: str, workers: int, limits: Limits, title: str, dry_run: bool = False) -> Report:
-    """Run a job with a progress bar; or only tell what it would do, as a `Preview`, which is a report too."""
-    if dry_run:
+class Running(NamedTuple):
+    """How a job is run: on how many threads, with which buffers, to the disk or to the page cache, or only on paper."""
+
+    workers: int
+    limits: Limits
+    sync: bool
+    dry_run: bool
+
+
+def running(
+    max_process_num: int,
+    buffer_bytes: int = BUFFER_BYTES,
+    *,
+    sync: bool = True,
+    dry_run: bool = False,
+    argument: str = "max_process_num",
+) -> Running:
+    """The arguments that say how a job is run; `argument` is what the first is called. Raises UsageError."""
+    return Running(workers_of(max_process_num, argument), limits_of(buffer_bytes), bool(sync), bool(dry_run))
+
+
+def execute(job: Job, target: str, run: Running, title: str) -> Report:
+    """Run a job with a progress bar; or only tell what it would do, as a `Preview`, which is a report too.
+
+    Raises UsageError when one of several tasks is not to sync, and whatever the job raises.
+    """
+    job, workers, limits = replace(job, sync=run.sync), run.workers, run.limits
+    if run.dry_run:
+        from ms_ckpt_ext.engine.preview import preview
+
         return preview(job, target, workers, limits)
     total = sum(entry.nbytes for output in job.outputs for entry in output.layout.tensors.values())
     with progress.bar(title, total) as advance:

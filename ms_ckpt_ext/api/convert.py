@@ -15,14 +15,14 @@ from typing import Optional
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
+    Running,
     any_mode,
     checked_format,
     checked_name_map,
     execute,
-    limits_of,
     path_of,
+    running,
     seal_of,
-    workers_of,
 )
 from ms_ckpt_ext.api.inputs import find, other_suffix
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
@@ -94,6 +94,7 @@ def convert(
     digests: bool = True,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    sync: bool = True,
     dry_run: bool = False,
 ) -> Report:
     """Convert one checkpoint file or a tree of them.
@@ -114,6 +115,7 @@ def convert(
         digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see `engine.digests`.
         max_process_num: upper bound on worker threads.
         buffer_bytes: buffer budget of each worker.
+        sync: the results are on disk when this returns; False as in `merge`.
         dry_run: only tell what would be read and written.
 
     Returns:
@@ -126,11 +128,12 @@ def convert(
     """
     checked_format(to, "to", optional=True)
     access, seal = any_mode(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
+    run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     found = find(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
     rename = _rename(name_map, choice_func)
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
     job = convert_job(found.inputs, access, rename, crc, maps, seal, digests)
-    return execute(job, found.target, workers_of(max_process_num), limits_of(buffer_bytes), "convert", dry_run)
+    return execute(job, found.target, run, "convert")
 
 
 def encrypt(
@@ -142,6 +145,7 @@ def encrypt(
     file_name_regex: Optional[str] = None,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    sync: bool = True,
     dry_run: bool = False,
 ) -> Report:
     """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the very same bytes.
@@ -152,7 +156,8 @@ def encrypt(
     seal = seal_of(enc_key, enc_mode)
     if seal is None:
         raise UsageError(f"enc_key is needed: give the key, or set the environment variable {ENC_KEY_VARIABLE}")
-    return _copy(src, dst, PLAIN, seal, file_name_regex, "encrypt", (max_process_num, buffer_bytes), dry_run)
+    run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
+    return _copy(src, dst, PLAIN, seal, file_name_regex, "encrypt", run)
 
 
 def decrypt(
@@ -164,6 +169,7 @@ def decrypt(
     file_name_regex: Optional[str] = None,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    sync: bool = True,
     dry_run: bool = False,
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
@@ -175,7 +181,8 @@ def decrypt(
     if access.key is None:
         raise UsageError(f"dec_key is needed: give the key, or set the environment variable {DEC_KEY_VARIABLE}")
     access = replace(access, optional=False)
-    return _copy(src, dst, access, None, file_name_regex, "decrypt", (max_process_num, buffer_bytes), dry_run)
+    run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
+    return _copy(src, dst, access, None, file_name_regex, "decrypt", run)
 
 
 def _copy(
@@ -185,14 +192,13 @@ def _copy(
     seal: Optional[Seal],
     file_name_regex: Optional[str],
     title: str,
-    budget: tuple[int, int],
-    dry_run: bool,
+    run: Running,
 ) -> Report:
     """Every file with the plaintext it has."""
     found = find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
     maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
     job = copy_job(found.inputs, access, maps, seal)
-    return execute(job, found.target, workers_of(budget[0]), limits_of(budget[1]), title, dry_run)
+    return execute(job, found.target, run, title)
 
 
 def _as_mindspore(
@@ -205,6 +211,7 @@ def _as_mindspore(
 ) -> None:
     source, pattern, rename = path_of(file_path, "file_path"), _pattern(file_name_regex), _rename(name_map, None)
     target = None if save_path is None else path_of(save_path, "save_path")
+    run = running(processes_num, argument="processes_num")
     suffix = other_suffix(to)
     if target and os.path.splitext(target)[1]:
         raise UsageError(f"save_path must be a directory, got {target!r}; a file keeps its name but for the suffix")
@@ -215,7 +222,7 @@ def _as_mindspore(
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
     found = find(source, (target or folder) + os.sep, to, None if os.path.isfile(source) else pattern, "rank")
     job = convert_job(found.inputs, any_mode(None, None), rename, seal=seal_of(None, GCM))
-    execute(job, found.target, workers_of(processes_num), limits_of(BUFFER_BYTES), "convert")
+    execute(job, found.target, run, "convert")
 
 
 def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:

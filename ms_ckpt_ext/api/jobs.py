@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
@@ -17,18 +17,19 @@ from ms_ckpt_ext.api.arguments import (
     checked_name_map,
     checked_rules,
     execute,
-    limits_of,
     path_of,
+    running,
     seal_of,
-    workers_of,
 )
 from ms_ckpt_ext.api.source import Filter, Globs, find
-from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, folders_job, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.rules import Rule
 
 
 def merge(
@@ -54,6 +55,7 @@ def merge(
     crc: bool = False,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    sync: bool = True,
     dry_run: bool = False,
 ) -> Report:
     """Put the slices of a checkpoint together, in memory that does not grow with the model.
@@ -74,6 +76,8 @@ def merge(
         enc_key, enc_mode: encrypt the result; by default with the key in MS_CKPT_EXT_ENC_KEY, if there is one.
         crc_check, crc: verify checksums of the source; give one to every file that is written.
         max_process_num, buffer_bytes: upper bound on worker threads, and the buffer budget of each.
+        sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
+            for the disk either. Being killed harms no result in either case. Not with shares.
         dry_run: only tell what would be read and written.
 
     Returns:
@@ -87,12 +91,13 @@ def merge(
     target, wanted = path_of(dst, "dst"), Filter(match, exclude)
     checked_format(to, "to")
     options = MergeOptions(_choice(wanted, rename), *share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode))
-    workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
+    run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
+    weight_rules = checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     catalog = source.open().ruled(weight_rules)
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
-    return execute(job, target, workers, limits, "merge", dry_run)
+    return execute(job, target, run, "merge")
 
 
 def reshard(
@@ -115,6 +120,7 @@ def reshard(
     crc: bool = False,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    sync: bool = True,
     dry_run: bool = False,
 ) -> Report:
     """Cut a checkpoint anew for another strategy, straight from its slices, without a merge in between.
@@ -131,14 +137,15 @@ def reshard(
     target, names = path_of(dst, "dst"), checked_name_map(name_map)
     checked_format(to, "to")
     seal = seal_of(enc_key, enc_mode)
-    workers, limits, weight_rules = workers_of(max_process_num), limits_of(buffer_bytes), checked_rules(rules)
+    run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
+    weight_rules = checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
     ranks = _ranks(layout, rank)
     catalog = source.open().ruled(weight_rules)
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, names, target, to, crc=crc, seal=seal)
-    return execute(job, target, workers, limits, "reshard", dry_run)
+    return execute(job, target, run, "reshard")
 
 
 def _choice(wanted: Filter, rename: Optional[Choice]) -> Optional[Choice]:

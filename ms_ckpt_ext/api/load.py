@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Callable, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
@@ -16,12 +16,10 @@ from ms_ckpt_ext.api.arguments import (
     checked_name_map,
     checked_rules,
     execute,
-    limits_of,
     path_of,
+    running,
     seal_of,
-    workers_of,
 )
-from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.contents import read_extras
@@ -31,6 +29,9 @@ from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.rules import Rule
 
 
 def load_distributed_checkpoint(
@@ -53,6 +54,7 @@ def load_distributed_checkpoint(
     file_suffix: Optional[str] = None,
     buffer_bytes: int = BUFFER_BYTES,
     digests: bool = True,
+    sync: bool = True,
     mode: Optional[str] = None,
     bucket_bytes: int = BUFFER_BYTES,
     prefetch: int = 1,
@@ -98,6 +100,7 @@ def load_distributed_checkpoint(
         file_suffix: which file of a rank folder of a sharded source; None for the newest.
         buffer_bytes: buffer budget of each worker.
         digests: in save mode: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
+        sync: in save mode: the files are on disk when this returns; False as in `unified_safetensors`.
         mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
             checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.
             Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
@@ -131,7 +134,7 @@ def load_distributed_checkpoint(
     access = access_of(dec_key, dec_mode, crc_check)
     seal = seal_of(enc_key, enc_mode)
     names, weight_rules = checked_name_map(name_map), checked_rules(rules)
-    workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    run = running(max_process_num, buffer_bytes, sync=sync)
     if network is not None:
         from ms_ckpt_ext.bridge import network as live
 
@@ -160,12 +163,12 @@ def load_distributed_checkpoint(
         if alone:
             catalog = read_listing(look(), trained, access).ruled(weight_rules)
             if return_param_dict:
-                return live.parameter_dict(network, catalog, strategy, rank, names, workers, limits)
-            return live.fill(network, catalog, strategy, rank, names, strict_load, workers, limits)
+                return live.parameter_dict(network, catalog, strategy, rank, names, run.workers, run.limits)
+            return live.fill(network, catalog, strategy, rank, names, strict_load, run.workers, run.limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
         shared = Source(look, trained, access, weight_rules)
-        return fill_together(network, shared, strategy, rank, names, strict_load, options, workers, limits)
+        return fill_together(network, shared, strategy, rank, names, strict_load, options, run.workers, run.limits)
     trained = _trained(train_strategy_filename, None, None)
     look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
@@ -177,7 +180,7 @@ def load_distributed_checkpoint(
     job, target = folders_job(
         catalog, strategy, ranks, alone, names, target, output_format, crc=crc, seal=seal, digests=digests
     )
-    execute(job, target, workers, limits, "reshard")
+    execute(job, target, run, "reshard")
     return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
@@ -12,18 +12,19 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     checked_rules,
     execute,
-    limits_of,
     path_of,
+    running,
     seal_of,
-    workers_of,
 )
-from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.rules import Rule
 
 
 def unified_safetensors(
@@ -40,6 +41,7 @@ def unified_safetensors(
     part_bytes: int = PART_BYTES,
     buffer_bytes: int = BUFFER_BYTES,
     digests: bool = True,
+    sync: bool = True,
     dec_key: Optional[KeyLike] = None,
     dec_mode: str = "AES-GCM",
     crc_check: bool = False,
@@ -69,6 +71,8 @@ def unified_safetensors(
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
         digests: write `ms_ckpt_ext.digests.json` beside the files: xxh3-128 of every tensor, see `engine.digests`.
+        sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
+            for the disk either. Being killed harms no result in either case. Not with shares.
         dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable
             MS_CKPT_EXT_DEC_KEY.
         dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
@@ -97,13 +101,13 @@ def unified_safetensors(
     task, tasks = _share_of(split_dst_file)
     seal = seal_of(enc_key, enc_mode)
     options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc, seal, digests)
-    workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
     catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access).ruled(weight_rules)
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
-    return execute(job, target, workers, limits, "merge")
+    return execute(job, target, run, "merge")
 
 
 def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
@@ -20,11 +20,13 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
-from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.rules import Rule
 
 log = logging.getLogger("ms_ckpt_ext")
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"

@@ -13,10 +13,9 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     checked_format,
     execute,
-    limits_of,
     path_of,
+    running,
     seal_of,
-    workers_of,
 )
 from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
@@ -52,6 +51,7 @@ def transform_checkpoints(
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
     digests: bool = True,
+    sync: bool = True,
 ) -> Report:
     """Cut a sharded checkpoint anew for every rank of another strategy.
 
@@ -72,6 +72,7 @@ def transform_checkpoints(
         dec_key, dec_mode, crc_check, enc_key, enc_mode: as in `load_distributed_checkpoint`.
         crc: give every file a checksum.
         digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
+        sync: the files are on disk when this returns; False as in `unified_safetensors`.
 
     Returns:
         What was read and written.
@@ -89,7 +90,7 @@ def transform_checkpoints(
     prefix = _checked_prefix(ckpt_prefix)
     checked_format(output_format, "output_format")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
-    workers, limits = workers_of(process_num, "process_num"), limits_of(buffer_bytes)
+    run = running(process_num, buffer_bytes, sync=sync, argument="process_num")
     trained, wanted = (
         _strategy(src_strategy_file, "src_strategy_file"),
         _strategy(dst_strategy_file, "dst_strategy_file"),
@@ -110,7 +111,7 @@ def transform_checkpoints(
     ranks = range(wanted.world if wanted else 1)
     recut = partial(recut_job, catalog, wanted, ranks, {}, crc=crc, seal=seal, digests=digests)
     job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}")
-    return execute(job, target, workers, limits, "transform")
+    return execute(job, target, run, "transform")
 
 
 def transform_checkpoint_by_rank(
@@ -129,6 +130,7 @@ def transform_checkpoint_by_rank(
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
     digests: bool = True,
+    sync: bool = True,
 ) -> Report:
     """Cut the file of one rank of another strategy out of the files that hold it.
 
@@ -141,7 +143,7 @@ def transform_checkpoint_by_rank(
         save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. One call at a time per folder.
         src_strategy_file, dst_strategy_file: as in `transform_checkpoints`.
         buffer_bytes, max_process_num: buffer budget of each worker, and upper bound on their number.
-        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests: as in `transform_checkpoints`.
+        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests, sync: as in `transform_checkpoints`.
 
     Returns:
         What was read and written.
@@ -156,7 +158,7 @@ def transform_checkpoint_by_rank(
     if not target.endswith((".ckpt", ".safetensors")):
         raise UsageError(f"save_checkpoint_file_name must end with .ckpt or .safetensors, got {target!r}")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
-    workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    run = running(max_process_num, buffer_bytes, sync=sync)
     trained, wanted = (
         _strategy(src_strategy_file, "src_strategy_file"),
         _strategy(dst_strategy_file, "dst_strategy_file"),
@@ -168,7 +170,7 @@ def transform_checkpoint_by_rank(
     catalog = _catalog(files, trained, access)
     folder, name = os.path.split(target)
     job = recut_job(catalog, wanted, [rank_id], {}, lambda _: name, crc=crc, seal=seal, digests=digests)
-    return execute(job, folder or os.curdir, workers, limits, "transform")
+    return execute(job, folder or os.curdir, run, "transform")
 
 
 def rank_list_for_transform(

@@ -60,6 +60,11 @@ def rewriting(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every job."""
     parser.add_argument("--dry-run", action="store_true", help="tell what would be read and written, and stop")
+    parser.add_argument(
+        "--no-sync",
+        action="store_true",
+        help="do not wait until the result is on disk, as cp does not; a kill is still harmless, a power cut is not",
+    )
     options.add_workers(parser)
     parser.add_argument(
         "--buffer",
@@ -84,7 +89,12 @@ def add_encryption(parser: argparse.ArgumentParser) -> None:
 
 def common(arguments: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of every job."""
-    return {"max_process_num": arguments.workers, "buffer_bytes": arguments.buffer, "dry_run": arguments.dry_run}
+    return {
+        "max_process_num": arguments.workers,
+        "buffer_bytes": arguments.buffer,
+        "sync": not arguments.no_sync,
+        "dry_run": arguments.dry_run,
+    }
 
 
 def decryption(arguments: argparse.Namespace) -> dict[str, Any]:

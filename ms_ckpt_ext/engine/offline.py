@@ -4,6 +4,8 @@
 2. What each file wants of each parameter becomes one task per parameter, so that bytes wanted by several files are
    read once.
 3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
+   Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
+   after the next boot nothing of such a job is taken for done.
 4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.digests`) with it.
 """
 
@@ -33,10 +35,10 @@ from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.digesting import DigestingSink
-from ms_ckpt_ext.storage.linux import allow_open_files
+from ms_ckpt_ext.storage.linux import allow_open_files, boot_id
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
-from ms_ckpt_ext.storage.staging import Staging
+from ms_ckpt_ext.storage.staging import ONE_TASK, Staging
 
 _PLAN_VERSION = b"1"
 """Part of every job's fingerprint: raised when the same inputs would give other bytes."""
@@ -73,6 +75,10 @@ class Job:
         task: name of this task, unique within the job.
         seal: how the outputs are encrypted; None when they are not.
         digests: write a manifest of digests beside the outputs.
+        sync: the result is on disk when the job ends.
+
+    Raises:
+        UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
     """
 
     source: Catalog
@@ -80,9 +86,16 @@ class Job:
     others: tuple[Output, ...] = ()
     index: Mapping[str, bytes] = field(default_factory=dict)
     replaces: tuple[str, ...] = ()
-    task: str = "task-1-of-1"
+    task: str = ONE_TASK
     seal: Optional[Seal] = None
     digests: bool = True
+    sync: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sync and self.task != ONE_TASK:
+            raise UsageError(
+                "sync=False is for a result that one task writes; leave it out, or the share (split_dst_file)"
+            )
 
     def size(self, output: Output) -> int:
         """Bytes of an output as it lies on disk."""
@@ -124,7 +137,7 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         StorageError: no space, no permission, another run is writing there; finished files are kept for a rerun.
     """
     check(job, target)
-    staging = Staging(target, fingerprint(job), job.task)
+    staging = Staging(target, fingerprint(job), job.task, job.sync)
     everything = {output.name: output for output in (*job.outputs, *job.others)}
     sizes = {name: job.size(output) for name, output in everything.items()}
     if staging.published(sizes, job.index):
@@ -208,6 +221,7 @@ def fingerprint(job: Job) -> str:
     digest = xxhash.xxh3_64(_PLAN_VERSION)
     digest.update(b"" if job.seal is None else job.seal.identity().encode())
     digest.update(b"digests" if job.digests else b"")
+    digest.update(b"" if job.sync else boot_id())
     for file in job.source.files:
         digest.update(f"{file.path}|{file.size}|{file.mtime_ns}\n".encode())
     for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
@@ -287,9 +301,9 @@ class _Files:
     def _open(self, output: Output) -> None:
         path = self._staging.partial(output.name)
         if self._job.seal is not None:
-            self.sinks.append(SealedSink(path, output.name, output.layout, self._job.seal))
+            self.sinks.append(SealedSink(path, output.name, output.layout, self._job.seal, self._job.sync))
             return
-        file = FileSink(path, output.layout.size)
+        file = FileSink(path, output.layout.size, self._job.sync)
         extents = {name: entry.extents for name, entry in output.layout.tensors.items()}
         sink: Sink = DigestingSink(file, extents) if self._job.digests else file
         self.sinks.append(sink)

@@ -34,7 +34,7 @@ class Preview(Report):
 def preview(job: Job, target: str, workers: int, limits: Limits) -> Preview:
     """Tell what `execute` would do now. Raises as it does, but for what only writing can meet."""
     check(job, target)
-    staging = Staging(target, fingerprint(job), job.task)
+    staging = Staging(target, fingerprint(job), job.task, job.sync)
     sizes = {output.name: job.size(output) for output in (*job.outputs, *job.others)}
     done = staging.published(sizes, job.index)
     kept = [output.name for output in job.outputs if done or is_done(job, output, staging)]

@@ -146,6 +146,7 @@ class SealedSink:
         name: the file's own name, which decides on the container.
         layout: the plaintext; its literals are written by the sink itself.
         seal: how.
+        sync: as of `FileSink`.
 
     Attributes:
         unit: plaintext bytes of what is encrypted at once; writes that begin and end at its multiples do not wait.
@@ -153,7 +154,7 @@ class SealedSink:
 
     fd: Optional[int] = None
 
-    def __init__(self, path: str, name: str, layout: FileLayout, seal: Seal) -> None:
+    def __init__(self, path: str, name: str, layout: FileLayout, seal: Seal, sync: bool = True) -> None:
         self.path, self._layout, self._tally = path, layout, seal.tally
         self._units = seal.units(name, layout.size)
         self.unit = seal.unit_bytes(name)
@@ -163,7 +164,7 @@ class SealedSink:
         self._sealed = bytearray(self._units.count)
         self._lock = threading.Lock()
         self._sums = None if layout.checksum is None else _Sums(layout)
-        self._file = FileSink(path, self._units.stored_size)
+        self._file = FileSink(path, self._units.stored_size, sync)
         self._file.write(0, memoryview(self._units.header))
 
     def write(self, offset: int, buffer: memoryview) -> None:
@@ -216,7 +217,7 @@ class SealedSink:
         self._sealed[index] = 1
 
     def finish(self) -> None:
-        """Write the checksum and what holds only framing, and make the file durable."""
+        """Write the checksum and what holds only framing, and finish the file."""
         checksum = self._layout.checksum
         if checksum is not None and self._sums is not None:
             self._take(checksum.offset, memoryview(checksum.render(self._sums.total())))

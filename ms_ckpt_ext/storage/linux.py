@@ -54,6 +54,15 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def boot_id() -> bytes:
+    """Tells this boot of this machine from every other; where that cannot be told, every call from every other."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return file.read()
+    except OSError:
+        return os.urandom(16)
+
+
 def copies_by_itself(fd: int) -> bool:
     """True when an open file is on a file system for which `os.copy_file_range` saves work."""
     libc = _libc()

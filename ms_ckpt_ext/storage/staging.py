@@ -26,6 +26,8 @@ from typing import Any, Callable, Optional, Union
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
+ONE_TASK = "task-1-of-1"
+"""Name of the task that does a whole job."""
 _FOLDER = ".ms_ckpt_ext-"
 MANIFEST = ".ms_ckpt_ext.json"
 _PUBLISHING = "publishing"
@@ -37,13 +39,19 @@ _UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": _OBS
 
 
 class Staging:
-    """The hidden folder of one job in one target directory."""
+    """The hidden folder of one job in one target directory.
 
-    def __init__(self, target: str, job: str, task: str = "task-1-of-1") -> None:
+    Args:
+        job: fingerprint of the job.
+        task: the part of the job that this process does.
+        sync: what is published is durable; else the kernel writes it when it likes.
+    """
+
+    def __init__(self, target: str, job: str, task: str = ONE_TASK, sync: bool = True) -> None:
         self.target = Path(target)
         self.job = job
         self.folder = self.target / (_FOLDER + job)
-        self._task = task
+        self._task, self._sync = task, sync
         self._lock: Optional[int] = None
         self._made: list[Path] = []
 
@@ -199,7 +207,7 @@ class Staging:
             if index:
                 (self.target / _OBSTACLE).touch()
             for name in index:
-                write_atomically(self.target / name, _UNFINISHED)
+                write_atomically(self.target / name, _UNFINISHED, self._sync)
             for name in (MANIFEST, *beside, *replaces, *waiting):
                 (self.target / name).unlink(missing_ok=True)
             for folder in {(self.target / name).parent for name in replaces} - {self.target}:
@@ -208,13 +216,15 @@ class Staging:
             for name in waiting:
                 (self.target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.rename(self.folder / name, self.target / name)
-            for folder in {(self.target / name).parent for name in names}:
-                _sync_folder(folder)
+            if self._sync:
+                for folder in {(self.target / name).parent for name in names}:
+                    _sync_folder(folder)
             (self.target / _OBSTACLE).unlink(missing_ok=True)
             for name, contents in {**beside, **index}.items():
-                write_atomically(self.target / name, contents)
-            write_atomically(self.target / MANIFEST, self._manifest((*names, *beside)))
-            _sync_folder(self.target)
+                write_atomically(self.target / name, contents, self._sync)
+            write_atomically(self.target / MANIFEST, self._manifest((*names, *beside)), self._sync)
+            if self._sync:
+                _sync_folder(self.target)
         except OSError as error:
             raise storage_error("publish the result in", str(self.target), error) from error
         self.remove()
@@ -308,13 +318,14 @@ def _remove_if_idle(folder: Path, besides: str = "") -> bool:
     return True
 
 
-def write_atomically(path: Union[str, Path], contents: bytes) -> None:
-    """Replace a file by `contents`: durable, and never seen half written. Raises OSError."""
+def write_atomically(path: Union[str, Path], contents: bytes, sync: bool = True) -> None:
+    """Replace a file by `contents`: durable unless `sync` is False, and never seen half written. Raises OSError."""
     partial = f"{path}.partial"
     with open(partial, "wb") as file:
         file.write(contents)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -35,13 +35,13 @@ def main() -> None:
 
 
 def run_job(job: str, root: Path, target: str | Path) -> Any:
-    """The job that is killed: a merge in several parts, an encrypted one of `.ckpt`, or a re-cut for every rank."""
+    """The job that is killed: a merge in parts, synced or not or encrypted, or a re-cut for every rank."""
     shards, strategy = root / "shards", root / "strategy.ckpt"
     if job == "sealed":
         more = {"output_format": "ckpt", "enc_key": SEALED, "crc": True}
         return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2, **more)
-    if job == "merge":
-        return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2)
+    if job in ("merge", "unsynced"):
+        return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2, sync=job == "merge")
     return load_distributed_checkpoint(
         None, None, root / "target.ckpt", strategy, format="safetensors", unified_safetensors_dir=shards,
         dst_safetensors_dir=target, max_process_num=2,

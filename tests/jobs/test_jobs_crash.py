@@ -52,11 +52,13 @@ def points(calls: int, last: int, some: int) -> list[int]:
     return sorted({*rng.sample(range(1, calls - last), some), *rng.sample(range(calls - last, calls + 1), some)})
 
 
-@pytest.mark.parametrize("before", ["nothing", "an older result"])
-def test_merge_killed_at_random_points(before: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("job", "before"), [("merge", "nothing"), ("merge", "an older result"), ("unsynced", "an older result")]
+)
+def test_merge_killed_at_random_points(job: str, before: str, tmp_path: Path) -> None:
     old, new = source(tmp_path / "old", 1, names=("a.w", "b.w")), source(tmp_path / "new", 2)
     run_job("merge", new, tmp_path / "expected")
-    calls = calls_of("merge", new, tmp_path / "counted")
+    calls = calls_of(job, new, tmp_path / "counted")
     if before != "nothing":
         run_job("merge", old, tmp_path / "older")
     complete = {None: loaded(tmp_path / "expected", tmp_path / "scratch")}
@@ -66,14 +68,14 @@ def test_merge_killed_at_random_points(before: str, tmp_path: Path) -> None:
         target = tmp_path / f"out_{kill_at}"
         if before != "nothing":
             run_job("merge", old, target)
-        assert run_killed("merge", kill_at, new, target).returncode == -9
+        assert run_killed(job, kill_at, new, target).returncode == -9
         state = loaded(target, tmp_path / f"scratch_{kill_at}") if target.exists() else None
         assert state is None or state in complete.values(), f"killed before call {kill_at}: loads, but is wrong"
         # MindSpore takes a folder with one .safetensors file for a whole checkpoint, whatever its index says.
         files = list(target.glob("*.safetensors"))
         assert len(files) != 1 or files[0].stat().st_size == 0
         finished = {p.name: p.stat().st_ino for p in target.glob(".ms_ckpt_ext-*/*.safetensors")}
-        report = run_job("merge", new, target)
+        report = run_job(job, new, target)
         assert report.published and (report.bytes_written == 0 or set(finished) <= set(report.files_kept))
         assert {name: (target / name).stat().st_ino for name in finished} == finished, "finished parts written again"
         assert tree(target) == tree(tmp_path / "expected")
