@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import DType
@@ -51,11 +50,17 @@ class StridedCopy(NamedTuple):
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """(source offset, target offset) of every run, in row-major order."""
-        for index in product(*map(range, self.counts)):
-            yield (
-                self.source + sum(i * s for i, s in zip(index, self.source_strides)),
-                self.target + sum(i * s for i, s in zip(index, self.target_strides)),
-            )
+        sources = _offsets(self.source, self.counts, self.source_strides)
+        return zip(sources, _offsets(self.target, self.counts, self.target_strides))
+
+
+def _offsets(start: int, counts: Shape, strides: Shape) -> list[int]:
+    """Where every element of a strided array lies, in row-major order."""
+    offsets = [start]
+    for count, stride in zip(counts, strides):
+        steps = range(0, count * stride, stride) if stride else (0,) * count
+        offsets = [offset + step for offset in offsets for step in steps]
+    return offsets
 
 
 def byte_box(shape: Shape, region: Region, dtype: DType) -> tuple[Shape, Region]:

@@ -29,6 +29,7 @@ import xxhash
 from ms_ckpt_ext.errors import FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import open_reader, read_index
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.storage.staging import write_atomically
 
@@ -157,7 +158,7 @@ def digest_tensors(
 
 def _digest(reader: ByteReader, entry: TensorEntry) -> str:
     state = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(min(_BUFFER, entry.nbytes)))
+    buffer = memory.scratch(min(_BUFFER, entry.nbytes))
     for offset, length in entry.extents:
         for at in range(offset, offset + length, _BUFFER):
             part = buffer[: min(_BUFFER, offset + length - at)]

@@ -28,6 +28,7 @@ from ms_ckpt_ext.core.view import View
 from ms_ckpt_ext.engine.replicas import Contents, Digester
 from ms_ckpt_ext.engine.strides import copy_strided
 from ms_ckpt_ext.engine.trace import Trace
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Bytes, Transport
@@ -303,7 +304,7 @@ class _Buffers:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
-        return np.empty(self._nbytes, np.uint8)
+        return np.frombuffer(memory.scratch(self._nbytes), np.uint8)
 
     def give(self, buffer: Bytes) -> None:
         with self._lock:

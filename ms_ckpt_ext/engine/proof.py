@@ -16,6 +16,7 @@ from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.storage import memory
 
 PIECE = 4 << 20
 """Bytes of one read."""
@@ -58,7 +59,7 @@ def prove_chunks(plan: ExchangePlan, rank: int, catalog: Catalog, threads: int) 
     with catalog.readers() as readers, ThreadPoolExecutor(max_workers=threads) as pool:
 
         def read(file: int, offset: int, length: int) -> None:
-            buffer = memoryview(bytearray(min(PIECE, length)))
+            buffer = memory.scratch(min(PIECE, length))
             for done in range(0, length, PIECE):
                 readers.read_into(file, offset + done, buffer[: min(PIECE, length - done)])
 

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Callable, Generic, NamedTuple, Optional, TypeVar
+from typing import TYPE_CHECKING, Callable, Generic, Optional, TypeVar
 
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import (
@@ -30,8 +30,9 @@ from ms_ckpt_ext.core.reads import (
 )
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.storage import memory
+from ms_ckpt_ext.engine.strides import copy_strided
 from ms_ckpt_ext.storage.digesting import DigestingSink
+from ms_ckpt_ext.storage.memory import Buffer
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
@@ -172,18 +173,6 @@ class Assembler:
             self._worker.unit(unit)
 
 
-class _Buffer:
-    """Scratch memory that grows to the largest request and is reused."""
-
-    def __init__(self) -> None:
-        self._bytes = memory.scratch(0)
-
-    def take(self, nbytes: int) -> memoryview:
-        if len(self._bytes) < nbytes:
-            self._bytes = memory.scratch(nbytes)
-        return self._bytes[:nbytes]
-
-
 def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[int, int]:
     """Bytes of one piece of a copy, and the offset from which they count.
 
@@ -199,7 +188,7 @@ def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[in
 class _Worker:
     def __init__(self, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed) -> None:
         self._readers, self._sinks, self._landed = readers, sinks, landed
-        self._assembly, self._scratch = _Buffer(), _Buffer()
+        self._assembly, self._scratch = Buffer(), Buffer()
 
     def unit(self, unit: Unit) -> None:
         if isinstance(unit, Direct):
@@ -228,14 +217,16 @@ class _Worker:
         """(offset in the sink, bytes) of a stretch of a direct copy."""
         grain, origin = _grain(reader, unit.source, sink, unit.target)
         while start < stop:
-            part = self._scratch.take(min(grain - (origin + start) % grain, stop - start))
-            reader.read_into(unit.source + start, part)
-            yield unit.target + start, part
+            source, target = unit.source + start, unit.target + start
+            part = self._scratch.take(min(grain - (origin + start) % grain, stop - start), source, target)
+            reader.read_into(source, part)
+            yield target, part
             start += len(part)
 
     def batch(self, batch: Batch) -> None:
         staged = [self._memory(stretch) is None for stretch in batch.stretches]
-        arena = self._assembly.take(sum(s.nbytes for s, stage in zip(batch.stretches, staged) if stage))
+        first = batch.stretches[0].places[0].offset
+        arena = self._assembly.take(sum(s.nbytes for s, stage in zip(batch.stretches, staged) if stage), first)
         buffers, at = [], 0
         for stretch, stage in zip(batch.stretches, staged):
             memory = self._memory(stretch)
@@ -260,12 +251,10 @@ class _Worker:
             into = buffers[only.stretch][only.copy.target : only.copy.target + nbytes]
             self._fill(read, into)
             return
-        places = _places(read.copies, nbytes) if len(read.extents) == 1 else ()
+        places = _places(read.copies, nbytes) if len(read.extents) == 1 else []
         if places and self._scatter(read, [buffers[n][low:high] for n, low, high in places]):
             return
-        from ms_ckpt_ext.engine.strides import copy_strided  # numpy takes long to import, and many jobs need it not
-
-        scratch = self._scratch.take(nbytes)
+        scratch = self._scratch.take(nbytes, read.extents[0].offset)
         self._fill(read, scratch)
         for stretch, copy in read.copies:
             copy_strided(copy, scratch, buffers[stretch])
@@ -312,28 +301,18 @@ class _Worker:
         self._landed(number, length)
 
 
-class _Run(NamedTuple):
-    """Where bytes of a read go, in the order of the read: stretch number, from and to which byte of it."""
-
-    stretch: int
-    low: int
-    high: int
-
-
 @lru_cache(maxsize=1024)
-def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> tuple[_Run, ...]:
-    """Where every byte of a read goes, run by run.
+def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> list[tuple[int, int, int]]:
+    """Where the bytes of a read go, in their order: run by run a stretch's number, from and to which byte of it.
 
-    () where that is no way to read: short runs, bytes that go nowhere or to several places.
+    Empty where that is no way to read: short runs, bytes that go nowhere or to several places.
     """
     if any(copy.run < _SCATTER for _, copy in copies) or sum(copy.nbytes for _, copy in copies) != nbytes:
-        return ()
+        return []
     runs = sorted(
-        (source, _Run(stretch, target, target + copy.run)) for stretch, copy in copies for source, target in copy.runs()
+        (source, stretch, target, target + copy.run) for stretch, copy in copies for source, target in copy.runs()
     )
-    at = 0
-    for source, (_, low, high) in runs:
-        if source != at:
-            return ()
-        at += high - low
-    return tuple(run for _, run in runs)
+    ends = [0, *(source + high - low for source, _, low, high in runs)]
+    if any(run[0] != end for run, end in zip(runs, ends)):
+        return []
+    return [run[1:] for run in runs]

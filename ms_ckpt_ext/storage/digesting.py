@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple, Optional
 import xxhash
 
 from ms_ckpt_ext.core.reads import Extent, ranges
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.sink import FileSink
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
@@ -110,7 +111,7 @@ class _Stream:
                 self._catch_up(length)
 
     def _catch_up(self, length: int) -> None:
-        scratch = memoryview(bytearray(min(_BUFFER, length)))
+        scratch = memory.scratch(min(_BUFFER, length))
         for offset, count in ranges(self._extents, self._next, length):
             for at in range(0, count, _BUFFER):
                 part = scratch[: min(_BUFFER, count - at)]

@@ -214,7 +214,7 @@ class Writer(Protocol):
 
 def encrypt_all(reader: ByteReader, writer: Writer) -> None:
     """Pass the whole of a plain file through an encrypting writer, in bounded memory; `finish` is the caller's."""
-    buffer = memoryview(bytearray(min(PIECE, reader.size)))
+    buffer = memory.scratch(min(PIECE, reader.size))
     for offset in range(0, reader.size, PIECE):
         part = buffer[: min(PIECE, reader.size - offset)]
         reader.read_into(offset, part)

@@ -33,10 +33,10 @@ def scratch(length: int) -> memoryview:
 
     Valid until the next call, which any decrypting reader makes: never a place for results.
     """
-    buffer: Optional[bytearray] = getattr(_local, "buffer", None)
+    buffer: Optional[memoryview] = getattr(_local, "buffer", None)
     if buffer is None or len(buffer) < length:
-        buffer = _local.buffer = bytearray(max(length, PIECE))
-    return memoryview(buffer)[:length]
+        buffer = _local.buffer = memory.scratch(max(length, PIECE))
+    return buffer[:length]
 
 
 class Units(Protocol):
