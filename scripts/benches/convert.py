@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from benches.measure import measure, python, row, take_turns
+from benches.measure import against_cp, measure, python, row, take_turns
 
 LAYERS = 24
 WIDTH = 1024
@@ -66,15 +66,15 @@ def make_ckpt(path: Path, size: int) -> Path:
 
 def one_way(root: Path, source: Path, function: str, suffix: str, arguments: Namespace) -> list[dict[str, Any]]:
     out, copy, made = root / "out", root / "copy", root / "made" / f"net.{suffix}"
-    ours = python(f"from ms_ckpt_ext import {function} as f; f({str(source)!r}, {str(out)!r})")
-    measure(ours)
+
+    def ours(sync: bool) -> str:
+        where = f"{str(source)!r}, {str(out)!r}"
+        return f"from ms_ckpt_ext import convert as f; f({where}, to={suffix!r}, sync={sync})"
+
+    measure(python(ours(False)))
     made.parent.mkdir(exist_ok=True)
     (out / made.name).rename(made)
-    commands = {
-        "ms_ckpt_ext": ours,
-        "cp": ["cp", str(made), str(copy)],
-        "cp and sync": ["sh", "-c", f"cp {made} {copy} && sync {copy}"],
-    }
+    commands = against_cp(ours, made, copy)
     if arguments.stock:
         commands["stock MindSpore"] = python(f"import mindspore; mindspore.{function}({str(source)!r}, {str(out)!r})")
 
@@ -82,7 +82,7 @@ def one_way(root: Path, source: Path, function: str, suffix: str, arguments: Nam
         shutil.rmtree(out, ignore_errors=True)
         copy.unlink(missing_ok=True)
 
-    turns = take_turns(commands, clean, arguments.rounds)
+    turns = take_turns(commands, clean, arguments.rounds, once=["stock MindSpore"], memory=2 * made.stat().st_size)
     return [row(function, made.stat().st_size, name, turns) for name in commands]
 
 

@@ -85,20 +85,49 @@ def _processor_time() -> float:
 
 
 def take_turns(
-    commands: dict[str, list[str]], clean: Callable[[], None], rounds: int, once: Collection[str] = ()
+    commands: dict[str, list[str]],
+    clean: Callable[[], None],
+    rounds: int,
+    once: Collection[str] = (),
+    memory: int = 0,
 ) -> dict[str, list[Turn]]:
-    """Every command once a round, after an uncounted round to warm up; those in `once` in the first round only."""
+    """Every command once a round, after an uncounted round to warm up; those in `once` in the first round only.
+
+    Before each turn nothing waits to be written, and `memory` bytes are at hand.
+    """
     turns: dict[str, list[Turn]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         for name, command in commands.items():
             if name in once and number != 1:
                 continue
             clean()
+            os.sync()
+            have_at_hand(memory)
             turn = measure(command)
             if number:
                 turns[name].append(turn)
     clean()
     return turns
+
+
+def have_at_hand(nbytes: int) -> None:
+    """Touch and free memory: a virtual machine that hands free memory back to its host pays when it is used again."""
+    if nbytes:
+        code = (
+            f"import mmap; m = mmap.mmap(-1, {nbytes}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); "
+            f"m.madvise(mmap.MADV_HUGEPAGE); [m.__setitem__(at, 1) for at in range(0, {nbytes}, 4096)]"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def against_cp(ours: Callable[[bool], str], made: Path, copy: Path) -> dict[str, list[str]]:
+    """A job that syncs and one that does not, given as Python code, beside copies of the result that do and do not."""
+    return {
+        "ms_ckpt_ext, sync=False": python(ours(False)),
+        "cp": ["cp", "-r", str(made), str(copy)],
+        "ms_ckpt_ext": python(ours(True)),
+        "cp and sync": ["sh", "-c", f"cp -r {made} {copy} && find {copy} -type f | xargs sync"],
+    }
 
 
 def python(code: str) -> list[str]:
@@ -110,8 +139,11 @@ def row(title: str, written: int, name: str, turns: dict[str, list[Turn]]) -> di
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
 
+    def ratios_to(other: str) -> list[float]:
+        return [t.seconds / c.seconds for t, c in zip(mine, turns.get(other, []))]
+
     mine = turns[name]
-    ratios = [t.seconds / c.seconds for t, c in zip(mine, turns["cp"])]
+    ratios, synced = ratios_to("cp"), median(ratios_to("cp and sync"))
     return {
         "job": title,
         "output bytes": written,
@@ -122,6 +154,7 @@ def row(title: str, written: int, name: str, turns: dict[str, list[Turn]]) -> di
         "x cp": round(median(ratios), 2),
         "least x cp": round(min(ratios), 2),
         "most x cp": round(max(ratios), 2),
+        "x cp and sync": None if synced is None else round(synced, 2),
         "peak MiB": round(max(t.peak for t in mine) / (1 << 20)),
         "tree MiB": round(max(t.tree for t in mine) / (1 << 20)),
         "read / output": None if mine[0].read is None else round(median(t.read for t in mine) / written, 3),

@@ -1,4 +1,7 @@
-"""Merge and re-cut against `cp`, `cp` with a sync, and stock MindSpore."""
+"""Merge and re-cut against `cp`, `cp` with a sync, and stock MindSpore.
+
+Stock MindSpore cannot re-cut shards, so there it merges and then cuts the merged files.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Optional
 
-from benches.measure import ROOT, measure, python, row, take_turns
+from benches.measure import ROOT, against_cp, measure, python, row, take_turns
 
 GOLDEN = ROOT / "tests" / "data" / "golden"
 JOBS: dict[str, tuple[str, Optional[str]]] = {
@@ -70,38 +73,40 @@ def offline(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def one_job(
     root: Path, strategy: Path, target_case: Optional[str], source_case: str, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    source, out, copy = str(root / "source"), str(root / "out"), str(root / "copy")
+    source, out, copy, kept, merged = (str(root / name) for name in ("source", "out", "copy", "kept", "merged"))
+    merge = f"unified_safetensors({source!r}, {str(strategy)!r}"
     if target_case is None:
-        call = f"unified_safetensors({source!r}, {str(strategy)!r}, {out!r})"
-        ours, title = f"from ms_ckpt_ext import unified_safetensors as f; f{call[19:]}", f"merge of {source_case}"
+        title = f"merge of {source_case}"
+        stock = f"import mindspore as ms; ms.{merge}, {out!r})"
     else:
+        title = f"re-cut {source_case} to {target_case}"
         target = str(GOLDEN / target_case / "strategy.ckpt")
-        ours = (
+        stock = (
+            f"import mindspore as ms; ms.{merge}, {merged!r}); ms.load_distributed_checkpoint(None, None, {target!r}, "
+            f"format='safetensors', unified_safetensors_dir={merged!r}, dst_safetensors_dir={out!r})"
+        )
+
+    def ours(sync: bool) -> str:
+        if target_case is None:
+            return f"from ms_ckpt_ext import unified_safetensors; {merge}, {out!r}, sync={sync})"
+        return (
             "from ms_ckpt_ext import load_distributed_checkpoint as f; "
             f"f(None, None, {target!r}, {str(strategy)!r}, format='safetensors', unified_safetensors_dir={source!r}, "
-            f"dst_safetensors_dir={out!r})"
+            f"dst_safetensors_dir={out!r}, sync={sync})"
         )
-        title = f"re-cut {source_case} to {target_case}"
-    measure(python(ours))
-    kept = str(root / "kept")
+
+    measure(python(ours(False)))
     os.rename(out, kept)
     for name in Path(kept).glob(".ms_ckpt_ext*"):
         name.unlink()
     written = sum(path.stat().st_size for path in Path(kept).rglob("*") if path.is_file())
-    commands = {
-        "ms_ckpt_ext": python(ours),
-        "cp": ["cp", "-r", kept, copy],
-        "cp and sync": ["sh", "-c", f"cp -r {kept} {copy} && find {copy} -type f | xargs sync"],
-    }
-    if arguments.stock and target_case is None:
-        commands[STOCK] = python(f"import mindspore; mindspore.{call}")
+    commands = against_cp(ours, Path(kept), Path(copy))
+    if arguments.stock:
+        commands[STOCK] = python(stock)
 
     def clean() -> None:
-        for folder in (out, copy):
+        for folder in (out, copy, merged):
             shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(kept, copy)
-        shutil.rmtree(copy)
-        os.sync()
 
-    turns = take_turns(commands, clean, arguments.rounds, once=[STOCK])
+    turns = take_turns(commands, clean, arguments.rounds, once=[STOCK], memory=round(1.5 * written))
     return [row(title, written, name, turns) for name in commands]

@@ -18,9 +18,11 @@ def test_offline(tmp_path: Path) -> None:
     run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "x.json").read_text())
-    assert {row["command"] for row in rows} == {"ms_ckpt_ext", "cp", "cp and sync"}
+    assert {row["command"] for row in rows} == {"ms_ckpt_ext", "ms_ckpt_ext, sync=False", "cp", "cp and sync"}
     assert len({row["job"] for row in rows}) == 3
-    assert all(row["seconds"] > 0 and row["x cp"] > 0 and row["peak MiB"] >= 0 for row in rows)
+    assert all(
+        row["seconds"] > 0 and row["x cp"] > 0 and row["x cp and sync"] > 0 and row["peak MiB"] >= 0 for row in rows
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
