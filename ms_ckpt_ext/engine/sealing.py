@@ -26,7 +26,6 @@ from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS
 from ms_ckpt_ext.formats.crypto.units import scratch
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.sink import FileSink
 
 CHUNK, BLOCK = 1 << 20, 4 << 20
@@ -135,7 +134,7 @@ class _Unit:
     """A unit that is not complete yet."""
 
     def __init__(self, size: int) -> None:
-        self.data = memory.scratch(size)
+        self.data = memoryview(bytearray(size))
         self.missing = size
 
 
