@@ -18,6 +18,7 @@ from typing import Callable, Optional, Union
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.offline import Job, Output, Wanted
 from ms_ckpt_ext.engine.sealing import Seal
@@ -264,20 +265,6 @@ def folders_job(
         job = recut(lambda rank: f"rank_{rank}/net.{form}", target)
     check_apart(catalog, target, job)
     return job, target
-
-
-def check_apart(catalog: Catalog, folder: str, job: Job) -> None:
-    """Refuse a job that would put files into the source's rank folders: there they would be taken for a rank's own.
-
-    Raises UsageError.
-    """
-    sources = {os.path.dirname(os.path.realpath(file.path)) for file in catalog.files}
-    taken = {os.path.dirname(os.path.realpath(os.path.join(folder, output.name))) for output in job.outputs}
-    if len(sources) > 1 and sources & taken:
-        raise UsageError(
-            f"{min(sources & taken)!r} is a rank folder of the source, and a file that is written there would be taken "
-            "for that rank's; choose another target directory"
-        )
 
 
 def _file_order(catalog: Catalog) -> dict[str, int]:
