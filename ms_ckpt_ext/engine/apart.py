@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.offline import Job
+from ms_ckpt_ext.engine.job import Job
 from ms_ckpt_ext.errors import UsageError
 
 _RANK_FOLDER = re.compile(r"^rank_\d+$")
