@@ -111,7 +111,7 @@ def transform_checkpoints(
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)
     recut = partial(recut_job, catalog, wanted, ranks, {}, crc=crc, seal=seal, digests=digests)
-    job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}")
+    job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
     check_apart(catalog, target, job)
     return execute(job, target, run, "transform")
 

@@ -81,7 +81,7 @@ def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: 
     held = {name: FileDigests(job.size(outputs[name]), noted(staging, name) or {}) for name in sorted(outputs)}
     manifest = renewed(target, held if job.digests else {}, (*outputs, *job.replaces))
     beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
-    replaces = (*job.replaces, MANIFEST_NAME, *superseded(target, outputs))
+    replaces = (*job.replaces, MANIFEST_NAME, *superseded(target, (*outputs, *job.replaces)))
     staging.publish(tuple(outputs), job.index, replaces, beside)
 
 
