@@ -12,7 +12,8 @@ from ms_ckpt_ext import progress
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
-from ms_ckpt_ext.engine.offline import Job, Report
+from ms_ckpt_ext.engine.job import Job
+from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import crypto

@@ -23,7 +23,8 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, folders_job, merge_job
+from ms_ckpt_ext.engine.apart import check_apart
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, folders_job, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike

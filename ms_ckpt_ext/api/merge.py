@@ -16,8 +16,9 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
+from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, check_apart, merge_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike

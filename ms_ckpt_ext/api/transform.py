@@ -19,6 +19,7 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.listing import list_files
@@ -78,7 +79,7 @@ def transform_checkpoints(
         What was read and written.
 
     Raises:
-        UsageError, ArgumentTypeError: wrong arguments; nothing was written.
+        UsageError, ArgumentTypeError: wrong arguments, or a target in the source's rank folders; nothing was written.
         DiscoveryError: no rank folders, or files of both formats, or no telling which file of a folder is meant.
         StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
         StorageError: no space or permission; what is finished is kept for a rerun.
@@ -110,7 +111,8 @@ def transform_checkpoints(
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)
     recut = partial(recut_job, catalog, wanted, ranks, {}, crc=crc, seal=seal, digests=digests)
-    job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}")
+    job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
+    check_apart(catalog, target, job)
     return execute(job, target, run, "transform")
 
 
@@ -169,8 +171,10 @@ def transform_checkpoint_by_rank(
     files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(checkpoint_files_map.items())}
     catalog = _catalog(files, trained, access)
     folder, name = os.path.split(target)
+    folder = folder or os.curdir
     job = recut_job(catalog, wanted, [rank_id], {}, lambda _: name, crc=crc, seal=seal, digests=digests)
-    return execute(job, folder or os.curdir, run, "transform")
+    check_apart(catalog, folder, job)
+    return execute(job, folder, run, "transform")
 
 
 def rank_list_for_transform(

@@ -18,10 +18,11 @@ from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.errors import FormatError, LayoutMismatchError, StrategyError
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
+from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -274,10 +275,26 @@ def catalog_of(
     strategy: Optional[Strategy],
     access: Access = PLAIN,
 ) -> Catalog:
-    """A checkpoint from its listing and the headers of its files. Raises as `ranks_catalog` and `parts_catalog`."""
+    """A checkpoint from its listing and the headers of its files.
+
+    Raises:
+        DiscoveryError: a rank's file without a strategy says that slices were left to other ranks' files.
+        others: as `ranks_catalog` and `parts_catalog`.
+    """
     if sharded and strategy is not None:
         return ranks_catalog({int(key): index for key, index in index_of.items()}, strategy, access)
+    if sharded:
+        _refuse_deduplicated(index_of.values())
     return parts_catalog(index_of, names, access)
+
+
+def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
+    for index in indexes:
+        if index.metadata.get(DEDUPLICATED) == "True":
+            raise DiscoveryError(
+                f"{index.path!r} was saved with remove_redundancy, so it lacks what others hold: give every "
+                "rank's file, and the strategy of the job that saved them"
+            )
 
 
 def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access = PLAIN) -> Catalog:

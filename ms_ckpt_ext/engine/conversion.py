@@ -15,8 +15,8 @@ from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
+from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.jobs import whole_box
-from ms_ckpt_ext.engine.offline import Job, Output, Wanted
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.formats import registry

@@ -30,8 +30,8 @@ from ms_ckpt_ext.errors import FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage import memory
+from ms_ckpt_ext.storage.durable import write_atomically
 from ms_ckpt_ext.storage.reader import ByteReader
-from ms_ckpt_ext.storage.staging import write_atomically
 
 MANIFEST_NAME = "ms_ckpt_ext.digests.json"
 _FORMAT = "ms_ckpt_ext.digests"

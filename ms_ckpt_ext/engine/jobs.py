@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,10 @@ from typing import Callable, Optional, Union
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine import older
+from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.offline import Job, Output, Wanted
+from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry
@@ -28,8 +29,6 @@ from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 Choice = Callable[[str], Union[bool, str]]
 PART_BYTES = 3 << 30
 """MindSpore's size of a part of a merged checkpoint."""
-_STALE = re.compile(r"^(part\d+|model-\d{5}-of-\d{5}|hyper_param)\.(safetensors|ckpt)$")
-_STALE_RANK = re.compile(r"^rank_\d+$")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
     Raises:
         ArgumentTypeError: the choice function returned something other than bool or str.
-        UsageError: two parameters get the same name, or nothing is left.
+        UsageError: two parameters get the same name, or nothing is left; or the target holds another's model.
     """
     named = _named(catalog, options.choice)
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
@@ -87,8 +86,11 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     groups = _balanced(sizes, min(count, len(sizes)))
     while options.naming == "huggingface" and any(_too_large(group, sizes, options.part_bytes) for group in groups):
         groups = _balanced(sizes, len(groups) + 1)
+    # transformers opens files of "pt", "tf", "flax" and "mlx" only.
+    framework = "pt" if options.naming == "huggingface" else "ms"
+    lay_out = partial(_output, catalog=catalog, crc=options.crc, framework=framework)
     parts = [
-        _output(_part_name(options, number, len(groups)), [(n, named[n], None) for n in group], catalog, options.crc)
+        lay_out(_part_name(options, number, len(groups)), [(n, named[n], None) for n in group])
         for number, group in enumerate(groups)
     ]
     weight_map = {name: part.name for part in parts for name in sorted(w.name for w in part.wanted)}
@@ -97,17 +99,17 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     others = [part for number, part in enumerate(parts) if number not in mine]
     if catalog.extras:
         whole = [(name, tensor, None) for name, tensor in catalog.extras.items()]
-        scalars = _output(f"{discovery.HYPER_STEM}.{options.format}", whole, catalog, options.crc)
+        scalars = lay_out(f"{discovery.HYPER_STEM}.{options.format}", whole)
         (outputs if options.task == 1 else others).append(scalars)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    index_name = discovery.MAP_NAME if options.naming == "mindspore" else discovery.HF_INDEX_NAME
+    index_name = older.INDEXES[options.naming]
     names = {output.name for output in (*outputs, *others)}
     return Job(
         catalog,
         tuple(outputs),
         tuple(others),
         {index_name: json.dumps(index, indent=4).encode()},
-        tuple(name for name in _stale(target) if name not in names and name != index_name),
+        tuple(name for name in older.of_merge(target, options.naming) if name not in names and name != index_name),
         f"task-{options.task}-of-{options.tasks}",
         options.seal,
         options.digests,
@@ -172,25 +174,18 @@ def _part_name(options: MergeOptions, number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _stale(target: str) -> list[str]:
-    """Files of an older merge in the target."""
-    if not os.path.isdir(target):
-        return []
-    indexes = (discovery.MAP_NAME, discovery.HF_INDEX_NAME)
-    return [name for name in os.listdir(target) if _STALE.match(name) or name in indexes]
-
-
 def _output(
     name: str,
     wanted: Iterable[tuple[str, SourceTensor, Optional[Region]]],
     catalog: Catalog,
     crc: bool = False,
+    framework: str = "ms",
 ) -> Output:
-    """Lay out one file. A region of None means the whole parameter."""
+    """Lay out one file. A region of None means the whole parameter; `framework` is what its header says of it."""
     boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
     specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
-    layout: FileLayout = registry.lay_out(name, specs, {"format": "ms", **notes}, crc)
+    layout: FileLayout = registry.lay_out(name, specs, {"format": framework, **notes}, crc)
     return Output(name, layout, tuple(Wanted(*box) for box in boxes))
 
 
@@ -207,6 +202,7 @@ def recut_job(
     file_name: Callable[[int], str],
     target: Optional[str] = None,
     *,
+    every_rank: bool = False,
     crc: bool = False,
     seal: Optional[Seal] = None,
     digests: bool = True,
@@ -216,8 +212,8 @@ def recut_job(
     Args:
         name_map: name in the target -> name in the source.
         file_name: rank -> file, relative to the target directory.
-        target: the target directory, when the job writes every rank there is: files of this name of ranks beyond
-            these, left by an older result, are taken away with it.
+        target: the target directory, when the job's files there are one result: what an older one left is taken away.
+        every_rank: files of this name of ranks beyond these, too, whoever wrote them.
         crc: give every file a checksum.
         seal: how the files are encrypted; None when they are not.
         digests: write a manifest of digests beside them.
@@ -234,7 +230,8 @@ def recut_job(
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
         wanted.sort(key=lambda item: order.get(item[1].stored_name, len(order)))
         outputs.append(_output(file_name(rank), wanted, catalog, crc))
-    stale = _stale_ranks(target, [output.name for output in outputs])
+    names = [output.name for output in outputs]
+    stale = () if target is None else older.of_recut(target, names, file_name, every_rank)
     return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
 
 
@@ -259,25 +256,11 @@ def folders_job(
     recut = partial(recut_job, catalog, strategy, ranks, name_map, crc=crc, seal=seal, digests=digests)
     if alone:
         target = os.path.join(target, f"rank_{ranks[0]}")
-        job = recut(lambda _: f"net.{form}")
+        job = recut(lambda _: f"net.{form}", target)
     else:
-        job = recut(lambda rank: f"rank_{rank}/net.{form}", target)
+        job = recut(lambda rank: f"rank_{rank}/net.{form}", target, every_rank=True)
     check_apart(catalog, target, job)
     return job, target
-
-
-def check_apart(catalog: Catalog, folder: str, job: Job) -> None:
-    """Refuse a job that would put files into the source's rank folders: there they would be taken for a rank's own.
-
-    Raises UsageError.
-    """
-    sources = {os.path.dirname(os.path.realpath(file.path)) for file in catalog.files}
-    taken = {os.path.dirname(os.path.realpath(os.path.join(folder, output.name))) for output in job.outputs}
-    if len(sources) > 1 and sources & taken:
-        raise UsageError(
-            f"{min(sources & taken)!r} is a rank folder of the source, and a file that is written there would be taken "
-            "for that rank's; choose another target directory"
-        )
 
 
 def _file_order(catalog: Catalog) -> dict[str, int]:
@@ -287,15 +270,6 @@ def _file_order(catalog: Catalog) -> dict[str, int]:
         for name in index.tensors:
             order.setdefault(name, len(order))
     return order
-
-
-def _stale_ranks(target: Optional[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Files in the target that are named like these but for a rank that is not among them."""
-    if target is None or not os.path.isdir(target):
-        return ()
-    base = os.path.basename(names[0])
-    found = [f"{folder}/{base}" for folder in os.listdir(target) if _STALE_RANK.match(folder)]
-    return tuple(name for name in found if name not in names and os.path.isfile(os.path.join(target, name)))
 
 
 def rank_boxes(

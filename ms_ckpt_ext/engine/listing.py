@@ -48,7 +48,8 @@ def list_checkpoint(
         kind: "safetensors" or "ckpt"; None for whichever is there.
 
     Raises:
-        DiscoveryError: also when several rank folders come without a strategy, or files of both kinds without `kind`.
+        DiscoveryError: also when several rank folders, or another than rank 0's, come without a strategy, or files of
+            both kinds without `kind`.
     """
     folder = None if require_sharded or strategy is not None else mindformers.find_folder(directory)
     if folder is not None:
@@ -63,6 +64,12 @@ def list_checkpoint(
         raise DiscoveryError(
             f"{directory!r} holds {len(files)} rank folders, so the strategy that cut them is needed: "
             "give the training job's strategy file"
+        )
+    if strategy is None and 0 not in files:
+        (path,) = files.values()
+        raise DiscoveryError(
+            f"the only rank folder with a checkpoint in {directory!r} is that of {path!r}, and without a strategy only "
+            "rank 0 counts as a whole model: give the training job's strategy file, or the other ranks' folders as well"
         )
     return Listing({str(rank): path for rank, path in files.items()}, True, None)
 

@@ -1,8 +1,7 @@
 """File-to-file jobs: merge, re-cut, convert. All differ only in the list of files they want.
 
-1. Every output file is laid out first: names, dtypes, shapes, so every offset is known before a byte moves.
-2. What each file wants of each parameter becomes one task per parameter, so that bytes wanted by several files are
-   read once.
+1. The job has every output file laid out (`engine.job`), so every offset is known before a byte moves.
+2. What an interrupted run finished is kept, when it is still what was written (`engine.finished`).
 3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
    Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
    after the next boot nothing of such a job is taken for done.
@@ -12,104 +11,25 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Callable, NamedTuple, Optional
+from dataclasses import dataclass
+from typing import Callable
 
-import xxhash
-
-from ms_ckpt_ext.core.plan import SourceTensor, locate
-from ms_ckpt_ext.core.reads import Landing, Limits, Target, Task
-from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, renewed, superseded
-from ms_ckpt_ext.engine.sealing import Seal, SealedSink, rounds
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
+from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
+from ms_ckpt_ext.engine.sealing import SealedSink, rounds
 from ms_ckpt_ext.formats.checksum import crc_of
-from ms_ckpt_ext.formats.index import FileLayout
-from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.digesting import DigestingSink
-from ms_ckpt_ext.storage.linux import allow_open_files, boot_id
-from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.linux import allow_open_files
+from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
-from ms_ckpt_ext.storage.staging import ONE_TASK, Staging
-
-_PLAN_VERSION = b"1"
-"""Part of every job's fingerprint: raised when the same inputs would give other bytes."""
-
-
-class Wanted(NamedTuple):
-    """One tensor of an output file: its name there, and the box of a source parameter it holds."""
-
-    name: str
-    tensor: SourceTensor
-    region: Optional[Region]
-    """None for a tensor without elements."""
-
-
-@dataclass(frozen=True)
-class Output:
-    """One file to write: its name relative to the target, its layout, and what fills it."""
-
-    name: str
-    layout: FileLayout
-    wanted: tuple[Wanted, ...]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A set of output files that belong together.
-
-    Attributes:
-        source: where the bytes come from.
-        outputs: the files this task writes.
-        others: the files that other tasks of the same job write.
-        index: files that make the set loadable, published last: name -> contents.
-        replaces: files of an older result in the target that must not survive.
-        task: name of this task, unique within the job.
-        seal: how the outputs are encrypted; None when they are not.
-        digests: write a manifest of digests beside the outputs.
-        sync: the result is on disk when the job ends.
-
-    Raises:
-        UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
-    """
-
-    source: Catalog
-    outputs: tuple[Output, ...]
-    others: tuple[Output, ...] = ()
-    index: Mapping[str, bytes] = field(default_factory=dict)
-    replaces: tuple[str, ...] = ()
-    task: str = ONE_TASK
-    seal: Optional[Seal] = None
-    digests: bool = True
-    sync: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.sync and self.task != ONE_TASK:
-            raise UsageError(
-                "sync=False is for a result that one task writes; leave it out, or the share (split_dst_file)"
-            )
-
-    def size(self, output: Output) -> int:
-        """Bytes of an output as it lies on disk."""
-        size = output.layout.size
-        return size if self.seal is None else self.seal.units(output.name, size).stored_size
-
-    def open(self, output: Output, path: str) -> ByteReader:
-        """The plaintext of an output that was written."""
-        return PlainReader(path) if self.seal is None else open_reader(path, self.seal.access(output.name))
-
-    @property
-    def digests_contents(self) -> bool:
-        """True when tensors are digested: not those of encrypted files, see `engine.digests`."""
-        return self.digests and self.seal is None
+from ms_ckpt_ext.storage.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -157,92 +77,19 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         staging.close()
 
 
-def check(job: Job, target: str) -> None:
-    """Find what is wrong before anything is written."""
-    for task in tasks_of(job.outputs):
-        for wanted in task.targets:
-            locate(task.tensor, wanted.region)
-    _refuse_overwrite(job, target)
-
-
 def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
-    held = {name: FileDigests(job.size(outputs[name]), _noted(staging, name) or {}) for name in sorted(outputs)}
+    held = {name: FileDigests(job.size(outputs[name]), noted(staging, name) or {}) for name in sorted(outputs)}
     manifest = renewed(target, held if job.digests else {}, (*outputs, *job.replaces))
     beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
-    replaces = (*job.replaces, MANIFEST_NAME, *superseded(target, outputs))
+    replaces = (*job.replaces, MANIFEST_NAME, *superseded(target, (*outputs, *job.replaces)))
     staging.publish(tuple(outputs), job.index, replaces, beside)
-
-
-def _noted(staging: Staging, name: str) -> Optional[dict[str, str]]:
-    """The digests of a complete file; None where there are none."""
-    try:
-        noted: dict[str, str] = json.loads(staging.note(name) or b"null")
-    except ValueError:
-        return None
-    return noted
-
-
-def tasks_of(outputs: Sequence[Output]) -> list[Task]:
-    """One task per source parameter, with every box that any output wants of it, in the order of the files' bytes."""
-    wanted: dict[int, tuple[SourceTensor, dict[Region, list[Landing]]]] = {}
-    for number, output in enumerate(outputs):
-        placed = sorted(output.wanted, key=lambda wanted: output.layout.tensors[wanted.name].extents[:1])
-        for name, tensor, region in placed:
-            if region is None:
-                continue
-            landing = Landing(number, output.layout.tensors[name].extents)
-            wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
-    return [
-        Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))
-        for tensor, regions in wanted.values()
-    ]
-
-
-def _refuse_overwrite(job: Job, target: str) -> None:
-    """A source must outlive the run that reads it: a killed run could not be finished without it."""
-    sources = {os.path.realpath(file.path) for file in job.source.files}
-    for name in (*(output.name for output in (*job.outputs, *job.others)), *job.replaces):
-        if os.path.realpath(os.path.join(target, name)) in sources:
-            raise UsageError(
-                f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
-            )
-
-
-def is_done(job: Job, output: Output, staging: Staging) -> bool:
-    """True when an output is complete: by its size and framing, and where it is encrypted, by the key and its start."""
-    literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
-    if job.digests_contents and _noted(staging, output.name) is None:
-        return False
-    return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
-
-
-def fingerprint(job: Job) -> str:
-    """Everything that decides the result: source files as they are, output layouts, and what goes where."""
-    digest = xxhash.xxh3_64(_PLAN_VERSION)
-    digest.update(b"" if job.seal is None else job.seal.identity().encode())
-    digest.update(b"digests" if job.digests else b"")
-    digest.update(b"" if job.sync else boot_id())
-    for file in job.source.files:
-        digest.update(f"{file.path}|{file.size}|{file.mtime_ns}\n".encode())
-    for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
-        digest.update(f"{output.name}|{output.layout.size}\n".encode())
-        for offset, literal in output.layout.literals:
-            digest.update(offset.to_bytes(8, "little") + literal)
-        for name, tensor, region in output.wanted:
-            corner = None if region is None else (region.start, region.stop)
-            digest.update(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}\n".encode())
-    for name in sorted(job.index):
-        digest.update(name.encode() + job.index[name])
-    for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):
-        cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
-        digest.update(repr((name, tensor.meta.shape, cuts)).encode())
-    return digest.hexdigest()
 
 
 def _fill(
     job: Job, staging: Staging, workers: int, limits: Limits, progress: Progress
 ) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
-    kept = {output.name for output in job.outputs if is_done(job, output, staging)}
+    done = (output for output in job.outputs if is_done(job, output, staging))
+    kept = {output.name for output in done if is_intact(job, output, staging, workers)}
     todo = [output for output in job.outputs if output.name not in kept]
     staging.discard_partials(output.name for output in todo)
     written = sum(map(job.size, todo))

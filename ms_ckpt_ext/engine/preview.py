@@ -8,7 +8,9 @@ from typing import Optional
 
 from ms_ckpt_ext.core.reads import Direct, Limits, Unit
 from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.engine.offline import Job, Report, check, fingerprint, in_rounds, is_done
+from ms_ckpt_ext.engine.finished import is_done
+from ms_ckpt_ext.engine.job import Job, check, fingerprint
+from ms_ckpt_ext.engine.offline import Report, in_rounds
 from ms_ckpt_ext.storage.staging import Staging, free_space
 
 

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.errors import FormatError, storage_error
 from ms_ckpt_ext.formats.strategy_file import save_strategy
-from ms_ckpt_ext.storage.staging import write_atomically
+from ms_ckpt_ext.storage.durable import write_atomically
 
 FOLDER = "ms_ckpt_ext"
 STRATEGY_FOLDER = "strategy"

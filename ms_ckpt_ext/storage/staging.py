@@ -6,36 +6,36 @@
    other jobs that nobody is running any more are removed.
 3. When every file of the job is there, the index is replaced by one that leads to an empty file, the old result is
    taken away, the new files are moved into place, and the true index comes last. Killed in between, the target refuses
-   to load; the next run finishes the move.
-4. A lock a task holds while it runs keeps two jobs from writing into one target.
+   to load; the next run finishes the move, or another job's takes away what was moved (`storage.remains`).
+4. A lock a task holds while it runs keeps two jobs from writing into one target, or into it and one `rank_N` of it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
+import logging
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
+from ms_ckpt_ext.storage import locks, remains
+from ms_ckpt_ext.storage.durable import sync_folder, write_atomically
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
 ONE_TASK = "task-1-of-1"
 """Name of the task that does a whole job."""
 _FOLDER = ".ms_ckpt_ext-"
-MANIFEST = ".ms_ckpt_ext.json"
-_PUBLISHING = "publishing"
 _NOTE = ".note"
-# Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.
-# While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
-_OBSTACLE = "publishing-was-interrupted-run-the-job-again.safetensors"
-_UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": _OBSTACLE}}).encode()
+_NOT_FINISHED = (_NOTE, ".partial", remains.PUBLISHING, remains.REMAINS)
+_RANK = re.compile(r"^rank_\d+$")
+log = logging.getLogger("ms_ckpt_ext")
 
 
 class Staging:
@@ -56,45 +56,89 @@ class Staging:
         self._made: list[Path] = []
 
     def open(self) -> None:
-        """Make the folder and take the task's lock. Raises StorageError when another run holds this target."""
+        """Make the folder and take the task's lock.
+
+        Raises:
+            StorageError: another run holds this target, or one that has a part in it; or there are no locks there.
+        """
         try:
             self._make_target()
             self._take_lock()
+            busy = self._busy_target()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
-            self._forget_target()
+            self._leave()
+            if isinstance(error, StorageError):
+                raise
             raise storage_error("write into", str(self.target), error) from error
-        if self._lock is None:
-            raise self._busy()
-        for other in self.target.glob(_FOLDER + "*"):
-            if other != self.folder and not _remove_if_idle(other):
-                self.close()
-                _remove_if_idle(self.folder)
-                raise self._busy()
+        if busy is not None:
+            self._leave()
+            raise StorageError(
+                errno.EBUSY, f"another run is writing into {str(busy)!r}; wait for it to end, or choose another target"
+            )
 
     def _take_lock(self) -> None:
         """Lock this task's file; again when a run that ended has removed it between opening and locking."""
-        path = self.folder / f"{self._task}.lock"
+        path = self.folder / f"{self._task}{locks.SUFFIX}"
         while self._lock is None:
             self.folder.mkdir(exist_ok=True)
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:  # another run took the folder for one left behind
                 continue
-            locked = _try_lock(descriptor)
-            if locked and _is_at(descriptor, path):
-                self._lock = descriptor
-                return
-            os.close(descriptor)
+            try:
+                locked = locks.try_lock(descriptor, path)
+                if locked and locks.is_at(descriptor, path):
+                    self._lock, descriptor = descriptor, -1
+            except StorageError:  # no locks here, so nobody holds this one
+                path.unlink(missing_ok=True)
+                raise
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
             if not locked:
                 return
 
-    def _busy(self) -> StorageError:
-        return StorageError(
-            errno.EBUSY,
-            f"another run is writing into {str(self.target)!r}; wait for it to end, or choose another target",
-        )
+    def _busy_target(self) -> Optional[Path]:
+        """A target that another run holds and this one needs; folders of other jobs that nobody runs are removed."""
+        if self._lock is None:
+            return self.target
+        for other in self._neighbours():
+            if locks.is_locked(other):
+                return other.parent
+        others = [other for other in self.target.glob(_FOLDER + "*") if other != self.folder]
+        return None if all(map(self._drop, others)) else self.target
+
+    def _neighbours(self) -> Iterator[Path]:
+        """Folders of jobs into this target's `rank_N`, each a target of its own, and above, when this is one."""
+        target = self.target.absolute()
+        if _RANK.match(target.name):
+            yield from target.parent.glob(_FOLDER + "*")
+        yield from target.glob(f"rank_*/{_FOLDER}*")
+
+    def _drop(self, other: Path) -> bool:
+        """Remove the folder of another job, and note what it left in the target; False when somebody runs it."""
+        if locks.is_locked(other):
+            return False
+        finished = sum(1 for path in _files(other) if not path.name.endswith(_NOT_FINISHED))
+        remains.inherit(self.folder, other, self.target, other.name[len(_FOLDER) :])
+        shutil.rmtree(other, ignore_errors=True)
+        if finished:
+            log.warning(
+                "the job into %s drops %d finished files of another that was not completed there: its source, layouts "
+                "or options were others (or it did not sync, and the machine was started anew), so they do not fit",
+                self.target,
+                finished,
+            )
+        return True
+
+    def _leave(self) -> None:
+        """Go away without a trace, but for finished files of an earlier run."""
+        held, besides = self._lock is not None, f"{self._task}{locks.SUFFIX}"
+        with contextlib.suppress(OSError):
+            if not _files(self.folder) and not locks.is_locked(self.folder, besides if held else ""):
+                shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+        self._forget_target()
 
     def _make_target(self) -> None:
         self._made = [p for p in (self.target, *self.target.parents) if not p.exists()]
@@ -154,15 +198,20 @@ class Staging:
             size: its bytes on disk.
             literals: what must stand where in it, as `opener` shows it.
         """
-        places = [self.folder / name]
-        if (self.folder / _PUBLISHING).exists():
-            places.append(self.target / name)
-        return any(_matches(path, size, literals, opener) for path in places)
+        return any(_matches(path, size, literals, opener) for path in self._places(name))
+
+    def place(self, name: str) -> str:
+        """Where a file of this name is that the job `holds`."""
+        return str(next(filter(Path.exists, self._places(name)), self.folder / name))
+
+    def _places(self, name: str) -> list[Path]:
+        moved = [self.target / name] if (self.folder / remains.PUBLISHING).exists() else []
+        return [self.folder / name, *moved]
 
     def published(self, names: Mapping[str, int], index: Mapping[str, bytes]) -> bool:
         """True when the target holds the untouched result of this very job: files (name -> size) and index."""
         try:
-            manifest = json.loads((self.target / MANIFEST).read_bytes())
+            manifest = json.loads((self.target / remains.MANIFEST).read_bytes())
             return (
                 manifest["job"] == self.job
                 and all(manifest["files"][name][0] == size for name, size in names.items())
@@ -174,14 +223,17 @@ class Staging:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the job's publishing lock: one task at a time looks whether the set is complete."""
+        """Hold the job's publishing lock: one task at a time looks whether the set is complete. Raises StorageError."""
+        path = self.folder / f"publish{locks.SUFFIX}"
         try:
-            lock = os.open(self.folder / "publish.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:  # another task completed the set, published it and removed the folder
             yield
             return
+        except OSError as error:
+            raise storage_error("lock", str(path), error) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.wait_for_lock(lock, path)
             yield
         finally:
             os.close(lock)
@@ -202,15 +254,18 @@ class Staging:
             beside: files about the set (name -> contents), which come before the index.
         """
         try:
-            (self.folder / _PUBLISHING).touch()
+            keep = {*names, *index, *beside}
+            gone = [*replaces, *sorted(remains.inherited(self.folder) - keep)]
+            remains.note(self.folder, names, index, gone)
             waiting = [name for name in names if (self.folder / name).exists()]
             if index:
-                (self.target / _OBSTACLE).touch()
+                (self.target / remains.OBSTACLE).touch()
             for name in index:
-                write_atomically(self.target / name, _UNFINISHED, self._sync)
-            for name in (MANIFEST, *beside, *replaces, *waiting):
+                write_atomically(self.target / name, remains.UNFINISHED, self._sync)
+            # The record of the old result goes last: who is killed here finds in it what else is to go.
+            for name in (*beside, *gone, *waiting, remains.MANIFEST):
                 (self.target / name).unlink(missing_ok=True)
-            for folder in {(self.target / name).parent for name in replaces} - {self.target}:
+            for folder in {(self.target / name).parent for name in gone} - {self.target}:
                 with contextlib.suppress(OSError):  # not empty
                     folder.rmdir()
             for name in waiting:
@@ -218,13 +273,14 @@ class Staging:
                 os.rename(self.folder / name, self.target / name)
             if self._sync:
                 for folder in {(self.target / name).parent for name in names}:
-                    _sync_folder(folder)
-            (self.target / _OBSTACLE).unlink(missing_ok=True)
+                    sync_folder(folder)
+            if not remains.others_unfinished(self.target, index):
+                (self.target / remains.OBSTACLE).unlink(missing_ok=True)
             for name, contents in {**beside, **index}.items():
                 write_atomically(self.target / name, contents, self._sync)
-            write_atomically(self.target / MANIFEST, self._manifest((*names, *beside)), self._sync)
+            write_atomically(self.target / remains.MANIFEST, self._manifest((*names, *beside)), self._sync)
             if self._sync:
-                _sync_folder(self.target)
+                sync_folder(self.target)
         except OSError as error:
             raise storage_error("publish the result in", str(self.target), error) from error
         self.remove()
@@ -240,8 +296,8 @@ class Staging:
     def abandon(self, names: Iterable[str]) -> None:
         """After an error while writing these files: keep finished ones for the next run, remove all else."""
         self.discard_partials(names)
-        kept = [p for p in self.folder.rglob("*") if p.is_file() and p.suffix != ".lock"]
-        if not kept and _remove_if_idle(self.folder, besides=f"{self._task}.lock"):
+        if not _files(self.folder) and not locks.is_locked(self.folder, besides=f"{self._task}{locks.SUFFIX}"):
+            self.remove()
             self._forget_target()
 
     def close(self) -> None:
@@ -282,56 +338,6 @@ def _state(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """True when `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
-
-
-def _remove_if_idle(folder: Path, besides: str = "") -> bool:
-    """Remove a job's folder unless one of its tasks, `besides` the one with this lock, is running."""
-    try:
-        locks = [folder / name for name in os.listdir(folder) if name.endswith(".lock") and name != besides]
-    except FileNotFoundError:  # its own run has just removed it
-        return True
-    for lock in locks:
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            if not _try_lock(descriptor):
-                return False
-        finally:
-            os.close(descriptor)
-    shutil.rmtree(folder, ignore_errors=True)
-    return True
-
-
-def write_atomically(path: Union[str, Path], contents: bytes, sync: bool = True) -> None:
-    """Replace a file by `contents`: durable unless `sync` is False, and never seen half written. Raises OSError."""
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        file.write(contents)
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _files(folder: Path) -> list[Path]:
+    """What runs left in a job's folder, besides locks."""
+    return [p for p in folder.rglob("*") if p.is_file() and p.suffix != locks.SUFFIX]

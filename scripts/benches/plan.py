@@ -19,7 +19,7 @@ import time, sys
 begin = time.perf_counter()
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-from ms_ckpt_ext.engine.offline import tasks_of
+from ms_ckpt_ext.engine.job import tasks_of
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.formats.strategy_file import load_strategy

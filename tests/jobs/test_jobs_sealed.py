@@ -21,6 +21,7 @@ from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.engine import offline, sealing
 from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.job import Job
 from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job, recut_job
 from ms_ckpt_ext.engine.sealing import Seal, SealedSink, Tally
 from ms_ckpt_ext.formats import checksum
@@ -179,7 +180,7 @@ class Stop(Exception):
     """The run is over."""
 
 
-def interrupted(job: offline.Job, target: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def interrupted(job: Job, target: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Run a job that ends, as by a crash, when so many files are complete."""
     count, lock = [0], threading.Lock()
     real = offline.Staging.accept
@@ -206,7 +207,7 @@ def test_a_rerun_keeps_finished_files_of_the_same_key_only(
     strategy = load_strategy(root / "strategy.ckpt")
     catalog = open_catalog(str(root / "shards"), strategy)
 
-    def job(key: bytes, crc: bool = False) -> offline.Job:
+    def job(key: bytes, crc: bool = False) -> Job:
         name = lambda rank: f"rank_{rank}/net.{form}"  # noqa: E731
         return recut_job(catalog, strategy, range(4), {}, name, crc=crc, seal=Seal(Key(key), mode))
 

@@ -19,7 +19,7 @@ from ms_ckpt_ext import (
     transform_checkpoints,
     unified_safetensors,
 )
-from ms_ckpt_ext.engine import offline
+from ms_ckpt_ext.engine import job, offline
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage import linux, sink
 from tests.jobs.support import source, tree
@@ -43,7 +43,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def boot(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
-    monkeypatch.setattr(offline, "boot_id", lambda: name)
+    monkeypatch.setattr(job, "boot_id", lambda: name)
 
 
 def run(root: Path, target: Path, **more: Any) -> Any:

@@ -1,0 +1,164 @@
+"""A file-to-file job as a value: the files it wants, laid out, and what fills each.
+
+Every output file is laid out first: names, dtypes, shapes, so every offset is known before a byte moves. What each
+file wants of each parameter becomes one task per parameter, so that bytes wanted by several files are read once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional
+
+import xxhash
+
+from ms_ckpt_ext.core.plan import SourceTensor, locate
+from ms_ckpt_ext.core.reads import Landing, Target, Task
+from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.sealing import Seal
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats.index import FileLayout
+from ms_ckpt_ext.formats.registry import open_reader
+from ms_ckpt_ext.storage.linux import boot_id
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.staging import ONE_TASK
+
+_PLAN_VERSION = b"1"
+"""Part of every job's fingerprint: raised when the same inputs would give other bytes."""
+
+
+class Wanted(NamedTuple):
+    """One tensor of an output file: its name there, and the box of a source parameter it holds."""
+
+    name: str
+    tensor: SourceTensor
+    region: Optional[Region]
+    """None for a tensor without elements."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file to write: its name relative to the target, its layout, and what fills it."""
+
+    name: str
+    layout: FileLayout
+    wanted: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A set of output files that belong together.
+
+    Attributes:
+        source: where the bytes come from.
+        outputs: the files this task writes.
+        others: the files that other tasks of the same job write.
+        index: files that make the set loadable, published last: name -> contents.
+        replaces: files of an older result in the target that must not survive.
+        task: name of this task, unique within the job.
+        seal: how the outputs are encrypted; None when they are not.
+        digests: write a manifest of digests beside the outputs.
+        sync: the result is on disk when the job ends.
+
+    Raises:
+        UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
+    """
+
+    source: Catalog
+    outputs: tuple[Output, ...]
+    others: tuple[Output, ...] = ()
+    index: Mapping[str, bytes] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    task: str = ONE_TASK
+    seal: Optional[Seal] = None
+    digests: bool = True
+    sync: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sync and self.task != ONE_TASK:
+            raise UsageError(
+                "sync=False is for a result that one task writes; leave it out, or the share (split_dst_file)"
+            )
+
+    def size(self, output: Output) -> int:
+        """Bytes of an output as it lies on disk."""
+        size = output.layout.size
+        return size if self.seal is None else self.seal.units(output.name, size).stored_size
+
+    def open(self, output: Output, path: str) -> ByteReader:
+        """The plaintext of an output that was written."""
+        return PlainReader(path) if self.seal is None else open_reader(path, self.seal.access(output.name))
+
+    @property
+    def digests_contents(self) -> bool:
+        """True when tensors are digested: not those of encrypted files, see `engine.digests`."""
+        return self.digests and self.seal is None
+
+
+def check(job: Job, target: str) -> None:
+    """Find what is wrong before anything is written."""
+    for task in tasks_of(job.outputs):
+        for wanted in task.targets:
+            locate(task.tensor, wanted.region)
+    _refuse_overwrite(job, target)
+
+
+def _refuse_overwrite(job: Job, target: str) -> None:
+    """A source must outlive the run that reads it: a killed run could not be finished without it."""
+    sources = {os.path.realpath(file.path) for file in job.source.files}
+    for name in (*(output.name for output in (*job.outputs, *job.others)), *job.replaces):
+        if os.path.realpath(os.path.join(target, name)) in sources:
+            raise UsageError(
+                f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
+            )
+
+
+def tasks_of(outputs: Sequence[Output]) -> list[Task]:
+    """One task per source parameter, with every box that any output wants of it, in the order of the files' bytes."""
+    wanted: dict[int, tuple[SourceTensor, dict[Region, list[Landing]]]] = {}
+    for number, output in enumerate(outputs):
+        placed = sorted(output.wanted, key=lambda wanted: output.layout.tensors[wanted.name].extents[:1])
+        for name, tensor, region in placed:
+            if region is None:
+                continue
+            landing = Landing(number, output.layout.tensors[name].extents)
+            wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
+    return [
+        Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))
+        for tensor, regions in wanted.values()
+    ]
+
+
+def fingerprint(job: Job) -> str:
+    """Everything that decides the result: source files as they are, output layouts, and what goes where."""
+    digest = xxhash.xxh3_64(_PLAN_VERSION)
+    digest.update(b"" if job.seal is None else job.seal.identity().encode())
+    digest.update(b"digests" if job.digests else b"")
+    digest.update(b"" if job.sync else boot_id())
+    for name, file in zip(_names_of_files([file.path for file in job.source.files]), job.source.files):
+        digest.update(f"{name}|{file.size}|{file.mtime_ns}\n".encode())
+    for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
+        digest.update(f"{output.name}|{output.layout.size}\n".encode())
+        for offset, literal in output.layout.literals:
+            digest.update(offset.to_bytes(8, "little") + literal)
+        for name, tensor, region in output.wanted:
+            corner = None if region is None else (region.start, region.stop)
+            digest.update(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}\n".encode())
+    for name in sorted(job.index):
+        digest.update(name.encode() + job.index[name])
+    for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):
+        cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
+        digest.update(repr((name, tensor.meta.shape, cuts)).encode())
+    return digest.hexdigest()
+
+
+def _names_of_files(paths: Sequence[str]) -> Iterator[str]:
+    """What source files are called below the folder they share: alike however that is spelled or mounted.
+
+    One file shares its folder with nobody, and goes by its whole path.
+    """
+    real = [os.path.realpath(path) for path in paths]
+    root = os.path.commonpath(map(os.path.dirname, real)) if len(set(real)) > 1 else os.sep
+    return (os.path.relpath(path, root) for path in real)

@@ -1,0 +1,105 @@
+"""Files of an older result in the target, which must not survive beside the new one.
+
+What another program or person put there is not ours to remove: a file goes when the job's own naming says it is an
+older result of the kind, when MindSpore's map does, or when it is on record as published by this package and untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Callable
+
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.storage import remains
+
+_PARTS = {
+    "mindspore": re.compile(r"^part\d+\.(safetensors|ckpt)$"),
+    "huggingface": re.compile(r"^model-\d{5}-of-\d{5}\.safetensors$"),
+}
+INDEXES = {"mindspore": discovery.MAP_NAME, "huggingface": discovery.HF_INDEX_NAME}
+"""Naming of a merge -> its index."""
+_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
+
+
+def of_merge(target: str, naming: str) -> list[str]:
+    """Files of an older merge: of this naming, and of the other one where this package or MindSpore made them.
+
+    Raises:
+        UsageError: files of a Hugging Face model that this package did not write; beside MindSpore's map, nobody could
+            tell which of the two a loader takes.
+    """
+    there = sorted(os.listdir(target)) if os.path.isdir(target) else []
+    other = "mindspore" if naming == "huggingface" else "huggingface"
+    mine = [name for name in there if _is_of(name, naming) or name in discovery.HYPER_NAMES]
+    theirs = [name for name in there if _is_of(name, other)]
+    if not theirs or _made_here(target, theirs, other):
+        return [*mine, *theirs]
+    if other == "mindspore":
+        return [*mine, *theirs] if INDEXES[other] in theirs else mine
+    raise UsageError(
+        f"{target!r} holds {theirs[0]!r}{f' and {len(theirs) - 1} more files' if theirs[1:] else ''} of a Hugging Face "
+        "model that was not written here, and beside a map of MindSpore's nobody could tell which of the two is meant; "
+        "choose another target, or move those files away"
+    )
+
+
+def _is_of(name: str, naming: str) -> bool:
+    return name == INDEXES[naming] or _PARTS[naming].match(name) is not None
+
+
+def _made_here(target: str, names: Sequence[str], naming: str) -> bool:
+    """Whether this package published files of a naming, or was killed while it did."""
+    index = INDEXES[naming]
+    if remains.is_unfinished(Path(target, index)):
+        return True
+    known = any(_PARTS[naming].match(name) for name in remains.recorded(Path(target)))
+    return known and all(name == index or _is_ours(target, name) for name in names)
+
+
+def of_recut(
+    target: str, names: Sequence[str], file_name: Callable[[int], str], every_rank: bool = False
+) -> tuple[str, ...]:
+    """Files that an older job of this kind published: the same but for the format, or of ranks there are no more.
+
+    Args:
+        names: the files that are to be written, relative to the target.
+        file_name: rank -> what the job calls its file.
+        every_rank: files of this very name in other ranks' folders go, whoever wrote them.
+    """
+    if not os.path.isdir(target):
+        return ()
+    ranks = [int(match[1]) for match in map(_RANK_FOLDER.match, sorted(os.listdir(target))) if match]
+    beyond = dict.fromkeys(map(file_name, ranks))
+    gone = [
+        name
+        for name in dict.fromkeys(each for named in (*names, *beyond) for each in _in_any_format(named))
+        if name not in names
+        and os.path.isfile(os.path.join(target, name))
+        and ((every_rank and name in beyond) or _is_ours(target, name))
+    ]
+    return tuple(gone)
+
+
+def _in_any_format(name: str) -> Iterator[str]:
+    stem, _ = os.path.splitext(name)
+    return (f"{stem}.{form}" for form in discovery.FORMATS)
+
+
+def _is_ours(target: str, name: str) -> bool:
+    """Whether a file is as this package published it: on record in its own folder, or in the one above."""
+    path = os.path.abspath(os.path.join(target, name))
+    folder, base = os.path.split(path)
+    above, below = os.path.split(folder)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    state = [status.st_size, status.st_mtime_ns]
+    return (
+        remains.recorded(Path(folder)).get(base) == state
+        or remains.recorded(Path(above)).get(f"{below}/{base}") == state
+    )

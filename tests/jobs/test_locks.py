@@ -1,0 +1,107 @@
+"""One run per target: who holds it, where there are no locks, and targets that are parts of others."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ms_ckpt_ext import errors, unified_safetensors
+from ms_ckpt_ext.api.jobs import reshard
+from ms_ckpt_ext.storage.staging import Staging
+from tests.jobs.support import source, tree
+
+
+def merge(root: Path, target: Path, **more: Any) -> Any:
+    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **more)
+
+
+def cut(root: Path, target: Path, rank: Any = None) -> Any:
+    known = root / "strategy.ckpt"
+    return reshard(root / "shards", target, strategy=known, to_strategy=known, rank=rank)
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, code: int, blocking: bool) -> None:
+    """Locks fail: those that do not wait, or those that do."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, operation: int) -> None:
+        if bool(operation & fcntl.LOCK_NB) != blocking:
+            raise OSError(code, os.strerror(code))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_without_locks(
+    code: int, blocking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = source(tmp_path / "src")
+    with monkeypatch.context() as patch:
+        refusing(patch, code, blocking)
+        with pytest.raises(errors.StorageError, match="does not support flock.*mount it with locks.*another") as caught:
+            merge(root, tmp_path / "out")
+    assert caught.value.errno == code and "another run" not in str(caught.value)
+    assert (tmp_path / "out").exists() is blocking  # then with the finished files, for a rerun
+    assert not blocking or tree(tmp_path / "out") == {}
+    assert merge(root, tmp_path / "out").published
+
+
+@pytest.mark.parametrize("code", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_is_held(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = source(tmp_path / "src")
+    refusing(monkeypatch, code, blocking=False)
+    with pytest.raises(errors.StorageError, match="another run is writing into") as caught:
+        merge(root, tmp_path / "out")
+    assert caught.value.errno == errno.EBUSY
+
+
+def test_all_ranks_and_one_of_them(tmp_path: Path) -> None:
+    """A job for all ranks and that of one rank keep each other out; those of two ranks do not."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    for running, refused in ((target, 0), (target / "rank_0", None)):
+        staging = Staging(str(running), "1234")
+        staging.open()
+        with pytest.raises(errors.StorageError, match="another run is writing into") as caught:
+            cut(root, target, refused)
+        assert repr(str(running)) in str(caught.value)
+        assert refused is None or not (target / "rank_0").exists()
+        if refused is None:
+            assert cut(root, target, 1).published
+        staging.abandon([])
+        staging.close()
+    assert cut(root, target).published
+
+
+def test_ranks_beside_a_folder_that_nobody_runs(tmp_path: Path) -> None:
+    """What a killed job for all ranks left keeps no rank out, and is kept for its rerun."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    left = target / ".ms_ckpt_ext-1234"
+    left.mkdir(parents=True)
+    (left / "task-1-of-1.lock").touch()
+    (left / "part0.safetensors").touch()
+    looking = os.open(left / "task-1-of-1.lock", os.O_RDWR)
+    try:
+        fcntl.flock(looking, fcntl.LOCK_SH)  # another rank that looks at the same time
+        assert cut(root, target, 0).published and cut(root, target, 3).published
+    finally:
+        os.close(looking)
+    assert (left / "part0.safetensors").exists()
+
+
+def test_who_is_refused_keeps_what_an_earlier_run_finished(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, part_bytes=9000, split_dst_file=(1, 2))
+    before = sorted(target.glob(".ms_ckpt_ext-*/part*"))
+    other = Staging(str(target / "rank_0"), "1234")
+    other.open()
+    with pytest.raises(errors.StorageError, match="another run is writing into"):
+        merge(root, target, part_bytes=9000, split_dst_file=(1, 2))
+    other.close()
+    assert sorted(target.glob(".ms_ckpt_ext-*/part*")) == before != []

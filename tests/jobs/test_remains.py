@@ -1,0 +1,110 @@
+"""Killed while publishing, and then another job into that target: nothing of the first is left, or nothing loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ms_ckpt_ext import CheckpointError, convert, training_scalars, unified_safetensors
+from ms_ckpt_ext.api.jobs import reshard
+from ms_ckpt_ext.storage import remains, staging
+from tests.jobs.support import read_merged, source, tree
+
+
+class Killed(BaseException):
+    """No handler of the package is to tidy up after it."""
+
+
+def merge(root: Path, target: Path, **more: Any) -> Any:
+    options: dict[str, Any] = {"part_bytes": 9000, **more}
+    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **options)
+
+
+def cut(root: Path, target: Path) -> Any:
+    return reshard(root / "shards", target, strategy=root / "strategy.ckpt", to_strategy=root / "strategy.ckpt")
+
+
+def killed_while_moving(root: Path, target: Path, moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge that dies after `moves` of its files are in place."""
+    real, left = staging.os.rename, [moves]
+
+    def rename(old: Path, new: Path) -> None:
+        if Path(new).parent == target and (left := left_moves()) < 0:
+            raise Killed(left)
+        real(old, new)
+
+    def left_moves() -> int:
+        left[0] -= 1
+        return left[0]
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(staging.os, "rename", rename)
+        patch.setattr(staging.Staging, "abandon", lambda *_: None)
+        merge(root, target)
+    assert (target / remains.OBSTACLE).exists() and remains.is_unfinished(target / "param_name_map.json")
+
+
+@pytest.mark.parametrize("moves", [1, 3])
+def test_another_job_takes_away_what_was_moved(moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(source(tmp_path / "old", 1), target, part_bytes=20_000)
+    killed_while_moving(root, target, moves, monkeypatch)
+    cut(root, target)
+    assert sorted(tree(target)) == [f"rank_{rank}/net.safetensors" for rank in range(4)]
+
+
+def test_a_third_job_inherits_what_the_second_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    killed_while_moving(root, target, 1, monkeypatch)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(staging.Staging, "publish", lambda *_: (_ for _ in ()).throw(Killed()))
+        cut(root, target)
+    assert (target / remains.OBSTACLE).exists()
+    with pytest.raises(CheckpointError):
+        training_scalars(target)
+    convert(root / "shards/rank_0/net.safetensors", target, to="ckpt")
+    assert sorted(tree(target)) == ["net.ckpt"]
+
+
+def test_a_merge_under_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    killed_while_moving(root, target, 2, monkeypatch)
+    merge(root, target, naming="huggingface")
+    merge(root, tmp_path / "expected", naming="huggingface")
+    assert tree(target) == tree(tmp_path / "expected")
+
+
+def test_what_nobody_knows_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden folder is gone, so who moved what cannot be told: the obstacle stays."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    killed_while_moving(root, target, 1, monkeypatch)
+    shutil.rmtree(next(target.glob(".ms_ckpt_ext-*")))
+    cut(root, target)
+    assert (target / remains.OBSTACLE).exists()
+    merge(root, target)
+    assert not (target / remains.OBSTACLE).exists() and read_merged(target)
+
+
+def test_an_old_result_that_still_loads_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before anything was taken away, or when all was done: both results are whole, and stay."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    for old, patched in ((source(tmp_path / "old", 1), "write_atomically"), (root, "remove")):
+        merge(old, target)
+        before = tree(target)
+        with monkeypatch.context() as patch:
+            patch.setattr(staging.Staging, "abandon", lambda *_: None)
+            if patched == "remove":
+                shutil.rmtree(target)
+                patch.setattr(staging.Staging, "remove", lambda *_: None)
+                merge(root, target)
+            else:
+                patch.setattr(staging, patched, lambda *_: (_ for _ in ()).throw(Killed()))
+                with pytest.raises(Killed):
+                    merge(root, target)
+        cut(root, target)
+        after = {name: data for name, data in tree(target).items() if not name.startswith("rank_")}
+        assert after == before
+        shutil.rmtree(target)
