@@ -17,6 +17,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     Running,
     any_mode,
+    checked_choice,
     checked_format,
     checked_name_map,
     execute,
@@ -26,12 +27,14 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.inputs import find, other_suffix
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
-from ms_ckpt_ext.engine.jobs import Choice, chosen_name
+from ms_ckpt_ext.engine.naming import Choice, chosen_name
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
+
+_DIRECTION = "names (str) in the input to names (str) in the output"
 
 
 def ckpt_to_safetensors(
@@ -233,9 +236,8 @@ def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:
 
 
 def _rename(name_map: Optional[Mapping[str, str]], choice: Optional[Choice]) -> Rename:
-    names = checked_name_map(name_map)
-    if choice is not None and not callable(choice):
-        raise ArgumentTypeError(f"choice_func must be callable, got {type(choice).__name__}")
+    names = checked_name_map(name_map, _DIRECTION)
+    checked_choice(choice)
 
     def rename(name: str) -> Optional[str]:
         chosen = chosen_name(choice, name)
