@@ -177,8 +177,11 @@ def decrypt(
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
-    Arguments, results and errors are those of `convert`; a key is needed. Authenticated containers are checked whole
-    while they are decrypted, and nothing appears in `dst` unless all of it was right.
+    Arguments, results and errors are those of `convert`; a key is needed. Nothing appears in `dst` unless every file
+    decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
+    AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
+    the key fits. A checksum inside is not verified here: read the result with crc_check. Whole files that changed
+    places under one key are noticed in no mode. See docs/encryption.md, "What is noticed".
     """
     access = any_mode(dec_key, dec_mode)
     if access.key is None:

@@ -42,7 +42,7 @@ class MergeOptions:
         part_bytes: aim for parts of at most this many bytes; with the names of Hugging Face, where it is a limit, only
             a single larger parameter exceeds it.
         format: "safetensors" or "ckpt".
-        crc: give every file a checksum.
+        crc: give every file a checksum; files in MindSpore's encrypted blocks have one in any case.
         seal: how the files are encrypted; None when they are not. The index names parameters and is not encrypted.
         digests: write a manifest of digests beside them.
     """
@@ -86,7 +86,13 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     while options.naming == "huggingface" and any(_too_large(group, sizes, options.part_bytes) for group in groups):
         groups = _balanced(sizes, len(groups) + 1)
     parts = [
-        _output(_part_name(options, number, len(groups)), [(n, named[n], None) for n in group], catalog, options.crc)
+        _output(
+            _part_name(options, number, len(groups)),
+            [(n, named[n], None) for n in group],
+            catalog,
+            options.crc,
+            options.seal,
+        )
         for number, group in enumerate(groups)
     ]
     weight_map = {name: part.name for part in parts for name in sorted(w.name for w in part.wanted)}
@@ -95,7 +101,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     others = [part for number, part in enumerate(parts) if number not in mine]
     if catalog.extras:
         whole = [(name, tensor, None) for name, tensor in catalog.extras.items()]
-        scalars = _output(f"{discovery.HYPER_STEM}.{options.format}", whole, catalog, options.crc)
+        scalars = _output(f"{discovery.HYPER_STEM}.{options.format}", whole, catalog, options.crc, options.seal)
         (outputs if options.task == 1 else others).append(scalars)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     index_name = discovery.MAP_NAME if options.naming == "mindspore" else discovery.HF_INDEX_NAME
@@ -156,8 +162,10 @@ def _output(
     wanted: Iterable[tuple[str, SourceTensor, Optional[Region]]],
     catalog: Catalog,
     crc: bool = False,
+    seal: Optional[Seal] = None,
 ) -> Output:
-    """Lay out one file. A region of None means the whole parameter."""
+    """Lay out one file. A region of None means the whole parameter; a `seal` may ask for a checksum by itself."""
+    crc = crc or (seal is not None and seal.needs_crc(name))
     boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
     specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
@@ -202,7 +210,7 @@ def recut_job(
         taken = {name for name, _, _ in wanted}
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
         wanted.sort(key=lambda item: order.get(item[1].stored_name, len(order)))
-        outputs.append(_output(file_name(rank), wanted, catalog, crc))
+        outputs.append(_output(file_name(rank), wanted, catalog, crc, seal))
     stale = _stale_ranks(target, [output.name for output in outputs])
     return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
 
