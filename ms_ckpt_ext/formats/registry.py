@@ -131,6 +131,12 @@ def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
     return True
 
 
+def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
+    """Compare a file's checksum with its contents; False when it has none. Raises ChecksumError."""
+    checked: bool = _form(index.path, "read").verify_crc(reader, index)
+    return checked
+
+
 def read_indexes(paths: Iterable[str], access: Access = PLAIN, workers: int = 8) -> list[FileIndex]:
     """Tables of contents of many files, in order, read in parallel where that helps (network storage)."""
     with ThreadPoolExecutor(max_workers=workers) as pool:
