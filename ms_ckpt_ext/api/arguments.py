@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
@@ -13,6 +14,7 @@ from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.job import Job
+from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
@@ -45,16 +47,34 @@ def checked_format(value: Any, argument: str, optional: bool = False) -> None:
         raise UsageError(f"{argument} must be one of {allowed}; got {value!r}")
 
 
-def checked_name_map(name_map: Optional[Mapping[str, str]]) -> Mapping[str, str]:
+def checked_name_map(
+    name_map: Optional[Mapping[str, str]],
+    direction: str = "names (str) in the network to names (str) in the checkpoint",
+) -> Mapping[str, str]:
     if name_map is None:
         return {}
     if not isinstance(name_map, Mapping) or not all(isinstance(t, str) for pair in name_map.items() for t in pair):
-        raise ArgumentTypeError("name_map must map names (str) in the network to names (str) in the checkpoint")
-    sources = list(name_map.values())
-    twice = sorted({name for name in sources if sources.count(name) > 1})
-    if twice:
-        log.warning("name_map gives several network parameters the same source: %s", twice)
+        raise ArgumentTypeError(f"name_map must map {direction}")
     return name_map
+
+
+def checked_choice(choice_func: Any) -> Optional[Choice]:
+    if choice_func is not None and not callable(choice_func):
+        raise ArgumentTypeError(f"choice_func must be callable, got {type(choice_func).__name__}")
+    checked: Optional[Choice] = choice_func
+    return checked
+
+
+def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **more: bool) -> Naming:
+    """`choice_func` and `name_map` (name in the result -> name in the checkpoint) as one value.
+
+    `more` are the other attributes of `Naming`. Logs sources that the map gives to several names: tied weights mean it.
+    """
+    names = checked_name_map(name_map)
+    twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
+    if twice:
+        log.warning("name_map gives several parameters the same source: %s", twice)
+    return Naming(checked_choice(choice_func), names, **more)
 
 
 def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:

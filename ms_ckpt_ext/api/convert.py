@@ -17,6 +17,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     Running,
     any_mode,
+    checked_choice,
     checked_format,
     checked_name_map,
     execute,
@@ -26,12 +27,14 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.inputs import find, other_suffix
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
-from ms_ckpt_ext.engine.jobs import Choice, chosen_name
+from ms_ckpt_ext.engine.naming import Choice, chosen_name
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
+
+_DIRECTION = "names (str) in the input to names (str) in the output"
 
 
 def ckpt_to_safetensors(
@@ -174,8 +177,11 @@ def decrypt(
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
-    Arguments, results and errors are those of `convert`; a key is needed. Authenticated containers are checked whole
-    while they are decrypted, and nothing appears in `dst` unless all of it was right.
+    Arguments, results and errors are those of `convert`; a key is needed. Nothing appears in `dst` unless every file
+    decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
+    AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
+    the key fits. A checksum inside is not verified here: read the result with crc_check. Whole files that changed
+    places under one key are noticed in no mode. See docs/encryption.md, "What is noticed".
     """
     access = any_mode(dec_key, dec_mode)
     if access.key is None:
@@ -233,9 +239,8 @@ def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:
 
 
 def _rename(name_map: Optional[Mapping[str, str]], choice: Optional[Choice]) -> Rename:
-    names = checked_name_map(name_map)
-    if choice is not None and not callable(choice):
-        raise ArgumentTypeError(f"choice_func must be callable, got {type(choice).__name__}")
+    names = checked_name_map(name_map, _DIRECTION)
+    checked_choice(choice)
 
     def rename(name: str) -> Optional[str]:
         chosen = chosen_name(choice, name)

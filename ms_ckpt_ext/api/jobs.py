@@ -13,8 +13,9 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     any_mode,
     as_strategy,
+    checked_choice,
     checked_format,
-    checked_name_map,
+    checked_naming,
     checked_rules,
     execute,
     path_of,
@@ -24,7 +25,8 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, folders_job, merge_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job
+from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
@@ -41,6 +43,7 @@ def merge(
     match: Globs = (),
     exclude: Globs = (),
     rename: Optional[Choice] = None,
+    name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
     naming: str = "mindspore",
     part_bytes: int = PART_BYTES,
@@ -54,6 +57,7 @@ def merge(
     enc_mode: str = GCM,
     crc_check: bool = False,
     crc: bool = False,
+    digests: bool = True,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
     sync: bool = True,
@@ -66,7 +70,9 @@ def merge(
         dst: the directory for the result. An older result there is replaced when the new one is complete.
         strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
         match, exclude: shell-style globs of parameter names; all by default. Training scalars always go along.
-        rename: parameter name -> True (keep), False (drop) or a str (new name); after the globs.
+        rename: parameter name -> True (keep), False (drop) or a str (new name); after the globs. It is what other
+            functions call `choice_func`.
+        name_map: name in the result -> name in the checkpoint as `rename` left it, as for `reshard`.
         rules: weight rules (`ms_ckpt_ext.rules`), applied first.
         naming: "mindspore" or "huggingface", for names of files and the index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
@@ -76,6 +82,7 @@ def merge(
         dec_key, dec_mode: of an encrypted source; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
         enc_key, enc_mode: encrypt the result; by default with the key in MS_CKPT_EXT_ENC_KEY, if there is one.
         crc_check, crc: verify checksums of the source; give one to every file that is written.
+        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
         max_process_num, buffer_bytes: upper bound on worker threads, and the buffer budget of each.
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
             for the disk either. Being killed harms no result in either case. Not with shares.
@@ -90,12 +97,13 @@ def merge(
         StorageError: no space or permission; what is finished is kept for a rerun.
     """
     target, wanted = path_of(dst, "dst"), Filter(match, exclude)
+    called = checked_naming(_choice(wanted, checked_choice(rename)), name_map, scalars=False)
     checked_format(to, "to")
-    options = MergeOptions(_choice(wanted, rename), *share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode))
+    options = MergeOptions(*share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode), digests)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    catalog = source.open().ruled(weight_rules)
+    catalog = called.of(source.open().ruled(weight_rules))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")
@@ -108,6 +116,7 @@ def reshard(
     strategy: Any = None,
     to_strategy: Any = None,
     rank: Optional[int] = None,
+    choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
     to: str = "safetensors",
@@ -119,6 +128,7 @@ def reshard(
     enc_mode: str = GCM,
     crc_check: bool = False,
     crc: bool = False,
+    digests: bool = True,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
     sync: bool = True,
@@ -131,11 +141,14 @@ def reshard(
         dst: the directory for the result: `rank_N/net.safetensors` for every rank.
         strategy: of the job that saved rank folders; to_strategy: of the job that will load, None for one device.
         rank: write this rank's folder only, so that several hosts can do their ranks at the same time.
-        name_map: parameter name in the result -> name in the source.
+        choice_func: name in the source -> True (keep), False (leave out) or a str (new name); of scalars as well.
+        name_map: name in the result -> name in the source (as `choice_func` left it). It comes before a parameter that
+            has the name by itself; several names may share a source, which keeps its own, too: to rename, use
+            `choice_func`.
 
     The other arguments, the result and the errors are those of `merge`. UsageError also when there is no such rank.
     """
-    target, names = path_of(dst, "dst"), checked_name_map(name_map)
+    target, naming = path_of(dst, "dst"), checked_naming(choice_func, name_map)
     checked_format(to, "to")
     seal = seal_of(enc_key, enc_mode)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
@@ -143,9 +156,9 @@ def reshard(
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
     ranks = _ranks(layout, rank)
-    catalog = source.open().ruled(weight_rules)
+    catalog = naming.of(source.open().ruled(weight_rules))
     alone = rank is not None
-    job, target = folders_job(catalog, layout, ranks, alone, names, target, to, crc=crc, seal=seal)
+    job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
     return execute(job, target, run, "reshard")
 
 

@@ -13,7 +13,7 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     as_strategy,
     checked_format,
-    checked_name_map,
+    checked_naming,
     checked_rules,
     execute,
     path_of,
@@ -25,6 +25,7 @@ from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.contents import read_extras
 from ms_ckpt_ext.engine.jobs import folders_job
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
+from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.session import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -66,6 +67,7 @@ def load_distributed_checkpoint(
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
     rules: Sequence[Rule] = (),
+    choice_func: Optional[Choice] = None,
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
@@ -94,7 +96,9 @@ def load_distributed_checkpoint(
         dst_safetensors_dir: target of save mode.
         output_format: of save mode: "safetensors" or "ckpt".
         rank_id: rank of save mode; None for all.
-        name_map: name in the network (or target strategy) -> name in the checkpoint.
+        name_map: name in the network (or target strategy) -> name in the checkpoint (as `choice_func` left it). What it
+            names comes before a parameter that has the name by itself; several names may share a source, and a source
+            keeps its own name, too.
         max_process_num: upper bound on worker threads.
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix: which file of a rank folder of a sharded source; None for the newest.
@@ -117,7 +121,8 @@ def load_distributed_checkpoint(
         enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
             "AES-GCM", in this package's chunked container. See docs/encryption.md.
         rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters of the checkpoint's: renamed,
-            joined, interleaved, stacked, transposed. `name_map` then speaks of what the rules make.
+            joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
+        choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
@@ -133,7 +138,7 @@ def load_distributed_checkpoint(
     checked_format(output_format, "output_format")
     access = access_of(dec_key, dec_mode, crc_check)
     seal = seal_of(enc_key, enc_mode)
-    names, weight_rules = checked_name_map(name_map), checked_rules(rules)
+    naming, weight_rules = checked_naming(choice_func, name_map), checked_rules(rules)
     run = running(max_process_num, buffer_bytes, sync=sync)
     if network is not None:
         from ms_ckpt_ext.bridge import network as live
@@ -161,24 +166,24 @@ def load_distributed_checkpoint(
 
             give_up(error, timeout)
         if alone:
-            catalog = read_listing(look(), trained, access).ruled(weight_rules)
+            catalog = naming.of(read_listing(look(), trained, access).ruled(weight_rules))
             if return_param_dict:
-                return live.parameter_dict(network, catalog, strategy, rank, names, run.workers, run.limits)
-            return live.fill(network, catalog, strategy, rank, names, strict_load, run.workers, run.limits)
+                return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
+            return live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        shared = Source(look, trained, access, weight_rules)
-        return fill_together(network, shared, strategy, rank, names, strict_load, options, run.workers, run.limits)
+        shared = Source(look, trained, access, weight_rules, naming)
+        return fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
     trained = _trained(train_strategy_filename, None, None)
     look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
     _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
-    catalog = read_listing(look(), trained, access).ruled(weight_rules)
+    catalog = naming.of(read_listing(look(), trained, access).ruled(weight_rules))
     alone = rank_id is not None
     job, target = folders_job(
-        catalog, strategy, ranks, alone, names, target, output_format, crc=crc, seal=seal, digests=digests
+        catalog, strategy, ranks, alone, target, output_format, crc=crc, seal=seal, digests=digests
     )
     execute(job, target, run, "reshard")
     return True

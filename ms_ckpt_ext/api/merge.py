@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    checked_naming,
     checked_rules,
     execute,
     path_of,
@@ -18,9 +19,10 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import PART_BYTES, Choice, MergeOptions, merge_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job
+from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
 
@@ -51,6 +53,7 @@ def unified_safetensors(
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
     rules: Sequence[Rule] = (),
+    name_map: Optional[Mapping[str, str]] = None,
 ) -> Report:
     """Merge the slices of all ranks into whole parameters, in memory that does not grow with the model.
 
@@ -85,6 +88,8 @@ def unified_safetensors(
         enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
             "AES-GCM", in this package's chunked container. See docs/encryption.md.
         rules: weight rules (`ms_ckpt_ext.rules`), applied before `choice_func`; what they make is written.
+        name_map: name in the result -> name in the checkpoint as `choice_func` left it, as for
+            `load_distributed_checkpoint`; a source keeps its own name, too.
 
     Returns:
         What was read and written. `published` is False while other shares are missing.
@@ -97,15 +102,15 @@ def unified_safetensors(
     source, target = path_of(src_dir, "src_dir"), path_of(dst_dir, "dst_dir")
     if os.path.isfile(source):
         raise UsageError(f"src_dir must be the directory that holds the rank folders, got the file {source!r}")
-    if choice_func is not None and not callable(choice_func):
-        raise ArgumentTypeError(f"choice_func must be callable, got {type(choice_func).__name__}")
+    called = checked_naming(choice_func, name_map, scalars=False)
     task, tasks = _share_of(split_dst_file)
     seal = seal_of(enc_key, enc_mode)
-    options = MergeOptions(choice_func, task, tasks, naming, part_bytes, output_format, crc, seal, digests)
+    options = MergeOptions(task, tasks, naming, part_bytes, output_format, crc, seal, digests)
     run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
-    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access).ruled(weight_rules)
+    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access)
+    catalog = called.of(catalog.ruled(weight_rules))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")

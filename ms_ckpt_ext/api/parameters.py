@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -15,18 +16,18 @@ from ms_ckpt_ext.api.arguments import (
     any_mode,
     as_strategy,
     checked_format,
-    checked_name_map,
+    checked_naming,
     limits_of,
-    log,
     path_of,
     workers_of,
 )
-from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, open_catalog
-from ms_ckpt_ext.engine.jobs import Choice, chosen_name
+from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog, open_catalog
 from ms_ckpt_ext.engine.lazy import Parameters
+from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 
@@ -61,7 +62,8 @@ def load(
         strategy: the strategy that cut a sharded checkpoint, in any form (see `as_strategy`).
         names: which parameters: names or glob patterns ("layers.0.*"); None for all.
         choice_func: parameter name -> True (keep), False (leave out) or a str (new name).
-        name_map: name in the result -> name in the checkpoint, as for `load_distributed_checkpoint`.
+        name_map: name in the result -> name in the checkpoint (as `choice_func` left it), as for
+            `load_distributed_checkpoint`: several names may share a source, and a source keeps its own name, too.
         dec_key, dec_mode: of an encrypted checkpoint; without a mode any container will do.
         crc_check: verify the checksum of every file that has one now, which reads all of it.
         format: "safetensors" or "ckpt", where a directory holds both.
@@ -74,17 +76,18 @@ def load(
         statement, or let go of it.
 
     Raises:
-        UsageError, ArgumentTypeError: wrong arguments, or two parameters of one name.
+        UsageError, ArgumentTypeError: wrong arguments, or two parameters of one name, or `names` that mean none.
         DiscoveryError, StrategyError, LayoutMismatchError: what the files are cannot be told.
         FormatError, ChecksumError, DecryptionError, StorageError: they cannot be read.
     """
     source = path_of(path, "path")
     access = any_mode(dec_key, dec_mode, crc_check)
+    naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix)
-    held = _renamed(
-        list({**catalog.tensors, **catalog.extras}), _patterns(names), choice_func, checked_name_map(name_map)
-    )
-    return Parameters(catalog, held, workers_of(max_process_num), limits_of(buffer_bytes))
+    wanted = _wanted({**catalog.tensors, **catalog.extras}, patterns)
+    catalog = naming.of(_only(catalog, wanted))
+    held = dict.fromkeys((*catalog.tensors, *catalog.extras))
+    return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
 
 
 def as_parameters(held: Parameters, names: Optional[Iterable[str]] = None) -> dict[str, Any]:
@@ -116,6 +119,8 @@ def load_checkpoint(
     crc_check: bool = False,
     remove_redundancy: bool = False,
     format: str = "ckpt",
+    *,
+    name_map: Optional[Mapping[str, str]] = None,
 ) -> dict[str, Any]:
     """The Parameters of one file. Drop-in for `mindspore.load_checkpoint`.
 
@@ -127,9 +132,11 @@ def load_checkpoint(
         strict_load, remove_redundancy: of that function; what the file says about redundancy comes first.
         specify_prefix, filter_prefix: keep, or leave out, names that begin so; either replaces `choice_func`.
         dec_key, dec_mode: of an encrypted file.
-        choice_func: parameter name -> True (keep), False (leave out) or a str (new name).
+        choice_func: parameter name -> True (keep), False (leave out) or a str (new name). As in stock MindSpore, what
+            is no str counts by its truth.
         crc_check: verify the file's checksum, if it has one.
         format: "ckpt" or "safetensors".
+        name_map: name in the result -> name in the file (as the choice left it), as for `load`.
 
     Returns:
         name -> Parameter, or `str` for text.
@@ -143,9 +150,9 @@ def load_checkpoint(
     checked_format(format, "format")
     if not source.endswith(f".{format}"):
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
-    choice = _prefixes(specify_prefix, filter_prefix) or choice_func
+    naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access = access_of(dec_key, dec_mode, crc_check)
-    with _open(source, access, choice) as held:
+    with _held(naming.of(file_catalog(source, access))) as held:
         found = as_parameters(held)
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
     if not found:
@@ -166,6 +173,9 @@ def load_segmented_checkpoints(
     dec_mode: str = "AES-GCM",
     specify_prefix: Prefix = None,
     choice_func: Optional[Choice] = None,
+    *,
+    crc_check: bool = False,
+    name_map: Optional[Mapping[str, str]] = None,
 ) -> dict[str, Any]:
     """The Parameters of all `.ckpt` files of a directory. Drop-in for `mindspore.load_segmented_checkpoints`.
 
@@ -180,19 +190,13 @@ def load_segmented_checkpoints(
     paths = [path for path in sorted(Path(folder).glob("*.ckpt")) if not discovery.is_strategy(path)]
     if not paths:
         raise DiscoveryError(f"{folder!r} holds no .ckpt checkpoint; check the path")
-    choice = _prefixes(specify_prefix, filter_prefix) or choice_func
-    access = access_of(dec_key, dec_mode)
-    found: dict[str, Any] = {}
-    place: dict[str, str] = {}
-    for path in paths:
-        with _open(str(path), access, choice) as held:
-            for name in held:
-                if place.setdefault(name, path.name) != path.name:
-                    raise DiscoveryError(
-                        f"parameter {name!r} is in {place[name]!r} and in {path.name!r} of {folder!r}; "
-                        "which one is meant is not clear: choose by choice_func, or move one file away"
-                    )
-            found.update(as_parameters(held))
+    naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
+    access = access_of(dec_key, dec_mode, crc_check)
+    catalog = files_catalog(list(map(str, paths)), access)
+    chosen = naming.of(catalog)
+    _refuse_doubles(catalog.files, {tensor.stored_name for tensor in chosen.tensors.values()}, folder)
+    with _held(chosen) as held:
+        found = as_parameters(held)
     if not found:
         raise UsageError(f"choice_func or the prefixes leave nothing of the files in {folder!r}; check them")
     if net is not None:
@@ -202,9 +206,31 @@ def load_segmented_checkpoints(
     return found
 
 
-def _open(path: str, access: Access, choice: Optional[Choice]) -> Parameters:
-    catalog = file_catalog(path, access)
-    return Parameters(catalog, _renamed(list(catalog.tensors), None, choice, {}), workers_of(64))
+def _held(catalog: Catalog) -> Parameters:
+    return Parameters(catalog, {name: name for name in catalog.tensors}, workers_of(64))
+
+
+def _refuse_doubles(files: Sequence[FileIndex], wanted: set[str], folder: str) -> None:
+    place: dict[str, str] = {}
+    for index in files:
+        mine = os.path.basename(index.path)
+        for name in wanted.intersection(index.tensors):
+            if place.setdefault(name, mine) != mine:
+                raise DiscoveryError(
+                    f"parameter {name!r} is in {place[name]!r} and in {mine!r} of {folder!r}; "
+                    "which one is meant is not clear: choose by choice_func, or move one file away"
+                )
+
+
+def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
+    tensors, extras = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.tensors, catalog.extras))
+    return replace(catalog, tensors=tensors, extras=extras)
+
+
+def _as_stock(
+    specify: Prefix, filters: Prefix, choice_func: Optional[Choice], name_map: Optional[Mapping[str, str]]
+) -> Naming:
+    return checked_naming(_prefixes(specify, filters) or choice_func, name_map, truthy=True)
 
 
 def _catalog(path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str]) -> Catalog:
@@ -225,28 +251,19 @@ def _patterns(names: Union[str, Iterable[str], None]) -> Optional[list[str]]:
     return listed
 
 
-def _renamed(
-    stored: list[str], patterns: Optional[list[str]], choice: Optional[Choice], name_map: Mapping[str, str]
-) -> dict[str, str]:
-    """Name in the result -> name in the checkpoint."""
-    if choice is not None and not callable(choice):
-        raise ArgumentTypeError(f"choice_func must be callable, got {type(choice).__name__}")
-    missing = sorted(set(name_map.values()) - set(stored))
-    if missing:
-        log.warning("name_map speaks of parameters that the checkpoint does not hold: %s", missing)
-    back = {source: name for name, source in name_map.items()}
-    found: dict[str, str] = {}
-    for name in stored:
-        if patterns is not None and not any(name == p or fnmatch.fnmatchcase(name, p) for p in patterns):
-            continue
-        chosen = chosen_name(choice, name)
-        if chosen is None:
-            continue
-        new = back.get(name, chosen)
-        if new in found:
-            raise UsageError(f"both {found[new]!r} and {name!r} get the name {new!r}; names must stay unique")
-        found[new] = name
-    return found
+def _wanted(stored: Iterable[str], patterns: Optional[list[str]]) -> set[str]:
+    """Names that one of the patterns means. Raises UsageError for a pattern that means none: it may be misspelt."""
+    names = list(stored)
+    if patterns is None:
+        return set(names)
+    found = {pattern: {n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)} for pattern in patterns}
+    idle = [pattern for pattern, hits in found.items() if not hits]
+    if idle:
+        raise UsageError(
+            f"names: the checkpoint holds no parameter like {', '.join(map(repr, idle[:3]))}, but for example "
+            f"{', '.join(map(repr, names[:3])) or 'none at all'}; globs are of whole names, e.g. '*.bias'"
+        )
+    return set().union(*found.values())
 
 
 def _prefixes(specify: Prefix, filters: Prefix) -> Optional[Choice]:

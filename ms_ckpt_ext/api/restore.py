@@ -14,7 +14,7 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     as_strategy,
     checked_format,
-    checked_name_map,
+    checked_naming,
     checked_rules,
     limits_of,
     path_of,
@@ -124,7 +124,7 @@ def resume(
     checked_format(format, "format", optional=True)
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
-    names = checked_name_map(name_map)
+    naming = checked_naming(None, name_map)
     options = LoadOptions(
         mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
         bucket_bytes=bucket_bytes,
@@ -146,7 +146,7 @@ def resume(
         wanted,
         target,
         rank,
-        names,
+        naming,
         weight_rules,
         strict_load,
         allow_missing,

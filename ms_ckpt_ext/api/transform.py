@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, Optional, Union
 
@@ -12,6 +12,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     access_of,
     checked_format,
+    checked_naming,
     execute,
     path_of,
     running,
@@ -23,6 +24,7 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.listing import list_files
+from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
@@ -53,6 +55,8 @@ def transform_checkpoints(
     enc_mode: str = "AES-GCM",
     digests: bool = True,
     sync: bool = True,
+    choice_func: Optional[Choice] = None,
+    name_map: Optional[Mapping[str, str]] = None,
 ) -> Report:
     """Cut a sharded checkpoint anew for every rank of another strategy.
 
@@ -74,6 +78,7 @@ def transform_checkpoints(
         crc: give every file a checksum.
         digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
         sync: the files are on disk when this returns; False as in `unified_safetensors`.
+        choice_func, name_map: as in `load_distributed_checkpoint`: what the target's names hold of the source's.
 
     Returns:
         What was read and written.
@@ -91,6 +96,7 @@ def transform_checkpoints(
     prefix = _checked_prefix(ckpt_prefix)
     checked_format(output_format, "output_format")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
+    naming = checked_naming(choice_func, name_map)
     run = running(process_num, buffer_bytes, sync=sync, argument="process_num")
     trained, wanted = (
         _strategy(src_strategy_file, "src_strategy_file"),
@@ -104,13 +110,15 @@ def transform_checkpoints(
     if part is not None and trained is not None and kind == "ckpt":
         first = part * trained.devices_per_stage
         files = {rank - first: path for rank, path in files.items() if 0 <= rank - first < trained.devices_per_stage}
-        trained, wanted = _only_stage(trained, part), _only_names(wanted, trained)
+        trained = _only_stage(trained, part)
     suffix = f"_part{part}.{output_format}" if part is not None and kind == "ckpt" else f".{output_format}"
-    catalog = _catalog(files, trained, access)
+    catalog = naming.of(_catalog(files, trained, access))
+    if part is not None and trained is not None and kind == "ckpt":
+        wanted = _only_names(wanted, {*trained.layouts, *catalog.tensors})
     if wanted is not None:
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)
-    recut = partial(recut_job, catalog, wanted, ranks, {}, crc=crc, seal=seal, digests=digests)
+    recut = partial(recut_job, catalog, wanted, ranks, crc=crc, seal=seal, digests=digests)
     job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
     check_apart(catalog, target, job)
     return execute(job, target, run, "transform")
@@ -133,6 +141,8 @@ def transform_checkpoint_by_rank(
     enc_mode: str = "AES-GCM",
     digests: bool = True,
     sync: bool = True,
+    choice_func: Optional[Choice] = None,
+    name_map: Optional[Mapping[str, str]] = None,
 ) -> Report:
     """Cut the file of one rank of another strategy out of the files that hold it.
 
@@ -145,7 +155,8 @@ def transform_checkpoint_by_rank(
         save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. One call at a time per folder.
         src_strategy_file, dst_strategy_file: as in `transform_checkpoints`.
         buffer_bytes, max_process_num: buffer budget of each worker, and upper bound on their number.
-        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests, sync: as in `transform_checkpoints`.
+        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests, sync, choice_func, name_map: as in
+            `transform_checkpoints`.
 
     Returns:
         What was read and written.
@@ -160,6 +171,7 @@ def transform_checkpoint_by_rank(
     if not target.endswith((".ckpt", ".safetensors")):
         raise UsageError(f"save_checkpoint_file_name must end with .ckpt or .safetensors, got {target!r}")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
+    naming = checked_naming(choice_func, name_map)
     run = running(max_process_num, buffer_bytes, sync=sync)
     trained, wanted = (
         _strategy(src_strategy_file, "src_strategy_file"),
@@ -169,10 +181,10 @@ def transform_checkpoint_by_rank(
     if rank_id >= world:
         raise UsageError(f"rank_id must be between 0 and {world - 1} under dst_strategy_file, got {rank_id}")
     files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(checkpoint_files_map.items())}
-    catalog = _catalog(files, trained, access)
+    catalog = naming.of(_catalog(files, trained, access))
     folder, name = os.path.split(target)
     folder = folder or os.curdir
-    job = recut_job(catalog, wanted, [rank_id], {}, lambda _: name, crc=crc, seal=seal, digests=digests)
+    job = recut_job(catalog, wanted, [rank_id], lambda _: name, crc=crc, seal=seal, digests=digests)
     check_apart(catalog, folder, job)
     return execute(job, folder, run, "transform")
 
@@ -262,9 +274,9 @@ def _only_stage(strategy: Strategy, stage: int) -> Strategy:
     return Strategy(layouts, strategy.devices_per_stage, 1, strategy.origin)
 
 
-def _only_names(wanted: Optional[Strategy], trained: Strategy) -> Optional[Strategy]:
-    """What of the target the source lists."""
+def _only_names(wanted: Optional[Strategy], listed: Collection[str]) -> Optional[Strategy]:
+    """What of the target the source lists, by the names that the target knows."""
     if wanted is None:
         return None
-    layouts = {name: stages for name, stages in wanted.layouts.items() if name in trained.layouts}
+    layouts = {name: stages for name, stages in wanted.layouts.items() if name in listed}
     return Strategy(layouts, wanted.devices_per_stage, wanted.stages, wanted.origin)

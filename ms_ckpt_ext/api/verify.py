@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_name_map, path_of, workers_of
@@ -16,10 +16,18 @@ from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
 from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, check, load_manifest
 from ms_ckpt_ext.engine.health import Health
-from ms_ckpt_ext.errors import DiscoveryError, UsageError
+from ms_ckpt_ext.engine.proof import prove_file
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError, DiscoveryError, FormatError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access, open_reader, read_index
 from ms_ckpt_ext.storage.reader import ByteReader
+
+
+class Unchecked(NamedTuple):
+    """A file that was not checked, and why."""
+
+    file: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class ManifestCheck:
         nbytes: bytes of the files.
         faults: what is not as it was written.
         unlisted: checkpoint files that no manifest lists.
+        unchecked: files of which only the size could be compared, and why: an encrypted file has no digests. With its
+            key it is decrypted whole instead, for its authentication tags and the checksum inside.
     """
 
     manifests: tuple[str, ...]
@@ -40,11 +50,12 @@ class ManifestCheck:
     nbytes: int
     faults: tuple[Fault, ...]
     unlisted: tuple[str, ...]
+    unchecked: tuple[Unchecked, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when every listed file is as it was written."""
-        return not self.faults
+        """True when every listed file was looked at and is as it was written."""
+        return not self.faults and not self.unchecked
 
 
 def verify(
@@ -61,14 +72,17 @@ def verify(
     file_suffix_b: Optional[str] = None,
     dec_key: Optional[KeyLike] = None,
     dec_key_b: Optional[KeyLike] = None,
+    dec_mode: Optional[str] = None,
+    dec_mode_b: Optional[str] = None,
     max_process_num: int = 64,
 ) -> Union[Comparison, Health, ManifestCheck]:
     """Verify a checkpoint against another one, against its manifest of digests, or by itself.
 
     With `b`: are both the same model? Layouts, formats and encryption may differ; values are compared bit for bit,
     region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
-    that `ms_ckpt_ext.digests.json` gives it? Else: is every slice there, are all copies of a slice equal, and what is
-    NaN or infinite?
+    that `ms_ckpt_ext.digests.json` gives it? Encrypted files have no digests and are decrypted whole instead; without
+    their key, or in a mode without authentication, they count as not checked. Else: is every slice there, are all
+    copies of a slice equal, and what is NaN or infinite?
 
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
@@ -77,6 +91,7 @@ def verify(
         name_map: parameter name in `b` -> name in `a`.
         file_suffix, file_suffix_b: which file of a rank folder; None for the newest.
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
+        dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
         max_process_num: upper bound on worker threads.
 
     Returns:
@@ -88,7 +103,7 @@ def verify(
         CoverageError: one of two checkpoints lacks a region that it should hold.
         StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
     """
-    workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, None)
+    workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, dec_mode)
     if manifest:
         if b is not None or strategy is not None or wanted:
             raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
@@ -96,7 +111,7 @@ def verify(
     first = find(a, strategy, file_suffix, access, argument="a")
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers)
-    second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, None), argument="b")
+    second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
     one, two = first.open(), second.open()
     names = checked_name_map(name_map)
     held = {names.get(name, name): tensor for name, tensor in {**two.extras, **two.tensors}.items()}
@@ -127,6 +142,7 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
         )
     listed = {os.path.normpath(os.path.join(folder, name)) for folder, held in found.items() for name in held.files}
     faults: list[Fault] = []
+    unchecked: list[Unchecked] = []
     sizes = [entry.size for held in found.values() for entry in held.files.values()]
     with progress.bar("verify", sum(sizes)) as advance:
 
@@ -136,10 +152,31 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
         for folder, held in found.items():
             prefix = os.path.relpath(folder, path)
             told = check(folder, held, None, workers, lambda file: read_index(file, access), opener)
-            faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in told]
+            damaged = {fault.file for fault in told}
+            without = [name for name, entry in held.files.items() if not entry.tensors and name not in damaged]
+            proved, open_ = _prove(folder, without, access, advance)
+            faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in (*told, *proved)]
+            unchecked += [u._replace(file=os.path.normpath(os.path.join(prefix, u.file))) for u in open_]
     tensors = sum(len(entry.tensors) for held in found.values() for entry in held.files.values())
     manifests = tuple(os.path.join(folder, MANIFEST_NAME) for folder in found)
-    return ManifestCheck(manifests, len(sizes), tensors, sum(sizes), tuple(faults), tuple(_unlisted(folders, listed)))
+    return ManifestCheck(
+        manifests, len(sizes), tensors, sum(sizes), tuple(faults), tuple(_unlisted(folders, listed)), tuple(unchecked)
+    )
+
+
+def _prove(
+    folder: str, names: list[str], access: Access, advance: Callable[[int], None]
+) -> tuple[list[Fault], list[Unchecked]]:
+    """Files without digests: what is wrong with them, and which could not be checked."""
+    faults, unchecked = [], []
+    for name in names:
+        try:
+            reason = prove_file(os.path.join(folder, *name.split("/")), access, advance)
+        except (ChecksumError, DecryptionError, FormatError) as error:
+            faults.append(Fault(name, None, str(error), "contents as they were encrypted"))
+        else:
+            unchecked += [] if reason is None else [Unchecked(name, reason)]
+    return faults, unchecked
 
 
 def _unlisted(folders: list[str], listed: set[str]) -> list[str]:

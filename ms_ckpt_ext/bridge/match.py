@@ -53,12 +53,10 @@ def check_cell(network: Any) -> None:
         raise ArgumentTypeError(f"network must be a mindspore.nn.Cell or None, got {type(network).__name__}")
 
 
-def offers_of(
-    catalog: Catalog, strategy: Optional[Strategy], rank: int, name_map: Mapping[str, str]
-) -> dict[str, Offer]:
+def offers_of(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> dict[str, Offer]:
     """Everything the checkpoint has for `rank` under `strategy`, by its name in the network."""
     offers = {}
-    for name, tensor, region in rank_boxes(catalog, strategy, rank, name_map):
+    for name, tensor, region in rank_boxes(catalog, strategy, rank):
         offers[name] = _offer(catalog, tensor, region)
     for name, tensor in catalog.extras.items():
         whole = Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
@@ -90,7 +88,7 @@ def match_parameters(
 ) -> tuple[list[Match], list[str], list[str]]:
     """Pair Parameters with offers, by name, then (unless exact) by a common prefix as MindSpore does."""
     matches, missing = [], []
-    unused = dict.fromkeys(offers)
+    taken: set[tuple[str, int]] = set()
     waiting: dict[str, Any] = {}
     parallel = is_parallel(network)
     for _, parameter in network.parameters_and_names():
@@ -104,7 +102,7 @@ def match_parameters(
                     "network",
                 )
             matches.append(Match(parameter, name, offers[name]))
-            unused.pop(name, None)
+            taken.add(_stored(offers[name]))
         elif not name.startswith(ACCUMULATED_GRADIENT_PREFIX) and not (parallel and not parameter.sliced):
             missing.append(name)
             waiting[name] = parameter
@@ -112,7 +110,12 @@ def match_parameters(
         for match in _match_by_prefix(missing, waiting, offers):
             matches.append(match)
             missing.remove(match.parameter.name)
-    return matches, missing, list(unused)
+    return matches, missing, [name for name, offer in offers.items() if _stored(offer) not in taken]
+
+
+def _stored(offer: Offer) -> tuple[str, int]:
+    """The same for offers of the same contents: what a name map gives another name is not left over under its own."""
+    return offer.tensor.stored_name, id(offer.tensor.recipe)
 
 
 def is_parallel(network: Any) -> bool:

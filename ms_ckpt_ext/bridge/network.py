@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
 import numpy as np
@@ -42,7 +42,6 @@ def fill(
     catalog: Catalog,
     strategy: Optional[Strategy],
     rank: int,
-    name_map: Mapping[str, str],
     strict: bool,
     workers: int,
     limits: Limits,
@@ -60,7 +59,7 @@ def fill(
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
     """
     check_cell(network)
-    offers = offers_of(catalog, strategy, rank, name_map)
+    offers = offers_of(catalog, strategy, rank)
     matches, missing, unused = match_parameters(network, offers, strict or not by_suffix)
     for match in matches:
         check_fit(match, strict)
@@ -85,7 +84,6 @@ def parameter_dict(
     catalog: Catalog,
     strategy: Optional[Strategy],
     rank: int,
-    name_map: Mapping[str, str],
     workers: int,
     limits: Limits,
 ) -> dict[str, Any]:
@@ -94,7 +92,7 @@ def parameter_dict(
     Text is a str, as `mindspore.load_checkpoint` has it.
     """
     check_cell(network)
-    offers = offers_of(catalog, strategy, rank, name_map)
+    offers = offers_of(catalog, strategy, rank)
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}
     with catalog.readers() as readers:
         _read([(offer, buffers[name]) for name, offer in offers.items()], catalog, readers, workers, limits)

@@ -15,6 +15,7 @@ from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.naming import Naming
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.transport import select
@@ -74,7 +75,7 @@ def fill_newest(
     wanted: Wanted,
     target: Optional[Strategy],
     rank: int,
-    name_map: Mapping[str, str],
+    naming: Naming,
     rules: tuple[Rule, ...],
     strict: bool,
     allow_missing: bool,
@@ -99,10 +100,9 @@ def fill_newest(
     listing = chosen.listing
     missing, unused = fill_together(
         network,
-        Source(lambda: listing, chosen.strategy, wanted.access, rules),
+        Source(lambda: listing, chosen.strategy, wanted.access, rules, naming),
         target,
         rank,
-        name_map,
         strict,
         options,
         workers,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
@@ -26,6 +26,7 @@ from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.live import HostMover
+from ms_ckpt_ext.engine.naming import Naming
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
@@ -51,19 +52,24 @@ class Source(NamedTuple):
         strategy: the strategy that cut it; None for a merged one.
         access: how its files are opened.
         rules: weight rules that make the network's parameters of what the files hold.
+        naming: how these are called in the network.
     """
 
     look: Callable[[], Listing]
     strategy: Optional[Strategy]
     access: Access = PLAIN
     rules: tuple[Rule, ...] = ()
+    naming: Naming = Naming()
 
     def catalog(self, seen: Survey) -> Catalog:
-        """What the ranks saw, with the rules applied."""
+        """What the ranks saw, with the rules applied, by its names in the network."""
+        return self.naming.of(self._stored(seen).ruled(self.rules))
+
+    def _stored(self, seen: Survey) -> Catalog:
         folder = None if seen.sharded or seen.names is not None else self._folder()
         if folder is not None:
-            return folder_catalog(seen.indexes, folder, self.access).ruled(self.rules)
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access).ruled(self.rules)
+            return folder_catalog(seen.indexes, folder, self.access)
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access)
 
     def _folder(self) -> Optional[Folder]:
         """What a folder of MindFormers says about itself; every host must see it."""
@@ -78,7 +84,6 @@ def fill_together(
     source: Source,
     target: Optional[Strategy],
     rank: int,
-    name_map: Mapping[str, str],
     strict: bool,
     options: LoadOptions,
     workers: int,
@@ -112,7 +117,7 @@ def fill_together(
 
         def settle() -> tuple[list[Match], list[str], list[str]]:
             check_cell(network)
-            found = match_parameters(network, offers_of(catalog, target, rank, name_map), strict or not by_suffix)
+            found = match_parameters(network, offers_of(catalog, target, rank), strict or not by_suffix)
             for match in found[0]:
                 check_fit(match, strict)
             if require_all and found[1]:
@@ -123,7 +128,7 @@ def fill_together(
             return found
 
         matches, missing, unused = _on_all(transport, settle)
-        ready = _prepare(transport, seen, catalog, matches, source, target, rank, name_map, options)
+        ready = _prepare(transport, seen, catalog, matches, source, target, rank, options)
         _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
         if options.verify == "full":
             audit(transport, catalog, [demand.tensor for demand in ready.demands], seen.by_number, workers)
@@ -166,14 +171,14 @@ def _prepare(
     source: Source,
     target: Optional[Strategy],
     rank: int,
-    name_map: Mapping[str, str],
     options: LoadOptions,
 ) -> Prepared:
     wants = {match.name: _want(match, target, rank) for match in matches}
     facts = {"source strategy": repr(source.strategy and sorted(source.strategy.layouts.items()))}
     facts["rules"] = repr(source.rules)
     facts["target strategy"] = repr(target and target.devices_per_stage)  # a layout dict is of one stage only
-    facts["name_map"] = repr(sorted(name_map.items()))
+    facts["name_map"] = repr(sorted(source.naming.name_map.items()))
+    facts["choice_func"] = repr([(*catalog.tensors,), (*catalog.extras,)])  # a function is told by what it left
     hardware = profiles.profile(profiles.ASCEND if _on_device(transport) else profiles.CPU).hardware
     return session.prepare(transport, seen, catalog, wants, options, hardware, facts)
 

@@ -24,6 +24,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_suffix(parser)
     options.add_format(parser)
     options.add_key(parser)
+    options.add_mode(parser)
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
@@ -37,6 +38,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         file_suffix=arguments.file_suffix,
         format=arguments.format,
         dec_key=options.key(arguments),
+        dec_mode=arguments.dec_mode,
     )
     everything = arguments.all or bool(arguments.match or arguments.exclude)
     return Answer(_data(found), _lines(found, arguments.tree, everything))

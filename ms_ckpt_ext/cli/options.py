@@ -51,6 +51,15 @@ def add_key(parser: ArgumentParser, verb: str = "dec", whose: str = "of encrypte
     keys.add_argument(f"--{verb}-key-env{suffix}", metavar="NAME", help="environment variable with that key")
 
 
+MODES = ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")
+
+
+def add_mode(parser: ArgumentParser, whose: str = "files", suffix: str = "") -> None:
+    """How encrypted files must be encrypted."""
+    help_ = f"refuse {whose} that are encrypted in another way" if not suffix else f"the same for {whose[3:]}"
+    parser.add_argument(f"--dec-mode{suffix}", choices=MODES, help=help_)
+
+
 def add_name_map(parser: ArgumentParser, form: str) -> None:
     """A JSON file with names."""
     takes_path(parser.add_argument("--name-map", metavar="FILE", help=f"JSON {form}"))

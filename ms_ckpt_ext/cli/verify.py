@@ -33,6 +33,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_suffix(parser, "--file-suffix-b")
     options.add_key(parser, whose="of a")
     options.add_key(parser, whose="of b", suffix="-b")
+    options.add_mode(parser)
+    options.add_mode(parser, whose="of b", suffix="-b")
     options.add_workers(parser)
 
 
@@ -56,6 +58,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
         file_suffix_b=arguments.file_suffix_b,
         dec_key=options.key(arguments),
         dec_key_b=options.key(arguments, suffix="_b"),
+        dec_mode=arguments.dec_mode,
+        dec_mode_b=arguments.dec_mode_b,
         max_process_num=arguments.workers,
     )
     seconds = time.monotonic() - begin
@@ -151,11 +155,17 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
 
 def _by_manifest(found: ManifestCheck, seconds: float, everything: bool) -> Iterator[str]:
     counts = f"{words.count(found.tensors, 'tensor')} in {words.count(found.files, 'file')}"
-    yield f"{_verdict(found.ok, 'As written', 'Damaged')}: {counts}, {_read(found.nbytes, seconds)}"
+    bad = "Damaged" if found.faults else "Not checked in full"
+    yield f"{_verdict(found.ok, 'As written', bad)}: {counts}, {_read(found.nbytes, seconds)}"
     if found.faults:
         yield ""
         rows = [[f.file, f.tensor or "(the file)", f.found, f.expected] for f in found.faults]
         yield from words.listed(["file", "tensor", "found", "in the manifest"], rows, "", everything)
+    if found.unchecked:
+        yield ""
+        yield from words.listed(
+            ["not checked", "because it is"], [[u.file, u.reason] for u in found.unchecked], "", everything
+        )
     if found.unlisted:
         yield ""
         yield from words.listed(["in no manifest"], [[path] for path in found.unlisted], "", everything)
@@ -168,7 +178,7 @@ COMMAND = Command(
         "Are two checkpoints the same model? Layouts, formats and encryption may differ; values are compared bit for\n"
         "bit, in memory that does not grow with the model. With one checkpoint: against the digests that were written\n"
         "with it (--manifest), or by itself: is every slice there, are all copies of a slice equal, what is NaN or\n"
-        "infinite? Exit code 1 when differences or faults are found."
+        "infinite? Exit code 1 when differences or faults are found, or when --manifest cannot check an encrypted file."
     ),
     examples=(
         ("ms-ckpt verify checkpoint merged --strategy strategy.ckpt", "is the merge of these rank folders right?"),

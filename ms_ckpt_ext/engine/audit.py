@@ -19,8 +19,9 @@ from typing import Any, Optional
 
 from ms_ckpt_ext.core.plan import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.catalog import AUTHENTICATED, Catalog
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, digest_tensors, digests_of
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, FileDigests, digest_tensors, digests_of
 from ms_ckpt_ext.errors import ChecksumError, UsageError
+from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import reopen
 from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.transport.agree import share_status
@@ -122,9 +123,8 @@ def _differences(catalog: Catalog, file: int, names: list[str], workers: int) ->
     unknown = list(names) if recorded is None else [name for name in names if name not in recorded.tensors]
     if recorded is None or unknown:
         raise UsageError(
-            f"verify='full': no digest of {unknown[0]!r} in {index.path!r} ({index.size} bytes) is on record: neither "
-            f"the file's folder nor the one above has a {MANIFEST_NAME} that lists it with this size. Record digests "
-            "when the checkpoint is written, or load with verify='replicas'"
+            f"verify='full': no digest of {unknown[0]!r} in {index.path!r} ({index.size} bytes) is on record: "
+            f"{_why(index, recorded)}. Record digests when the checkpoint is written, or load with verify='replicas'"
         )
 
     def opener(_path: str) -> ByteReader:
@@ -133,3 +133,12 @@ def _differences(catalog: Catalog, file: int, names: list[str], workers: int) ->
     found = digest_tensors(index, names, workers, opener)
     expected = recorded.tensors
     return [Fault(index.path, name, found[name], expected[name]) for name in names if found[name] != expected[name]]
+
+
+def _why(index: FileIndex, recorded: Optional[FileDigests]) -> str:
+    if recorded is None:
+        return f"neither the file's folder nor the one above has a {MANIFEST_NAME} that lists it with this size"
+    if recorded.tensors:
+        return f"its {MANIFEST_NAME} lists the file, but without this parameter"
+    sealed = "" if index.reader == "plain" else f", as it is encrypted ({index.reader}, which is not authenticated)"
+    return f"its {MANIFEST_NAME} lists the file without digests{sealed}"

@@ -44,7 +44,7 @@ def convert_job(
         inputs: output name, relative to the target -> path of the input file.
         access: how the inputs are opened.
         rename: parameter name in the input -> name in the output, or None to leave it out.
-        crc: give every output a checksum.
+        crc: give every output a checksum; those in MindSpore's encrypted blocks have one in any case.
         index: small files that go along, published last: name -> contents.
         seal: how the outputs are encrypted; None when they are not.
         digests: write a manifest of digests beside the outputs.
@@ -59,7 +59,8 @@ def convert_job(
     for number, (name, held) in enumerate(zip(inputs, indexes)):
         mine = {stored: whole_tensor(stored, entry, [number]) for stored, entry in held.tensors.items()}
         tensors.update({f"{number}/{stored}": tensor for stored, tensor in mine.items()})
-        outputs.append(_converted(name, held, mine, rename, crc))
+        checked = crc or (seal is not None and seal.needs_crc(name))
+        outputs.append(_converted(name, held, mine, rename, checked))
     return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index, seal=seal, digests=digests)
 
 

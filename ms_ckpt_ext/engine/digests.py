@@ -253,8 +253,8 @@ def check(
         directory: the manifest's folder.
         files: which of the manifest's files, relative to the folder; None for all of them.
         workers: threads, each with a buffer of 1 MiB.
-        indexer, opener: readers of the files; those that hold a key where files are encrypted. What an encrypted
-            file holds is checked by its own authentication tags while it is read, not here: of it, only the size is.
+        indexer, opener: readers of the files; those that hold a key where files are encrypted. Of an encrypted file
+            only the size is checked here: what it holds is for `proof.prove_file`.
 
     Raises:
         KeyError: a file that the manifest does not list.

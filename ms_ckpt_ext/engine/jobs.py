@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Optional, Union
+from typing import Callable, Optional
 
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.region import Region
@@ -22,11 +22,10 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 
-Choice = Callable[[str], Union[bool, str]]
 PART_BYTES = 3 << 30
 """MindSpore's size of a part of a merged checkpoint."""
 
@@ -36,19 +35,17 @@ class MergeOptions:
     """How a merge is to be written.
 
     Attributes:
-        choice: keeps (True), drops (False) or renames (a str) a parameter; None keeps all.
         task, tasks: this call writes share `task` (from 1) of `tasks`.
         naming: "mindspore" (`part0.safetensors`, `param_name_map.json`, `hyper_param.safetensors`) or "huggingface"
             (`model-00001-of-00002.safetensors`, `model.safetensors.index.json`).
         part_bytes: aim for parts of at most this many bytes; with the names of Hugging Face, where it is a limit, only
             a single larger parameter exceeds it.
         format: "safetensors" or "ckpt".
-        crc: give every file a checksum.
+        crc: give every file a checksum; files in MindSpore's encrypted blocks have one in any case.
         seal: how the files are encrypted; None when they are not. The index names parameters and is not encrypted.
         digests: write a manifest of digests beside them.
     """
 
-    choice: Optional[Choice] = None
     task: int = 1
     tasks: int = 1
     naming: str = "mindspore"
@@ -77,10 +74,11 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     """Every parameter whole, in parts.
 
     Raises:
-        ArgumentTypeError: the choice function returned something other than bool or str.
-        UsageError: two parameters get the same name, or nothing is left; or the target holds another's model.
+        UsageError: there is no parameter; or the target holds another's model.
     """
-    named = _named(catalog, options.choice)
+    named = catalog.tensors
+    if not named:
+        raise UsageError("choice_func or the globs dropped every parameter; nothing would be written")
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
     count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
     groups = _balanced(sizes, min(count, len(sizes)))
@@ -88,7 +86,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         groups = _balanced(sizes, len(groups) + 1)
     # transformers opens files of "pt", "tf", "flax" and "mlx" only.
     framework = "pt" if options.naming == "huggingface" else "ms"
-    lay_out = partial(_output, catalog=catalog, crc=options.crc, framework=framework)
+    lay_out = partial(_output, catalog=catalog, crc=options.crc, seal=options.seal, framework=framework)
     parts = [
         lay_out(_part_name(options, number, len(groups)), [(n, named[n], None) for n in group])
         for number, group in enumerate(groups)
@@ -114,33 +112,6 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         options.seal,
         options.digests,
     )
-
-
-def _named(catalog: Catalog, choice: Optional[Choice]) -> dict[str, SourceTensor]:
-    named: dict[str, SourceTensor] = {}
-    for name, tensor in catalog.tensors.items():
-        new = chosen_name(choice, name)
-        if new is None:
-            continue
-        if new in named:
-            raise UsageError(
-                f"choice_func gives both {named[new].meta.name!r} and {name!r} the name {new!r}; names must stay unique"
-            )
-        named[new] = tensor
-    if not named:
-        raise UsageError("choice_func dropped every parameter; nothing would be written")
-    return named
-
-
-def chosen_name(choice: Optional[Choice], name: str) -> Optional[str]:
-    """The name that a choice function gives a parameter; None when it drops it. Raises ArgumentTypeError."""
-    chosen = True if choice is None else choice(name)
-    if not isinstance(chosen, (bool, str)):
-        raise ArgumentTypeError(
-            f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
-            f"{type(chosen).__name__} for parameter {name!r}"
-        )
-    return chosen if isinstance(chosen, str) else name if chosen else None
 
 
 def _nbytes(tensor: SourceTensor) -> int:
@@ -179,9 +150,17 @@ def _output(
     wanted: Iterable[tuple[str, SourceTensor, Optional[Region]]],
     catalog: Catalog,
     crc: bool = False,
+    seal: Optional[Seal] = None,
     framework: str = "ms",
 ) -> Output:
-    """Lay out one file. A region of None means the whole parameter; `framework` is what its header says of it."""
+    """Lay out one file.
+
+    Args:
+        wanted: name, parameter and box of it; None for the whole parameter.
+        seal: may ask for a checksum by itself.
+        framework: what the header says of it.
+    """
+    crc = crc or (seal is not None and seal.needs_crc(name))
     boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
     specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
@@ -198,7 +177,6 @@ def recut_job(
     catalog: Catalog,
     strategy: Optional[Strategy],
     ranks: Sequence[int],
-    name_map: Mapping[str, str],
     file_name: Callable[[int], str],
     target: Optional[str] = None,
     *,
@@ -210,7 +188,6 @@ def recut_job(
     """The slices of `ranks` under `strategy` (None: one device), one file per rank.
 
     Args:
-        name_map: name in the target -> name in the source.
         file_name: rank -> file, relative to the target directory.
         target: the target directory, when the job's files there are one result: what an older one left is taken away.
         every_rank: files of this name of ranks beyond these, too, whoever wrote them.
@@ -225,11 +202,11 @@ def recut_job(
     outputs = []
     order = _file_order(catalog)
     for rank in ranks:
-        wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank, name_map)]
+        wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank)]
         taken = {name for name, _, _ in wanted}
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
         wanted.sort(key=lambda item: order.get(item[1].stored_name, len(order)))
-        outputs.append(_output(file_name(rank), wanted, catalog, crc))
+        outputs.append(_output(file_name(rank), wanted, catalog, crc, seal))
     names = [output.name for output in outputs]
     stale = () if target is None else older.of_recut(target, names, file_name, every_rank)
     return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
@@ -240,7 +217,6 @@ def folders_job(
     strategy: Optional[Strategy],
     ranks: Sequence[int],
     alone: bool,
-    name_map: Mapping[str, str],
     target: str,
     form: str,
     *,
@@ -253,7 +229,7 @@ def folders_job(
     With `alone`, `ranks` is a single one, which gets a target of its own, so that the ranks of a job can do this at the
     same time. The other arguments are those of `recut_job`. Raises as `recut_job` and `check_apart`.
     """
-    recut = partial(recut_job, catalog, strategy, ranks, name_map, crc=crc, seal=seal, digests=digests)
+    recut = partial(recut_job, catalog, strategy, ranks, crc=crc, seal=seal, digests=digests)
     if alone:
         target = os.path.join(target, f"rank_{ranks[0]}")
         job = recut(lambda _: f"net.{form}", target)
@@ -273,16 +249,14 @@ def _file_order(catalog: Catalog) -> dict[str, int]:
 
 
 def rank_boxes(
-    catalog: Catalog, strategy: Optional[Strategy], rank: int, name_map: Mapping[str, str]
+    catalog: Catalog, strategy: Optional[Strategy], rank: int
 ) -> list[tuple[str, SourceTensor, Optional[Region]]]:
     """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it."""
     if strategy is None:
-        back = {source: target for target, source in name_map.items()}
-        return [(back.get(name, name), tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
+        return [(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
     for name in strategy.names_of(rank):
-        stored = name_map.get(name, name)
-        tensor = catalog.tensors.get(stored) or catalog.extras.get(stored)
+        tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
             found.append((name, tensor, _box(name, tensor, strategy, rank)))
     if not found:

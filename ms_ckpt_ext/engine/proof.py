@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Optional
+from typing import Callable, Optional
 
 from ms_ckpt_ext.core.exchange import ExchangePlan
 from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.formats import crypto, registry
+from ms_ckpt_ext.formats.registry import AUTHENTICATED, Access
 from ms_ckpt_ext.storage import memory
+from ms_ckpt_ext.storage.reader import PlainReader
 
 PIECE = 4 << 20
 """Bytes of one read."""
@@ -66,3 +69,45 @@ def prove_chunks(plan: ExchangePlan, rank: int, catalog: Catalog, threads: int) 
         extents = [(chunk.file, extent.offset, extent.length) for chunk in mine for extent in chunk.extents]
         for finished in [pool.submit(read, *extent) for extent in extents]:
             finished.result()
+
+
+def prove_file(path: str, access: Access, progress: Callable[[int], None] = lambda _nbytes: None) -> Optional[str]:
+    """Read a whole file that has no digests on record: its tags, where its encryption has them, and its checksum.
+
+    Args:
+        path: an encrypted file, or a plain one that holds no tensor.
+        access: how it is opened.
+        progress: is told of bytes read.
+
+    Returns:
+        None when that proves the contents; else why it does not.
+
+    Raises:
+        DecryptionError, ChecksumError, FormatError: the key is wrong, or the file is not what was written.
+        StorageError: it cannot be read.
+    """
+    container = container_of(path)
+    if container is not None and access.key is None:
+        return f"encrypted ({container}), and no key is given"
+    index = registry.read_index(path, access)
+    if container is None and index.tensors:
+        return "not encrypted, and the manifest has no digests of its tensors"
+    with registry.reopen(index, access) as reader:
+        if index.reader in AUTHENTICATED:
+            buffer = memoryview(bytearray(min(PIECE, reader.size)))
+            for offset in range(0, reader.size, PIECE):
+                piece = buffer[: min(PIECE, reader.size - offset)]
+                reader.read_into(offset, piece)
+                progress(len(piece))
+        checked = registry.verify_crc(reader, index)
+    if checked or container is None or index.reader in AUTHENTICATED:
+        return None
+    return f"{container} is not authenticated, and the file holds no checksum"
+
+
+def container_of(path: str) -> Optional[str]:
+    """The container that a file is encrypted in, by its first bytes; None when it is plain. Raises StorageError."""
+    with PlainReader(path) as reader:
+        head = bytearray(min(crypto.HEAD_BYTES, reader.size))
+        reader.read_into(0, memoryview(head))
+    return crypto.sniff(bytes(head))

@@ -90,6 +90,10 @@ class Seal:
             f"{name!r} cannot be encrypted with {self.mode}: safetensors files take AES-GCM; use it, or write .ckpt"
         )
 
+    def needs_crc(self, name: str) -> bool:
+        """Whether only a checksum inside a file of this name would show that its units were put into another order."""
+        return self.container(name) != crypto.CHUNKED
+
     def units(self, name: str, size: int) -> Units:
         """What cuts and encrypts a new file of `size` bytes of plaintext."""
         container = self.container(name)

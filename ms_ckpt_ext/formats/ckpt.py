@@ -86,6 +86,15 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
     return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
 
 
+def has_crc(reader: ByteReader) -> bool:
+    """Whether a file ends in a checksum, by its last bytes alone."""
+    if reader.size < CRC_TAIL:
+        return False
+    tail = bytearray(CRC_TAIL)
+    reader.read_into(reader.size - CRC_TAIL, memoryview(tail))
+    return tail.startswith(CRC_MARK)
+
+
 def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     """Compare the stored checksum with the bytes, in bounded memory; False when the file has none.
 
@@ -95,7 +104,8 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     if CRC_NUM not in index.metadata:
         return False
     stored, end = int(index.metadata[CRC_NUM]), int(index.metadata[CRC_OFFSET])
-    found = crc_of(reader, [Extent(0, end)])
+    by_blocks = getattr(reader, "crc32", None)
+    found = crc_of(reader, [Extent(0, end)]) if by_blocks is None else by_blocks(end)
     if found != stored:
         raise ChecksumError(
             f"{index.path!r}: CRC-32 of bytes 0 to {end} is {found}, but {stored} is stored at byte {end}; "

@@ -132,7 +132,7 @@ def test_memory_is_bounded_by_the_budget(
     options = MergeOptions(part_bytes=1 << 20, format=form, crc=True, seal=seal)
     merge = merge_job(catalog, str(tmp_path / "merged"), options)
     recut = recut_job(
-        catalog, load_strategy(strategy), range(4), {}, lambda rank: f"rank_{rank}/net.{form}", crc=True, seal=seal
+        catalog, load_strategy(strategy), range(4), lambda rank: f"rank_{rank}/net.{form}", crc=True, seal=seal
     )
     for job, target in ((merge, "merged"), (recut, "cut")):
         report = offline.execute(job, str(tmp_path / target), workers, Limits(tile=64 << 10))
@@ -209,7 +209,7 @@ def test_a_rerun_keeps_finished_files_of_the_same_key_only(
 
     def job(key: bytes, crc: bool = False) -> Job:
         name = lambda rank: f"rank_{rank}/net.{form}"  # noqa: E731
-        return recut_job(catalog, strategy, range(4), {}, name, crc=crc, seal=Seal(Key(key), mode))
+        return recut_job(catalog, strategy, range(4), name, crc=crc, seal=Seal(Key(key), mode))
 
     target = tmp_path / "out"
     interrupted(job(KEY), target, monkeypatch, after=2)
@@ -235,7 +235,7 @@ def test_finished_files_that_another_key_wrote_are_not_taken(tmp_path: Path, mon
     catalog = open_catalog(str(root / "shards"), strategy)
     monkeypatch.setattr(Seal, "identity", lambda self: "the same")
     jobs = [
-        recut_job(catalog, strategy, range(4), {}, lambda r: f"rank_{r}/net.ckpt", seal=Seal(Key(key)))
+        recut_job(catalog, strategy, range(4), lambda r: f"rank_{r}/net.ckpt", seal=Seal(Key(key)))
         for key in (KEY, WRONG)
     ]
     interrupted(jobs[0], tmp_path / "out", monkeypatch, after=3)

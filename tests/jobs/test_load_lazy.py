@@ -158,11 +158,17 @@ def test_names(written: Path) -> None:
     assert set(load(written, names="*.*")) == {"z.weight", "a.bias"}
     assert set(load(written, names=["note", "packed"])) == {"note", "packed"}
     assert set(load(written, choice_func=lambda name: "step" in name)) == {"global_step"}
-    held = load(written, choice_func=lambda name: f"net.{name}" if "." in name else False, name_map={"w": "z.weight"})
-    assert set(held) == {"w", "net.a.bias"}
+    dotted = lambda name: f"net.{name}" if "." in name else False  # noqa: E731
+    held = load(written, choice_func=dotted, name_map={"w": "net.z.weight"})
+    assert set(held) == {"w", "net.a.bias", "net.z.weight"}
     assert held["w"].shape == (7, 9)
-    with pytest.raises(UsageError, match="both 'z.weight' and 'a.bias' get the name 'x'"):
+    with pytest.raises(UsageError, match="both 'z.weight' and 'a.bias' the name 'x'"):
         load(written, choice_func=lambda _: "x")
+    tied = load(written, name_map={"u": "z.weight", "v": "z.weight", "a.bias": "z.weight"})
+    assert {tied[name].shape for name in ("u", "v", "a.bias", "z.weight")} == {(7, 9)}
+    for names in ("zzz", ["note", "zzz"]):
+        with pytest.raises(UsageError, match="no parameter like 'zzz', but for example"):
+            load(written, names=names)
     with pytest.raises(ArgumentTypeError):
         load(written, names=[1])  # type: ignore[list-item]
 

@@ -91,7 +91,7 @@ def test_counts_equal_those_of_a_load(source: str, target: str, bucket: int, gol
 def read_directly(load: Load, rank: int) -> int:
     """Bytes that the storage is asked for when a rank takes its slices in direct mode."""
     catalog = open_catalog(str(load.source), load.trained)
-    boxes = [(tensor, box) for _, tensor, box in rank_boxes(catalog, load.target, rank, {}) if box]
+    boxes = [(tensor, box) for _, tensor, box in rank_boxes(catalog, load.target, rank) if box]
     sizes = [tensor.meta.dtype.nbytes(box.size) for tensor, box in boxes]
     targets = [Target(box, (Landing(n, (Extent(0, sizes[n]),)),)) for n, (_, box) in enumerate(boxes)]
     tasks = [Task(tensor, (target,)) for (tensor, _), target in zip(boxes, targets)]

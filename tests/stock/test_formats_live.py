@@ -60,7 +60,7 @@ def test_direct(kind: str, ms: Any, golden: Path, tmp_path: Path) -> None:
     for rank in range(4):
         expected = read_file(shard(golden / "dp2_tp2/shards" / f"rank_{rank}")) | scalars_of(golden, CASE, kind)
         cell = poisoned(ms, expected)
-        assert fill(cell, catalog, target, rank, {}, False, 2, Limits()) == ([], [])
+        assert fill(cell, catalog, target, rank, False, 2, Limits()) == ([], [])
         assert bytes_of(cell) == {name: tensor.data for name, tensor in expected.items()}
 
 

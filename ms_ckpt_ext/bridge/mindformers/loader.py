@@ -186,14 +186,14 @@ def _fill(
     rank = live.own_rank() if target is not None else 0
     if target is None or (mode == "direct" and options.verify == "none"):
         catalog = read_listing(look(), None).ruled(rules)
-        missing, unused = live.fill(cell, catalog, target, rank, {}, False, options.workers, limits, by_suffix=False)
+        missing, unused = live.fill(cell, catalog, target, rank, False, options.workers, limits, by_suffix=False)
     else:
         settings = LoadOptions(
             mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify
         )
         source = Source(look, None, rules=rules)
         missing, unused = fill_together(
-            cell, source, target, rank, {}, False, settings, options.workers, limits, by_suffix=False
+            cell, source, target, rank, False, settings, options.workers, limits, by_suffix=False
         )
     log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, unused or "nothing")
     return missing

@@ -140,7 +140,7 @@ def _step(config: Any, catalog: Catalog) -> Optional[int]:
 
 def _fill(cells: Iterable[Any], catalog: Catalog, options: Options, step: Optional[int]) -> None:
     cell = Both(cells)
-    _, unused = live.fill(cell, catalog, None, 0, {}, False, options.workers, Limits())
+    _, unused = live.fill(cell, catalog, None, 0, False, options.workers, Limits())
     if step is not None:
         set_step(cell, step)
     paths = ", ".join(index.path for index in catalog.files)

@@ -19,6 +19,9 @@ all numbers u32 little-endian:
 CBC has no authentication. A wrong key is noticed (padding and the first byte of a checkpoint: all but 1 in 65,000);
 altered contents are not, unless the plaintext has a CRC tail. Prefer AES-GCM.
 
+GCM blocks are authentic one by one, and nothing ties them to their place or their file: blocks that change places
+decrypt. A CRC tail in the plaintext, out of reach without the key, finds that: `crc32` reads it off the blocks.
+
 `save_checkpoint(enc_key=…, crc_check=True)` appends an unencrypted `crc_num` and ten zeros, which MindSpore itself
 then refuses to decrypt. Such a tail is recognised and skipped here. A checksum inside the plaintext is read by both.
 """
@@ -26,11 +29,14 @@ then refuses to decrypt. Such a tail is recognised and skipped here. A checksum 
 from __future__ import annotations
 
 import struct
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple, Optional, Union
 
+from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError, UsageError
+from ms_ckpt_ext.formats.checksum import combine, crc_of
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
@@ -98,7 +104,8 @@ class DecryptingReader:
         self.mtime_ns = reader.mtime_ns
         self._inner: Union[UnitReader, _CbcReader]
         if self.mode == GCM:
-            self._inner = UnitReader(reader, _GcmBlocks(reader, secret), cache_bytes)
+            self._units = _GcmBlocks(reader, secret)
+            self._inner = UnitReader(reader, self._units, cache_bytes)
         else:
             self._inner = _CbcReader(reader, secret, self.mode)
         self.size = self._inner.size
@@ -111,6 +118,25 @@ class DecryptingReader:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with plaintext from `offset`. Raises as the constructor does."""
         self._inner.read_into(offset, buffer)
+
+    def keep_checksums(self) -> None:
+        """From now on note the CRC-32 of every GCM block that is decrypted: `crc32` need not decrypt it again."""
+        if self.mode == GCM:
+            self._units.checksums = {}
+
+    def crc32(self, stop: int) -> int:
+        """CRC-32 of the plaintext up to `stop`: put together from those of blocks, where they are kept."""
+        known = self._units.checksums if self.mode == GCM else None
+        crc = start = 0
+        if known is not None:
+            for number, end in enumerate(self._units.ends):
+                if end > stop:
+                    break
+                if number not in known:
+                    self.read_into(start, memoryview(bytearray(1)))  # decrypts all of the block
+                crc, start = combine(crc, known[number], end - start), end
+        rest = crc_of(self, [Extent(start, stop - start)])
+        return combine(crc, rest, stop - start)
 
     def close(self) -> None:
         """Release the file and forget the plaintext."""
@@ -137,6 +163,8 @@ class _GcmBlocks:
         self._key = key
         self._blocks = _table(base, GCM, key)
         self._starts = [block.start for block in self._blocks]
+        self.ends = [block.stop for block in self._blocks]
+        self.checksums: Optional[dict[int, int]] = None
         self.size = self._blocks[-1].stop
         self.largest = max(block.length for block in self._blocks)
 
@@ -150,8 +178,10 @@ class _GcmBlocks:
 
     def decrypt(self, first: int, stop: int, out: memoryview) -> None:
         """Decrypt whole blocks; their ciphertext passes through a small buffer."""
-        for block in self._blocks[first:stop]:
+        for number, block in enumerate(self._blocks[first:stop], first):
             self._decrypt(block, out[: block.length])
+            if self.checksums is not None and number not in self.checksums:
+                self.checksums[number] = zlib.crc32(out[: block.length])
             out = out[block.length :]
 
     def _decrypt(self, block: Block, out: memoryview) -> None:

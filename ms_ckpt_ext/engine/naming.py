@@ -1,0 +1,115 @@
+"""Parameters by other names: what `choice_func` and `name_map` mean, for every job and load that takes them.
+
+1. `choice_func` is asked about every name of the checkpoint: keep it (True), leave it out (False), or a new name.
+2. `name_map` gives a name of the result what a name of step 1 holds, in place of whatever has that name by itself.
+   Several names may share a source, and a source keeps its own name too: tied weights need both.
+
+The result is a `Catalog` like any other, so nothing behind it knows that names were changed. Conversions work file by
+file and read `name_map` the other way round, from the input's name to the output's: see `engine.conversion`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Optional, Union
+
+from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+
+Choice = Callable[[str], Union[bool, str]]
+log = logging.getLogger("ms_ckpt_ext")
+_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the parameters of a checkpoint are to be called.
+
+    Attributes:
+        choice: name in the checkpoint -> True (keep), False (leave out) or a str (new name); None keeps all.
+        name_map: name in the result -> name after the choice.
+        truthy: what a choice returns counts by its truth, as stock MindSpore has it, unless it is a str.
+        scalars: the choice is asked about training scalars as well.
+    """
+
+    choice: Optional[Choice] = None
+    name_map: Mapping[str, str] = field(default_factory=dict)
+    truthy: bool = False
+    scalars: bool = True
+
+    def of(self, catalog: Catalog) -> Catalog:
+        """The checkpoint under the new names.
+
+        Raises:
+            ArgumentTypeError: the choice function returned something other than bool or str.
+            UsageError: two parameters get the same name, or nothing is left.
+        """
+        if self.choice is None and not self.name_map:
+            return catalog
+        tensors = self._chosen(catalog.tensors)
+        extras = self._chosen(catalog.extras) if self.scalars else dict(catalog.extras)
+        if (catalog.tensors or catalog.extras) and not (tensors or extras):
+            raise UsageError(
+                "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
+            )
+        tensors, extras = _mapped(tensors, extras, self.name_map)
+        return replace(catalog, tensors=tensors, extras=extras)
+
+    def _chosen(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+        found: dict[str, SourceTensor] = {}
+        for name, tensor in tensors.items():
+            new = chosen_name(self.choice, name, self.truthy)
+            if new is None:
+                continue
+            if new in found:
+                raise UsageError(
+                    f"choice_func gives both {_old(tensors, found[new])!r} and {name!r} the name {new!r}; "
+                    "names must stay unique"
+                )
+            found[new] = called(tensor, new)
+        return found
+
+
+def chosen_name(choice: Optional[Choice], name: str, truthy: bool = False) -> Optional[str]:
+    """The name that a choice function gives a parameter; None when it drops it. Raises ArgumentTypeError."""
+    chosen: Any = True if choice is None else choice(name)
+    if not isinstance(chosen, (bool, str)) and not truthy:
+        raise ArgumentTypeError(
+            f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
+            f"{type(chosen).__name__} for parameter {name!r}"
+        )
+    return chosen if isinstance(chosen, str) else name if chosen else None
+
+
+def called(tensor: SourceTensor, name: str) -> SourceTensor:
+    """A parameter under a name; where it is stored stays."""
+    return tensor if tensor.meta.name == name else replace(tensor, meta=tensor.meta._replace(name=name))
+
+
+def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> None:
+    """Log names in a name map that the checkpoint lacks."""
+    missing = sorted(set(sources) - set(known))
+    if missing:
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        log.warning("name_map speaks of parameters that %s does not hold: %s%s", which, missing[:_LISTED], more)
+
+
+def _old(tensors: Mapping[str, SourceTensor], renamed: SourceTensor) -> str:
+    return next(name for name, tensor in tensors.items() if tensor.stored_name == renamed.stored_name)
+
+
+def _mapped(
+    tensors: Mapping[str, SourceTensor], extras: Mapping[str, SourceTensor], name_map: Mapping[str, str]
+) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
+    """Both groups with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
+    warn_unknown(name_map.values(), {**tensors, **extras}, "the checkpoint")
+    kept, kept_extras = ({n: t for n, t in held.items() if n not in name_map} for held in (tensors, extras))
+    for target, source in name_map.items():
+        if source in tensors:
+            kept[target] = called(tensors[source], target)
+        elif source in extras:
+            kept_extras[target] = called(extras[source], target)
+    return kept, kept_extras

@@ -1,0 +1,103 @@
+"""A manifest lists encrypted files without digests: what is checked of them, and what is said when nothing is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ms_ckpt_ext import convert, encrypt, verify
+from ms_ckpt_ext.api.verify import ManifestCheck
+from ms_ckpt_ext.cli.main import main
+from ms_ckpt_ext.engine.audit import _why
+from ms_ckpt_ext.engine.digests import FileDigests
+from ms_ckpt_ext.formats.index import FileIndex
+
+KEY = b"0123456789abcdef"
+FORMS = [
+    ("safetensors", "AES-GCM", True), ("ckpt", "chunked", True), ("ckpt", "AES-GCM", True), ("ckpt", "AES-CBC", True),
+    ("ckpt", "SM4-CBC", True), ("bare", "AES-GCM", True), ("bare", "AES-CBC", False),
+]  # fmt: skip
+"""(what is encrypted, how, whether that tells what was altered); "bare" is a `.ckpt` without a checksum."""
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: "-".join(map(str, form[:2])))
+def made(request: Any, tmp_path: Path) -> tuple[Path, bool]:
+    """A folder with one encrypted file and its manifest."""
+    from safetensors.numpy import save_file
+
+    form, mode, tells = request.param
+    save_file({"w": np.random.default_rng(0).standard_normal(4096).astype("f4")}, tmp_path / "plain.safetensors")
+    if form == "bare":
+        convert(tmp_path / "plain.safetensors", tmp_path / "plain.ckpt", digests=False)
+        encrypt(tmp_path / "plain.ckpt", tmp_path / "sealed", enc_key=KEY, enc_mode=mode)
+    else:
+        convert(tmp_path / "plain.safetensors", tmp_path / "sealed", to=form, enc_key=KEY, enc_mode=mode)
+    return tmp_path / "sealed", tells
+
+
+def checked(folder: Path, **more: Any) -> ManifestCheck:
+    found = verify(folder, manifest=True, **more)
+    assert isinstance(found, ManifestCheck)
+    return found
+
+
+def test_with_the_key_contents_are_looked_at(made: tuple[Path, bool]) -> None:
+    folder, tells = made
+    found = checked(folder, dec_key=KEY)
+    assert (found.ok, found.faults) == (tells, ())
+    assert [u.reason for u in found.unchecked] == (
+        [] if tells else ["AES-CBC is not authenticated, and the file holds no checksum"]
+    )
+
+
+def test_altered_contents_are_found(made: tuple[Path, bool]) -> None:
+    folder, tells = made
+    (file,) = (path for path in folder.iterdir() if path.suffix != ".json")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    found = checked(folder, dec_key=KEY)
+    assert not found.ok and bool(found.faults) == tells
+    assert {fault.file for fault in found.faults} <= {file.name}
+
+
+def test_without_a_key_nothing_is_called_right(made: tuple[Path, bool], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = made
+    found = checked(folder)
+    assert not found.ok and found.faults == ()
+    assert found.unchecked[0].reason.endswith("and no key is given")
+    assert main(["verify", str(folder), "--manifest"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("Not checked in full") and "no key is given" in out and "As written" not in out
+    assert main(["verify", str(folder), "--manifest", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_another_mode_than_expected_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros(3, "f4")}, tmp_path / "plain.safetensors")
+    convert(tmp_path / "plain.safetensors", tmp_path / "sealed", to="ckpt", enc_key=KEY)
+    (tmp_path / "key").write_bytes(KEY)
+    assert not checked(tmp_path / "sealed", dec_key=KEY, dec_mode="AES-CBC").ok
+    words = ["inspect", str(tmp_path / "sealed" / "plain.ckpt"), "--dec-key-file", str(tmp_path / "key"), "--dec-mode"]
+    assert main([*words, "AES-GCM"]) == 0
+    assert main([*words, "AES-CBC"]) == 6
+    assert "AES-GCM, not AES-CBC" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reader", "recorded", "expected"),
+    [
+        ("plain", None, "neither the file's folder nor the one above has a ms_ckpt_ext.digests.json that lists it"),
+        ("plain", FileDigests(1, {"other": "0" * 32}), "lists the file, but without this parameter"),
+        ("plain", FileDigests(1, {}), "lists the file without digests"),
+        ("AES-CBC", FileDigests(1, {}), "without digests, as it is encrypted (AES-CBC, which is not authenticated)"),
+    ],
+)
+def test_why_there_is_no_digest_is_said_as_it_is(reader: str, recorded: Any, expected: str) -> None:
+    assert expected in _why(FileIndex("x", 1, 0, {}, {}, reader), recorded)
