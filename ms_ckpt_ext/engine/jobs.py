@@ -65,6 +65,11 @@ class MergeOptions:
             raise UsageError("naming='huggingface' is for safetensors files; leave out output_format='ckpt', or naming")
         if self.naming not in ("mindspore", "huggingface"):
             raise UsageError(f"naming must be 'mindspore' or 'huggingface', got {self.naming!r}")
+        if type(self.part_bytes) is not int:
+            raise ArgumentTypeError(
+                f"part_bytes must be an int, a number of bytes such as 5 << 30; got {self.part_bytes!r}, "
+                f"a {type(self.part_bytes).__name__}"
+            )
         if self.part_bytes < 1:
             raise UsageError(f"the size limit of a part must be at least 1 byte, got {self.part_bytes}")
         if not 1 <= self.task <= self.tasks:
@@ -117,6 +122,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
 
 def _named(catalog: Catalog, choice: Optional[Choice]) -> dict[str, SourceTensor]:
+    _refuse_empty(catalog)
     named: dict[str, SourceTensor] = {}
     for name, tensor in catalog.tensors.items():
         new = chosen_name(choice, name)
@@ -128,8 +134,14 @@ def _named(catalog: Catalog, choice: Optional[Choice]) -> dict[str, SourceTensor
             )
         named[new] = tensor
     if not named:
-        raise UsageError("choice_func dropped every parameter; nothing would be written")
+        raise UsageError("choice_func (or rename) dropped every parameter; nothing would be written")
     return named
+
+
+def _refuse_empty(catalog: Catalog) -> None:
+    if not catalog.tensors:
+        files = ", ".join(repr(index.path) for index in catalog.files[:3])
+        raise UsageError(f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path")
 
 
 def chosen_name(choice: Optional[Choice], name: str) -> Optional[str]:
@@ -220,8 +232,9 @@ def recut_job(
 
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
-        UsageError: no parameter of the strategy is in the checkpoint.
+        UsageError: no parameter of the strategy is in the checkpoint, or none at all.
     """
+    _refuse_empty(catalog)
     outputs = []
     order = _file_order(catalog)
     for rank in ranks:
