@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
@@ -22,10 +22,11 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
+from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
-from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
@@ -47,7 +48,7 @@ def merge(
     rules: Sequence[Rule] = (),
     naming: str = "mindspore",
     part_bytes: int = PART_BYTES,
-    share: tuple[int, int] = (1, 1),
+    share: Union[tuple[int, int], str] = (1, 1),
     to: str = "safetensors",
     file_suffix: Optional[str] = None,
     format: Optional[str] = None,
@@ -76,7 +77,8 @@ def merge(
         rules: weight rules (`ms_ckpt_ext.rules`), applied first.
         naming: "mindspore" or "huggingface", for names of files and the index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
-        share: (i, n): write share i of n, from 1; whoever completes the set publishes it.
+        share: (i, n): write share i of n, from 1; whoever completes the set publishes it. "auto" takes i and n from the
+            launcher's environment.
         to: "safetensors" or "ckpt".
         file_suffix, format: which file of a rank folder, and of which format; by default the newest, and what is there.
         dec_key, dec_mode: of an encrypted source; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
@@ -99,11 +101,15 @@ def merge(
     target, wanted = path_of(dst, "dst"), Filter(match, exclude)
     called = checked_naming(_choice(wanted, checked_choice(rename)), name_map, scalars=False)
     checked_format(to, "to")
-    options = MergeOptions(*share, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode), digests)
+    task, tasks = share_of(share, "share")
+    options = MergeOptions(task, tasks, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode), digests)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    catalog = called.of(source.open().ruled(weight_rules))
+    catalog = source.open().ruled(weight_rules)
+    refuse_empty(catalog)
+    wanted.check(catalog.tensors)
+    catalog = called.of(catalog)
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")

@@ -17,9 +17,10 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
+from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job
+from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job, refuse_empty
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.errors import UsageError
@@ -103,14 +104,15 @@ def unified_safetensors(
     if os.path.isfile(source):
         raise UsageError(f"src_dir must be the directory that holds the rank folders, got the file {source!r}")
     called = checked_naming(choice_func, name_map, scalars=False)
-    task, tasks = _share_of(split_dst_file)
+    task, tasks = share_of(split_dst_file, "split_dst_file")
     seal = seal_of(enc_key, enc_mode)
     options = MergeOptions(task, tasks, naming, part_bytes, output_format, crc, seal, digests)
     run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
-    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access)
-    catalog = called.of(catalog.ruled(weight_rules))
+    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access).ruled(weight_rules)
+    refuse_empty(catalog)
+    catalog = called.of(catalog)
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")
@@ -125,32 +127,3 @@ def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: Pat
     merge_strategy_files(
         path_of(src_strategy_dirs, "src_strategy_dirs"), path_of(dst_strategy_file, "dst_strategy_file")
     )
-
-
-# (rank, world) as rank tables, msrun, torchrun and Open MPI's mpirun give them, whoever comes first.
-_LAUNCHERS = (
-    ("RANK_ID", "RANK_SIZE"),
-    ("RANK_ID", "MS_WORKER_NUM"),
-    ("RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-)
-
-
-def _share_from_environment() -> tuple[int, int]:
-    for names in _LAUNCHERS:
-        rank, world = map(os.environ.get, names)
-        if rank and world:
-            if not (rank.isdecimal() and world.isdecimal()):
-                raise UsageError(f"split_dst_file='auto' needs numbers in {names[0]}={rank!r}, {names[1]}={world!r}")
-            return int(rank) + 1, int(world)
-    return 1, 1
-
-
-def _share_of(split: Any) -> tuple[int, int]:
-    if isinstance(split, str) and split == "auto":
-        return _share_from_environment()
-    if not split:
-        return 1, 1
-    if not isinstance(split, (tuple, list)) or len(split) != 2 or not all(type(n) is int for n in split):
-        raise UsageError(f"split_dst_file must be () or (task, tasks), two ints from 1, or 'auto'; got {split!r}")
-    return split[0], split[1]

@@ -68,6 +68,7 @@ def transform_checkpoints(
         dst_checkpoints_dir: gets `rank_{N}/{ckpt_prefix}{N}.{output_format}`. When the source strategy is that of one
             pipeline stage and the target strategy lists more parameters, the files are those of that stage,
             `rank_{N}/{ckpt_prefix}{N}_part{stage}.{output_format}`.
+            An older result of that prefix is replaced when the new one is complete.
         src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole.
         dst_strategy_file: strategy of the target; None for one device.
         process_num: upper bound on worker threads.

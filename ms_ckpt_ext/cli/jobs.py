@@ -140,16 +140,25 @@ def _foreseen(report: Preview) -> dict[str, Any]:
 
 def _done(report: Report, seconds: float) -> Iterator[str]:
     if not report.files_written:
-        yield f"Nothing to do: {words.count(len(report.files_kept), 'file')} of this very result, complete"
-        return
+        kept = words.count(len(report.files_kept), "file")
+        yield (
+            f"Nothing to do: {kept} of this very result, complete"
+            if report.published
+            else f"Nothing to do: {kept} kept"
+        )
+    else:
+        yield _written(report, seconds)
+    if not report.published:
+        yield "Not complete yet: other shares are missing; the last one to finish publishes the result"
+
+
+def _written(report: Report, seconds: float) -> str:
     rate = words.size(report.bytes_written / max(seconds, 1e-9))
     kept = f", {words.count(len(report.files_kept), 'file')} kept from an earlier run" if report.files_kept else ""
-    yield (
+    return (
         f"{words.count(len(report.files_written), 'file')} written, {words.size(report.bytes_written)} in "
         f"{seconds:.1f} s ({rate}/s); {words.size(report.bytes_read)} read in {words.count(report.reads, 'read')}{kept}"
     )
-    if not report.published:
-        yield "Not complete yet: other shares are missing; the last one to finish publishes the result"
 
 
 def _preview(report: Preview) -> Iterator[str]:

@@ -17,7 +17,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--naming", choices=("mindspore", "huggingface"), default="mindspore", help=naming)
     size = "size of a part to aim for; with Hugging Face's names a limit (default 3G)"
     parser.add_argument("--part-size", type=options.byte_size, default=3 << 30, metavar="SIZE", help=size)
-    share = "write share I of N, so that several hosts can share the work"
+    share = "write share I of N, so that several hosts can share the work; auto: as msrun, mpirun or srun numbers them"
     parser.add_argument("--share", type=options.share, default=(1, 1), metavar="I/N", help=share)
     jobs.add_which(parser)
     jobs.add_rewriting(parser)
@@ -57,6 +57,7 @@ COMMAND = Command(
             "weights only, in the files that Hugging Face's libraries look for",
         ),
         ("ms-ckpt merge checkpoint merged --strategy s.ckpt --share 1/4", "on the first of four hosts"),
+        ("srun ms-ckpt merge checkpoint merged --strategy s.ckpt --share auto", "on all nodes of a SLURM job"),
     ),
     configure=_configure,
     run=_run,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from typing import Any
+from typing import Any, Union
 
 from ms_ckpt_ext.cli.command import takes_path
 
@@ -102,22 +102,24 @@ def byte_size(text: str) -> int:
     plain = text.upper().removesuffix("IB").removesuffix("B")
     number, unit = (plain[:-1], plain[-1]) if plain[-1:] in _SIZES and plain else (plain, "")
     if not number.isdigit():
-        raise ArgumentTypeError(f"{text!r} is no size: give bytes, or a number with K, M or G")
+        raise ArgumentTypeError(f"{text!r} is no size: give bytes, or a whole number with K, M or G, e.g. 1536M")
     return int(number) * _SIZES.get(unit, 1)
 
 
 _SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def share(text: str) -> tuple[int, int]:
+def share(text: str) -> Union[tuple[int, int], str]:
     """A share of the work on the command line.
 
-    >>> share("1/4")
-    (1, 4)
+    >>> share("1/4"), share("auto")
+    ((1, 4), 'auto')
     """
+    if text == "auto":
+        return text
     mine, _, all_ = text.partition("/")
     if not (mine.isdigit() and all_.isdigit() and 1 <= int(mine) <= int(all_)):
-        raise ArgumentTypeError(f"{text!r} is no share: give I/N with 1 <= I <= N, e.g. 1/4")
+        raise ArgumentTypeError(f"{text!r} is no share: give I/N with 1 <= I <= N, e.g. 1/4, or auto")
     return int(mine), int(all_)
 
 

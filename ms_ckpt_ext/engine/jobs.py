@@ -62,6 +62,11 @@ class MergeOptions:
             raise UsageError("naming='huggingface' is for safetensors files; leave out output_format='ckpt', or naming")
         if self.naming not in ("mindspore", "huggingface"):
             raise UsageError(f"naming must be 'mindspore' or 'huggingface', got {self.naming!r}")
+        if type(self.part_bytes) is not int:
+            raise ArgumentTypeError(
+                f"part_bytes must be an int, a number of bytes such as 5 << 30; got {self.part_bytes!r}, "
+                f"a {type(self.part_bytes).__name__}"
+            )
         if self.part_bytes < 1:
             raise UsageError(f"the size limit of a part must be at least 1 byte, got {self.part_bytes}")
         if not 1 <= self.task <= self.tasks:
@@ -78,7 +83,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     """
     named = catalog.tensors
     if not named:
-        raise UsageError("choice_func or the globs dropped every parameter; nothing would be written")
+        raise UsageError("choice_func (or rename) dropped every parameter; nothing would be written")
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
     count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
     groups = _balanced(sizes, min(count, len(sizes)))
@@ -112,6 +117,13 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         options.seal,
         options.digests,
     )
+
+
+def refuse_empty(catalog: Catalog) -> None:
+    """Raise UsageError for a checkpoint without parameters."""
+    if not catalog.tensors:
+        files = ", ".join(repr(index.path) for index in catalog.files[:3])
+        raise UsageError(f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path")
 
 
 def _nbytes(tensor: SourceTensor) -> int:
@@ -197,8 +209,9 @@ def recut_job(
 
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
-        UsageError: no parameter of the strategy is in the checkpoint.
+        UsageError: no parameter of the strategy is in the checkpoint, or none at all.
     """
+    refuse_empty(catalog)
     outputs = []
     order = _file_order(catalog)
     for rank in ranks:

@@ -44,6 +44,8 @@ def test_merge_in_shares_and_parts(case: tuple[Path, Path], golden: Path, tmp_pa
     words += ["--part-size", "40K", "--exclude", "adam_*"]
     first = fine(*words, "--share", "1/2")
     assert "Not complete yet" in first
+    again = fine(*words, "--share", "1/2")
+    assert "kept" in again and "complete\n" not in again and "Not complete yet" in again
     assert "Not complete yet" not in fine(*words, "--share", "2/2")
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     found = as_json("verify", tmp_path / "hf", golden / "full", "--exclude", "adam_*")
@@ -164,7 +166,8 @@ STUMBLES = [
     (["merge", "nothing", "out"], 3, "no such file or directory"),
     (["merge", "shards", "shards", "--share", "3/2"], 2, "is no share"),
     (["merge", "full", "out", "--part-size", "huge"], 2, "is no size"),
-    (["merge", "full", "out", "--exclude", "*"], 2, "dropped every parameter"),
+    (["merge", "full", "out", "--exclude", "*"], 2, "no parameter is left by match"),
+    (["merge", "full", "out", "--part-size", "1.5G"], 2, "is no size: give bytes, or a whole number with K, M or G"),
     (["merge", "full", "file/out"], 4, "cannot write into"),
     (["reshard", "full", "out", "--to-strategy", "full/model.safetensors"], 3, "not a strategy file"),
     (["reshard", "full", "out", "--to-strategy", "layout.ckpt"], 3, "layout.ckpt"),

@@ -273,6 +273,10 @@ WRONG_MERGE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"split_dst_file": (1,)}, errors.UsageError, r"two ints from 1.*got \(1,\)"),
     ({"split_dst_file": "both"}, errors.UsageError, "got 'both'"),
     ({"naming": "pytorch"}, errors.UsageError, "naming must be 'mindspore' or 'huggingface', got 'pytorch'"),
+    *(
+        ({"part_bytes": wrong}, errors.ArgumentTypeError, "part_bytes must be an int")
+        for wrong in ("5G", None, 1.5, True)
+    ),
     ({"part_bytes": 0}, errors.UsageError, "at least 1 byte, got 0"),
     ({"buffer_bytes": 100}, errors.UsageError, "buffer_bytes must be an int of at least 65536, got 100"),
     ({"file_suffix": "9_9"}, errors.DiscoveryError, "no file in .*rank_0' ends with '9_9.safetensors'; it holds"),

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import ms_ckpt_ext
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars, unified_safetensors
+from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.errors import UsageError
@@ -71,6 +73,8 @@ LAUNCHERS = [
     ("RANK_ID", "MS_WORKER_NUM"),
     ("RANK", "WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
 ]
 
 
@@ -91,6 +95,38 @@ def test_share_from_the_launcher(rank_of: str, world_of: str, tmp_path: Path, mo
         report = merge(root, tmp_path / "out", split_dst_file="auto")
         assert report.published is (rank == "0")
     assert_merged(tmp_path / "out", 0)
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_the_launcher_that_started_this_process_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM starts msrun once on a node, and that starts the ranks."""
+    for rank, world in reversed(LAUNCHERS):
+        monkeypatch.setenv(rank, str(LAUNCHERS.index((rank, world))))
+        monkeypatch.setenv(world, "9")
+        assert share_of("auto", "share") == (LAUNCHERS.index((rank, world)) + 1, 9)
+
+
+@pytest.mark.usefixtures("no_launcher")
+@pytest.mark.parametrize("share", [(1, 2, 3), "1/2", (1.0, 2)])
+def test_a_share_that_is_none(share: Any, tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    with pytest.raises(UsageError, match="share must be .* or 'auto'"):
+        ms_ckpt_ext.merge(root / "shards", tmp_path / "out", strategy=root / "strategy.ckpt", share=share)
+    ms_ckpt_ext.merge(root / "shards", tmp_path / "out", strategy=root / "strategy.ckpt", share="auto")
+
+
+def test_an_empty_checkpoint_is_not_written_on(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "net.safetensors", {"format": "ms"})
+    for call in (ms_ckpt_ext.merge, ms_ckpt_ext.reshard):
+        with pytest.raises(UsageError, match="holds no parameters .*net.safetensors"):
+            call(tmp_path / "net.safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_globs_that_match_nothing(tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    with pytest.raises(UsageError, match=r"no parameter is left by match \['layers.\*'\]"):
+        ms_ckpt_ext.merge(root / "shards", tmp_path / "out", strategy=root / "strategy.ckpt", match="layers.*")
 
 
 @pytest.mark.usefixtures("no_launcher")

@@ -1,0 +1,45 @@
+"""Which share of a job this process is to do: as it was told, or as its launcher says."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ms_ckpt_ext.errors import UsageError
+
+# (rank, world) as rank tables, msrun, torchrun, Open MPI, MPICH and Intel MPI, and SLURM's srun give them; the first
+# pair that is set counts. SLURM comes last, for its variables are there under every launcher that it starts.
+_LAUNCHERS = (
+    ("RANK_ID", "RANK_SIZE"),
+    ("RANK_ID", "MS_WORKER_NUM"),
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+
+
+def share_of(share: Any, argument: str) -> tuple[int, int]:
+    """(i, n): share i of n, from 1. "auto" takes it from the launcher's environment; nothing means all of it.
+
+    Raises:
+        UsageError: `argument`, as it is called, is neither that nor a pair of ints; or the launcher's variables are no
+            numbers.
+    """
+    if isinstance(share, str) and share == "auto":
+        return _from_environment(argument)
+    if not share:
+        return 1, 1
+    if not isinstance(share, (tuple, list)) or len(share) != 2 or not all(type(n) is int for n in share):
+        raise UsageError(f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}")
+    return share[0], share[1]
+
+
+def _from_environment(argument: str) -> tuple[int, int]:
+    for names in _LAUNCHERS:
+        rank, world = map(os.environ.get, names)
+        if rank and world:
+            if not (rank.isdecimal() and world.isdecimal()):
+                raise UsageError(f"{argument}='auto' needs numbers in {names[0]}={rank!r}, {names[1]}={world!r}")
+            return int(rank) + 1, int(world)
+    return 1, 1
