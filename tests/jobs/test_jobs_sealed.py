@@ -250,7 +250,7 @@ def test_arguments(golden: Path, tmp_path: Path) -> None:
 
     for more, kind, said in (
         ({"enc_key": KEY, "enc_mode": "AES-CBC"}, errors.UsageError, "safetensors files take AES-GCM; .* write .ckpt"),
-        ({"enc_key": KEY, "enc_mode": "ROT13"}, errors.UsageError, "no encryption mode 'ROT13'"),
+        ({"enc_key": KEY, "enc_mode": "ROT13"}, errors.UsageError, "no such enc_mode; choose"),
         ({"enc_key": "text"}, errors.ArgumentTypeError, "a key must be bytes"),
         ({"enc_key": b"short"}, errors.UsageError, "a key of 5 bytes"),
         ({"enc_key": KEY * 2, "enc_mode": "SM4-CBC", "output_format": "ckpt"}, errors.UsageError, "SM4-CBC takes 16"),
