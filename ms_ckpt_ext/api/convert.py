@@ -27,8 +27,8 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.inputs import find, other_suffix
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
-from ms_ckpt_ext.engine.naming import Choice, chosen_name
-from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.naming import Choice, chosen_name, warn_unknown
+from ms_ckpt_ext.engine.offline import Job, Report
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
@@ -136,6 +136,7 @@ def convert(
     rename = _rename(name_map, choice_func)
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
     job = convert_job(found.inputs, access, rename, crc, maps, seal, digests)
+    _warn_idle(name_map, choice_func, job)
     return execute(job, found.target, run, "convert")
 
 
@@ -228,6 +229,7 @@ def _as_mindspore(
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
     found = find(source, (target or folder) + os.sep, to, None if os.path.isfile(source) else pattern, "rank")
     job = convert_job(found.inputs, any_mode(None, None), rename, seal=seal_of(None, GCM))
+    _warn_idle(name_map, None, job)
     execute(job, found.target, run, "convert")
 
 
@@ -236,6 +238,13 @@ def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:
         return None if text is None else re.compile(text)
     except (re.error, TypeError) as error:
         raise UsageError(f"file_name_regex {text!r} is not a regular expression: {error}") from None
+
+
+def _warn_idle(name_map: Optional[Mapping[str, str]], choice: Optional[Choice], job: Job) -> None:
+    """Log names of the map that no input has."""
+    if name_map:
+        stored = {name for file in job.source.files for name in file.tensors}
+        warn_unknown(name_map, filter(None, (chosen_name(choice, name) for name in stored)), "the input")
 
 
 def _rename(name_map: Optional[Mapping[str, str]], choice: Optional[Choice]) -> Rename:

@@ -49,6 +49,8 @@ def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patte
     """
     if os.path.isfile(source):
         folder, name = os.path.split(source)
+        if pattern and not pattern.search(name):
+            raise UsageError(f"file_name_regex {pattern.pattern!r} is not found in the name of the file {source!r}")
         return _single(folder or ".", name, target, to)
     if not os.path.isdir(source):
         raise DiscoveryError(f"no such file or directory: {source!r}; check the path")

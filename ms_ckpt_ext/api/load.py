@@ -128,7 +128,8 @@ def load_distributed_checkpoint(
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
 
     Raises:
-        UsageError, ArgumentTypeError: wrong arguments; nothing was changed.
+        UsageError, ArgumentTypeError: wrong arguments, also those of a load into a network in save mode; nothing was
+            changed.
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
         DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or has gone.
         ChecksumError: verify="full", and the files are not what they were; nothing was changed.
@@ -140,17 +141,17 @@ def load_distributed_checkpoint(
     seal = seal_of(enc_key, enc_mode)
     naming, weight_rules = checked_naming(choice_func, name_map), checked_rules(rules)
     run = running(max_process_num, buffer_bytes, sync=sync)
+    options = LoadOptions(
+        mode=mode or (network is not None and os.environ.get("MS_CKPT_EXT_MODE")) or "auto",
+        bucket_bytes=bucket_bytes,
+        prefetch=prefetch,
+        verify=verify,
+        trace="" if trace is None else path_of(trace, "trace"),
+        timeout=timeout,
+    )
     if network is not None:
         from ms_ckpt_ext.bridge import network as live
 
-        options = LoadOptions(
-            mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
-            bucket_bytes=bucket_bytes,
-            prefetch=prefetch,
-            verify=verify,
-            trace="" if trace is None else path_of(trace, "trace"),
-            timeout=timeout,
-        )
         if return_param_dict and verify != "none":
             raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
         alone = return_param_dict or (options.mode == "direct" and verify == "none")
@@ -166,20 +167,23 @@ def load_distributed_checkpoint(
 
             give_up(error, timeout)
         if alone:
+            _require_all(look, live.world_size())
             catalog = naming.of(read_listing(look(), trained, access).ruled(weight_rules))
             if return_param_dict:
                 return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
             return live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        shared = Source(look, trained, access, weight_rules, naming)
+        shared = Source(look, trained, access, weight_rules, naming, _named_files(look))
         return fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
+    _refuse_live(options, mode)
     trained = _trained(train_strategy_filename, None, None)
     look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
     _check_rank(rank_id)
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
+    _require_all(look, 1)
     catalog = naming.of(read_listing(look(), trained, access).ruled(weight_rules))
     alone = rank_id is not None
     job, target = folders_job(
@@ -187,6 +191,27 @@ def load_distributed_checkpoint(
     )
     execute(job, target, run, "reshard")
     return True
+
+
+_INSTEAD = {
+    "verify": "check the source with ms_ckpt_ext.verify before, or the result after; crc_check=True verifies checksums",
+    "mode": "a job without a network is always read directly",
+    "bucket_bytes": "buffer_bytes and max_process_num bound the memory of a job that writes files",
+    "prefetch": "max_process_num says how many reads are under way",
+    "trace": "the report of ms_ckpt_ext.reshard tells what was read and written",
+    "timeout": "ranks that write files do not wait for each other",
+}
+"""Arguments of this package that only mean something to a load into a network, and what to do in save mode."""
+
+
+def _refuse_live(options: LoadOptions, mode: Optional[str]) -> None:
+    """Raise UsageError for what save mode would ignore: who asks for a check must not believe that it was made."""
+    plain = LoadOptions()
+    given = {name: getattr(options, name) != getattr(plain, name) for name in _INSTEAD if name != "mode"}
+    given["mode"] = mode is not None
+    for name, asked in given.items():
+        if asked:
+            raise UsageError(f"{name} is for loads into a network, and there is none (save mode): {_INSTEAD[name]}")
 
 
 def _trained(filename: Optional[PathLike], checkpoint_filenames: Any, network: Any) -> Optional[Strategy]:
@@ -221,6 +246,19 @@ def _lister(
             "give the file of every rank, in the order of ranks, and train_strategy_filename"
         )
     return partial(_list_existing, paths, trained)
+
+
+def _named_files(look: Callable[[], Listing]) -> dict[str, str]:
+    """Rank as text -> path, where the files were named one by one."""
+    named = look.args[0] if isinstance(look, partial) and look.func is _list_existing else ()
+    return {str(rank): path for rank, path in enumerate(named)}
+
+
+def _require_all(look: Callable[[], Listing], world: int) -> None:
+    """Raise DiscoveryError for a named file that is not there, unless another host may have it."""
+    for rank, path in _named_files(look).items() if world == 1 else ():
+        if not os.path.isfile(path):
+            raise DiscoveryError(f"the file of rank {rank} in checkpoint_filenames does not exist: {path!r}; check it")
 
 
 def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing:

@@ -152,6 +152,7 @@ def load_checkpoint(
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
     naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access = access_of(dec_key, dec_mode, crc_check)
+    _require_file(source)
     with _held(naming.of(file_catalog(source, access))) as held:
         found = as_parameters(held)
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
@@ -236,10 +237,16 @@ def _as_stock(
 def _catalog(path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str]) -> Catalog:
     checked_format(kind, "format", optional=True)
     if not os.path.isdir(path):
+        _require_file(path)
         if kind is not None and not path.endswith(f".{kind}"):
             raise UsageError(f"path must end in .{kind}, as format says, got {path!r}")
         return file_catalog(path, access)
     return open_catalog(path, as_strategy(strategy), file_suffix, access=access, kind=kind)
+
+
+def _require_file(path: str) -> None:
+    if not os.path.exists(path):
+        raise DiscoveryError(f"no such file or directory: {path!r}; check the path")
 
 
 def _patterns(names: Union[str, Iterable[str], None]) -> Optional[list[str]]:

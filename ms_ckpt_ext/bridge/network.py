@@ -20,7 +20,7 @@ import numpy as np
 from ms_ckpt_ext.bridge.match import Match, Offer, check_cell, check_fit, match_parameters, nbytes_of, offers_of
 from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.bridge.world import own_rank
+from ms_ckpt_ext.bridge.world import own_rank, world_size
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import Strategy
@@ -33,7 +33,7 @@ from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
 
-__all__ = ["fill", "own_rank", "parameter_dict"]
+__all__ = ["fill", "own_rank", "parameter_dict", "world_size"]
 log = logging.getLogger("ms_ckpt_ext")
 
 

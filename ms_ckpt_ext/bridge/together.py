@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
 from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
@@ -53,6 +54,7 @@ class Source(NamedTuple):
         access: how its files are opened.
         rules: weight rules that make the network's parameters of what the files hold.
         naming: how these are called in the network.
+        expected: files that were named one by one, by key: some host must see each.
     """
 
     look: Callable[[], Listing]
@@ -60,12 +62,19 @@ class Source(NamedTuple):
     access: Access = PLAIN
     rules: tuple[Rule, ...] = ()
     naming: Naming = Naming()
+    expected: Mapping[str, str] = MappingProxyType({})
 
     def catalog(self, seen: Survey) -> Catalog:
         """What the ranks saw, with the rules applied, by its names in the network."""
         return self.naming.of(self._stored(seen).ruled(self.rules))
 
     def _stored(self, seen: Survey) -> Catalog:
+        for key, path in self.expected.items():
+            if key not in seen.indexes:
+                raise DiscoveryError(
+                    f"no host sees the file of rank {key} in checkpoint_filenames, {path!r} (asked: "
+                    f"{', '.join(seen.hosts)}); check the path, or copy it to one of the hosts"
+                )
         folder = None if seen.sharded or seen.names is not None else self._folder()
         if folder is not None:
             return folder_catalog(seen.indexes, folder, self.access)

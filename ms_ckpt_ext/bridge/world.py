@@ -16,7 +16,7 @@ except ImportError as error:
         "`pip install 'mindspore>=2.7' 'numpy<2'`, or run an offline job, which does not need it"
     ) from error
 
-__all__ = ["group_size", "mindspore", "own_rank", "training_strategy_file"]
+__all__ = ["group_size", "mindspore", "own_rank", "training_strategy_file", "world_size"]
 
 
 def own_rank() -> int:
@@ -26,6 +26,14 @@ def own_rank() -> int:
     except RuntimeError:
         logging.getLogger("ms_ckpt_ext").warning("communication is not initialised: loading the slices of rank 0")
         return 0
+
+
+def world_size() -> int:
+    """Ranks of this job; 1 where communication was not initialised."""
+    try:
+        return int(get_group_size())
+    except RuntimeError:
+        return 1
 
 
 def group_size(name: str) -> int:

@@ -22,7 +22,7 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 

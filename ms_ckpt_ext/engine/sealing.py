@@ -76,7 +76,7 @@ class Seal:
     def __post_init__(self) -> None:
         modes = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
         if self.mode not in modes:
-            raise UsageError(f"no encryption mode {self.mode!r}; choose one of {', '.join(modes)}")
+            raise UsageError(f"no such enc_mode; choose one of {', '.join(modes)}")  # unquoted: it may be a key
         if self.mode == crypto.SM4 and len(self.key) not in SM4_LENGTHS:
             raise UsageError(f"a key of {len(self.key)} bytes; {crypto.SM4} takes {SM4_LENGTHS[0]}")
 

@@ -142,7 +142,8 @@ def _value(cursor: Cursor, outer: Field) -> Value:
     if map_at is not None:
         raise FormatError(
             f"{cursor.path!r}: parameter {tag!r} at byte {map_at} is a MapParameter (a hash table), which has no shape "
-            "to cut and cannot be resharded; save the checkpoint without it (choice_func of mindspore.save_checkpoint)"
+            "to cut, so the file is not read, whatever a choice_func here leaves out; load it with MindSpore, and "
+            "save it without the table (choice_func of mindspore.save_checkpoint)"
         )
     if tag is None or tensor is None:
         raise _bad(cursor, outer.offset, f"a value without a {'name' if tag is None else 'tensor'}")

@@ -55,7 +55,7 @@ class Access:
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
-            raise UsageError(f"no decryption mode {self.mode!r}; choose one of {', '.join(MODES)}")
+            raise UsageError(f"no such dec_mode; choose one of {', '.join(MODES)}")  # unquoted: it may be a key
 
 
 PLAIN = Access()

@@ -91,11 +91,11 @@ def test_wrong_modes_and_plain_files_are_told() -> None:
         opened(sealed(PLAIN, "AES-CBC"), "AES-GCM")
     with pytest.raises(DecryptionError, match="not encrypted by MindSpore.*without a key"):
         opened(PLAIN)
-    with pytest.raises(UsageError, match="no mode 'AES-XTS'"):
+    with pytest.raises(UsageError, match="no such mode"):
         opened(PLAIN, "AES-XTS")
     with pytest.raises(TruncatedFileError, match="too few"):
         opened(b"\xd8")
-    with pytest.raises(UsageError, match="no mode 'DES'"):
+    with pytest.raises(UsageError, match="no such mode"):
         EncryptingWriter(io.BytesIO(), KEY, "DES")
     with pytest.raises(UsageError, match="a key of 32 bytes; this cipher takes 16"):
         EncryptingWriter(io.BytesIO(), KEY * 2, "SM4-CBC")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import copy
+import pickle
 import subprocess
 import sys
 import traceback
@@ -10,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, MissingDependencyError, StorageError, UsageError
 from ms_ckpt_ext.formats.crypto import Key, backend, is_encrypted, load_key, sniff
 from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS, as_key
+from ms_ckpt_ext.formats.registry import Access
 
 SECRET = b"S3CRET-s3cret-00"
 
@@ -109,3 +113,24 @@ def test_importing_costs_nothing() -> None:
         "assert not {'cryptography', 'mindspore'} & set(sys.modules), sorted(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("raw", [b"0123456789ABCDE\n", b"0123456789ABCDE\r", b"0123456789ABC\n\n\n"])
+@pytest.mark.parametrize("newline", [b"", b"\n", b"\r\n"])
+def test_one_newline_is_dropped_and_no_more(raw: bytes, newline: bytes, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(raw + newline)
+    found = load_key(file=str(tmp_path / "key"))
+    assert found is not None and found.reveal() == raw
+
+
+def test_a_key_is_not_pickled() -> None:
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(Key(SECRET))
+    assert copy.deepcopy(Key(SECRET)).reveal() == SECRET
+
+
+def test_a_key_in_the_place_of_a_mode_is_not_quoted() -> None:
+    for wrong in (lambda: Access(Key(SECRET), SECRET.decode()), lambda: Seal(Key(SECRET), SECRET.decode())):
+        with pytest.raises(UsageError) as caught:
+            wrong()
+        assert SECRET.decode() not in str(caught.value)

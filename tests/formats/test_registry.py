@@ -95,7 +95,7 @@ def test_an_ambient_key_need_not_be_used(golden: Path) -> None:
 
 def test_keys_do_not_show() -> None:
     assert "0123" not in repr(Access(KEY)) + str(Access(KEY)) + f"{Access(KEY)!r}"
-    with pytest.raises(UsageError, match="no decryption mode 'AES'; choose one of AES-GCM, AES-CBC, SM4-CBC, chunked"):
+    with pytest.raises(UsageError, match="no such dec_mode; choose one of AES-GCM, AES-CBC, SM4-CBC, chunked"):
         Access(KEY, "AES")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, safetensors_to_ckpt, unified_safetensors
+from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.errors import ArgumentTypeError, ChecksumError, DecryptionError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, registry
@@ -280,3 +281,24 @@ def test_a_rerun_keeps_what_was_finished(key: Any, tmp_path: Path, monkeypatch: 
     assert len(tree(tmp_path / "out")) == 3
     access = Access(Key(key) if key else None)
     assert contents(tmp_path / "out" / finished[0], access) == contents(tmp_path / "in" / "rank_0" / "net.ckpt")
+
+
+def test_a_regex_that_a_single_file_does_not_fit_is_refused(tmp_path: Path) -> None:
+    write_ckpt(tmp_path / "net.ckpt")
+    for job in (
+        lambda: convert(tmp_path / "net.ckpt", tmp_path / "out", file_name_regex="other"),
+        lambda: encrypt(tmp_path / "net.ckpt", tmp_path / "out", enc_key=KEY, file_name_regex="other"),
+        lambda: decrypt(tmp_path / "net.ckpt", tmp_path / "out", dec_key=KEY, file_name_regex="other"),
+    ):
+        with pytest.raises(UsageError, match="file_name_regex 'other' is not found in the name"):
+            job()
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_the_input_lacks_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_ckpt(tmp_path / "net.ckpt")
+    with caplog.at_level(logging.WARNING, "ms_ckpt_ext"):
+        convert(tmp_path / "net.ckpt", tmp_path / "out.safetensors", name_map={"gone": "x", "z.weight": "y"})
+    assert "name_map speaks of parameters that the input does not hold: ['gone']" in caplog.text
+    with pytest.raises(ArgumentTypeError, match="in the input to names .* in the output"):
+        ckpt_to_safetensors(tmp_path / "net.ckpt", tmp_path / "out", {1: 2})  # type: ignore[dict-item]

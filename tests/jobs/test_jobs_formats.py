@@ -53,6 +53,16 @@ def test_training_scalars(kind: str, golden: Path, tmp_path: Path) -> None:
         assert found["global_step"].dtype == np.int32 and found["learning_rate"].shape == ()
 
 
+LIVE_ONLY: list[tuple[dict[str, Any], str]] = [
+    ({"verify": "full"}, "ms_ckpt_ext.verify"),
+    ({"mode": "direct"}, "always read directly"),
+    ({"bucket_bytes": 1 << 20}, "buffer_bytes"),
+    ({"prefetch": 2}, "max_process_num"),
+    ({"trace": "t.json"}, "report"),
+    ({"timeout": 1.0}, "do not wait"),
+]
+
+
 def test_files_named_one_by_one(golden: Path, tmp_path: Path) -> None:
     case = golden / CASES[0]
     files = [str(next((case / "ckpt" / f"rank_{rank}").iterdir())) for rank in range(8)]
@@ -72,8 +82,17 @@ def test_files_named_one_by_one(golden: Path, tmp_path: Path) -> None:
         load(files, unified_safetensors_dir=case / "ckpt")
     with pytest.raises(errors.ArgumentTypeError, match="must be a list of paths"):
         load(7)
-    with pytest.raises(errors.DiscoveryError, match="none of the 8 files exists"):
+    with pytest.raises(errors.DiscoveryError, match="the file of rank 0 in checkpoint_filenames does not exist"):
         load([f"{file}.gone" for file in files])
+    with pytest.raises(errors.DiscoveryError, match=r"the file of rank 5 in checkpoint_filenames .*\.gone"):
+        load([*files[:5], f"{files[5]}.gone", *files[6:]])
+    for option, instead in LIVE_ONLY:
+        with pytest.raises(errors.UsageError, match=f"{next(iter(option))} is for loads into a network.*{instead}"):
+            load(files, **option)
+    for wrong in ({"mode": "fast"}, {"verify": "maybe"}, {"timeout": 0}):
+        with pytest.raises(errors.UsageError, match="must be"):
+            load(files, **wrong)
+    assert not (tmp_path / "out").exists()
     load(files)
     expected = read_file(shard(golden / "tp4/shards/rank_2"))
     assert read_file(tmp_path / "out/rank_2/net.safetensors") == {**expected, **scalars_of(golden, CASES[0])}
@@ -118,7 +137,7 @@ def test_arguments_of_keys(golden: Path) -> None:
     for more, kind, said in (
         ({"dec_key": "0123456789ABCDEF"}, errors.ArgumentTypeError, "a key must be bytes, not str"),
         ({"dec_key": b"0123"}, errors.UsageError, "a key of 4 bytes"),
-        ({"dec_key": KEY, "dec_mode": "ROT13"}, errors.UsageError, "no decryption mode 'ROT13'"),
+        ({"dec_key": KEY, "dec_mode": "ROT13"}, errors.UsageError, "no such dec_mode; choose"),
         ({"dec_mode": 1}, errors.ArgumentTypeError, "dec_mode must be a str"),
         ({"dec_key": KEY}, errors.DecryptionError, "is not encrypted, but a key is given"),
     ):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext import convert, load, unified_safetensors
+from ms_ckpt_ext import convert, load, load_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine.lazy import LazyTensor, select
@@ -178,8 +178,11 @@ def test_what_is_refused(written: Path, tmp_path: Path) -> None:
         load(written, format="safetensors")
     with pytest.raises(UsageError, match="format must be one of"):
         load(written, format="onnx")
-    with pytest.raises(OSError, match="No such file"):
-        load(tmp_path / "nothing.ckpt")
+    for name in ("nothing.ckpt", "no/dir"):
+        with pytest.raises(DiscoveryError, match="no such file or directory"):
+            load(tmp_path / name)
+    with pytest.raises(DiscoveryError, match="no such file or directory"):
+        load_checkpoint(tmp_path / "none.ckpt")
     source(tmp_path / "src")
     with pytest.raises(DiscoveryError, match="the strategy that cut them is needed"):
         load(tmp_path / "src" / "shards")

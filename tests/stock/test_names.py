@@ -13,7 +13,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext import convert, load_distributed_checkpoint
 from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import DiscoveryError, UsageError
 from tests.jobs.support import read_file, strategy_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -181,3 +181,13 @@ def test_nothing_left_is_an_error(source: Path) -> None:
     for name in ("load", "load_checkpoint"):
         with pytest.raises(UsageError, match="dropped every parameter"):
             getattr(ms_ckpt_ext, name)(source / "ckpt" / "x.ckpt", choice_func=lambda _: False)
+
+
+@pytest.mark.parametrize("more", [{"mode": "direct"}, {"mode": "cooperative"}, {"return_param_dict": True}], ids=str)
+def test_a_named_file_that_is_not_there_is_an_error(more: Any, ms: Any, source: Path) -> None:
+    files = [source / "ckpt" / "x.ckpt", source / "gone.ckpt"]
+    strategy_of({"emb": Layout((2,), ((),)), "w": Layout((2,), ((),))}, source / "trained.ckpt")
+    cell = network(ms, ["w"])
+    with pytest.raises(DiscoveryError, match=r"the file of rank 1 in checkpoint_filenames.*gone\.ckpt"):
+        load_distributed_checkpoint(cell, files, None, source / "trained.ckpt", **more)
+    assert of(cell) == {"w": 77.0}

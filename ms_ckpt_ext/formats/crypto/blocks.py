@@ -253,7 +253,7 @@ def wrong_key(path: str, offset: int, mode: str) -> DecryptionError:
 def _mode(reader: ByteReader, wanted: Optional[str]) -> str:
     """The mode that the file says it has, which must be the wanted one if there is one."""
     if wanted is not None and wanted not in BLOCK_MAGIC.values():
-        raise UsageError(f"no mode {wanted!r}: MindSpore has {', '.join(BLOCK_MAGIC.values())}; pass one of these")
+        raise UsageError(f"no such mode: MindSpore has {', '.join(BLOCK_MAGIC.values())}; pass one of these")
     if reader.size < _U32.size:
         raise TruncatedFileError(f"{reader.path!r} has {reader.size} bytes, too few for an encrypted checkpoint")
     found = BLOCK_MAGIC.get(_u32(reader, 0))

@@ -130,7 +130,7 @@ class EncryptingWriter:
 
 def _checked(key: KeyLike, mode: str, block: int) -> Key:
     if mode not in _MAGIC:
-        raise UsageError(f"no mode {mode!r}: MindSpore has {', '.join(_MAGIC)}; pass one of these")
+        raise UsageError(f"no such mode: MindSpore has {', '.join(_MAGIC)}; pass one of these")
     if not 0 < block <= BLOCK_BYTES or block % BLOCK:
         raise UsageError(f"a block of {block} bytes; it must be a multiple of {BLOCK}, at most {BLOCK_BYTES}")
     return as_key(key, SM4_LENGTHS if mode == SM4 else AES_LENGTHS)

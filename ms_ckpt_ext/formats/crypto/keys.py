@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, storage_error
 
@@ -36,6 +36,15 @@ class Key:
 
     def __len__(self) -> int:
         return len(self._secret)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Key is not pickled, for the key would lie in the pickle: load it where it is needed")
+
+    def __copy__(self) -> Key:
+        return self
+
+    def __deepcopy__(self, _memo: object) -> Key:
+        return self
 
     def __repr__(self) -> str:
         return f"Key({len(self)} bytes, hidden)"
@@ -94,9 +103,17 @@ def _getenv(name: str) -> bytes:
     return os.fsencode(os.environ[name])
 
 
+def _without_newline(raw: bytes) -> bytes:
+    """Without the one newline that an editor adds, where a key remains; a key may end in more of these bytes itself."""
+    for newline in (b"\n", b"\r\n"):
+        if raw.endswith(newline) and len(raw) - len(newline) in AES_LENGTHS:
+            return raw[: -len(newline)]
+    return raw
+
+
 def _decode(raw: bytes, source: str) -> bytes:
     """Key bytes out of the contents of a source, which errors name and never quote."""
-    secret = raw if len(raw) in AES_LENGTHS else raw.rstrip(b"\r\n")
+    secret = raw if len(raw) in AES_LENGTHS else _without_newline(raw)
     try:
         if raw.startswith(b"hex:"):
             secret = binascii.unhexlify(raw[4:].strip())
