@@ -13,6 +13,7 @@ one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -24,6 +25,8 @@ from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader
 
+_TOKEN = re.compile(rb'(?s)"(?:[^"\\]|\\.)*"?|[\[{]')  # an open string is one, too: no second look at its bytes
+_BYTES_PER_BRACKET = 12
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
 METADATA = "__metadata__"
@@ -111,6 +114,7 @@ def _header_length(reader: ByteReader) -> int:
 def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
     raw = bytearray(length)
     reader.read_into(8, memoryview(raw))
+    _check_brackets(reader.path, raw)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except _DuplicateError as error:
@@ -126,6 +130,24 @@ def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
     except UnicodeEncodeError as error:  # JSON can spell half a character
         raise FormatError(f"{reader.path!r}: a name in the header is no text ({error.reason}); {_ADVICE}") from None
     return header
+
+
+def _check_brackets(path: str, raw: bytearray) -> None:
+    """Refuse a header of hardly more than brackets before it is parsed: three bytes of it become a list of 56.
+
+    A tensor has three brackets in 48 bytes or more. Those in names and notes do not count, which takes a closer look.
+    """
+    most = len(raw) // _BYTES_PER_BRACKET + 8
+    if raw.count(b"[") + raw.count(b"{") <= most:
+        return
+    brackets = 0
+    for token in _TOKEN.finditer(raw):
+        brackets += token[0][:1] != b'"'
+        if brackets > most:
+            raise FormatError(
+                f"{path!r}: the header of {len(raw)} bytes has more than {most} brackets, which no table of tensors "
+                f"needs; {_ADVICE}"
+            )
 
 
 class _DuplicateError(Exception):

@@ -19,6 +19,7 @@ from ms_ckpt_ext.errors import CheckpointError, FormatError, TruncatedFileError,
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.wire import MemoryReader
+from tests.formats.damage import memory_limit, time_limit
 
 
 def index(raw: bytes) -> FileIndex:
@@ -40,7 +41,7 @@ BAD = {
     "header too large": (b"\xff" * 16, FormatError, "more than the format's limit"),
     "not JSON": (file_of(b"\x89PNG\r\n"), FormatError, "are not a JSON header"),
     "not UTF-8": (file_of(b"\xff\xfe{}"), FormatError, "are not a JSON header"),
-    "deep JSON": (file_of(b"[" * 100_000), FormatError, "are not a JSON header"),
+    "deep JSON": (file_of(b"[" * 100_000), FormatError, "brackets, which no table"),
     "no object": (file_of([1]), FormatError, "a JSON list"),
     "name twice": (
         file_of(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
@@ -194,3 +195,34 @@ def test_mutations_give_the_right_data_or_our_error(changes: list[tuple[int, int
     except CheckpointError:
         return
     assert sum(e.nbytes for e in found.tensors.values()) == found.size - 8 - int.from_bytes(raw[:8], "little")
+
+
+def framed(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize("piece", [b"[]", b"{}", b"[[]]", b'[{"":[]}]'], ids=repr)
+def test_a_header_of_brackets_is_refused_before_it_is_parsed(piece: bytes) -> None:
+    data = framed(b'{"x":[' + b",".join([piece] * ((3 << 19) // (len(piece) + 1))) + b"]}")
+    with memory_limit(4 * len(data)), pytest.raises(FormatError, match="brackets, which no table of tensors needs"):
+        safetensors.read_index(MemoryReader(data))
+
+
+def test_brackets_in_names_and_notes_are_text() -> None:
+    notes = {"config": json.dumps([[[]]] * 1000), "quote": '\\"[[[[' * 1000}
+    entry = {"dtype": "I8", "shape": [], "data_offsets": [0, 1]}
+    data = framed(json.dumps({"__metadata__": notes, "[" * 1000: entry}).encode()) + b"7"
+    found = safetensors.read_index(MemoryReader(data))
+    assert list(found.tensors) == ["[" * 1000] and found.metadata == notes
+
+
+def test_the_densest_legal_header_is_read() -> None:
+    entries = {hex(n)[2:]: {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]} for n in range(2000)}
+    data = framed(json.dumps(entries, separators=(",", ":")).encode())
+    assert len(safetensors.read_index(MemoryReader(data)).tensors) == 2000
+
+
+def test_a_string_that_does_not_end_costs_one_look() -> None:
+    data = framed(b'{"' + b'\\"[[' * 100_000)
+    with time_limit(), pytest.raises(FormatError, match="not a JSON header"):
+        safetensors.read_index(MemoryReader(data))
