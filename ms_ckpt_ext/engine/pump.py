@@ -50,7 +50,7 @@ _PLENTY = 128 << 20  # bytes a worker takes at once: most arrays whole, so that 
 _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
 _SCATTER = 4 << 10
-"""Runs from this length on are put in place by the read itself; shorter ones are cheaper to copy afterwards."""
+"""Runs of this length on average are put in place by the read itself; shorter ones are cheaper to copy afterwards."""
 
 
 def run(
@@ -305,9 +305,10 @@ class _Worker:
 def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> list[tuple[int, int, int]]:
     """Where the bytes of a read go, in their order: run by run a stretch's number, from and to which byte of it.
 
-    Empty where that is no way to read: short runs, bytes that go nowhere or to several places.
+    Empty where that is no way to read: mostly short runs, bytes that go nowhere or to several places.
     """
-    if any(copy.run < _SCATTER for _, copy in copies) or sum(copy.nbytes for _, copy in copies) != nbytes:
+    count = sum(copy.nbytes // copy.run for _, copy in copies)
+    if count * _SCATTER > nbytes or sum(copy.nbytes for _, copy in copies) != nbytes:
         return []
     runs = sorted(
         (source, stretch, target, target + copy.run) for stretch, copy in copies for source, target in copy.runs()

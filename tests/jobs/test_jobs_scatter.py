@@ -42,6 +42,11 @@ PLACED = [
     ),
     ([StridedCopy(K, (), K, (), 0, ()), StridedCopy(K, (), 0, (), 7, ())], 2 * K, [(1, 7, 7 + K), (0, 0, K)]),
     ([rows(2, K - 1, 2 * K)], 2 * K - 2, []),  # short runs
+    (
+        [StridedCopy(9, (), 0, (), 5, ()), rows(1, 2 * K, K, source=9)],
+        2 * K + 9,
+        [(0, 5, 14), (1, 0, 2 * K)],
+    ),  # one of them
     ([rows(2, K, 3 * K, step=2 * K)], 3 * K, []),  # a gap that nobody wants
     ([rows(2, K, K), rows(1, K, K)], 2 * K, []),  # bytes that two want
     ([rows(2, K, K), rows(1, K, K)], 3 * K, []),  # the same, with a gap of that size
