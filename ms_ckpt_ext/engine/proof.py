@@ -7,8 +7,9 @@ its tags only. Plain files have no tags: their checksums are verified with their
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Callable, Optional
 
 from ms_ckpt_ext.core.exchange import ExchangePlan
@@ -62,9 +63,8 @@ def prove_chunks(plan: ExchangePlan, rank: int, catalog: Catalog, threads: int) 
     with catalog.readers() as readers, ThreadPoolExecutor(max_workers=threads) as pool:
 
         def read(file: int, offset: int, length: int) -> None:
-            buffer = memory.scratch(min(PIECE, length))
-            for done in range(0, length, PIECE):
-                readers.read_into(file, offset + done, buffer[: min(PIECE, length - done)])
+            for _ in _through(partial(readers.read_into, file), offset, length):
+                pass
 
         extents = [(chunk.file, extent.offset, extent.length) for chunk in mine for extent in chunk.extents]
         for finished in [pool.submit(read, *extent) for extent in extents]:
@@ -94,15 +94,21 @@ def prove_file(path: str, access: Access, progress: Callable[[int], None] = lamb
         return "not encrypted, and the manifest has no digests of its tensors"
     with registry.reopen(index, access) as reader:
         if index.reader in AUTHENTICATED:
-            buffer = memoryview(bytearray(min(PIECE, reader.size)))
-            for offset in range(0, reader.size, PIECE):
-                piece = buffer[: min(PIECE, reader.size - offset)]
-                reader.read_into(offset, piece)
-                progress(len(piece))
+            for nbytes in _through(reader.read_into, 0, reader.size):
+                progress(nbytes)
         checked = registry.verify_crc(reader, index)
     if checked or container is None or index.reader in AUTHENTICATED:
         return None
     return f"{container} is not authenticated, and the file holds no checksum"
+
+
+def _through(read_into: Callable[[int, memoryview], None], offset: int, length: int) -> Iterator[int]:
+    """Read a stretch, piece by piece, and keep nothing of it; yields the bytes of every piece."""
+    buffer = memory.scratch(min(PIECE, length))
+    for done in range(0, length, PIECE):
+        piece = buffer[: min(PIECE, length - done)]
+        read_into(offset + done, piece)
+        yield len(piece)
 
 
 def container_of(path: str) -> Optional[str]:

@@ -251,7 +251,7 @@ class _Worker:
             into = buffers[only.stretch][only.copy.target : only.copy.target + nbytes]
             self._fill(read, into)
             return
-        places = _places(read.copies, nbytes) if len(read.extents) == 1 else []
+        places = _places(read.copies, nbytes) if len(read.extents) == 1 else ()
         if places and self._scatter(read, [buffers[n][low:high] for n, low, high in places]):
             return
         scratch = self._scratch.take(nbytes, read.extents[0].offset)
@@ -302,18 +302,18 @@ class _Worker:
 
 
 @lru_cache(maxsize=1024)
-def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> list[tuple[int, int, int]]:
+def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> tuple[tuple[int, int, int], ...]:
     """Where the bytes of a read go, in their order: run by run a stretch's number, from and to which byte of it.
 
     Empty where that is no way to read: mostly short runs, bytes that go nowhere or to several places.
     """
     count = sum(copy.nbytes // copy.run for _, copy in copies)
     if count * _SCATTER > nbytes or sum(copy.nbytes for _, copy in copies) != nbytes:
-        return []
+        return ()
     runs = sorted(
         (source, stretch, target, target + copy.run) for stretch, copy in copies for source, target in copy.runs()
     )
     ends = [0, *(source + high - low for source, _, low, high in runs)]
     if any(run[0] != end for run, end in zip(runs, ends)):
-        return []
-    return [run[1:] for run in runs]
+        return ()
+    return tuple(run[1:] for run in runs)
