@@ -36,7 +36,7 @@ _PUBLIC = {
     "reshard": "api.jobs",
     "resume": "api.restore",
     "safetensors_to_ckpt": "api.convert",
-    "training_scalars": "api.load",
+    "training_scalars": "api.scalars",
     "transform_checkpoint_by_rank": "api.transform",
     "transform_checkpoints": "api.transform",
     "unified_safetensors": "api.merge",

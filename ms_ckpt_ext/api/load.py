@@ -22,11 +22,10 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import read_listing
-from ms_ckpt_ext.engine.contents import read_extras
 from ms_ckpt_ext.engine.jobs import folders_job
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.naming import Choice
-from ms_ckpt_ext.engine.session import LoadOptions
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy
@@ -267,34 +266,6 @@ def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing
     if not found:
         raise DiscoveryError(f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths")
     return list_files(found, trained)
-
-
-def training_scalars(
-    checkpoint_dir: PathLike,
-    strategy_file: Optional[PathLike] = None,
-    file_suffix: Optional[str] = None,
-    *,
-    dec_key: Optional[KeyLike] = None,
-    dec_mode: str = "AES-GCM",
-    crc_check: bool = False,
-) -> dict[str, Any]:
-    """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate, …
-
-    Args:
-        checkpoint_dir: a merged or a sharded checkpoint, of either format.
-        strategy_file: of a sharded one; without it every parameter of a single element counts as a scalar.
-        file_suffix: which file of a rank folder; None for the newest.
-        dec_key, dec_mode, crc_check: as in `load_distributed_checkpoint`.
-
-    Returns:
-        name -> numpy array of the stored shape and dtype (raw uint16 for BF16, uint8 for narrower types); text is str.
-
-    Raises:
-        DiscoveryError, StrategyError, FormatError, StorageError: as for the merge.
-    """
-    strategy = None if strategy_file is None else load_strategy(path_of(strategy_file, "strategy_file"))
-    access = access_of(dec_key, dec_mode, crc_check)
-    return read_extras(path_of(checkpoint_dir, "checkpoint_dir"), strategy, file_suffix, access)
 
 
 def _check_rank(rank_id: Any) -> None:

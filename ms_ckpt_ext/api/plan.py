@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.plan import TensorMeta
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.engine import dryrun, profiles
 from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.session import LoadOptions
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, FormatError, UsageError, storage_error
 
 Shapes = Mapping[str, Mapping[str, Any]]

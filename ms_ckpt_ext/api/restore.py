@@ -21,7 +21,7 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
-from ms_ckpt_ext.engine.session import LoadOptions
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 

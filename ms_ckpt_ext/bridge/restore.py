@@ -16,7 +16,8 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.naming import Naming
-from ms_ckpt_ext.engine.session import LoadOptions, LoadReport
+from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.session import LoadReport
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.transport import select
 from ms_ckpt_ext.transport.agree import share_status

@@ -28,9 +28,10 @@ from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.naming import Naming
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
-from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
+from ms_ckpt_ext.engine.session import LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError, LoadError
 from ms_ckpt_ext.formats.mindformers import Folder

@@ -50,11 +50,11 @@ class StridedCopy(NamedTuple):
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """(source offset, target offset) of every run, in row-major order."""
-        sources = _offsets(self.source, self.counts, self.source_strides)
-        return zip(sources, _offsets(self.target, self.counts, self.target_strides))
+        sources = offsets_of(self.source, self.counts, self.source_strides)
+        return zip(sources, offsets_of(self.target, self.counts, self.target_strides))
 
 
-def _offsets(start: int, counts: Shape, strides: Shape) -> list[int]:
+def offsets_of(start: int, counts: Shape, strides: Shape) -> list[int]:
     """Where every element of a strided array lies, in row-major order."""
     offsets = [start]
     for count, stride in zip(counts, strides):

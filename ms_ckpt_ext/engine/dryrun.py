@@ -26,7 +26,8 @@ from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.tally import Tally, tally
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.session import LoadOptions, limits_for
+from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.session import limits_for
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
 
 Stages = tuple[tuple[int, Layout], ...]

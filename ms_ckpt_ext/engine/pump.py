@@ -8,9 +8,9 @@ interpreter lock. A worker owns two buffers, one for a batch's stretches and one
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import TYPE_CHECKING, Callable, Generic, Optional, TypeVar
 
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -21,7 +21,6 @@ from ms_ckpt_ext.core.reads import (
     Landing,
     Limits,
     Read,
-    ReadCopy,
     Stored,
     Stretch,
     Target,
@@ -30,7 +29,8 @@ from ms_ckpt_ext.core.reads import (
 )
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.engine.strides import copy_strided
+from ms_ckpt_ext.engine.strides import copy_strided, scattered
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.memory import Buffer
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -49,8 +49,6 @@ _COPY = 1 << 20  # stays in a core's cache between read and write
 _PLENTY = 128 << 20  # bytes a worker takes at once: most arrays whole, so that their digests need nothing read back
 _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
-_SCATTER = 4 << 10
-"""Runs of this length on average are put in place by the read itself; shorter ones are cheaper to copy afterwards."""
 
 
 def run(
@@ -251,20 +249,21 @@ class _Worker:
             into = buffers[only.stretch][only.copy.target : only.copy.target + nbytes]
             self._fill(read, into)
             return
-        places = _places(read.copies, nbytes) if len(read.extents) == 1 else ()
-        if places and self._scatter(read, [buffers[n][low:high] for n, low, high in places]):
-            return
+        if len(read.extents) == 1 and linux.can_scatter():
+            vector = scattered(read.copies, nbytes, buffers)
+            if vector and self._scatter(read, vector):
+                return
         scratch = self._scratch.take(nbytes, read.extents[0].offset)
         self._fill(read, scratch)
         for stretch, copy in read.copies:
             copy_strided(copy, scratch, buffers[stretch])
 
-    def _scatter(self, read: Read, into: list[memoryview]) -> bool:
+    def _scatter(self, read: Read, vector: array[int]) -> bool:
         """Have the kernel put every run in its place; False where the bytes do not come from the kernel as they are."""
         with self._readers.use(read.file) as reader:
             if not isinstance(reader, PlainReader):
                 return False
-            reader.scatter(read.extents[0].offset, into)
+            reader.scatter(read.extents[0].offset, vector)
         self._readers.tally(read.file, read.nbytes)
         return True
 
@@ -299,21 +298,3 @@ class _Worker:
         offset, start, length = held
         self._sinks[number].write(offset, arena[start : start + length])
         self._landed(number, length)
-
-
-@lru_cache(maxsize=1024)
-def _places(copies: tuple[ReadCopy, ...], nbytes: int) -> tuple[tuple[int, int, int], ...]:
-    """Where the bytes of a read go, in their order: run by run a stretch's number, from and to which byte of it.
-
-    Empty where that is no way to read: mostly short runs, bytes that go nowhere or to several places.
-    """
-    count = sum(copy.nbytes // copy.run for _, copy in copies)
-    if count * _SCATTER > nbytes or sum(copy.nbytes for _, copy in copies) != nbytes:
-        return ()
-    runs = sorted(
-        (source, stretch, target, target + copy.run) for stretch, copy in copies for source, target in copy.runs()
-    )
-    ends = [0, *(source + high - low for source, _, low, high in runs)]
-    if any(run[0] != end for run, end in zip(runs, ends)):
-        return ()
-    return tuple(run[1:] for run in runs)

@@ -15,72 +15,25 @@ from typing import Any, TypeVar
 
 import xxhash
 
-from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.demand import Demand, ExchangeLimits
 from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.demand import Want, demands_of, share_wants
 from ms_ckpt_ext.engine.live import Mover, Sink, run_exchange
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.replicas import Digest, Digester
 from ms_ckpt_ext.engine.survey import Survey, header_digest
 from ms_ckpt_ext.engine.trace import Trace
-from ms_ckpt_ext.errors import CoverageError, UsageError
+from ms_ckpt_ext.errors import CoverageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.transport.agree import agree
 from ms_ckpt_ext.transport.base import Transport
 
 B = TypeVar("B")
-MODES = ("auto", "direct", "cooperative")
-VERIFY = ("none", "replicas", "full")
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
 log = logging.getLogger("ms_ckpt_ext")
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a load is to be made.
-
-    Attributes:
-        mode: "direct": every rank reads its own bytes, nobody communicates. "cooperative": every byte is read by one
-            rank and exchanged. "auto": the cheaper of the two by the cost model.
-        bucket_bytes: staging memory of a rank for one round.
-        prefetch: rounds read ahead.
-        threads: reading threads of a rank.
-        verify: "none"; "replicas" compares digests between ranks that hold the same region: made during the load,
-            compared afterwards; "full" also compares what is stored with the digests on record, before anything is
-            changed.
-        trace: path of a Chrome trace to write; "" for none.
-        timeout: seconds that one exchange may last.
-        host: name of this rank's host; ranks of a host see the same files.
-    """
-
-    mode: str = "auto"
-    bucket_bytes: int = 64 << 20
-    prefetch: int = 1
-    threads: int = 2
-    verify: str = "none"
-    trace: str = ""
-    timeout: float = 600.0
-    host: str = ""
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY)):
-            if value not in allowed:
-                raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        for name, least in (("bucket_bytes", 4096), ("prefetch", 0), ("threads", 1)):
-            if (number := getattr(self, name)) < least:
-                raise UsageError(f"{name} must be at least {least}, got {number}")
-        if self.timeout <= 0:
-            raise UsageError(f"timeout must be above 0 seconds, got {self.timeout}")
-
-    def facts(self) -> dict[str, str]:
-        """What must be the same on all ranks."""
-        return {"code version": __version__, "mode": self.mode, "bucket_bytes": str(self.bucket_bytes)} | {
-            "verify": self.verify,
-            "trace": str(bool(self.trace)),
-        }
 
 
 @dataclass(frozen=True)

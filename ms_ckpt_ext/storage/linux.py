@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import sys
+from array import array
 from functools import lru_cache
 from typing import Any
 
@@ -39,6 +40,43 @@ def preallocate(fd: int, size: int) -> None:
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
+
+
+def can_scatter() -> bool:
+    """True where `scatter` works."""
+    return hasattr(_libc(), "preadv")
+
+
+def scatter(fd: int, vector: array[int], offset: int) -> int:
+    """Read once from `offset` into the places in `vector`: address and length in bytes of each, in turn.
+
+    `os.preadv` takes an object for every place, which takes Python longer to make than the kernel to fill.
+
+    Args:
+        vector: "Q" items, at most 2 * 1024; the memory at these addresses must stay where it is meanwhile.
+
+    Returns:
+        Bytes read, which may be fewer than there is place for.
+
+    Raises:
+        OSError: the read failed.
+    """
+    address, items = vector.buffer_info()
+    while True:
+        got: int = _preadv()(fd, address, items // 2, offset)
+        if got >= 0:
+            return got
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+@lru_cache(maxsize=1)
+def _preadv() -> Any:
+    call = _libc().preadv
+    call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+    call.restype = ctypes.c_ssize_t
+    return call
 
 
 def allow_open_files(count: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 
 PAGE = 4096
@@ -23,6 +24,11 @@ def scratch(nbytes: int) -> memoryview:
     with contextlib.suppress(AttributeError, OSError):  # no such advice on this system, or in this kernel
         area.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(area)
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where writable bytes lie in memory; 0 when there are none. They lie there as long as `buffer` lives."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
 
 
 class Buffer:

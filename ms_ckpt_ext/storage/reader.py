@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Optional, Protocol
+from array import array
+from typing import Callable, Optional, Protocol
 
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError, storage_error
+from ms_ckpt_ext.storage import linux
 
-_MOST_BUFFERS = 1024
+_MOST_PLACES = 1024
 """What one call of the kernel fills at most (Linux: UIO_MAXIOV)."""
 
 
@@ -51,30 +52,31 @@ class PlainReader:
         """Fill `buffer` from `offset`."""
         done, total = 0, len(buffer)
         while done < total:
-            done += self._read([buffer[done:]], offset + done, total - done)
+            done += self._read(lambda fd, at: os.preadv(fd, [buffer[at - offset :]], at), offset + done, total - done)
 
-    def scatter(self, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill `buffers`, in order, with the bytes from `offset` on. Raises as `read_into`."""
-        for first in range(0, len(buffers), _MOST_BUFFERS):
-            some = buffers[first : first + _MOST_BUFFERS]
-            wanted = sum(map(len, some))
-            got = self._read(some, offset, wanted)
-            if got < wanted:  # the kernel stopped early
-                self._fill_rest(offset, some, got)
-            offset += wanted
+    def scatter(self, offset: int, vector: array[int]) -> None:
+        """Fill the places in `vector`, as `linux.scatter` takes it, with the bytes from `offset` on; as `read_into`."""
+        done = 0
+        while done < len(vector):
+            some = vector[done : done + 2 * _MOST_PLACES]
+            wanted = sum(some[1::2])
+            got = self._read(lambda fd, at: linux.scatter(fd, some, at), offset, wanted)  # noqa: B023 - called at once
+            offset += got
+            if got == wanted:
+                done += len(some)
+                continue
+            while got >= vector[done + 1]:  # the kernel stopped early
+                got -= vector[done + 1]
+                done += 2
+            vector[done] += got
+            vector[done + 1] -= got
 
-    def _fill_rest(self, offset: int, buffers: Sequence[memoryview], done: int) -> None:
-        for buffer in buffers:
-            filled = min(done, len(buffer))
-            self.read_into(offset + filled, buffer[filled:])
-            offset, done = offset + len(buffer), done - filled
-
-    def _read(self, buffers: Sequence[memoryview], offset: int, wanted: int) -> int:
+    def _read(self, call: Callable[[int, int], int], offset: int, wanted: int) -> int:
         """One call of the kernel; it may stop short of `wanted` bytes, but not before the first."""
         if self.fd is None:
             raise StorageError(0, f"cannot read {self.path!r}: the reader is closed")
         try:
-            got = os.preadv(self.fd, buffers, offset)
+            got = call(self.fd, offset)
         except OSError as error:
             raise storage_error(f"read {wanted} bytes at offset {offset} of", self.path, error) from error
         if got == 0 and wanted:

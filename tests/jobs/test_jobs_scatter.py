@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-import os
+import math
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,11 @@ from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.reads import ReadCopy
 from ms_ckpt_ext.core.strided import StridedCopy
-from ms_ckpt_ext.engine import pump
+from ms_ckpt_ext.engine import strides as strides_module
+from ms_ckpt_ext.engine.strides import copy_strided, scattered
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
-from ms_ckpt_ext.storage import reader
+from ms_ckpt_ext.storage import linux, reader
+from ms_ckpt_ext.storage.memory import address_of
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.jobs.support import FULL, cut, read_file, read_merged, strategy_of, tree
 from tests.jobs.test_jobs_golden import assert_is, recut
@@ -57,7 +62,49 @@ PLACED = [
 def test_where_the_bytes_of_a_read_go(
     copies: list[StridedCopy], nbytes: int, expected: list[tuple[int, int, int]]
 ) -> None:
-    assert list(pump._places(tuple(ReadCopy(n, copy) for n, copy in enumerate(copies)), nbytes)) == expected
+    buffers = [memoryview(bytearray(6 * K)) for _ in copies]
+    vector = scattered([ReadCopy(n, copy) for n, copy in enumerate(copies)], nbytes, buffers)
+    starts = [address_of(buffer) for buffer in buffers]
+    places = [(starts[n] + low, high - low) for n, low, high in expected]
+    assert vector == (array("Q", chain.from_iterable(places)) if expected else None)
+
+
+@given(data=st.data())
+def test_copies_in_turn(data: st.DataObject) -> None:
+    """A read of several axes, whose rows go to several stretches with gaps: as one copy after another would do it."""
+    counts = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+    runs = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    row = sum(runs)
+    strides = tuple(row * math.prod(counts[axis + 1 :]) for axis in range(len(counts)))
+    nbytes, at, copies = row * math.prod(counts), 0, []
+    for run in runs:
+        apart, steps = run, []
+        for count in reversed(counts):
+            apart += data.draw(st.integers(0, 3))
+            steps.insert(0, apart)
+            apart *= count
+        copies.append(StridedCopy(run, counts, at, strides, data.draw(st.integers(0, 5)), tuple(steps)))
+        at += run
+    source = np.random.default_rng(0).bytes(nbytes)
+    expected = [bytearray(copy.target + 4 * apart_of(copy)) for copy in copies]
+    found = [memoryview(bytearray(len(each))) for each in expected]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(strides_module, "_LONG", 1)
+        order = data.draw(st.permutations(range(len(runs))))
+        vector = scattered([ReadCopy(n, copies[n]) for n in order], nbytes, found)
+    assert vector is not None
+    for copy, target in zip(copies, expected):
+        copy_strided(copy, source, target)
+    at = 0
+    for address, length in zip(vector[::2], vector[1::2]):
+        ctypes.memmove(address, source[at : at + length], length)
+        at += length
+    assert at == nbytes
+    assert found == expected
+
+
+def apart_of(copy: StridedCopy) -> int:
+    return copy.counts[0] * copy.target_strides[0] + copy.run
 
 
 @given(data=st.data())
@@ -70,44 +117,51 @@ def test_a_reader_fills_buffers_in_order(data: st.DataObject, tmp_path_factory: 
     sizes = data.draw(st.lists(st.integers(0, 90), max_size=11))
     calls = iter(data.draw(st.lists(st.integers(1, 200), max_size=20)))
     buffers = [memoryview(bytearray(size)) for size in sizes]
-    real = os.preadv
+    real = linux.scatter
 
-    def stopping_early(fd: int, some: Sequence[memoryview], at: int) -> int:
-        assert len(some) <= 4
+    def stopping_early(fd: int, some: array[int], at: int) -> int:
+        assert len(some) <= 2 * 4
         most = next(calls, 1 << 20)
-        held = bytearray(min(most, sum(map(len, some))))
-        got = real(fd, [held], at) if held else 0
-        for buffer in some:
-            part, held = held[: len(buffer)], held[len(buffer) :]
-            buffer[: len(part)] = part
-        return got
+        places = []
+        for address, length in zip(some[::2], some[1::2]):
+            places += [address, min(most, length)]
+            most -= min(most, length)
+        return real(fd, array("Q", places), at)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "preadv", stopping_early)
-        patched.setattr(reader, "_MOST_BUFFERS", 4)
+        patched.setattr(linux, "scatter", stopping_early)
+        patched.setattr(reader, "_MOST_PLACES", 4)
         with PlainReader(str(path)) as source:
-            source.scatter(offset, buffers)
+            source.scatter(offset, places_of(buffers))
     assert b"".join(buffers) == content[offset : offset + sum(sizes)]
 
 
 def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(bytes(range(100)))
+    buffers = [memoryview(bytearray(5)), memoryview(bytearray(15))]
     with PlainReader(str(path)) as source:
         with pytest.raises(TruncatedFileError, match="ended at byte 100 while 10 more bytes were expected"):
-            source.scatter(90, [memoryview(bytearray(5)), memoryview(bytearray(15))])
+            source.scatter(90, places_of(buffers))
         source.close()
         with pytest.raises(StorageError, match="the reader is closed"):
-            source.scatter(0, [memoryview(bytearray(5))])
+            source.scatter(0, places_of(buffers))
+
+
+def test_a_read_that_fails(tmp_path: Path) -> None:
+    buffers = [memoryview(bytearray(5))]
+    with PlainReader(str(tmp_path)) as folder, pytest.raises(StorageError, match="read 5 bytes at offset 0 of"):
+        folder.scatter(0, places_of(buffers))
+
+
+def places_of(buffers: Sequence[memoryview]) -> array[int]:
+    return array("Q", chain.from_iterable((address_of(buffer), len(buffer)) for buffer in buffers))
 
 
 @pytest.fixture
-def any_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every run is a long one, as the slices of large models have them."""
-    monkeypatch.setattr(pump, "_SCATTER", 1)
-    pump._places.cache_clear()
-    yield
-    pump._places.cache_clear()
+    monkeypatch.setattr(strides_module, "_LONG", 1)
 
 
 @pytest.mark.usefixtures("any_length")
@@ -131,15 +185,19 @@ def test_long_rows_need_no_numpy(tmp_path: Path) -> None:
     whole = np.random.default_rng(1).standard_normal((300, 8192), np.float32)
     cut(strategy, {"w": whole}, tmp_path / "src")
     code = (
-        "import sys, json; from ms_ckpt_ext import merge, reshard; "
+        "import sys, json; from ms_ckpt_ext import load_distributed_checkpoint, merge, reshard; "
         f"a = merge({str(tmp_path / 'src')!r}, {str(tmp_path / 'out')!r}, strategy={str(tmp_path / 'four.ckpt')!r}); "
         f"b = reshard({str(tmp_path / 'src')!r}, {str(tmp_path / 'cut')!r}, strategy={str(tmp_path / 'four.ckpt')!r}, "
         f"to_strategy={str(tmp_path / 'two.ckpt')!r}); "
+        f"load_distributed_checkpoint(None, None, {str(tmp_path / 'two.ckpt')!r}, {str(tmp_path / 'four.ckpt')!r}, "
+        f"format='safetensors', unified_safetensors_dir={str(tmp_path / 'src')!r}, "
+        f"dst_safetensors_dir={str(tmp_path / 'drop-in')!r}); "
         "print(json.dumps([a.bytes_read, b.bytes_read, 'numpy' in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(done.stdout) == [whole.nbytes, whole.nbytes, False]
     found, _ = read_merged(tmp_path / "out")
     assert found["w"].data == whole.tobytes()
-    halves = [tree(tmp_path / "cut")[f"rank_{rank}/net.safetensors"] for rank in (0, 1)]
-    assert all(half.endswith(whole[:, 4096 * n : 4096 * (n + 1)].tobytes()) for n, half in enumerate(halves))
+    for folder in ("cut", "drop-in"):
+        halves = [tree(tmp_path / folder)[f"rank_{rank}/net.safetensors"] for rank in (0, 1)]
+        assert all(half.endswith(whole[:, 4096 * n : 4096 * (n + 1)].tobytes()) for n, half in enumerate(halves))

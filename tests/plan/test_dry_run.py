@@ -25,7 +25,7 @@ from ms_ckpt_ext.engine import dryrun, pump
 from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.dryrun import DryRun, dry_run
 from ms_ckpt_ext.engine.jobs import rank_boxes
-from ms_ckpt_ext.engine.session import LoadOptions
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.sink import MemorySink

@@ -22,8 +22,9 @@ from ms_ckpt_ext.engine.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.live import HostMover, HostSink
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.replicas import Digester, compare_replicas
-from ms_ckpt_ext.engine.session import LoadOptions, LoadReport, Prepared
+from ms_ckpt_ext.engine.session import LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.registry import PLAIN, read_index

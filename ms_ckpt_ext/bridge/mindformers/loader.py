@@ -28,7 +28,7 @@ from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
 from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.engine.session import LoadOptions
+from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import DiscoveryError, StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.mindformers import COMMON_NAME, find_folder, layout_of
 

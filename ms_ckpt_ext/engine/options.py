@@ -1,0 +1,56 @@
+"""How a load into networks is to be made, as its caller says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ms_ckpt_ext._version import __version__
+from ms_ckpt_ext.errors import UsageError
+
+MODES = ("auto", "direct", "cooperative")
+VERIFY = ("none", "replicas", "full")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a load is to be made.
+
+    Attributes:
+        mode: "direct": every rank reads its own bytes, nobody communicates. "cooperative": every byte is read by one
+            rank and exchanged. "auto": the cheaper of the two by the cost model.
+        bucket_bytes: staging memory of a rank for one round.
+        prefetch: rounds read ahead.
+        threads: reading threads of a rank.
+        verify: "none"; "replicas" compares digests between ranks that hold the same region: made during the load,
+            compared afterwards; "full" also compares what is stored with the digests on record, before anything is
+            changed.
+        trace: path of a Chrome trace to write; "" for none.
+        timeout: seconds that one exchange may last.
+        host: name of this rank's host; ranks of a host see the same files.
+    """
+
+    mode: str = "auto"
+    bucket_bytes: int = 64 << 20
+    prefetch: int = 1
+    threads: int = 2
+    verify: str = "none"
+    trace: str = ""
+    timeout: float = 600.0
+    host: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY)):
+            if value not in allowed:
+                raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        for name, least in (("bucket_bytes", 4096), ("prefetch", 0), ("threads", 1)):
+            if (number := getattr(self, name)) < least:
+                raise UsageError(f"{name} must be at least {least}, got {number}")
+        if self.timeout <= 0:
+            raise UsageError(f"timeout must be above 0 seconds, got {self.timeout}")
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all ranks."""
+        return {"code version": __version__, "mode": self.mode, "bucket_bytes": str(self.bucket_bytes)} | {
+            "verify": self.verify,
+            "trace": str(bool(self.trace)),
+        }
