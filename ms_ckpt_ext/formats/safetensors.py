@@ -13,7 +13,6 @@ one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -25,8 +24,12 @@ from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader
 
-_TOKEN = re.compile(rb'(?s)"(?:[^"\\]|\\.)*"?|[\[{]')  # an open string is one, too: no second look at its bytes
-_BYTES_PER_BRACKET = 12
+_BUDGET = 64 << 20
+_PARSED = ((b'"', 12), (b",", 44), (b":", 150), (b"[", 84), (b"{", 64))
+"""Bytes of objects that a character stands for, once parsed: half a string, an item of a list, of an object, …
+
+As measured; of what can be legal, the worst case.
+"""
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
 METADATA = "__metadata__"
@@ -114,7 +117,7 @@ def _header_length(reader: ByteReader) -> int:
 def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
     raw = bytearray(length)
     reader.read_into(8, memoryview(raw))
-    _check_brackets(reader.path, raw)
+    _check_density(reader.path, raw, reader.size)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except _DuplicateError as error:
@@ -132,22 +135,15 @@ def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
     return header
 
 
-def _check_brackets(path: str, raw: bytearray) -> None:
-    """Refuse a header of hardly more than brackets before it is parsed: three bytes of it become a list of 56.
-
-    A tensor has three brackets in 48 bytes or more. Those in names and notes do not count, which takes a closer look.
-    """
-    most = len(raw) // _BYTES_PER_BRACKET + 8
-    if raw.count(b"[") + raw.count(b"{") <= most:
-        return
-    brackets = 0
-    for token in _TOKEN.finditer(raw):
-        brackets += token[0][:1] != b'"'
-        if brackets > most:
-            raise FormatError(
-                f"{path!r}: the header of {len(raw)} bytes has more than {most} brackets, which no table of tensors "
-                f"needs; {_ADVICE}"
-            )
+def _check_density(path: str, raw: bytearray, size: int) -> None:
+    """Refuse a header that is hardly more than punctuation before it is parsed into objects twenty times its size."""
+    text = len(raw) * (2 if raw.isascii() else 8)  # all of it, and as much again if it is one string
+    memory = len(raw) + text + sum(raw.count(mark) * nbytes for mark, nbytes in _PARSED)
+    if memory > size + _BUDGET:
+        raise FormatError(
+            f"{path!r}: the header of {len(raw)} bytes would become objects of some {memory >> 20} MiB, in a file of "
+            f"{size} bytes: no table of tensors is so dense; {_ADVICE}"
+        )
 
 
 class _DuplicateError(Exception):
