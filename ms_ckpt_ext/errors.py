@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 
 
 class CheckpointError(Exception):
@@ -133,3 +134,13 @@ def storage_error(action: str, path: str, cause: OSError) -> StorageError:
     reason = os.strerror(cause.errno) if cause.errno else str(cause)
     advice = _ADVICE.get(cause.errno or 0, "check the path and the file system")
     return StorageError(cause.errno, f"cannot {action} {path!r}: {reason}; {advice}")
+
+
+def name_ranks(ranks: Sequence[int], limit: int = 16) -> str:
+    """Ranks for a message, cut short when there are many.
+
+    >>> name_ranks([3]), name_ranks([0, 2])
+    ('rank 3', 'ranks 0, 2')
+    """
+    shown = ", ".join(map(str, ranks[:limit])) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
+    return f"rank{'s' if len(ranks) != 1 else ''} {shown}"

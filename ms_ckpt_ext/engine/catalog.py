@@ -106,8 +106,11 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
     Raises:
         LayoutMismatchError: ranks disagree on a parameter's dtype, or a slice's shape contradicts the strategy.
         StrategyError: the strategy has no parameter in common with the files, or is for fewer ranks or stages.
+        DiscoveryError: the names of the files speak of different steps.
     """
-    _check_world({rank: index.path for rank, index in index_of.items()}, strategy)
+    files_by_rank = {rank: index.path for rank, index in index_of.items()}
+    _check_world(files_by_rank, strategy)
+    discovery.check_one_step(files_by_rank)
     indexes = tuple(index_of.values())
     by_rank = {rank: number for number, rank in enumerate(index_of)}
     tensors = {}

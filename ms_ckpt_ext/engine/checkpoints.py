@@ -22,9 +22,8 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.records import Record, read_records, record_of, shared_name
-from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
+from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, name_ranks
 from ms_ckpt_ext.formats import discovery, mindformers
-from ms_ckpt_ext.transport.base import name_ranks
 
 MERGED = "merged"
 _MERGED_BY = (discovery.MAP_NAME, discovery.HF_INDEX_NAME, mindformers.METADATA_NAME, mindformers.COMMON_NAME)

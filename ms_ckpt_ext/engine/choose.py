@@ -38,13 +38,14 @@ from ms_ckpt_ext.errors import (
     DiscoveryError,
     PeerError,
     TransportError,
+    name_ranks,
     storage_error,
 )
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.mindformers import COMMON_NAME
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.transport.agree import agree, share_status
-from ms_ckpt_ext.transport.base import Transport, name_ranks
+from ms_ckpt_ext.transport.base import Transport
 
 Value = Union[np.ndarray, str]
 log = logging.getLogger("ms_ckpt_ext")

@@ -19,8 +19,8 @@ import xxhash
 from ms_ckpt_ext.core.demand import Demand
 from ms_ckpt_ext.core.layout import cell_region
 from ms_ckpt_ext.engine.trace import Trace
-from ms_ckpt_ext.errors import ChecksumError
-from ms_ckpt_ext.transport.base import Bytes, Transport, name_ranks
+from ms_ckpt_ext.errors import ChecksumError, name_ranks
+from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _WAITING = 2
 """Pieces copied from a device that wait for their digest at a time."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.errors import DiscoveryError, FormatError
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, name_ranks
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
@@ -24,6 +25,7 @@ HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
 _STRATEGY_FIRST_BYTE = b"\x08"
 _RANK_DIR = re.compile(r"^rank_(\d+)$")
+_OF_STEP = re.compile(rf"-(\d+_\d+)\.(?:{'|'.join(FORMATS)})$")
 _SUFFIX_FORMS = (
     (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step
     (re.compile(r"^-?\d+_\d+$"), "-"),  # epoch_step
@@ -86,6 +88,27 @@ def rank_files(
             f"none of the {len(folders)} rank folders in {directory!r} holds a *.{suffix} file; check format and path"
         )
     return files
+
+
+def check_one_step(files: Mapping[int, str]) -> None:
+    """See that the files of ranks, as far as their names end in `-{epoch}_{step}`, are of one step.
+
+    Stock MindSpore merges the newest file of every rank, whatever step it is of, when a save was cut short.
+
+    Raises:
+        DiscoveryError: they are of several steps.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, path in sorted(files.items()):
+        if match := _OF_STEP.search(path):
+            ranks.setdefault(match[1], []).append(rank)
+    if len(ranks) > 1:
+        told = ", ".join(f"{step} ({name_ranks(of)})" for step, of in ranks.items())
+        raise DiscoveryError(
+            f"the files of {len(files)} ranks are of different epochs and steps: {told}; the first is "
+            f"{next(iter(files.values()))!r}. A save was cut short: say with file_suffix which one is meant, of those "
+            "that every rank has"
+        )
 
 
 def _only_kind(found: set[str], where: str) -> Optional[str]:

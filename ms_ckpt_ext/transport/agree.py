@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.errors import DisagreementError, PeerError
-from ms_ckpt_ext.transport.base import Transport, name_ranks
+from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks
+from ms_ckpt_ext.transport.base import Transport
 
 _MAX_MESSAGE = 4000
 """Characters of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""

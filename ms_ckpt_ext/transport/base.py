@@ -100,13 +100,3 @@ def offsets(counts: Sequence[int]) -> list[int]:
     [0, 3, 3]
     """
     return [sum(counts[:i]) for i in range(len(counts))]
-
-
-def name_ranks(ranks: Sequence[int], limit: int = 16) -> str:
-    """Ranks for a message, cut short when there are many.
-
-    >>> name_ranks([3]), name_ranks([0, 2])
-    ('rank 3', 'ranks 0, 2')
-    """
-    shown = ", ".join(map(str, ranks[:limit])) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
-    return f"rank{'s' if len(ranks) != 1 else ''} {shown}"

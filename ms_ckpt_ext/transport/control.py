@@ -33,8 +33,8 @@ from typing import Callable, Optional, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.errors import PeerError, TransportError
-from ms_ckpt_ext.transport.base import Bytes, name_ranks
+from ms_ckpt_ext.errors import PeerError, TransportError, name_ranks
+from ms_ckpt_ext.transport.base import Bytes
 from ms_ckpt_ext.transport.hub import BYE, DATA, FRAME, GONE, HELLO, LENGTH, Hub, take_frames, tune
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 
-from ms_ckpt_ext.transport.base import name_ranks
+from ms_ckpt_ext.errors import name_ranks
 
 FRAME = struct.Struct("<4sIQ")  # kind, rank, length of what follows
 HELLO, DATA, BYE, GONE, LATE = b"helo", b"data", b"bye.", b"gone", b"late"

@@ -16,8 +16,8 @@ from typing import Any, Callable, Generic, NoReturn, Optional, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.errors import PeerError, TransportError, UsageError
-from ms_ckpt_ext.transport.base import Bytes, Handle, check_counts, flat_bytes, name_ranks, offsets
+from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
+from ms_ckpt_ext.transport.base import Bytes, Handle, check_counts, flat_bytes, offsets
 
 T = TypeVar("T")
 

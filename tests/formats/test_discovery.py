@@ -61,6 +61,13 @@ def test_no_guessing(names: list[str], suffix: str | None, message: str, tmp_pat
     assert all(f"{name}.safetensors" in str(caught.value) for name in names)
 
 
+def test_files_of_one_step() -> None:
+    discovery.check_one_step({0: "a/net_0-1_20.ckpt", 1: "b/net_1-1_20.ckpt", 2: "c/net.ckpt", 3: "c/net_4.ckpt"})
+    mixed = {0: "a/net-1_20.safetensors", 1: "b/net-1_10.safetensors", 2: "c/net-1_20.safetensors"}
+    with pytest.raises(DiscoveryError, match=r"1_20 \(ranks 0, 2\), 1_10 \(rank 1\); the first is 'a/net-1_20.safet"):
+        discovery.check_one_step(mixed)
+
+
 def test_folders(tmp_path: Path) -> None:
     with pytest.raises(DiscoveryError, match="no such checkpoint directory"):
         discovery.rank_files(str(tmp_path / "absent"))
