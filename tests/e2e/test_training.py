@@ -99,7 +99,7 @@ def ulps(one: float, other: float) -> int:
 
 
 def demo(ranks: int, tmp_path: Path, *args: object) -> MsrunResult:
-    return run_msrun(DEMO, *args, ranks=ranks, tmp_path=tmp_path, device="ascend", timeout=SECONDS)
+    return run_msrun(DEMO, *args, ranks=ranks, tmp_path=tmp_path, device="ascend", timeout=SECONDS, supervised=True)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_every_rank_hears_of_every_fault(device: str, golden: Path, tmp_path: Pa
     if device == "ascend":
         emulator_or_skip()
     result = run_msrun(
-        WORKER, make_case(golden, tmp_path), "kill", ranks=RANKS, device=device, tmp_path=tmp_path, supervised=False,
+        WORKER, make_case(golden, tmp_path), "kill", ranks=RANKS, device=device, tmp_path=tmp_path,
         expect_failure=True, env={"CANNEMU_ASYNC": "1"},
     )  # fmt: skip
     assert result.returncodes == tuple(-9 if rank == VICTIM else 0 for rank in range(RANKS)), result.tails()

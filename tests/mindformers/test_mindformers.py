@@ -195,7 +195,9 @@ def test_a_rank_folder_by_yaml_alone(
     monkeypatch.chdir(tmp_path)
     words = ["use_legacy_format=True", "resume_training=True", "runner_config.epochs=2", "use_parallel=True"]
     words += [f"load_checkpoint={trained.legacy.output}/checkpoint", f"output_dir={tmp_path}/out"]
-    run_msrun(HERE / "train_worker.py", YAML, tmp_path / "out.json", *words, ranks=1, tmp_path=tmp_path)
+    run_msrun(
+        HERE / "train_worker.py", YAML, tmp_path / "out.json", *words, ranks=1, tmp_path=tmp_path, supervised=True
+    )
     ours, stock = told(tmp_path / "out.json", tmp_path / "out"), resumed["legacy_stock"]
     assert (ours.stock, ours.begun, ours.losses) == (0, stock.begun, stock.losses)
     assert ours.read > 1 << 20

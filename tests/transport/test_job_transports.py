@@ -20,9 +20,7 @@ RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
 )
 def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[str, str], tmp_path: Path) -> None:
     """With 2 ranks by msrun itself, which takes some seconds longer to end."""
-    result = run_msrun(
-        WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path, supervised=ranks == 2
-    )
+    result = run_msrun(WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path)
     for rank in range(ranks):
         assert f"{NAME[device]} CONTENT {rank}" in result.worker(rank), result.tails()
 
@@ -44,7 +42,6 @@ def test_survivors_of_kill_9_name_the_dead(
         tmp_path=tmp_path,
         timeout=60,
         expect_failure=True,
-        supervised=False,
     )
     assert result.returncodes == tuple(-9 if rank == victim else 0 for rank in range(ranks)), result.tails()
     for rank in range(ranks):
