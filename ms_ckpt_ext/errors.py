@@ -5,7 +5,8 @@
     │   ├── ArgumentTypeError       an argument has the wrong type                         (also a TypeError)
     │   └── UnsupportedError        stock MindSpore takes this value of an argument, this package does not
     ├── MissingDependencyError      an optional package is needed and absent               (also an ImportError)
-    ├── DiscoveryError              no file, or several equally good ones, where one is needed   (also a ValueError)
+    ├── DiscoveryError              no file, several equally good ones, or those of several steps, where one is needed
+    │                                                                                        (also a ValueError)
     ├── FormatError                 a file does not follow its format: path and offset     (also a ValueError)
     │   ├── TruncatedFileError      the file ends before its own header says it should
     │   ├── ChecksumError           the bytes are not those that were written

@@ -1,4 +1,4 @@
-"""Values that are no slices: training scalars."""
+"""What a checkpoint holds beside its slices: training scalars, text."""
 
 from __future__ import annotations
 

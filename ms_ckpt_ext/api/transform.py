@@ -86,7 +86,8 @@ def transform_checkpoints(
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, or a target in the source's rank folders; nothing was written.
-        DiscoveryError: no rank folders, or files of both formats, or no telling which file of a folder is meant.
+        DiscoveryError: no rank folders, or files of both formats or of several steps, or no telling which file of a
+            folder is meant.
         StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
         StorageError: no space or permission; what is finished is kept for a rerun.
     """

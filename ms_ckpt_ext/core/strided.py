@@ -48,6 +48,11 @@ class StridedCopy(NamedTuple):
         """Bytes from the first to the last one touched in the source."""
         return self.run + sum((c - 1) * s for c, s in zip(self.counts, self.source_strides))
 
+    @property
+    def target_span(self) -> int:
+        """Bytes from the first to the last one touched in the target."""
+        return self.run + sum((c - 1) * s for c, s in zip(self.counts, self.target_strides))
+
     def runs(self) -> Iterator[tuple[int, int]]:
         """(source offset, target offset) of every run, in row-major order."""
         sources = offsets_of(self.source, self.counts, self.source_strides)

@@ -8,7 +8,6 @@ interpreter lock. A worker owns two buffers, one for a batch's stretches and one
 from __future__ import annotations
 
 import threading
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Callable, Generic, Optional, TypeVar
@@ -249,19 +248,18 @@ class _Worker:
             into = buffers[only.stretch][only.copy.target : only.copy.target + nbytes]
             self._fill(read, into)
             return
-        if len(read.extents) == 1 and linux.can_scatter():
-            vector = scattered(read.copies, nbytes, buffers)
-            if vector and self._scatter(read, vector):
-                return
+        if len(read.extents) == 1 and linux.can_scatter() and self._scatter(read, buffers):
+            return
         scratch = self._scratch.take(nbytes, read.extents[0].offset)
         self._fill(read, scratch)
         for stretch, copy in read.copies:
             copy_strided(copy, scratch, buffers[stretch])
 
-    def _scatter(self, read: Read, vector: array[int]) -> bool:
-        """Have the kernel put every run in its place; False where the bytes do not come from the kernel as they are."""
+    def _scatter(self, read: Read, buffers: list[memoryview]) -> bool:
+        """Have the kernel put every run in its place; False where that is no way, or the file is encrypted."""
         with self._readers.use(read.file) as reader:
-            if not isinstance(reader, PlainReader):
+            vector = scattered(read.copies, read.nbytes, buffers) if isinstance(reader, PlainReader) else None
+            if vector is None or not isinstance(reader, PlainReader):
                 return False
             reader.scatter(read.extents[0].offset, vector)
         self._readers.tally(read.file, read.nbytes)

@@ -50,6 +50,8 @@ def scattered(copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryv
     wanted = sum(copy.nbytes for _, copy in copies)
     if wanted != nbytes or sum(copy.nbytes // copy.run for _, copy in copies) * _LONG > nbytes:
         return None
+    if not all(_fits(copy, len(buffers[stretch])) for stretch, copy in copies):
+        return None  # nothing would stop the kernel
     vector: array[int] = array("Q")
     turns: list[ReadCopy] = []
     begin = end = 0  # where the first of the turns begins in the read, and where the bytes made out so far end
@@ -65,6 +67,10 @@ def scattered(copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryv
             begin = end = begin + sum(turn.copy.nbytes for turn in turns)
             turns = []
     return None if turns else vector
+
+
+def _fits(copy: StridedCopy, size: int) -> bool:
+    return min(copy.target_strides, default=1) > 0 and copy.target + copy.target_span <= size
 
 
 def _source(each: ReadCopy) -> int:

@@ -25,7 +25,7 @@ HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
 _STRATEGY_FIRST_BYTE = b"\x08"
 _RANK_DIR = re.compile(r"^rank_(\d+)$")
-_OF_STEP = re.compile(rf"-(\d+_\d+)\.(?:{'|'.join(FORMATS)})$")
+_OF_STEP = re.compile(rf"-(\d+)_(\d+)(?:_breakpoint)?\.(?:{'|'.join(FORMATS)})$")
 _SUFFIX_FORMS = (
     (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step
     (re.compile(r"^-?\d+_\d+$"), "-"),  # epoch_step
@@ -93,21 +93,24 @@ def rank_files(
 def check_one_step(files: Mapping[int, str]) -> None:
     """See that the files of ranks, as far as their names end in `-{epoch}_{step}`, are of one step.
 
-    Stock MindSpore merges the newest file of every rank, whatever step it is of, when a save was cut short.
+    Stock MindSpore merges the newest file of every rank, whatever step it is of, when a save was cut short. Names
+    whose last number is the rank's, as a prefix like `net-3_` makes them, tell no step.
 
     Raises:
         DiscoveryError: they are of several steps.
     """
-    ranks: dict[str, list[int]] = {}
-    for rank, path in sorted(files.items()):
-        if match := _OF_STEP.search(path):
-            ranks.setdefault(match[1], []).append(rank)
+    steps = {rank: (int(m[1]), int(m[2])) for rank, path in sorted(files.items()) if (m := _OF_STEP.search(path))}
+    if all(step == rank for rank, (_, step) in steps.items()):
+        return
+    ranks: dict[tuple[int, int], list[int]] = {}
+    for rank, step in steps.items():
+        ranks.setdefault(step, []).append(rank)
     if len(ranks) > 1:
-        told = ", ".join(f"{step} ({name_ranks(of)})" for step, of in ranks.items())
+        told = [f"{epoch}_{step} ({name_ranks(of)}: {files[of[0]]!r})" for (epoch, step), of in ranks.items()]
+        more = f" and {len(told) - 4} more" if len(told) > 4 else ""
         raise DiscoveryError(
-            f"the files of {len(files)} ranks are of different epochs and steps: {told}; the first is "
-            f"{next(iter(files.values()))!r}. A save was cut short: say with file_suffix which one is meant, of those "
-            "that every rank has"
+            f"the files of {len(files)} ranks are of different epochs and steps: {', '.join(told[:4])}{more}; probably "
+            "a save was cut short: name files of one step that every rank has (in rank folders, with file_suffix)"
         )
 
 

@@ -24,7 +24,7 @@ from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader
 
-_BUDGET = 64 << 20
+_BUDGET = 256 << 20  # some 200,000 tensors without contents
 _PARSED = ((b'"', 12), (b",", 44), (b":", 150), (b"[", 84), (b"{", 64))
 """Bytes of objects that a character stands for, once parsed: half a string, an item of a list, of an object, …
 
@@ -141,8 +141,8 @@ def _check_density(path: str, raw: bytearray, size: int) -> None:
     memory = len(raw) + text + sum(raw.count(mark) * nbytes for mark, nbytes in _PARSED)
     if memory > size + _BUDGET:
         raise FormatError(
-            f"{path!r}: the header of {len(raw)} bytes would become objects of some {memory >> 20} MiB, in a file of "
-            f"{size} bytes: no table of tensors is so dense; {_ADVICE}"
+            f"{path!r}: the header of {len(raw)} bytes would take some {memory >> 20} MiB of memory, in a file of "
+            f"{size} bytes: no table of tensors is so dense. Do not trust this file: restore it, or choose another one"
         )
 
 

@@ -43,8 +43,8 @@ def preallocate(fd: int, size: int) -> None:
 
 
 def can_scatter() -> bool:
-    """True where `scatter` works."""
-    return hasattr(_libc(), "preadv")
+    """True where `scatter` works: its vectors are of 64-bit addresses."""
+    return ctypes.sizeof(ctypes.c_void_p) == 8 and hasattr(_libc(), "preadv")
 
 
 def scatter(fd: int, vector: array[int], offset: int) -> int:

@@ -63,8 +63,14 @@ def test_no_guessing(names: list[str], suffix: str | None, message: str, tmp_pat
 
 def test_files_of_one_step() -> None:
     discovery.check_one_step({0: "a/net_0-1_20.ckpt", 1: "b/net_1-1_20.ckpt", 2: "c/net.ckpt", 3: "c/net_4.ckpt"})
+    discovery.check_one_step({0: "a/net-3_0.ckpt", 1: "a/net-3_1.ckpt"})  # a prefix and the rank
+    discovery.check_one_step({0: "a/net-1_20.ckpt", 1: "a/net-01_20_breakpoint.ckpt"})
+    with pytest.raises(DiscoveryError, match=r"1_15 \(rank 0: 'a/net-1_15_breakpoint.ckpt'\), 1_10 \(rank 1: "):
+        discovery.check_one_step({0: "a/net-1_15_breakpoint.ckpt", 1: "a/net-1_10.ckpt"})
+    with pytest.raises(DiscoveryError, match=r"0_4 \(rank 3: '[^']*'\) and 95 more; probably a save was cut short"):
+        discovery.check_one_step({rank: f"net-0_{rank + 1}.ckpt" for rank in range(99)})
     mixed = {0: "a/net-1_20.safetensors", 1: "b/net-1_10.safetensors", 2: "c/net-1_20.safetensors"}
-    with pytest.raises(DiscoveryError, match=r"1_20 \(ranks 0, 2\), 1_10 \(rank 1\); the first is 'a/net-1_20.safet"):
+    with pytest.raises(DiscoveryError, match=r"1_20 \(ranks 0, 2: 'a/net-1_20.safetensors'\), 1_10 \(rank 1: 'b/net"):
         discovery.check_one_step(mixed)
 
 

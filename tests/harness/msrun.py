@@ -40,13 +40,13 @@ class MsrunResult:
     """How a run ended.
 
     Attributes:
-        returncode: 0, or that of msrun or of the first rank that failed; None when it was stopped by the timeout.
+        returncode: 0, or that of msrun or of the first rank that failed.
         logs: "worker_0", "worker_1", …, "scheduler" (and "msrun") -> everything that was written there.
         returncodes: of every rank; empty for a supervised run, where only msrun knows them.
         seconds: wall time of the whole run.
     """
 
-    returncode: Optional[int]
+    returncode: int
     logs: Mapping[str, str]
     returncodes: tuple[Optional[int], ...]
     seconds: float
@@ -76,7 +76,8 @@ def run_msrun(
     Args:
         device: "cpu", or "ascend" for the emulated one (the test is skipped where that cannot be built).
         env: additional variables; `CANNEMU_*` of the caller are passed on too.
-        timeout: seconds after which everything is killed and the run counts as hung.
+        timeout: seconds after which everything is killed and the run counts as hung. When a rank failed and that was
+            not expected, the others have 10 s more at most.
         expect_failure: return a run that failed instead of raising; a hung one raises all the same.
         supervised: see the module.
 

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext import unified_safetensors
+from ms_ckpt_ext import encrypt, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.reads import ReadCopy
 from ms_ckpt_ext.core.strided import StridedCopy
+from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine import strides as strides_module
 from ms_ckpt_ext.engine.strides import copy_strided, scattered
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
@@ -55,6 +56,12 @@ PLACED = [
     ([rows(2, K, 3 * K, step=2 * K)], 3 * K, []),  # a gap that nobody wants
     ([rows(2, K, K), rows(1, K, K)], 2 * K, []),  # bytes that two want
     ([rows(2, K, K), rows(1, K, K)], 3 * K, []),  # the same, with a gap of that size
+    ([rows(2, K, K), rows(1, K, K, source=2 * K)], 3 * K, [(0, 0, K), (0, K, 2 * K), (1, 0, K)]),
+    ([StridedCopy(K, (2, 2), 0, (3 * K, K), 0, (2 * K, K))], 4 * K, []),  # a gap between rows
+    ([rows(2, K, K, step=2 * K), rows(1, 2 * K, K, source=K, step=2 * K)], 4 * K, []),  # other neighbours
+    ([rows(2, K, K, step=2 * K), rows(1, K, K, source=K, step=2 * K), rows(1, K, K, source=3 * K)], 4 * K, []),
+    ([rows(2, K, 5 * K + 1)], 2 * K, []),  # beyond the end of where it goes
+    ([rows(2, K, 0)], 2 * K, []),
 ]
 
 
@@ -165,16 +172,31 @@ def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("any_length")
+@pytest.mark.parametrize("able", [True, False])
 @pytest.mark.parametrize(
     ("case", "other"),
     [("dp2_tp4_zero", "tp4"), ("dp3_tp8", "dp2_tp4"), ("dp2_tp4_layout", "dp2_tp4_layout"), ("tp4_pp2", "dp3_tp8")],
 )
-def test_golden_files(case: str, other: str, golden: Path, tmp_path: Path) -> None:
+def test_golden_files(
+    case: str, other: str, able: bool, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(linux, "can_scatter", lambda: able)
+    monkeypatch.setattr(pump, "scattered", lambda *read: made.append(scattered(*read)) or made[-1])
     shards, strategy = golden / case / "shards", golden / case / "strategy.ckpt"
     unified_safetensors(shards, strategy, tmp_path / "merged")
     assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL[case] / "model.safetensors")
     recut(shards, strategy, golden / other / "strategy.ckpt", tmp_path / "cut")
     assert_is(tmp_path / "cut", golden / other / "shards")
+    assert any(made) is (able and case == "dp2_tp4_zero")  # the reads of the others have gaps
+
+
+@pytest.mark.usefixtures("any_length")
+def test_encrypted_files_are_not_read_by_the_kernel(golden: Path, tmp_path: Path) -> None:
+    shards, strategy = golden / "dp2_tp4_zero" / "shards", golden / "dp2_tp4_zero" / "strategy.ckpt"
+    encrypt(shards, tmp_path / "sealed", enc_key=bytes(range(32)))
+    unified_safetensors(tmp_path / "sealed", strategy, tmp_path / "merged", dec_key=bytes(range(32)))
+    assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL["dp2_tp4_zero"] / "model.safetensors")
 
 
 def test_long_rows_need_no_numpy(tmp_path: Path) -> None:

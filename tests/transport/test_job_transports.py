@@ -1,4 +1,4 @@
-"""The transports of real jobs: one worker script, started by msrun on the CPU and on the emulated Ascend."""
+"""The transports of real jobs: one worker script on ranks on the CPU and on the emulated Ascend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
     ids=["cpu-2", "cpu-4", "ascend-2", "ascend-4-async"],
 )
 def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[str, str], tmp_path: Path) -> None:
-    """With 2 ranks by msrun itself, which takes some seconds longer to end."""
     result = run_msrun(WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path)
     for rank in range(ranks):
         assert f"{NAME[device]} CONTENT {rank}" in result.worker(rank), result.tails()
