@@ -91,7 +91,7 @@ def run_msrun(
     start = time.monotonic()
     launch = _msrun if supervised else _dynamic_cluster
     codes = launch(command, ranks, variables, log_dir, start + timeout, expect_failure)
-    logs = {path.stem: path.read_text(errors="replace") for path in log_dir.glob("*.log")}
+    logs = {path.stem: _said(path) for path in log_dir.glob("*.log")}
     code = next((code for code in codes if code), 0)
     result = MsrunResult(code, logs, () if supervised else tuple(codes), time.monotonic() - start)
     if code and not expect_failure:
@@ -99,6 +99,12 @@ def run_msrun(
     if None in codes:
         raise AssertionError(f"{script.name} on {ranks} ranks ({device}) still ran after {timeout} s\n{result.tails()}")
     return result
+
+
+def _said(log: Path) -> str:
+    """What was written to standard output, then what to standard error, which in one file cut each other's lines."""
+    err = log.with_suffix(".err")
+    return log.read_text(errors="replace") + (err.read_text(errors="replace") if err.exists() else "")
 
 
 def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
@@ -144,8 +150,9 @@ def _dynamic_cluster(
         stack.callback(_kill, processes)
         for name, role in roles.items():
             out = stack.enter_context(open(log_dir / f"{name}.log", "w"))
+            err = stack.enter_context(open(log_dir / f"{name}.err", "w"))
             full = {**env, **shared, **role}
-            processes.append(subprocess.Popen(command, env=full, stdout=out, stderr=subprocess.STDOUT, cwd=log_dir))
+            processes.append(subprocess.Popen(command, env=full, stdout=out, stderr=err, cwd=log_dir))
         # The scheduler is not waited for: it may stay for minutes after a worker was lost.
         return _wait(processes[1:], deadline, patient)
 

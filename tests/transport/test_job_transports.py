@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
     ids=["cpu-2", "cpu-4", "ascend-2", "ascend-4-async"],
 )
 def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[str, str], tmp_path: Path) -> None:
+    if ranks == 2 and os.environ.get("MS_CKPT_EXT_E2E") != "all":
+        pytest.skip("4 ranks find what 2 do; scripts/e2e.sh runs both")
     result = run_msrun(WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path)
     for rank in range(ranks):
         assert f"{NAME[device]} CONTENT {rank}" in result.worker(rank), result.tails()
