@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 _Item = TypeVar("_Item")
 _COPY = 1 << 20  # stays in a core's cache between read and write
-_PLENTY = 128 << 20  # bytes a worker takes at once: most arrays whole, so that their digests need nothing read back
+PLENTY = 128 << 20
+"""Bytes of an array that one worker takes at once, unless its caller knows better."""
 _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
 
@@ -56,7 +57,7 @@ def run(
     sinks: Sequence[Sink],
     workers: int,
     landed: Landed,
-    plenty: int = _PLENTY,
+    plenty: int = PLENTY,
 ) -> None:
     """Run all units, of which a worker takes an array's, or `plenty` bytes; the first error stops all and is raised."""
 

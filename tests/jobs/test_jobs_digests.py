@@ -12,7 +12,7 @@ import xxhash
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine import digests
+from ms_ckpt_ext.engine import digests, pump
 from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import read_file, source, strategy_of, tree
@@ -54,8 +54,13 @@ def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
     assert_true(tmp_path / "out")
 
 
-def test_nothing_is_read_twice_by_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays are filled from front to back, so no digest waits for bytes and reads them back."""
+@pytest.mark.parametrize(("workers", "names"), [(1, "abd"), (2, "abcdefghijklmnopqrst")])
+def test_nothing_is_read_twice(workers: int, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker fills an array from front to back, so no digest waits for bytes and reads them back; nor with two.
+
+    Of many arrays each worker takes whole ones, however long they are.
+    """
+    monkeypatch.setattr(pump, "PLENTY", 4096)
     read: list[int] = []
     real = sink.FileSink.read_back
 
@@ -64,8 +69,8 @@ def test_nothing_is_read_twice_by_one_worker(tmp_path: Path, monkeypatch: pytest
         real(self, offset, buffer)
 
     monkeypatch.setattr(sink.FileSink, "read_back", counted)
-    root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "d"))
-    merge(root, tmp_path / "out", max_process_num=1)
+    root = source(tmp_path / "src", rows=1 << 15 if workers == 1 else 1 << 10, names=tuple(names))
+    merge(root, tmp_path / "out", max_process_num=workers, buffer_bytes=1 << 16)
     assert_true(tmp_path / "out")
     assert sum(read) == 0
 
