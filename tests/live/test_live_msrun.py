@@ -1,4 +1,4 @@
-"""Live loads under msrun on the CPU: every rank's Parameters equal the target's shards, byte for byte."""
+"""Live loads on ranks of the CPU and of the emulated Ascend: their Parameters equal the target's shards, byte for byte."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ def run(cases: list[dict[str, Any]], ranks: int, tmp_path: Path, device: str = "
         device=device,
         env=env or None,
         tmp_path=tmp_path,
-        supervised=ranks == 2,
     )
     for rank in range(ranks):
         for case in cases:

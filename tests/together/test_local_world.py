@@ -44,15 +44,15 @@ def test_golden_pairs(source: str, target: str, golden: Path) -> None:
     assert all(rank.plan == loaded[0].plan for rank in loaded)
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), PAIRS[::2])
 def test_golden_pairs_read_directly(source: str, target: str, golden: Path) -> None:
-    """The same bytes; a direct load reads what each rank wants, replicas included."""
+    """The same bytes. A direct load is a re-cut into memory, which the tests of file jobs do with every pair."""
     loaded = golden_load(golden, source, target, mode="direct").run()
     assert_shards(loaded, golden / target / "shards")
     assert all(rank.report.mode == "direct" for rank in loaded)
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS[::4])
+@pytest.mark.parametrize(("source", "target"), PAIRS[1::6])
 def test_golden_pairs_in_the_cheaper_mode(source: str, target: str, golden: Path) -> None:
     loaded = golden_load(golden, source, target, mode="auto").run()
     assert_shards(loaded, golden / target / "shards")
