@@ -1,4 +1,4 @@
-"""Live loads on ranks of the CPU and of the emulated Ascend: their Parameters equal the target's shards, byte for byte."""
+"""Live loads on ranks of the CPU and of the emulated Ascend: Parameters equal the target's shards, byte for byte."""
 
 from __future__ import annotations
 
