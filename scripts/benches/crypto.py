@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benches.measure import have_at_hand
+
 PIECE = 16 << 20
 CIPHERS = {
     "aes-128-gcm": (16, ("chunked", "AES-GCM")),
@@ -73,6 +75,7 @@ def one_cipher(work: Path, cipher: str, length: int, container: str, size: int, 
         for direction, speeds in theirs.items():
             speeds.append(openssl_speed(cipher, direction))
         for turn, call in turns.items():
+            have_at_hand(4 * size)
             begin = time.perf_counter()
             call()
             if number:
