@@ -57,14 +57,14 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
                 file = chooser.pick(files, copy.nbytes)
                 yield from _direct(file, stored(file, name), target.landings[0], copy, limits)
         begun = False
-        for block, final in _marked(_blocks([target.region for target in staged], dtype, limits.tile)):
+        for block in _blocks([target.region for target in staged], dtype, limits.tile):
+            if batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
+                begun = True
+                yield batch.finish()
             for target in staged:
                 tile = target.region.intersect(block)
                 if tile is not None:
                     batch.add(task.tensor, target, tile, chooser)
-            if batch.nbytes >= limits.tile:
-                begun = True
-                yield batch.finish(last=final)
         if batch.nbytes and (begun or batch.nbytes >= limits.tile // 2):
             yield batch.finish(last=True)
     if batch.nbytes:
@@ -112,17 +112,6 @@ def _blocks(regions: list[Region], dtype: DType, tile: int) -> Iterator[Region]:
     start = tuple(map(min, zip(*(region.start for region in regions))))
     stop = tuple(map(max, zip(*(region.stop for region in regions))))
     yield from cut(Region(start, stop), 0, dtype, tile)
-
-
-def _marked(blocks: Iterator[Region]) -> Iterator[tuple[Region, bool]]:
-    """Every block, and whether it is the last."""
-    held = next(blocks, None)
-    for block in blocks:
-        if held is not None:
-            yield held, False
-        held = block
-    if held is not None:
-        yield held, True
 
 
 class _Span(NamedTuple):

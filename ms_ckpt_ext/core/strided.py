@@ -46,12 +46,15 @@ class StridedCopy(NamedTuple):
     @property
     def source_span(self) -> int:
         """Bytes from the first to the last one touched in the source."""
-        return self.run + sum((c - 1) * s for c, s in zip(self.counts, self.source_strides))
+        return self._span(self.source_strides)
 
     @property
     def target_span(self) -> int:
         """Bytes from the first to the last one touched in the target."""
-        return self.run + sum((c - 1) * s for c, s in zip(self.counts, self.target_strides))
+        return self._span(self.target_strides)
+
+    def _span(self, strides: Shape) -> int:
+        return self.run + sum((count - 1) * stride for count, stride in zip(self.counts, strides))
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """(source offset, target offset) of every run, in row-major order."""

@@ -259,8 +259,10 @@ class _Worker:
     def _scatter(self, read: Read, buffers: list[memoryview]) -> bool:
         """Have the kernel put every run in its place; False where that is no way, or the file is encrypted."""
         with self._readers.use(read.file) as reader:
-            vector = scattered(read.copies, read.nbytes, buffers) if isinstance(reader, PlainReader) else None
-            if vector is None or not isinstance(reader, PlainReader):
+            if not isinstance(reader, PlainReader):
+                return False
+            vector = scattered(read.copies, read.nbytes, buffers)
+            if vector is None:
                 return False
             reader.scatter(read.extents[0].offset, vector)
         self._readers.tally(read.file, read.nbytes)
