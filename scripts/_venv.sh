@@ -49,6 +49,7 @@ ensure_venv() {
   venv="$(cd "$venv" && pwd)"
   export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
   unset PYTHONHOME
+  unset PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, which would compile the package anew every time
 }
 
 find_python() {

@@ -6,6 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 ensure_venv
 ensure_mindformers
 cd "$ROOT"
-# Hundreds of tests start processes of their own, which would compile the package anew every time.
-unset PYTHONDONTWRITEBYTECODE
 exec python -m pytest --timeout=900 "$@"

@@ -5,7 +5,6 @@ Few of these run by default; `scripts/e2e.sh` (MS_CKPT_EXT_E2E=all) runs all of 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import struct
@@ -18,6 +17,7 @@ import pytest
 
 from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.formats.registry import read_index
+from tests.harness.chosen import long_one
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import ROOT, MsrunResult, run_msrun
 from tests.jobs.support import read_file
@@ -30,7 +30,6 @@ pytestmark = [
 ]
 DEMO = ROOT / "tests" / "cann_emulator" / "train_demo.py"
 WEIGHTS = ("net.up.w", "net.up.b", "net.down.w", "net.down.b")
-ALL = os.environ.get("MS_CKPT_EXT_E2E") == "all"
 SECONDS = 240
 
 
@@ -113,8 +112,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_goes_on(case: Case, trained: Trained, tmp_path: Path) -> None:
-    if not (ALL or case.in_ci):
-        pytest.skip("one of the long ones: scripts/e2e.sh runs them")
+    if not case.in_ci:
+        long_one()
     source = trained.root if case.by == "resume" else trained.root / "step3"
     result = demo(
         case.ranks, tmp_path, case.layout, tmp_path / "out", "--steps", 6, "--start", 3, "--resume", source,
@@ -132,8 +131,7 @@ def test_training_goes_on(case: Case, trained: Trained, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dp", "tp"), [(1, 1), (1, 2), (2, 1)])
 def test_weights_alone_are_served(dp: int, tp: int, trained: Trained, tmp_path: Path) -> None:
     """The output is that of the trained weights; optimizer states never left the storage, and replicas share."""
-    if not ALL:
-        pytest.skip("one of the long ones: scripts/e2e.sh runs them")
+    long_one()
     result = demo(
         dp * tp, tmp_path, f"{dp},{tp}", tmp_path / "out", "--serve", "--resume", trained.root,
         "--format", "safetensors", "--mode", "cooperative",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+from tests.harness.chosen import long_one
 from tests.harness.msrun import run_msrun
 
 WORKER = Path(__file__).parent / "transport_worker.py"
 NAME = {"cpu": "Mccl", "ascend": "Hccl"}
-ALL = os.environ.get("MS_CKPT_EXT_E2E") == "all"
 RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
 
 
@@ -21,8 +20,8 @@ RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
     ids=["cpu-2", "cpu-4", "ascend-2", "ascend-4-async"],
 )
 def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[str, str], tmp_path: Path) -> None:
-    if ranks == 2 and not ALL:
-        pytest.skip("4 ranks find what 2 do; scripts/e2e.sh runs both")
+    if ranks == 2:
+        long_one("4 ranks find what 2 do")
     result = run_msrun(WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path)
     for rank in range(ranks):
         assert f"{NAME[device]} CONTENT {rank}" in result.worker(rank), result.tails()
@@ -36,8 +35,8 @@ def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[s
 def test_survivors_of_kill_9_name_the_dead(
     device: str, ranks: int, victim: int, env: dict[str, str], tmp_path: Path
 ) -> None:
-    if device == "cpu" and not ALL:
-        pytest.skip("a load on the CPU is killed in tests/live; scripts/e2e.sh runs this as well")
+    if device == "cpu":
+        long_one("a load on the CPU is killed in tests/live")
     result = run_msrun(
         WORKER,
         victim,
