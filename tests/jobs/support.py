@@ -1,4 +1,4 @@
-"""Small tools of the job tests: reading files without the package, cutting arrays, building sources."""
+"""Small tools of the job tests: reading files without the package, cutting arrays, building sources, merging them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategy_file import save_strategy
@@ -141,3 +142,16 @@ def arrays(seed: int, rows: int = 64, names: Sequence[str] = ("a.w", "b.w", "c.w
 def scalars(seed: int) -> dict[str, np.ndarray]:
     """The training scalars of `source`."""
     return {"global_step": np.array([seed + 7], np.int32), "learning_rate": np.array(0.5 + seed, np.float32)}
+
+
+def merge(root: Path, target: Path, **more: Any) -> Any:
+    """Merge what `source` made."""
+    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **more)
+
+
+def assert_merged(target: Path, seed: int = 0, rows: int = 64, names: Callable[[str], Any] = str) -> None:
+    """The merge of what `source` made is whole; `names` gives a parameter's new name, or nothing for none."""
+    found, extras = read_merged(target)
+    expected = {names(name): array.tobytes() for name, array in arrays(seed, rows).items() if names(name)}
+    assert {n: t.data for n, t in found.items()} == expected
+    assert {n: t.data for n, t in extras.items()} == {n: a.tobytes() for n, a in scalars(seed).items()}

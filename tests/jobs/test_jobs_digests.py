@@ -54,13 +54,9 @@ def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
     assert_true(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("workers", "names"), [(1, "abd"), (2, "abcdefghijklmnopqrst")])
-def test_nothing_is_read_twice(workers: int, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker fills an array from front to back, so no digest waits for bytes and reads them back; nor with two.
-
-    Of many arrays each worker takes whole ones, however long they are.
-    """
-    monkeypatch.setattr(pump, "PLENTY", 4096)
+@pytest.fixture
+def read_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of every piece that a digest reads back."""
     read: list[int] = []
     real = sink.FileSink.read_back
 
@@ -69,10 +65,26 @@ def test_nothing_is_read_twice(workers: int, names: str, tmp_path: Path, monkeyp
         real(self, offset, buffer)
 
     monkeypatch.setattr(sink.FileSink, "read_back", counted)
-    root = source(tmp_path / "src", rows=1 << 15 if workers == 1 else 1 << 10, names=tuple(names))
-    merge(root, tmp_path / "out", max_process_num=workers, buffer_bytes=1 << 16)
+    return read
+
+
+def test_nothing_is_read_twice_by_one_worker(read_again: list[int], tmp_path: Path) -> None:
+    """Arrays are filled from front to back, so no digest waits for bytes and reads them back."""
+    root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "d"))
+    merge(root, tmp_path / "out", max_process_num=1)
     assert_true(tmp_path / "out")
-    assert sum(read) == 0
+    assert sum(read_again) == 0
+
+
+def test_of_many_arrays_each_worker_takes_whole_ones(
+    read_again: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of those that are longer than what is plenty, and that fill their last tile: eight of 16 KiB."""
+    monkeypatch.setattr(pump, "PLENTY", 4096)
+    root = source(tmp_path / "src", rows=1 << 10, names=tuple("abcdefghijklmnopqrst"))
+    merge(root, tmp_path / "out", max_process_num=2, buffer_bytes=1 << 16)
+    assert_true(tmp_path / "out")
+    assert sum(read_again) == 0
 
 
 def test_what_the_file_system_copies_is_digested_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

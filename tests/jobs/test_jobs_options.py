@@ -1,11 +1,10 @@
-"""What the merge and the re-cut can be told: shares, filters, new names, part sizes, buffers, naming."""
+"""What the merge and the re-cut can be told: filters, new names, part sizes, buffers, naming."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +14,21 @@ from safetensors.numpy import save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars, unified_safetensors
-from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.errors import UsageError
-from tests.jobs.support import arrays, cut, read_file, read_merged, scalars, source, strategy_of, tree
-
-
-def merge(root: Path, target: Path, **more: Any) -> Any:
-    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **more)
+from tests.jobs.support import (
+    arrays,
+    assert_merged,
+    cut,
+    merge,
+    read_file,
+    read_merged,
+    scalars,
+    source,
+    strategy_of,
+    tree,
+)
 
 
 def recut(root: Path, predicted: Any, target: Path, **more: Any) -> None:
@@ -31,88 +36,6 @@ def recut(root: Path, predicted: Any, target: Path, **more: Any) -> None:
         None, None, predicted, root / "strategy.ckpt", format="safetensors", unified_safetensors_dir=root / "shards",
         dst_safetensors_dir=target, **more
     )  # fmt: skip
-
-
-def assert_merged(target: Path, seed: int, names: Callable[[str], Any] = lambda name: name) -> None:
-    found, extras = read_merged(target)
-    assert {n: t.data for n, t in found.items()} == {names(n): a.tobytes() for n, a in arrays(seed).items() if names(n)}
-    assert {n: t.data for n, t in extras.items()} == {n: a.tobytes() for n, a in scalars(seed).items()}
-
-
-@pytest.mark.parametrize("tasks", [1, 2, 3, 4])
-def test_shares_in_any_order_give_the_same_files(tasks: int, tmp_path: Path) -> None:
-    root = source(tmp_path / "src")
-    merge(root, tmp_path / "whole", part_bytes=8192, split_dst_file=())
-    for order in itertools.islice(itertools.permutations(range(1, tasks + 1)), 0, None, max(1, tasks)):
-        target = tmp_path / "-".join(map(str, order))
-        reports = [merge(root, target, part_bytes=8192, split_dst_file=(n, tasks)) for n in order]
-        assert [report.published for report in reports] == [False] * (tasks - 1) + [True]
-        assert sum((report.files_written for report in reports), ()) and all(r.files_kept == () for r in reports)
-        assert tree(target) == tree(tmp_path / "whole")
-        again = merge(root, target, part_bytes=8192, split_dst_file=(order[0], tasks))
-        assert again.published and again.bytes_written == 0 and again.bytes_read == 0
-        assert not list(target.glob(".ms_ckpt_ext-*"))
-
-
-def test_before_the_last_share_nothing_is_seen(tmp_path: Path) -> None:
-    root = source(tmp_path / "src")
-    for share in (3, 1):
-        merge(root, tmp_path / "out", part_bytes=8192, split_dst_file=(share, 3))
-        assert tree(tmp_path / "out") == {}
-
-
-def test_more_shares_than_parameters(tmp_path: Path) -> None:
-    root = source(tmp_path / "src", names=("a", "b"))
-    reports = [merge(root, tmp_path / "out", split_dst_file=(n, 6)) for n in range(1, 7)]
-    assert [report.published for report in reports].count(True) >= 1 and reports[-1].published
-    assert read_merged(tmp_path / "out")[0].keys() == {"a", "b"}
-
-
-LAUNCHERS = [
-    ("RANK_ID", "RANK_SIZE"),
-    ("RANK_ID", "MS_WORKER_NUM"),
-    ("RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-]
-
-
-@pytest.fixture
-def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for names in LAUNCHERS:
-        for name in names:
-            monkeypatch.delenv(name, raising=False)
-
-
-@pytest.mark.usefixtures("no_launcher")
-@pytest.mark.parametrize(("rank_of", "world_of"), LAUNCHERS)
-def test_share_from_the_launcher(rank_of: str, world_of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = source(tmp_path / "src")
-    monkeypatch.setenv(world_of, "2")
-    for rank in "10":
-        monkeypatch.setenv(rank_of, rank)
-        report = merge(root, tmp_path / "out", split_dst_file="auto")
-        assert report.published is (rank == "0")
-    assert_merged(tmp_path / "out", 0)
-
-
-@pytest.mark.usefixtures("no_launcher")
-def test_the_launcher_that_started_this_process_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SLURM starts msrun once on a node, and that starts the ranks."""
-    for rank, world in reversed(LAUNCHERS):
-        monkeypatch.setenv(rank, str(LAUNCHERS.index((rank, world))))
-        monkeypatch.setenv(world, "9")
-        assert share_of("auto", "share") == (LAUNCHERS.index((rank, world)) + 1, 9)
-
-
-@pytest.mark.usefixtures("no_launcher")
-@pytest.mark.parametrize("share", [(1, 2, 3), "1/2", (1.0, 2)])
-def test_a_share_that_is_none(share: Any, tmp_path: Path) -> None:
-    root = source(tmp_path / "src")
-    with pytest.raises(UsageError, match="share must be .* or 'auto'"):
-        ms_ckpt_ext.merge(root / "shards", tmp_path / "out", strategy=root / "strategy.ckpt", share=share)
-    ms_ckpt_ext.merge(root / "shards", tmp_path / "out", strategy=root / "strategy.ckpt", share="auto")
 
 
 def test_an_empty_checkpoint_is_not_written_on(tmp_path: Path) -> None:
@@ -129,22 +52,12 @@ def test_globs_that_match_nothing(tmp_path: Path) -> None:
         ms_ckpt_ext.merge(root / "shards", tmp_path / "out", strategy=root / "strategy.ckpt", match="layers.*")
 
 
-@pytest.mark.usefixtures("no_launcher")
-def test_no_launcher_or_a_strange_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = source(tmp_path / "src")
-    assert merge(root, tmp_path / "out", split_dst_file="auto").published
-    monkeypatch.setenv("RANK", "one")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="'auto' needs numbers in RANK='one', WORLD_SIZE='2'"):
-        merge(root, tmp_path / "out", split_dst_file="auto")
-
-
 def test_choice_filters_and_renames(tmp_path: Path) -> None:
     def choice(name: str) -> Any:
         return {"a.w": False, "b.w": "model.b", "c.w": True}.get(name, True)
 
     merge(source(tmp_path / "src"), tmp_path / "out", choice_func=choice)
-    assert_merged(tmp_path / "out", 0, lambda name: {"a.w": None, "b.w": "model.b"}.get(name, name))
+    assert_merged(tmp_path / "out", names=lambda name: {"a.w": None, "b.w": "model.b"}.get(name, name))
 
 
 def test_swapping_names_is_another_job(tmp_path: Path) -> None:
@@ -153,7 +66,7 @@ def test_swapping_names_is_another_job(tmp_path: Path) -> None:
     merge(root, tmp_path / "out")
     swap = {"a.w": "b.w", "b.w": "a.w"}
     assert merge(root, tmp_path / "out", choice_func=lambda n: swap.get(n, n)).bytes_written > 0
-    assert_merged(tmp_path / "out", 0, lambda n: swap.get(n, n))
+    assert_merged(tmp_path / "out", names=lambda n: swap.get(n, n))
 
 
 def test_a_strategy_of_the_same_slice_shapes_is_another_job(tmp_path: Path) -> None:

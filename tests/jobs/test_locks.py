@@ -10,14 +10,10 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext import errors, unified_safetensors
+from ms_ckpt_ext import errors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.storage.staging import Staging
-from tests.jobs.support import source, tree
-
-
-def merge(root: Path, target: Path, **more: Any) -> Any:
-    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **more)
+from tests.jobs.support import merge, source, tree
 
 
 def cut(root: Path, target: Path, rank: Any = None) -> Any:

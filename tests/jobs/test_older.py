@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext import errors, transform_checkpoint_by_rank, transform_checkpoints, unified_safetensors
+from ms_ckpt_ext import errors, transform_checkpoint_by_rank, transform_checkpoints
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.core.layout import Layout
-from tests.jobs.support import source, strategy_of, tree
-
-
-def merge(root: Path, target: Path, **more: Any) -> Any:
-    return unified_safetensors(root / "shards", root / "strategy.ckpt", target, **more)
+from tests.jobs.support import merge, source, strategy_of, tree
 
 
 def ways(root: Path, count: int) -> Path:
