@@ -37,6 +37,7 @@ DEV = [
     *CRYPTO,
     "pytest>=8",
     "pytest-timeout",
+    "pytest-xdist",
     "hypothesis",
     # A new minor version of these finds new faults in old code, so it is taken on purpose, not by chance.
     "ruff~=0.17.6",

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Every end-to-end run: real training on emulated NPUs, resumed and served under other layouts; and the loads and
-# transports of which the default run makes a choice. About 25 minutes.
+# transports of which the default run makes a choice. About 20 minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 ensure_venv
 cd "$ROOT"
 export MS_CKPT_EXT_E2E=all
-exec python -m pytest --timeout=900 tests/e2e tests/live tests/transport tests/together "$@"
+exec python -m pytest --timeout=900 tests/e2e tests/live tests/transport "$@"

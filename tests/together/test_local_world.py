@@ -30,7 +30,6 @@ from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.local import LocalWorld
 from tests.core.strategies import pairs
-from tests.harness.chosen import long_one
 from tests.jobs.support import PAIRS, cut, read_file, strategy_of
 from tests.together.support import Load, assert_shards, golden_load, needed_once, wide_source
 
@@ -45,15 +44,10 @@ def test_golden_pairs(source: str, target: str, golden: Path) -> None:
     assert all(rank.plan == loaded[0].plan for rank in loaded)
 
 
-FEW = {"direct": PAIRS[::2], "auto": PAIRS[1::6]}
-
-
 @pytest.mark.parametrize("mode", ["direct", "auto"])
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_golden_pairs_in_other_modes(source: str, target: str, mode: str, golden: Path) -> None:
     """The same bytes; a direct load reads what each rank wants, replicas included."""
-    if (source, target) not in FEW[mode]:
-        long_one("a re-cut of these files and their cooperative load are tested")
     loaded = golden_load(golden, source, target, mode=mode).run()
     assert_shards(loaded, golden / target / "shards")
     assert len({rank.report.mode for rank in loaded}) == 1
