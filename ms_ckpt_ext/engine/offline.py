@@ -60,11 +60,19 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
     staging = Staging(target, fingerprint(job), job.task, job.sync)
     everything = {output.name: output for output in (*job.outputs, *job.others)}
     sizes = {name: job.size(output) for name, output in everything.items()}
+    nothing_to_do = Report(0, 0, 0, (), tuple(everything), True)
     if staging.published(sizes, job.index):
-        return Report(0, 0, 0, (), tuple(everything), True)
+        return nothing_to_do
     staging.open()
     try:
-        report = _fill(job, staging, workers, limits, progress)
+        done = [output for output in job.outputs if is_done(job, output, staging)]
+        kept = {output.name for output in done if is_intact(job, output, staging, workers)}
+        with staging.alone():
+            if staging.published(sizes, job.index):  # by another task, since the look above
+                staging.abandon(())
+                return nothing_to_do
+            staging.discard(output.name for output in job.outputs if output.name not in kept)
+        report = _fill(job, staging, kept, workers, limits, progress)
         with staging.alone():
             complete = all(is_done(job, output, staging) for output in everything.values())
             if complete:
@@ -86,12 +94,9 @@ def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: 
 
 
 def _fill(
-    job: Job, staging: Staging, workers: int, limits: Limits, progress: Progress
+    job: Job, staging: Staging, kept: set[str], workers: int, limits: Limits, progress: Progress
 ) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
-    done = (output for output in job.outputs if is_done(job, output, staging))
-    kept = {output.name for output in done if is_intact(job, output, staging, workers)}
     todo = [output for output in job.outputs if output.name not in kept]
-    staging.discard_partials(output.name for output in todo)
     written = sum(map(job.size, todo))
     staging.check_space(written)
     allow_open_files(len(todo) + len(job.source.files))

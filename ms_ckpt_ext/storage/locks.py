@@ -5,12 +5,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ms_ckpt_ext.errors import StorageError
 
 SUFFIX = ".lock"
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
+
+
+def open_lock(path: Path) -> int:
+    """Open the file of a lock, which anyone may hold who may write beside it; made if need be. Raises OSError."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
 
 def try_lock(descriptor: int, path: Path, shared: bool = False) -> bool:
@@ -56,18 +62,25 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 def is_locked(folder: Path, besides: str = "") -> bool:
     """True when somebody holds a lock in a folder other than that named `besides`. Raises StorageError."""
+    return any(True for _ in held(folder, besides))
+
+
+def held(folder: Path, besides: str = "") -> Iterator[str]:
+    """Names of the locks in a folder that somebody holds, or that cannot be looked at. Raises StorageError."""
     try:
         names = [name for name in os.listdir(folder) if name.endswith(SUFFIX) and name != besides]
     except OSError:  # its own run has just removed it
-        return False
-    return any(_is_held(folder / name) for name in names)
+        return
+    yield from (name for name in names if _is_held(folder / name))
 
 
 def _is_held(lock: Path) -> bool:
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return False
+    except OSError:  # another user's
+        return True
     try:
         return not try_lock(descriptor, lock, shared=True)
     finally:

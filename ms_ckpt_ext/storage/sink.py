@@ -50,7 +50,7 @@ class FileSink:
     def __init__(self, path: str, size: int, sync: bool = True) -> None:
         self.path, self._sync = path, sync
         try:
-            self._file: Optional[int] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o644)
+            self._file: Optional[int] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _CLOEXEC, 0o666)
         except OSError as error:
             raise storage_error("create", path, error) from error
         try:

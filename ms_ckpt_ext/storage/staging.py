@@ -7,7 +7,8 @@
 3. When every file of the job is there, the index is replaced by one that leads to an empty file, the old result is
    taken away, the new files are moved into place, and the true index comes last. Killed in between, the target refuses
    to load; the next run finishes the move, or another job's takes away what was moved (`storage.remains`).
-4. A lock a task holds while it runs keeps two jobs from writing into one target, or into it and one `rank_N` of it.
+4. A lock a task holds while it runs keeps two jobs from writing into one target, or into it and one `rank_N` of it; so
+   it keeps two runs of one job that share the work out differently, whose tasks would meet in the same files.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _FOLDER = ".ms_ckpt_ext-"
 _NOTE = ".note"
 _NOT_FINISHED = (_NOTE, ".partial", remains.PUBLISHING, remains.REMAINS)
 _RANK = re.compile(r"^rank_\d+$")
+_TASK = re.compile(r"^task-\d+(-of-\d+)\.lock$")
 log = logging.getLogger("ms_ckpt_ext")
 
 
@@ -78,11 +80,11 @@ class Staging:
 
     def _take_lock(self) -> None:
         """Lock this task's file; again when a run that ended has removed it between opening and locking."""
-        path = self.folder / f"{self._task}{locks.SUFFIX}"
+        path = self.folder / self._own_lock
         while self._lock is None:
             self.folder.mkdir(exist_ok=True)
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                descriptor = locks.open_lock(path)
             except FileNotFoundError:  # another run took the folder for one left behind
                 continue
             try:
@@ -105,8 +107,19 @@ class Staging:
         for other in self._neighbours():
             if locks.is_locked(other):
                 return other.parent
+        if any(map(self._is_another_split, locks.held(self.folder, self._own_lock))):
+            return self.target
         others = [other for other in self.target.glob(_FOLDER + "*") if other != self.folder]
         return None if all(map(self._drop, others)) else self.target
+
+    @property
+    def _own_lock(self) -> str:
+        return f"{self._task}{locks.SUFFIX}"
+
+    def _is_another_split(self, lock: str) -> bool:
+        """Whether a lock is that of a task that shares the work among another number than this one."""
+        task = _TASK.match(lock)
+        return task is not None and not self._task.endswith(task[1])
 
     def _neighbours(self) -> Iterator[Path]:
         """Folders of jobs into this target's `rank_N`, each a target of its own, and above, when this is one."""
@@ -122,6 +135,12 @@ class Staging:
         finished = sum(1 for path in _files(other) if not path.name.endswith(_NOT_FINISHED))
         remains.inherit(self.folder, other, self.target, other.name[len(_FOLDER) :])
         shutil.rmtree(other, ignore_errors=True)
+        if other.exists():
+            raise StorageError(
+                errno.EACCES,
+                f"cannot remove {str(other)!r}, which another job left unfinished, perhaps another user's; "
+                "have its owner remove it, or choose another target",
+            )
         if finished:
             log.warning(
                 "the job into %s drops %d finished files of another that was not completed there: its source, layouts "
@@ -133,9 +152,9 @@ class Staging:
 
     def _leave(self) -> None:
         """Go away without a trace, but for finished files of an earlier run."""
-        held, besides = self._lock is not None, f"{self._task}{locks.SUFFIX}"
+        besides = "" if self._lock is None else self._own_lock
         with contextlib.suppress(OSError):
-            if not _files(self.folder) and not locks.is_locked(self.folder, besides if held else ""):
+            if not _files(self.folder) and not locks.is_locked(self.folder, besides):
                 shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
         self._forget_target()
@@ -143,6 +162,9 @@ class Staging:
     def _make_target(self) -> None:
         self._made = [p for p in (self.target, *self.target.parents) if not p.exists()]
         self.target.mkdir(parents=True, exist_ok=True)
+        if self._sync:
+            for made in self._made:
+                sync_folder(made.parent)
 
     def _forget_target(self) -> None:
         for made in self._made:
@@ -160,18 +182,22 @@ class Staging:
             )
 
     def partial(self, name: str) -> str:
-        """Where to write a file of this name."""
+        """Where to write a file of this name. Raises StorageError."""
         path = self.folder / (name + ".partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with _told("make a folder for", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return str(path)
 
     def accept(self, name: str) -> None:
-        """Declare the written and synced file complete."""
-        os.rename(self.folder / (name + ".partial"), self.folder / name)
+        """Declare the written and synced file complete. Raises StorageError."""
+        with _told("rename", self.folder / (name + ".partial")):
+            os.rename(self.folder / (name + ".partial"), self.folder / name)
 
     def keep(self, name: str, note: bytes) -> None:
-        """Keep a note about a file that is about to be accepted, until the job is done."""
-        (self.folder / (name + _NOTE)).write_bytes(note)
+        """Keep a note about a file that is about to be accepted, until the job is done. Raises StorageError."""
+        path = self.folder / (name + _NOTE)
+        with _told("write", path):
+            path.write_bytes(note)
 
     def note(self, name: str) -> Optional[bytes]:
         """What `keep` was given. Not synced, so a crash of the machine may have left less of it."""
@@ -180,10 +206,12 @@ class Staging:
         except OSError:
             return None
 
-    def discard_partials(self, names: Iterable[str]) -> None:
-        """Remove what was not completed of these files; other tasks may be writing theirs."""
+    def discard(self, names: Iterable[str]) -> None:
+        """Remove what there is of these files, lest another task takes it for complete. Raises StorageError."""
         for name in names:
-            (self.folder / (name + ".partial")).unlink(missing_ok=True)
+            for path in (self.folder / (name + ending) for ending in (".partial", "", _NOTE)):
+                with _told("remove", path):
+                    path.unlink(missing_ok=True)
 
     def holds(
         self,
@@ -226,7 +254,7 @@ class Staging:
         """Hold the job's publishing lock: one task at a time looks whether the set is complete. Raises StorageError."""
         path = self.folder / f"publish{locks.SUFFIX}"
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = locks.open_lock(path)
         except FileNotFoundError:  # another task completed the set, published it and removed the folder
             yield
             return
@@ -253,13 +281,14 @@ class Staging:
             replaces: files of an older result that must go, besides those of the same names.
             beside: files about the set (name -> contents), which come before the index.
         """
+        keep = {*names, *index, *beside}
+        gone = [*replaces, *sorted(remains.inherited(self.folder) - keep)]
         try:
-            keep = {*names, *index, *beside}
-            gone = [*replaces, *sorted(remains.inherited(self.folder) - keep)]
+            self._require_room((*keep, *gone, remains.OBSTACLE, remains.MANIFEST))
             remains.note(self.folder, names, index, gone)
             waiting = [name for name in names if (self.folder / name).exists()]
             if index:
-                (self.target / remains.OBSTACLE).touch()
+                write_atomically(self.target / remains.OBSTACLE, b"", self._sync)
             for name in index:
                 write_atomically(self.target / name, remains.UNFINISHED, self._sync)
             # The record of the old result goes last: who is killed here finds in it what else is to go.
@@ -281,9 +310,26 @@ class Staging:
             write_atomically(self.target / remains.MANIFEST, self._manifest((*names, *beside)), self._sync)
             if self._sync:
                 sync_folder(self.target)
+        except StorageError:
+            raise
         except OSError as error:
             raise storage_error("publish the result in", str(self.target), error) from error
         self.remove()
+
+    def _require_room(self, names: Iterable[str]) -> None:
+        """Raise StorageError before anything is changed, if any of these could not be replaced."""
+        for path in (self.target / name for name in names):
+            folder = path.parent
+            wrong = path if path.is_dir() and not path.is_symlink() else folder if folder.is_file() else None
+            if wrong is not None:
+                raise StorageError(
+                    errno.EISDIR if wrong is path else errno.ENOTDIR,
+                    f"cannot publish the result in {str(self.target)!r}: {str(wrong)!r} stands where a "
+                    f"{'file' if wrong is path else 'folder'} of the result belongs; move it away, then run the same "
+                    "command again: finished files are kept",
+                )
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise storage_error("publish the result in", str(folder), OSError(errno.EACCES, ""))
 
     def _manifest(self, names: Sequence[str]) -> bytes:
         content: dict[str, Any] = {"job": self.job, "files": {name: _state(self.target / name) for name in names}}
@@ -295,8 +341,10 @@ class Staging:
 
     def abandon(self, names: Iterable[str]) -> None:
         """After an error while writing these files: keep finished ones for the next run, remove all else."""
-        self.discard_partials(names)
-        if not _files(self.folder) and not locks.is_locked(self.folder, besides=f"{self._task}{locks.SUFFIX}"):
+        for name in names:
+            with contextlib.suppress(OSError):
+                (self.folder / (name + ".partial")).unlink(missing_ok=True)
+        if not _files(self.folder) and not locks.is_locked(self.folder, self._own_lock):
             self.remove()
             self._forget_target()
 
@@ -336,6 +384,15 @@ def _read(reader: ByteReader, offset: int, length: int) -> bytearray:
 def _state(path: Path) -> list[int]:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
+
+
+@contextlib.contextmanager
+def _told(action: str, path: Path) -> Iterator[None]:
+    """Raise what the system refuses as a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(action, str(path), error) from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext import errors, unified_safetensors
+from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
+from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import (
     arrays,
+    assert_merged,
     assert_nothing_complete,
+    merge,
     read_merged,
     source,
+    tree,
 )
 
 
@@ -102,3 +106,68 @@ def test_no_permission(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(errors.StorageError, match="Permission denied; check the permissions"):
         unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "locked" / "out")
+
+
+@pytest.mark.parametrize("in_the_way", ["part1.safetensors", "param_name_map.json"])
+def test_what_stands_in_the_way_of_a_result(in_the_way: str, tmp_path: Path) -> None:
+    """The old result is there until the new one can be; then the same command finishes."""
+    old, new, target = source(tmp_path / "old", 0), source(tmp_path / "new", 1), tmp_path / "out"
+    merge(old, target)
+    (target / in_the_way).unlink(missing_ok=True)
+    (target / in_the_way).mkdir()
+    before = tree(target)
+    with pytest.raises(errors.StorageError, match=f"{in_the_way}' stands where a file .* belongs; move it away"):
+        merge(new, target, part_bytes=9000)
+    assert tree(target) == before
+    (target / in_the_way).rmdir()
+    again = merge(new, target, part_bytes=9000)
+    assert again.published and again.bytes_written == 0
+    assert_merged(target, 1)
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_what_stands_in_the_way_of_a_rank(as_folder: bool, tmp_path: Path) -> None:
+    old, new, target = source(tmp_path / "old", 0), source(tmp_path / "new", 1), tmp_path / "out"
+    known = old / "strategy.ckpt"
+    reshard(old / "shards", target, strategy=known, to_strategy=known)
+    (obstacle,) = (target / "rank_2").iterdir()
+    obstacle.unlink()
+    if as_folder:
+        obstacle.mkdir()
+    else:
+        (target / "rank_2").rmdir()
+        (target / "rank_2").touch()
+    before = tree(target)
+    with pytest.raises(errors.StorageError, match="rank_2.* stands where a .* of the result belongs"):
+        reshard(new / "shards", target, strategy=known, to_strategy=known)
+    assert tree(target) == before
+
+
+@pytest.mark.parametrize(("ending", "call"), [(".note", "write_bytes"), ("", "rename")])
+def test_a_disk_without_room_for_small_things(
+    ending: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    owner: Any = Path if call == "write_bytes" else os
+    real = getattr(owner, call)
+
+    def refuse(*args: Any) -> Any:
+        if str(args[0] if ending else args[1]).endswith(".safetensors" + ending):
+            raise OSError(errno.ENOSPC, "")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, refuse)
+        with pytest.raises(errors.StorageError, match="part0.safetensors.*No space left on device; free some space"):
+            merge(root, target)
+    assert_nothing_complete(target)
+    assert merge(root, target).published
+
+
+@pytest.mark.parametrize("length", [235, 300])
+def test_a_name_that_is_too_long(length: int, tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    known = root / "strategy.ckpt"
+    with pytest.raises(errors.StorageError, match="File name too long"):
+        transform_checkpoints(root / "shards", target, "n" * length, known, known, output_format="safetensors")
+    assert not target.exists()

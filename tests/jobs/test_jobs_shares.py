@@ -10,6 +10,7 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.api.share import share_of
+from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.errors import UsageError
 from tests.jobs.support import assert_merged, merge, read_merged, source, tree
 
@@ -98,3 +99,38 @@ def test_no_launcher_or_a_strange_one(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="'auto' needs numbers in RANK='one', WORLD_SIZE='2'"):
         merge(root, tmp_path / "out", split_dst_file="auto")
+
+
+def test_a_finished_share_again_while_the_last_one_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the result there, and leaves nothing of its own."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, part_bytes=8192, split_dst_file=(1, 2))
+    real = offline.is_done
+
+    def is_done(*args: Any) -> bool:
+        monkeypatch.setattr(offline, "is_done", real)
+        assert merge(root, target, part_bytes=8192, split_dst_file=(2, 2)).published
+        return False
+
+    monkeypatch.setattr(offline, "is_done", is_done)
+    again = merge(root, target, part_bytes=8192, split_dst_file=(1, 2))
+    assert again.published and again.bytes_written == 0
+    assert_merged(target)
+    assert not list(target.glob(".ms_ckpt_ext-*"))
+
+
+def test_what_a_share_writes_again_is_published_by_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, part_bytes=8192, split_dst_file=(1, 2))
+    (damaged,) = target.glob(".ms_ckpt_ext-*/part0.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
+    real = offline._fill
+
+    def fill(*args: Any) -> Any:
+        monkeypatch.setattr(offline, "_fill", real)
+        assert not merge(root, target, part_bytes=8192, split_dst_file=(2, 2)).published
+        return real(*args)
+
+    monkeypatch.setattr(offline, "_fill", fill)
+    assert merge(root, target, part_bytes=8192, split_dst_file=(1, 2)).published
+    assert_merged(target)

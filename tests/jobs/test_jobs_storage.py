@@ -262,7 +262,7 @@ def test_order_of_syncs_and_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert events.index(("replace", ".ms_ckpt_ext.json")) > true_index
 
 
-@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o644)])
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
 def test_permissions_follow_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
     root, before = source(tmp_path / "src"), os.umask(umask)
     try:

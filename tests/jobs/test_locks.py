@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.storage.staging import Staging
-from tests.jobs.support import merge, source, tree
+from tests.jobs.support import assert_merged, merge, source
 
 
 def cut(root: Path, target: Path, rank: Any = None) -> Any:
@@ -44,8 +47,7 @@ def test_a_file_system_without_locks(
         with pytest.raises(errors.StorageError, match="does not support flock.*mount it with locks.*another") as caught:
             merge(root, tmp_path / "out")
     assert caught.value.errno == code and "another run" not in str(caught.value)
-    assert (tmp_path / "out").exists() is blocking  # then with the finished files, for a rerun
-    assert not blocking or tree(tmp_path / "out") == {}
+    assert not (tmp_path / "out").exists()
     assert merge(root, tmp_path / "out").published
 
 
@@ -101,3 +103,90 @@ def test_who_is_refused_keeps_what_an_earlier_run_finished(tmp_path: Path) -> No
         merge(root, target, part_bytes=9000, split_dst_file=(1, 2))
     other.close()
     assert sorted(target.glob(".ms_ckpt_ext-*/part*")) == before != []
+
+
+@pytest.mark.parametrize("running", ["task-1-of-1", "task-3-of-3"])
+def test_one_job_shared_out_in_two_ways(running: str, tmp_path: Path) -> None:
+    """Tasks of another split would meet those that run in the same files; who comes later is refused."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(root, target, part_bytes=9000, split_dst_file=(1, 2))
+    (folder,) = target.glob(".ms_ckpt_ext-*")
+    first = Staging(str(target), folder.name.split("-", 1)[1], running)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "_busy_target", lambda self: None)
+        first.open()
+    for share in (1, 2):
+        with pytest.raises(errors.StorageError, match="another run is writing into"):
+            merge(root, target, part_bytes=9000, split_dst_file=(share, 2))
+    first.close()
+    assert merge(root, target, part_bytes=9000, split_dst_file=(2, 2)).published
+    assert_merged(target)
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A folder that every user may enter, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
+@pytest.mark.parametrize("mask", [0o022, 0o002])
+def test_two_users_of_one_target(mask: int, everybodys: Path) -> None:
+    """Whatever may be written by whom, a job that another user runs is seen, and is not taken away."""
+    target = everybodys / "out"
+    target.mkdir()
+    os.chown(target, -1, 2000)
+    target.chmod(0o2775)
+
+    def staged(job: str) -> Staging:
+        staging = Staging(str(target), job)
+        staging.open()
+        return staging
+
+    def refused() -> None:
+        with pytest.raises(errors.StorageError, match="another run is writing into"):
+            staged("5678")
+
+    first = as_user(2001, mask, lambda: staged("1234"), stay=True)
+    try:
+        as_user(2002, mask, refused)
+        assert (target / ".ms_ckpt_ext-1234/task-1-of-1.lock").exists()
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+
+
+def as_user(user: int, mask: int, do: Callable[[], Any], stay: bool = False) -> int:
+    """Do something in a process of another user, which ends, or stays when it has done it; its number."""
+    ready, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(2000)
+            os.setuid(user)
+            os.umask(mask)
+            kept = do()
+            os.write(tell, b"done")
+            if stay:
+                signal.pause()
+            del kept
+        finally:
+            os._exit(1)
+    os.close(tell)
+    told = os.read(ready, 4)
+    os.close(ready)
+    if not stay:
+        os.waitpid(child, 0)
+    assert told == b"done"
+    return child
+
+
+def test_another_users_folder_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    (target / ".ms_ckpt_ext-5678").mkdir(parents=True)
+    monkeypatch.setattr("shutil.rmtree", lambda path, **how: None)
+    with pytest.raises(errors.StorageError, match="cannot remove .*5678.*have its owner remove it"):
+        Staging(str(target), "1234").open()
