@@ -43,7 +43,7 @@ def merge(
     strategy: Any = None,
     match: Globs = (),
     exclude: Globs = (),
-    rename: Optional[Choice] = None,
+    choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
     naming: str = "mindspore",
@@ -71,9 +71,8 @@ def merge(
         dst: the directory for the result. An older result there is replaced when the new one is complete.
         strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
         match, exclude: shell-style globs of parameter names; all by default. Training scalars always go along.
-        rename: parameter name -> True (keep), False (drop) or a str (new name); after the globs. It is what other
-            functions call `choice_func`.
-        name_map: name in the result -> name in the checkpoint as `rename` left it, as for `reshard`.
+        choice_func: parameter name -> True (keep), False (drop) or a str (new name); after the globs.
+        name_map: name in the result -> name in the checkpoint as `choice_func` left it, as for `reshard`.
         rules: weight rules (`ms_ckpt_ext.rules`), applied first.
         naming: "mindspore" or "huggingface", for names of files and the index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
@@ -99,7 +98,7 @@ def merge(
         StorageError: no space or permission; what is finished is kept for a rerun.
     """
     target, wanted = path_of(dst, "dst"), Filter(match, exclude)
-    called = checked_naming(_choice(wanted, checked_choice(rename)), name_map, scalars=False)
+    called = checked_naming(_choice(wanted, checked_choice(choice_func)), name_map, scalars=False)
     checked_format(to, "to")
     task, tasks = share_of(share, "share")
     options = MergeOptions(task, tasks, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode), digests)
@@ -168,10 +167,10 @@ def reshard(
     return execute(job, target, run, "reshard")
 
 
-def _choice(wanted: Filter, rename: Optional[Choice]) -> Optional[Choice]:
+def _choice(wanted: Filter, choice: Optional[Choice]) -> Optional[Choice]:
     if not wanted:
-        return rename
-    return lambda name: wanted(name) and (True if rename is None else rename(name))
+        return choice
+    return lambda name: wanted(name) and (True if choice is None else choice(name))
 
 
 def _ranks(strategy: Optional[Strategy], rank: Optional[int]) -> list[int]:

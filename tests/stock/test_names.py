@@ -131,7 +131,7 @@ def through(ms: Any, source: Path, names: dict[str, str]) -> dict[str, Any]:
     ranks = source / "ranks" / "rank_0"
     ranks.mkdir(parents=True)
     (ranks / "x.ckpt").write_bytes(file.read_bytes())
-    ms_ckpt_ext.merge(file, out / "merge", rename=CHOICE.__getitem__, name_map=names, digests=False)
+    ms_ckpt_ext.merge(file, out / "merge", choice_func=CHOICE.__getitem__, name_map=names, digests=False)
     ms_ckpt_ext.unified_safetensors(ranks.parent, None, out / "unified", **both)
     ms_ckpt_ext.reshard(file, out / "reshard", digests=False, **both)
     load_distributed_checkpoint(None, [file], dst_safetensors_dir=out / "save", **both)
