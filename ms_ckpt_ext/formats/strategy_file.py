@@ -15,6 +15,7 @@ from typing import Any, Union
 
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy, layout_item, split_stage
 from ms_ckpt_ext.errors import StrategyError, UsageError, storage_error
+from ms_ckpt_ext.storage.durable import write_atomically
 
 PathLike = Union[str, "os.PathLike[str]"]
 _FRESH, _MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
@@ -151,7 +152,7 @@ def _write(target: PathLike, data: bytes) -> None:
     path = Path(target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_atomically(path, data)
     except OSError as error:
         raise storage_error("write strategy file", str(path), error) from error
 
