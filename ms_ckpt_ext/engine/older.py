@@ -90,7 +90,10 @@ def _in_any_format(name: str) -> Iterator[str]:
 
 
 def _is_ours(target: str, name: str) -> bool:
-    """Whether a file is as this package published it: on record in its own folder, or in the one above."""
+    """Whether a file is as this package published it: on record in its own folder, or in the one above.
+
+    Or moved there by a job that was killed before it wrote the record.
+    """
     path = os.path.abspath(os.path.join(target, name))
     folder, base = os.path.split(path)
     above, below = os.path.split(folder)
@@ -99,7 +102,7 @@ def _is_ours(target: str, name: str) -> bool:
     except OSError:
         return False
     state = [status.st_size, status.st_mtime_ns]
-    return (
-        remains.recorded(Path(folder)).get(base) == state
-        or remains.recorded(Path(above)).get(f"{below}/{base}") == state
+    return any(
+        remains.recorded(Path(home)).get(known) == state or known in remains.unrecorded(Path(home))
+        for home, known in ((folder, base), (above, f"{below}/{base}"))
     )
