@@ -152,6 +152,17 @@ def test_a_merge_that_lacks_only_its_record_stays(tmp_path: Path, monkeypatch: p
     assert sorted(name for name in tree(target) if name.startswith("part")) == ["part0.safetensors"]
 
 
+def test_a_model_that_lacks_only_its_record_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever merges again, or otherwise, is not told that somebody else made it."""
+    root = source(tmp_path / "src")
+    for naming, part_bytes in (("huggingface", 9000), ("huggingface", 20_000), ("mindspore", 9000)):
+        target, expected = tmp_path / f"{naming}_{part_bytes}", tmp_path / f"expected_{naming}_{part_bytes}"
+        killed_before_the_record(monkeypatch, lambda to=target: merge(root, to, naming="huggingface"))
+        merge(root, target, naming=naming, part_bytes=part_bytes)
+        merge(root, expected, naming=naming, part_bytes=part_bytes)
+        assert tree(target) == tree(expected)
+
+
 def test_what_lacks_only_its_record_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a result on record is: the same in another format."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
