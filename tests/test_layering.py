@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "progress"],
     "bridge": ["engine", "formats", "storage", "transport", "core", "errors"],
     "engine": ["formats", "storage", "transport", "core", "errors"],
-    "formats": ["storage.reader", "storage.memory", "core", "errors"],
+    "formats": ["storage.reader", "storage.memory", "storage.durable", "core", "errors"],
     "storage": ["core", "errors"],
     "transport": ["core", "errors"],
     "core": ["errors"],

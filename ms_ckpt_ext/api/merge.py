@@ -122,7 +122,8 @@ def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: Pat
     """Merge per-stage strategy files into one. Drop-in for `mindspore.merge_pipeline_strategys`.
 
     Raises:
-        StrategyError: the directory holds no strategy files, or both kinds, or a bad one.
+        StrategyError: the directory holds no strategy files, or both kinds, or a bad one, or only merged ones.
+        UsageError: the file to write is one of those to be merged.
     """
     merge_strategy_files(
         path_of(src_strategy_dirs, "src_strategy_dirs"), path_of(dst_strategy_file, "dst_strategy_file")

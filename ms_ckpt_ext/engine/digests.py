@@ -16,12 +16,14 @@ every changed byte by itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
 import xxhash
@@ -29,7 +31,7 @@ import xxhash
 from ms_ckpt_ext.errors import FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import open_reader, read_index
-from ms_ckpt_ext.storage import memory
+from ms_ckpt_ext.storage import locks, memory
 from ms_ckpt_ext.storage.durable import write_atomically
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -211,14 +213,20 @@ def _size(directory: str, name: str) -> Optional[int]:
 
 
 def superseded(directory: str, names: Iterable[str]) -> list[str]:
-    """Manifests of older results that list a file about to be written: in its own folder, or above the directory.
+    """Take files about to be written off older results' manifests: in their own folders, or above the directory.
+
+    Other files stay on record there. To be done before the files are replaced: a record that lacks a file is true.
 
     Args:
         directory: where the new manifest goes, if there is one.
         names: the files, relative to the directory.
 
     Returns:
-        Their names relative to the directory, without that of the directory itself.
+        Manifests that listed no others, which are to go when the files are replaced: their names relative to the
+        directory, without that of the directory itself.
+
+    Raises:
+        StorageError: a manifest cannot be replaced.
     """
     listed: dict[str, set[str]] = {}
     base = os.path.basename(os.path.abspath(directory))
@@ -228,15 +236,42 @@ def superseded(directory: str, names: Iterable[str]) -> list[str]:
             listed.setdefault(folder, set()).add(file)
         else:
             listed.setdefault(os.pardir, set()).add(f"{base}/{file}")
-    found = []
-    for folder, files in listed.items():
+    emptied = (folder for folder, files in listed.items() if _take_off(os.path.join(directory, folder), files))
+    return [f"{folder}/{MANIFEST_NAME}" for folder in emptied]
+
+
+def _take_off(directory: str, files: Collection[str]) -> bool:
+    """Take files off a folder's manifest; True when it lists no others, and is left as it is."""
+    with _alone_with_manifest(directory):
         try:
-            manifest = load_manifest(os.path.join(directory, folder))
+            manifest = load_manifest(directory)
         except (FormatError, StorageError):
-            continue
-        if manifest is not None and not files.isdisjoint(manifest.files):
-            found.append(f"{folder}/{MANIFEST_NAME}")
-    return found
+            return False
+        if manifest is None or manifest.files.keys().isdisjoint(files):
+            return False
+        others = {name: held for name, held in manifest.files.items() if name not in files}
+        if others:
+            write_manifest(directory, Manifest(others))
+        return not others
+
+
+@contextlib.contextmanager
+def _alone_with_manifest(directory: str) -> Iterator[None]:
+    """Keep out others that change a folder's manifest, if there is one: jobs for several ranks may run at once."""
+    path = Path(directory, MANIFEST_NAME)
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # none, or a read-only one, which can be replaced all the same
+            yield
+            return
+        try:
+            locks.wait_for_lock(descriptor, path)
+            if locks.is_at(descriptor, path):  # else it was replaced meanwhile
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def check(

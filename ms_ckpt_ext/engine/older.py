@@ -22,6 +22,11 @@ _PARTS = {
 }
 INDEXES = {"mindspore": discovery.MAP_NAME, "huggingface": discovery.HF_INDEX_NAME}
 """Naming of a merge -> its index."""
+_SINGLE = "model.safetensors"
+_WHY = {
+    "mindspore": "beside a map of MindSpore's nobody could tell which of the two is meant",
+    "huggingface": "this merge would replace it",
+}
 _RANK_FOLDER = re.compile(r"^rank_(\d+)$")
 
 
@@ -29,21 +34,27 @@ def of_merge(target: str, naming: str) -> list[str]:
     """Files of an older merge: of this naming, and of the other one where this package or MindSpore made them.
 
     Raises:
-        UsageError: files of a Hugging Face model that this package did not write; beside MindSpore's map, nobody could
-            tell which of the two a loader takes.
+        UsageError: files of a Hugging Face model that this package did not write. With its naming they would be
+            replaced; beside MindSpore's map, nobody could tell which of the two a loader takes.
     """
     there = sorted(os.listdir(target)) if os.path.isdir(target) else []
-    other = "mindspore" if naming == "huggingface" else "huggingface"
-    mine = [name for name in there if _is_of(name, naming) or name in discovery.HYPER_NAMES]
-    theirs = [name for name in there if _is_of(name, other)]
-    if not theirs or _made_here(target, theirs, other):
-        return [*mine, *theirs]
-    if other == "mindspore":
-        return [*mine, *theirs] if INDEXES[other] in theirs else mine
-    raise UsageError(
-        f"{target!r} holds {theirs[0]!r}{f' and {len(theirs) - 1} more files' if theirs[1:] else ''} of a Hugging Face "
-        "model that was not written here, and beside a map of MindSpore's nobody could tell which of the two is meant; "
-        "choose another target, or move those files away"
+    model = [name for name in there if _is_of(name, "huggingface")]
+    if model and not _made_here(target, model, "huggingface"):
+        raise _not_ours(target, model, _WHY[naming])
+    if naming == "huggingface" and _SINGLE in there:
+        if not _is_ours(target, _SINGLE):
+            raise _not_ours(target, [_SINGLE], "transformers takes it before the index of this merge")
+        model.append(_SINGLE)
+    parts = [name for name in there if _is_of(name, "mindspore")]
+    if naming == "huggingface" and INDEXES["mindspore"] not in parts and not _made_here(target, parts, "mindspore"):
+        parts = []
+    return [*model, *parts, *(name for name in there if name in discovery.HYPER_NAMES)]
+
+
+def _not_ours(target: str, names: Sequence[str], why: str) -> UsageError:
+    return UsageError(
+        f"{target!r} holds {names[0]!r}{f' and {len(names) - 1} more files' if names[1:] else ''} of a Hugging Face "
+        f"model that was not written here, and {why}; choose another target, or move that model away"
     )
 
 
@@ -56,7 +67,8 @@ def _made_here(target: str, names: Sequence[str], naming: str) -> bool:
     index = INDEXES[naming]
     if remains.is_unfinished(Path(target, index)):
         return True
-    known = any(_PARTS[naming].match(name) for name in remains.recorded(Path(target)))
+    published = (*remains.recorded(Path(target)), *remains.unrecorded(Path(target)))
+    known = any(_PARTS[naming].match(name) for name in published)
     return known and all(name == index or _is_ours(target, name) for name in names)
 
 
@@ -90,7 +102,10 @@ def _in_any_format(name: str) -> Iterator[str]:
 
 
 def _is_ours(target: str, name: str) -> bool:
-    """Whether a file is as this package published it: on record in its own folder, or in the one above."""
+    """Whether a file is as this package published it: on record in its own folder, or in the one above.
+
+    Or moved there by a job that was killed before it wrote the record.
+    """
     path = os.path.abspath(os.path.join(target, name))
     folder, base = os.path.split(path)
     above, below = os.path.split(folder)
@@ -99,7 +114,7 @@ def _is_ours(target: str, name: str) -> bool:
     except OSError:
         return False
     state = [status.st_size, status.st_mtime_ns]
-    return (
-        remains.recorded(Path(folder)).get(base) == state
-        or remains.recorded(Path(above)).get(f"{below}/{base}") == state
+    return any(
+        remains.recorded(Path(home)).get(known) == state or known in remains.unrecorded(Path(home))
+        for home, known in ((folder, base), (above, f"{below}/{base}"))
     )

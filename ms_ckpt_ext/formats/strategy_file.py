@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Union
 
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy, layout_item, split_stage
-from ms_ckpt_ext.errors import StrategyError, storage_error
+from ms_ckpt_ext.errors import StrategyError, UsageError, storage_error
+from ms_ckpt_ext.storage.durable import write_atomically
 
 PathLike = Union[str, "os.PathLike[str]"]
 _FRESH, _MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
@@ -87,15 +88,24 @@ def merge_strategy_files(directory: PathLike, target: PathLike) -> None:
     """Merge the per-stage strategy files of `directory` into one, as `merge_pipeline_strategys` does.
 
     Entries get the `"{stage}-"` prefix; of several files of one stage the first counts. A JSON directory gives JSON.
+    Files that are merged already are left out, such as an earlier run's result among the stages.
 
     Raises:
-        StrategyError: a file cannot be read, or the directory holds none, or both kinds.
+        StrategyError: a file cannot be read, or the directory holds none, or both kinds, or only merged ones.
+        UsageError: the target is the file of a stage.
     """
     merged = _message_class()(current_stage=_MERGED)
     done: set[int] = set()
     files = _stage_files(os.fspath(directory))
     for file in files:
         message = _read(file)
+        if _is_merged(message):
+            continue
+        if os.path.realpath(file) == os.path.realpath(target):
+            raise UsageError(
+                f"the merged strategy would replace {file!r}, the file of one of the stages that it is merged of; "
+                "choose another name for it"
+            )
         stage = _stage(message)
         if stage in done:
             continue
@@ -104,6 +114,11 @@ def merge_strategy_files(directory: PathLike, target: PathLike) -> None:
             item.param_name = f"{stage}-{item.param_name}"
         merged.parallel_strategy_item.extend(message.parallel_strategy_item)
         merged.parallel_layout_item.extend(message.parallel_layout_item)
+    if not done:
+        raise StrategyError(
+            f"strategy directory {os.fspath(directory)!r} holds merged strategies only, {files[0]!r} first; expected "
+            "one file per stage, as training saves them. What is merged need not be merged again"
+        )
     is_json = files[0].endswith(".json")
     _write(target, json.dumps(_to_json(merged)).encode() if is_json else merged.SerializeToString())
 
@@ -137,7 +152,7 @@ def _write(target: PathLike, data: bytes) -> None:
     path = Path(target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        write_atomically(path, data)
     except OSError as error:
         raise storage_error("write strategy file", str(path), error) from error
 
@@ -243,6 +258,11 @@ def _to_json(message: Any) -> dict[str, Any]:
 def _stage(message: Any) -> int:
     items = message.parallel_strategy_item
     return int(items[0].parallel_strategys.stage) if items else 0
+
+
+def _is_merged(message: Any) -> bool:
+    """Whether every name has a stage's prefix, which only a merge gives."""
+    return all(split_stage(str(item.param_name), -1)[1] >= 0 for item in message.parallel_layout_item)
 
 
 def _items(message: Any, path: str) -> Iterator[LayoutItem]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+FOLDER = ".ms_ckpt_ext-"
 PUBLISHING = "publishing"
 REMAINS = "remains"
 MANIFEST = ".ms_ckpt_ext.json"
@@ -45,14 +46,30 @@ def inherited(folder: Path) -> set[str]:
 def left(folder: Path, target: Path, job: str) -> set[str]:
     """Names of files in the target that the unfinished job of this folder left there, or was about to remove.
 
-    The old result counts only when its index is gone, so that nothing is lost that could still be loaded.
+    The old result counts only when its index is gone, so that nothing is lost that could still be loaded. A new one
+    whose files are all in place does not count: it lacks its record only.
     """
     noted = _read(folder / PUBLISHING)
     if not isinstance(noted, dict) or _completed(target) == job:
         return inherited(folder)
     if any(is_unfinished(target / name) for name in noted["index"]):
         return {*inherited(folder), *noted["names"], *noted["index"], *noted["gone"]}
-    return inherited(folder) | {n for n in noted["names"] if not (folder / n).exists() and (target / n).exists()}
+    moved = _moved(noted, folder, target)
+    return inherited(folder) | (set() if moved.issuperset(noted["names"]) else moved)
+
+
+def unrecorded(target: Path) -> set[str]:
+    """Names of files in the target that jobs moved there which were killed before they put them on record."""
+    found = set()
+    for path in target.glob(f"{FOLDER}*/{PUBLISHING}"):
+        noted = _read(path)
+        if isinstance(noted, dict):
+            found |= _moved(noted, path.parent, target)
+    return found
+
+
+def _moved(noted: Mapping[str, Any], folder: Path, target: Path) -> set[str]:
+    return {name for name in noted["names"] if not (folder / name).exists() and (target / name).exists()}
 
 
 def is_unfinished(path: Path) -> bool:

@@ -91,8 +91,32 @@ def test_crypto(tmp_path: Path) -> None:
     assert all(row["GB/s"] > 0 and row["of openssl"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("arguments", [[], ["offline", "--rounds", "no"], ["nothing"]])
-def test_wrong_arguments_are_told(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "required"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["offline", "--rounds", "no"], "expected a whole number from 1 up, got 'no'"),
+        (["offline", "--rounds", "0"], "expected a whole number from 1 up, got '0'"),
+        (["offline", "--size", "-1"], "expected a number of GiB above 0 and up to 1024, got '-1'"),
+        (["verify", "--size", "nan"], "expected a number of GiB above 0 and up to 1024, got 'nan'"),
+        (["crypto", "--size", "inf"], "expected a number of GiB above 0 and up to 1024, got 'inf'"),
+        (["crypto", "--only", "rot13"], "invalid choice: 'rot13'"),
+        (["dryrun", "--ranks", "100"], "expected a multiple of 64, got '100'"),
+        (["mindformers", "--scale", "-3"], "expected a whole number from 1 up, got '-3'"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments: list[str], told: str) -> None:
     run = subprocess.run([sys.executable, str(BENCH), *arguments], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "usage:" in run.stderr
+    assert told in run.stderr
+
+
+def test_a_python_without_the_dependencies_is_told() -> None:
+    """Isolated and without its site-packages, as a system's Python is."""
+    run = subprocess.run([sys.executable, "-IS", str(BENCH), "plan"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "lacks google.protobuf, numpy, " in run.stderr
+    assert "scripts/test.sh" in run.stderr
+    assert len(run.stderr.splitlines()) == 1

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.errors import CheckpointError, StrategyError
+from ms_ckpt_ext.errors import CheckpointError, StorageError, StrategyError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files, save_strategy
 from tests.jobs.support import CASES, FULL, read_file
@@ -55,6 +58,45 @@ def test_a_directory_of_stages_is_the_merged_file(case: str, golden: Path, tmp_p
 def test_merging_gives_mindspores_bytes(case: str, golden: Path, tmp_path: Path) -> None:
     merge_strategy_files(golden / case / "strategy_stages", tmp_path / "new" / "merged.ckpt")
     assert (tmp_path / "new" / "merged.ckpt").read_bytes() == (golden / case / "strategy.ckpt").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "ckpt_strategy.ckpt", "merged.ckpt"])
+def test_merging_again_among_the_stages(name: str, golden: Path, tmp_path: Path) -> None:
+    """The first result sorts before the stages or after them, and is none of them."""
+    stages = shutil.copytree(golden / "tp4_pp2" / "strategy_stages", tmp_path / "stages")
+    for target in (name, name, "0_other.ckpt"):
+        merge_strategy_files(stages, stages / target)
+        assert (stages / target).read_bytes() == (golden / "tp4_pp2" / "strategy.ckpt").read_bytes()
+
+
+def test_what_cannot_be_merged(golden: Path, tmp_path: Path) -> None:
+    stages = shutil.copytree(golden / "tp4_pp2" / "strategy_stages", tmp_path / "stages")
+    file = stages / "ckpt_strategy_rank_4.ckpt"
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match=r"would replace '.*rank_4\.ckpt', the file of one of the stages"):
+        merge_strategy_files(stages, file)
+    assert file.read_bytes() == before
+    (tmp_path / "merged").mkdir()
+    merge_strategy_files(stages, tmp_path / "merged" / "s.ckpt")
+    with pytest.raises(StrategyError, match="holds merged strategies only"):
+        merge_strategy_files(tmp_path / "merged", tmp_path / "again.ckpt")
+
+
+def test_a_full_disk_leaves_the_old_file(golden: Path, tmp_path: Path) -> None:
+    """The kernel refuses what is longer than the old file, as a full disk does."""
+    stages, target = golden / "tp4_pp2" / "strategy_stages", tmp_path / "s.ckpt"
+    target.write_bytes((stages / "ckpt_strategy_rank_0.ckpt").read_bytes())
+    before = target.read_bytes()
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limits[1]))
+        with pytest.raises(StorageError, match="cannot write strategy file"):
+            merge_strategy_files(stages, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert target.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_one_stage_alone_knows_its_number(golden: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -127,3 +128,17 @@ def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:
     found = digests.load_manifest(str(tmp_path))
     assert found is not None and set(found.files) == {"a.safetensors", "c.safetensors"}
     assert json.loads((tmp_path / digests.MANIFEST_NAME).read_bytes())["algorithm"] == "xxh3-128"
+
+
+def test_ranks_at_once_take_their_own_files_off(tmp_path: Path) -> None:
+    """Each reads, changes and replaces the one manifest above; none undoes what another did."""
+    ranks = range(16)
+    for rank in ranks:
+        (tmp_path / f"rank_{rank}").mkdir()
+    held = {f"rank_{rank}/{name}": FileDigests(1, {}) for rank in ranks for name in ("net", "other")}
+    digests.write_manifest(str(tmp_path), Manifest(held))
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        found = list(pool.map(lambda rank: digests.superseded(str(tmp_path / f"rank_{rank}"), ["net"]), ranks))
+    assert found == [[]] * len(ranks)
+    left = digests.load_manifest(str(tmp_path))
+    assert left is not None and set(left.files) == {f"rank_{rank}/other" for rank in ranks}

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import xxhash
 
-from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
+from ms_ckpt_ext import (
+    load_distributed_checkpoint,
+    transform_checkpoint_by_rank,
+    transform_checkpoints,
+    unified_safetensors,
+)
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine import digests, pump
 from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest
@@ -104,7 +109,8 @@ def test_a_recut_records_every_rank(tmp_path: Path) -> None:
     recut(root, tmp_path / "out", rank_id=3)
     assert_true(tmp_path / "out" / "rank_3")
     path = tmp_path / "out" / "rank_3" / "net.safetensors"
-    assert digests.load_manifest(str(tmp_path / "out")) is None, "it lists a file that was written anew"
+    listed = manifest_of(tmp_path / "out").files
+    assert set(listed) == {f"rank_{rank}/net.safetensors" for rank in range(8) if rank != 3}, "rank 3 was written anew"
     assert digests.digests_of(str(path)) == manifest_of(path.parent).files["net.safetensors"]
     recut(root, tmp_path / "out", digests=False)
     assert not list(tmp_path.rglob(MANIFEST_NAME))
@@ -160,6 +166,20 @@ def test_other_files_stay_on_record(tmp_path: Path) -> None:
     assert digests.check(str(target), Manifest(found)) == []
     merge(root, target, digests=False)
     assert manifest_of(target) == Manifest({"mine.bin": other})
+
+
+def test_one_rank_anew_leaves_the_others_on_record(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    strategy = root / "strategy.ckpt"
+    transform_checkpoints(root / "shards", target, "net_", strategy, strategy, output_format="safetensors")
+    before = dict(manifest_of(target).files)
+    files = {rank: root / f"shards/rank_{rank}/net.safetensors" for rank in range(4)}
+    for rank in (1, 3, 0, 2):
+        assert manifest_of(target).files == before
+        name = f"rank_{rank}/net_{rank}.safetensors"
+        transform_checkpoint_by_rank(rank, files, target / name, strategy, strategy, digests=rank != 3)
+        del before[name]
+    assert digests.load_manifest(str(target)) is None
 
 
 def test_other_formats_and_checksums(tmp_path: Path) -> None:

@@ -87,15 +87,36 @@ def downloaded(target: Path) -> dict[str, bytes]:
     return tree(target)
 
 
+@pytest.mark.parametrize("naming", ["mindspore", "huggingface"])
 @pytest.mark.parametrize("ours_too", [False, True])
-def test_a_downloaded_model_is_not_removed(ours_too: bool, tmp_path: Path) -> None:
+def test_a_downloaded_model_is_not_removed(ours_too: bool, naming: str, tmp_path: Path) -> None:
     root, target = source(tmp_path / "src"), tmp_path / "out"
     if ours_too:
         merge(root, target, naming="huggingface")
     before = {**downloaded(target), **tree(target)}
     with pytest.raises(errors.UsageError, match=r"model-00001-of.* of a Hugging Face model .*choose another target"):
-        merge(root, target)
+        merge(root, target, naming=naming)
     assert tree(target) == before
+
+
+def test_a_downloaded_model_of_one_file_is_not_shadowed(tmp_path: Path) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    target.mkdir()
+    (target / "model.safetensors").write_bytes(b"theirs")
+    with pytest.raises(errors.UsageError, match=r"'model.safetensors' of a Hugging Face model .* takes it before"):
+        merge(root, target, naming="huggingface")
+    assert tree(target) == {"model.safetensors": b"theirs"}
+
+
+def test_a_model_of_ours_is_replaced(tmp_path: Path) -> None:
+    """One file, then more and fewer parts."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    files = {rank: root / f"shards/rank_{rank}/net.safetensors" for rank in range(4)}
+    transform_checkpoint_by_rank(0, files, target / "model.safetensors", root / "strategy.ckpt")
+    for part_bytes in (9000, 20_000, 1 << 30):
+        merge(root, target, naming="huggingface", part_bytes=part_bytes)
+        merge(root, tmp_path / str(part_bytes), naming="huggingface", part_bytes=part_bytes)
+        assert tree(target) == tree(tmp_path / str(part_bytes))
 
 
 def test_a_merge_of_mindspore_is_replaced_by_any_naming(tmp_path: Path) -> None:
