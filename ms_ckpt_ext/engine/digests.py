@@ -212,7 +212,7 @@ def _size(directory: str, name: str) -> Optional[int]:
         return None
 
 
-def superseded(directory: str, names: Iterable[str]) -> list[str]:
+def take_off_record(directory: str, names: Iterable[str]) -> list[str]:
     """Take files about to be written off older results' manifests: in their own folders, or above the directory.
 
     Other files stay on record there. To be done before the files are replaced: a record that lacks a file is true.

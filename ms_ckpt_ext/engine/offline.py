@@ -20,7 +20,7 @@ from typing import Callable
 from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, renewed, superseded
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, renewed, take_off_record
 from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
 from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
@@ -89,7 +89,7 @@ def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: 
     held = {name: FileDigests(job.size(outputs[name]), noted(staging, name) or {}) for name in sorted(outputs)}
     manifest = renewed(target, held if job.digests else {}, (*outputs, *job.replaces))
     beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
-    replaces = (*job.replaces, MANIFEST_NAME, *superseded(target, (*outputs, *job.replaces)))
+    replaces = (*job.replaces, MANIFEST_NAME, *take_off_record(target, (*outputs, *job.replaces)))
     staging.publish(tuple(outputs), job.index, replaces, beside)
 
 

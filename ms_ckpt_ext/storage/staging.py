@@ -32,7 +32,6 @@ from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
 ONE_TASK = "task-1-of-1"
 """Name of the task that does a whole job."""
-_FOLDER = ".ms_ckpt_ext-"
 _NOTE = ".note"
 _NOT_FINISHED = (_NOTE, ".partial", remains.PUBLISHING, remains.REMAINS)
 _RANK = re.compile(r"^rank_\d+$")
@@ -52,7 +51,7 @@ class Staging:
     def __init__(self, target: str, job: str, task: str = ONE_TASK, sync: bool = True) -> None:
         self.target = Path(target)
         self.job = job
-        self.folder = self.target / (_FOLDER + job)
+        self.folder = self.target / (remains.FOLDER + job)
         self._task, self._sync = task, sync
         self._lock: Optional[int] = None
         self._made: list[Path] = []
@@ -109,7 +108,7 @@ class Staging:
                 return other.parent
         if any(map(self._is_another_split, locks.held(self.folder, self._own_lock))):
             return self.target
-        others = [other for other in self.target.glob(_FOLDER + "*") if other != self.folder]
+        others = [other for other in self.target.glob(remains.FOLDER + "*") if other != self.folder]
         return None if all(map(self._drop, others)) else self.target
 
     @property
@@ -125,15 +124,15 @@ class Staging:
         """Folders of jobs into this target's `rank_N`, each a target of its own, and above, when this is one."""
         target = self.target.absolute()
         if _RANK.match(target.name):
-            yield from target.parent.glob(_FOLDER + "*")
-        yield from target.glob(f"rank_*/{_FOLDER}*")
+            yield from target.parent.glob(remains.FOLDER + "*")
+        yield from target.glob(f"rank_*/{remains.FOLDER}*")
 
     def _drop(self, other: Path) -> bool:
         """Remove the folder of another job, and note what it left in the target; False when somebody runs it."""
         if locks.is_locked(other):
             return False
         finished = sum(1 for path in _files(other) if not path.name.endswith(_NOT_FINISHED))
-        remains.inherit(self.folder, other, self.target, other.name[len(_FOLDER) :])
+        remains.inherit(self.folder, other, self.target, other.name[len(remains.FOLDER) :])
         shutil.rmtree(other, ignore_errors=True)
         if other.exists():
             raise StorageError(

@@ -138,7 +138,7 @@ def test_ranks_at_once_take_their_own_files_off(tmp_path: Path) -> None:
     held = {f"rank_{rank}/{name}": FileDigests(1, {}) for rank in ranks for name in ("net", "other")}
     digests.write_manifest(str(tmp_path), Manifest(held))
     with ThreadPoolExecutor(len(ranks)) as pool:
-        found = list(pool.map(lambda rank: digests.superseded(str(tmp_path / f"rank_{rank}"), ["net"]), ranks))
+        found = list(pool.map(lambda rank: digests.take_off_record(str(tmp_path / f"rank_{rank}"), ["net"]), ranks))
     assert found == [[]] * len(ranks)
     left = digests.load_manifest(str(tmp_path))
     assert left is not None and set(left.files) == {f"rank_{rank}/other" for rank in ranks}
