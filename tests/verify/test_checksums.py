@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import convert, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME
 from ms_ckpt_ext.engine.health import Health
 
 KEY = b"0123456789abcdef"
@@ -96,3 +98,30 @@ def test_by_manifest(plain: Path, tmp_path: Path) -> None:
     path.write_bytes(whole)
     flip(path, -1)
     assert not by_manifest(path.parent).ok
+
+
+@pytest.mark.parametrize("crc", [False, True])
+def test_a_manifest_covers_the_header(crc: bool, plain: Path, tmp_path: Path) -> None:
+    """Safetensors checksums sum names and contents; dtypes, shapes and notes they do not."""
+    save_file({"q": np.arange(40, dtype="i1").reshape(5, 8)}, plain, metadata={"format": "ms", "q": "Int4"})
+    convert(plain, tmp_path / "out", crc=crc)
+    path = tmp_path / "out" / "a.safetensors"
+    whole = path.read_bytes()
+    assert by_manifest(path.parent).ok
+    for old, new in ((b"Int4", b"Int5"), (b'"I8","shape":[5,8]', b'"U8","shape":[8,5]')):
+        replace(path, old, new)
+        (fault,) = by_manifest(path.parent).faults
+        assert (fault.file, fault.tensor) == ("a.safetensors", None) and "dtypes, shapes and notes" in str(fault)
+        path.write_bytes(whole)
+
+
+def test_a_manifest_of_an_older_release_counts_for_what_it_holds(plain: Path, tmp_path: Path) -> None:
+    convert(plain, tmp_path / "out", to="ckpt")
+    manifest = tmp_path / "out" / MANIFEST_NAME
+    content = json.loads(manifest.read_bytes())
+    assert by_manifest(tmp_path / "out").ok
+    del content["files"]["a.ckpt"]["framing"]
+    manifest.write_text(json.dumps(content))
+    assert by_manifest(tmp_path / "out").ok
+    flip(tmp_path / "out" / "a.ckpt", -1)
+    assert [fault.tensor for fault in by_manifest(tmp_path / "out").faults] == ["w"]
