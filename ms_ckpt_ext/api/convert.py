@@ -58,7 +58,8 @@ def ckpt_to_safetensors(
         processes_num: upper bound on worker threads.
 
     Raises:
-        DiscoveryError: no such input, no rank folder, nothing to convert, or files of both formats side by side.
+        DiscoveryError: no such input, no rank folder, nothing to convert, files of both formats side by side, or
+            without `save_path` a file that no conversion wrote has the name of a result.
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, DecryptionError, StorageError: an input cannot be read, the output cannot be written.
     """
@@ -125,7 +126,8 @@ def convert(
         What was read and written; of a dry run, a `Preview`.
 
     Raises:
-        DiscoveryError: no such input, nothing to convert, or files of both formats where `to` names one of them.
+        DiscoveryError: no such input, nothing to convert, files of both formats where `to` names one of them, or
+            in the inputs' own directory a file that no conversion wrote has the name of a result.
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, ChecksumError, DecryptionError, StorageError: an input cannot be read, or the output not written.
     """
