@@ -183,8 +183,9 @@ def decrypt(
     Arguments, results and errors are those of `convert`; a key is needed. Nothing appears in `dst` unless every file
     decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
     AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
-    the key fits. A checksum inside is not verified here: read the result with crc_check. Whole files that changed
-    places under one key are noticed in no mode. See docs/encryption.md, "What is noticed".
+    the key fits. A checksum at the end of a `.ckpt` inside such blocks is verified, and shows more (ChecksumError).
+    Files that changed places as a whole, under one key, are noticed in no mode. See docs/encryption.md, "What is
+    noticed".
     """
     access = any_mode(dec_key, dec_mode)
     if access.key is None:
