@@ -29,7 +29,7 @@ class Naming:
     """How the parameters of a checkpoint are to be called.
 
     Attributes:
-        choice: name in the checkpoint -> True (keep), False (leave out) or a str (new name); None keeps all.
+        choice: name in the checkpoint -> True (keep), False or None (leave out) or a str (new name); None keeps all.
         name_map: name in the result -> name after the choice.
         truthy: what a choice returns counts by its truth, as stock MindSpore has it, unless it is a str.
         scalars: the choice is asked about training scalars as well.
@@ -76,12 +76,18 @@ class Naming:
 def chosen_name(choice: Optional[Choice], name: str, truthy: bool = False) -> Optional[str]:
     """The name that a choice function gives a parameter; None when it drops it. Raises ArgumentTypeError."""
     chosen: Any = True if choice is None else choice(name)
-    if not isinstance(chosen, (bool, str)) and not truthy:
+    if not isinstance(chosen, (bool, str)) and not truthy and chosen is not None and not _is_numpy_bool(chosen):
         raise ArgumentTypeError(
             f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
             f"{type(chosen).__name__} for parameter {name!r}"
         )
     return chosen if isinstance(chosen, str) else name if chosen else None
+
+
+def _is_numpy_bool(value: Any) -> bool:
+    """Whether a comparison by numpy gave this; without numpy, which most jobs do not import."""
+    kind = type(value)
+    return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
 def called(tensor: SourceTensor, name: str) -> SourceTensor:
