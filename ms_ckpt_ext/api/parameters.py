@@ -85,8 +85,9 @@ def load(
     access = any_mode(dec_key, dec_mode, crc_check)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix)
-    wanted = _wanted({**catalog.tensors, **catalog.extras}, patterns)
-    catalog = naming.of(_only(catalog, wanted))
+    stored = {**catalog.tensors, **catalog.extras}
+    wanted = _wanted(stored, patterns)
+    catalog = replace(naming, aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
     held = dict.fromkeys((*catalog.tensors, *catalog.extras))
     return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
 

@@ -33,12 +33,14 @@ class Naming:
         name_map: name in the result -> name after the choice.
         truthy: what a choice returns counts by its truth, as stock MindSpore has it, unless it is a str.
         scalars: the choice is asked about training scalars as well.
+        aside: names in the checkpoint that are not asked for; the map may speak of them.
     """
 
     choice: Optional[Choice] = None
     name_map: Mapping[str, str] = field(default_factory=dict)
     truthy: bool = False
     scalars: bool = True
+    aside: frozenset[str] = frozenset()
 
     def of(self, catalog: Catalog) -> Catalog:
         """The checkpoint under the new names.
@@ -55,8 +57,12 @@ class Naming:
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
             )
-        tensors, extras = _mapped(tensors, extras, self.name_map)
+        tensors, extras = _mapped(tensors, extras, self.name_map, self._aside())
         return replace(catalog, tensors=tensors, extras=extras)
+
+    def _aside(self) -> set[str]:
+        chosen = (chosen_name(self.choice, name, self.truthy) for name in self.aside) if self.name_map else ()
+        return {name for name in chosen if name is not None}
 
     def _chosen(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
         found: dict[str, SourceTensor] = {}
@@ -108,10 +114,13 @@ def _old(tensors: Mapping[str, SourceTensor], renamed: SourceTensor) -> str:
 
 
 def _mapped(
-    tensors: Mapping[str, SourceTensor], extras: Mapping[str, SourceTensor], name_map: Mapping[str, str]
+    tensors: Mapping[str, SourceTensor],
+    extras: Mapping[str, SourceTensor],
+    name_map: Mapping[str, str],
+    aside: Iterable[str],
 ) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
     """Both groups with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
-    warn_unknown(name_map.values(), {**tensors, **extras}, "the checkpoint")
+    warn_unknown(name_map.values(), (*tensors, *extras, *aside), "the checkpoint")
     kept, kept_extras = ({n: t for n, t in held.items() if n not in name_map} for held in (tensors, extras))
     for target, source in name_map.items():
         if source in tensors:
