@@ -65,7 +65,7 @@ def checked_choice(choice_func: Any) -> Optional[Choice]:
     return checked
 
 
-def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **more: bool) -> Naming:
+def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **more: Any) -> Naming:
     """`choice_func` and `name_map` (name in the result -> name in the checkpoint) as one value.
 
     `more` are the other attributes of `Naming`. Logs sources that the map gives to several names: tied weights mean it.

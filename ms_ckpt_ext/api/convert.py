@@ -58,7 +58,8 @@ def ckpt_to_safetensors(
         processes_num: upper bound on worker threads.
 
     Raises:
-        DiscoveryError: no such input, no rank folder, nothing to convert, or files of both formats side by side.
+        DiscoveryError: no such input, no rank folder, nothing to convert, files of both formats side by side, or
+            without `save_path` a file that no conversion wrote has the name of a result.
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, DecryptionError, StorageError: an input cannot be read, the output cannot be written.
     """
@@ -125,7 +126,8 @@ def convert(
         What was read and written; of a dry run, a `Preview`.
 
     Raises:
-        DiscoveryError: no such input, nothing to convert, or files of both formats where `to` names one of them.
+        DiscoveryError: no such input, nothing to convert, files of both formats where `to` names one of them, or
+            in the inputs' own directory a file that no conversion wrote has the name of a result.
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, ChecksumError, DecryptionError, StorageError: an input cannot be read, or the output not written.
     """
@@ -181,8 +183,9 @@ def decrypt(
     Arguments, results and errors are those of `convert`; a key is needed. Nothing appears in `dst` unless every file
     decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
     AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
-    the key fits. A checksum inside is not verified here: read the result with crc_check. Whole files that changed
-    places under one key are noticed in no mode. See docs/encryption.md, "What is noticed".
+    the key fits. A checksum at the end of a `.ckpt` inside such blocks is verified, and shows more (ChecksumError).
+    Files that changed places as a whole, under one key, are noticed in no mode. See docs/encryption.md, "What is
+    noticed".
     """
     access = any_mode(dec_key, dec_mode)
     if access.key is None:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from ms_ckpt_ext.engine.origin import foreign
 from ms_ckpt_ext.errors import DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
 
@@ -46,7 +47,19 @@ def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patte
         to: the wanted format.
         pattern: must be found in a file's name.
         below: of a directory, only files in folders of it whose names begin so; "" for all files, however deep.
+
+    Raises:
+        DiscoveryError: nothing to convert, files of both formats, or results beside their inputs would replace files
+            that no earlier conversion wrote.
+        UsageError: the arguments contradict each other or the source.
     """
+    found = _find(source, target, to, pattern, below)
+    if to is not None and not target.endswith(_SUFFIXES) and _same(found.source, found.target):
+        _refuse_foreign(found)
+    return found
+
+
+def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]], below: str) -> Inputs:
     if os.path.isfile(source):
         folder, name = os.path.split(source)
         if pattern and not pattern.search(name):
@@ -61,7 +74,7 @@ def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patte
     files = [name for name in names if name.endswith(_SUFFIXES) and (not pattern or pattern.search(_base(name)))]
     files = [name for name in files if not (name.endswith(".ckpt") and discovery.is_strategy(Path(source, name)))]
     if to is not None:
-        files = _of_one_kind(source, files, to, same_place=os.path.realpath(target) == os.path.realpath(source))
+        files = _of_one_kind(source, files, to, same_place=_same(source, target))
     if not files:
         raise DiscoveryError(f"{source!r} holds no checkpoint file to convert; check the path and file_name_regex")
     maps = (discovery.MAP_NAME, discovery.HF_INDEX_NAME)
@@ -86,6 +99,22 @@ def _single(folder: str, name: str, target: str, to: Optional[str]) -> Inputs:
             raise UsageError(f"the target {target!r} and the wanted format {to!r} contradict each other")
         return Inputs(folder, os.path.dirname(target) or ".", {name: _base(target)})
     return Inputs(folder, target, {name: _renamed(name, to)})
+
+
+def _same(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _refuse_foreign(found: Inputs) -> None:
+    """Beside a checkpoint, a file of the other format and the same name may well be another checkpoint."""
+    inputs = {output: name for name, output in found.files.items() if output != name}
+    in_the_way = foreign(found.target, inputs)
+    if in_the_way:
+        name, more = in_the_way[0], f" and {len(in_the_way) - 1} more like it" if in_the_way[1:] else ""
+        raise DiscoveryError(
+            f"{os.path.join(found.target, name)!r}{more} is in the way of what {inputs[name]!r} becomes: no conversion "
+            "here is on record to have written it as it is; move it away, or choose another directory for the results"
+        )
 
 
 def _renamed(name: str, to: Optional[str]) -> str:

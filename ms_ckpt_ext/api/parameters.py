@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -22,13 +22,14 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog, open_catalog
+from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.lazy import Parameters
 from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.formats.registry import Access, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 
 Prefix = Union[str, list[str], tuple[str, ...], None]
@@ -84,8 +85,9 @@ def load(
     access = any_mode(dec_key, dec_mode, crc_check)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix)
-    wanted = _wanted({**catalog.tensors, **catalog.extras}, patterns)
-    catalog = naming.of(_only(catalog, wanted))
+    stored = {**catalog.tensors, **catalog.extras}
+    wanted = _wanted(stored, patterns)
+    catalog = replace(naming, aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
     held = dict.fromkeys((*catalog.tensors, *catalog.extras))
     return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
 
@@ -180,10 +182,12 @@ def load_segmented_checkpoints(
 ) -> dict[str, Any]:
     """The Parameters of all `.ckpt` files of a directory. Drop-in for `mindspore.load_segmented_checkpoints`.
 
-    Where stock MindSpore takes the files in any order and lets the last of two equal names win, this reports them; a
-    file of which nothing is chosen is no error as long as another one has something.
+    Where stock MindSpore takes the files in any order and lets the last of two equal names win, this reports them
+    unless they hold the same, as training scalars of one save do; a file of which nothing is chosen is no error as long
+    as another one has something.
 
-    Arguments, result and errors are those of `load_checkpoint`; DiscoveryError also when a parameter is in two files.
+    Arguments, result and errors are those of `load_checkpoint`; DiscoveryError also when two files hold a parameter
+    with other dtypes, shapes or values.
     """
     folder = path_of(ckpt_file_dir, "ckpt_file_dir")
     if not os.path.isdir(folder):
@@ -195,7 +199,7 @@ def load_segmented_checkpoints(
     access = access_of(dec_key, dec_mode, crc_check)
     catalog = files_catalog(list(map(str, paths)), access)
     chosen = naming.of(catalog)
-    _refuse_doubles(catalog.files, {tensor.stored_name for tensor in chosen.tensors.values()}, folder)
+    _refuse_doubles(catalog, {tensor.stored_name for tensor in chosen.tensors.values()}, folder)
     with _held(chosen) as held:
         found = as_parameters(held)
     if not found:
@@ -211,16 +215,28 @@ def _held(catalog: Catalog) -> Parameters:
     return Parameters(catalog, {name: name for name in catalog.tensors}, workers_of(64))
 
 
-def _refuse_doubles(files: Sequence[FileIndex], wanted: set[str], folder: str) -> None:
-    place: dict[str, str] = {}
-    for index in files:
-        mine = os.path.basename(index.path)
-        for name in wanted.intersection(index.tensors):
-            if place.setdefault(name, mine) != mine:
+def _refuse_doubles(catalog: Catalog, wanted: set[str], folder: str) -> None:
+    """Parameters that two files hold must be the same in both."""
+    first: dict[str, FileIndex] = {}
+    for index in catalog.files:
+        for name in sorted(wanted.intersection(index.tensors)):
+            other = first.setdefault(name, index)
+            if other is not index and not _equal(name, other, index, catalog.access):
                 raise DiscoveryError(
-                    f"parameter {name!r} is in {place[name]!r} and in {mine!r} of {folder!r}; "
+                    f"parameter {name!r} is in {os.path.basename(other.path)!r} and, not the same, in "
+                    f"{os.path.basename(index.path)!r} of {folder!r}; "
                     "which one is meant is not clear: choose by choice_func, or move one file away"
                 )
+
+
+def _equal(name: str, one: FileIndex, two: FileIndex, access: Access) -> bool:
+    if (one.tensors[name][:2], one.metadata.get(name)) != (two.tensors[name][:2], two.metadata.get(name)):
+        return False
+
+    def digest(index: FileIndex) -> dict[str, str]:
+        return digest_tensors(index, [name], opener=lambda _path: reopen(index, access))
+
+    return digest(one) == digest(two)
 
 
 def _only(catalog: Catalog, wanted: set[str]) -> Catalog:

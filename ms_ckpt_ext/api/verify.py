@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -19,7 +20,7 @@ from ms_ckpt_ext.engine.health import Health
 from ms_ckpt_ext.engine.proof import prove_file
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, DiscoveryError, FormatError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.registry import Access, open_reader, read_index
+from ms_ckpt_ext.formats.registry import Access, crc_fault, open_reader, read_index
 from ms_ckpt_ext.storage.reader import ByteReader
 
 
@@ -82,7 +83,7 @@ def verify(
     region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
     that `ms_ckpt_ext.digests.json` gives it? Encrypted files have no digests and are decrypted whole instead; without
     their key, or in a mode without authentication, they count as not checked. Else: is every slice there, are all
-    copies of a slice equal, and what is NaN or infinite?
+    copies of a slice equal, and what is NaN or infinite? Without `b`, checksums that files carry are verified as well.
 
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
@@ -155,7 +156,10 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
             damaged = {fault.file for fault in told}
             without = [name for name, entry in held.files.items() if not entry.tensors and name not in damaged]
             proved, open_ = _prove(folder, without, access, advance)
-            faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in (*told, *proved)]
+            whole = [name for name, entry in held.files.items() if entry.tensors and name not in damaged]
+            summed = _checksums(folder, whole, access, workers)
+            told = [*told, *proved, *summed]
+            faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in told]
             unchecked += [u._replace(file=os.path.normpath(os.path.join(prefix, u.file))) for u in open_]
     tensors = sum(len(entry.tensors) for held in found.values() for entry in held.files.values())
     manifests = tuple(os.path.join(folder, MANIFEST_NAME) for folder in found)
@@ -177,6 +181,20 @@ def _prove(
         else:
             unchecked += [] if reason is None else [Unchecked(name, reason)]
     return faults, unchecked
+
+
+def _checksums(folder: str, names: list[str], access: Access, workers: int) -> list[Fault]:
+    """Files that hold their tensors as the manifest has them, but are not what their own checksum says.
+
+    It covers what digests do not: all of a `.ckpt`, and of safetensors the names of tensors.
+    """
+
+    def look(name: str) -> Optional[str]:
+        return crc_fault(read_index(os.path.join(folder, *name.split("/")), access), access)
+
+    with ThreadPoolExecutor(workers, "checksum") as pool:
+        told = zip(names, pool.map(look, names))
+        return [Fault(name, None, fault, "contents that fit the file's checksum") for name, fault in told if fault]
 
 
 def _unlisted(folders: list[str], listed: set[str]) -> list[str]:

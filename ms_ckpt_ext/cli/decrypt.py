@@ -34,7 +34,7 @@ COMMAND = Command(
     summary="decrypt checkpoint files",
     description=(
         "Decrypt a checkpoint file, or a tree of them. Nothing appears in the target unless all of it was right: a\n"
-        "wrong key or an altered file is exit code 6."
+        "wrong key or an altered file is exit code 6, one that does not fit the checksum inside it exit code 3."
     ),
     examples=(
         ("ms-ckpt decrypt sealed merged --dec-key-file k.bin", "a tree"),

@@ -77,13 +77,17 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_decryption(parser: argparse.ArgumentParser) -> None:
     """A key to read with."""
     options.add_key(parser, "dec", "of the source (default: the variable MS_CKPT_EXT_DEC_KEY)")
-    parser.add_argument("--dec-mode", choices=options.MODES, help="refuse sources that are encrypted in another way")
+    parser.add_argument(
+        "--dec-mode", type=options.mode, choices=options.MODES, help="refuse sources that are encrypted in another way"
+    )
 
 
 def add_encryption(parser: argparse.ArgumentParser) -> None:
     """A key to write with."""
     options.add_key(parser, "enc", "to encrypt the result with (default: the variable MS_CKPT_EXT_ENC_KEY)")
-    parser.add_argument("--enc-mode", choices=options.MODES, default="AES-GCM", help="how (default AES-GCM)")
+    parser.add_argument(
+        "--enc-mode", type=options.mode, choices=options.MODES, default="AES-GCM", help="how (default AES-GCM)"
+    )
 
 
 def common(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -199,8 +199,14 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         made: argparse.ArgumentParser = arguments.parser
         near = difflib.get_close_matches(unknown[0].split("=")[0], made._option_string_actions, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        made.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        made.error(f"unrecognized arguments: {' '.join(_quotable(unknown))}{hint}")
     return arguments
+
+
+def _quotable(unknown: Sequence[str]) -> list[str]:
+    """Arguments nobody knows; of options only the names, for what follows may be a key (`--dec-key …`)."""
+    options = [word.split("=")[0] if word.startswith("--") else word[:2] for word in unknown if word.startswith("-")]
+    return options or list(unknown)
 
 
 def _print(answer: Answer, as_json: bool) -> int:

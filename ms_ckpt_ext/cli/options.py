@@ -57,7 +57,18 @@ MODES = ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")
 def add_mode(parser: ArgumentParser, whose: str = "files", suffix: str = "") -> None:
     """How encrypted files must be encrypted."""
     help_ = f"refuse {whose} that are encrypted in another way" if not suffix else f"the same for {whose[3:]}"
-    parser.add_argument(f"--dec-mode{suffix}", choices=MODES, help=help_)
+    parser.add_argument(f"--dec-mode{suffix}", type=mode, choices=MODES, help=help_)
+
+
+def mode(text: str) -> str:
+    """A mode on the command line; what is none is not repeated, for it may be a key.
+
+    >>> mode("AES-GCM")
+    'AES-GCM'
+    """
+    if text not in MODES:
+        raise ArgumentTypeError(f"no such mode; choose one of {', '.join(MODES)}")
+    return text
 
 
 def add_name_map(parser: ArgumentParser, form: str) -> None:

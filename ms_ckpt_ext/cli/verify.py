@@ -135,6 +135,9 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
     copies = words.count(found.copies_compared, "slice with another copy", "slices with other copies")
     equal = "equal" if not found.unequal else f"{len(found.unequal):,} that differ"
     yield f"  copies      {copies}: {equal}" if found.copies_compared else "  copies      none to compare"
+    if found.checksums:
+        fit = "all right" if not found.damaged else f"{len(found.damaged):,} wrong"
+        yield f"  checksums   {words.count(found.checksums, 'file')}: {fit}"
     nans, infinities = (sum(getattr(p, field) for p in found.not_finite) for field in ("nans", "infinities"))
     where = f", in {words.count(len(found.not_finite), 'parameter')}" if found.not_finite else ""
     yield f"  values      {nans:,} NaN, {infinities:,} infinite{where}"
@@ -145,6 +148,7 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
             ["copies differ", "region", "files"],
             [[u.name, u.region, " | ".join(", ".join(group) for group in u.groups)] for u in found.unequal],
         ),
+        (["damaged", "because"], [[d.file, d.reason] for d in found.damaged]),
         (["not finite", "NaN", "infinite"], [[p.name, f"{p.nans:,}", f"{p.infinities:,}"] for p in found.not_finite]),
     )
     for heads, rows in tables:
@@ -178,7 +182,8 @@ COMMAND = Command(
         "Are two checkpoints the same model? Layouts, formats and encryption may differ; values are compared bit for\n"
         "bit, in memory that does not grow with the model. With one checkpoint: against the digests that were written\n"
         "with it (--manifest), or by itself: is every slice there, are all copies of a slice equal, what is NaN or\n"
-        "infinite? Exit code 1 when differences or faults are found, or when --manifest cannot check an encrypted file."
+        "infinite? Either way the checksums that files carry are verified. Exit code 1 when differences or faults are\n"
+        "found, or when --manifest cannot check an encrypted file."
     ),
     examples=(
         ("ms-ckpt verify checkpoint merged --strategy strategy.ckpt", "is the merge of these rank folders right?"),

@@ -5,7 +5,11 @@ The digest is plain xxh3-128 of the tensor's bytes, row-major and little-endian 
 relative to the manifest's folder, sizes are bytes on disk:
 
     {"format": "ms_ckpt_ext.digests", "version": 1, "algorithm": "xxh3-128",
-     "files": {"part0.safetensors": {"size": 4096, "tensors": {"layer.weight": "99aa06d3014798d86001c324468d497f"}}}}
+     "files": {"part0.safetensors": {"size": 4096, "framing": "c9788c84a05f64d9a4b6d0ac2e8a5f0c",
+                                     "tensors": {"layer.weight": "99aa06d3014798d86001c324468d497f"}}}}
+
+`framing` is the digest of all bytes that are no tensor's, in file order: names, dtypes, shapes, a file's notes, its
+checksum. Manifests of older releases lack it.
 
 It finds accidents: bit rot, lost pages, truncation. It is no signature: who can change a file can change the manifest.
 
@@ -20,7 +24,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import xxhash
 
+from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import open_reader, read_index
@@ -40,6 +45,7 @@ _FORMAT = "ms_ckpt_ext.digests"
 _ALGORITHM = "xxh3-128"
 _HEX = re.compile(r"^[0-9a-f]{32}$")
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
+_FRAMING = "names, dtypes, shapes and notes with the digest"
 Opener = Callable[[str], ByteReader]
 
 
@@ -49,10 +55,17 @@ class FileDigests(NamedTuple):
     Attributes:
         size: bytes on disk.
         tensors: name -> 32 hexadecimal digits of its xxh3-128; empty when the file is encrypted.
+        framing: the digest of all other bytes; None when it is not known.
     """
 
     size: int
     tensors: Mapping[str, str]
+    framing: Optional[str] = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The file's entry in the manifest."""
+        framing = {} if self.framing is None else {"framing": self.framing}
+        return {"size": self.size, **framing, "tensors": dict(self.tensors)}
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest's file."""
-        files = {name: {"size": held.size, "tensors": dict(held.tensors)} for name, held in self.files.items()}
+        files = {name: held.to_json() for name, held in self.files.items()}
         content = {"format": _FORMAT, "version": 1, "algorithm": _ALGORITHM, "files": files}
         return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
@@ -109,10 +122,11 @@ def _parse(content: Any) -> Manifest:
         raise ValueError(f"version {content['version']!r}, algorithm {content['algorithm']!r}")
     files = {}
     for name, held in content["files"].items():
-        size, tensors = held["size"], dict(held["tensors"])
-        if type(size) is not int or size < 0 or not all(map(_HEX.match, tensors.values())):
+        size, tensors, framing = held["size"], dict(held["tensors"]), held.get("framing")
+        digests = [*tensors.values(), *([] if framing is None else [framing])]
+        if type(size) is not int or size < 0 or not all(map(_HEX.match, digests)):
             raise ValueError(f"entry of {name!r}")
-        files[name] = FileDigests(size, tensors)
+        files[name] = FileDigests(size, tensors, framing)
     return Manifest(files)
 
 
@@ -155,13 +169,13 @@ def digest_tensors(
     wanted = list(index.tensors if names is None else names)
     entries = [index.tensors[name] for name in wanted]
     with opener(index.path) as reader, ThreadPoolExecutor(max(1, workers), "digest") as pool:
-        return dict(zip(wanted, pool.map(lambda entry: _digest(reader, entry), entries)))
+        return dict(zip(wanted, pool.map(lambda entry: _digest(reader, entry.extents), entries)))
 
 
-def _digest(reader: ByteReader, entry: TensorEntry) -> str:
+def _digest(reader: ByteReader, extents: Sequence[Extent]) -> str:
     state = xxhash.xxh3_128()
-    buffer = memory.scratch(min(_BUFFER, entry.nbytes))
-    for offset, length in entry.extents:
+    buffer = memory.scratch(min(_BUFFER, sum(extent.length for extent in extents)))
+    for offset, length in extents:
         for at in range(offset, offset + length, _BUFFER):
             part = buffer[: min(_BUFFER, offset + length - at)]
             reader.read_into(at, part)
@@ -169,9 +183,26 @@ def _digest(reader: ByteReader, entry: TensorEntry) -> str:
     return state.hexdigest()
 
 
+def digest_framing(path: str, tensors: Mapping[str, TensorEntry], opener: Opener = open_reader) -> str:
+    """Digest all bytes of a file that are no tensor's, in file order: 32 hexadecimal digits.
+
+    Raises TruncatedFileError, StorageError: the file cannot be read.
+    """
+    with opener(path) as reader:
+        extents = sorted(extent for entry in tensors.values() for extent in entry.extents)
+        framing, at = [], 0
+        for extent in (*extents, Extent(reader.size, 0)):
+            framing.append(Extent(at, extent.offset - at))
+            at = extent.offset + extent.length
+        return _digest(reader, framing)
+
+
 def digest_file(index: FileIndex, workers: int = 1, opener: Opener = open_reader) -> FileDigests:
     """What a manifest should say about one file, read from the file. Raises as `digest_tensors`."""
-    return FileDigests(index.size, digest_tensors(index, workers=workers, opener=opener) if _is_plain(index) else {})
+    if not _is_plain(index):
+        return FileDigests(index.size, {})
+    tensors = digest_tensors(index, workers=workers, opener=opener)
+    return FileDigests(index.size, tensors, digest_framing(index.path, index.tensors, opener))
 
 
 def _is_plain(index: FileIndex) -> bool:
@@ -311,4 +342,9 @@ def _differences(name: str, index: FileIndex, expected: FileDigests, workers: in
     digests = digest_tensors(index, workers=workers, opener=opener)
     both = {**dict.fromkeys(expected.tensors, "no such tensor"), **digests}
     listed = {**dict.fromkeys(digests, "no such tensor"), **expected.tensors}
-    return [Fault(name, tensor, both[tensor], listed[tensor]) for tensor in listed if both[tensor] != listed[tensor]]
+    faults = [Fault(name, tensor, both[tensor], listed[tensor]) for tensor in listed if both[tensor] != listed[tensor]]
+    if expected.framing is not None:
+        framing = digest_framing(index.path, index.tensors, opener)
+        if framing != expected.framing:
+            faults.append(Fault(name, None, f"{_FRAMING} {framing}", f"{_FRAMING} {expected.framing}"))
+    return faults

@@ -1,15 +1,17 @@
-"""Is one checkpoint whole and sound? Every stored byte is read once.
+"""Is one checkpoint whole and sound? Every stored byte is read once; of files with a checksum, once more.
 
 1. Every cell of every parameter must be in some file, and every parameter of the strategy in some cell.
 2. Every stored slice is digested (xxh3-128) while it streams through a small buffer; files that hold the same cell
    must have the same digest, and so must training scalars that several ranks hold.
 3. Of every distinct cell what is NaN or infinite is counted on the way.
+4. Files that carry a checksum of their own are read from end to end and compared with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional
 
@@ -26,7 +28,9 @@ from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.bits import Odd, odd_numbers
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError
-from ms_ckpt_ext.formats.index import TensorEntry
+from ms_ckpt_ext.formats.ckpt import CRC_NUM
+from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.registry import crc_fault
 from ms_ckpt_ext.storage.pool import ReaderPool
 
 _BUFFER = 1 << 20  # stays in a core's cache between read, digest and count
@@ -56,18 +60,27 @@ class NotFinite(NamedTuple):
     infinities: int
 
 
+class Damaged(NamedTuple):
+    """A file whose contents are not what its own checksum says."""
+
+    file: str
+    reason: str
+
+
 @dataclass(frozen=True)
 class Health:
     """What was found in one checkpoint.
 
     Attributes:
         parameters, files: how many there are.
-        nbytes: bytes read.
+        nbytes: bytes read of slices.
         copies_compared: slices that were compared with another copy of them.
         absent: parameters of the strategy that no file holds.
         gaps: parts of parameters that no file holds.
         unequal: copies of one slice, or of a training scalar, that differ.
         not_finite: parameters with NaN or infinities.
+        checksums: files that carry a checksum, which was verified.
+        damaged: those of them whose contents it does not fit.
     """
 
     parameters: int
@@ -78,11 +91,13 @@ class Health:
     gaps: tuple[Gap, ...] = ()
     unequal: tuple[Unequal, ...] = ()
     not_finite: tuple[NotFinite, ...] = ()
+    checksums: int = 0
+    damaged: tuple[Damaged, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """True when nothing is missing and all copies are equal; numbers that are not finite may be meant."""
-        return not (self.absent or self.gaps or self.unequal)
+        """True when nothing is missing or damaged and all copies are equal; what is not finite may be meant."""
+        return not (self.absent or self.gaps or self.unequal or self.damaged)
 
 
 class _Slice(NamedTuple):
@@ -136,6 +151,7 @@ def check(
         pump.spread(iter(range(len(slices))), workers, worker)
         readers.verify()
         nbytes = readers.count.nbytes
+    checked = _with_checksum(catalog, slices)
     held = {s.name for s in slices}
     listed = () if strategy is None else strategy.layouts
     absent = [n for n in listed if n not in held and not n.startswith(ACCUMULATED_GRADIENT_PREFIX) and wanted(n)]
@@ -149,12 +165,39 @@ def check(
         tuple(_gaps(tensors)),
         tuple(unequal),
         tuple(_not_finite(slices, told)),
+        len(checked),
+        tuple(_damaged(catalog, checked, workers, progress)),
     )
 
 
 def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:
     """How much `check` reads."""
-    return sum(s.entry.nbytes for s in (*_slices(catalog, tensors), *_scalars(catalog, wanted)))
+    slices = [*_slices(catalog, tensors), *_scalars(catalog, wanted)]
+    return sum(s.entry.nbytes for s in slices) + sum(index.size for index in _with_checksum(catalog, slices))
+
+
+def _with_checksum(catalog: Catalog, slices: Sequence[_Slice]) -> list[FileIndex]:
+    """Files with a checksum that hold a slice, or nothing at all."""
+    looked_at = {item.file for item in slices}
+    return [
+        index
+        for number, index in enumerate(catalog.files)
+        if CRC_NUM in index.metadata and (number in looked_at or not index.tensors)
+    ]
+
+
+def _damaged(
+    catalog: Catalog, files: Sequence[FileIndex], workers: int, progress: Callable[[int], None]
+) -> Iterator[Damaged]:
+    def look(index: FileIndex) -> Optional[str]:
+        fault = crc_fault(index, catalog.access)
+        progress(index.size)
+        return fault
+
+    with ThreadPoolExecutor(max(1, min(workers, len(files))), "checksum") as pool:
+        for index, fault in zip(files, pool.map(look, files)):
+            if fault is not None:
+                yield Damaged(index.path, fault)
 
 
 def _slices(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Iterator[_Slice]:

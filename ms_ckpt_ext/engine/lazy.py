@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
 from ms_ckpt_ext.engine.contents import NUMPY, TEXT, decode_text
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 
@@ -117,7 +117,10 @@ class LazyTensor:
                 raise UsageError(f"{self.name!r} is {self.dtype}, narrower than a byte: read it whole, as [...]")
             return self._owner.read([(self.source, chosen.box, self.shape)])[0]
         (flat,) = self._owner.read([(self.source, chosen.box, chosen.shape)])
-        return flat.view(NUMPY.get(self.dtype, "u1")).reshape(chosen.shape)[chosen.then]
+        box = flat.view(NUMPY.get(self.dtype, "u1")).reshape(chosen.shape)
+        keys = index if isinstance(index, tuple) else (index,)
+        # As in numpy, an index with `...` gives an array, one of numbers alone a scalar.
+        return box[(..., *chosen.then)] if any(key is Ellipsis for key in keys) else box[chosen.then]
 
     def numpy(self) -> np.ndarray:
         """All of it."""
@@ -128,7 +131,18 @@ class LazyTensor:
         return array if dtype is None else array.astype(dtype)
 
     def __len__(self) -> int:
+        if not self.shape:
+            raise ArgumentTypeError(f"{self.name!r} has no axes, so it has no len()")
         return self.shape[0]
+
+    def __bool__(self) -> bool:
+        """Of one element, what numpy says of its value; of more, numpy has no answer either."""
+        if math.prod(self.shape) != 1:
+            raise UsageError(
+                f"{self.name!r} of shape {list(self.shape)} is neither true nor false; compare with None, or read it "
+                "and use any() or all()"
+            )
+        return bool(self.numpy())
 
     def __repr__(self) -> str:
         return f"LazyTensor({self.name!r}, {self.packed or self.dtype}, {list(self.shape)})"

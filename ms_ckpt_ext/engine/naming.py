@@ -29,16 +29,18 @@ class Naming:
     """How the parameters of a checkpoint are to be called.
 
     Attributes:
-        choice: name in the checkpoint -> True (keep), False (leave out) or a str (new name); None keeps all.
+        choice: name in the checkpoint -> True (keep), False or None (leave out) or a str (new name); None keeps all.
         name_map: name in the result -> name after the choice.
         truthy: what a choice returns counts by its truth, as stock MindSpore has it, unless it is a str.
         scalars: the choice is asked about training scalars as well.
+        aside: names in the checkpoint that are not asked for; the map may speak of them.
     """
 
     choice: Optional[Choice] = None
     name_map: Mapping[str, str] = field(default_factory=dict)
     truthy: bool = False
     scalars: bool = True
+    aside: frozenset[str] = frozenset()
 
     def of(self, catalog: Catalog) -> Catalog:
         """The checkpoint under the new names.
@@ -55,8 +57,12 @@ class Naming:
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
             )
-        tensors, extras = _mapped(tensors, extras, self.name_map)
+        tensors, extras = _mapped(tensors, extras, self.name_map, self._aside())
         return replace(catalog, tensors=tensors, extras=extras)
+
+    def _aside(self) -> set[str]:
+        chosen = (chosen_name(self.choice, name, self.truthy) for name in self.aside) if self.name_map else ()
+        return {name for name in chosen if name is not None}
 
     def _chosen(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
         found: dict[str, SourceTensor] = {}
@@ -76,12 +82,18 @@ class Naming:
 def chosen_name(choice: Optional[Choice], name: str, truthy: bool = False) -> Optional[str]:
     """The name that a choice function gives a parameter; None when it drops it. Raises ArgumentTypeError."""
     chosen: Any = True if choice is None else choice(name)
-    if not isinstance(chosen, (bool, str)) and not truthy:
+    if not isinstance(chosen, (bool, str)) and not truthy and chosen is not None and not _is_numpy_bool(chosen):
         raise ArgumentTypeError(
             f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "
             f"{type(chosen).__name__} for parameter {name!r}"
         )
     return chosen if isinstance(chosen, str) else name if chosen else None
+
+
+def _is_numpy_bool(value: Any) -> bool:
+    """Whether a comparison by numpy gave this; without numpy, which most jobs do not import."""
+    kind = type(value)
+    return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
 def called(tensor: SourceTensor, name: str) -> SourceTensor:
@@ -102,10 +114,13 @@ def _old(tensors: Mapping[str, SourceTensor], renamed: SourceTensor) -> str:
 
 
 def _mapped(
-    tensors: Mapping[str, SourceTensor], extras: Mapping[str, SourceTensor], name_map: Mapping[str, str]
+    tensors: Mapping[str, SourceTensor],
+    extras: Mapping[str, SourceTensor],
+    name_map: Mapping[str, str],
+    aside: Iterable[str],
 ) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
     """Both groups with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
-    warn_unknown(name_map.values(), {**tensors, **extras}, "the checkpoint")
+    warn_unknown(name_map.values(), (*tensors, *extras, *aside), "the checkpoint")
     kept, kept_extras = ({n: t for n, t in held.items() if n not in name_map} for held in (tensors, extras))
     for target, source in name_map.items():
         if source in tensors:

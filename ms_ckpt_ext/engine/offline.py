@@ -20,7 +20,7 @@ from typing import Callable
 from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, renewed, take_off_record
+from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, digest_framing, renewed, take_off_record
 from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
 from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
@@ -86,11 +86,19 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
 
 
 def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
-    held = {name: FileDigests(job.size(outputs[name]), noted(staging, name) or {}) for name in sorted(outputs)}
-    manifest = renewed(target, held if job.digests else {}, (*outputs, *job.replaces))
+    held = {name: _digests(job, outputs[name], staging) for name in sorted(outputs)} if job.digests else {}
+    manifest = renewed(target, held, (*outputs, *job.replaces))
     beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
     replaces = (*job.replaces, MANIFEST_NAME, *take_off_record(target, (*outputs, *job.replaces)))
     staging.publish(tuple(outputs), job.index, replaces, beside)
+
+
+def _digests(job: Job, output: Output, staging: Staging) -> FileDigests:
+    """What the manifest says about a complete file."""
+    if not job.digests_contents:
+        return FileDigests(job.size(output), {})
+    framing = digest_framing(staging.place(output.name), output.layout.tensors, PlainReader)
+    return FileDigests(job.size(output), noted(staging, output.name) or {}, framing)
 
 
 def _fill(

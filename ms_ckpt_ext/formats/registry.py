@@ -15,8 +15,9 @@ from functools import partial
 from types import ModuleType
 from typing import Optional
 
-from ms_ckpt_ext.errors import DecryptionError, UsageError
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
+from ms_ckpt_ext.formats.ckpt import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
@@ -135,6 +136,21 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     """Compare a file's checksum with its contents; False when it has none. Raises ChecksumError."""
     checked: bool = _form(index.path, "read").verify_crc(reader, index)
     return checked
+
+
+def crc_fault(index: FileIndex, access: Access = PLAIN) -> Optional[str]:
+    """What is wrong with a file by the checksum that it carries; None when nothing is, or it has none.
+
+    Raises as `open_reader`.
+    """
+    if CRC_NUM not in index.metadata:
+        return None
+    with reopen(index, access) as reader:
+        try:
+            verify_crc(reader, index)
+        except ChecksumError as error:
+            return str(error)
+    return None
 
 
 def read_indexes(paths: Iterable[str], access: Access = PLAIN, workers: int = 8) -> list[FileIndex]:

@@ -47,12 +47,40 @@ def test_the_installed_script_says_what_is_missing(words: tuple[str, ...], tmp_p
     assert not list(tmp_path.iterdir())
 
 
+SECRET = "S3cretS3cretS3c!"
+HEX = SECRET.encode().hex()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("inspect", "full", "--dec-key", SECRET), 2, "unrecognized arguments: --dec-key; did you mean --dec-key-"),
+        (("inspect", "full", f"--dec-key={SECRET}"), 2, "unrecognized arguments: --dec-key; did you mean --dec-key-"),
+        (("inspect", "full", f"-k{SECRET}"), 2, "unrecognized arguments: -k"),
+        (("inspect", "full", "--dec-mode", SECRET), 2, "argument --dec-mode: no such mode; choose one of AES-GCM, "),
+        (("merge", "full", "out", "--dec-mode", SECRET), 2, "argument --dec-mode: no such mode; choose one of "),
+        (("encrypt", "full", "out", "--enc-mode", SECRET), 2, "argument --enc-mode: no such mode; choose one of "),
+        (("inspect", "full", "--dec-key-env", f"hex:{HEX}"), 2, "put the key into a variable"),
+        (("inspect", "full", "--dec-key-env", f"hex:{HEX}", "--json"), 2, "put the key into a variable"),
+        (("inspect", "full", "--dec-key-file", f"hex:{HEX}"), 4, "write the key into a file"),
+        (("inspect", "full", "--dec-key-file", SECRET, "--json"), 4, "write the key into a file"),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_not_repeated(
+    words: tuple[str, ...], code: int, told: str, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(golden)
+    ran = run(*words)
+    assert ran.code == code and told in ran.err
+    assert not any(secret in ran.out + ran.err for secret in (SECRET, HEX))
+
+
 def test_an_unknown_option_names_its_command(golden: Path) -> None:
     ran = run("reshard", golden / "full", "out", "--to-strategi", "x.ckpt")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("usage: ms-ckpt reshard ")
     assert ran.err.endswith(
-        "ms-ckpt reshard: error: unrecognized arguments: --to-strategi x.ckpt; did you mean --to-strategy?\n"
+        "ms-ckpt reshard: error: unrecognized arguments: --to-strategi; did you mean --to-strategy?\n"
     )
 
 

@@ -75,6 +75,24 @@ def test_nothing_secret_shows(tmp_path: Path, text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", [SECRET.decode(), f"hex:{SECRET.hex()}", SECRET.hex(), "base64:UzNDUkVU", "UzNDUkVUUzNDUkVUUzNDUg=="]
+)
+def test_a_key_where_its_place_belongs_is_not_repeated(text: str) -> None:
+    for call in (lambda: load_key(file=text), lambda: load_key(env=text), lambda: load_key(file=text.encode())):  # type: ignore[arg-type]
+        with pytest.raises((UsageError, StorageError, ArgumentTypeError)) as caught:
+            call()
+        assert text not in "".join(traceback.format_exception(caught.type, caught.value, None))
+
+
+def test_other_places_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="absent"):
+        load_key(file=str(tmp_path / "absent.key"))
+    for name in ("DEC_KEY", "A_NAME_OF_LETTERS_AND_24_"):
+        with pytest.raises(UsageError, match=f"environment variable {name} is not set"):
+            load_key(env=name)
+
+
+@pytest.mark.parametrize(
     ("head", "name"),
     [
         ("d85e3a7f00000000", "AES-GCM"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
@@ -167,6 +170,80 @@ def test_results_beside_their_sources_are_no_mixture(tmp_path: Path) -> None:
     for _ in range(2):
         ckpt_to_safetensors(tmp_path)
     assert contents(tmp_path / "rank_0" / "net.safetensors") == contents(tmp_path / "rank_0" / "net.ckpt")
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_other_files_beside_the_sources_stay(single: bool, tmp_path: Path) -> None:
+    """Only what an earlier conversion wrote is replaced: by its own record, or by that of digests."""
+    source = write_ckpt(tmp_path / "rank_0" / "net.ckpt")
+    other = write_ckpt(tmp_path / "rank_0" / "other.ckpt")
+    path = source if single else tmp_path
+    result = source.with_suffix(".safetensors")
+    save_file({"w": np.ones(3, "f4")}, result)
+    before = result.read_bytes()
+    for call in (
+        lambda: ckpt_to_safetensors(path),
+        lambda: convert(path, path.parent if single else path, to="safetensors"),
+    ):
+        with pytest.raises(DiscoveryError, match=r"net.safetensors' is in the way of what '.*net.ckpt' becomes"):
+            call()
+    assert result.read_bytes() == before
+    result.unlink()
+    ckpt_to_safetensors(path)
+    if single:
+        ckpt_to_safetensors(other)  # whose record takes the place of the first one's
+    write_ckpt(source, crc=True)
+    ckpt_to_safetensors(path)
+    save_file({"w": np.ones(3, "f4")}, result)
+    with pytest.raises(DiscoveryError, match="in the way"):
+        ckpt_to_safetensors(path)
+
+
+def test_a_conversion_beside_its_source_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """Wherever the publication of a second result stops, the same call finishes it."""
+    for stop_at in range(1, 40):
+        root = tmp_path / str(stop_at)
+        for name in ("net", "other"):
+            write_ckpt(root / "rank_0" / f"{name}.ckpt")
+        ckpt_to_safetensors(root)
+        for name in ("net", "other"):
+            write_ckpt(root / "rank_0" / f"{name}.ckpt", crc=True)
+        finished = stopped(lambda root=root: ckpt_to_safetensors(root), stop_at)
+        ckpt_to_safetensors(root)
+        for name in ("net", "other"):
+            path = root / "rank_0" / f"{name}.ckpt"
+            assert contents(path.with_suffix(".safetensors")) == contents(path)
+        if finished:
+            return
+    raise AssertionError("never came to its end")
+
+
+class Killed(BaseException):
+    """Nothing in the code under test catches it."""
+
+
+def stopped(job: Callable[[], object], stop_at: int) -> bool:
+    """Run a job up to its n-th call that changes names of files, without any tidying; True when it came to its end."""
+    calls = itertools.count(1)
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **more: Any) -> Any:
+            if next(calls) >= stop_at:
+                raise Killed
+            return call(*args, **more)
+
+        return wrapper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "unlink"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        patch.setattr(Staging, "abandon", lambda *_: None)
+        try:
+            job()
+        except Killed:
+            return False
+    return True
 
 
 def test_a_mixture_is_reported(tmp_path: Path, golden: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import xxhash
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.engine.digests import load_manifest
-from ms_ckpt_ext.errors import CheckpointError, DecryptionError, FormatError, UsageError
+from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.crypto import blocks
 from ms_ckpt_ext.formats.index import TensorSpec
@@ -135,6 +136,28 @@ def test_faults_write_nothing_and_tell_no_key(mode: str, tmp_path: Path, caplog:
             assert secret.decode() not in f"{caught.value!r} {caught.value} {caplog.text}"
             assert secret.hex() not in f"{caught.value!r} {caught.value} {caplog.text}"
         assert_nothing_complete(tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
+def test_exchanged_blocks_are_found_by_the_checksum_inside(mode: str, tmp_path: Path) -> None:
+    """Every block decrypts; what it decrypts to is as long as it was, and wrong."""
+    laid = ckpt_writer.layout([TensorSpec("w", DTYPES["U8"], (1000,))])
+    plain = bytearray(laid.literals[0][1] + bytes(range(250)) * 4)
+    plain += b"crc_num" + zlib.crc32(plain).to_bytes(10, "big")
+    (tmp_path / "net.ckpt").write_bytes(plain)
+    sealed = tmp_path / "sealed.ckpt"
+    with PlainReader(str(tmp_path / "net.ckpt")) as reader, sealed.open("wb") as file:
+        with crypto.EncryptingWriter(file, KEY, mode, block=256) as writer:
+            crypto.encrypt_all(reader, writer)
+    decrypt(sealed, tmp_path / "right", dec_key=KEY)
+    assert (tmp_path / "right" / "sealed.ckpt").read_bytes() == plain
+    raw = sealed.read_bytes()
+    starts = [at for at in range(len(raw)) if raw.startswith(raw[:4], at)]
+    a, b, c = starts[1:4]
+    sealed.write_bytes(raw[:a] + raw[b:c] + raw[a:b] + raw[c:])
+    with pytest.raises(ChecksumError, match="blocks were exchanged or altered"):
+        decrypt(sealed, tmp_path / "out", dec_key=KEY)
+    assert_nothing_complete(tmp_path / "out")
 
 
 def test_what_is_no_checkpoint_or_already_encrypted_is_refused(tmp_path: Path) -> None:

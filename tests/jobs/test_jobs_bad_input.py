@@ -226,7 +226,9 @@ def test_one_stage_of_two_is_not_taken_for_the_whole(golden: Path, tmp_path: Pat
     "returned, error, message",
     [
         (1, errors.ArgumentTypeError, "must return a bool .* or a str .* but returned int for parameter"),
-        (None, errors.ArgumentTypeError, "returned NoneType"),
+        (np.int64(1), errors.ArgumentTypeError, "returned int64"),
+        (None, errors.UsageError, "dropped every parameter"),
+        (np.False_, errors.UsageError, "dropped every parameter"),
         ("same", errors.UsageError, "the name 'same'; names must stay unique"),
         (False, errors.UsageError, "dropped every parameter"),
         ("__metadata__", errors.UsageError, "__metadata__"),

@@ -198,7 +198,7 @@ def test_encrypted_files_are_listed_without_digests(tmp_path: Path) -> None:
     merge(root, target, enc_key=KEY)
     found = manifest_of(target)
     assert found.files.keys() == {name for name in tree(target) if name.endswith(".safetensors")}
-    assert all(held == (os.stat(target / name).st_size, {}) for name, held in found.files.items())
+    assert all(held == (os.stat(target / name).st_size, {}, None) for name, held in found.files.items())
     assert digests.check(str(target), found) == []
 
 

@@ -39,6 +39,36 @@ def same(found: Any, expected: np.ndarray) -> bool:
     )
 
 
+def test_a_map_may_speak_of_what_is_not_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({name: np.ones(2, "f4") for name in ("w", "b")}, tmp_path / "a.safetensors")
+
+    def found(source: str, choice: Any = None) -> set[str]:
+        return set(load(tmp_path / "a.safetensors", names="w", name_map={"q": source}, choice_func=choice))
+
+    with caplog.at_level("WARNING", "ms_ckpt_ext"):
+        assert found("b") == {"w"} and found("w") == {"w", "q"}
+        assert found("new.b", lambda name: f"new.{name}") == {"new.w"}
+        assert caplog.text == ""
+        assert found("c") == {"w"}
+    assert "does not hold: ['c']" in caplog.text
+
+
+def test_without_axes_it_is_as_numpys(tmp_path: Path) -> None:
+    held = {"s": np.array(3, "i4"), "z": np.array(0, "i4"), "one": np.array([0.5], "f4"), "w": np.ones((2, 3), "f4")}
+    save_file(held, tmp_path / "a.safetensors")
+    with load(tmp_path / "a.safetensors") as found:
+        for name, index in (("s", ...), ("s", (...,)), ("s", ()), ("one", (..., 0)), ("one", 0), ("w", (1, ..., 2))):
+            mine, numpys = found[name][index], held[name][index]
+            assert type(mine) is type(numpys) and same(mine, numpys)
+        assert type(found["s"].numpy()) is np.ndarray and found["s"].numpy().shape == ()
+        assert [bool(found[name]) for name in ("s", "z", "one")] == [True, False, True]
+        with pytest.raises(TypeError, match="'s' has no axes"):
+            len(found["s"])
+        with pytest.raises(ValueError, match=r"'w' of shape \[2, 3\] is neither true nor false"):
+            bool(found["w"])
+        assert len(found["w"]) == 2
+
+
 def keys(extent: int) -> st.SearchStrategy[Any]:
     numbers = st.integers(-extent, extent - 1) if extent else st.nothing()
     bound = st.none() | st.integers(-extent - 2, extent + 2)

@@ -177,6 +177,20 @@ def test_what_is_true_in_stock_is_true_here(truth: Any, ms: Any, source: Path) -
     assert set(ms.load_checkpoint(str(source / "ckpt" / "x.ckpt"), choice_func=choice)) == {"emb"}
 
 
+def test_numpys_truth_and_none_count_everywhere(source: Path) -> None:
+    """`None` is what a function without a return says; numpy compares to a bool of its own."""
+
+    def choice(name: str) -> Any:
+        return np.True_ if name == "emb" else None
+
+    path = source / "ckpt" / "x.ckpt"
+    assert set(ms_ckpt_ext.load(path, choice_func=choice)) == {"emb"}
+    ms_ckpt_ext.convert(path, source / "chosen", choice_func=choice)
+    assert set(ms_ckpt_ext.load(source / "chosen" / "x.ckpt")) == {"emb"}
+    ms_ckpt_ext.reshard(path, source / "cut", choice_func=choice)
+    assert set(ms_ckpt_ext.load(source / "cut" / "rank_0" / "net.safetensors")) == {"emb"}
+
+
 def test_nothing_left_is_an_error(source: Path) -> None:
     for name in ("load", "load_checkpoint"):
         with pytest.raises(UsageError, match="dropped every parameter"):

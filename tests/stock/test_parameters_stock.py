@@ -109,9 +109,24 @@ def test_segments(ms: Any, tmp_path: Path) -> None:
     assert described(nets[2].parameters_dict()) == described(nets[1].parameters_dict())
     chosen = ms_ckpt_ext.load_segmented_checkpoints(str(tmp_path), choice_func=lambda name: name.startswith("0"))
     assert sorted(chosen) == ["0.bias", "0.weight"]
-    ms.save_checkpoint(listed[:1], str(tmp_path / "part2.ckpt"))
-    with pytest.raises(DiscoveryError, match="'0.weight' is in 'part0.ckpt' and in 'part2.ckpt'"):
-        ms_ckpt_ext.load_segmented_checkpoints(str(tmp_path))
+
+
+def test_a_parameter_in_two_segments(ms: Any, tmp_path: Path) -> None:
+    """The same in both, it is loaded as by stock; else nobody knows which one is meant."""
+
+    def save(name: str, append: dict[str, Any], **arrays: np.ndarray) -> None:
+        listed = [{"name": n, "data": ms.Parameter(ms.Tensor(array))} for n, array in arrays.items()]
+        ms.save_checkpoint(listed, str(tmp_path / name), append_dict=append)
+
+    save("part0.ckpt", {"epoch": 3, "note": "hi"}, x=np.arange(3, dtype="f4"))
+    save("part1.ckpt", {"epoch": 3}, y=np.arange(4, dtype="f4"), z=np.arange(6, dtype="f4"))
+    stock = ms.load_segmented_checkpoints(str(tmp_path))
+    assert described(ms_ckpt_ext.load_segmented_checkpoints(str(tmp_path))) == described(stock)
+    for z in (np.arange(1, 7, dtype="f4"), np.arange(6, dtype="i4"), np.arange(6, dtype="f4").reshape(2, 3)):
+        save("part2.ckpt", {"epoch": 3}, z=z)
+        with pytest.raises(DiscoveryError, match="'z' is in 'part1.ckpt' and, not the same, in 'part2.ckpt'"):
+            ms_ckpt_ext.load_segmented_checkpoints(str(tmp_path))
+        assert "x" in ms_ckpt_ext.load_segmented_checkpoints(str(tmp_path), choice_func=lambda name: name != "z")
 
 
 @pytest.mark.parametrize(

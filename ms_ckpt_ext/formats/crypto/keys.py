@@ -2,7 +2,8 @@
 
 A key is 16, 24 or 32 bytes (AES-128, -192, -256; SM4 takes 16). It comes from exactly one of: the bytes themselves, a
 file, an environment variable. A file or variable holds the raw bytes, or text with a prefix: `hex:…` or `base64:…`.
-No repr and no message contains key bytes, not even an error about them.
+No repr and no message contains key bytes, not even an error about them; nor the name of a file or variable that is not
+there and may be a key in the wrong place.
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, storage_error
+from ms_ckpt_ext.errors import ArgumentTypeError, StorageError, UsageError, storage_error
 
 AES_LENGTHS = (16, 24, 32)
 SM4_LENGTHS = (16,)
 _MAX_FILE = 1024
 """Most bytes of a key file that are read: the longest legal content, base64 of 32 bytes, has 51."""
+
+
+_VARIABLE = re.compile(r"^[A-Za-z_]\w*\Z", re.ASCII)
+_DIGITS = re.compile(r"^([0-9A-Fa-f]{32,}|[A-Za-z0-9+/_-]{22}==|[A-Za-z0-9+/_-]{43}=)\Z")
+"""Hexadecimal of 16 bytes or more, or base64 of 16 or 32; that of 24 is as long as a raw key."""
 
 
 class Key:
@@ -77,8 +84,12 @@ def load_key(key: Optional[KeyLike] = None, *, file: Optional[str] = None, env: 
 
     Raises:
         UsageError: several sources, an unset variable, or contents that are no key.
+        ArgumentTypeError: `file` or `env` is no str.
         StorageError: the file cannot be read.
     """
+    for what, source in (("file", file), ("env", env)):
+        if source is not None and not isinstance(source, str):
+            raise ArgumentTypeError(f"{what} must be a str that says where the key is, not {type(source).__name__}")
     given = [name for name, value in (("key", key), ("file", file), ("env", env)) if value is not None]
     if len(given) > 1:
         raise UsageError(f"the key is given {len(given)} times, by {' and '.join(given)}; give it once")
@@ -94,13 +105,31 @@ def _read(path: str) -> bytes:
         with open(path, "rb") as stream:
             return stream.read(_MAX_FILE + 1)
     except OSError as error:
+        if not os.path.lexists(path) and _may_be_key(path):
+            raise StorageError(
+                error.errno,
+                f"cannot read the key file: {os.strerror(error.errno or 0)}; its name is not repeated, for it looks "
+                "like a key, which does not belong there: write the key into a file, and give the file's path",
+            ) from None
         raise storage_error("read the key file", path, error) from None
 
 
 def _getenv(name: str) -> bytes:
+    if not _VARIABLE.match(name) or (name not in os.environ and not name.isupper() and _may_be_key(name)):
+        raise UsageError(
+            "what is given as an environment variable's name is none, or not set; it is not repeated, for it may be "
+            "a key, which does not belong there: put the key into a variable, and give the variable's name"
+        )
     if name not in os.environ:
         raise UsageError(f"environment variable {name} is not set; it should hold the key")
     return os.fsencode(os.environ[name])
+
+
+def _may_be_key(text: str) -> bool:
+    """Whether a text has the form of a key: with a prefix, raw, or in digits without one."""
+    return (
+        text.startswith(("hex:", "base64:")) or len(os.fsencode(text)) in AES_LENGTHS or _DIGITS.match(text) is not None
+    )
 
 
 def _without_newline(raw: bytes) -> bytes:
