@@ -19,6 +19,7 @@ equal names win. Here each of these is an error, for a checkpoint that does so i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from math import prod
@@ -30,7 +31,7 @@ from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
 from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.crypto.sniff import HEAD_BYTES, sniff
-from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.index import BUDGET, FileIndex, TensorEntry
 from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -49,6 +50,8 @@ MAX_TEXT = 1 << 16
 """Longest name or type, in bytes, that is believed."""
 
 _SCALAR: Shape = (0,)
+_PER_VALUE, _PER_AXIS = 1200, 40
+"""Bytes of objects that a value becomes in a catalog beside its two strings, and each of its dims; as measured."""
 
 
 class Value(NamedTuple):
@@ -115,13 +118,25 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
 
 
 def _values(cursor: Cursor) -> Iterator[Value]:
-    """Every value of the file in order; stops at the checksum tail or the end."""
+    """Every value of the file in order; stops at the checksum tail or the end.
+
+    Refuses a file that is hardly more than framing before its values are objects a hundred times its size.
+    """
+    memory = 0
     while cursor.pos < cursor.size and not _at_crc(cursor):
         field = next(fields(cursor, cursor.size))
         if (field.number, field.wire) != (1, BYTES):
             raise _unknown(cursor, field, "Checkpoint")
         cursor.pos = field.value
-        yield _value(cursor, field)
+        value = _value(cursor, field)
+        memory += _PER_VALUE + _PER_AXIS * len(value.dims) + sys.getsizeof(value.tag) + sys.getsizeof(value.type)
+        if memory > cursor.size + BUDGET:
+            raise FormatError(
+                f"{cursor.path!r}: values up to byte {field.stop} would take {memory >> 20} MiB of memory, in a file "
+                f"of {cursor.size} bytes: no checkpoint has so many in so few bytes. Do not trust this file: restore "
+                "it, or choose another one"
+            )
+        yield value
         cursor.pos = field.stop
 
 
@@ -207,6 +222,8 @@ def _entry(cursor: Cursor, parts: list[Value]) -> TensorEntry:
                 part.offset,
                 f"parameter {first.tag!r} goes on as {part.type} {part.dims} after {first.type} {first.dims}",
             )
+    if len(parts) > 1 and not total:
+        raise _bad(cursor, parts[1].offset, f"parameter {first.tag!r}, which has no bytes, has {len(parts)} values")
     dtype = _dtype(cursor, first)
     shape = _shape(dtype, first.dims, total)
     if dtype.nbytes(prod(shape)) != total:

@@ -11,6 +11,9 @@ from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.formats.checksum import Part
 
+BUDGET = 256 << 20
+"""Most bytes that a table of contents may take beyond its file's size: some 200,000 tensors without contents."""
+
 
 class TensorEntry(NamedTuple):
     """A tensor as it lies in a file: row-major, little-endian; its bytes are the extents one after another."""

@@ -21,10 +21,9 @@ from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
-from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.index import BUDGET, Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader
 
-_BUDGET = 256 << 20  # some 200,000 tensors without contents
 _PARSED = ((b'"', 12), (b",", 44), (b":", 150), (b"[", 84), (b"{", 64))
 """Bytes of objects that a character stands for, once parsed: half a string, an item of a list, of an object, …
 
@@ -139,7 +138,7 @@ def _check_density(path: str, raw: bytearray, size: int) -> None:
     """Refuse a header that is hardly more than punctuation before it is parsed into objects twenty times its size."""
     text = len(raw) * (2 if raw.isascii() else 8)  # all of it, and as much again if it is one string
     memory = len(raw) + text + sum(raw.count(mark) * nbytes for mark, nbytes in _PARSED)
-    if memory > size + _BUDGET:
+    if memory > size + BUDGET:
         raise FormatError(
             f"{path!r}: the header of {len(raw)} bytes would take some {memory >> 20} MiB of memory, in a file of "
             f"{size} bytes: no table of tensors is so dense. Do not trust this file: restore it, or choose another one"

@@ -231,14 +231,14 @@ def test_a_header_becomes_no_more_than_the_file_justifies(header: str, monkeypat
     while high - low > len(data) // 10:  # the least budget with which it is parsed
         middle = (low + high) // 2
         low, high = (middle, high) if dense(data, monkeypatch, middle) else (low, middle)
-    monkeypatch.setattr(safetensors, "_BUDGET", high)
+    monkeypatch.setattr(safetensors, "BUDGET", high)
     with time_limit(), memory_limit(len(data) + high + (64 << 10)):
         assert not dense(data, monkeypatch, high)
 
 
 def dense(data: bytes, monkeypatch: pytest.MonkeyPatch, budget: int) -> bool:
     """Whether a file is refused for its density; other errors do not count."""
-    monkeypatch.setattr(safetensors, "_BUDGET", budget)
+    monkeypatch.setattr(safetensors, "BUDGET", budget)
     try:
         safetensors.read_index(MemoryReader(data))
     except FormatError as error:
