@@ -31,7 +31,7 @@ from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
 from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.crypto.sniff import HEAD_BYTES, sniff
-from ms_ckpt_ext.formats.index import BUDGET, FileIndex, TensorEntry
+from ms_ckpt_ext.formats.index import BUDGET, MAX_RANK, FileIndex, TensorEntry, countable
 from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -44,8 +44,6 @@ CRC_NUM, CRC_OFFSET = "crc_num", "crc_offset"
 INT4 = "Int4"
 """MindSpore's packed type: two 4-bit numbers a byte, kept as int8 with a note in the metadata, as in safetensors."""
 
-MAX_RANK = 64
-"""More axes than any framework allows; a guard against nonsense."""
 MAX_TEXT = 1 << 16
 """Longest name or type, in bytes, that is believed."""
 
@@ -233,6 +231,8 @@ def _entry(cursor: Cursor, parts: list[Value]) -> TensorEntry:
             f"parameter {first.tag!r}, {first.type} {shape}, has {total} bytes in {len(parts)} value(s) "
             f"where {dtype.nbytes(prod(shape))} are expected",
         )
+    if not countable(dtype, shape):
+        raise _bad(cursor, first.offset, f"parameter {first.tag!r} has the shape {shape}, which no array has")
     return TensorEntry(dtype, shape, tuple(part.contents for part in parts))
 
 

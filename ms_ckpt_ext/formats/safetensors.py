@@ -21,7 +21,16 @@ from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
-from ms_ckpt_ext.formats.index import BUDGET, Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.index import (
+    BUDGET,
+    MAX_RANK,
+    Checksum,
+    FileIndex,
+    FileLayout,
+    TensorEntry,
+    TensorSpec,
+    countable,
+)
 from ms_ckpt_ext.storage.reader import ByteReader
 
 _PARSED = ((b'"', 12), (b",", 44), (b":", 150), (b"[", 84), (b"{", 64))
@@ -34,8 +43,6 @@ MAX_HEADER = 100_000_000
 METADATA = "__metadata__"
 DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
-MAX_RANK = 64
-"""More axes than any framework allows; a guard against nonsense."""
 CRC_NUM = "crc_num"
 """MindSpore's metadata key of the checksum."""
 NO_CRC = "0" * len(str(2**32 - 1))
@@ -181,6 +188,8 @@ def _entry(path: str, name: str, raw: Any, base: int) -> TensorEntry:
             f"{path!r}: parameter {name!r} ({dtype.name}{list(shape)}) needs {bits / 8:g} bytes, "
             f"its offsets {[start, stop]} give {stop - start}; {_ADVICE}"
         )
+    if not countable(dtype, tuple(shape)):
+        raise FormatError(f"{path!r}: no array has the shape {shape} of parameter {name!r} ({dtype.name}); {_ADVICE}")
     return TensorEntry(dtype, tuple(shape), (Extent(base + start, stop - start),))
 
 

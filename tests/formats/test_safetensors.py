@@ -246,6 +246,22 @@ def dense(data: bytes, monkeypatch: pytest.MonkeyPatch, budget: int) -> bool:
     return False
 
 
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ([0] * 33, "at most 32 axes"),
+        ([0, 2**64 - 1], "no array has the shape"),
+        ([2**32, 0, 2**29], "no array has the shape"),
+    ],
+)
+def test_shapes_that_no_array_has(shape: list[int], words: str) -> None:
+    for legal in ([0] * 32, [0, 2**60]):
+        found = index(framed(json.dumps({"w": {"dtype": "F32", "shape": legal, "data_offsets": [0, 0]}}).encode()))
+        assert np.empty(0, np.float32).reshape(found.tensors["w"].shape).shape == tuple(legal)
+    with pytest.raises(FormatError, match=words):
+        index(framed(json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()))
+
+
 def test_marks_in_names_and_notes_are_text() -> None:
     notes = {"config": json.dumps([[[]]] * 1000), "quote": '\\"[[[[' * 1000}
     entry = {"dtype": "I8", "shape": [], "data_offsets": [0, 1]}
