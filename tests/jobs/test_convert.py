@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import zlib
 from pathlib import Path
@@ -14,12 +15,20 @@ import pytest
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.errors import ArgumentTypeError, ChecksumError, DecryptionError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import (
+    ArgumentTypeError,
+    ChecksumError,
+    DecryptionError,
+    DiscoveryError,
+    StorageError,
+    UsageError,
+)
 from ms_ckpt_ext.formats import ckpt_writer, registry
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage.staging import Staging
+from tests.formats.damage import time_limit
 from tests.jobs.support import assert_nothing_complete, tree
 
 KEY = b"0123456789ABCDEF"
@@ -63,6 +72,14 @@ def write_ckpt(path: Path, crc: bool = False, piece: int = 64) -> Path:
         raw[-17:] = ckpt_writer.crc_tail(zlib.crc32(raw[:-17]))
     path.write_bytes(raw)
     return path
+
+
+def test_a_pipe_among_the_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in/a.ckpt")
+    with time_limit(), pytest.raises(StorageError, match="a.ckpt.*no regular file"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert_nothing_complete(tmp_path / "out")
 
 
 def test_there_and_back(tmp_path: Path) -> None:
