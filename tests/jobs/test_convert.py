@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
@@ -72,6 +73,17 @@ def write_ckpt(path: Path, crc: bool = False, piece: int = 64) -> Path:
         raw[-17:] = ckpt_writer.crc_tail(zlib.crc32(raw[:-17]))
     path.write_bytes(raw)
     return path
+
+
+def test_a_file_without_parameters(tmp_path: Path) -> None:
+    """Of none, safetensors has a header, and a `.ckpt` nothing at all."""
+    save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="a.safetensors' holds no parameter: as .ckpt it would be an empty file"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out", to="ckpt")
+    assert_nothing_complete(tmp_path / "out")
+    for crc in (True, False):
+        convert(tmp_path / "a.safetensors", tmp_path / f"{crc}.safetensors", crc=crc)
+        assert contents(tmp_path / f"{crc}.safetensors") == {}
 
 
 def test_a_pipe_among_the_files(tmp_path: Path) -> None:
