@@ -82,6 +82,12 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
             raise _bad(cursor, parts[0].offset, f"parameter {tag!r} appears a second time, not next to the first")
         tensors[tag] = _entry(cursor, parts)
         if parts[0].type == INT4:
+            if tag in (CRC_NUM, CRC_OFFSET):
+                raise FormatError(
+                    f"{cursor.path!r}: parameter {tag!r} at byte {parts[0].offset} is packed int4, and the note of "
+                    f"that, {tag!r} in the metadata, means the checksum there, as in safetensors files; save "
+                    "it under another name"
+                )
             metadata[tag] = INT4
     metadata.update(_crc(cursor))
     return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))

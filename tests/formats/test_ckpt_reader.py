@@ -192,6 +192,8 @@ MAP = encode_bytes(1, encode_bytes(1, b"table") + encode_bytes(3, b""))
         (value(b"w", [1] * 33, b"Float32", ONE), FormatError, "more than 32 axes"),
         (value(b"w", [0, 2**61], b"Float32", b""), FormatError, "'w' has the shape .*, which no array has"),
         (value(b"w", [0, 2**32, 2**29], b"Float32", b""), FormatError, "which no array has"),
+        (value(b"crc_num", [2], b"Int4", b"ab"), FormatError, "'crc_num' at byte 0 is packed int4, and the note"),
+        (value(b"crc_offset", [2], b"Int4", b"ab"), FormatError, "save it under another name"),
         (value(b"\xff\xfe", [1], b"Float32", ONE), FormatError, "not UTF-8"),
         (value(b"w" * 70000, [1], b"Float32", ONE), FormatError, "70000 bytes, above"),
         (value(b"s", [0], b"str", b"abc"), FormatError, "'s', str"),
@@ -281,6 +283,12 @@ def test_what_a_value_counts_for_is_what_load_makes_of_it(tmp_path: Path) -> Non
 def test_a_hundred_thousand_small_tensors_are_read() -> None:
     data = b"".join(value(b"%x" % n, [1], b"Int8", b"x") for n in range(100_000))
     assert len(index_of(data).tensors) == 100_000
+
+
+def test_a_parameter_may_be_called_like_the_checksum() -> None:
+    data = value(b"crc_num", [2], b"Int8", b"ab")
+    found = index_of(data + crc_tail(zlib.crc32(data)))
+    assert list(found.tensors) == ["crc_num"] and ckpt.verify_crc(MemoryReader(data), found)
 
 
 def test_a_tensor_without_bytes_has_one_value() -> None:
