@@ -21,7 +21,9 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.bits import to_python
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
+from ms_ckpt_ext.engine.contents import TEXT, decode_text
 from ms_ckpt_ext.engine.pump import Assembler
+from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import crypto, discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.index import FileIndex
@@ -241,7 +243,7 @@ def _groups(parameters: Iterable[ParameterInfo]) -> dict[str, GroupInfo]:
 
 
 def _scalars(catalog: Catalog, names: Iterable[str]) -> dict[str, Any]:
-    """Contents of small tensors; None for what is not small."""
+    """Contents of small tensors; None for what is not small, or cannot be told."""
     return dict(_read(catalog, names))
 
 
@@ -250,10 +252,19 @@ def _read(catalog: Catalog, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
         for name in names:
             tensor = catalog.extras.get(name) or catalog.tensors[name]
             size = math.prod(tensor.meta.shape)
-            if size > _MOST_ELEMENTS and tensor.meta.dtype.name != "STR":
+            if size > _MOST_ELEMENTS and tensor.meta.dtype.name != TEXT:
                 yield name, None
                 continue
             data = np.empty(tensor.meta.dtype.nbytes(size), np.uint8)
             if size:
                 Assembler(readers, catalog.stored, Limits()).read(tensor, Region.whole(tensor.meta.shape), data)
-            yield name, to_python(data, tensor.meta.dtype, tensor.meta.shape)
+            text = tensor.meta.dtype.name == TEXT
+            yield name, _text(data) if text else to_python(data, tensor.meta.dtype, tensor.meta.shape)
+
+
+def _text(data: np.ndarray) -> Optional[str]:
+    """Text as `load` gives it; None for a damaged one, for the rest of a checkpoint can be told in spite of it."""
+    try:
+        return decode_text(data.tobytes())
+    except FormatError:
+        return None

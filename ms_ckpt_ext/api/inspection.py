@@ -91,7 +91,7 @@ class Inspection:
         strategy: the one that was given or found.
         parameters: those that match the filter, by group, then by name.
         groups: sums over them.
-        scalars: what lies outside the strategy, with contents where they are small; also single elements.
+        scalars: what lies outside the strategy, with contents where they are small and readable; also single elements.
         redundancy: None where it is not known.
     """
 

@@ -64,7 +64,7 @@ def _lines(found: Inspection, tree: bool, everything: bool) -> Iterator[str]:
         yield from words.table(["group", "parameters", "size", "in files"], rows, "lrrr")
     if found.scalars:
         yield ""
-        rows = [[name, "(large)" if value is None else str(value)] for name, value in found.scalars.items()]
+        rows = [[name, "(not shown)" if value is None else str(value)] for name, value in found.scalars.items()]
         yield from words.listed(["scalar", "value"], rows, "", everything)
     yield ""
     if not found.parameters:

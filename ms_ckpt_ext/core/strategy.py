@@ -20,6 +20,12 @@ _STAGE_PREFIX = re.compile(r"^(\d{1,9})-(.+)$", re.DOTALL)
 ACCUMULATED_GRADIENT_PREFIX = "accu_grads"
 """Parameters below this prefix are zero between steps, and their layout in strategy files is wrong: never required."""
 
+MOST_CELLS = 1 << 22
+"""Most devices of all different layouts of a strategy together: every one of them has a cell, some 160 bytes.
+
+Those of a real job have some dozens of layouts: 65,536 ranks could have 64.
+"""
+
 
 class LayoutItem(NamedTuple):
     """One entry of a strategy file: the parameter's plain name, its pipeline stage, its layout."""
@@ -47,7 +53,10 @@ class Strategy:
 
     @classmethod
     def from_items(cls, items: Iterable[LayoutItem], origin: str) -> Strategy:
-        """Build from entries. Raises StrategyError when stages differ in device count or an entry stands twice."""
+        """Build from entries.
+
+        Raises StrategyError when stages differ in device count, an entry stands twice, or it is more than memory holds.
+        """
         layouts: dict[str, dict[int, Layout]] = {}
         first: Optional[LayoutItem] = None
         last_stage = 0
@@ -72,6 +81,12 @@ class Strategy:
             raise StrategyError(
                 f"{origin} speaks of pipeline stage {last_stage}, with {first.layout.devices} devices a stage: more "
                 f"than {MAX_RANKS} ranks: it is damaged; save it again from the training job"
+            )
+        different = len({layout for stages in layouts.values() for layout in stages.values()})
+        if different * first.layout.devices > MOST_CELLS:
+            raise StrategyError(
+                f"{origin} has {different} different layouts of {first.layout.devices} devices each, which no job "
+                "needs and no memory holds: it is damaged; save it again from the training job"
             )
         return cls(layouts, first.layout.devices, last_stage + 1, origin)
 

@@ -210,9 +210,7 @@ _NUMPY = {"F32": np.float32, "F16": np.float16}
 
 
 def to_python(data: Bytes, dtype: DType, shape: tuple[int, ...]) -> object:
-    """Contents of a small tensor as a number, a nested list of them, or text; None for what Python has no word for."""
-    if dtype.name == "STR":
-        return data.tobytes().decode("utf-32-le", "surrogatepass")
+    """Contents of a small tensor as a number or a nested list of them; None for what Python has no word for."""
     if dtype.bits < 8 or dtype.name in _PARTS:
         return None
     bits = data.view(f"u{dtype.bits // 8}")

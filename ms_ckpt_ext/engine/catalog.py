@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
+from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError, LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 INT4 = "Int4"
 """Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
+_FEW_RANKS, _RANKS_PER_FILE = 16_384, 1024
+"""A strategy of more ranks than both, for the files at hand, is refused: every one costs time for every parameter."""
 MOST_OPEN = 256
 """Files that a job keeps open."""
 DECRYPTED_BYTES = 512 << 20
@@ -106,6 +108,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
     Raises:
         LayoutMismatchError: ranks disagree on a parameter's dtype, or a slice's shape contradicts the strategy.
         StrategyError: the strategy has no parameter in common with the files, or is for fewer ranks or stages.
+        CoverageError: hardly any rank of a huge strategy has a file.
         DiscoveryError: the names of the files speak of different steps.
     """
     files_by_rank = {rank: index.path for rank, index in index_of.items()}
@@ -132,6 +135,11 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
 
 def _check_world(files_by_rank: Mapping[int, str], strategy: Strategy) -> None:
     """What a strategy does not know counts as whole on every rank, so one that knows too little would give nonsense."""
+    if strategy.world > max(_FEW_RANKS, _RANKS_PER_FILE * len(files_by_rank)):
+        raise CoverageError(
+            f"{strategy.origin} is for {strategy.world} ranks, of which only {len(files_by_rank)} have files, such "
+            f"as {next(iter(files_by_rank.values()))!r}; check that they belong together, and give every rank's file"
+        )
     strategy.check_complete()
     beyond = [rank for rank in files_by_rank if rank >= strategy.world]
     if beyond:

@@ -73,6 +73,11 @@ def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], 
     renamed = _renamed(held.path, {stored: rename(stored) for stored in order})
     specs = [TensorSpec(new, *held.tensors[stored][:2]) for stored, new in renamed.items()]
     layout = registry.lay_out(name, specs, {"format": "ms", **_notes(held, renamed)}, crc)
+    if not layout.size:
+        raise UsageError(
+            f"{held.path!r} holds no parameter: as .ckpt it would be an empty file, as an interrupted save leaves it, "
+            "and which MindSpore does not load; leave it out, or keep it as safetensors"
+        )
     wanted = (Wanted(new, tensors[stored], whole_box(tensors[stored])) for stored, new in renamed.items())
     return Output(name, layout, tuple(wanted))
 

@@ -19,6 +19,7 @@ equal names win. Here each of these is an error, for a checkpoint that does so i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from math import prod
@@ -30,7 +31,7 @@ from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
 from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.crypto.sniff import HEAD_BYTES, sniff
-from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.index import BUDGET, MAX_RANK, FileIndex, TensorEntry, countable
 from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -43,12 +44,12 @@ CRC_NUM, CRC_OFFSET = "crc_num", "crc_offset"
 INT4 = "Int4"
 """MindSpore's packed type: two 4-bit numbers a byte, kept as int8 with a note in the metadata, as in safetensors."""
 
-MAX_RANK = 64
-"""More axes than any framework allows; a guard against nonsense."""
 MAX_TEXT = 1 << 16
 """Longest name or type, in bytes, that is believed."""
 
 _SCALAR: Shape = (0,)
+_PER_VALUE, _PER_AXIS = 1200, 40
+"""Bytes of objects that a value becomes in a catalog beside its two strings, and each of its dims; as measured."""
 
 
 class Value(NamedTuple):
@@ -81,6 +82,12 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
             raise _bad(cursor, parts[0].offset, f"parameter {tag!r} appears a second time, not next to the first")
         tensors[tag] = _entry(cursor, parts)
         if parts[0].type == INT4:
+            if tag in (CRC_NUM, CRC_OFFSET):
+                raise FormatError(
+                    f"{cursor.path!r}: parameter {tag!r} at byte {parts[0].offset} is packed int4, and the note of "
+                    f"that, {tag!r} in the metadata, means the checksum there, as in safetensors files; save "
+                    "it under another name"
+                )
             metadata[tag] = INT4
     metadata.update(_crc(cursor))
     return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
@@ -115,13 +122,25 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
 
 
 def _values(cursor: Cursor) -> Iterator[Value]:
-    """Every value of the file in order; stops at the checksum tail or the end."""
+    """Every value of the file in order; stops at the checksum tail or the end.
+
+    Refuses a file that is hardly more than framing before its values are objects a hundred times its size.
+    """
+    memory = 0
     while cursor.pos < cursor.size and not _at_crc(cursor):
         field = next(fields(cursor, cursor.size))
         if (field.number, field.wire) != (1, BYTES):
             raise _unknown(cursor, field, "Checkpoint")
         cursor.pos = field.value
-        yield _value(cursor, field)
+        value = _value(cursor, field)
+        memory += _PER_VALUE + _PER_AXIS * len(value.dims) + sys.getsizeof(value.tag) + sys.getsizeof(value.type)
+        if memory > cursor.size + BUDGET:
+            raise FormatError(
+                f"{cursor.path!r}: values up to byte {field.stop} would take {memory >> 20} MiB of memory, in a file "
+                f"of {cursor.size} bytes: no checkpoint has so many in so few bytes. Do not trust this file: restore "
+                "it, or choose another one"
+            )
+        yield value
         cursor.pos = field.stop
 
 
@@ -207,6 +226,8 @@ def _entry(cursor: Cursor, parts: list[Value]) -> TensorEntry:
                 part.offset,
                 f"parameter {first.tag!r} goes on as {part.type} {part.dims} after {first.type} {first.dims}",
             )
+    if len(parts) > 1 and not total:
+        raise _bad(cursor, parts[1].offset, f"parameter {first.tag!r}, which has no bytes, has {len(parts)} values")
     dtype = _dtype(cursor, first)
     shape = _shape(dtype, first.dims, total)
     if dtype.nbytes(prod(shape)) != total:
@@ -216,6 +237,8 @@ def _entry(cursor: Cursor, parts: list[Value]) -> TensorEntry:
             f"parameter {first.tag!r}, {first.type} {shape}, has {total} bytes in {len(parts)} value(s) "
             f"where {dtype.nbytes(prod(shape))} are expected",
         )
+    if not countable(dtype, shape):
+        raise _bad(cursor, first.offset, f"parameter {first.tag!r} has the shape {shape}, which no array has")
     return TensorEntry(dtype, shape, tuple(part.contents for part in parts))
 
 

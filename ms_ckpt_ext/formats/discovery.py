@@ -216,6 +216,8 @@ def _checkpoints(root: Path, suffix: str) -> list[str]:
 
 def is_strategy(path: Path) -> bool:
     """Whether a `.ckpt` is a strategy file, which has the same suffix, rather than a checkpoint."""
+    if not path.is_file():  # to open a pipe would wait for its writer
+        return False
     with path.open("rb") as file:
         return file.read(1) == _STRATEGY_FIRST_BYTE
 

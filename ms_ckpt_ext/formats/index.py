@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.formats.checksum import Part
+
+BUDGET = 256 << 20
+"""Most bytes that a table of contents may take beyond its file's size: some 200,000 tensors without contents."""
+
+MAX_RANK = 32
+"""Most axes of a tensor: numpy's limit below 2.0, and more than MindSpore allows."""
+
+
+def countable(dtype: DType, shape: Shape) -> bool:
+    """Whether an array can have this shape: numpy counts bytes in 63 bits, and axes of no extent as one.
+
+    >>> from ms_ckpt_ext.core.dtype import DTYPES
+    >>> countable(DTYPES["F32"], (0, 1 << 60)), countable(DTYPES["F32"], (0, 1 << 61))
+    (True, False)
+    """
+    return dtype.nbytes(prod(extent for extent in shape if extent)) < 1 << 63
 
 
 class TensorEntry(NamedTuple):

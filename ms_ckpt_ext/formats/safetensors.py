@@ -21,10 +21,18 @@ from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
-from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.index import (
+    BUDGET,
+    MAX_RANK,
+    Checksum,
+    FileIndex,
+    FileLayout,
+    TensorEntry,
+    TensorSpec,
+    countable,
+)
 from ms_ckpt_ext.storage.reader import ByteReader
 
-_BUDGET = 256 << 20  # some 200,000 tensors without contents
 _PARSED = ((b'"', 12), (b",", 44), (b":", 150), (b"[", 84), (b"{", 64))
 """Bytes of objects that a character stands for, once parsed: half a string, an item of a list, of an object, …
 
@@ -35,8 +43,6 @@ MAX_HEADER = 100_000_000
 METADATA = "__metadata__"
 DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
-MAX_RANK = 64
-"""More axes than any framework allows; a guard against nonsense."""
 CRC_NUM = "crc_num"
 """MindSpore's metadata key of the checksum."""
 NO_CRC = "0" * len(str(2**32 - 1))
@@ -139,7 +145,7 @@ def _check_density(path: str, raw: bytearray, size: int) -> None:
     """Refuse a header that is hardly more than punctuation before it is parsed into objects twenty times its size."""
     text = len(raw) * (2 if raw.isascii() else 8)  # all of it, and as much again if it is one string
     memory = len(raw) + text + sum(raw.count(mark) * nbytes for mark, nbytes in _PARSED)
-    if memory > size + _BUDGET:
+    if memory > size + BUDGET:
         raise FormatError(
             f"{path!r}: the header of {len(raw)} bytes would take some {memory >> 20} MiB of memory, in a file of "
             f"{size} bytes: no table of tensors is so dense. Do not trust this file: restore it, or choose another one"
@@ -182,6 +188,8 @@ def _entry(path: str, name: str, raw: Any, base: int) -> TensorEntry:
             f"{path!r}: parameter {name!r} ({dtype.name}{list(shape)}) needs {bits / 8:g} bytes, "
             f"its offsets {[start, stop]} give {stop - start}; {_ADVICE}"
         )
+    if not countable(dtype, tuple(shape)):
+        raise FormatError(f"{path!r}: no array has the shape {shape} of parameter {name!r} ({dtype.name}); {_ADVICE}")
     return TensorEntry(dtype, tuple(shape), (Extent(base + start, stop - start),))
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from array import array
 from typing import Callable, Optional, Protocol
 
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError, storage_error
 from ms_ckpt_ext.storage import linux
 
+_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
 _MOST_PLACES = 1024
 """What one call of the kernel fills at most (Linux: UIO_MAXIOV)."""
 
@@ -41,10 +44,16 @@ class PlainReader:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            self.fd: Optional[int] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self.fd: Optional[int] = os.open(path, _FLAGS)
         except OSError as error:
             raise storage_error("open", path, error) from error
         status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise StorageError(
+                errno.EINVAL,
+                f"cannot read {path!r}: it is no regular file, but a folder, a pipe or a device; check the path",
+            )
         self.size = self.disk_size = status.st_size
         self.mtime_ns = status.st_mtime_ns
 

@@ -14,6 +14,7 @@ from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.engine.digests import digest_file, update_manifest
 from ms_ckpt_ext.formats.registry import read_index
 from tests.cli.support import as_json, fine, run, run_script
+from tests.formats.test_ckpt_reader import value
 from tests.jobs.support import source
 
 KEY = "0123456789ABCDEF"
@@ -37,6 +38,14 @@ def test_inspect_shards_with_their_strategy(golden: Path) -> None:
         "layers.0.w2.weight  F32    [24, 48]  4.5 KiB  [24, 12]       4       2  axis 1 in 4 (device axis 1)",
         "layers.0.wo.weight  F32    [24, 72]  6.8 KiB  [24, 18]       4       2  axis 1 in 4 (device axis 1)",
     ]
+
+
+def test_inspect_goes_on_after_a_damaged_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    texts = {name: value(name.encode(), [0], b"str", "hi".encode("utf-32-le")) for name in ("good", "worse")}
+    path.write_bytes(texts["good"] + texts["worse"][:-1] + b"\x40")  # no code point is so high
+    assert as_json("inspect", path)["scalars"] == {"good": "hi", "worse": None}
+    assert "worse   (not shown)" in fine("inspect", path)
 
 
 def test_inspect_as_json(golden: Path) -> None:

@@ -78,6 +78,20 @@ def test_contradictions(items: list[LayoutItem], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_layouts_that_no_memory_holds_are_refused_before_ranks_are_enumerated() -> None:
+    cuts = [Layout((1 << axis, 1 << (20 - axis)), ((0,),)) for axis in range(20)]
+    items = [LayoutItem(f"w{number}", 0, layout) for number, layout in enumerate(cuts)]
+    assert Strategy.from_items(items[:4], "a test").world == 1 << 20
+    with pytest.raises(StrategyError, match="a test has 20 different layouts of 1048576 devices each"):
+        Strategy.from_items(items, "a test")
+
+
+@pytest.mark.parametrize("ranks, layouts", [(16_384, 256), (65_536, 64)])
+def test_large_jobs_are_legal(ranks: int, layouts: int) -> None:
+    items = [LayoutItem(f"w{n}", 0, Layout((ranks,), ((0,), *[()] * n))) for n in range(layouts)]
+    assert Strategy.from_items(items, "a test").world == ranks
+
+
 def test_a_missing_stage_is_named() -> None:
     with pytest.raises(StrategyError, match=r"lacks pipeline stage\(s\) \[0, 1\] of 3"):
         Strategy.from_items([LayoutItem("a", 2, ROWS)], "a test").check_complete()

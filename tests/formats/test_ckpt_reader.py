@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.engine.catalog import file_catalog
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
@@ -21,6 +23,7 @@ from ms_ckpt_ext.formats.crypto import DecryptingReader
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.wire import MemoryReader, encode_bytes, encode_number
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from tests.formats.damage import memory_limit
 
 GOLDEN = Path(os.environ.get("MS_CKPT_EXT_GOLDEN", Path(__file__).parents[1] / "data" / "golden"))
 KEY = b"0123456789ABCDEF"
@@ -186,7 +189,11 @@ MAP = encode_bytes(1, encode_bytes(1, b"table") + encode_bytes(3, b""))
         (value(b"w", [0], b"Float32", ONE * 2), FormatError, "has 8 bytes"),
         (value(b"w", [], b"Float32", ONE) * 2, FormatError, "has 8 bytes in 2 value"),
         (value(b"w", [2**64 - 1], b"Float32", ONE), FormatError, "negative dimension -1"),
-        (value(b"w", [1] * 65, b"Float32", ONE), FormatError, "more than 64 axes"),
+        (value(b"w", [1] * 33, b"Float32", ONE), FormatError, "more than 32 axes"),
+        (value(b"w", [0, 2**61], b"Float32", b""), FormatError, "'w' has the shape .*, which no array has"),
+        (value(b"w", [0, 2**32, 2**29], b"Float32", b""), FormatError, "which no array has"),
+        (value(b"crc_num", [2], b"Int4", b"ab"), FormatError, "'crc_num' at byte 0 is packed int4, and the note"),
+        (value(b"crc_offset", [2], b"Int4", b"ab"), FormatError, "save it under another name"),
         (value(b"\xff\xfe", [1], b"Float32", ONE), FormatError, "not UTF-8"),
         (value(b"w" * 70000, [1], b"Float32", ONE), FormatError, "70000 bytes, above"),
         (value(b"s", [0], b"str", b"abc"), FormatError, "'s', str"),
@@ -242,6 +249,53 @@ def test_small_tensors_share_reads() -> None:
     assert len(index.tensors) == 600
     assert reader.reads <= 2 * len(data) // 4096 and reader.bytes <= 2 * len(data)
     assert took < 1
+
+
+DENSE = {
+    "names": lambda n: value(b"%x" % n, [], b"Int8", b"x"),
+    "axes": lambda n: value(b"%x" % n, [0] + [300] * 7, b"Float32", b""),
+    "names of wide characters": lambda n: value(f"\U0001f600{n:x}".encode(), [], b"Int8", b"x"),
+    "pieces": lambda n: value(b"w", [1000], b"Int8", b"x"),
+    "empty pieces": lambda n: value(b"w", [0], b"Bool", b""),
+}
+
+
+@pytest.mark.parametrize("make", DENSE.values(), ids=DENSE)
+def test_an_index_takes_no_more_than_the_file_justifies(
+    make: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = b"".join(map(make, range(2000)))
+    monkeypatch.setattr(ckpt, "BUDGET", 1 << 20)
+    with memory_limit(len(data) + (1 << 20)), pytest.raises(FormatError, match="no checkpoint has so many"):
+        index_of(data)
+
+
+def test_what_a_value_counts_for_is_what_load_makes_of_it(tmp_path: Path) -> None:
+    """As far as the sizes of objects go: a catalog of many values takes no more than the guard says."""
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"".join(value(b"%x" % n, [1], b"Int8", b"x") for n in range(2000)))
+    file_catalog(str(path))
+    with memory_limit(2000 * (ckpt._PER_VALUE + ckpt._PER_AXIS + 100)):
+        catalog = file_catalog(str(path))
+    assert len(catalog.tensors) == 2000
+
+
+def test_a_hundred_thousand_small_tensors_are_read() -> None:
+    data = b"".join(value(b"%x" % n, [1], b"Int8", b"x") for n in range(100_000))
+    assert len(index_of(data).tensors) == 100_000
+
+
+def test_a_parameter_may_be_called_like_the_checksum() -> None:
+    data = value(b"crc_num", [2], b"Int8", b"ab")
+    found = index_of(data + crc_tail(zlib.crc32(data)))
+    assert list(found.tensors) == ["crc_num"] and ckpt.verify_crc(MemoryReader(data), found)
+
+
+def test_a_tensor_without_bytes_has_one_value() -> None:
+    one = value(b"w", [0], b"Float32", b"")
+    assert index_of(one).tensors["w"].shape == (0,)
+    with pytest.raises(FormatError, match=rf"at byte {len(one)}: parameter 'w', which has no bytes, has 2 values"):
+        index_of(2 * one)
 
 
 def test_checksums_take_bounded_memory() -> None:

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, decrypting_reader
+from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, blocks, decrypting_reader
 from ms_ckpt_ext.formats.wire import MemoryReader
+from tests.formats.damage import memory_limit
 
 MODES = ["AES-GCM", "AES-CBC", "SM4-CBC"]
 KEY = b"0123456789ABCDEF"
@@ -201,6 +202,15 @@ def test_ranges_and_closed_readers_are_refused() -> None:
         reader.close()
         with pytest.raises(StorageError, match="closed"):
             read(reader, 0, 1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_table_of_blocks_takes_no_more_than_the_file_justifies(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = 3000 * sealed(b"\n", mode)
+    opened(data, mode).close()
+    monkeypatch.setattr(blocks, "BUDGET", 1 << 20)
+    with memory_limit(len(data) + (1 << 20)), pytest.raises(FormatError, match="far more than a file of"):
+        opened(data, mode)
 
 
 class Full(io.BytesIO):

@@ -10,11 +10,12 @@ from typing import Optional
 
 import pytest
 
-from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, UsageError
+from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, StorageError, UsageError
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import PLAIN, Access, lay_out, open_reader, read_index, read_indexes, reopen
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from tests.formats.damage import time_limit
 
 SECRET = b"0123456789ABCDEF"
 """The key of the golden files."""
@@ -42,6 +43,30 @@ def chunked(source: str, target: Path, key: bytes = SECRET) -> str:
         writer.write(plain)
     target.write_bytes(out.getvalue())
     return str(target)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "folder", "device"])
+def test_what_is_no_regular_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    before = os.listdir("/proc/self/fd")
+    with time_limit(), pytest.raises(StorageError, match="a.ckpt.*no regular file"):
+        read_index(str(path))
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_links_to_files_are_files(golden: Path, tmp_path: Path) -> None:
+    link = tmp_path / "a.ckpt"
+    link.symlink_to(golden_file(golden, "ckpt"))
+    assert read_index(str(link)).tensors == read_index(golden_file(golden, "ckpt")).tensors
 
 
 @pytest.mark.parametrize("kind", MODES)

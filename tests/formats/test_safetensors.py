@@ -231,19 +231,35 @@ def test_a_header_becomes_no_more_than_the_file_justifies(header: str, monkeypat
     while high - low > len(data) // 10:  # the least budget with which it is parsed
         middle = (low + high) // 2
         low, high = (middle, high) if dense(data, monkeypatch, middle) else (low, middle)
-    monkeypatch.setattr(safetensors, "_BUDGET", high)
+    monkeypatch.setattr(safetensors, "BUDGET", high)
     with time_limit(), memory_limit(len(data) + high + (64 << 10)):
         assert not dense(data, monkeypatch, high)
 
 
 def dense(data: bytes, monkeypatch: pytest.MonkeyPatch, budget: int) -> bool:
     """Whether a file is refused for its density; other errors do not count."""
-    monkeypatch.setattr(safetensors, "_BUDGET", budget)
+    monkeypatch.setattr(safetensors, "BUDGET", budget)
     try:
         safetensors.read_index(MemoryReader(data))
     except FormatError as error:
         return "no table of tensors is so dense" in str(error)
     return False
+
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ([0] * 33, "at most 32 axes"),
+        ([0, 2**64 - 1], "no array has the shape"),
+        ([2**32, 0, 2**29], "no array has the shape"),
+    ],
+)
+def test_shapes_that_no_array_has(shape: list[int], words: str) -> None:
+    for legal in ([0] * 32, [0, 2**60]):
+        found = index(framed(json.dumps({"w": {"dtype": "F32", "shape": legal, "data_offsets": [0, 0]}}).encode()))
+        assert np.empty(0, np.float32).reshape(found.tensors["w"].shape).shape == tuple(legal)
+    with pytest.raises(FormatError, match=words):
+        index(framed(json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()))
 
 
 def test_marks_in_names_and_notes_are_text() -> None:

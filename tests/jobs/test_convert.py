@@ -17,12 +17,20 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.errors import ArgumentTypeError, ChecksumError, DecryptionError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import (
+    ArgumentTypeError,
+    ChecksumError,
+    DecryptionError,
+    DiscoveryError,
+    StorageError,
+    UsageError,
+)
 from ms_ckpt_ext.formats import ckpt_writer, registry
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage.staging import Staging
+from tests.formats.damage import time_limit
 from tests.jobs.support import assert_nothing_complete, tree
 
 KEY = b"0123456789ABCDEF"
@@ -66,6 +74,25 @@ def write_ckpt(path: Path, crc: bool = False, piece: int = 64) -> Path:
         raw[-17:] = ckpt_writer.crc_tail(zlib.crc32(raw[:-17]))
     path.write_bytes(raw)
     return path
+
+
+def test_a_file_without_parameters(tmp_path: Path) -> None:
+    """Of none, safetensors has a header, and a `.ckpt` nothing at all."""
+    save_file({}, tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match="a.safetensors' holds no parameter: as .ckpt it would be an empty file"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out", to="ckpt")
+    assert_nothing_complete(tmp_path / "out")
+    for crc in (True, False):
+        convert(tmp_path / "a.safetensors", tmp_path / f"{crc}.safetensors", crc=crc)
+        assert contents(tmp_path / f"{crc}.safetensors") == {}
+
+
+def test_a_pipe_among_the_files(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in/a.ckpt")
+    with time_limit(), pytest.raises(StorageError, match="a.ckpt.*no regular file"):
+        convert(tmp_path / "in", tmp_path / "out")
+    assert_nothing_complete(tmp_path / "out")
 
 
 def test_there_and_back(tmp_path: Path) -> None:

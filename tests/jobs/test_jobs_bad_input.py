@@ -209,6 +209,20 @@ def test_a_replica_stands_in_for_a_missing_rank(golden: Path, tmp_path: Path) ->
     assert read_merged(case.target)[0] == read_file(golden / FULL["dp2_tp4"] / "model.safetensors")
 
 
+def test_a_strategy_of_far_more_ranks_than_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty bytes of strategy must not cost a second, and a million cells, for every parameter."""
+    folder = tmp_path / "shards" / "rank_0"
+    folder.mkdir(parents=True)
+    save_file({"w": np.zeros((1,), np.float32)}, folder / "net.safetensors")
+    strategy_of({"w": Layout((1 << 20,), ((0,),))}, tmp_path / "strategy.ckpt")
+    monkeypatch.setattr(Layout, "cells", property(lambda _: pytest.fail("a rank was looked at")))
+    with pytest.raises(
+        errors.CoverageError, match="is for 1048576 ranks, of which only 1 have files, such as .*rank_0"
+    ):
+        unified_safetensors(tmp_path / "shards", tmp_path / "strategy.ckpt", tmp_path / "out")
+    assert_nothing_complete(tmp_path / "out")
+
+
 def test_one_stage_of_two_is_not_taken_for_the_whole(golden: Path, tmp_path: Path) -> None:
     """Without stage 1's layouts its slices would pass for whole parameters."""
     case = Case(golden, "tp4_pp2", tmp_path)

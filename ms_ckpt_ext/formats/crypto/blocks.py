@@ -42,6 +42,7 @@ from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
 from ms_ckpt_ext.formats.crypto.units import PIECE, UnitReader, require_range, scratch
+from ms_ckpt_ext.formats.index import BUDGET
 from ms_ckpt_ext.storage.reader import ByteReader
 
 BLOCK_BYTES = 64 << 20
@@ -51,6 +52,8 @@ NONCE_BYTES = 12
 """How much of a GCM block's IV is used: MindSpore stores 16 random bytes and leaves OpenSSL at its default of 12."""
 TAG_BYTES = 16
 _U32 = struct.Struct("<I")
+_PER_BLOCK = 450
+"""Bytes of objects that a block becomes in the table, as measured."""
 _STRAY_TAIL = 17
 """Length of the unencrypted checksum tail that MindSpore appends by mistake."""
 
@@ -273,8 +276,15 @@ def _table(reader: ByteReader, mode: str, key: Key) -> tuple[Block, ...]:
 
 def _walk(reader: ByteReader, mode: str, key: Key) -> Iterator[Block]:
     """Every block of a file of one mode, by its headers alone (and in CBC by its padding)."""
-    offset = start = 0
+    offset = start = count = 0
     while offset < reader.size and not (offset and _is_stray_tail(reader, offset)):
+        count += 1
+        if count * _PER_BLOCK > reader.size + BUDGET:
+            raise FormatError(
+                f"{reader.path!r}: {count} {mode} blocks up to byte {offset}, far more than a file of {reader.size} "
+                f"bytes can need, for a block holds up to {BLOCK_BYTES} bytes. Do not trust this file: restore it, or "
+                "choose another one"
+            )
         block = _header(reader, offset, start, mode)
         if mode != GCM:
             padding = _padding(reader, block, key, mode)
