@@ -84,8 +84,9 @@ def load(
     access = any_mode(dec_key, dec_mode, crc_check)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix)
-    wanted = _wanted({**catalog.tensors, **catalog.extras}, patterns)
+    wanted = _wanted({**catalog.tensors, **catalog.extras, **catalog.absent}, patterns)
     catalog = naming.of(_only(catalog, wanted))
+    catalog.require(catalog.absent)
     held = dict.fromkeys((*catalog.tensors, *catalog.extras))
     return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
 
@@ -225,7 +226,8 @@ def _refuse_doubles(files: Sequence[FileIndex], wanted: set[str], folder: str) -
 
 def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
     tensors, extras = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.tensors, catalog.extras))
-    return replace(catalog, tensors=tensors, extras=extras)
+    absent = {name: ranks for name, ranks in catalog.absent.items() if name in wanted}
+    return replace(catalog, tensors=tensors, extras=extras, absent=absent)
 
 
 def _as_stock(

@@ -80,7 +80,9 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
     Raises:
         UsageError: there is no parameter; or the target holds another's model.
+        CoverageError: a pipeline stage has no file.
     """
+    catalog.require(catalog.absent)
     named = catalog.tensors
     if not named:
         raise UsageError("choice_func (or rename) dropped every parameter; nothing would be written")
@@ -210,6 +212,7 @@ def recut_job(
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
         UsageError: no parameter of the strategy is in the checkpoint, or none at all.
+        CoverageError: one of the ranks wants parameters of a pipeline stage that has no file.
     """
     refuse_empty(catalog)
     outputs = []
@@ -264,11 +267,18 @@ def _file_order(catalog: Catalog) -> dict[str, int]:
 def rank_boxes(
     catalog: Catalog, strategy: Optional[Strategy], rank: int
 ) -> list[tuple[str, SourceTensor, Optional[Region]]]:
-    """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it."""
+    """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it.
+
+    Raises:
+        LayoutMismatchError, UsageError, CoverageError: as `recut_job`.
+    """
     if strategy is None:
+        catalog.require(catalog.absent)
         return [(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
-    for name in strategy.names_of(rank):
+    names = strategy.names_of(rank)
+    catalog.require(names)
+    for name in names:
         tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
             found.append((name, tensor, _box(name, tensor, strategy, rank)))

@@ -55,8 +55,15 @@ class Naming:
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
             )
+        chosen = ((chosen_name(self.choice, name, self.truthy), ranks) for name, ranks in catalog.absent.items())
+        absent = {name: ranks for name, ranks in chosen if name is not None}
+        warn_unknown(self.name_map.values(), {**tensors, **extras, **absent}, "the checkpoint")
         tensors, extras = _mapped(tensors, extras, self.name_map)
-        return replace(catalog, tensors=tensors, extras=extras)
+        absent = {
+            **{name: ranks for name, ranks in absent.items() if name not in self.name_map},
+            **{name: absent[source] for name, source in self.name_map.items() if source in absent},
+        }
+        return replace(catalog, tensors=tensors, extras=extras, absent=absent)
 
     def _chosen(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
         found: dict[str, SourceTensor] = {}
@@ -105,7 +112,6 @@ def _mapped(
     tensors: Mapping[str, SourceTensor], extras: Mapping[str, SourceTensor], name_map: Mapping[str, str]
 ) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
     """Both groups with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
-    warn_unknown(name_map.values(), {**tensors, **extras}, "the checkpoint")
     kept, kept_extras = ({n: t for n, t in held.items() if n not in name_map} for held in (tensors, extras))
     for target, source in name_map.items():
         if source in tensors:
