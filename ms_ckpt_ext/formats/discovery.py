@@ -56,7 +56,17 @@ def _rank_dirs(directory: str) -> dict[int, Path]:
     root = Path(directory)
     if not root.is_dir():
         raise DiscoveryError(f"no such checkpoint directory: {directory!r}; check the path")
-    found = {int(m[1]): child for child in root.iterdir() if (m := _RANK_DIR.match(child.name)) and child.is_dir()}
+    found: dict[int, Path] = {}
+    for child in sorted(root.iterdir()):
+        match = _RANK_DIR.match(child.name)
+        if not match or not child.is_dir():
+            continue
+        before = found.setdefault(int(match[1]), child)
+        if before is not child:
+            raise DiscoveryError(
+                f"{directory!r} holds two folders of rank {int(match[1])}, {before.name!r} and {child.name!r}; "
+                "move the one that does not belong to the checkpoint away"
+            )
     return dict(sorted(found.items()))
 
 
@@ -71,8 +81,8 @@ def rank_files(
         file_suffix: end of the wanted file's name, without `.suffix`; None for the newest.
 
     Raises:
-        DiscoveryError: no such directory, no rank folder with such a file, or several equally good files; with a
-            `suffix` of None also when there are files of both formats.
+        DiscoveryError: no such directory, no rank folder with such a file, two folders of one rank, or several equally
+            good files; with a `suffix` of None also when there are files of both formats.
     """
     folders = _rank_dirs(directory)
     if not folders:
