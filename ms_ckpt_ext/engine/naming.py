@@ -45,12 +45,13 @@ class Naming:
 
         Raises:
             ArgumentTypeError: the choice function returned something other than bool or str.
-            UsageError: two parameters get the same name, or nothing is left.
+            UsageError: two parameters, or a parameter and a scalar, get the same name; or nothing is left.
         """
         if self.choice is None and not self.name_map:
             return catalog
-        tensors = self._chosen(catalog.tensors)
-        extras = self._chosen(catalog.extras) if self.scalars else dict(catalog.extras)
+        taken: dict[str, str] = {}
+        tensors = self._chosen(self.choice, catalog.tensors, taken)
+        extras = self._chosen(self.choice if self.scalars else None, catalog.extras, taken)
         if (catalog.tensors or catalog.extras) and not (tensors or extras):
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
@@ -65,16 +66,19 @@ class Naming:
         }
         return replace(catalog, tensors=tensors, extras=extras, absent=absent)
 
-    def _chosen(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    def _chosen(
+        self, choice: Optional[Choice], tensors: Mapping[str, SourceTensor], taken: dict[str, str]
+    ) -> dict[str, SourceTensor]:
+        """One group under its new names. `taken` is new name -> old one over all groups, and is added to."""
         found: dict[str, SourceTensor] = {}
         for name, tensor in tensors.items():
-            new = chosen_name(self.choice, name, self.truthy)
+            new = chosen_name(choice, name, self.truthy)
             if new is None:
                 continue
-            if new in found:
+            before = taken.setdefault(new, name)
+            if before != name:
                 raise UsageError(
-                    f"choice_func gives both {_old(tensors, found[new])!r} and {name!r} the name {new!r}; "
-                    "names must stay unique"
+                    f"choice_func gives both {before!r} and {name!r} the name {new!r}; names must stay unique"
                 )
             found[new] = called(tensor, new)
         return found
@@ -102,10 +106,6 @@ def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> No
     if missing:
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         log.warning("name_map speaks of parameters that %s does not hold: %s%s", which, missing[:_LISTED], more)
-
-
-def _old(tensors: Mapping[str, SourceTensor], renamed: SourceTensor) -> str:
-    return next(name for name, tensor in tensors.items() if tensor.stored_name == renamed.stored_name)
 
 
 def _mapped(
