@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Callable
@@ -23,6 +24,7 @@ from ms_ckpt_ext.core.layout import Layout
 from tests.jobs.support import (
     FULL,
     assert_nothing_complete,
+    merge,
     read_file,
     read_merged,
     shard,
@@ -291,6 +293,48 @@ def test_choice_func(returned: Any, error: type[Exception], message: str, golden
     with pytest.raises(error, match=message):
         case.merge(choice_func=lambda name: returned if returned != "__metadata__" or "emb" in name else False)
     assert not case.target.exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_a_name_that_is_not_unicode(form: str, tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    with pytest.raises(errors.UsageError, match=r"tensor named 'a\\ud800' into 'part0.* UTF-8"):
+        merge(root, tmp_path / "out", choice_func=lambda name: name.replace(".w", "\ud800"), output_format=form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_file_whose_name_is_not_unicode(tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    folder = root / "shards" / "rank_2"
+    merge(root, tmp_path / "expected")
+    (folder / "net.safetensors").rename(folder / os.fsdecode(b"net\xff.safetensors"))
+    merge(root, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    prefix = os.fsdecode(b"net\xff_")
+    strategy = root / "strategy.ckpt"
+    transform_checkpoints(root / "shards", tmp_path / "cut", prefix, strategy, strategy, 1, "safetensors")
+    names = sorted(tree(tmp_path / "cut"))
+    assert names == [f"rank_{rank}/{prefix}{rank}.safetensors" for rank in range(4)]
+    assert ms_ckpt_ext.verify(tmp_path / "cut", manifest=True).ok
+
+
+@pytest.mark.parametrize("wrong", ["a\0b", "a\ud800"])
+def test_what_no_file_can_be_called(wrong: str, tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    shards, strategy, target = root / "shards", root / "strategy.ckpt", tmp_path / "out"
+    for argument, call in {
+        "src_dir": lambda: unified_safetensors(f"{shards}{wrong}", strategy, target),
+        "dst_dir": lambda: unified_safetensors(shards, strategy, f"{target}{wrong}"),
+        "src_strategy_file": lambda: unified_safetensors(shards, f"{strategy}{wrong}", target),
+        "ckpt_prefix": lambda: transform_checkpoints(shards, target, wrong, strategy, strategy),
+        "a strategy": lambda: ms_ckpt_ext.reshard(shards, target, strategy=strategy, to_strategy=wrong),
+        "checkpoint_filenames": lambda: load_distributed_checkpoint(
+            None, wrong, None, strategy, format="ckpt", dst_safetensors_dir=target
+        ),
+    }.items():
+        with pytest.raises(errors.UsageError, match=f"{argument} holds a character that no path can have"):
+            call()
+    assert not target.exists()
 
 
 def test_a_new_name_that_is_taken(golden: Path, tmp_path: Path) -> None:
