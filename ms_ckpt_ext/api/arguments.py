@@ -34,10 +34,22 @@ BUFFER_BYTES = 64 << 20
 
 def path_of(value: Any, argument: str) -> str:
     if isinstance(value, (str, os.PathLike)) and os.fspath(value):
-        return str(os.fspath(value))
+        path = str(os.fspath(value))
+        check_path(path, argument)
+        return path
     if value is None or value == "":
         raise UsageError(f"{argument} is needed here: give a path")
     raise ArgumentTypeError(f"{argument} must be a path, got {type(value).__name__}")
+
+
+def check_path(path: str, argument: str) -> None:
+    """Raise UsageError for what no file can be called."""
+    try:
+        fits = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise UsageError(f"{argument} holds a character that no path can have, got {path!r}; give another")
 
 
 def checked_format(value: Any, argument: str, optional: bool = False) -> None:
@@ -110,7 +122,7 @@ def as_strategy(value: Any, rank: int = 0) -> Optional[Strategy]:
     if value is None or isinstance(value, Strategy):
         return value
     if isinstance(value, (str, os.PathLike)):
-        return load_strategy(value)
+        return load_strategy(path_of(value, "a strategy"))
     if isinstance(value, Mapping):
         if value and all(hasattr(message, "dev_matrix") for message in value.values()):
             return strategy_from_messages(value)

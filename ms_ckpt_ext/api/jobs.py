@@ -107,7 +107,7 @@ def merge(
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     catalog = source.open().ruled(weight_rules)
     refuse_empty(catalog)
-    wanted.check(catalog.tensors)
+    wanted.check((*catalog.tensors, *catalog.absent))
     catalog = called.of(catalog)
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)

@@ -232,7 +232,7 @@ def _lister(
     if format != "ckpt" or directory is not None:
         raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
     if isinstance(filenames, (str, os.PathLike)):
-        return partial(list_checkpoint, str(os.fspath(filenames)), trained, file_suffix, kind=format)
+        return partial(list_checkpoint, path_of(filenames, "checkpoint_filenames"), trained, file_suffix, kind=format)
     if not isinstance(filenames, (list, tuple)):
         raise ArgumentTypeError(
             f"checkpoint_filenames must be a list of paths in the order of ranks, got {type(filenames).__name__}"

@@ -86,8 +86,9 @@ def load(
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix)
     stored = {**catalog.tensors, **catalog.extras}
-    wanted = _wanted(stored, patterns)
+    wanted = _wanted({**stored, **catalog.absent}, patterns)
     catalog = replace(naming, aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
+    catalog.require(catalog.absent)
     held = dict.fromkeys((*catalog.tensors, *catalog.extras))
     return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
 
@@ -241,7 +242,8 @@ def _equal(name: str, one: FileIndex, two: FileIndex, access: Access) -> bool:
 
 def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
     tensors, extras = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.tensors, catalog.extras))
-    return replace(catalog, tensors=tensors, extras=extras)
+    absent = {name: ranks for name, ranks in catalog.absent.items() if name in wanted}
+    return replace(catalog, tensors=tensors, extras=extras, absent=absent)
 
 
 def _as_stock(

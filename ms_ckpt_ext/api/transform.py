@@ -11,6 +11,7 @@ from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    check_path,
     checked_format,
     checked_naming,
     execute,
@@ -237,6 +238,7 @@ def _checked_prefix(prefix: Any) -> str:
         raise ArgumentTypeError(f"ckpt_prefix must be a str, got {type(prefix).__name__}")
     if os.path.basename(prefix) != prefix:
         raise UsageError(f"ckpt_prefix is the beginning of a file's name and holds no path; got {prefix!r}")
+    check_path(prefix, "ckpt_prefix")
     return prefix
 
 

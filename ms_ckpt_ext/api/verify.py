@@ -117,6 +117,8 @@ def verify(
     names = checked_name_map(name_map)
     held = {names.get(name, name): tensor for name, tensor in {**two.extras, **two.tensors}.items()}
     wanted.check((*one.extras, *one.tensors, *held))
+    one.require(filter(wanted, one.absent))
+    two.require(name for name in two.absent if wanted(names.get(name, name)))
     pairing = pair_up(wanted.of({**one.extras, **one.tensors}), wanted.of(held))
     with progress.bar("verify", pairing.nbytes) as advance:
         return compare(pairing, one, two, workers, progress=advance)

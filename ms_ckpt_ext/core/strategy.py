@@ -99,6 +99,10 @@ class Strategy:
         """Pipeline stage of a global rank."""
         return rank // self.devices_per_stage
 
+    def ranks_of(self, stage: int) -> range:
+        """Global ranks of a pipeline stage."""
+        return range(stage * self.devices_per_stage, (stage + 1) * self.devices_per_stage)
+
     def layout(self, name: str, rank: int) -> Optional[Layout]:
         """Layout of `name` on the stage of `rank`; None where that stage does not have it."""
         return self.layouts.get(name, {}).get(self.stage_of(rank))

@@ -9,7 +9,7 @@ only, a weights-only checkpoint has no optimizer states): planning asks for a re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Optional
 
 from ms_ckpt_ext.core.layout import Cell, Layout
@@ -18,7 +18,14 @@ from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError, LayoutMismatchError, StrategyError
+from ms_ckpt_ext.errors import (
+    CoverageError,
+    DiscoveryError,
+    FormatError,
+    LayoutMismatchError,
+    StrategyError,
+    name_ranks,
+)
 from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
@@ -49,6 +56,7 @@ class Catalog:
         extras: name -> what lies outside it, whole: training scalars and the like, from the lowest rank that has it.
         notes: parameter name -> metadata that must travel with it ("Int4").
         access: how the files are opened.
+        absent: name -> ranks whose files should hold a slice of it, for parameters of pipeline stages without any file.
     """
 
     files: tuple[FileIndex, ...]
@@ -56,6 +64,18 @@ class Catalog:
     extras: Mapping[str, SourceTensor]
     notes: Mapping[str, str]
     access: Access = PLAIN
+    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise CoverageError when one of these names is that of a parameter whose stage has no file."""
+        lacking = [name for name in names if name in self.absent]
+        if lacking:
+            more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
+            ranks = sorted({rank for name in lacking for rank in self.absent[name]})
+            raise CoverageError(
+                f"parameter {lacking[0]!r}{more} should be in the files of {name_ranks(ranks)}, and none of these is "
+                f"there (the first that is: {self.files[0].path!r}): give the files of that pipeline stage as well"
+            )
 
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
@@ -68,9 +88,13 @@ class Catalog:
         return file, self.stored(file, tensor.stored_name)[:1]
 
     def ruled(self, rules: Sequence[Rule]) -> Catalog:
-        """The checkpoint as weight rules present it. Raises as `apply_rules`; also for packed int4, unless renamed."""
+        """The checkpoint as weight rules present it.
+
+        Raises as `apply_rules` and `require`; also for packed int4, unless renamed.
+        """
         if not rules:
             return self
+        self.require(self.absent)  # a rule would pass over what it knows nothing of
         from ms_ckpt_ext.core.rules import apply_rules
 
         tensors = apply_rules(self.tensors, rules)
@@ -117,12 +141,16 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
     indexes = tuple(index_of.values())
     by_rank = {rank: number for number, rank in enumerate(index_of)}
     tensors = {}
+    absent: dict[str, tuple[int, ...]] = {}
+    present = {strategy.stage_of(rank) for rank in index_of}
     for name, stages in strategy.layouts.items():
         if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
             continue
         tensor = _sharded_tensor(name, stages, strategy, by_rank, indexes)
         if tensor is not None:
             tensors[name] = tensor
+        elif present.isdisjoint(stages):
+            absent[name] = tuple(rank for stage in stages for rank in strategy.ranks_of(stage))
     if not tensors:
         raise StrategyError(
             f"{strategy.origin} and the checkpoint have no parameter in common: the strategy lists "
@@ -130,7 +158,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
             "check that the strategy belongs to this model"
         )
     extras = extras_of(indexes, set(strategy.layouts))
-    return Catalog(indexes, tensors, extras, _notes(indexes), access)
+    return Catalog(indexes, tensors, extras, _notes(indexes), access, absent)
 
 
 def _check_world(files_by_rank: Mapping[int, str], strategy: Strategy) -> None:

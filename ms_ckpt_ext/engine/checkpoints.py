@@ -112,17 +112,21 @@ def _in_folder(root: Path, folder: Path, suffixes: list[str]) -> Iterator[Candid
             return  # the files beside the map are its parts
     found: dict[str, dict[int, Held]] = {}
     modified: dict[str, float] = {}
+    doubled: dict[str, str] = {}
     for rank, path in _checkpoint_files(folder, suffixes):
         try:
             status = path.stat()
         except FileNotFoundError:  # deleted meanwhile, as the oldest ones are
             continue
         name = shared_name(path.name, rank)
-        found.setdefault(name, {})[rank] = Held(path.relative_to(folder).as_posix(), status.st_size)
+        file = path.relative_to(folder).as_posix()
+        before = found.setdefault(name, {}).setdefault(rank, Held(file, status.st_size))
+        if before.file != file:
+            doubled[name] = f"{before.file!r} and {file!r} are both of rank {rank}: move the one that is not meant away"
         modified[name] = max(status.st_mtime, modified.get(name, 0.0))
     for name, files in found.items():
         records, trouble = _records(str(folder), name)
-        yield Candidate(where, name, files, modified[name], records, trouble)
+        yield Candidate(where, name, files, modified[name], records, doubled.get(name) or trouble)
 
 
 def _checkpoint_files(folder: Path, suffixes: list[str]) -> Iterator[tuple[int, Path]]:

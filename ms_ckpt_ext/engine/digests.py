@@ -78,7 +78,10 @@ class Manifest:
         """The manifest's file."""
         files = {name: held.to_json() for name, held in self.files.items()}
         content = {"format": _FORMAT, "version": 1, "algorithm": _ALGORITHM, "files": files}
-        return json.dumps(content, indent=1, ensure_ascii=False).encode()
+        try:
+            return json.dumps(content, indent=1, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # names of files need not be Unicode
+            return json.dumps(content, indent=1).encode()
 
 
 class Fault(NamedTuple):

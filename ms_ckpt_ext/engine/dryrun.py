@@ -72,7 +72,8 @@ class DryRun(NamedTuple):
 
 
 def of_catalog(catalog: Catalog) -> Source:
-    """A checkpoint whose headers were read."""
+    """A checkpoint whose headers were read. Raises CoverageError when a pipeline stage of it has no file."""
+    catalog.require(catalog.absent)
     tensors = {**catalog.tensors, **{n: t for n, t in catalog.extras.items() if n not in catalog.tensors}}
     return Source(tensors, catalog.stored, frozenset(catalog.extras) - set(catalog.tensors), len(catalog.files))
 

@@ -138,20 +138,25 @@ def fingerprint(job: Job) -> str:
     digest.update(b"digests" if job.digests else b"")
     digest.update(b"" if job.sync else boot_id())
     for name, file in zip(_names_of_files([file.path for file in job.source.files]), job.source.files):
-        digest.update(f"{name}|{file.size}|{file.mtime_ns}\n".encode())
+        digest.update(_encoded(f"{name}|{file.size}|{file.mtime_ns}\n"))
     for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
-        digest.update(f"{output.name}|{output.layout.size}\n".encode())
+        digest.update(_encoded(f"{output.name}|{output.layout.size}\n"))
         for offset, literal in output.layout.literals:
             digest.update(offset.to_bytes(8, "little") + literal)
         for name, tensor, region in output.wanted:
             corner = None if region is None else (region.start, region.stop)
-            digest.update(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}\n".encode())
+            digest.update(_encoded(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}\n"))
     for name in sorted(job.index):
         digest.update(name.encode() + job.index[name])
     for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):
         cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
         digest.update(repr((name, tensor.meta.shape, cuts)).encode())
     return digest.hexdigest()
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8, whatever the text: names of files need not be Unicode."""
+    return text.encode(errors="surrogatepass")
 
 
 def _names_of_files(paths: Sequence[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import heapreplace
 from typing import Callable, Optional
 
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -80,15 +81,17 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
     Raises:
         UsageError: there is no parameter; or the target holds another's model.
+        CoverageError: a pipeline stage has no file.
     """
+    catalog.require(catalog.absent)
     named = catalog.tensors
     if not named:
         raise UsageError("choice_func (or rename) dropped every parameter; nothing would be written")
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
     count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
-    groups = _balanced(sizes, min(count, len(sizes)))
-    while options.naming == "huggingface" and any(_too_large(group, sizes, options.part_bytes) for group in groups):
-        groups = _balanced(sizes, len(groups) + 1)
+    count = min(count, len(sizes))
+    limited = options.naming == "huggingface"
+    groups = _limited(sizes, count, options.part_bytes) if limited else _balanced(sizes, count)
     # transformers opens files of "pt", "tf", "flax" and "mlx" only.
     framework = "pt" if options.naming == "huggingface" else "ms"
     lay_out = partial(_output, catalog=catalog, crc=options.crc, seal=options.seal, framework=framework)
@@ -133,16 +136,37 @@ def _nbytes(tensor: SourceTensor) -> int:
 def _balanced(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """Spread names over `count` groups, largest first, each to the group with the least so far."""
     groups: list[list[str]] = [[] for _ in range(count)]
-    totals = [0] * count
+    totals = [(0, number) for number in range(count)]
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
-        least = totals.index(min(totals))
+        total, least = totals[0]
         groups[least].append(name)
-        totals[least] += sizes[name]
+        heapreplace(totals, (total + sizes[name], least))
     return groups
 
 
-def _too_large(group: Sequence[str], sizes: Mapping[str, int], most: int) -> bool:
-    return len(group) > 1 and sum(sizes[name] for name in group) > most
+def _limited(sizes: Mapping[str, int], count: int, most: int) -> list[list[str]]:
+    """`_balanced` over as few groups as it takes, from `count` on, until only a single larger name exceeds `most`.
+
+    One group more never makes the largest larger, nor the second largest, and so on: what fits some groups fits more,
+    so their number is found in growing strides and then by halving. As many groups as names fit for sure.
+    """
+
+    def exceeds(group: Sequence[str]) -> bool:
+        return len(group) > 1 and sum(sizes[name] for name in group) > most
+
+    low = high = count
+    groups = _balanced(sizes, high)
+    while any(map(exceeds, groups)):
+        low, high = high + 1, min(2 * high - count + 1, len(sizes))
+        groups = _balanced(sizes, high)
+    while low < high:
+        middle = (low + high) // 2
+        fewer = _balanced(sizes, middle)
+        if any(map(exceeds, fewer)):
+            low = middle + 1
+        else:
+            high, groups = middle, fewer
+    return groups
 
 
 def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:
@@ -210,6 +234,7 @@ def recut_job(
     Raises:
         LayoutMismatchError: a parameter cannot be cut as the strategy says.
         UsageError: no parameter of the strategy is in the checkpoint, or none at all.
+        CoverageError: one of the ranks wants parameters of a pipeline stage that has no file.
     """
     refuse_empty(catalog)
     outputs = []
@@ -264,11 +289,18 @@ def _file_order(catalog: Catalog) -> dict[str, int]:
 def rank_boxes(
     catalog: Catalog, strategy: Optional[Strategy], rank: int
 ) -> list[tuple[str, SourceTensor, Optional[Region]]]:
-    """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it."""
+    """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it.
+
+    Raises:
+        LayoutMismatchError, UsageError, CoverageError: as `recut_job`.
+    """
     if strategy is None:
+        catalog.require(catalog.absent)
         return [(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
-    for name in strategy.names_of(rank):
+    names = strategy.names_of(rank)
+    catalog.require(names)
+    for name in names:
         tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
             found.append((name, tensor, _box(name, tensor, strategy, rank)))

@@ -47,33 +47,44 @@ class Naming:
 
         Raises:
             ArgumentTypeError: the choice function returned something other than bool or str.
-            UsageError: two parameters get the same name, or nothing is left.
+            UsageError: two parameters, or a parameter and a scalar, get the same name; or nothing is left.
         """
         if self.choice is None and not self.name_map:
             return catalog
-        tensors = self._chosen(catalog.tensors)
-        extras = self._chosen(catalog.extras) if self.scalars else dict(catalog.extras)
+        taken: dict[str, str] = {}
+        tensors = self._chosen(self.choice, catalog.tensors, taken)
+        extras = self._chosen(self.choice if self.scalars else None, catalog.extras, taken)
         if (catalog.tensors or catalog.extras) and not (tensors or extras):
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
             )
-        tensors, extras = _mapped(tensors, extras, self.name_map, self._aside())
-        return replace(catalog, tensors=tensors, extras=extras)
+        chosen = ((chosen_name(self.choice, name, self.truthy), ranks) for name, ranks in catalog.absent.items())
+        absent = {name: ranks for name, ranks in chosen if name is not None}
+        warn_unknown(self.name_map.values(), {*tensors, *extras, *absent, *self._aside()}, "the checkpoint")
+        tensors, extras = _mapped(tensors, extras, self.name_map)
+        absent = {
+            **{name: ranks for name, ranks in absent.items() if name not in self.name_map},
+            **{name: absent[source] for name, source in self.name_map.items() if source in absent},
+        }
+        return replace(catalog, tensors=tensors, extras=extras, absent=absent)
 
     def _aside(self) -> set[str]:
         chosen = (chosen_name(self.choice, name, self.truthy) for name in self.aside) if self.name_map else ()
         return {name for name in chosen if name is not None}
 
-    def _chosen(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+    def _chosen(
+        self, choice: Optional[Choice], tensors: Mapping[str, SourceTensor], taken: dict[str, str]
+    ) -> dict[str, SourceTensor]:
+        """One group under its new names. `taken` is new name -> old one over all groups, and is added to."""
         found: dict[str, SourceTensor] = {}
         for name, tensor in tensors.items():
-            new = chosen_name(self.choice, name, self.truthy)
+            new = chosen_name(choice, name, self.truthy)
             if new is None:
                 continue
-            if new in found:
+            before = taken.setdefault(new, name)
+            if before != name:
                 raise UsageError(
-                    f"choice_func gives both {_old(tensors, found[new])!r} and {name!r} the name {new!r}; "
-                    "names must stay unique"
+                    f"choice_func gives both {before!r} and {name!r} the name {new!r}; names must stay unique"
                 )
             found[new] = called(tensor, new)
         return found
@@ -109,18 +120,10 @@ def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> No
         log.warning("name_map speaks of parameters that %s does not hold: %s%s", which, missing[:_LISTED], more)
 
 
-def _old(tensors: Mapping[str, SourceTensor], renamed: SourceTensor) -> str:
-    return next(name for name, tensor in tensors.items() if tensor.stored_name == renamed.stored_name)
-
-
 def _mapped(
-    tensors: Mapping[str, SourceTensor],
-    extras: Mapping[str, SourceTensor],
-    name_map: Mapping[str, str],
-    aside: Iterable[str],
+    tensors: Mapping[str, SourceTensor], extras: Mapping[str, SourceTensor], name_map: Mapping[str, str]
 ) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
     """Both groups with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
-    warn_unknown(name_map.values(), (*tensors, *extras, *aside), "the checkpoint")
     kept, kept_extras = ({n: t for n, t in held.items() if n not in name_map} for held in (tensors, extras))
     for target, source in name_map.items():
         if source in tensors:

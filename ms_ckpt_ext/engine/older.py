@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.storage import remains
 
@@ -37,7 +37,7 @@ def of_merge(target: str, naming: str) -> list[str]:
         UsageError: files of a Hugging Face model that this package did not write. With its naming they would be
             replaced; beside MindSpore's map, nobody could tell which of the two a loader takes.
     """
-    there = sorted(os.listdir(target)) if os.path.isdir(target) else []
+    there = _names_in(target) if os.path.isdir(target) else []
     model = [name for name in there if _is_of(name, "huggingface")]
     if model and not _made_here(target, model, "huggingface"):
         raise _not_ours(target, model, _WHY[naming])
@@ -56,6 +56,14 @@ def _not_ours(target: str, names: Sequence[str], why: str) -> UsageError:
         f"{target!r} holds {names[0]!r}{f' and {len(names) - 1} more files' if names[1:] else ''} of a Hugging Face "
         f"model that was not written here, and {why}; choose another target, or move that model away"
     )
+
+
+def _names_in(target: str) -> list[str]:
+    """Names in the target. What of an older result is there must be known: StorageError when it may not be listed."""
+    try:
+        return sorted(os.listdir(target))
+    except OSError as error:
+        raise storage_error("look for an older result in", target, error) from error
 
 
 def _is_of(name: str, naming: str) -> bool:
@@ -84,7 +92,7 @@ def of_recut(
     """
     if not os.path.isdir(target):
         return ()
-    ranks = [int(match[1]) for match in map(_RANK_FOLDER.match, sorted(os.listdir(target))) if match]
+    ranks = [int(match[1]) for match in map(_RANK_FOLDER.match, _names_in(target)) if match]
     beyond = dict.fromkeys(map(file_name, ranks))
     gone = [
         name

@@ -14,9 +14,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
-from ms_ckpt_ext.errors import DiscoveryError, FormatError, name_ranks
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, name_ranks, storage_error
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
@@ -41,6 +41,21 @@ class UnifiedFiles(NamedTuple):
     hyper: Optional[str]
 
 
+def inside(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+    """What of a folder is wanted, in the order of names.
+
+    Raises:
+        DiscoveryError: there is no such folder.
+        StorageError: the operating system does not let us look into it.
+    """
+    try:
+        return sorted(child for child in folder.iterdir() if wanted(child))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DiscoveryError(f"no such checkpoint directory: {str(folder)!r}; check the path") from error
+    except OSError as error:
+        raise storage_error("look into", str(folder), error) from error
+
+
 def is_sharded(directory: str) -> bool:
     """True when `directory` holds `rank_{N}` folders."""
     return bool(_rank_dirs(directory))
@@ -48,15 +63,20 @@ def is_sharded(directory: str) -> bool:
 
 def kinds(directory: str) -> set[str]:
     """Which of the known formats the rank folders hold files of."""
-    names = [child.name for folder in _rank_dirs(directory).values() for child in folder.iterdir()]
+    names = [child.name for folder in _rank_dirs(directory).values() for child in inside(folder, lambda _: True)]
     return {suffix for suffix in FORMATS if any(name.endswith(f".{suffix}") for name in names)}
 
 
 def _rank_dirs(directory: str) -> dict[int, Path]:
-    root = Path(directory)
-    if not root.is_dir():
-        raise DiscoveryError(f"no such checkpoint directory: {directory!r}; check the path")
-    found = {int(m[1]): child for child in root.iterdir() if (m := _RANK_DIR.match(child.name)) and child.is_dir()}
+    found: dict[int, Path] = {}
+    for child in inside(Path(directory), lambda path: _RANK_DIR.match(path.name) is not None and path.is_dir()):
+        rank = int(child.name[len("rank_") :])
+        before = found.setdefault(rank, child)
+        if before is not child:
+            raise DiscoveryError(
+                f"{directory!r} holds two folders of rank {rank}, {before.name!r} and {child.name!r}; "
+                "move the one that does not belong to the checkpoint away"
+            )
     return dict(sorted(found.items()))
 
 
@@ -71,8 +91,8 @@ def rank_files(
         file_suffix: end of the wanted file's name, without `.suffix`; None for the newest.
 
     Raises:
-        DiscoveryError: no such directory, no rank folder with such a file, or several equally good files; with a
-            `suffix` of None also when there are files of both formats.
+        DiscoveryError: no such directory, no rank folder with such a file, two folders of one rank, or several equally
+            good files; with a `suffix` of None also when there are files of both formats.
     """
     folders = _rank_dirs(directory)
     if not folders:
@@ -127,7 +147,7 @@ def _or(suffix: Optional[str]) -> str:
 
 
 def _rank_file(folder: Path, suffix: str, file_suffix: Optional[str]) -> Optional[str]:
-    files = sorted(str(p) for p in folder.iterdir() if p.name.endswith(f".{suffix}") and p.is_file())
+    files = [str(path) for path in inside(folder, lambda path: path.name.endswith(f".{suffix}") and path.is_file())]
     if file_suffix is None:
         return _newest(files, folder) if files else None
     matching = [f for f in files if f.endswith(f"{file_suffix}.{suffix}")]
@@ -181,13 +201,12 @@ def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
         FormatError: the map is not what it should be.
     """
     root = Path(directory)
-    if not root.is_dir():
-        raise DiscoveryError(f"no such checkpoint directory: {directory!r}; check the path")
-    index = next((root / name for name in (MAP_NAME, HF_INDEX_NAME) if (root / name).is_file()), None)
+    there = [path.name for path in inside(root, Path.is_file)]
+    index = next((root / name for name in (MAP_NAME, HF_INDEX_NAME) if name in there), None)
     names = None if index is None else _read_map(index)
     listed = {os.path.splitext(file)[1][1:] for file in (names or {}).values()}
     suffix = suffix or _only_kind(listed & {*FORMATS}, f"the files that {str(index)!r} lists")
-    present = {kind: _checkpoints(root, kind) for kind in (FORMATS if suffix is None else (suffix,))}
+    present = {kind: _checkpoints(root, there, kind) for kind in (FORMATS if suffix is None else (suffix,))}
     suffix = suffix or _only_kind({kind for kind, files in present.items() if files}, f"the files in {directory!r}")
     if suffix is None or not present[suffix]:
         raise DiscoveryError(f"{directory!r} holds no {_or(suffix)} file; check the path and the format")
@@ -208,18 +227,21 @@ def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
     return UnifiedFiles({file: str(root / file) for file in sorted(set(names.values()))}, names, hyper)
 
 
-def _checkpoints(root: Path, suffix: str) -> list[str]:
-    """Names of the files of one format in a folder."""
-    found = [path for path in root.iterdir() if path.name.endswith(f".{suffix}") and path.is_file()]
-    return sorted(path.name for path in found if suffix != "ckpt" or not is_strategy(path))
+def _checkpoints(root: Path, names: list[str], suffix: str) -> list[str]:
+    """Those of the files in a folder that are checkpoints of one format."""
+    found = [name for name in names if name.endswith(f".{suffix}")]
+    return [name for name in found if suffix != "ckpt" or not is_strategy(root / name)]
 
 
 def is_strategy(path: Path) -> bool:
     """Whether a `.ckpt` is a strategy file, which has the same suffix, rather than a checkpoint."""
-    if not path.is_file():  # to open a pipe would wait for its writer
-        return False
-    with path.open("rb") as file:
-        return file.read(1) == _STRATEGY_FIRST_BYTE
+    try:
+        if not path.is_file():  # to open a pipe would wait for its writer
+            return False
+        with path.open("rb") as file:
+            return file.read(1) == _STRATEGY_FIRST_BYTE
+    except OSError as error:
+        raise storage_error("read", str(path), error) from error
 
 
 def _read_map(path: Path) -> dict[str, str]:

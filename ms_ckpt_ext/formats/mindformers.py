@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.core.layout import Cell, Layout, whole
 from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, FormatError, StrategyError
+from ms_ckpt_ext.formats import discovery
 
 METADATA_NAME = "metadata.json"
 COMMON_NAME = "common.json"
@@ -62,9 +63,9 @@ def find_folder(directory: str) -> Optional[Folder]:
     """
     root = Path(directory)
     tracker = root / TRACKER_NAME
-    if tracker.is_file():
+    if os.path.isfile(tracker):
         root = _newest(tracker)
-    names = sorted(path.name for path in root.iterdir() if path.is_file()) if root.is_dir() else []
+    names = [path.name for path in discovery.inside(root, Path.is_file)] if os.path.isdir(root) else []
     files = {name: str(root / name) for name in names if name.endswith(".safetensors")}
     if METADATA_NAME not in names:
         ours = bool(files) and all(_FILE.search(name) for name in files)

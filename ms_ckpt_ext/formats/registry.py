@@ -164,6 +164,14 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str],
 
     Raises UsageError for a suffix no writer knows, or a tensor that the format cannot hold.
     """
+    for spec in specs:
+        try:
+            spec.name.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"cannot write a tensor named {spec.name!r} into {name!r}: names in checkpoints are UTF-8, which "
+                "has no half of a surrogate pair; give it another name (choice_func)"
+            ) from error
     if _form(name, "write") is ckpt:
         return ckpt_writer.layout(specs, crc=crc, metadata=metadata)
     return safetensors.layout(specs, metadata, crc=crc)

@@ -89,6 +89,21 @@ def test_folders(tmp_path: Path) -> None:
         discovery.rank_files(str(tmp_path), "ckpt")
 
 
+@pytest.mark.parametrize(("one", "other"), [("rank_2", "rank_02"), ("rank_0", "rank_00"), ("rank_02", "rank_002")])
+def test_two_folders_of_one_rank(one: str, other: str, tmp_path: Path) -> None:
+    for name in ("rank_1", one):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.safetensors").touch()
+    assert len(discovery.rank_files(str(tmp_path))) == 2
+    (tmp_path / other).touch()  # no folder
+    assert len(discovery.rank_files(str(tmp_path))) == 2
+    (tmp_path / other).unlink()
+    (tmp_path / other).mkdir()
+    for find in (discovery.rank_files, discovery.is_sharded, discovery.kinds):
+        with pytest.raises(DiscoveryError, match=rf"two folders of rank \d, '({one}|{other})' and '({one}|{other})'"):
+            find(str(tmp_path))
+
+
 def test_merged(tmp_path: Path) -> None:
     with pytest.raises(DiscoveryError, match=r"holds no \.safetensors or \.ckpt file"):
         discovery.unified_files(str(tmp_path))

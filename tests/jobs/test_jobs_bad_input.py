@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Callable
@@ -10,11 +11,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext import CheckpointError, errors, load_distributed_checkpoint, training_scalars, unified_safetensors
+import ms_ckpt_ext
+from ms_ckpt_ext import (
+    CheckpointError,
+    errors,
+    load_distributed_checkpoint,
+    training_scalars,
+    transform_checkpoints,
+    unified_safetensors,
+)
 from ms_ckpt_ext.core.layout import Layout
 from tests.jobs.support import (
     FULL,
     assert_nothing_complete,
+    merge,
     read_file,
     read_merged,
     shard,
@@ -236,6 +246,52 @@ def test_one_stage_of_two_is_not_taken_for_the_whole(golden: Path, tmp_path: Pat
     assert not case.target.exists()
 
 
+def without_stage(golden: Path, root: Path, name: str, stage: int) -> Case:
+    """A golden case of two stages of four ranks that lacks all files of one."""
+    case = Case(golden, name, root)
+    for rank in range(4 * stage, 4 * stage + 4):
+        shutil.rmtree(case.shards / f"rank_{rank}")
+    return case
+
+
+@pytest.mark.parametrize("name", ["tp4_pp2", "dp2_tp2_pp2_zero"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_without_any_file(stage: int, name: str, golden: Path, tmp_path: Path) -> None:
+    """Half a model does not pass for a whole one, whatever is asked of it."""
+    case = without_stage(golden, tmp_path, name, stage)
+    target = golden / "tp4" / "strategy.ckpt"
+    opened = {"format": "safetensors", "unified_safetensors_dir": case.shards, "dst_safetensors_dir": case.target}
+    ranks = ", ".join(str(4 * stage + n) for n in range(4))
+    for call in (
+        case.merge,
+        case.recut,
+        lambda: load_distributed_checkpoint(None, None, target, case.strategy, **opened),
+        lambda: load_distributed_checkpoint(None, None, None, case.strategy, **opened),
+        lambda: transform_checkpoints(case.shards, case.target, "net", case.strategy, target, 1, "safetensors"),
+        lambda: ms_ckpt_ext.load(case.shards, case.strategy),
+        lambda: ms_ckpt_ext.verify(case.shards, case.shards, strategy=case.strategy, strategy_b=case.strategy),
+        lambda: ms_ckpt_ext.plan(case.shards, src_strategy=case.strategy, dst_strategy=target),
+    ):
+        with pytest.raises(errors.CoverageError, match=f"parameter '.*' and .* more should be in .* of ranks {ranks},"):
+            call()
+    assert not case.target.exists()
+
+
+def test_a_stage_that_nobody_asks_for_need_not_be_there(golden: Path, tmp_path: Path) -> None:
+    case = without_stage(golden, tmp_path, "tp4_pp2", 0)
+    whole = {rank: read_file(shard(golden / "tp4_pp2" / "shards" / f"rank_{rank}")) for rank in range(4, 8)}
+    for rank, expected in whole.items():
+        ms_ckpt_ext.reshard(case.shards, case.target, strategy=case.strategy, to_strategy=case.strategy, rank=rank)
+        assert read_file(case.target / f"rank_{rank}" / "net.safetensors") == expected
+    case.merge(choice_func=lambda name: name in whole[4])
+    full = read_file(golden / FULL["tp4_pp2"] / "model.safetensors")
+    merged, scalars = read_merged(case.target)
+    assert merged == {name: tensor for name, tensor in full.items() if name in whole[4] and name not in scalars}
+    first = next(name for name in full if name not in whole[4])
+    with pytest.raises(errors.CoverageError, match="'other' and 1 more should be in the files of ranks 0, 1, 2, 3"):
+        case.merge(choice_func=lambda name: "other" if name == first else name in whole[4], name_map={"tied": "other"})
+
+
 @pytest.mark.parametrize(
     "returned, error, message",
     [
@@ -253,6 +309,48 @@ def test_choice_func(returned: Any, error: type[Exception], message: str, golden
     with pytest.raises(error, match=message):
         case.merge(choice_func=lambda name: returned if returned != "__metadata__" or "emb" in name else False)
     assert not case.target.exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "ckpt"])
+def test_a_name_that_is_not_unicode(form: str, tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    with pytest.raises(errors.UsageError, match=r"tensor named 'a\\ud800' into 'part0.* UTF-8"):
+        merge(root, tmp_path / "out", choice_func=lambda name: name.replace(".w", "\ud800"), output_format=form)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_file_whose_name_is_not_unicode(tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    folder = root / "shards" / "rank_2"
+    merge(root, tmp_path / "expected")
+    (folder / "net.safetensors").rename(folder / os.fsdecode(b"net\xff.safetensors"))
+    merge(root, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    prefix = os.fsdecode(b"net\xff_")
+    strategy = root / "strategy.ckpt"
+    transform_checkpoints(root / "shards", tmp_path / "cut", prefix, strategy, strategy, 1, "safetensors")
+    names = sorted(tree(tmp_path / "cut"))
+    assert names == [f"rank_{rank}/{prefix}{rank}.safetensors" for rank in range(4)]
+    assert ms_ckpt_ext.verify(tmp_path / "cut", manifest=True).ok
+
+
+@pytest.mark.parametrize("wrong", ["a\0b", "a\ud800"])
+def test_what_no_file_can_be_called(wrong: str, tmp_path: Path) -> None:
+    root = source(tmp_path / "src")
+    shards, strategy, target = root / "shards", root / "strategy.ckpt", tmp_path / "out"
+    for argument, call in {
+        "src_dir": lambda: unified_safetensors(f"{shards}{wrong}", strategy, target),
+        "dst_dir": lambda: unified_safetensors(shards, strategy, f"{target}{wrong}"),
+        "src_strategy_file": lambda: unified_safetensors(shards, f"{strategy}{wrong}", target),
+        "ckpt_prefix": lambda: transform_checkpoints(shards, target, wrong, strategy, strategy),
+        "a strategy": lambda: ms_ckpt_ext.reshard(shards, target, strategy=strategy, to_strategy=wrong),
+        "checkpoint_filenames": lambda: load_distributed_checkpoint(
+            None, wrong, None, strategy, format="ckpt", dst_safetensors_dir=target
+        ),
+    }.items():
+        with pytest.raises(errors.UsageError, match=f"{argument} holds a character that no path can have"):
+            call()
+    assert not target.exists()
 
 
 def test_a_new_name_that_is_taken(golden: Path, tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
+import ms_ckpt_ext
 from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.storage import sink
@@ -97,6 +98,78 @@ def test_an_unreadable_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(errors.StorageError, match="cannot read .* bytes at offset .* of .*rank_.*Input/output error"):
         unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out")
     assert_nothing_complete(tmp_path / "out")
+
+
+def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As for somebody who has no read permission for a folder."""
+    real = os.listdir
+
+    def listdir(path: Any = ".") -> list[str]:
+        if os.fspath(path) == str(folder):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+
+
+def refuse_to_look(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """As for somebody who may list a folder but not search it: everything in it is nameless to `stat`."""
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **more: Any) -> os.stat_result:
+        if isinstance(path, (str, os.PathLike)) and Path(path).parent == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(os, "stat", stat)
+
+
+@pytest.mark.parametrize("refuse", [refuse_to_list, refuse_to_look])
+@pytest.mark.parametrize("where", ["shards", "shards/rank_2"])
+def test_a_source_that_may_not_be_looked_into(
+    where: str, refuse: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = source(tmp_path / "src")
+    refuse(monkeypatch, root / where)
+    for call in (
+        lambda: unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out"),
+        lambda: transform_checkpoints(root / "shards", tmp_path / "out", "net", root / "strategy.ckpt"),
+        lambda: ms_ckpt_ext.load(root / "shards", root / "strategy.ckpt"),
+        lambda: ms_ckpt_ext.load(root / "shards"),
+    ):
+        with pytest.raises(errors.StorageError, match=f"cannot look into '.*{where}': Permission denied; check the p"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_source_that_may_not_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "net.ckpt").write_bytes(b"")
+    real = Path.open
+
+    def refuse(path: Path, *args: Any, **more: Any) -> Any:
+        if path.name == "net.ckpt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(errors.StorageError, match="cannot read '.*net.ckpt': Permi"):
+        patched.setattr(Path, "open", refuse)
+        ms_ckpt_ext.load(tmp_path / "merged")
+    refuse_to_list(monkeypatch, tmp_path / "merged")
+    with pytest.raises(errors.StorageError, match="cannot look into '.*merged': Permission denied"):
+        ms_ckpt_ext.load(tmp_path / "merged")
+
+
+def test_a_target_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    target.mkdir()
+    refuse_to_list(monkeypatch, target)
+    for call in (
+        lambda: unified_safetensors(root / "shards", root / "strategy.ckpt", target),
+        lambda: transform_checkpoints(root / "shards", target, "net", root / "strategy.ckpt"),
+    ):
+        with pytest.raises(errors.StorageError, match="cannot look for an older result in '.*out': Permission denied"):
+            call()
 
 
 def test_no_permission(tmp_path: Path) -> None:

@@ -60,6 +60,25 @@ def test_choice_filters_and_renames(tmp_path: Path) -> None:
     assert_merged(tmp_path / "out", names=lambda name: {"a.w": None, "b.w": "model.b"}.get(name, name))
 
 
+@pytest.mark.parametrize("choice", [{"a.w": "global_step"}, {"global_step": "a.w"}])
+def test_a_parameter_and_a_scalar_of_one_name(choice: dict[str, str], tmp_path: Path) -> None:
+    """One would go to a part and the other to the scalars, and a load would take either."""
+    root = source(tmp_path / "src")
+
+    def renamed(name: str) -> Any:
+        return choice.get(name, True)
+
+    shards, strategy, target = root / "shards", root / "strategy.ckpt", tmp_path / "out"
+    calls = [lambda: recut(root, strategy, target, choice_func=renamed)]
+    if "a.w" in choice:  # merges do not ask about scalars
+        calls.append(lambda: merge(root, target, choice_func=renamed))
+        calls.append(lambda: ms_ckpt_ext.merge(shards, target, strategy=strategy, rename=renamed))
+    for call in calls:
+        with pytest.raises(UsageError, match="both 'a.w' and 'global_step' the name '(a.w|global_step)'; names must"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
 def test_swapping_names_is_another_job(tmp_path: Path) -> None:
     """Same files, sizes and headers: only what goes where differs."""
     root = source(tmp_path / "src")

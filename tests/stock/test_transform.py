@@ -113,7 +113,10 @@ def sorted_world(golden: Path, case: str) -> tuple[list[Path], int]:
     return folders, len(folders)
 
 
-@pytest.mark.parametrize(("a", "b"), [("dp2_tp4", "tp4"), ("dp2_tp2_pp2_zero", "dp3_tp8"), ("dp8_zero", "tp4_pp2")])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("dp2_tp4", "tp4"), ("dp2_tp2_pp2_zero", "dp3_tp8"), ("dp8_zero", "tp4_pp2"), ("tp4_pp2", "dp2_tp2_pp2_zero")],
+)
 def test_by_rank_with_just_the_listed_files(a: str, b: str, golden: Path, tmp_path: Path) -> None:
     assert FULL[a] == FULL[b]
     for rank in (0, 3):
@@ -127,6 +130,13 @@ def test_by_rank_with_just_the_listed_files(a: str, b: str, golden: Path, tmp_pa
     dropped = dict(list(files.items())[1:])
     with pytest.raises(CoverageError if dropped else DiscoveryError, match=f"rank {listed[0]}|0 checkpoint files"):
         transform_checkpoint_by_rank(3, dropped, tmp_path / "net.ckpt", *arguments)
+
+
+def test_by_rank_without_a_stage(golden: Path, tmp_path: Path) -> None:
+    files = {rank: shard(golden / "tp4_pp2" / "shards" / f"rank_{rank}") for rank in range(4)}
+    with pytest.raises(CoverageError, match="should be in the files of ranks 4, 5, 6, 7"):
+        arguments = (strategy(golden, "tp4_pp2"), strategy(golden, "tp4"))
+        transform_checkpoint_by_rank(0, files, tmp_path / "net.safetensors", *arguments)
 
 
 def test_by_rank_beside_stock(ms: Any, golden: Path, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.checkpoints import find_candidates
+from ms_ckpt_ext.engine.checkpoints import check_noted, find_candidates
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.digests import digest_file, update_manifest
 from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, read_records, write_record
-from ms_ckpt_ext.errors import DisagreementError, FormatError
+from ms_ckpt_ext.errors import DisagreementError, DiscoveryError, FormatError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
@@ -389,3 +389,14 @@ def test_records_that_make_no_sense(change: dict[str, Any], tmp_path: Path) -> N
     path.write_text(json.dumps(content))
     with pytest.raises(FormatError, match="not a checkpoint's record"):
         read_records(str(tmp_path / "c"), "net-1_3.safetensors")
+
+
+def test_two_files_of_one_rank_are_no_checkpoint(tmp_path: Path) -> None:
+    for folder in ("rank_0", "rank_1", "rank_01"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.safetensors").touch()
+    (candidate,) = find_candidates(str(tmp_path))
+    with pytest.raises(DiscoveryError, match="rank_0?1/net.safetensors' and 'rank_0?1/net.safetensors' are both of"):
+        check_noted(candidate)
+    shutil.rmtree(tmp_path / "rank_01")
+    check_noted(*find_candidates(str(tmp_path)))
