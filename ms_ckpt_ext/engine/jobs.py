@@ -86,7 +86,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     catalog.require(catalog.absent)
     named = catalog.tensors
     if not named:
-        raise UsageError("choice_func (or rename) dropped every parameter; nothing would be written")
+        raise UsageError("choice_func dropped every parameter; nothing would be written")
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
     count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
     count = min(count, len(sizes))

@@ -72,7 +72,7 @@ def test_a_parameter_and_a_scalar_of_one_name(choice: dict[str, str], tmp_path: 
     calls = [lambda: recut(root, strategy, target, choice_func=renamed)]
     if "a.w" in choice:  # merges do not ask about scalars
         calls.append(lambda: merge(root, target, choice_func=renamed))
-        calls.append(lambda: ms_ckpt_ext.merge(shards, target, strategy=strategy, rename=renamed))
+        calls.append(lambda: ms_ckpt_ext.merge(shards, target, strategy=strategy, choice_func=renamed))
     for call in calls:
         with pytest.raises(UsageError, match="both 'a.w' and 'global_step' the name '(a.w|global_step)'; names must"):
             call()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import subprocess
 import sys
 from array import array
@@ -157,8 +158,14 @@ def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
 
 def test_a_read_that_fails(tmp_path: Path) -> None:
     buffers = [memoryview(bytearray(5))]
-    with PlainReader(str(tmp_path)) as folder, pytest.raises(StorageError, match="read 5 bytes at offset 0 of"):
-        folder.scatter(0, places_of(buffers))
+    (tmp_path / "file").write_bytes(bytes(5))
+    folder = os.open(tmp_path, os.O_RDONLY)
+    with PlainReader(str(tmp_path / "file")) as reader:
+        assert reader.fd is not None
+        os.dup2(folder, reader.fd)  # which cannot be read
+        with pytest.raises(StorageError, match="read 5 bytes at offset 0 of"):
+            reader.scatter(0, places_of(buffers))
+    os.close(folder)
 
 
 def places_of(buffers: Sequence[memoryview]) -> array[int]:
