@@ -77,9 +77,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 def add_decryption(parser: argparse.ArgumentParser) -> None:
     """A key to read with."""
     options.add_key(parser, "dec", "of the source (default: the variable MS_CKPT_EXT_DEC_KEY)")
-    parser.add_argument(
-        "--dec-mode", type=options.mode, choices=options.MODES, help="refuse sources that are encrypted in another way"
-    )
+    options.add_mode(parser, "sources")
 
 
 def add_encryption(parser: argparse.ArgumentParser) -> None:

@@ -218,7 +218,8 @@ def _here(look: Callable[[], Listing]) -> Listing:
 
 def _uncovered(catalog: Catalog) -> str:
     """The first parameter that lacks a slice in every place where it could be whole; "" when there is none."""
-    for name, expected in catalog.absent.items():
+    if catalog.absent:
+        name, expected = next(iter(catalog.absent.items()))
         return f"no file holds parameter {name!r}, which {name_ranks(expected)} should have saved"
     for name, tensor in catalog.tensors.items():
         lacking = [[cell for cell in p.expected if not p.holders.get(cell)] for p in tensor.placements]

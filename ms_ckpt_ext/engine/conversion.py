@@ -19,15 +19,15 @@ from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.jobs import whole_box
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ChecksumError, FormatError, UsageError
-from ms_ckpt_ext.formats import ckpt, crypto, registry
+from ms_ckpt_ext.formats import ckpt, registry
 from ms_ckpt_ext.formats.ckpt import CRC_NUM, CRC_OFFSET
+from ms_ckpt_ext.formats.ckpt_writer import crc_tail
+from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.storage.reader import ByteReader
 
 Rename = Callable[[str], Optional[str]]
-BLOCK_MODES = (crypto.GCM, crypto.CBC, crypto.SM4)
-"""Containers in which a file's order is not tied to its key."""
 _CONTENTS = "the file"
 """Name of the one pseudo tensor of a file that is copied as it is."""
 
@@ -112,7 +112,7 @@ def copy_job(
     for number, (name, path) in enumerate(inputs.items()):
         with registry.open_reader(path, access) as reader:
             size, kind = reader.size, getattr(reader, "kind", "plain")
-            checksum = _to_be_proved(path, reader) if kind in BLOCK_MODES else None
+            checksum = _to_be_proved(path, reader) if kind in BLOCK_MAGIC.values() else None
             if kind == "plain":
                 registry.read_index(path)  # what is no checkpoint might not be told from one by a wrong key afterwards
             entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
@@ -127,22 +127,21 @@ def copy_job(
 
 def _to_be_proved(path: str, reader: ByteReader) -> Optional[Checksum]:
     """The checksum at the end of a decrypted `.ckpt`, which is written as it is if it fits what was written before."""
-    if not (path.endswith(".ckpt") and ckpt.has_crc(reader)):
+    stored = ckpt.stored_crc(reader) if path.endswith(".ckpt") else None
+    if stored is None:
         return None
-    tail = bytearray(ckpt.CRC_TAIL - len(ckpt.CRC_MARK))
-    reader.read_into(reader.size - len(tail), memoryview(tail))
     end = reader.size - ckpt.CRC_TAIL
 
     def render(found: int) -> bytes:
-        if found != int.from_bytes(tail, "big"):
+        if found != stored:
             raise ChecksumError(
                 f"{path!r}: the CRC-32 of bytes 0 to {end} of what it decrypts to is {found}, but "
-                f"{int.from_bytes(tail, 'big')} is stored behind them: blocks were exchanged or altered after the file "
+                f"{stored} is stored behind them: blocks were exchanged or altered after the file "
                 "was encrypted, or it was damaged before; nothing was written: restore it or choose another checkpoint"
             )
-        return bytes(tail)
+        return crc_tail(found)
 
-    return Checksum((Extent(0, end),), reader.size - len(tail), render)
+    return Checksum((Extent(0, end),), end, render)
 
 
 def renamed_map(path: str, files: Mapping[str, str], rename: Rename) -> bytes:

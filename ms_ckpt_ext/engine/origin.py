@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,27 +28,15 @@ def _places(target: str, name: str) -> list[tuple[Path, str]]:
 
 
 def _on_record(folder: Path, name: str) -> bool:
+    if remains.is_recorded(folder, name):
+        return True
     try:
-        status = (folder / name).stat()
+        size = (folder / name).stat().st_size
     except OSError:  # a link to nowhere
         return False
-    if remains.recorded(folder).get(name) == [status.st_size, status.st_mtime_ns]:
-        return True
     try:
         manifest = load_manifest(str(folder))
     except CheckpointError:  # of which nothing can be told
         manifest = None
     held = None if manifest is None else manifest.files.get(name)
-    return (held is not None and held.size == status.st_size) or name in _unfinished(folder)
-
-
-def _unfinished(folder: Path) -> set[str]:
-    """What jobs were publishing there when they were killed."""
-    found: set[str] = set()
-    for hidden in folder.glob(".ms_ckpt_ext-*"):
-        found |= remains.inherited(hidden)
-        try:
-            found |= set(json.loads((hidden / remains.PUBLISHING).read_bytes())["names"])
-        except (OSError, ValueError, KeyError, TypeError):  # none, or not written to its end
-            continue
-    return found
+    return (held is not None and held.size == size) or name in remains.claimed(folder)

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterator
 from itertools import groupby
 from math import prod
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES, DType
 from ms_ckpt_ext.core.reads import Extent
@@ -93,13 +93,13 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
     return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
 
 
-def has_crc(reader: ByteReader) -> bool:
-    """Whether a file ends in a checksum, by its last bytes alone."""
+def stored_crc(reader: ByteReader) -> Optional[int]:
+    """The checksum that a file ends in, by its last bytes alone; None when it has none."""
     if reader.size < CRC_TAIL:
-        return False
+        return None
     tail = bytearray(CRC_TAIL)
     reader.read_into(reader.size - CRC_TAIL, memoryview(tail))
-    return tail.startswith(CRC_MARK)
+    return _crc_in(tail) if tail.startswith(CRC_MARK) else None
 
 
 def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
@@ -268,8 +268,11 @@ def _crc(cursor: Cursor) -> dict[str, str]:
     """The checksum tail at the cursor, where the values have stopped."""
     if cursor.pos == cursor.size:
         return {}
-    number = int.from_bytes(cursor.peek(CRC_TAIL)[len(CRC_MARK) :], "big")
-    return {CRC_NUM: str(number), CRC_OFFSET: str(cursor.pos)}
+    return {CRC_NUM: str(_crc_in(cursor.peek(CRC_TAIL))), CRC_OFFSET: str(cursor.pos)}
+
+
+def _crc_in(tail: Union[bytes, bytearray]) -> int:
+    return int.from_bytes(tail[len(CRC_MARK) :], "big")
 
 
 def _require_checkpoint(cursor: Cursor) -> None:

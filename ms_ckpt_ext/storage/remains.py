@@ -58,6 +58,15 @@ def left(folder: Path, target: Path, job: str) -> set[str]:
     return inherited(folder) | (set() if moved.issuperset(noted["names"]) else moved)
 
 
+def claimed(target: Path) -> set[str]:
+    """Names of files in the target that unfinished jobs were about to move there, or are to take away after others."""
+    found: set[str] = set()
+    for folder in target.glob(f"{FOLDER}*"):
+        noted = _read(folder / PUBLISHING)
+        found |= inherited(folder) | set(noted["names"] if isinstance(noted, dict) else ())
+    return found
+
+
 def unrecorded(target: Path) -> set[str]:
     """Names of files in the target that jobs moved there which were killed before they put them on record."""
     found = set()
@@ -90,6 +99,15 @@ def recorded(target: Path) -> dict[str, list[int]]:
     found = _read(target / MANIFEST)
     files = found.get("files") if isinstance(found, dict) else None
     return files if isinstance(files, dict) else {}
+
+
+def is_recorded(target: Path, name: str) -> bool:
+    """Whether a file is as the result has it that was published in a target last."""
+    try:
+        status = (target / name).stat()
+    except OSError:
+        return False
+    return recorded(target).get(name) == [status.st_size, status.st_mtime_ns]
 
 
 def _completed(target: Path) -> Any:

@@ -73,7 +73,7 @@ def test_stock_reads_them_with_and_without_crc_check(
         ours = ms_ckpt_ext.load_checkpoint(path, dec_key=KEY, dec_mode=mode, crc_check=crc_check)
         assert values(ours) == truth
     with registry.open_reader(str(path), Access(Key(KEY))) as reader:
-        assert ckpt.has_crc(reader)
+        assert ckpt.stored_crc(reader) is not None
 
 
 DAMAGES = {
