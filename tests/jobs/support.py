@@ -11,7 +11,7 @@ from typing import Any, Callable, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext import unified_safetensors
+from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategy_file import save_strategy
@@ -87,6 +87,29 @@ def tree(root: Path) -> dict[str, bytes]:
 
 def _hidden(name: str) -> bool:
     return any(part.startswith((".ms_ckpt_ext", "ms_ckpt_ext.digests")) for part in name.split("/"))
+
+
+class Case:
+    """A copy of a golden case that a test may spoil."""
+
+    def __init__(self, golden: Path, name: str, root: Path) -> None:
+        shutil.copytree(golden / name / "shards", root / "shards")
+        shutil.copy(golden / name / "strategy.ckpt", root / "strategy.ckpt")
+        for path in root.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        self.shards, self.strategy, self.target = root / "shards", root / "strategy.ckpt", root / "out"
+
+    def file(self, rank: int) -> Path:
+        return shard(self.shards / f"rank_{rank}")
+
+    def merge(self, **more: Any) -> Any:
+        return unified_safetensors(self.shards, self.strategy, self.target, **more)
+
+    def recut(self) -> Any:
+        return load_distributed_checkpoint(
+            None, None, self.strategy, self.strategy, format="safetensors", unified_safetensors_dir=self.shards,
+            dst_safetensors_dir=self.target,
+        )  # fmt: skip
 
 
 def assert_nothing_complete(target: Path) -> None:
