@@ -37,7 +37,7 @@ def of_merge(target: str, naming: str) -> list[str]:
         UsageError: files of a Hugging Face model that this package did not write. With its naming they would be
             replaced; beside MindSpore's map, nobody could tell which of the two a loader takes.
     """
-    there = _names_in(target) if os.path.isdir(target) else []
+    there = _names_in(target)
     model = [name for name in there if _is_of(name, "huggingface")]
     if model and not _made_here(target, model, "huggingface"):
         raise _not_ours(target, model, _WHY[naming])
@@ -59,9 +59,11 @@ def _not_ours(target: str, names: Sequence[str], why: str) -> UsageError:
 
 
 def _names_in(target: str) -> list[str]:
-    """Names in the target. What of an older result is there must be known: StorageError when it may not be listed."""
+    """Names in the target, if there is one. What is there must be known: StorageError when it may not be listed."""
     try:
         return sorted(os.listdir(target))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise storage_error("look for an older result in", target, error) from error
 
@@ -117,12 +119,7 @@ def _is_ours(target: str, name: str) -> bool:
     path = os.path.abspath(os.path.join(target, name))
     folder, base = os.path.split(path)
     above, below = os.path.split(folder)
-    try:
-        status = os.stat(path)
-    except OSError:
-        return False
-    state = [status.st_size, status.st_mtime_ns]
     return any(
-        remains.recorded(Path(home)).get(known) == state or known in remains.unrecorded(Path(home))
+        remains.is_recorded(Path(home), known) or known in remains.unrecorded(Path(home))
         for home, known in ((folder, base), (above, f"{below}/{base}"))
     )

@@ -64,8 +64,9 @@ class Staging:
         """
         try:
             self._make_target()
-            self._take_lock()
-            busy = self._busy_target()
+            busy = self._hold()
+            for made in self._made if self._sync and busy is None else ():
+                sync_folder(made.parent)
         except OSError as error:
             self._leave()
             if isinstance(error, StorageError):
@@ -77,14 +78,27 @@ class Staging:
                 errno.EBUSY, f"another run is writing into {str(busy)!r}; wait for it to end, or choose another target"
             )
 
+    def _hold(self) -> Optional[Path]:
+        """Take the task's lock and look at those of others; a target that another run holds and this one needs.
+
+        Who looked at this run's folder before the lock was taken may remove it afterwards. While they do, they hold a
+        lock of their own, so once no other lock is held, a lock that is still in its place stays there.
+        """
+        while True:
+            self._take_lock()
+            busy = self._busy_target()
+            if busy is not None or self._lock is None or locks.is_at(self._lock, self.folder / self._own_lock):
+                return busy
+            self.close()
+
     def _take_lock(self) -> None:
         """Lock this task's file; again when a run that ended has removed it between opening and locking."""
         path = self.folder / self._own_lock
         while self._lock is None:
-            self.folder.mkdir(exist_ok=True)
             try:
+                _make_folder(self.folder)
                 descriptor = locks.open_lock(path)
-            except FileNotFoundError:  # another run took the folder for one left behind
+            except FileNotFoundError:  # another run took the folder for one left behind, or the target that it had made
                 continue
             try:
                 locked = locks.try_lock(descriptor, path)
@@ -133,13 +147,16 @@ class Staging:
             return False
         finished = sum(1 for path in _files(other) if not path.name.endswith(_NOT_FINISHED))
         remains.inherit(self.folder, other, self.target, other.name[len(remains.FOLDER) :])
-        shutil.rmtree(other, ignore_errors=True)
-        if other.exists():
+        try:
+            shutil.rmtree(other)
+        except PermissionError as error:
             raise StorageError(
-                errno.EACCES,
+                error.errno,
                 f"cannot remove {str(other)!r}, which another job left unfinished, perhaps another user's; "
                 "have its owner remove it, or choose another target",
-            )
+            ) from error
+        except OSError:  # others remove it as well, or begin anew there, and will see this run's lock
+            shutil.rmtree(other, ignore_errors=True)
         if finished:
             log.warning(
                 "the job into %s drops %d finished files of another that was not completed there: its source, layouts "
@@ -160,10 +177,7 @@ class Staging:
 
     def _make_target(self) -> None:
         self._made = [p for p in (self.target, *self.target.parents) if not p.exists()]
-        self.target.mkdir(parents=True, exist_ok=True)
-        if self._sync:
-            for made in self._made:
-                sync_folder(made.parent)
+        _make_folder(self.target)
 
     def _forget_target(self) -> None:
         for made in self._made:
@@ -282,7 +296,7 @@ class Staging:
         """
         keep = {*names, *index, *beside}
         gone = [*replaces, *sorted(remains.inherited(self.folder) - keep)]
-        try:
+        with _told("publish the result in", self.target):
             self._require_room((*keep, *gone, remains.OBSTACLE, remains.MANIFEST))
             remains.note(self.folder, names, index, gone)
             waiting = [name for name in names if (self.folder / name).exists()]
@@ -309,10 +323,6 @@ class Staging:
             write_atomically(self.target / remains.MANIFEST, self._manifest((*names, *beside)), self._sync)
             if self._sync:
                 sync_folder(self.target)
-        except StorageError:
-            raise
-        except OSError as error:
-            raise storage_error("publish the result in", str(self.target), error) from error
         self.remove()
 
     def _require_room(self, names: Iterable[str]) -> None:
@@ -387,13 +397,26 @@ def _state(path: Path) -> list[int]:
 
 @contextlib.contextmanager
 def _told(action: str, path: Path) -> Iterator[None]:
-    """Raise what the system refuses as a StorageError."""
+    """Raise what the system refuses as a StorageError, which others are already."""
     try:
         yield
+    except StorageError:
+        raise
     except OSError as error:
         raise storage_error(action, str(path), error) from error
 
 
+def _make_folder(folder: Path) -> None:
+    """Make a folder that may be there, or go away at any moment. Raises OSError."""
+    while not folder.is_dir():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # it was, and is gone; unless it is something else
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise
+
+
 def _files(folder: Path) -> list[Path]:
-    """What runs left in a job's folder, besides locks."""
-    return [p for p in folder.rglob("*") if p.is_file() and p.suffix != locks.SUFFIX]
+    """What runs left in a job's folder, besides locks. Others may be removing it."""
+    walked = ((Path(inside), name) for inside, _, names in os.walk(folder) for name in names)
+    return [inside / name for inside, name in walked if not name.endswith(locks.SUFFIX)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -184,9 +185,35 @@ def as_user(user: int, mask: int, do: Callable[[], Any], stay: bool = False) -> 
     return child
 
 
-def test_another_users_folder_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out"
-    (target / ".ms_ckpt_ext-5678").mkdir(parents=True)
-    monkeypatch.setattr("shutil.rmtree", lambda path, **how: None)
-    with pytest.raises(errors.StorageError, match="cannot remove .*5678.*have its owner remove it"):
-        Staging(str(target), "1234").open()
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
+def test_another_users_folder_that_cannot_be_removed(everybodys: Path) -> None:
+    everybodys.chmod(0o777)
+
+    def refused() -> None:
+        with pytest.raises(errors.StorageError, match="cannot remove .*5678.*have its owner remove it"):
+            Staging(str(everybodys), "1234").open()
+
+    def left() -> None:
+        Path(everybodys, ".ms_ckpt_ext-5678").mkdir()
+        Path(everybodys, ".ms_ckpt_ext-5678", "part0.safetensors").touch()
+
+    as_user(2001, 0o022, left)
+    as_user(2002, 0o022, refused)
+    assert (everybodys / ".ms_ckpt_ext-5678/part0.safetensors").exists()
+
+
+def test_a_folder_that_is_removed_after_it_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a run that looked at it before, and has ended when this one looks: the lock is taken anew."""
+    staging = Staging(str(tmp_path / "out"), "1234")
+    real = Staging._busy_target
+
+    def busy(self: Staging) -> Any:
+        monkeypatch.setattr(Staging, "_busy_target", real)
+        shutil.rmtree(tmp_path / "out")
+        return real(self)
+
+    monkeypatch.setattr(Staging, "_busy_target", busy)
+    staging.open()
+    with pytest.raises(errors.StorageError, match="another run is writing into"):
+        Staging(str(tmp_path / "out"), "5678").open()
+    staging.close()
