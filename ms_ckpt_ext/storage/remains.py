@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = ".ms_ckpt_ext-"
+NOTE, PARTIAL = ".note", ".partial"
+"""Ends of names of what belongs to a file, or is one that is not complete."""
 PUBLISHING = "publishing"
 REMAINS = "remains"
 MANIFEST = ".ms_ckpt_ext.json"

@@ -16,6 +16,7 @@ import pytest
 
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.api.jobs import reshard
+from ms_ckpt_ext.storage.hold import Hold
 from ms_ckpt_ext.storage.staging import Staging
 from tests.jobs.support import assert_merged, merge, source
 
@@ -114,7 +115,7 @@ def test_one_job_shared_out_in_two_ways(running: str, tmp_path: Path) -> None:
     (folder,) = target.glob(".ms_ckpt_ext-*")
     first = Staging(str(target), folder.name.split("-", 1)[1], running)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Staging, "_busy_target", lambda self: None)
+        patch.setattr(Hold, "_busy_target", lambda self: None)
         first.open()
     for share in (1, 2):
         with pytest.raises(errors.StorageError, match="another run is writing into"):
@@ -205,14 +206,14 @@ def test_another_users_folder_that_cannot_be_removed(everybodys: Path) -> None:
 def test_a_folder_that_is_removed_after_it_was_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a run that looked at it before, and has ended when this one looks: the lock is taken anew."""
     staging = Staging(str(tmp_path / "out"), "1234")
-    real = Staging._busy_target
+    real = Hold._busy_target
 
-    def busy(self: Staging) -> Any:
-        monkeypatch.setattr(Staging, "_busy_target", real)
+    def busy(self: Hold) -> Any:
+        monkeypatch.setattr(Hold, "_busy_target", real)
         shutil.rmtree(tmp_path / "out")
         return real(self)
 
-    monkeypatch.setattr(Staging, "_busy_target", busy)
+    monkeypatch.setattr(Hold, "_busy_target", busy)
     staging.open()
     with pytest.raises(errors.StorageError, match="another run is writing into"):
         Staging(str(tmp_path / "out"), "5678").open()
