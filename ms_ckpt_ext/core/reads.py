@@ -56,13 +56,13 @@ class Limits:
         tile: the most a batch assembles before it writes; bounds memory per worker at about twice this.
         gap: gaps up to this are read over.
         direct: runs from this length on are copied without a buffer.
-        chunk: the longest single direct copy, so that workers share a long one.
+        chunk: the longest single direct copy, so that workers share a long one: a block of MindSpore's encryption.
     """
 
     tile: int = 8 << 20
     gap: int = 4096
     direct: int = 256 << 10
-    chunk: int = 32 << 20
+    chunk: int = 64 << 20
 
 
 class Direct(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Callable, Generic, Optional, TypeVar
 
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -174,7 +173,7 @@ class Assembler:
 def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[int, int]:
     """Bytes of one piece of a copy, and the offset from which they count.
 
-    An encrypted file takes and gives whole units at no extra cost; of large units its reader keeps the one in use.
+    An encrypted file takes and gives whole units at no extra cost.
     """
     for side, offset in ((sink, target), (reader, source)):
         unit: int = getattr(side, "unit", 0)
@@ -199,15 +198,24 @@ class _Worker:
         if isinstance(sink, MemorySink):
             self._readers.read_into(unit.file, unit.source, sink.bytes[unit.target : unit.target + unit.length])
         else:
-            with self._readers.use(unit.file) as reader, getattr(reader, "turn", None) or nullcontext():
-                copied = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
-                if copied and isinstance(sink, DigestingSink):
-                    for at, part in self._parts(reader, unit, sink, 0, copied):
-                        sink.landed(at, part)
-                for at, part in self._parts(reader, unit, sink, copied, unit.length):
-                    sink.write(at, part)
+            with self._readers.use(unit.file) as reader:
+                self._copy(reader, unit, sink)
             self._readers.tally(unit.file, unit.length)
         self._landed(unit.sink, unit.length)
+
+    def _copy(self, reader: ByteReader, unit: Direct, sink: Sink) -> None:
+        stream = getattr(reader, "stream", None) if getattr(reader, "large", False) else None
+        if stream is not None:
+            # Some of it comes before it is known to be authentic; its file appears only when all of it is.
+            ahead = unit.target - unit.source
+            stream(unit.source, unit.length, lambda at, part: sink.write(at + ahead, part))
+            return
+        copied = kernel_copy(reader, unit.source, sink, unit.target, unit.length)
+        if copied and isinstance(sink, DigestingSink):
+            for at, part in self._parts(reader, unit, sink, 0, copied):
+                sink.landed(at, part)
+        for at, part in self._parts(reader, unit, sink, copied, unit.length):
+            sink.write(at, part)
 
     def _parts(
         self, reader: ByteReader, unit: Direct, sink: Sink, start: int, stop: int

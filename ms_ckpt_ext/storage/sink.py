@@ -21,6 +21,9 @@ _WRITE = 1 << 20
 class Sink(Protocol):
     """Something of known size that takes bytes at any offset, from any thread, each byte once.
 
+    Bytes that are written may turn out not to be authentic: then the job fails, and nothing of them appears anywhere.
+    A `MemorySink`, which may be a Parameter, is never written such bytes.
+
     Attributes:
         path: what messages call it.
         fd: descriptor whose offsets are this sink's, for copies inside the kernel; None where bytes are transformed

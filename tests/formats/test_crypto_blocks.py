@@ -6,13 +6,14 @@ import io
 import random
 import struct
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, blocks, decrypting_reader
+from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, blocks, decrypting_reader, units
 from ms_ckpt_ext.formats.wire import MemoryReader
 from tests.formats.damage import memory_limit
 
@@ -35,6 +36,18 @@ def opened(data: bytes, mode: str = "AES-GCM", key: bytes = KEY, **options: int)
 def read(reader: DecryptingReader, offset: int, length: int) -> bytes:
     out = bytearray(length)
     reader.read_into(offset, memoryview(out))
+    return bytes(out)
+
+
+def streamed(reader: Any, offset: int, length: int) -> bytes:
+    """A range as `stream` hands it over; that pieces come in order, and neither overlap nor leave a gap, is checked."""
+    out = bytearray()
+
+    def take(at: int, piece: memoryview) -> None:
+        assert at == offset + len(out)
+        out.extend(piece)
+
+    reader.stream(offset, length, take)
     return bytes(out)
 
 
@@ -61,6 +74,8 @@ def test_any_range_equals_the_plaintext(
         for low, high in [*ranges, (0, size)]:
             low, high = min(low, size), min(high, size)
             assert read(reader, low, max(0, high - low)) == plain[low:high]
+            if mode == "AES-GCM":
+                assert streamed(reader, low, max(0, high - low)) == plain[low:high]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -169,6 +184,43 @@ def test_a_block_of_gcm_is_decrypted_once_for_many_small_reads() -> None:
     for offset in range(5000, 6000, 10):
         assert read(reader, offset, 10) == PLAIN[offset : offset + 10]
     assert base.reads == 1 and base.taken == 4096
+
+
+def test_whole_blocks_are_streamed_without_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces; only the block at either end of a range, which it does not cover, is decrypted into memory."""
+    monkeypatch.setattr(units, "_STREAMED", 1000)
+    base = Counting(sealed(PLAIN, "AES-GCM", block=2048))
+    reader = DecryptingReader(base, KEY, cache_bytes=1)
+    base.reads = base.taken = 0
+    assert streamed(reader, 0, 6144) == PLAIN[:6144]
+    assert (base.reads, base.taken, len(reader._inner._slots)) == (9, 6144, 0)  # type: ignore[union-attr]
+    assert streamed(reader, 100, 6100) == PLAIN[100:6200]
+    assert (base.taken, len(reader._inner._slots)) == (6144 + 8192, 1)  # type: ignore[union-attr]
+
+
+def test_a_streamed_block_that_was_altered_is_told_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "_STREAMED", 1000)
+    data = bytearray(sealed(PLAIN, "AES-GCM", block=2048))
+    data[-200] ^= 1  # in the last block
+    reader, told = opened(bytes(data)), []
+    with pytest.raises(DecryptionError, match="AES-GCM block at byte 8432 does not decrypt"):
+        reader.stream(0, len(PLAIN), lambda at, piece: told.append((at, len(piece))))
+    assert told[-2:] == [(8192, 1000), (9192, 808)]
+
+
+def test_blocks_are_streamed_by_several_threads_at_once() -> None:
+    """Each thread waits inside a block until the other is in one, too."""
+    reader, meet = opened(sealed(PLAIN, "AES-GCM"), cache_bytes=1), threading.Barrier(2, timeout=30)
+    found: dict[int, bytes] = {}
+
+    def work(first: int) -> None:
+        reader.stream(first, 4096, lambda at, piece: (meet.wait(), found.update({at: bytes(piece)})))
+
+    other = threading.Thread(target=work, args=(4096,))
+    other.start()
+    work(0)
+    other.join()
+    assert found == {0: PLAIN[:4096], 4096: PLAIN[4096:8192]}
 
 
 def test_many_threads_decrypt_each_block_once(monkeypatch: pytest.MonkeyPatch) -> None:

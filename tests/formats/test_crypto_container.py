@@ -44,6 +44,12 @@ def read(reader: ChunkedReader, offset: int, length: int) -> bytes:
     return bytes(out)
 
 
+def streamed(reader: ChunkedReader, offset: int, length: int) -> bytes:
+    out = bytearray()
+    reader.stream(offset, length, lambda _, piece: out.extend(piece))
+    return bytes(out)
+
+
 @settings(deadline=None, max_examples=80)
 @given(
     st.integers(0, 700),
@@ -66,6 +72,7 @@ def test_any_range_equals_the_plaintext(
         for low, high in [*ranges, (0, size)]:
             low, high = min(low, size), min(high, size)
             assert read(reader, low, max(0, high - low)) == plain[low:high]
+            assert streamed(reader, low, max(0, high - low)) == plain[low:high]
 
 
 def test_the_format_by_the_book(monkeypatch: pytest.MonkeyPatch) -> None:

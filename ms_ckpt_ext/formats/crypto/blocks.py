@@ -41,7 +41,7 @@ from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
-from ms_ckpt_ext.formats.crypto.units import PIECE, UnitReader, require_range, scratch
+from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, Take, UnitReader, require_range, scratch, unseal
 from ms_ckpt_ext.formats.index import BUDGET
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -114,13 +114,18 @@ class DecryptingReader:
         self.size = self._inner.size
         self.unit = getattr(self._inner, "unit", 0)
         self.keeps = getattr(self._inner, "keeps", 0)
-        self.turn = getattr(self._inner, "turn", None)
+        self.large = getattr(self._inner, "large", False)
         if self.mode != GCM:
             self._require_start(expect)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with plaintext from `offset`. Raises as the constructor does."""
         self._inner.read_into(offset, buffer)
+
+    def stream(self, offset: int, length: int, take: Take) -> None:
+        """As `UnitReader.stream`, for AES-GCM."""
+        assert isinstance(self._inner, UnitReader)
+        self._inner.stream(offset, length, take)
 
     def keep_checksums(self) -> None:
         """From now on note the CRC-32 of every GCM block that is decrypted: `crc32` need not decrypt it again."""
@@ -181,23 +186,19 @@ class _GcmBlocks:
 
     def decrypt(self, first: int, stop: int, out: memoryview) -> None:
         """Decrypt whole blocks; their ciphertext passes through a small buffer."""
-        for number, block in enumerate(self._blocks[first:stop], first):
-            self._decrypt(block, out[: block.length])
+        for number in range(first, stop):
+            sealed = self.sealed(number)
+            plain, out = out[: sealed.length], out[sealed.length :]
+            for _ in unseal(self._base, sealed, (plain[at : at + PIECE] for at in range(0, len(plain), PIECE))):
+                pass
             if self.checksums is not None and number not in self.checksums:
-                self.checksums[number] = zlib.crc32(out[: block.length])
-            out = out[block.length :]
+                self.checksums[number] = zlib.crc32(plain)
 
-    def _decrypt(self, block: Block, out: memoryview) -> None:
+    def sealed(self, unit: int) -> Sealed:
+        """A block that is to be decrypted by `unseal`."""
+        block = self._blocks[unit]
         context = backend.gcm(self._key, block.iv[:NONCE_BYTES], block.tag)
-        for done in range(0, block.length, PIECE):
-            part = out[done : min(done + PIECE, block.length)]
-            sealed = scratch(len(part))
-            self._base.read_into(block.offset + done, sealed)
-            pour(context, sealed, part)
-        try:
-            context.finalize()
-        except backend.bad_tag():
-            raise wrong_key(self._base.path, block.offset, GCM) from None
+        return Sealed(block.offset, block.length, context, lambda: wrong_key(self._base.path, block.offset, GCM))
 
 
 class _CbcReader:

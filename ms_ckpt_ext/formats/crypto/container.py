@@ -32,7 +32,7 @@ from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import CHUNK_MAGIC, CHUNKED
-from ms_ckpt_ext.formats.crypto.units import PIECE, UnitReader, scratch
+from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, scratch
 from ms_ckpt_ext.storage.reader import ByteReader
 
 CHUNK = 1 << 20
@@ -175,10 +175,20 @@ class _Chunks:
         try:
             context.finalize()
         except backend.bad_tag():
-            raise DecryptionError(
-                f"{self._base.path!r}: chunk {index} at byte {self._geometry.offset(index)} was altered, moved or "
-                "taken from another file (its tag does not fit, though the key is right); restore the file from a copy"
-            ) from None
+            raise self._unfit(index) from None
+
+    def sealed(self, unit: int) -> Sealed:
+        """A chunk that is to be decrypted by `unseal`."""
+        low, high = self.span(unit)
+        offset, tag = self._geometry.offset(unit), bytearray(TAG)
+        self._base.read_into(offset + high - low, memoryview(tag))
+        return Sealed(offset, high - low, self._secrets.context(unit, bytes(tag)), lambda: self._unfit(unit))
+
+    def _unfit(self, index: int) -> DecryptionError:
+        return DecryptionError(
+            f"{self._base.path!r}: chunk {index} at byte {self._geometry.offset(index)} was altered, moved or "
+            "taken from another file (its tag does not fit, though the key is right); restore the file from a copy"
+        )
 
 
 def _read_header(base: ByteReader) -> tuple[Geometry, bytes]:

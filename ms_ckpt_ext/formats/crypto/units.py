@@ -6,24 +6,34 @@ read and its tag checked. `UnitReader` serves any range of plaintext from such u
 1. Units that a read covers fully are decrypted straight into the caller's buffer, many in one read, and not kept.
 2. A unit that a read covers partly is decrypted into a slot, which serves later neighbours: reading a table of
    contents touches the same unit hundreds of times.
+3. `stream` is for who can take back what it did: it hands a large unit over while that is decrypted, needs no room for
+   it, and tells at the unit's end whether the tag fits.
 
 Slots are few and reused, least recently used first, so memory is bounded and never allocated anew. A slot has a lock:
-two threads that want the same unit decrypt it once; different units go in parallel. Nothing is handed out before the
-unit's tag was checked, and a failed unit is never kept; after an error the contents of the buffer are undefined.
+two threads that want the same unit decrypt it once; different units go in parallel. `read_into` hands nothing out
+before the unit's tag was checked, and a failed unit is never kept; after an error the contents of the buffer are
+undefined.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from typing import Optional, Protocol
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Callable, NamedTuple, Optional, Protocol
 
-from ms_ckpt_ext.errors import StorageError, TruncatedFileError
+from ms_ckpt_ext.errors import DecryptionError, StorageError, TruncatedFileError
+from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.reader import ByteReader
 
 PIECE = 4 << 20
 """Bytes of one read of ciphertext: long enough for network file systems, short enough for a processor's cache."""
+_STREAMED = 1 << 20
+"""Most bytes that `stream` hands over at once: they are still in a core's cache when they are written."""
+Take = Callable[[int, memoryview], None]
+"""(offset in the plaintext, bytes); the bytes may be overwritten when it returns."""
 
 _local = threading.local()
 
@@ -37,6 +47,35 @@ def scratch(length: int) -> memoryview:
     if buffer is None or len(buffer) < length:
         buffer = _local.buffer = memory.scratch(max(length, PIECE))
     return buffer[:length]
+
+
+class Sealed(NamedTuple):
+    """The ciphertext of a unit, as long as its plaintext: where it lies in the file, and what decrypts it."""
+
+    offset: int
+    length: int
+    context: backend.Context
+    unfit: Callable[[], DecryptionError]
+    """Makes the error for a tag that does not fit."""
+
+
+def unseal(base: ByteReader, sealed: Sealed, places: Iterable[memoryview]) -> Iterator[memoryview]:
+    """Decrypt a unit into places that it fills one after another; yields each when it is full.
+
+    Raises:
+        DecryptionError: the tag does not fit, after the last place; nothing in any of them may be believed.
+    """
+    at = sealed.offset
+    for place in places:
+        source = scratch(len(place))
+        base.read_into(at, source)
+        backend.pour(sealed.context, source, place)
+        at += len(place)
+        yield place
+    try:
+        sealed.context.finalize()
+    except backend.bad_tag():
+        raise sealed.unfit() from None
 
 
 class Units(Protocol):
@@ -56,6 +95,9 @@ class Units(Protocol):
     def decrypt(self, first: int, stop: int, out: memoryview) -> None:
         """Decrypt and check units `first` to `stop` (exclusive) into `out`, which they fill exactly."""
 
+    def sealed(self, unit: int) -> Sealed:
+        """A unit that is to be decrypted by `unseal`."""
+
 
 class _Slot:
     """Room for one decrypted unit."""
@@ -66,7 +108,7 @@ class _Slot:
         self.data = memoryview(b"")
 
 
-class Turn:
+class _Turn:
     """A lock that goes to who has waited longest, so that work done in order stays in order."""
 
     def __init__(self) -> None:
@@ -96,7 +138,7 @@ class UnitReader:
     Attributes:
         unit: bytes of the largest unit; reads that begin and end at its multiples mostly cost nothing twice.
         keeps: most bytes of plaintext that it keeps in memory.
-        turn: to be held for a run of reads where only one unit is kept, lest threads take it from each other.
+        large: only one unit is kept, so long ranges are better streamed than read piece by piece.
     """
 
     fd: Optional[int] = None
@@ -112,7 +154,8 @@ class UnitReader:
         self._most = max(1, cache_bytes // max(1, units.largest))
         self.unit = units.largest
         self.keeps = self._most * units.largest
-        self.turn = Turn() if units.largest > cache_bytes else None
+        self.large = units.largest > cache_bytes
+        self._turn = _Turn()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -137,6 +180,44 @@ class UnitReader:
                 high = min(high, stop)
                 self._copy(unit, done - low, buffer[done - offset : high - offset])
             done = high
+
+    def stream(self, offset: int, length: int, take: Take) -> None:
+        """Hand a range over in pieces of at most 1 MiB, in order.
+
+        Pieces of a unit that the range covers fully come *before the unit's tag was checked*: this is for who can take
+        back what it did with them, as a job can, whose files appear when all is well. Raises as `read_into` does.
+        """
+        require_range(self.path, self.size, offset, length, self._closed)
+        parts = list(self._parts(offset, offset + length))
+        torn = any(not whole for *_, whole in parts)
+        # Threads that want parts of units go one after another, lest they take the one that is kept from each other.
+        with self._turn if self.large and torn else nullcontext():
+            buffer = memory.scratch(min(_STREAMED, length))
+            for unit, low, high, whole in parts:
+                places = (buffer[: min(_STREAMED, high - at)] for at in range(low, high, _STREAMED))
+                if whole:
+                    pieces = unseal(self._base, self._units.sealed(unit), places)
+                else:
+                    pieces = self._copies(unit, low, places)
+                for piece in pieces:
+                    take(low, piece)
+                    low += len(piece)
+
+    def _parts(self, offset: int, stop: int) -> Iterator[tuple[int, int, int, bool]]:
+        """(unit, first byte of it, last byte + 1, whether that is all of the unit) of what a range covers."""
+        while offset < stop:
+            unit = self._units.find(offset)
+            low, high = self._units.span(unit)
+            yield unit, offset, min(stop, high), offset == low and high <= stop
+            offset = high
+
+    def _copies(self, unit: int, offset: int, places: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Copy a part of a unit, from plaintext byte `offset` on, into one place after another."""
+        offset -= self._units.span(unit)[0]
+        for place in places:
+            self._copy(unit, offset, place)
+            offset += len(place)
+            yield place
 
     def _copy(self, unit: int, skip: int, out: memoryview) -> None:
         """Copy a part of one unit, decrypting it if no slot has it."""
