@@ -24,7 +24,6 @@ REQUIRES = [
     # "numpy.core.multiarray failed to import", although their metadata allows it.
     "numpy>=1.25,<2",
     "safetensors",
-    "protobuf",
     "tqdm",
     "xxhash",
     "psutil",
@@ -43,6 +42,7 @@ DEV = [
     "ruff~=0.17.6",
     'mypy~=2.4.1; python_version >= "3.10"',
     'mypy; python_version < "3.10"',
+    "protobuf",  # what our own reader of its format is compared with
     "types-protobuf",
     "types-psutil",
     "types-tqdm",

@@ -218,5 +218,9 @@ def encode_bytes(number: int, contents: bytes) -> bytes:
 
 
 def encode_number(number: int, value: int) -> bytes:
-    """A whole varint field."""
-    return encode_varint(number << 3 | VARINT) + encode_varint(value)
+    """A whole varint field; a negative number as two's complement of 64 bits, as int32 and int64 fields hold it.
+
+    >>> encode_number(1, -1).hex()
+    '08ffffffffffffffffff01'
+    """
+    return encode_varint(number << 3 | VARINT) + encode_varint(value & (1 << 64) - 1)
