@@ -17,15 +17,16 @@ MAP = ROOT.parent / "ARCHITECTURE.md"
 # Room -> what it may import besides itself and _version: rooms, or single modules of them.
 # cli -> api -> {bridge, engine} -> {formats, storage, transport} -> core -> errors
 MAY_IMPORT = {
-    "cli": ["api", "bridge", "engine", "formats", "storage", "transport", "core", "errors", "progress"],
-    "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "progress"],
+    "cli": ["api", "bridge", "engine", "formats", "storage", "transport", "core", "errors", "log", "progress"],
+    "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "log", "progress"],
     "bridge": ["engine", "formats", "storage", "transport", "core", "errors"],
-    "engine": ["formats", "storage", "transport", "core", "errors"],
-    "formats": ["storage.reader", "storage.memory", "storage.durable", "core", "errors"],
-    "storage": ["core", "errors"],
+    "engine": ["formats", "storage", "transport", "core", "errors", "log"],
+    "formats": ["storage.reader", "storage.memory", "storage.durable", "storage.threads", "core", "errors", "log"],
+    "storage": ["core", "errors", "log"],
     "transport": ["core", "errors"],
     "core": ["errors"],
     "errors": [],
+    "log": [],
     "progress": [],
     "plugins": ["api", "bridge"],
     "rules": ["core", "errors"],

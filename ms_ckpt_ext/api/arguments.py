@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
-from ms_ckpt_ext import progress
+from ms_ckpt_ext import log, progress
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.core.rules import Rule
 
 PathLike = Union[str, "os.PathLike[str]"]
-log = logging.getLogger("ms_ckpt_ext")
 BUFFER_BYTES = 64 << 20
 """Default buffer budget of one worker, in bytes."""
 

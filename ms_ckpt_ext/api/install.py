@@ -13,16 +13,15 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import logging
 import os
 import threading
 from collections.abc import Iterable
 from typing import Any, Callable, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import UnsupportedError, UsageError
 
 Function = Callable[..., Any]
-log = logging.getLogger("ms_ckpt_ext")
 ENVIRONMENT = "MS_CKPT_EXT_STOCK"
 """Names of functions that stay stock, separated by commas, or "all"."""
 

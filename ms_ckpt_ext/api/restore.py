@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
@@ -28,7 +28,6 @@ from ms_ckpt_ext.formats.strategy_file import load_strategy
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.rules import Rule
 
-log = logging.getLogger("ms_ckpt_ext")
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"
 STRATEGY_VARIABLE = "MS_CKPT_EXT_TRAIN_STRATEGY"
 CHECKS = ("headers", "digests")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import checkpoints
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
@@ -48,7 +48,6 @@ from ms_ckpt_ext.transport.agree import agree, share_status
 from ms_ckpt_ext.transport.base import Transport
 
 Value = Union[np.ndarray, str]
-log = logging.getLogger("ms_ckpt_ext")
 
 
 class Skipped(NamedTuple):

@@ -25,6 +25,7 @@ from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.bits import SAME, Number, Tally, differences
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.threads import spread
 
 BLOCK_BYTES = 2 << 20
 _SPOTS = 3
@@ -167,7 +168,7 @@ def compare(
         def worker(_: Callable[[], bool]) -> Callable[[_Block], None]:
             return _Worker((a, readers_a), (b, readers_b), block_bytes, found, progress).compare
 
-        pump.spread(_blocks(pairing.pairs, block_bytes), workers, worker)
+        spread(_blocks(pairing.pairs, block_bytes), workers, worker)
         readers_a.verify()
         readers_b.verify()
     return Comparison(

@@ -25,7 +25,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
@@ -39,6 +38,7 @@ from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage import locks, memory
 from ms_ckpt_ext.storage.durable import write_atomically
 from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.threads import in_order
 
 MANIFEST_NAME = "ms_ckpt_ext.digests.json"
 _FORMAT = "ms_ckpt_ext.digests"
@@ -171,8 +171,8 @@ def digest_tensors(
     """
     wanted = list(index.tensors if names is None else names)
     entries = [index.tensors[name] for name in wanted]
-    with opener(index.path) as reader, ThreadPoolExecutor(max(1, workers), "digest") as pool:
-        return dict(zip(wanted, pool.map(lambda entry: _digest(reader, entry.extents), entries)))
+    with opener(index.path) as reader:
+        return dict(zip(wanted, in_order(lambda entry: _digest(reader, entry.extents), entries, workers)))
 
 
 def _digest(reader: ByteReader, extents: Sequence[Extent]) -> str:

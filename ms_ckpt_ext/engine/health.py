@@ -24,7 +24,6 @@ from ms_ckpt_ext.core.plan import Placement, SourceTensor, locate
 from ms_ckpt_ext.core.reads import ranges
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.bits import Odd, odd_numbers
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError
@@ -32,6 +31,7 @@ from ms_ckpt_ext.formats.ckpt import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import crc_fault
 from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.threads import spread
 
 _BUFFER = 1 << 20  # stays in a core's cache between read, digest and count
 
@@ -148,7 +148,7 @@ def check(
 
             return look
 
-        pump.spread(iter(range(len(slices))), workers, worker)
+        spread(iter(range(len(slices))), workers, worker)
         readers.verify()
         nbytes = readers.count.nbytes
     checked = _with_checksum(catalog, slices)

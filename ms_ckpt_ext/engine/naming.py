@@ -10,17 +10,16 @@ file and read `name_map` the other way round, from the input's name to the outpu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Optional, Union
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 Choice = Callable[[str], Union[bool, str]]
-log = logging.getLogger("ms_ckpt_ext")
 _LISTED = 5
 
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Callable
+from typing import TYPE_CHECKING, Callable
 
 from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
@@ -30,6 +29,9 @@ from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,13 @@ def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[T
     return [sorted(tasks, key=job.source.position) if job.source.authenticated else tasks]
 
 
+def _pool() -> ThreadPoolExecutor:
+    """Where files are synced, while others are written. A job that does not sync need not import what that takes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
+
+
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
@@ -150,7 +159,7 @@ class _Files:
         self._outputs, self._staging, self._job = outputs, staging, job
         self._lock = threading.Lock()
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
-        self._syncs = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
+        self._syncs = _pool() if job.sync else None
         self._accepted: list[Future[None]] = []
         self.sinks: list[Sink] = []
 
@@ -180,11 +189,15 @@ class _Files:
     def landed(self, sink: int, nbytes: int) -> None:
         with self._lock:
             self._left[sink] -= nbytes
-            if self._left[sink] == 0:
-                self._accept(sink)
+            complete = self._left[sink] == 0
+        if complete:
+            self._accept(sink)
 
     def _accept(self, number: int) -> None:
-        self._accepted.append(self._syncs.submit(self._finish, number))
+        if self._syncs is None:
+            self._finish(number)
+        else:
+            self._accepted.append(self._syncs.submit(self._finish, number))
 
     def _finish(self, number: int) -> None:
         checksum, sink = self._outputs[number].layout.checksum, self.sinks[number]
@@ -203,6 +216,7 @@ class _Files:
             future.result()
 
     def __exit__(self, *_: object) -> None:
-        self._syncs.shutdown(wait=True)
+        if self._syncs is not None:
+            self._syncs.shutdown(wait=True)
         for sink in self.sinks:
             sink.close()

@@ -7,9 +7,8 @@ interpreter lock. A worker owns two buffers, one for a batch's stretches and one
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Callable, Generic, Optional, TypeVar
+from typing import TYPE_CHECKING, Callable, Optional
 
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import (
@@ -34,6 +33,7 @@ from ms_ckpt_ext.storage.memory import Buffer
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
+from ms_ckpt_ext.storage.threads import spread
 
 Landed = Callable[[int, int], None]
 """(sink, bytes): told after bytes reached a sink, from worker threads."""
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Bytes = npt.NDArray[np.uint8]
-_Item = TypeVar("_Item")
 _COPY = 1 << 20  # stays in a core's cache between read and write
 PLENTY = 128 << 20
 """Bytes of an array that one worker takes at once, unless its caller knows better."""
@@ -86,72 +85,6 @@ def _shares(units: Iterator[Unit], plenty: int) -> Iterator[list[Unit]]:
             share, nbytes = [], 0
     if share:
         yield share
-
-
-Make = Callable[[Callable[[], bool]], Callable[[_Item], None]]
-
-
-def spread(items: Iterator[_Item], workers: int, make: Make[_Item]) -> None:
-    """Have threads (the calling one is one of them) take items until none are left.
-
-    The first error stops the others and is raised.
-
-    Args:
-        make: called by each thread, with a function that tells whether another thread has failed; returns what the
-            thread does with an item.
-    """
-    source = _Shared(items)
-    threads = [
-        threading.Thread(target=_work, args=(source, make), name=f"pump-{n}", daemon=True) for n in range(workers - 1)
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        _work(source, make)
-    except BaseException as error:  # noqa: BLE001 - a thread that cannot start; raised below
-        source.fail(error)
-    for thread in threads:
-        _join(thread, source)
-    if source.error is not None:
-        raise source.error
-
-
-def _join(thread: threading.Thread, source: _Shared[_Item]) -> None:
-    """Wait for a thread even through a Ctrl-C: the caller closes the files it writes to."""
-    while thread.is_alive():
-        try:
-            thread.join()
-        except BaseException as error:  # noqa: BLE001 - stops the threads; raised by spread()
-            source.fail(error)
-
-
-class _Shared(Generic[_Item]):
-    """An iterator that threads take from, and the first error any of them met."""
-
-    def __init__(self, items: Iterator[_Item]) -> None:
-        self._items = items
-        self._lock = threading.Lock()
-        self.error: Optional[BaseException] = None
-
-    def take(self) -> Optional[_Item]:
-        with self._lock:
-            return None if self.error is not None else next(self._items, None)
-
-    def stopped(self) -> bool:
-        return self.error is not None
-
-    def fail(self, error: BaseException) -> None:
-        with self._lock:
-            self.error = self.error or error
-
-
-def _work(source: _Shared[_Item], make: Make[_Item]) -> None:
-    try:
-        do = make(source.stopped)
-        while (item := source.take()) is not None:
-            do(item)
-    except BaseException as error:  # noqa: BLE001 - handed to the caller of spread()
-        source.fail(error)
 
 
 class Assembler:

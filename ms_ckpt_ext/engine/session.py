@@ -6,7 +6,6 @@ The steps are collective: every rank calls them in this order, and an error on o
 from __future__ import annotations
 
 import json
-import logging
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core import cost
 from ms_ckpt_ext.core.demand import Demand, ExchangeLimits
 from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
@@ -33,7 +33,6 @@ from ms_ckpt_ext.transport.base import Transport
 B = TypeVar("B")
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
-log = logging.getLogger("ms_ckpt_ext")
 
 
 @dataclass(frozen=True)

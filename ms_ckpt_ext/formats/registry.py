@@ -6,20 +6,20 @@ module a file is its plaintext: tables of contents and reads have plaintext offs
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
 from ms_ckpt_ext.formats.ckpt import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.threads import in_order
 
 DEC_KEY_VARIABLE, ENC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY", "MS_CKPT_EXT_ENC_KEY"
 """Environment variables with the keys of sources and of outputs; their forms are those of `crypto.load_key`."""
@@ -29,7 +29,6 @@ MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
 AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
 """Containers that notice every altered byte, when it is decrypted."""
 _FORMATS: dict[str, ModuleType] = {".safetensors": safetensors, ".ckpt": ckpt}
-log = logging.getLogger("ms_ckpt_ext")
 
 
 @dataclass(frozen=True)
@@ -155,8 +154,7 @@ def crc_fault(index: FileIndex, access: Access = PLAIN) -> Optional[str]:
 
 def read_indexes(paths: Iterable[str], access: Access = PLAIN, workers: int = 8) -> list[FileIndex]:
     """Tables of contents of many files, in order, read in parallel where that helps (network storage)."""
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        return list(pool.map(partial(read_index, access=access), paths))
+    return in_order(partial(read_index, access=access), paths, workers)
 
 
 def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool = False) -> FileLayout:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import locks, remains
 from ms_ckpt_ext.storage.durable import sync_folder
@@ -27,7 +27,6 @@ from ms_ckpt_ext.storage.durable import sync_folder
 _NOT_FINISHED = (remains.NOTE, remains.PARTIAL, remains.PUBLISHING, remains.REMAINS)
 _RANK = re.compile(r"^rank_\d+$")
 _TASK = re.compile(r"^task-\d+(-of-\d+)\.lock$")
-log = logging.getLogger("ms_ckpt_ext")
 
 
 class Hold:

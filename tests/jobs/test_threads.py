@@ -1,0 +1,60 @@
+"""Work that is done by threads, in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from ms_ckpt_ext.storage.threads import in_order
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, 50])
+def test_results_stand_in_the_order_of_the_items(workers: int) -> None:
+    used = set()
+
+    def call(item: int) -> int:
+        used.add(threading.get_ident())
+        time.sleep(0.001 * (item % 3))
+        return item * item
+
+    assert in_order(call, range(20), workers) == [item * item for item in range(20)]
+    assert len(used) <= max(1, workers)
+    assert in_order(call, (), workers) == []
+
+
+def test_two_threads_work_at_once() -> None:
+    meet = threading.Barrier(2, timeout=30)
+    assert len(in_order(lambda _: meet.wait(), range(2), 2)) == 2
+
+
+def test_the_error_of_the_first_item_that_has_one_is_raised() -> None:
+    """Whichever comes first; it keeps its cause, and what was not begun is left."""
+    later, begun = threading.Event(), []
+
+    def call(item: int) -> None:
+        begun.append(item)
+        if item == 3:
+            later.wait(30)  # until the error of item 4 is there
+            try:
+                os.stat("/nowhere/at/all")
+            except OSError as cause:
+                raise ValueError("three") from cause
+        if item == 4:
+            later.set()
+            raise ValueError("four")
+
+    with pytest.raises(ValueError, match="three") as caught:
+        in_order(call, range(1000), 2)
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    assert len(begun) < 900
+
+
+def test_an_interruption_is_passed_on() -> None:
+    def call(item: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_order(call, range(10), 3)
