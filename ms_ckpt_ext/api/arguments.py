@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log, progress
@@ -151,7 +150,7 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
 def any_mode(dec_key: Any, dec_mode: Optional[str], crc_check: bool = False) -> Access:
     """`access_of` where a mode of None means whatever container a file is."""
     access = access_of(dec_key, crypto.GCM if dec_mode is None else dec_mode, crc_check)
-    return replace(access, mode=None) if dec_mode is None else access
+    return access._replace(mode=None) if dec_mode is None else access
 
 
 def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
@@ -192,7 +191,7 @@ def execute(job: Job, target: str, run: Running, title: str) -> Report:
 
     Raises UsageError when one of several tasks is not to sync, and whatever the job raises.
     """
-    job, workers, limits = replace(job, sync=run.sync), run.workers, run.limits
+    job, workers, limits = job.synced(run.sync), run.workers, run.limits
     if run.dry_run:
         from ms_ckpt_ext.engine.preview import preview
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Optional
 
 from ms_ckpt_ext.api.arguments import (
@@ -190,7 +189,7 @@ def decrypt(
     access = any_mode(dec_key, dec_mode)
     if access.key is None:
         raise UsageError(f"dec_key is needed: give the key, or set the environment variable {DEC_KEY_VARIABLE}")
-    access = replace(access, optional=False)
+    access = access._replace(optional=False)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     return _copy(src, dst, access, None, file_name_regex, "decrypt", run)
 

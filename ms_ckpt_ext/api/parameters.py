@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -87,7 +86,7 @@ def load(
     catalog = _catalog(source, strategy, access, format, file_suffix)
     stored = {**catalog.tensors, **catalog.extras}
     wanted = _wanted({**stored, **catalog.absent}, patterns)
-    catalog = replace(naming, aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
+    catalog = naming._replace(aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
     catalog.require(catalog.absent)
     held = dict.fromkeys((*catalog.tensors, *catalog.extras))
     return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
@@ -243,7 +242,7 @@ def _equal(name: str, one: FileIndex, two: FileIndex, access: Access) -> bool:
 def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
     tensors, extras = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.tensors, catalog.extras))
     absent = {name: ranks for name, ranks in catalog.absent.items() if name in wanted}
-    return replace(catalog, tensors=tensors, extras=extras, absent=absent)
+    return catalog._replace(tensors=tensors, extras=extras, absent=absent)
 
 
 def _as_stock(

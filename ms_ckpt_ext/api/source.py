@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -21,8 +20,7 @@ from ms_ckpt_ext.formats.registry import Access
 Globs = Union[str, Iterable[str]]
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A checkpoint that was found, its files not opened yet."""
 
     path: str

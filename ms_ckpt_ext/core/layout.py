@@ -16,9 +16,9 @@ rank. Ranks in the same cell hold the same bytes. Nothing downstream knows more 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
@@ -29,8 +29,14 @@ MAX_RANKS = 1 << 20
 """More ranks than any cluster has; a guard against damaged strategies, because ranks are enumerated."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class _Numbers(NamedTuple):
+    dev_matrix: tuple[int, ...]
+    tensor_map: tuple[tuple[int, ...], ...]
+    opt_shard_step: int = 0
+    opt_shard_size: int = 0
+
+
+class Layout(_Numbers):
     """How one parameter is cut over the devices of one pipeline stage.
 
     Attributes:
@@ -47,12 +53,20 @@ class Layout:
     Region(start=(24, 0), stop=(48, 24))
     """
 
-    dev_matrix: tuple[int, ...]
-    tensor_map: tuple[tuple[int, ...], ...]
-    opt_shard_step: int = 0
-    opt_shard_size: int = 0
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
+    def __new__(
+        cls,
+        dev_matrix: tuple[int, ...],
+        tensor_map: tuple[tuple[int, ...], ...],
+        opt_shard_step: int = 0,
+        opt_shard_size: int = 0,
+    ) -> Layout:
+        layout = super().__new__(cls, dev_matrix, tensor_map, opt_shard_step, opt_shard_size)
+        layout._check()
+        return layout
+
+    def _check(self) -> None:
         if not self.dev_matrix or any(extent < 1 for extent in self.dev_matrix):
             raise StrategyError(f"device matrix {list(self.dev_matrix)}: expected one or more extents of at least 1")
         if self.devices > MAX_RANKS:

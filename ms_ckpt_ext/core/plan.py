@@ -14,8 +14,7 @@ The geometry depends on shapes only, so it is computed once for all parameters t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import product
 from typing import NamedTuple, Optional
 
@@ -34,8 +33,7 @@ class TensorMeta(NamedTuple):
     shape: Shape
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """One way in which a parameter's slices lie over files.
 
     Attributes:
@@ -49,8 +47,7 @@ class Placement:
     expected: Mapping[Cell, tuple[int, ...]]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A box of a source tensor that is a box of the view of a parameter made of several.
 
     Attributes:
@@ -65,7 +62,7 @@ class Block:
     axes: tuple[int, ...]
     start: Shape
 
-    @cached_property
+    @property
     def box(self) -> Region:
         """Its box in the view."""
         thick = dict(zip(self.axes, self.region.shape))
@@ -79,8 +76,7 @@ class Recipe(NamedTuple):
     blocks: tuple[Block, ...]
 
 
-@dataclass(frozen=True)
-class SourceTensor:
+class SourceTensor(NamedTuple):
     """A parameter and where its bytes are.
 
     Attributes:
@@ -101,8 +97,15 @@ def stored_whole(meta: TensorMeta, files: tuple[int, ...]) -> SourceTensor:
     return SourceTensor(meta, meta.name, (Placement((1,) * len(meta.shape), {cell: files}, {cell: (0,)}),))
 
 
-@dataclass(frozen=True)
-class Piece:
+class _Projections(NamedTuple):
+    cell: Cell
+    source_shape: Shape
+    in_source: Region
+    in_target: Region
+    view: Optional[View] = None
+
+
+class Piece(_Projections):
     """One region of a parameter, as it lies in a source slice and as it lands in a target box.
 
     Attributes:
@@ -111,17 +114,19 @@ class Piece:
         in_source: the region, relative to the source slice.
         in_target: the same region, relative to the target box.
         view: how the target box is seen when `in_target` is not a box of it as it is; None when it is.
+
+    Raises:
+        ValueError: at birth, when the two projections have different shapes.
     """
 
-    cell: Cell
-    source_shape: Shape
-    in_source: Region
-    in_target: Region
-    view: Optional[View] = None
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.in_source.shape != self.in_target.shape:
-            raise ValueError(f"projections of different shape: {self.in_source} and {self.in_target}")
+    def __new__(
+        cls, cell: Cell, source_shape: Shape, in_source: Region, in_target: Region, view: Optional[View] = None
+    ) -> Piece:
+        if in_source.shape != in_target.shape:
+            raise ValueError(f"projections of different shape: {in_source} and {in_target}")
+        return super().__new__(cls, cell, source_shape, in_source, in_target, view)
 
 
 class Sourced(NamedTuple):

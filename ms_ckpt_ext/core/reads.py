@@ -7,7 +7,6 @@ order; the batch is complete when all have. `core.schedule` turns what is wanted
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import Callable, NamedTuple, Union
 
@@ -48,8 +47,7 @@ class Task(NamedTuple):
     targets: tuple[Target, ...]
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """Sizes in bytes that shape the I/O.
 
     Attributes:

@@ -7,15 +7,18 @@ which holds one element.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
-from typing import Optional
+from typing import NamedTuple, Optional
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Region:
+class _Corners(NamedTuple):
+    start: Shape
+    stop: Shape
+
+
+class Region(_Corners):
     """A non-empty box `start[i] <= x[i] < stop[i]`.
 
     Raises:
@@ -27,15 +30,15 @@ class Region:
     True
     """
 
-    start: Shape
-    stop: Shape
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if len(self.start) != len(self.stop):
-            raise ValueError(f"corners of different rank: start {self.start}, stop {self.stop}")
-        for low, high in zip(self.start, self.stop):
+    def __new__(cls, start: Shape, stop: Shape) -> Region:
+        if len(start) != len(stop):
+            raise ValueError(f"corners of different rank: start {start}, stop {stop}")
+        for low, high in zip(start, stop):
             if not 0 <= low < high:
-                raise ValueError(f"not a box: start {self.start}, stop {self.stop}")
+                raise ValueError(f"not a box: start {start}, stop {stop}")
+        return super().__new__(cls, start, stop)
 
     @classmethod
     def whole(cls, shape: Shape) -> Region:

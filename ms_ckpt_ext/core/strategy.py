@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import MAX_RANKS, Layout
@@ -35,8 +34,7 @@ class LayoutItem(NamedTuple):
     layout: Layout
 
 
-@dataclass(frozen=True)
-class Strategy:
+class Strategy(NamedTuple):
     """The layouts of one job.
 
     Attributes:

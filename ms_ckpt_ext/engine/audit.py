@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Optional
 
 from ms_ckpt_ext.core.plan import Block, Placement, SourceTensor
@@ -43,17 +42,17 @@ def settled(catalog: Catalog) -> Catalog:
             file = min(files, key=lambda number: load[number])
             load[file] += nbytes
             holders[cell] = (file,)
-        return replace(placement, holders=holders)
+        return placement._replace(holders=holders)
 
     def narrowed(tensor: SourceTensor) -> SourceTensor:
         recipe = tensor.recipe
         if recipe is not None:
             blocks = tuple(Block(narrowed(b.tensor), b.region, b.axes, b.start) for b in recipe.blocks)
-            return replace(tensor, recipe=recipe._replace(blocks=blocks))
-        return replace(tensor, placements=tuple(one(placement, tensor) for placement in tensor.placements))
+            return tensor._replace(recipe=recipe._replace(blocks=blocks))
+        return tensor._replace(placements=tuple(one(placement, tensor) for placement in tensor.placements))
 
     tensors, extras = ({n: narrowed(t) for n, t in group.items()} for group in (catalog.tensors, catalog.extras))
-    return replace(catalog, tensors=tensors, extras=extras)
+    return catalog._replace(tensors=tensors, extras=extras)
 
 
 def audit(

@@ -9,8 +9,8 @@ only, a weights-only checkpoint has no optimizer states): planning asks for a re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Optional
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
@@ -46,8 +46,7 @@ DECRYPTED_BYTES = 512 << 20
 """Plaintext that the readers of a job's encrypted files keep, together: eight blocks of MindSpore's 64 MiB."""
 
 
-@dataclass(frozen=True)
-class Catalog:
+class Catalog(NamedTuple):
     """What a checkpoint holds.
 
     Attributes:
@@ -64,7 +63,7 @@ class Catalog:
     extras: Mapping[str, SourceTensor]
     notes: Mapping[str, str]
     access: Access = PLAIN
-    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    absent: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def require(self, names: Iterable[str]) -> None:
         """Raise CoverageError when one of these names is that of a parameter whose stage has no file."""
@@ -109,7 +108,7 @@ class Catalog:
                     f"{name!r} is made of {packed[0]!r}, which is packed int4 (two values in a byte) and can only be "
                     "renamed: fuse before quantising"
                 )
-        return replace(self, tensors=tensors)
+        return self._replace(tensors=tensors)
 
     @property
     def authenticated(self) -> bool:

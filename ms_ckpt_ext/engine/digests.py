@@ -25,7 +25,6 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -68,8 +67,7 @@ class FileDigests(NamedTuple):
         return {"size": self.size, **framing, "tensors": dict(self.tensors)}
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(NamedTuple):
     """The digests of the files below one folder: name relative to it, with `/` -> digests."""
 
     files: Mapping[str, FileDigests]

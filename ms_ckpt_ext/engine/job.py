@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Optional
 
 import xxhash
@@ -38,8 +38,7 @@ class Wanted(NamedTuple):
     """None for a tensor without elements."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One file to write: its name relative to the target, its layout, and what fills it."""
 
     name: str
@@ -47,7 +46,6 @@ class Output:
     wanted: tuple[Wanted, ...]
 
 
-@dataclass(frozen=True)
 class Job:
     """A set of output files that belong together.
 
@@ -66,21 +64,28 @@ class Job:
         UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
     """
 
-    source: Catalog
-    outputs: tuple[Output, ...]
-    others: tuple[Output, ...] = ()
-    index: Mapping[str, bytes] = field(default_factory=dict)
-    replaces: tuple[str, ...] = ()
-    task: str = ONE_TASK
-    seal: Optional[Seal] = None
-    digests: bool = True
-    sync: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.sync and self.task != ONE_TASK:
+    def __init__(
+        self,
+        source: Catalog,
+        outputs: tuple[Output, ...],
+        others: tuple[Output, ...] = (),
+        index: Mapping[str, bytes] = MappingProxyType({}),
+        replaces: tuple[str, ...] = (),
+        task: str = ONE_TASK,
+        seal: Optional[Seal] = None,
+        digests: bool = True,
+        sync: bool = True,
+    ) -> None:
+        if not sync and task != ONE_TASK:
             raise UsageError(
                 "sync=False is for a result that one task writes; leave it out, or the share (split_dst_file)"
             )
+        self.source, self.outputs, self.others, self.index = source, outputs, others, index
+        self.replaces, self.task, self.seal, self.digests, self.sync = replaces, task, seal, digests, sync
+
+    def synced(self, sync: bool) -> Job:
+        """The same job, whose result is on disk when it ends, or need not be. Raises UsageError as at birth."""
+        return Job(**{**vars(self), "sync": sync})
 
     def size(self, output: Output) -> int:
         """Bytes of an output as it lies on disk."""

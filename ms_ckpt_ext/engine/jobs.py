@@ -10,7 +10,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from heapq import heapreplace
 from typing import Callable, Optional
@@ -31,7 +30,6 @@ PART_BYTES = 3 << 30
 """MindSpore's size of a part of a merged checkpoint."""
 
 
-@dataclass(frozen=True)
 class MergeOptions:
     """How a merge is to be written.
 
@@ -47,16 +45,19 @@ class MergeOptions:
         digests: write a manifest of digests beside them.
     """
 
-    task: int = 1
-    tasks: int = 1
-    naming: str = "mindspore"
-    part_bytes: int = PART_BYTES
-    format: str = "safetensors"
-    crc: bool = False
-    seal: Optional[Seal] = None
-    digests: bool = True
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        task: int = 1,
+        tasks: int = 1,
+        naming: str = "mindspore",
+        part_bytes: int = PART_BYTES,
+        format: str = "safetensors",
+        crc: bool = False,
+        seal: Optional[Seal] = None,
+        digests: bool = True,
+    ) -> None:
+        self.task, self.tasks, self.naming, self.part_bytes = task, tasks, naming, part_bytes
+        self.format, self.crc, self.seal, self.digests = format, crc, seal, digests
         if self.format not in discovery.FORMATS:
             raise UsageError(f"output_format must be one of {', '.join(discovery.FORMATS)}; got {self.format!r}")
         if (self.naming, self.format) == ("huggingface", "ckpt"):

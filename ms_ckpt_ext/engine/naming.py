@@ -11,8 +11,8 @@ file and read `name_map` the other way round, from the input's name to the outpu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Optional, Union
+from types import MappingProxyType
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.plan import SourceTensor
@@ -23,8 +23,7 @@ Choice = Callable[[str], Union[bool, str]]
 _LISTED = 5
 
 
-@dataclass(frozen=True)
-class Naming:
+class Naming(NamedTuple):
     """How the parameters of a checkpoint are to be called.
 
     Attributes:
@@ -36,7 +35,7 @@ class Naming:
     """
 
     choice: Optional[Choice] = None
-    name_map: Mapping[str, str] = field(default_factory=dict)
+    name_map: Mapping[str, str] = MappingProxyType({})
     truthy: bool = False
     scalars: bool = True
     aside: frozenset[str] = frozenset()
@@ -65,7 +64,7 @@ class Naming:
             **{name: ranks for name, ranks in absent.items() if name not in self.name_map},
             **{name: absent[source] for name, source in self.name_map.items() if source in absent},
         }
-        return replace(catalog, tensors=tensors, extras=extras, absent=absent)
+        return catalog._replace(tensors=tensors, extras=extras, absent=absent)
 
     def _aside(self) -> set[str]:
         chosen = (chosen_name(self.choice, name, self.truthy) for name in self.aside) if self.name_map else ()
@@ -108,7 +107,7 @@ def _is_numpy_bool(value: Any) -> bool:
 
 def called(tensor: SourceTensor, name: str) -> SourceTensor:
     """A parameter under a name; where it is stored stays."""
-    return tensor if tensor.meta.name == name else replace(tensor, meta=tensor.meta._replace(name=name))
+    return tensor if tensor.meta.name == name else tensor._replace(meta=tensor.meta._replace(name=name))
 
 
 def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
 from ms_ckpt_ext.core.reads import Limits, Task
@@ -34,16 +33,23 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
 
-@dataclass(frozen=True)
 class Report:
     """What a job did: counts in bytes and calls."""
 
-    bytes_read: int
-    reads: int
-    bytes_written: int
-    files_written: tuple[str, ...]
-    files_kept: tuple[str, ...]
-    published: bool
+    def __init__(
+        self,
+        bytes_read: int,
+        reads: int,
+        bytes_written: int,
+        files_written: tuple[str, ...],
+        files_kept: tuple[str, ...],
+        published: bool,
+    ) -> None:
+        self.bytes_read, self.reads, self.bytes_written = bytes_read, reads, bytes_written
+        self.files_written, self.files_kept, self.published = files_written, files_kept, published
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 Progress = Callable[[int], None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.errors import UsageError
 
@@ -11,7 +9,6 @@ MODES = ("auto", "direct", "cooperative")
 VERIFY = ("none", "replicas", "full")
 
 
-@dataclass(frozen=True)
 class LoadOptions:
     """How a load is to be made.
 
@@ -27,26 +24,33 @@ class LoadOptions:
         trace: path of a Chrome trace to write; "" for none.
         timeout: seconds that one exchange may last.
         host: name of this rank's host; ranks of a host see the same files.
+
+    Raises:
+        UsageError: at birth, when one of them is none that there is, or too small.
     """
 
-    mode: str = "auto"
-    bucket_bytes: int = 64 << 20
-    prefetch: int = 1
-    threads: int = 2
-    verify: str = "none"
-    trace: str = ""
-    timeout: float = 600.0
-    host: str = ""
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (("mode", self.mode, MODES), ("verify", self.verify, VERIFY)):
+    def __init__(
+        self,
+        mode: str = "auto",
+        bucket_bytes: int = 64 << 20,
+        prefetch: int = 1,
+        threads: int = 2,
+        verify: str = "none",
+        trace: str = "",
+        timeout: float = 600.0,
+        host: str = "",
+    ) -> None:
+        for name, value, allowed in (("mode", mode, MODES), ("verify", verify, VERIFY)):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        for name, least in (("bucket_bytes", 4096), ("prefetch", 0), ("threads", 1)):
-            if (number := getattr(self, name)) < least:
+        bounded = (("bucket_bytes", bucket_bytes, 4096), ("prefetch", prefetch, 0), ("threads", threads, 1))
+        for name, number, least in bounded:
+            if number < least:
                 raise UsageError(f"{name} must be at least {least}, got {number}")
-        if self.timeout <= 0:
-            raise UsageError(f"timeout must be above 0 seconds, got {self.timeout}")
+        if timeout <= 0:
+            raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
+        self.mode, self.verify, self.trace, self.host = mode, verify, trace, host
+        self.bucket_bytes, self.prefetch, self.threads, self.timeout = bucket_bytes, prefetch, threads, timeout
 
     def facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Optional
 
 from ms_ckpt_ext.core.reads import Direct, Limits, Unit
@@ -14,7 +13,6 @@ from ms_ckpt_ext.engine.offline import Report, in_rounds
 from ms_ckpt_ext.storage.staging import Staging, free_space
 
 
-@dataclass(frozen=True)
 class Preview(Report):
     """What a job would do, with the numbers that its report would have; nothing was written.
 
@@ -26,11 +24,17 @@ class Preview(Report):
         free: bytes that the target's file system has left; None when that cannot be told.
     """
 
-    target: str
-    sources: Mapping[str, int]
-    sizes: Mapping[str, int]
-    replaces: tuple[str, ...]
-    free: Optional[int]
+    def __init__(
+        self,
+        report: Report,
+        target: str,
+        sources: Mapping[str, int],
+        sizes: Mapping[str, int],
+        replaces: tuple[str, ...],
+        free: Optional[int],
+    ) -> None:
+        super().__init__(**vars(report))
+        self.target, self.sources, self.sizes, self.replaces, self.free = target, sources, sizes, replaces, free
 
 
 def preview(job: Job, target: str, workers: int, limits: Limits) -> Preview:
@@ -49,19 +53,8 @@ def preview(job: Job, target: str, workers: int, limits: Limits) -> Preview:
             sources[path], reads = sources.get(path, 0) + nbytes, reads + count
     names = tuple(output.name for output in todo)
     written = {name: sizes[name] for name in names}
-    return Preview(
-        sum(sources.values()),
-        reads,
-        sum(written.values()),
-        names,
-        tuple(kept),
-        done,
-        target,
-        sources,
-        written,
-        job.replaces,
-        free_space(target),
-    )
+    report = Report(sum(sources.values()), reads, sum(written.values()), names, tuple(kept), done)
+    return Preview(report, target, sources, written, job.replaces, free_space(target))
 
 
 def _reads(units: Iterable[Unit]) -> Iterator[tuple[int, int, int]]:

@@ -15,7 +15,6 @@ import threading
 import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Optional, Protocol
 
 from ms_ckpt_ext.core.reads import Extent, Task
@@ -37,13 +36,12 @@ BUDGET_BYTES = 256 << 20
 _KEY_LABEL = b"ms_ckpt_ext: which key a job writes with"
 
 
-@dataclass
 class Tally:
     """Bytes of incomplete units in memory, now and at most."""
 
-    held: int = 0
-    peak: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self.held = self.peak = 0
+        self.lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
         """Count memory taken, or with a negative number given back."""
@@ -52,7 +50,6 @@ class Tally:
             self.peak = max(self.peak, self.held)
 
 
-@dataclass(frozen=True)
 class Seal:
     """How a job's files are encrypted.
 
@@ -67,18 +64,21 @@ class Seal:
         UsageError: no such mode, or a key that is too long for it.
     """
 
-    key: crypto.Key
-    mode: str = crypto.GCM
-    chunk: int = CHUNK
-    block: int = BLOCK
-    tally: Tally = field(default_factory=Tally, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        key: crypto.Key,
+        mode: str = crypto.GCM,
+        chunk: int = CHUNK,
+        block: int = BLOCK,
+        tally: Optional[Tally] = None,
+    ) -> None:
         modes = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
-        if self.mode not in modes:
+        if mode not in modes:
             raise UsageError(f"no such enc_mode; choose one of {', '.join(modes)}")  # unquoted: it may be a key
-        if self.mode == crypto.SM4 and len(self.key) not in SM4_LENGTHS:
-            raise UsageError(f"a key of {len(self.key)} bytes; {crypto.SM4} takes {SM4_LENGTHS[0]}")
+        if mode == crypto.SM4 and len(key) not in SM4_LENGTHS:
+            raise UsageError(f"a key of {len(key)} bytes; {crypto.SM4} takes {SM4_LENGTHS[0]}")
+        self.key, self.mode, self.chunk, self.block = key, mode, chunk, block
+        self.tally = tally or Tally()
 
     def container(self, name: str) -> str:
         """The container of a file of this name. Raises UsageError when it cannot be in this mode."""

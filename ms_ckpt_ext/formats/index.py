@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.dtype import DType
@@ -42,8 +42,7 @@ class TensorEntry(NamedTuple):
         return sum(extent.length for extent in self.extents)
 
 
-@dataclass(frozen=True)
-class FileIndex:
+class FileIndex(NamedTuple):
     """Table of contents of one file.
 
     Attributes:
@@ -59,7 +58,7 @@ class FileIndex:
     size: int
     mtime_ns: int
     tensors: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = MappingProxyType({})
     reader: str = "plain"
 
 
@@ -71,8 +70,7 @@ class TensorSpec(NamedTuple):
     shape: Shape
 
 
-@dataclass(frozen=True)
-class Checksum:
+class Checksum(NamedTuple):
     """A CRC-32 that a file carries of itself.
 
     Attributes:
@@ -86,8 +84,7 @@ class Checksum:
     render: Callable[[int], bytes]
 
 
-@dataclass(frozen=True)
-class FileLayout:
+class FileLayout(NamedTuple):
     """A file that is to be written, with every offset known: the framing as it is, and holes for the tensors.
 
     Attributes:

@@ -13,7 +13,6 @@ of slices. Read with MindFormers 2.0 and 2.1 at hand; both write the same.
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -118,6 +117,8 @@ def read_cuts(path: str) -> Optional[dict[str, Cut]]:
 
 def _holders(storage: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, int], tuple[str, ...]]:
     """(parameter, number of the slice) -> files."""
+    import ast  # here, for few folders are MindFormers's
+
     found = {}
     for key, places in storage.items():
         name, offset = ast.literal_eval(key)

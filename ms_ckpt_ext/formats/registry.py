@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, UsageError
@@ -31,8 +30,14 @@ AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
 _FORMATS: dict[str, ModuleType] = {".safetensors": safetensors, ".ckpt": ckpt}
 
 
-@dataclass(frozen=True)
-class Access:
+class _How(NamedTuple):
+    key: Optional[crypto.Key] = None
+    mode: Optional[str] = None
+    crc_check: bool = False
+    optional: bool = False
+
+
+class Access(_How):
     """How files may be opened.
 
     Attributes:
@@ -48,14 +53,18 @@ class Access:
         UsageError: no such mode.
     """
 
-    key: Optional[crypto.Key] = None
-    mode: Optional[str] = None
-    crc_check: bool = False
-    optional: bool = False
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if self.mode is not None and self.mode not in MODES:
+    def __new__(
+        cls,
+        key: Optional[crypto.Key] = None,
+        mode: Optional[str] = None,
+        crc_check: bool = False,
+        optional: bool = False,
+    ) -> Access:
+        if mode is not None and mode not in MODES:
             raise UsageError(f"no such dec_mode; choose one of {', '.join(MODES)}")  # unquoted: it may be a key
+        return super().__new__(cls, key, mode, crc_check, optional)
 
 
 PLAIN = Access()

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Callable, Protocol
 
 from ms_ckpt_ext.errors import StorageError, storage_error
@@ -25,11 +24,11 @@ class SourceFile(Protocol):
     def mtime_ns(self) -> int: ...
 
 
-@dataclass
 class _Open:
-    reader: ByteReader
-    users: int = 0
-    admitted: bool = False
+    def __init__(self, reader: ByteReader) -> None:
+        self.reader = reader
+        self.users = 0
+        self.admitted = False
 
     @property
     def keeps(self) -> int:
@@ -38,13 +37,12 @@ class _Open:
         return nbytes
 
 
-@dataclass
 class ReadCount:
     """What was asked of the storage, for tests, benchmarks and reports."""
 
-    reads: int = 0
-    nbytes: int = 0
-    files: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.reads = self.nbytes = 0
+        self.files: set[str] = set()
 
 
 class ReaderPool:

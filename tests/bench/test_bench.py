@@ -117,6 +117,6 @@ def test_a_python_without_the_dependencies_is_told() -> None:
     """Isolated and without its site-packages, as a system's Python is."""
     run = subprocess.run([sys.executable, "-IS", str(BENCH), "plan"], capture_output=True, text=True, check=False)
     assert run.returncode == 1
-    assert "lacks google.protobuf, numpy, " in run.stderr
+    assert "lacks numpy, safetensors, " in run.stderr
     assert "scripts/test.sh" in run.stderr
     assert len(run.stderr.splitlines()) == 1

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 from unittest import mock
@@ -105,7 +104,7 @@ def unreadable(rank: int) -> Iterator[None]:
     """The victim cannot open any file again once the headers were read."""
 
     def refuse(index: FileIndex, access: Access) -> ByteReader:
-        return reopen(replace(index, path=index.path + ".gone"), access)
+        return reopen(index._replace(path=index.path + ".gone"), access)
 
     with mock.patch.object(catalog, "reopen", refuse) if rank == VICTIM else nullcontext():
         yield

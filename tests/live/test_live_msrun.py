@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +240,7 @@ def two_ranks_of(strategy: Strategy) -> Strategy:
         layout = stages[0]
         assert 4 in layout.dev_matrix
         halved = tuple(extent // 2 if extent == 4 else extent for extent in layout.dev_matrix)
-        items.append(LayoutItem(name, 0, replace(layout, dev_matrix=halved)))
+        items.append(LayoutItem(name, 0, layout._replace(dev_matrix=halved)))
     return Strategy.from_items(items, "tp2")
 
 

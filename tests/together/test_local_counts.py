@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def test_memory_is_a_matter_of_the_bucket(tmp_path: Path) -> None:
     trained = sparse(tmp_path, dict.fromkeys(shapes, Layout((2, 4), ((0,), ()))), shapes)
     across = Layout((2, 2), ((), (0,)))
     load = Counting(tmp_path, trained, Strategy.from_items([LayoutItem(n, 0, across) for n in shapes], "target"))
-    load.options = replace(load.options, bucket_bytes=32 * MIB)
+    load.options.bucket_bytes = 32 * MIB
     tracemalloc.start()
     try:
         loaded = load.run()
