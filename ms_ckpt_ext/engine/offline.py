@@ -22,7 +22,7 @@ from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, digest_framin
 from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
 from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
-from ms_ckpt_ext.formats.checksum import crc_of
+from ms_ckpt_ext.engine.summing import SummingSink
 from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import PlainReader
@@ -167,12 +167,13 @@ class _Files:
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
         self._syncs = _pool() if job.sync else None
         self._accepted: list[Future[None]] = []
+        self._digesting: dict[int, DigestingSink] = {}
         self.sinks: list[Sink] = []
 
     def __enter__(self) -> _Files:
         try:
             for number, output in enumerate(self._outputs):
-                self._open(output)
+                self._open(number, output)
                 if self._left[number] == 0:
                     self._accept(number)
         except BaseException:
@@ -180,14 +181,18 @@ class _Files:
             raise
         return self
 
-    def _open(self, output: Output) -> None:
+    def _open(self, number: int, output: Output) -> None:
         path = self._staging.partial(output.name)
         if self._job.seal is not None:
             self.sinks.append(SealedSink(path, output.name, output.layout, self._job.seal, self._job.sync))
             return
-        file = FileSink(path, output.layout.size, self._job.sync)
-        extents = {name: entry.extents for name, entry in output.layout.tensors.items()}
-        sink: Sink = DigestingSink(file, extents) if self._job.digests else file
+        sink: Sink
+        sink = file = FileSink(path, output.layout.size, self._job.sync)
+        if self._job.digests:
+            extents = {name: entry.extents for name, entry in output.layout.tensors.items()}
+            sink = self._digesting[number] = DigestingSink(file, extents)
+        if output.layout.checksum is not None:
+            sink = SummingSink(sink, output.layout)
         self.sinks.append(sink)
         for offset, literal in output.layout.literals:
             sink.write(offset, memoryview(literal))
@@ -206,15 +211,11 @@ class _Files:
             self._accepted.append(self._syncs.submit(self._finish, number))
 
     def _finish(self, number: int) -> None:
-        checksum, sink = self._outputs[number].layout.checksum, self.sinks[number]
-        if checksum is not None and self._job.seal is None:
-            with PlainReader(sink.path) as reader:
-                found = crc_of(reader, checksum.parts)
-            sink.write(checksum.offset, memoryview(checksum.render(found)))
-        sink.finish()
-        if isinstance(sink, DigestingSink):
-            self._staging.keep(self._outputs[number].name, json.dumps(sink.digests()).encode())
-        self._staging.accept(self._outputs[number].name)
+        self.sinks[number].finish()
+        name = self._outputs[number].name
+        if number in self._digesting:
+            self._staging.keep(name, json.dumps(self._digesting[number].digests()).encode())
+        self._staging.accept(name)
 
     def settle(self) -> None:
         """Wait until every file is on disk. Raises the first error of a sync."""

@@ -6,21 +6,20 @@
    twice, and no plaintext reaches the disk. A write that covers a unit by itself does not wait.
 3. Memory is bounded by order. `rounds` hands out the work in the order of the files' bytes, few files and some MiB at a
    time, so few units are incomplete at any moment.
-4. A checksum goes inside the encryption: every write's CRC-32 is kept, and they are combined at the end.
+4. A checksum goes inside the encryption, see `summing`.
 """
 
 from __future__ import annotations
 
 import threading
-import zlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Optional, Protocol
 
-from ms_ckpt_ext.core.reads import Extent, Task
+from ms_ckpt_ext.core.reads import Task
+from ms_ckpt_ext.engine.summing import Sums
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import crypto
-from ms_ckpt_ext.formats.checksum import Integer, combine
 from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS
 from ms_ckpt_ext.formats.crypto.units import scratch
 from ms_ckpt_ext.formats.index import FileLayout
@@ -167,7 +166,7 @@ class SealedSink:
         self._waiting: dict[int, _Unit] = {}
         self._sealed = bytearray(self._units.count)
         self._lock = threading.Lock()
-        self._sums = None if layout.checksum is None else _Sums(layout)
+        self._sums = None if layout.checksum is None else Sums(layout)
         self._file = FileSink(path, self._units.stored_size, sync)
         self._file.write(0, memoryview(self._units.header))
 
@@ -242,47 +241,6 @@ class SealedSink:
         for index in list(self._waiting):
             self._forget(index)
         self._file.close()
-
-
-class _Sums:
-    """The CRC-32 of everything written, by where it was written."""
-
-    def __init__(self, layout: FileLayout) -> None:
-        assert layout.checksum is not None
-        self._parts = layout.checksum.parts
-        numbers = [part.extent for part in self._parts if isinstance(part, Integer)]
-        extents = [part for part in self._parts if isinstance(part, Extent)] + numbers
-        self._seams = sorted({offset for e in extents for offset in (e.offset, e.offset + e.length)})
-        self._found: dict[int, tuple[int, int]] = {}
-        self._numbers = dict.fromkeys((extent.offset for extent in numbers), b"")
-        for offset, literal in layout.fixed:
-            self.add(offset, memoryview(literal))
-
-    def add(self, offset: int, buffer: memoryview) -> None:
-        """Sum a stretch, cut where parts of the checksum begin or end."""
-        stop = offset + len(buffer)
-        seams = self._seams[bisect_right(self._seams, offset) : bisect_left(self._seams, stop)]
-        for low, high in zip((offset, *seams), (*seams, stop)):
-            piece = buffer[low - offset : high - offset]
-            if low in self._numbers:  # of a few bytes, and never written in parts
-                self._numbers[low] = bytes(piece)
-            self._found[low] = (zlib.crc32(piece), high - low)
-
-    def total(self) -> int:
-        """The checksum."""
-        crc = 0
-        for part in self._parts:
-            if isinstance(part, bytes):
-                crc = zlib.crc32(part, crc)
-                continue
-            if isinstance(part, Integer):
-                crc = part.extend(crc, self._numbers[part.extent.offset])
-                continue
-            at = part.offset
-            while at < part.offset + part.length:
-                found, length = self._found[at]
-                crc, at = combine(crc, found, length), at + length
-        return crc
 
 
 def rounds(tasks: Sequence[Task], names: Sequence[str], seal: Seal, workers: int) -> Iterator[list[Task]]:
