@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, NoReturn, Optional
 
 from ms_ckpt_ext.engine.origin import foreign
-from ms_ckpt_ext.errors import DiscoveryError, UsageError
+from ms_ckpt_ext.errors import DiscoveryError, UsageError, storage_error
 from ms_ckpt_ext.formats import discovery
 
 
@@ -67,7 +67,7 @@ def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patt
         return _single(folder or ".", name, target, to)
     if not os.path.isdir(source):
         raise DiscoveryError(f"no such file or directory: {source!r}; check the path")
-    folders = sorted(child.name for child in Path(source).iterdir() if child.is_dir() and child.name.startswith(below))
+    folders = [child.name for child in discovery.inside(Path(source), Path.is_dir) if child.name.startswith(below)]
     if below and not folders:
         raise DiscoveryError(f"{source!r} holds no folder whose name starts with {below!r}; check the path")
     names = _walk(source, folders if below else None)
@@ -127,11 +127,14 @@ def _walk(source: str, folders: Optional[list[str]]) -> list[str]:
         return sorted(
             f"{folder}/{child.name}"
             for folder in folders
-            for child in Path(source, folder).iterdir()
-            if child.is_file()
+            for child in discovery.inside(Path(source, folder), Path.is_file)
         )
     found = []
-    for root, inner, names in os.walk(source):
+
+    def refused(error: OSError) -> NoReturn:
+        raise storage_error("look into", str(error.filename), error) from error
+
+    for root, inner, names in os.walk(source, onerror=refused):
         inner[:] = [name for name in inner if not name.startswith(".")]
         found += [os.path.relpath(os.path.join(root, name), source) for name in names if not name.startswith(".")]
     return sorted(found)

@@ -75,8 +75,7 @@ def inspect(
 def _is_strategy(path: str) -> bool:
     """Whether a path is a strategy file, or a directory with nothing but strategy files of stages."""
     if os.path.isdir(path):
-        names = sorted(os.listdir(path))
-        files = [os.path.join(path, n) for n in names if n.endswith((".ckpt", ".json"))]
+        files = [str(child) for child in discovery.inside(Path(path)) if child.suffix in (".ckpt", ".json")]
         return bool(files) and not discovery.is_sharded(path) and all(map(_is_strategy, files))
     if not os.path.isfile(path):
         return False
@@ -119,8 +118,8 @@ def _loose_files(directory: str, file_suffix: Optional[str], format: Optional[st
     if any(os.path.isfile(os.path.join(directory, name)) for name in (discovery.MAP_NAME, discovery.HF_INDEX_NAME)):
         return {}
     kinds = discovery.FORMATS if format is None else (format,)
-    names = [name for name in sorted(os.listdir(directory)) if name.endswith(tuple(f".{kind}" for kind in kinds))]
-    paths = {name: os.path.join(directory, name) for name in names}
+    suffixes = tuple(f".{kind}" for kind in kinds)
+    paths = {child.name: str(child) for child in discovery.inside(Path(directory)) if child.suffix in suffixes}
     files_ = {n: p for n, p in paths.items() if os.path.isfile(p) and not _is_strategy(p)}
     return files_ if len(files_) > 1 else {}
 

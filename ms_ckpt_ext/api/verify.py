@@ -19,6 +19,7 @@ from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, check, load_manifes
 from ms_ckpt_ext.engine.health import Health
 from ms_ckpt_ext.engine.proof import prove_file
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, DiscoveryError, FormatError, UsageError
+from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access, crc_fault, open_reader, read_index
 from ms_ckpt_ext.storage.reader import ByteReader
@@ -136,7 +137,7 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
         raise DiscoveryError(
             f"no such checkpoint directory: {path!r}; a manifest lies in a directory, beside the files"
         )
-    folders = [path, *sorted(str(child) for child in Path(path).iterdir() if child.is_dir())]
+    folders = [path, *map(str, discovery.inside(Path(path), Path.is_dir))]
     found = {folder: held for folder in folders if (held := load_manifest(folder)) is not None}
     if not found:
         raise DiscoveryError(
@@ -200,7 +201,7 @@ def _checksums(folder: str, names: list[str], access: Access, workers: int) -> l
 
 
 def _unlisted(folders: list[str], listed: set[str]) -> list[str]:
-    files = (os.path.join(folder, name) for folder in folders for name in sorted(os.listdir(folder)))
+    files = (str(path) for folder in folders for path in discovery.inside(Path(folder)))
     kinds = (".safetensors", ".ckpt")
     return [f for f in map(os.path.normpath, files) if f.endswith(kinds) and os.path.isfile(f) and f not in listed]
 

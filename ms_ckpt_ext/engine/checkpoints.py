@@ -100,7 +100,7 @@ def find_candidates(directory: str, kind: Optional[str] = None) -> list[Candidat
     if not root.is_dir():
         return []
     suffixes = [f".{suffix}" for suffix in discovery.FORMATS if kind in (None, suffix)]
-    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir() and not _RANK.fullmatch(p.name))]
+    folders = [root, *discovery.inside(root, lambda p: p.is_dir() and not _RANK.fullmatch(p.name))]
     return [c for folder in folders if not folder.name.startswith(".") for c in _in_folder(root, folder, suffixes)]
 
 
@@ -131,12 +131,12 @@ def _in_folder(root: Path, folder: Path, suffixes: list[str]) -> Iterator[Candid
 
 def _checkpoint_files(folder: Path, suffixes: list[str]) -> Iterator[tuple[int, Path]]:
     """(rank, path) of what may be a rank's checkpoint."""
-    children = list(folder.iterdir())
+    children = discovery.inside(folder)
     rank_folders = [(int(m[1]), p) for p in children if (m := _RANK.fullmatch(p.name)) and p.is_dir()]
     for rank, rank_folder in sorted(rank_folders):
-        yield from ((rank, path) for path in sorted(rank_folder.iterdir()) if path.suffix in suffixes)
+        yield from ((rank, path) for path in discovery.inside(rank_folder) if path.suffix in suffixes)
     if not rank_folders:
-        for path in sorted(children):
+        for path in children:
             if path.suffix in suffixes and path.is_file() and not discovery.is_strategy(path):
                 number = _RANK.search(path.name)
                 yield (int(number[1]) if number else 0), path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Layout
@@ -12,6 +13,7 @@ from ms_ckpt_ext.engine.checkpoints import Candidate
 from ms_ckpt_ext.engine.records import strategy_folder
 from ms_ckpt_ext.engine.survey import pack, unpack
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
+from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.transport.base import Transport
 
@@ -66,9 +68,9 @@ def _layouts_near(folder: str, candidate: Candidate) -> _Found:
 def _items_in(folder: str) -> list[Any]:
     """The layouts of all files of a folder, each once: every rank of a stage may have saved the same."""
     found: dict[str, Any] = {}
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((".ckpt", ".json")):
-            for item in entries(load_strategy(os.path.join(folder, name))):
+    for path in discovery.inside(Path(folder)):
+        if path.suffix in (".ckpt", ".json"):
+            for item in entries(load_strategy(path)):
                 found.setdefault(json.dumps(item), item)
     return list(found.values())
 

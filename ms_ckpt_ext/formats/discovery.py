@@ -41,7 +41,7 @@ class UnifiedFiles(NamedTuple):
     hyper: Optional[str]
 
 
-def inside(folder: Path, wanted: Callable[[Path], bool]) -> list[Path]:
+def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
     """What of a folder is wanted, in the order of names.
 
     Raises:
@@ -63,7 +63,7 @@ def is_sharded(directory: str) -> bool:
 
 def kinds(directory: str) -> set[str]:
     """Which of the known formats the rank folders hold files of."""
-    names = [child.name for folder in _rank_dirs(directory).values() for child in inside(folder, lambda _: True)]
+    names = [child.name for folder in _rank_dirs(directory).values() for child in inside(folder)]
     return {suffix for suffix in FORMATS if any(name.endswith(f".{suffix}") for name in names)}
 
 

@@ -15,6 +15,8 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
+from ms_ckpt_ext.engine.checkpoints import find_candidates
+from ms_ckpt_ext.engine.digests import Manifest
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import (
     arrays,
@@ -102,14 +104,15 @@ def test_an_unreadable_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """As for somebody who has no read permission for a folder."""
-    real = os.listdir
+    for name in ("listdir", "scandir"):
+        real = getattr(os, name)
 
-    def listdir(path: Any = ".") -> list[str]:
-        if os.fspath(path) == str(folder):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return real(path)
+        def refusing(path: Any = ".", real: Any = real) -> Any:
+            if os.fspath(path) == str(folder):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return real(path)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+        monkeypatch.setattr(os, name, refusing)
 
 
 def refuse_to_look(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -138,6 +141,25 @@ def test_a_source_that_may_not_be_looked_into(
         lambda: ms_ckpt_ext.load(root / "shards"),
     ):
         with pytest.raises(errors.StorageError, match=f"cannot look into '.*{where}': Permission denied; check the p"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", ["", "rank_2"])
+def test_a_tree_that_may_not_be_looked_into(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is passed over in silence."""
+    shards = source(tmp_path / "src") / "shards"
+    (shards / "ms_ckpt_ext.digests.json").write_bytes(Manifest({}).to_json())
+    refuse_to_list(monkeypatch, shards / where)
+    for call in (
+        lambda: ms_ckpt_ext.convert(shards, tmp_path / "out", to="ckpt"),
+        lambda: ms_ckpt_ext.safetensors_to_ckpt(shards, tmp_path / "out"),
+        lambda: ms_ckpt_ext.encrypt(shards, tmp_path / "out", enc_key=b"k" * 16),
+        lambda: ms_ckpt_ext.inspect(shards),
+        lambda: ms_ckpt_ext.verify(shards, manifest=True),
+        lambda: find_candidates(str(shards), None),
+    ):
+        with pytest.raises(errors.StorageError, match=f"cannot look into '.*{where or 'shards'}': Permission denied"):
             call()
     assert not (tmp_path / "out").exists()
 
