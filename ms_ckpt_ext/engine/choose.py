@@ -144,6 +144,8 @@ def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> li
     try:
         if probe:
             seen = [checkpoints.to_json(c) for c in find_candidates(wanted.directory, wanted.kind)]
+    except CheckpointError as problem:
+        error = problem
     except OSError as problem:
         error = storage_error("look for checkpoints in", wanted.directory, problem)
     share_status(transport, error)

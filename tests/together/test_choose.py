@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -20,7 +21,7 @@ from ms_ckpt_ext.engine.checkpoints import check_noted, find_candidates
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.digests import digest_file, update_manifest
 from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, read_records, write_record
-from ms_ckpt_ext.errors import DisagreementError, DiscoveryError, FormatError
+from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError, FormatError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
@@ -229,6 +230,38 @@ def test_the_order_is_that_of_saving_not_of_names(tmp_path: Path) -> None:
     save(tmp_path / "c", 900)
     save(tmp_path / "c", 50, prefix="net_1")
     assert step_of(look(tmp_path / "c")[0]) == 50
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (PermissionError(13, "Permission denied"), "cannot look into '.*rank_2': Permission denied"),
+        (FileNotFoundError(2, "No such file or directory"), "no such checkpoint directory: '.*rank_2'"),
+    ],
+)
+def test_what_one_host_cannot_look_into_ends_all(
+    problem: OSError, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and the ranks of other hosts hear what it was."""
+    save(tmp_path / "ckpt", 1)
+    real, here = Path.iterdir, threading.local()
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "rank_2" and here.rank == 1:
+            raise problem
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    heard = []
+
+    def rank(transport: LocalTransport) -> None:
+        here.rank = transport.rank
+        with pytest.raises(CheckpointError, match=words) as caught:
+            choose(transport, Wanted(str(tmp_path / "ckpt"), f"host {transport.rank}"))
+        heard.append(str(caught.value))
+
+    LocalWorld(2, timeout=20).run(rank)
+    assert len(heard) == 2
 
 
 def test_ranks_of_one_host_must_look_into_one_directory(tmp_path: Path) -> None:
