@@ -16,11 +16,11 @@ def info(message: str, *values: object) -> None:
     if "logging" in sys.modules:
         import logging
 
-        logging.getLogger(NAME).info(message, *values)
+        logging.getLogger(NAME).info(message, *values, stacklevel=2)
 
 
 def warning(message: str, *values: object) -> None:
     """Tell what may not be what was meant. Arguments as of `logging.Logger.warning`."""
     import logging
 
-    logging.getLogger(NAME).warning(message, *values)
+    logging.getLogger(NAME).warning(message, *values, stacklevel=2)

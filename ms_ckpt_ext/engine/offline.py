@@ -134,8 +134,8 @@ def _plenty(job: Job, nbytes: int, workers: int) -> int:
     """Bytes of an array that one worker takes at once.
 
     Most arrays whole, for what two workers bring of one is read back to be digested; but no worker shall be left with
-    more than an eighth of its share while the others have nothing to do. Of what was encrypted in large blocks nothing,
-    so that threads meet in the block that a reader keeps.
+    more than an eighth of its share while the others have nothing to do. Of what was encrypted in large blocks a block,
+    or what lies in it: parts of one block then meet in the block that a reader keeps.
     """
     return 0 if job.source.authenticated else max(pump.PLENTY, nbytes // (8 * workers))
 

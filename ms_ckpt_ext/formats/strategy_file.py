@@ -74,15 +74,23 @@ def merge_strategy_files(directory: PathLike, target: PathLike) -> None:
 
 
 def save_strategy(strategy: Strategy, target: PathLike) -> None:
-    """Write a strategy file that MindSpore reads too: merged when it has several stages; JSON for a `.json` name."""
+    """Write a strategy file that MindSpore reads too: merged when it has several stages; JSON for a `.json` name.
+
+    Raises:
+        StrategyError: a parameter's name is no Unicode.
+        StorageError: the file cannot be written.
+    """
     merged = strategy.stages > 1
     stages = sorted({stage for held in strategy.layouts.values() for stage in held})
     nodes = tuple(node(f"ms_ckpt_ext_stage_{stage}", stage) for stage in stages)
-    entries = tuple(
-        entry(f"{stage}-{name}" if merged else name, _layouts_of(layout))
-        for name, held in strategy.layouts.items()
-        for stage, layout in sorted(held.items())
-    )
+    try:
+        entries = tuple(
+            entry(f"{stage}-{name}" if merged else name, _layouts_of(layout))
+            for name, held in strategy.layouts.items()
+            for stage, layout in sorted(held.items())
+        )
+    except ValueError as error:
+        raise StrategyError(f"{strategy.origin} cannot be written as a strategy file: {error}") from error
     stage = _MERGED if merged else _FRESH
     _write(target, StrategyMap(nodes, entries), stage, text=os.fspath(target).endswith(".json"))
 
@@ -162,7 +170,7 @@ def _parse_json(path: str, data: bytes) -> StrategyMap:
             numbers = (int(held.get(field) or 0) for field in Layouts._fields[4:])
             entries.append(entry(name, Layouts(*rows, *numbers)))  # type: ignore[arg-type]
         return StrategyMap(nodes, tuple(entries))
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise StrategyError(f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}") from error
 
 

@@ -14,7 +14,8 @@ generated code would be bound to one major version of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from ms_ckpt_ext.errors import FormatError
@@ -32,6 +33,8 @@ from ms_ckpt_ext.formats.wire import (
 
 Rows = tuple[tuple[int, ...], ...]
 _ROWS, _NUMBERS = range(1, 5), range(5, 8)
+_UNSIGNED, _SMALL, _WIDE = (0, 2**32), (-(2**31), 2**31), (-(2**63), 2**63)  # uint32, int32, int64
+_TYPES = (_UNSIGNED, _SMALL, _WIDE, _WIDE, _SMALL, _SMALL, _SMALL)
 
 
 class Layouts(NamedTuple):
@@ -46,7 +49,12 @@ class Layouts(NamedTuple):
     opt_weight_shard_size: int = 0
 
     def encode(self) -> bytes:
-        """The message."""
+        """The message. Raises ValueError for a number that its field cannot hold."""
+        for name, rows_, kind in zip(self._fields, self[:4], _TYPES):
+            for value in chain(*rows_):
+                _require(name, value, kind)
+        for name, number, kind in zip(self._fields[4:], self[4:], _TYPES[4:]):
+            _require(name, number, kind)
         rows = b"".join(
             encode_bytes(number, b"".join(encode_number(1, value) for value in row))
             for number, held in zip(_ROWS, self[:4])
@@ -88,13 +96,20 @@ class StrategyMap(NamedTuple):
 
 
 def node(name: str, stage: int) -> Node:
-    """An operator of which nothing but its stage is known."""
+    """An operator of which nothing but its stage is known. Raises ValueError as `entry` does."""
+    _require("stage", stage, _UNSIGNED)
     return Node(name, stage, encode_bytes(1, name.encode()) + encode_bytes(2, encode_number(1, stage)))
 
 
 def entry(name: str, layouts: Layouts) -> Entry:
-    """A parameter that is to be written."""
+    """A parameter that is to be written. Raises ValueError where a name is no Unicode, or a number does not fit."""
+    name.encode()
     return Entry(name, layouts, layouts.encode())
+
+
+def _require(name: str, value: int, kind: tuple[int, int]) -> None:
+    if not kind[0] <= value < kind[1]:
+        raise ValueError(f"{name} of {value}: expected at least {kind[0]} and less than {kind[1]}")
 
 
 def decode(data: bytes, path: str) -> StrategyMap:
@@ -103,7 +118,7 @@ def decode(data: bytes, path: str) -> StrategyMap:
     Raises:
         FormatError: lengths contradict each other, or a parameter's name is not UTF-8; `path` is for messages.
     """
-    cursor = Cursor(MemoryReader(data, path), window=len(data))
+    cursor = Cursor(MemoryReader(data, path))
     nodes, entries = [], []
     known: dict[bytes, Layouts] = {}
     for found in fields(cursor, len(data)):
@@ -134,17 +149,16 @@ def _node(cursor: Cursor, outer: Field, data: bytes) -> Node:
 
 def _entry(cursor: Cursor, outer: Field, data: bytes, known: dict[bytes, Layouts]) -> Entry:
     """`known` takes every message of layouts, for most parameters share a few."""
-    name, layouts, message = "", Layouts(), b""
+    name, parts = "", []
     for found in _within(cursor, outer):
         if found.wire == BYTES and found.number == 1:
             name = _text(data[found.value : found.stop], found, cursor.path)
         elif found.wire == BYTES and found.number == 2:
-            part = data[found.value : found.stop]
-            message += part
-            if message not in known:
-                known[message] = _layouts(cursor, found, layouts)
-            layouts = known[message]
-    return Entry(name, layouts, message)
+            parts.append(found)
+    message = b"".join(data[part.value : part.stop] for part in parts)
+    if message not in known:
+        known[message] = _layouts(cursor, parts)
+    return Entry(name, known[message], message)
 
 
 def _text(raw: bytes, found: Field, path: str) -> str:
@@ -154,11 +168,11 @@ def _text(raw: bytes, found: Field, path: str) -> str:
         raise FormatError(f"{path!r}: the name {raw!r} at byte {found.value} is not UTF-8") from None
 
 
-def _layouts(cursor: Cursor, outer: Field, before: Layouts) -> Layouts:
-    """A message merged into what came before it, as protobuf merges what stands twice."""
-    rows: list[list[tuple[int, ...]]] = [list(held) for held in before[:4]]
-    numbers = list(before[4:])
-    for found in _within(cursor, outer):
+def _layouts(cursor: Cursor, parts: Sequence[Field]) -> Layouts:
+    """A message; where it stands more than once, all of it, as protobuf merges what does."""
+    rows: list[list[tuple[int, ...]]] = [[] for _ in _ROWS]
+    numbers = [0 for _ in _NUMBERS]
+    for found in (field for part in parts for field in _within(cursor, part)):
         if found.wire == BYTES and found.number in _ROWS:
             rows[found.number - 1].append(tuple(_row(cursor, found)))
         elif found.wire == VARINT and found.number in _NUMBERS:

@@ -223,4 +223,5 @@ def encode_number(number: int, value: int) -> bytes:
     >>> encode_number(1, -1).hex()
     '08ffffffffffffffffff01'
     """
+    assert -(1 << 63) <= value < 1 << 64, value
     return encode_varint(number << 3 | VARINT) + encode_varint(value & (1 << 64) - 1)

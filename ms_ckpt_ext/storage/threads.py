@@ -91,9 +91,12 @@ def in_order(call: Callable[[_Item], _Result], items: Iterable[_Item], workers: 
         return do
 
     todo = list(items)
+    failed: Optional[BaseException] = None
     try:
         spread(iter(enumerate(todo)), min(workers, len(todo)), make)
     except BaseException as error:  # noqa: BLE001 - raised below
-        first = errors[min(errors)] if errors else error  # what stands before an item that was taken was taken, too
-        raise first from first.__cause__
+        failed = error
+    if failed is not None:
+        # What stands before an item that was taken was taken, too. Ctrl-C comes before everything.
+        raise errors[min(errors)] if errors and isinstance(failed, Exception) else failed
     return [results[number] for number in range(len(todo))]

@@ -6,6 +6,7 @@ import io
 import random
 import struct
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -221,6 +222,36 @@ def test_blocks_are_streamed_by_several_threads_at_once() -> None:
     work(0)
     other.join()
     assert found == {0: PLAIN[:4096], 4096: PLAIN[4096:8192]}
+
+
+def test_who_is_interrupted_while_waiting_holds_nobody_up() -> None:
+    """Ctrl-C reaches the main thread wherever it is; those behind it go on."""
+    turn, order = units._Turn(), []
+    wait = turn._changed.wait
+
+    def interrupted(timeout: Any = None) -> bool:
+        if threading.current_thread().name == "b":
+            raise KeyboardInterrupt
+        return wait(timeout)
+
+    turn._changed.wait = interrupted  # type: ignore[method-assign]
+
+    def work(name: str) -> None:
+        try:
+            with turn:
+                order.append(name)
+        except KeyboardInterrupt:
+            order.append(f"{name} left")
+
+    with turn:
+        threads = [threading.Thread(target=work, args=(name,), name=name, daemon=True) for name in "abc"]
+        for number, thread in enumerate(threads, 2):
+            thread.start()
+            while turn._tickets < number:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(timeout=30)
+    assert order == ["b left", "a", "c"]
 
 
 def test_many_threads_decrypt_each_block_once(monkeypatch: pytest.MonkeyPatch) -> None:

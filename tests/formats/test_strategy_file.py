@@ -201,3 +201,28 @@ def test_mutations_give_layouts_or_our_error(changes: list, keep: int, golden: P
     except CheckpointError:
         return
     assert strategy.world >= 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"parallel_layout_item": {"\\ud800": {"dev_matrix": [2]}}}',
+        '{"parallel_strategy_item": {"op": {"stage": -1}}, "parallel_layout_item": {"w": {"dev_matrix": [2]}}}',
+        '{"parallel_strategy_item": {"op": {"stage": Infinity}}, "parallel_layout_item": {"w": {"dev_matrix": [2]}}}',
+        '{"parallel_layout_item": {"w": {"dev_matrix": [2], "opt_weight_shard_step": Infinity}}}',
+        '{"parallel_layout_item": {"w": {"dev_matrix": [2], "opt_weight_shard_step": 18446744073709551616}}}',
+        '{"parallel_layout_item": {"w": {"dev_matrix": [4294967296]}}}',
+    ],
+)
+def test_numbers_and_names_that_the_other_form_cannot_hold(text: str, tmp_path: Path) -> None:
+    """What one form held and the other did not would be another layout after it was saved again."""
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(StrategyError, match="not valid JSON of MindSpore's form"):
+        load_strategy(tmp_path / "s.json")
+
+
+def test_a_name_that_is_no_text_is_not_saved(tmp_path: Path) -> None:
+    strategy = Strategy.from_items([LayoutItem("\ud800", 0, Layout((2,), ((0,),)))], "the layout dict")
+    with pytest.raises(StrategyError, match="the layout dict cannot be written as a strategy file"):
+        save_strategy(strategy, tmp_path / "s.ckpt")
+    assert not (tmp_path / "s.ckpt").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats.strategy_wire import Layouts, StrategyMap, decode, entry, node
+from ms_ckpt_ext.formats.wire import encode_varint
 from tests.jobs.support import CASES
 
 ROWS = Layouts._fields[:4]
@@ -151,3 +153,33 @@ def test_names_that_are_no_text() -> None:
     with pytest.raises(FormatError, match=r"'s': the name b'\\xff' at byte 4 is not UTF-8"):
         decode(b"\x1a\x03\x0a\x01\xff", "s")
     assert decode(b"\x12\x03\x0a\x01\xff", "s").nodes[0].name == "\ufffd"  # of an operator only the stage counts
+
+
+def test_what_stands_many_times_is_read_once() -> None:
+    """Memory and time grow as the file does, not as its square."""
+    held = b"\x0a\x01w" + b"\x12\x02\x38\x01" * 50_000  # parallel_layouts { opt_weight_shard_size: 1 }, over and over
+    data = b"\x1a" + encode_varint(len(held)) + held
+    tracemalloc.start()
+    (found,) = decode(data, "s").entries
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.layouts == Layouts(opt_weight_shard_size=1)
+    assert peak < 100 * len(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "layouts"),
+    [
+        ("\ud800", Layouts()),
+        ("w", Layouts(dev_matrix=((-1,),))),
+        ("w", Layouts(dev_matrix=((2**32,),))),
+        ("w", Layouts(tensor_map=((2**31,),))),
+        ("w", Layouts(param_split_shape=((2**63,),))),
+        ("w", Layouts(opt_weight_shard_step=2**64)),
+    ],
+)
+def test_what_a_file_cannot_hold_is_not_written(name: str, layouts: Layouts) -> None:
+    with pytest.raises(ValueError, match=r"surrogates not allowed|expected at least -?\d+ and less than \d+"):
+        entry(name, layouts)
+    with pytest.raises(ValueError, match="stage of -1"):
+        node("op", -1)

@@ -52,6 +52,20 @@ def test_the_error_of_the_first_item_that_has_one_is_raised() -> None:
     assert len(begun) < 900
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_an_error_came_out_of_is_kept(workers: int) -> None:
+    def call(_: int) -> None:
+        try:
+            os.stat("/nowhere/at/all")
+        except OSError:
+            raise ValueError("implicit")  # noqa: B904 - the context is what is tested
+
+    with pytest.raises(ValueError, match="implicit") as caught:
+        in_order(call, range(3), workers)
+    assert isinstance(caught.value.__context__, FileNotFoundError)
+    assert not caught.value.__suppress_context__
+
+
 def test_an_interruption_is_passed_on() -> None:
     def call(item: int) -> None:
         raise KeyboardInterrupt

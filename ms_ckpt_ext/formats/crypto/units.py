@@ -114,17 +114,29 @@ class _Turn:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._tickets = self._served = 0
+        self._gone: set[int] = set()
 
     def __enter__(self) -> None:
         with self._changed:
             ticket = self._tickets
             self._tickets += 1
-            self._changed.wait_for(lambda: self._served == ticket)
+            try:
+                self._changed.wait_for(lambda: self._served == ticket)
+            except BaseException:  # Ctrl-C: who stands behind must not wait for this one
+                self._gone.add(ticket)
+                self._next()
+                raise
 
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._served += 1
-            self._changed.notify_all()
+            self._next()
+
+    def _next(self) -> None:
+        while self._served in self._gone:
+            self._gone.remove(self._served)
+            self._served += 1
+        self._changed.notify_all()
 
 
 class UnitReader:
