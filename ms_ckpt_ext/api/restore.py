@@ -21,6 +21,7 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
+from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.strategy_file import load_strategy
@@ -72,6 +73,7 @@ def resume(
     allow_missing: bool = False,
     strict_load: bool = True,
     format: Optional[str] = None,
+    choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
     dec_key: Any = None,
@@ -102,7 +104,8 @@ def resume(
         strict_load: refuse to cast between dtypes of a family and to match names by suffix. Unlike in
             `load_distributed_checkpoint` this is the default: a training goes on exactly as it was, or not at all.
         format: "safetensors" or "ckpt", where a directory holds both.
-        name_map: name in the network -> name in the checkpoint.
+        choice_func, name_map: as in `load_distributed_checkpoint`: name in the checkpoint -> True (take it), False
+            (leave it) or a str (new name); then name in the network -> name after that.
         rules: weight rules (`ms_ckpt_ext.rules`), as in `load_distributed_checkpoint`.
         dec_key, dec_mode: of encrypted files, as in `load_distributed_checkpoint`.
         check: "headers": all files are there and long enough. "digests": also every tensor is as it was saved, where
@@ -123,7 +126,7 @@ def resume(
     checked_format(format, "format", optional=True)
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
-    naming = checked_naming(None, name_map)
+    naming = checked_naming(choice_func, name_map)
     options = LoadOptions(
         mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
         bucket_bytes=bucket_bytes,

@@ -203,6 +203,11 @@ def test_weights_from_a_hugging_face_directory_and_back(tmp_path: Path) -> None:
     assert contents(served) == contents(net)
     assert state.checkpoint == str(tmp_path / "hf")
     assert state.bytes_read == sum(map(len, contents(net).values()))
+    chosen = network(2)
+    load_for_inference(chosen, tmp_path / "hf", choice_func=lambda name: name.rpartition(".")[2])
+    assert contents(chosen) == contents(net)
+    with pytest.raises(ArgumentTypeError, match="choice_func must be callable, got dict"):
+        load_for_inference(chosen, tmp_path / "hf", choice_func=theirs)
 
 
 def test_optimizer_states_are_not_read_for_inference(tmp_path: Path) -> None:
