@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
@@ -23,6 +22,7 @@ from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access, crc_fault, open_reader, read_index
 from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.threads import in_order
 
 
 class Unchecked(NamedTuple):
@@ -195,9 +195,8 @@ def _checksums(folder: str, names: list[str], access: Access, workers: int) -> l
     def look(name: str) -> Optional[str]:
         return crc_fault(read_index(os.path.join(folder, *name.split("/")), access), access)
 
-    with ThreadPoolExecutor(workers, "checksum") as pool:
-        told = zip(names, pool.map(look, names))
-        return [Fault(name, None, fault, "contents that fit the file's checksum") for name, fault in told if fault]
+    told = zip(names, in_order(look, names, workers))
+    return [Fault(name, None, fault, "contents that fit the file's checksum") for name, fault in told if fault]
 
 
 def _unlisted(folders: list[str], listed: set[str]) -> list[str]:

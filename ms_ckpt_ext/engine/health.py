@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional
 
@@ -31,7 +30,7 @@ from ms_ckpt_ext.formats.ckpt import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import crc_fault
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.threads import spread
+from ms_ckpt_ext.storage.threads import in_order, spread
 
 _BUFFER = 1 << 20  # stays in a core's cache between read, digest and count
 
@@ -194,10 +193,9 @@ def _damaged(
         progress(index.size)
         return fault
 
-    with ThreadPoolExecutor(max(1, min(workers, len(files))), "checksum") as pool:
-        for index, fault in zip(files, pool.map(look, files)):
-            if fault is not None:
-                yield Damaged(index.path, fault)
+    for index, fault in zip(files, in_order(look, files, workers)):
+        if fault is not None:
+            yield Damaged(index.path, fault)
 
 
 def _slices(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Iterator[_Slice]:
