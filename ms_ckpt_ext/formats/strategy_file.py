@@ -171,7 +171,10 @@ def _parse_json(path: str, data: bytes) -> StrategyMap:
             entries.append(entry(name, Layouts(*rows, *numbers)))  # type: ignore[arg-type]
         return StrategyMap(nodes, tuple(entries))
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        raise StrategyError(f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}") from error
+        raise StrategyError(
+            f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}; "
+            "save it again from the training job"
+        ) from error
 
 
 def _rows(value: list[Any]) -> Rows:

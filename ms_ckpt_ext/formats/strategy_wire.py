@@ -97,14 +97,17 @@ class StrategyMap(NamedTuple):
 
 def node(name: str, stage: int) -> Node:
     """An operator of which nothing but its stage is known. Raises ValueError as `entry` does."""
-    _require("stage", stage, _UNSIGNED)
+    _require(f"{name!r}: stage", stage, _UNSIGNED)
     return Node(name, stage, encode_bytes(1, name.encode()) + encode_bytes(2, encode_number(1, stage)))
 
 
 def entry(name: str, layouts: Layouts) -> Entry:
     """A parameter that is to be written. Raises ValueError where a name is no Unicode, or a number does not fit."""
-    name.encode()
-    return Entry(name, layouts, layouts.encode())
+    try:
+        name.encode()
+        return Entry(name, layouts, layouts.encode())
+    except ValueError as error:
+        raise ValueError(f"parameter {name!r}: {error}") from error
 
 
 def _require(name: str, value: int, kind: tuple[int, int]) -> None:
