@@ -115,7 +115,8 @@ def convert(
             "AES-GCM", in this package's chunked container (docs/encryption.md).
         crc_check: verify the checksum of every input that has one, before anything is written.
         crc: give every result a checksum.
-        digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see `engine.digests`.
+        digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see `engine.manifest`;
+            of encrypted results they are encrypted, too.
         max_process_num: upper bound on worker threads.
         buffer_bytes: buffer budget of each worker.
         sync: the results are on disk when this returns; False as in `merge`.
@@ -148,6 +149,7 @@ def encrypt(
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = GCM,
     file_name_regex: Optional[str] = None,
+    digests: bool = True,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
     sync: bool = True,
@@ -162,7 +164,7 @@ def encrypt(
     if seal is None:
         raise UsageError(f"enc_key is needed: give the key, or set the environment variable {ENC_KEY_VARIABLE}")
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
-    return _copy(src, dst, PLAIN, seal, file_name_regex, "encrypt", run)
+    return _copy(src, dst, PLAIN, seal, file_name_regex, digests, "encrypt", run)
 
 
 def decrypt(
@@ -172,6 +174,7 @@ def decrypt(
     dec_key: Optional[KeyLike] = None,
     dec_mode: Optional[str] = None,
     file_name_regex: Optional[str] = None,
+    digests: bool = True,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
     sync: bool = True,
@@ -191,7 +194,7 @@ def decrypt(
         raise UsageError(f"dec_key is needed: give the key, or set the environment variable {DEC_KEY_VARIABLE}")
     access = access._replace(optional=False)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
-    return _copy(src, dst, access, None, file_name_regex, "decrypt", run)
+    return _copy(src, dst, access, None, file_name_regex, digests, "decrypt", run)
 
 
 def _copy(
@@ -200,13 +203,14 @@ def _copy(
     access: Access,
     seal: Optional[Seal],
     file_name_regex: Optional[str],
+    digests: bool,
     title: str,
     run: Running,
 ) -> Report:
     """Every file with the plaintext it has."""
     found = find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
     maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
-    job = copy_job(found.inputs, access, maps, seal)
+    job = copy_job(found.inputs, access, maps, seal, digests)
     return execute(job, found.target, run, title)
 
 

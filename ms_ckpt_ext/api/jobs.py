@@ -83,7 +83,7 @@ def merge(
         dec_key, dec_mode: of an encrypted source; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
         enc_key, enc_mode: encrypt the result; by default with the key in MS_CKPT_EXT_ENC_KEY, if there is one.
         crc_check, crc: verify checksums of the source; give one to every file that is written.
-        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
+        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.manifest`.
         max_process_num, buffer_bytes: upper bound on worker threads, and the buffer budget of each.
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
             for the disk either. Being killed harms no result in either case. Not with shares.

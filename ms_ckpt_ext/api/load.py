@@ -102,7 +102,7 @@ def load_distributed_checkpoint(
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix: which file of a rank folder of a sharded source; None for the newest.
         buffer_bytes: buffer budget of each worker.
-        digests: in save mode: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
+        digests: in save mode: write `ms_ckpt_ext.digests.json` beside the files, see `engine.manifest`.
         sync: in save mode: the files are on disk when this returns; False as in `unified_safetensors`.
         mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
             checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.

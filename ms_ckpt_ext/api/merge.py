@@ -75,7 +75,7 @@ def unified_safetensors(
         naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
-        digests: write `ms_ckpt_ext.digests.json` beside the files: xxh3-128 of every tensor, see `engine.digests`.
+        digests: write `ms_ckpt_ext.digests.json` beside the files: xxh3-128 of every tensor, see `engine.manifest`.
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
             for the disk either. Being killed harms no result in either case. Not with shares.
         dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable

@@ -78,7 +78,7 @@ def transform_checkpoints(
         buffer_bytes: buffer budget of each worker.
         dec_key, dec_mode, crc_check, enc_key, enc_mode: as in `load_distributed_checkpoint`.
         crc: give every file a checksum.
-        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.digests`.
+        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.manifest`.
         sync: the files are on disk when this returns; False as in `unified_safetensors`.
         choice_func, name_map: as in `load_distributed_checkpoint`: what the target's names hold of the source's.
 

@@ -14,8 +14,9 @@ from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.engine import health
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, check, load_manifest
+from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.health import Health
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, load_manifest, opened
 from ms_ckpt_ext.engine.proof import prove_file
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, DiscoveryError, FormatError, UsageError
 from ms_ckpt_ext.formats import discovery
@@ -42,8 +43,8 @@ class ManifestCheck:
         nbytes: bytes of the files.
         faults: what is not as it was written.
         unlisted: checkpoint files that no manifest lists.
-        unchecked: files of which only the size could be compared, and why: an encrypted file has no digests. With its
-            key it is decrypted whole instead, for its authentication tags and the checksum inside.
+        unchecked: files of which only the size could be compared, and why: encrypted, without a key; or without digests
+            on record and with neither authentication nor a checksum inside.
     """
 
     manifests: tuple[str, ...]
@@ -82,8 +83,9 @@ def verify(
 
     With `b`: are both the same model? Layouts, formats and encryption may differ; values are compared bit for bit,
     region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
-    that `ms_ckpt_ext.digests.json` gives it? Encrypted files have no digests and are decrypted whole instead; without
-    their key, or in a mode without authentication, they count as not checked. Else: is every slice there, are all
+    that `ms_ckpt_ext.digests.json` gives it? Those of encrypted files open with their key, without which they count as
+    not checked. An encrypted file without digests is decrypted whole instead; in a mode without authentication it
+    counts as not checked. Else: is every slice there, are all
     copies of a slice equal, and what is NaN or infinite? Without `b`, checksums that files carry are verified as well.
 
     Args:
@@ -147,7 +149,7 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
     listed = {os.path.normpath(os.path.join(folder, name)) for folder, held in found.items() for name in held.files}
     faults: list[Fault] = []
     unchecked: list[Unchecked] = []
-    sizes = [entry.size for held in found.values() for entry in held.files.values()]
+    tensors, sizes = 0, [entry.size for held in found.values() for entry in held.files.values()]
     with progress.bar("verify", sum(sizes)) as advance:
 
         def opener(file: str) -> ByteReader:
@@ -155,16 +157,17 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
 
         for folder, held in found.items():
             prefix = os.path.relpath(folder, path)
-            told = check(folder, held, None, workers, lambda file: read_index(file, access), opener)
+            readable, closed = opened(held, access.key)
+            tensors += sum(len(entry.tensors) for entry in readable.files.values())
+            told = closed + check(folder, readable, None, workers, lambda file: read_index(file, access), opener)
             damaged = {fault.file for fault in told}
-            without = [name for name, entry in held.files.items() if not entry.tensors and name not in damaged]
-            proved, open_ = _prove(folder, without, access, advance)
-            whole = [name for name, entry in held.files.items() if entry.tensors and name not in damaged]
+            rest = {name: entry for name, entry in readable.files.items() if name not in damaged}
+            proved, open_ = _prove(folder, [n for n, entry in rest.items() if not entry.tensors], access, advance)
+            whole = [name for name, entry in rest.items() if entry.tensors and held.files[name].sealed is None]
             summed = _checksums(folder, whole, access, workers)
             told = [*told, *proved, *summed]
             faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in told]
             unchecked += [u._replace(file=os.path.normpath(os.path.join(prefix, u.file))) for u in open_]
-    tensors = sum(len(entry.tensors) for held in found.values() for entry in held.files.values())
     manifests = tuple(os.path.join(folder, MANIFEST_NAME) for folder in found)
     return ManifestCheck(
         manifests, len(sizes), tensors, sum(sizes), tuple(faults), tuple(_unlisted(folders, listed)), tuple(unchecked)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict
-from ms_ckpt_ext.engine.digests import FileDigests, digest_file, update_manifest
+from ms_ckpt_ext.engine.digests import digest_file
+from ms_ckpt_ext.engine.manifest import FileDigests, update_manifest
 from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, write_record
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, storage_error
 from ms_ckpt_ext.formats.registry import read_index

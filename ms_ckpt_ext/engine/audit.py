@@ -6,7 +6,7 @@
 3. All ranks tell what they found; if anything differs, all of them raise the same error.
 
 This costs one more read of every wanted byte over all ranks together, and its digest; memory is 1 MiB a thread.
-Authenticated encryption proves its contents by itself (`engine.proof`), so such files are left to that.
+An encrypted file without digests on record is left to its authentication, where it has one (`engine.proof`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Optional
 
 from ms_ckpt_ext.core.plan import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.catalog import AUTHENTICATED, Catalog
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Fault, FileDigests, digest_tensors, digests_of
+from ms_ckpt_ext.engine.digests import digest_tensors
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, digests_of
 from ms_ckpt_ext.errors import ChecksumError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import reopen
@@ -67,7 +68,7 @@ def audit(
     Raises:
         ChecksumError: on all ranks; names every rank's first findings with parameter, file and both digests.
         UsageError: a file has no digests on record; PeerError on the ranks that did not look at it.
-        FormatError, StorageError: it cannot be read; PeerError on the others.
+        FormatError, StorageError: it, or what is on record, cannot be read; PeerError on the others.
     """
     pairs = sorted({pair for tensor in wanted for pair in _stored(tensor)})
     mine = _deal(pairs, catalog, sees, transport.size)[transport.rank]
@@ -116,9 +117,9 @@ def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world:
 
 def _differences(catalog: Catalog, file: int, names: list[str], workers: int) -> list[Fault]:
     index = catalog.files[file]
-    if index.reader in AUTHENTICATED:
+    recorded = digests_of(index.path, catalog.access.key)
+    if index.reader in AUTHENTICATED and (recorded is None or not recorded.tensors):
         return []
-    recorded = digests_of(index.path)
     unknown = list(names) if recorded is None else [name for name in names if name not in recorded.tensors]
     if recorded is None or unknown:
         raise UsageError(

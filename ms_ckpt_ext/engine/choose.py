@@ -28,8 +28,9 @@ from ms_ckpt_ext.engine import checkpoints
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, find_candidates
 from ms_ckpt_ext.engine.contents import TEXT, read_whole
-from ms_ckpt_ext.engine.digests import Manifest, check, load_manifest
+from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.manifest import Manifest, load_manifest
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.trained import entries, find_layouts
 from ms_ckpt_ext.errors import (
@@ -269,7 +270,7 @@ def _faults(index: FileIndex, access: Access) -> str:
         return ""
     faults = check(
         folder,
-        Manifest(manifest.files),
+        Manifest({name: manifest.files[name].opened_by(access.key, name)}),
         [name],
         1,
         partial(read_index, access=access),

@@ -22,7 +22,7 @@ from ms_ckpt_ext.errors import ChecksumError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, registry
 from ms_ckpt_ext.formats.ckpt import CRC_NUM, CRC_OFFSET
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
-from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
+from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.storage.reader import ByteReader
@@ -79,7 +79,7 @@ def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], 
             "and which MindSpore does not load; leave it out, or keep it as safetensors"
         )
     wanted = (Wanted(new, tensors[stored], whole_box(tensors[stored])) for stored, new in renamed.items())
-    return Output(name, layout, tuple(wanted))
+    return Output(name, layout, tuple(wanted), layout.tensors)
 
 
 def _renamed(path: str, chosen: Mapping[str, Optional[str]]) -> dict[str, str]:
@@ -101,28 +101,45 @@ def _notes(held: FileIndex, renamed: Mapping[str, str]) -> dict[str, str]:
 
 
 def copy_job(
-    inputs: Mapping[str, str], access: Access = PLAIN, index: Mapping[str, bytes] = {}, seal: Optional[Seal] = None
+    inputs: Mapping[str, str],
+    access: Access = PLAIN,
+    index: Mapping[str, bytes] = {},
+    seal: Optional[Seal] = None,
+    digests: bool = True,
 ) -> Job:
     """Every input file as it is: the same plaintext, byte for byte. Arguments and errors as for `convert_job`.
 
-    There are no digests of plain outputs, for their tensors are not looked at. A checksum inside MindSpore's blocks is
-    compared with the output before that is accepted: nothing else would tell that blocks changed places.
+    A checksum inside MindSpore's blocks is compared with the output before that is accepted: nothing else would tell
+    that blocks changed places.
     """
     indexes, tensors, outputs = [], {}, []
     for number, (name, path) in enumerate(inputs.items()):
         with registry.open_reader(path, access) as reader:
             size, kind = reader.size, getattr(reader, "kind", "plain")
             checksum = _to_be_proved(path, reader) if kind in BLOCK_MAGIC.values() else None
-            if kind == "plain":
-                registry.read_index(path)  # what is no checkpoint might not be told from one by a wrong key afterwards
+            holds = _holds(path, reader, kind)
             entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
             indexes.append(FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind))
         tensor = tensors[f"{number}/{_CONTENTS}"] = whole_tensor(_CONTENTS, entry, [number])
         layout = FileLayout(size, (), {_CONTENTS: entry}, checksum)
-        outputs.append(Output(name, layout, (Wanted(_CONTENTS, tensor, whole_box(tensor)),)))
+        outputs.append(Output(name, layout, (Wanted(_CONTENTS, tensor, whole_box(tensor)),), holds))
     source = Catalog(tuple(indexes), tensors, {}, {}, access)
-    # A manifest of plain files lists tensors, which a copy does not look at.
-    return Job(source, tuple(outputs), index=index, seal=seal, digests=seal is not None)
+    return Job(source, tuple(outputs), index=index, seal=seal, digests=digests)
+
+
+def _holds(path: str, reader: ByteReader, kind: str) -> Optional[Mapping[str, TensorEntry]]:
+    """The tensors of a file that is copied; None where telling costs as much as decrypting it, or it is none of ours.
+
+    A plain file must be a checkpoint: encrypted, what is none might not be told from one by a wrong key.
+    """
+    if kind == GCM:
+        return None
+    try:
+        return registry.index_through(reader, path).tensors
+    except FormatError:
+        if kind == "plain":
+            raise
+        return None
 
 
 def _to_be_proved(path: str, reader: ByteReader) -> Optional[Checksum]:

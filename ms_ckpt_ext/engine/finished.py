@@ -8,24 +8,23 @@ from typing import Optional
 
 from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.job import Job, Output
+from ms_ckpt_ext.engine.manifest import FileDigests
 from ms_ckpt_ext.errors import CheckpointError
-from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.storage.staging import Staging
 
 
-def noted(staging: Staging, name: str) -> Optional[dict[str, str]]:
-    """The digests of a complete file; None where there are none."""
+def noted(staging: Staging, name: str) -> Optional[FileDigests]:
+    """What the manifest is to say of a complete file, as it was noted when it was written; None where that is lost."""
     try:
-        noted: dict[str, str] = json.loads(staging.note(name) or b"null")
-    except ValueError:
+        return FileDigests.from_json(json.loads(staging.note(name) or b"null"))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return noted
 
 
 def is_done(job: Job, output: Output, staging: Staging) -> bool:
     """True when an output is complete: by its size and framing, and where it is encrypted, by the key and its start."""
     literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
-    if job.digests_contents and noted(staging, output.name) is None:
+    if job.digests and noted(staging, output.name) is None:
         return False
     return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
 
@@ -33,14 +32,16 @@ def is_done(job: Job, output: Output, staging: Staging) -> bool:
 def is_intact(job: Job, output: Output, staging: Staging, workers: int) -> bool:
     """Whether a complete output still holds what was written: its tensors' digests are those noted at the time.
 
-    Reads the file, so it is for what an earlier run left, once. Encrypted files have no digests, and copies neither:
-    of them, True.
+    Reads the file, so it is for what an earlier run left, once. Without digests there is nothing to compare: True.
     """
-    if not job.digests_contents:
+    if not job.digests:
         return True
-    path, layout = staging.place(output.name), output.layout
-    index = FileIndex(path, layout.size, 0, layout.tensors)
+    held = noted(staging, output.name)
+    if held is None:
+        return False
     try:
-        return digest_tensors(index, workers=workers, opener=partial(job.open, output)) == noted(staging, output.name)
+        expected = held.opened_by(None if job.seal is None else job.seal.key, output.name)
+        index = job.contents(output, staging.place(output.name))
+        return digest_tensors(index, workers=workers, opener=partial(job.open, output)) == expected.tensors
     except (OSError, CheckpointError):  # what cannot be read is written again
         return False

@@ -19,8 +19,8 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.index import FileLayout
-from ms_ckpt_ext.formats.registry import open_reader
+from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry
+from ms_ckpt_ext.formats.registry import index_through, open_reader
 from ms_ckpt_ext.storage.linux import boot_id
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.staging import ONE_TASK
@@ -39,11 +39,16 @@ class Wanted(NamedTuple):
 
 
 class Output(NamedTuple):
-    """One file to write: its name relative to the target, its layout, and what fills it."""
+    """One file to write: its name relative to the target, its layout, and what fills it.
+
+    `holds` are the tensors that are digested: those of the layout, or of the file that is copied as it is. None when
+    they are known when it is written, and not before.
+    """
 
     name: str
     layout: FileLayout
     wanted: tuple[Wanted, ...]
+    holds: Optional[Mapping[str, TensorEntry]]
 
 
 class Job:
@@ -96,10 +101,12 @@ class Job:
         """The plaintext of an output that was written."""
         return PlainReader(path) if self.seal is None else open_reader(path, self.seal.access(output.name))
 
-    @property
-    def digests_contents(self) -> bool:
-        """True when tensors are digested: not those of encrypted files, see `engine.digests`."""
-        return self.digests and self.seal is None
+    def contents(self, output: Output, path: str) -> FileIndex:
+        """The tensors of an output that was written. Raises FormatError: it is a copy of what is no checkpoint."""
+        if output.holds is not None:
+            return FileIndex(path, output.layout.size, 0, output.holds)
+        with self.open(output, path) as reader:
+            return index_through(reader, output.name)
 
 
 def check(job: Job, target: str) -> None:

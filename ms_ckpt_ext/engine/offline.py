@@ -5,7 +5,7 @@
 3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
    Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
    after the next boot nothing of such a job is taken for done.
-4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.digests`) with it.
+4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.manifest`) with it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, Union
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, FileDigests, digest_framing, renewed, take_off_record
+from ms_ckpt_ext.engine.digests import digest_file, streams
 from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
 from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, renewed, take_off_record
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
 from ms_ckpt_ext.engine.summing import SummingSink
+from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import PlainReader
@@ -94,19 +97,17 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
 
 
 def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
-    held = {name: _digests(job, outputs[name], staging) for name in sorted(outputs)} if job.digests else {}
+    held = {name: _digests(staging, name) for name in sorted(outputs)} if job.digests else {}
     manifest = renewed(target, held, (*outputs, *job.replaces))
     beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
     replaces = (*job.replaces, MANIFEST_NAME, *take_off_record(target, (*outputs, *job.replaces)))
     staging.publish(tuple(outputs), job.index, replaces, beside)
 
 
-def _digests(job: Job, output: Output, staging: Staging) -> FileDigests:
-    """What the manifest says about a complete file."""
-    if not job.digests_contents:
-        return FileDigests(job.size(output), {})
-    framing = digest_framing(staging.place(output.name), output.layout.tensors, PlainReader)
-    return FileDigests(job.size(output), noted(staging, output.name) or {}, framing)
+def _digests(staging: Staging, name: str) -> FileDigests:
+    held = noted(staging, name)
+    assert held is not None  # else the file is not complete
+    return held
 
 
 def _fill(
@@ -116,7 +117,7 @@ def _fill(
     written = sum(map(job.size, todo))
     staging.check_space(written)
     allow_open_files(len(todo) + len(job.source.files))
-    with job.source.readers() as readers, _Files(todo, staging, job) as files:
+    with job.source.readers() as readers, _Files(todo, staging, job, workers) as files:
 
         def landed(sink: int, nbytes: int) -> None:
             files.landed(sink, nbytes)
@@ -161,8 +162,8 @@ def _pool() -> ThreadPoolExecutor:
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
-    def __init__(self, outputs: Sequence[Output], staging: Staging, job: Job) -> None:
-        self._outputs, self._staging, self._job = outputs, staging, job
+    def __init__(self, outputs: Sequence[Output], staging: Staging, job: Job, workers: int) -> None:
+        self._outputs, self._staging, self._job, self._workers = outputs, staging, job, workers
         self._lock = threading.Lock()
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
         self._syncs = _pool() if job.sync else None
@@ -182,20 +183,22 @@ class _Files:
         return self
 
     def _open(self, number: int, output: Output) -> None:
-        path = self._staging.partial(output.name)
-        if self._job.seal is not None:
-            self.sinks.append(SealedSink(path, output.name, output.layout, self._job.seal, self._job.sync))
-            return
-        sink: Sink
-        sink = file = FileSink(path, output.layout.size, self._job.sync)
-        if self._job.digests:
-            extents = {name: entry.extents for name, entry in output.layout.tensors.items()}
-            sink = self._digesting[number] = DigestingSink(file, extents)
-        if output.layout.checksum is not None:
-            sink = SummingSink(sink, output.layout)
-        self.sinks.append(sink)
-        for offset, literal in output.layout.literals:
-            sink.write(offset, memoryview(literal))
+        path, layout, seal = self._staging.partial(output.name), output.layout, self._job.seal
+        file: Union[FileSink, SealedSink]
+        if seal is None:
+            file = FileSink(path, layout.size, self._job.sync)
+        else:
+            file = SealedSink(path, output.name, layout, seal, self._job.sync)
+        self.sinks.append(file)  # it is closed, whatever happens now
+        if seal is None:
+            for offset, literal in layout.literals:
+                file.write(offset, memoryview(literal))
+        sink: Sink = file
+        if self._job.digests and output.holds is not None:
+            sink = self._digesting[number] = DigestingSink(file, streams(output.holds, layout.size))
+            for offset, literal in layout.fixed:
+                sink.landed(offset, memoryview(literal))
+        self.sinks[number] = sink if layout.checksum is None else SummingSink(sink, layout)
 
     def landed(self, sink: int, nbytes: int) -> None:
         with self._lock:
@@ -212,10 +215,25 @@ class _Files:
 
     def _finish(self, number: int) -> None:
         self.sinks[number].finish()
-        name = self._outputs[number].name
+        output, seal = self._outputs[number], self._job.seal
+        if self._job.digests:
+            held = self._digested(number, output)
+            held = held if seal is None else held.sealed_by(seal.key, output.name)
+            self._staging.keep(output.name, json.dumps(held.to_json()).encode())
+        self._staging.accept(output.name)
+
+    def _digested(self, number: int, output: Output) -> FileDigests:
+        """What the manifest is to say about a file that was written, before it is sealed."""
+        size = self._job.size(output)
         if number in self._digesting:
-            self._staging.keep(name, json.dumps(self._digesting[number].digests()).encode())
-        self._staging.accept(name)
+            found = self._digesting[number].digests()
+            return FileDigests(size, {n: d for n, d in found.items() if n is not None}, found[None])
+        try:
+            index = self._job.contents(output, self._staging.partial(output.name))
+        except FormatError as error:
+            log.warning("no digests of %r are recorded, for what it holds cannot be listed: %s", output.name, error)
+            return FileDigests(size, {})
+        return digest_file(index, self._workers, PlainReader)
 
     def settle(self) -> None:
         """Wait until every file is on disk. Raises the first error of a sync."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ms_ckpt_ext.engine.digests import load_manifest
+from ms_ckpt_ext.engine.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.storage import remains
 

@@ -31,6 +31,7 @@ class _Nowhere:
 
     path = "nowhere"
     fd: Optional[int] = None
+    unit = 0
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Take nothing."""

@@ -109,7 +109,7 @@ def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[in
     An encrypted file takes and gives whole units at no extra cost.
     """
     for side, offset in ((sink, target), (reader, source)):
-        unit: int = getattr(side, "unit", 0)
+        unit: int = getattr(side, "unit", 0)  # plain readers have none
         if 0 < unit <= _LARGEST_UNIT:
             return -(-_COPY // unit) * unit, offset
     return _COPY, 0

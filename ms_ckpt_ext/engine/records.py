@@ -4,7 +4,7 @@ Every rank notes its own file, after it is there; nobody waits for anybody. Whoe
 writes the one file that says the checkpoint is complete. In the folder that holds the rank folders:
 
     rank_0/net-1_300.safetensors
-    rank_0/ms_ckpt_ext.digests.json                             digest of every tensor (`engine.digests`)
+    rank_0/ms_ckpt_ext.digests.json                             digest of every tensor (`engine.manifest`)
     ms_ckpt_ext/net-1_300.safetensors/rank_0.json               this rank's note
     ms_ckpt_ext/net-1_300.safetensors/strategy/stage_0.ckpt     layouts, by the first rank of every pipeline stage
     ms_ckpt_ext/net-1_300.safetensors/complete.json             all ranks' notes, once there are as many as ranks

@@ -6,24 +6,25 @@
    twice, and no plaintext reaches the disk. A write that covers a unit by itself does not wait.
 3. Memory is bounded by order. `rounds` hands out the work in the order of the files' bytes, few files and some MiB at a
    time, so few units are incomplete at any moment.
-4. A checksum goes inside the encryption, see `summing`.
+4. A checksum goes inside the encryption, put together by `summing`; digests are of the plaintext, as in every file.
 """
 
 from __future__ import annotations
 
+import errno
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Optional, Protocol
 
 from ms_ckpt_ext.core.reads import Task
-from ms_ckpt_ext.engine.summing import Sums
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS
 from ms_ckpt_ext.formats.crypto.units import scratch
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.sink import FileSink
 
 CHUNK, BLOCK = 1 << 20, 4 << 20
@@ -132,6 +133,9 @@ class Units(Protocol):
     def seal(self, index: int, plain: memoryview, out: memoryview) -> int:
         """Encrypt a unit into the front of `out`; returns its length in bytes."""
 
+    def unseal(self, index: int, stored: memoryview, out: memoryview) -> bool:
+        """Decrypt what `seal` gave; False when its tag does not fit any more."""
+
 
 class _Unit:
     """A unit that is not complete yet."""
@@ -147,7 +151,7 @@ class SealedSink:
     Args:
         path: where the ciphertext goes.
         name: the file's own name, which decides on the container.
-        layout: the plaintext; its literals are written by the sink itself.
+        layout: the plaintext; its literals are written by the sink itself, all but the checksum.
         seal: how.
         sync: as of `FileSink`.
 
@@ -158,7 +162,7 @@ class SealedSink:
     fd: Optional[int] = None
 
     def __init__(self, path: str, name: str, layout: FileLayout, seal: Seal, sync: bool = True) -> None:
-        self.path, self._layout, self._tally = path, layout, seal.tally
+        self.path, self._tally = path, seal.tally
         self._units = seal.units(name, layout.size)
         self.unit = seal.unit_bytes(name)
         self._literals = sorted(layout.fixed)
@@ -166,17 +170,11 @@ class SealedSink:
         self._waiting: dict[int, _Unit] = {}
         self._sealed = bytearray(self._units.count)
         self._lock = threading.Lock()
-        self._sums = None if layout.checksum is None else Sums(layout)
         self._file = FileSink(path, self._units.stored_size, sync)
         self._file.write(0, memoryview(self._units.header))
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Take plaintext; every byte once. Raises StorageError."""
-        if self._sums is not None:
-            self._sums.add(offset, buffer)
-        self._take(offset, buffer)
-
-    def _take(self, offset: int, buffer: memoryview) -> None:
         while len(buffer):
             index = offset // self.unit
             low, high = self._units.span(index)
@@ -219,11 +217,32 @@ class SealedSink:
         self._file.write(self._units.offset(index), out[:length])
         self._sealed[index] = 1
 
+    def read_back(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with plaintext that was written at `offset`, or that the sink has by itself."""
+        while len(buffer):
+            index = offset // self.unit
+            low, high = self._units.span(index)
+            part = buffer[: high - offset]
+            with self._lock:
+                unit = None if self._sealed[index] else self._waiting.get(index) or self._begin(index)
+            if unit is not None:
+                part[:] = unit.data[offset - low : offset - low + len(part)]
+            elif len(part) == high - low:
+                self._unseal(index, part)
+            else:
+                whole = memory.scratch(high - low)
+                self._unseal(index, whole)
+                part[:] = whole[offset - low : offset - low + len(part)]
+            offset, buffer = offset + len(part), buffer[len(part) :]
+
+    def _unseal(self, index: int, out: memoryview) -> None:
+        stored = scratch(self._units.stored(index))
+        self._file.read_back(self._units.offset(index), stored)
+        if not self._units.unseal(index, stored, out):
+            raise storage_error("read back", self.path, OSError(errno.EIO, "it is not what was written"))
+
     def finish(self) -> None:
-        """Write the checksum and what holds only framing, and finish the file."""
-        checksum = self._layout.checksum
-        if checksum is not None and self._sums is not None:
-            self._take(checksum.offset, memoryview(checksum.render(self._sums.total())))
+        """Write what holds only framing, and finish the file."""
         for index in range(self._units.count):
             if not self._sealed[index]:
                 unit = self._waiting.get(index) or self._begin(index)

@@ -56,12 +56,17 @@ class Sums:
 
 
 class SummingSink:
-    """Another sink's file, of which the checksum is written when all else is. See `storage.sink.Sink`."""
+    """Another sink's file, of which the checksum is written when all else is. See `storage.sink.Sink`.
+
+    Args:
+        sink: takes the bytes.
+        layout: the file. Its literals but the checksum count as written.
+    """
 
     fd: Optional[int] = None
 
     def __init__(self, sink: Sink, layout: FileLayout) -> None:
-        self._sink, self._layout, self.path = sink, layout, sink.path
+        self._sink, self._layout, self.path, self.unit = sink, layout, sink.path, sink.unit
         self._sums = Sums(layout)
 
     def write(self, offset: int, buffer: memoryview) -> None:

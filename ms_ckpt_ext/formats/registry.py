@@ -129,6 +129,12 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
         return index
 
 
+def index_through(reader: ByteReader, name: str) -> FileIndex:
+    """Table of contents of a file that is open already; `name` says its format. Raises as `read_index`."""
+    index: FileIndex = _form(name, "read").read_index(reader, reader.mtime_ns)
+    return index
+
+
 def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
     """Whether only the checksum inside a file ties its blocks to their places, and there is one: it is always verified.
 

@@ -1,24 +1,42 @@
 """A sink that digests every tensor while its bytes pass through.
 
 A digest takes a tensor's bytes in order, workers bring them in any. A piece whose turn it is goes into the digest from
-the worker's buffer; one that comes too early is noted, and read back (from the page cache) when its turn has come, by
-whoever closed the gap. So every byte is digested when the last write returns, and no worker waits for another.
+the worker's buffer; one that comes too early is noted, and read back (from the page cache, decrypted where the file is
+encrypted) when its turn has come, by whoever closed the gap. So every byte is digested when the last write returns, and
+no worker waits for another. The framing, all that is no tensor's, is one more stream: of many short pieces, which are
+kept when they come too early.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Optional
 
 import xxhash
 
 from ms_ckpt_ext.core.reads import Extent, ranges
 from ms_ckpt_ext.storage import memory
-from ms_ckpt_ext.storage.sink import FileSink
+from ms_ckpt_ext.storage.sink import FileLike
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
+_KEPT = 4 << 10  # most bytes of a piece of framing that is kept rather than read back
+
+Streams = Mapping[Optional[str], Iterable[Extent]]
+"""What is digested: a tensor's name, or None for the framing -> where its bytes lie, one extent after another."""
+
+
+def streams_of(tensors: Mapping[str, Sequence[Extent]], size: int) -> Streams:
+    """The streams of a file of `size` bytes with these tensors: each of them, and all that is between them."""
+    between, at = [], 0
+    for offset, length in (*sorted(extent for extents in tensors.values() for extent in extents), (size, 0)):
+        if offset > at:
+            between.append(Extent(at, offset - at))
+        at = max(at, offset + length)
+    streams: dict[Optional[str], Iterable[Extent]] = {None: between}
+    streams.update(tensors)
+    return streams
 
 
 class DigestingSink:
@@ -26,12 +44,14 @@ class DigestingSink:
 
     Args:
         sink: takes the bytes.
-        tensors: name -> where the tensor's bytes lie in the file, one extent after another.
+        streams: what is digested. Of the framing, a literal that the sink has by itself is told by `landed`.
     """
 
-    def __init__(self, sink: FileSink, tensors: Mapping[str, Sequence[Extent]]) -> None:
-        self._sink, self.path, self.fd = sink, sink.path, sink.fd
-        self._streams = {name: _Stream(tuple(extents), sink.read_back) for name, extents in tensors.items()}
+    def __init__(self, sink: FileLike, streams: Streams) -> None:
+        self._sink, self.path, self.fd, self.unit = sink, sink.path, sink.fd, sink.unit
+        self._streams = {
+            name: _Stream(tuple(extents), sink, _KEPT if name is None else 0) for name, extents in streams.items()
+        }
         self._parts = sorted((part for stream in self._streams.values() for part in stream.parts()), key=_start)
         self._starts = [part.start for part in self._parts]
 
@@ -50,8 +70,8 @@ class DigestingSink:
                 part.stream.take(part.position + low - part.start, buffer[low - offset : high - offset])
             at += 1
 
-    def digests(self) -> dict[str, str]:
-        """Name -> 32 hexadecimal digits of the xxh3-128 of its bytes; after the last write returned."""
+    def digests(self) -> dict[Optional[str], str]:
+        """Name (None: framing) -> 32 hexadecimal digits of the xxh3-128 of its bytes; after the last write returned."""
         return {name: stream.digest() for name, stream in self._streams.items()}
 
     def finish(self) -> None:
@@ -77,46 +97,55 @@ def _start(part: _Part) -> int:
 
 
 class _Stream:
-    """The digest of one tensor under way."""
+    """A digest under way, of bytes that lie in `extents`; pieces of at most `kept` bytes are kept, not read back."""
 
-    def __init__(self, extents: tuple[Extent, ...], read_back: Callable[[int, memoryview], None]) -> None:
-        self._extents, self._read_back = extents, read_back
+    def __init__(self, extents: tuple[Extent, ...], sink: FileLike, kept: int) -> None:
+        self._extents, self._sink, self._kept = extents, sink, kept
         self._state = xxhash.xxh3_128()
         self._next = 0
-        self._early: dict[int, int] = {}  # position -> length of pieces whose turn has not come
+        # Pieces whose turn has not come: position -> length and, of one that is kept, the bytes.
+        self._early: dict[int, tuple[int, Optional[bytes]]] = {}
         self._busy = False
         self._lock = threading.Lock()
 
     def parts(self) -> Iterator[_Part]:
         position = 0
         for offset, length in self._extents:
-            yield _Part(offset, offset + length, position, self)
+            if length:
+                yield _Part(offset, offset + length, position, self)
             position += length
 
     def take(self, position: int, buffer: memoryview) -> None:
         """Digest a piece, and those that waited for it; or note it for whoever fills the gap before it."""
         with self._lock:
             if self._busy or position != self._next:
-                self._early[position] = len(buffer)
+                self._early[position] = (len(buffer), bytes(buffer) if len(buffer) <= self._kept else None)
                 return
             self._busy = True
         self._state.update(buffer)
-        length: Optional[int] = len(buffer)
-        while length is not None:
+        length = len(buffer)
+        while length:
             with self._lock:
                 self._next += length
-                length = self._early.pop(self._next, None)
-                self._busy = length is not None
-            if length is not None:
+                length, kept = self._early.pop(self._next, (0, None))
+                self._busy = length > 0
+            if kept is not None:
+                self._state.update(kept)
+            else:
                 self._catch_up(length)
 
     def _catch_up(self, length: int) -> None:
-        scratch = memory.scratch(min(_BUFFER, length))
+        """Digest bytes that were written before; of an encrypted file, whole units."""
+        step = max(_BUFFER, self._sink.unit)
+        scratch = memory.scratch(min(step, length))
         for offset, count in ranges(self._extents, self._next, length):
-            for at in range(0, count, _BUFFER):
-                part = scratch[: min(_BUFFER, count - at)]
-                self._read_back(offset + at, part)
+            stop = offset + count
+            while offset < stop:
+                part = scratch[: min(step - offset % step, stop - offset)]
+                self._sink.read_back(offset, part)
                 self._state.update(part)
+                offset += len(part)
 
     def digest(self) -> str:
+        assert self._next == sum(extent.length for extent in self._extents)
         return self._state.hexdigest()

@@ -28,10 +28,12 @@ class Sink(Protocol):
         path: what messages call it.
         fd: descriptor whose offsets are this sink's, for copies inside the kernel; None where bytes are transformed
             (encrypted, say), there is no file, or its file system does not copy by itself.
+        unit: bytes that are transformed at once: writes that begin and end at its multiples do not wait; 0 for none.
     """
 
     path: str
     fd: Optional[int]
+    unit: int
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Take `buffer` (flat bytes) at `offset`; it may be reused afterwards. Raises StorageError."""
@@ -43,12 +45,21 @@ class Sink(Protocol):
         """Let go of the file without a promise; also after `finish`."""
 
 
+class FileLike(Sink, Protocol):
+    """A sink with a file behind it."""
+
+    def read_back(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with bytes that were written at `offset`. Raises StorageError."""
+
+
 class FileSink:
     """A file of known size, created empty and filled at any offset.
 
     Args:
         sync: `finish` makes the bytes durable; else the kernel writes them when it likes.
     """
+
+    unit = 0
 
     def __init__(self, path: str, size: int, sync: bool = True) -> None:
         self.path, self._sync = path, sync
@@ -137,6 +148,7 @@ class MemorySink:
 
     path = "memory"
     fd: Optional[int] = None
+    unit = 0
 
     def __init__(self, array: Any) -> None:
         self.bytes = memoryview(array)

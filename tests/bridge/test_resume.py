@@ -15,7 +15,8 @@ from mindspore import nn
 from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 
 from ms_ckpt_ext import CheckpointRecorder, load_for_inference, resume, unified_safetensors
-from ms_ckpt_ext.engine.digests import check, load_manifest
+from ms_ckpt_ext.engine.digests import check
+from ms_ckpt_ext.engine.manifest import load_manifest
 from ms_ckpt_ext.engine.records import read_records
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, StrategyError, UsageError
 from tests.jobs.support import read_file

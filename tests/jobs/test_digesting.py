@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.storage.digesting import DigestingSink
+from ms_ckpt_ext.storage.digesting import DigestingSink, streams_of
 from ms_ckpt_ext.storage.sink import FileSink
 
 # "b" lies in two stretches, as a long tensor of a .ckpt does; 60..63 are framing.
@@ -26,9 +27,10 @@ TENSORS = {
 SIZE = 200
 
 
-def expected(data: bytes) -> dict[str, str]:
+def expected(data: bytes) -> dict[Optional[str], str]:
     held = {name: b"".join(data[o : o + n] for o, n in extents) for name, extents in TENSORS.items()}
-    return {name: xxhash.xxh3_128_hexdigest(part) for name, part in held.items()}
+    digests = {name: xxhash.xxh3_128_hexdigest(part) for name, part in held.items()}
+    return {None: xxhash.xxh3_128_hexdigest(data[60:63]), **digests}
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,7 +41,7 @@ def test_any_order(cuts: set[int], order: object, tmp_path_factory: pytest.TempP
     pieces = list(zip(bounds, bounds[1:]))
     order.shuffle(pieces)  # type: ignore[attr-defined]
     path = tmp_path_factory.mktemp("any") / "f"
-    sink = DigestingSink(FileSink(str(path), SIZE), TENSORS)
+    sink = DigestingSink(FileSink(str(path), SIZE), streams_of(TENSORS, SIZE))
     for low, high in pieces:
         sink.write(low, memoryview(data[low:high]))
     assert sink.digests() == expected(data)

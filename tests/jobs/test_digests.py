@@ -13,7 +13,16 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.engine import digests
-from ms_ckpt_ext.engine.digests import FileDigests, Manifest
+from ms_ckpt_ext.engine.manifest import (
+    MANIFEST_NAME,
+    FileDigests,
+    Manifest,
+    digests_of,
+    load_manifest,
+    take_off_record,
+    update_manifest,
+    write_manifest,
+)
 from ms_ckpt_ext.formats.registry import read_index
 
 BIG = (3 << 20) + 5  # several buffers and a rest
@@ -44,12 +53,12 @@ def test_a_digest_is_that_of_the_plain_bytes(tmp_path: Path) -> None:
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
-    assert digests.load_manifest(str(tmp_path)) is None
-    assert digests.load_manifest(str(tmp_path / "no such folder")) is None
+    assert load_manifest(str(tmp_path)) is None
+    assert load_manifest(str(tmp_path / "no such folder")) is None
     manifest = Manifest({"a": FileDigests(3, {"ü/w": "0" * 32}), "rank_0/b": FileDigests(0, {})})
-    digests.write_manifest(str(tmp_path), manifest)
-    assert digests.load_manifest(str(tmp_path)) == manifest
-    assert [path.name for path in tmp_path.iterdir()] == [digests.MANIFEST_NAME]
+    write_manifest(str(tmp_path), manifest)
+    assert load_manifest(str(tmp_path)) == manifest
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
 
 
 GOOD = Manifest({"a": FileDigests(3, {"w": "0" * 32})}).to_json().decode()
@@ -63,11 +72,11 @@ GOOD = Manifest({"a": FileDigests(3, {"w": "0" * 32})}).to_json().decode()
     + [GOOD.replace(": 3,", new) for new in (": -3,", ': "3",', ": true,")],
 )
 def test_a_damaged_manifest_is_told(raw: str, tmp_path: Path) -> None:
-    (tmp_path / digests.MANIFEST_NAME).write_text(raw)
+    (tmp_path / MANIFEST_NAME).write_text(raw)
     with pytest.raises(errors.FormatError, match="is not a manifest of digests .*remove it"):
-        digests.load_manifest(str(tmp_path))
-    digests.update_manifest(str(tmp_path), {})
-    assert digests.load_manifest(str(tmp_path)) == Manifest({})
+        load_manifest(str(tmp_path))
+    update_manifest(str(tmp_path), {})
+    assert load_manifest(str(tmp_path)) == Manifest({})
 
 
 def test_what_check_finds(tmp_path: Path) -> None:
@@ -105,30 +114,30 @@ def test_which_manifest_is_believed(tmp_path: Path) -> None:
     """The one beside the file, else the one a folder up; none that lists another size."""
     path = tmp_path / "rank_0" / "net.safetensors"
     write(path)
-    assert digests.digests_of(str(path)) is None
+    assert digests_of(str(path)) is None
     known = digests.digest_file(read_index(str(path)))
-    digests.write_manifest(str(tmp_path), Manifest({"rank_0/net.safetensors": known}))
-    assert digests.digests_of(str(path)) == known
+    write_manifest(str(tmp_path), Manifest({"rank_0/net.safetensors": known}))
+    assert digests_of(str(path)) == known
     nearer = known._replace(tensors={"w": "1" * 32})
-    digests.write_manifest(str(path.parent), Manifest({"net.safetensors": nearer, "other": known}))
-    assert digests.digests_of(str(path)) == nearer
-    digests.write_manifest(str(path.parent), Manifest({"net.safetensors": nearer._replace(size=1)}))
-    assert digests.digests_of(str(path)) is None
+    write_manifest(str(path.parent), Manifest({"net.safetensors": nearer, "other": known}))
+    assert digests_of(str(path)) == nearer
+    write_manifest(str(path.parent), Manifest({"net.safetensors": nearer._replace(size=1)}))
+    assert digests_of(str(path)) is None
     with pytest.raises(errors.StorageError):
-        digests.digests_of(str(path.parent / "no such file"))
+        digests_of(str(path.parent / "no such file"))
 
 
 def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:
     for name in ("a.safetensors", "b.safetensors", "c.safetensors"):
         write(tmp_path / name)
     before = recorded(tmp_path, "a.safetensors", "b.safetensors")
-    digests.write_manifest(str(tmp_path), before)
+    write_manifest(str(tmp_path), before)
     (tmp_path / "b.safetensors").write_bytes(b"written anew")
     new = recorded(tmp_path, "c.safetensors")
-    digests.update_manifest(str(tmp_path), new.files)
-    found = digests.load_manifest(str(tmp_path))
+    update_manifest(str(tmp_path), new.files)
+    found = load_manifest(str(tmp_path))
     assert found is not None and set(found.files) == {"a.safetensors", "c.safetensors"}
-    assert json.loads((tmp_path / digests.MANIFEST_NAME).read_bytes())["algorithm"] == "xxh3-128"
+    assert json.loads((tmp_path / MANIFEST_NAME).read_bytes())["algorithm"] == "xxh3-128"
 
 
 def test_ranks_at_once_take_their_own_files_off(tmp_path: Path) -> None:
@@ -137,9 +146,9 @@ def test_ranks_at_once_take_their_own_files_off(tmp_path: Path) -> None:
     for rank in ranks:
         (tmp_path / f"rank_{rank}").mkdir()
     held = {f"rank_{rank}/{name}": FileDigests(1, {}) for rank in ranks for name in ("net", "other")}
-    digests.write_manifest(str(tmp_path), Manifest(held))
+    write_manifest(str(tmp_path), Manifest(held))
     with ThreadPoolExecutor(len(ranks)) as pool:
-        found = list(pool.map(lambda rank: digests.take_off_record(str(tmp_path / f"rank_{rank}"), ["net"]), ranks))
+        found = list(pool.map(lambda rank: take_off_record(str(tmp_path / f"rank_{rank}"), ["net"]), ranks))
     assert found == [[]] * len(ranks)
-    left = digests.load_manifest(str(tmp_path))
+    left = load_manifest(str(tmp_path))
     assert left is not None and set(left.files) == {f"rank_{rank}/other" for rank in ranks}

@@ -13,12 +13,14 @@ import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.engine.digests import load_manifest
+from ms_ckpt_ext.engine import sealing
+from ms_ckpt_ext.engine.digests import check, digest_file
+from ms_ckpt_ext.engine.manifest import FileDigests, Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.crypto import blocks
 from ms_ckpt_ext.formats.index import TensorSpec
-from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.jobs.formats import encrypt as encrypt_file
 from tests.jobs.support import assert_nothing_complete, tree
@@ -200,22 +202,58 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(registry, "PlainReader", Counting)
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
     assert sum(asked) <= 1.1 * size
+    assert load_manifest(str(tmp_path / "out")) == Manifest(
+        {"sealed.ckpt": digest_file(read_index(str(tmp_path / "net.ckpt")))}
+    )
 
 
-def test_digests_are_of_tensors_or_not_at_all(tmp_path: Path) -> None:
-    """Encrypted files are listed without; what was only decrypted is not listed; a conversion is, tensor by tensor."""
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tensors in a file, in whatever pieces it was copied; encrypted beside an encrypted one."""
+    monkeypatch.setattr(sealing, "CHUNK", 64)
+    monkeypatch.setattr("ms_ckpt_ext.engine.pump._COPY", 64)
+    source, options = write_ckpt(tmp_path / "net.ckpt", crc=True), {"max_process_num": workers}
+    truth = digest_file(read_index(str(source)))
+    assert dict(truth.tensors) == {
+        name: xxhash.xxh3_128_hexdigest(entry[2]) for name, entry in contents(source).items()
+    }
+    encrypt(source, tmp_path / "sealed", enc_key=KEY, enc_mode=mode, **options)  # type: ignore[arg-type]
+    decrypt(tmp_path / "sealed", tmp_path / "plain", dec_key=KEY, **options)  # type: ignore[arg-type]
+    sealed, plain = (load_manifest(str(tmp_path / name)) for name in ("sealed", "plain"))
+    assert sealed is not None
+    assert sealed.files["net.ckpt"].tensors == {}
+    assert sealed.files["net.ckpt"].opened_by(crypto.Key(KEY), "net.ckpt")[1:3] == truth[1:3]
+    assert plain == Manifest({"net.ckpt": truth})
+    assert check(str(tmp_path / "plain"), plain) == []
+
+
+def test_digests_or_none(tmp_path: Path) -> None:
     source = write_ckpt(tmp_path / "net.ckpt")
-    encrypt(source, tmp_path / "sealed", enc_key=KEY)
-    decrypt(tmp_path / "sealed", tmp_path / "plain", dec_key=KEY)
     convert(source, tmp_path / "converted", to="safetensors")
-    convert(source, tmp_path / "without", to="safetensors", digests=False)
-    listed = [load_manifest(str(tmp_path / name)) for name in ("sealed", "plain", "converted", "without")]
-    assert listed[0] is not None
-    assert listed[2] is not None
-    assert [dict(held.tensors) for held in listed[0].files.values()] == [{}]
-    assert listed[1] is listed[3] is None
-    truth = {name: xxhash.xxh3_128(entry[2]).hexdigest() for name, entry in contents(source).items()}
-    assert dict(listed[2].files["net.safetensors"].tensors) == truth
+    convert(source, tmp_path / "a", to="safetensors", digests=False)
+    encrypt(source, tmp_path / "b", enc_key=KEY, digests=False)
+    decrypt(tmp_path / "b", tmp_path / "c", dec_key=KEY, digests=False)
+    listed = load_manifest(str(tmp_path / "converted"))
+    assert listed is not None
+    truth = {name: xxhash.xxh3_128_hexdigest(entry[2]) for name, entry in contents(source).items()}
+    assert dict(listed.files["net.safetensors"].tensors) == truth
+    assert [load_manifest(str(tmp_path / name)) for name in "abc"] == [None] * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_cannot_be_listed_is_decrypted_all_the_same(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MindSpore encrypts what this package does not read, MapParameters for one."""
+    plain = write_ckpt(tmp_path / "net.ckpt").read_bytes()
+    plain = plain[: len(plain) // 2]
+    (tmp_path / "net.ckpt").write_bytes(plain)
+    encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", None if mode == "chunked" else mode)
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
+    assert (tmp_path / "out" / "sealed.ckpt").read_bytes() == plain
+    assert load_manifest(str(tmp_path / "out")) == Manifest({"sealed.ckpt": FileDigests(len(plain), {})})
+    assert "no digests of 'sealed.ckpt' are recorded" in caplog.text
 
 
 def test_blocks_are_decrypted_about_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import ms_ckpt_ext
 from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.engine.checkpoints import find_candidates
-from ms_ckpt_ext.engine.digests import Manifest
+from ms_ckpt_ext.engine.manifest import Manifest
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import (
     arrays,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,23 @@ from ms_ckpt_ext import (
 )
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine import digests, pump
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest
+from ms_ckpt_ext.engine.manifest import (
+    MANIFEST_NAME,
+    FileDigests,
+    Manifest,
+    digests_of,
+    load_manifest,
+    opened,
+    write_manifest,
+)
+from ms_ckpt_ext.errors import DecryptionError
+from ms_ckpt_ext.formats.crypto import Key
+from ms_ckpt_ext.formats.registry import Access, open_reader, read_index
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import read_file, source, strategy_of, tree
 
 KEY = bytes(range(32))
+SEALS = [("ckpt", mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")] + [("safetensors", "AES-GCM")]
 
 
 def merge(root: Path, target: Path, **more: Any) -> Any:
@@ -37,7 +50,7 @@ def recut(root: Path, target: Path, **more: Any) -> None:
 
 
 def manifest_of(target: Path) -> Manifest:
-    found = digests.load_manifest(str(target))
+    found = load_manifest(str(target))
     assert found is not None
     return found
 
@@ -111,7 +124,7 @@ def test_a_recut_records_every_rank(tmp_path: Path) -> None:
     path = tmp_path / "out" / "rank_3" / "net.safetensors"
     listed = manifest_of(tmp_path / "out").files
     assert set(listed) == {f"rank_{rank}/net.safetensors" for rank in range(8) if rank != 3}, "rank 3 was written anew"
-    assert digests.digests_of(str(path)) == manifest_of(path.parent).files["net.safetensors"]
+    assert digests_of(str(path)) == manifest_of(path.parent).files["net.safetensors"]
     recut(root, tmp_path / "out", digests=False)
     assert not list(tmp_path.rglob(MANIFEST_NAME))
 
@@ -119,7 +132,7 @@ def test_a_recut_records_every_rank(tmp_path: Path) -> None:
 def test_shares_are_recorded_together(tmp_path: Path) -> None:
     root = source(tmp_path / "src")
     for share in (2, 3, 1):
-        assert digests.load_manifest(str(tmp_path / "out")) is None
+        assert load_manifest(str(tmp_path / "out")) is None
         merge(root, tmp_path / "out", split_dst_file=(share, 3))
     assert_true(tmp_path / "out")
     merge(root, tmp_path / "whole")
@@ -143,23 +156,23 @@ def test_with_and_without(tmp_path: Path) -> None:
     """Another setting is another job; what an older result left never stays beside the new one."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     assert merge(root, target, digests=False).files_written
-    assert digests.load_manifest(str(target)) is None
+    assert load_manifest(str(target)) is None
     assert merge(root, target).files_written
     assert_true(target)
     (target / MANIFEST_NAME).unlink()
     assert merge(root, target).files_written, "a result that lost its manifest is made again"
     assert merge(root, target).files_written == ()
     merge(source(tmp_path / "other", 1), target, digests=False)
-    assert digests.load_manifest(str(target)) is None
+    assert load_manifest(str(target)) is None
 
 
 def test_other_files_stay_on_record(tmp_path: Path) -> None:
     root, target = source(tmp_path / "src"), tmp_path / "out"
     target.mkdir()
     (target / "mine.bin").write_bytes(b"abc")
-    other = digests.FileDigests(3, {"w": "0" * 32})
+    other = FileDigests(3, {"w": "0" * 32})
     gone = {"part0.safetensors": other, "lost.bin": other}
-    digests.write_manifest(str(target), Manifest({"mine.bin": other, **gone}))
+    write_manifest(str(target), Manifest({"mine.bin": other, **gone}))
     merge(root, target)
     found = dict(manifest_of(target).files)
     assert found.pop("mine.bin") == other and "lost.bin" not in found
@@ -179,7 +192,7 @@ def test_one_rank_anew_leaves_the_others_on_record(tmp_path: Path) -> None:
         name = f"rank_{rank}/net_{rank}.safetensors"
         transform_checkpoint_by_rank(rank, files, target / name, strategy, strategy, digests=rank != 3)
         del before[name]
-    assert digests.load_manifest(str(target)) is None
+    assert load_manifest(str(target)) is None
 
 
 def test_other_formats_and_checksums(tmp_path: Path) -> None:
@@ -193,13 +206,72 @@ def test_other_formats_and_checksums(tmp_path: Path) -> None:
     assert all(name.endswith(".ckpt") for name in found.files) and digests.check(str(target), found) == []
 
 
-def test_encrypted_files_are_listed_without_digests(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("form, mode", SEALS)
+def test_digests_of_encrypted_files_are_encrypted(form: str, mode: str, workers: int, tmp_path: Path) -> None:
+    """With the key they are those of the same merge without encryption; without it, only sizes show."""
+    root = source(tmp_path / "src", rows=1 << 12, names=("a", "b", "c"))
+    options = {"output_format": form, "max_process_num": workers, "part_bytes": 1 << 20}
+    plain, target = tmp_path / "plain", tmp_path / "out"
+    merge(root, plain, crc=form == "ckpt" and mode != "chunked", **options)
+    merge(root, target, enc_key=KEY[:16], enc_mode=mode, **options)
+    found = manifest_of(target)
+    assert found.files.keys() == {name for name in tree(target) if name.endswith(form)}
+    assert all(held[:3] == (os.stat(target / name).st_size, {}, None) for name, held in found.files.items())
+    readable, faults = opened(found, Key(KEY[:16]))
+    truth = manifest_of(plain).files
+    assert {name: held[1:3] for name, held in readable.files.items()} == {n: held[1:3] for n, held in truth.items()}
+    access = Access(Key(KEY[:16]))
+    readers = {"indexer": partial(read_index, access=access), "opener": partial(open_reader, access=access)}
+    assert digests.check(str(target), readable, None, workers, **readers) == faults == []
+    told = (target / MANIFEST_NAME).read_bytes()
+    for held in truth.values():
+        for name, digest in (*held.tensors.items(), ("framing", str(held.framing))):
+            assert digest.encode() not in told and f'"{name}"'.encode() not in told
+
+
+def test_sealed_digests_belong_to_their_file(tmp_path: Path) -> None:
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(root, target, enc_key=KEY)
-    found = manifest_of(target)
-    assert found.files.keys() == {name for name in tree(target) if name.endswith(".safetensors")}
-    assert all(held == (os.stat(target / name).st_size, {}, None) for name, held in found.files.items())
-    assert digests.check(str(target), found) == []
+    found = dict(manifest_of(target).files)
+    one, two = sorted(found)[:2]
+    assert found[one].sealed is not None and found[one] != found[two]
+    for changed in (
+        {one: found[one]._replace(sealed=found[two].sealed)},
+        {one: found[one]._replace(size=found[one].size + 1)},
+        {one: found[one]._replace(sealed="not base64!")},
+        {one: found[one]._replace(sealed="AAAA")},
+    ):
+        _, faults = opened(Manifest({**found, **changed}), Key(KEY))
+        assert [fault.file for fault in faults] == [one] and "do not open" in faults[0].found
+        with pytest.raises(DecryptionError, match="sealed digests of .* do not open .*check the key"):
+            changed[one].opened_by(Key(KEY), one)
+    _, faults = opened(Manifest(found), Key(bytes(32)))
+    assert len(faults) == len(found)
+
+
+@pytest.mark.parametrize("alter", [False, True])
+def test_what_an_interrupted_run_encrypted_is_compared(alter: bool, tmp_path: Path) -> None:
+    """By digests that are encrypted where they wait, too; CBC has nothing else that shows an altered byte."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    options = {"output_format": "ckpt", "enc_key": KEY, "enc_mode": "AES-CBC"}
+    merge(root, target, split_dst_file=(1, 2), **options)
+    (folder,) = target.glob(".ms_ckpt_ext-*")
+    held = sorted(path for path in folder.iterdir() if path.name.endswith(".ckpt"))
+    assert held
+    notes = [path.read_bytes() for path in folder.iterdir() if path.name.startswith(held[0].name) and path not in held]
+    assert notes and all(b'"sealed"' in note and b"framing" not in note for note in notes)
+    if alter:
+        raw = bytearray(held[0].read_bytes())
+        raw[-100] ^= 1
+        held[0].write_bytes(raw)
+    merge(root, target, split_dst_file=(1, 2), **options)
+    report = merge(root, target, split_dst_file=(2, 2), **options)
+    assert report.published
+    readable, _ = opened(manifest_of(target), Key(KEY))
+    access = Access(Key(KEY))
+    readers = {"indexer": partial(read_index, access=access), "opener": partial(open_reader, access=access)}
+    assert digests.check(str(target), readable, **readers) == []
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import random
 import threading
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -21,14 +23,17 @@ from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.engine import offline, sealing
 from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.digests import digest_framing, streams
 from ms_ckpt_ext.engine.job import Job
 from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job, recut_job
 from ms_ckpt_ext.engine.sealing import Seal, SealedSink, Tally
+from ms_ckpt_ext.engine.summing import SummingSink
 from ms_ckpt_ext.formats import checksum
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
-from ms_ckpt_ext.formats.registry import Access, lay_out, read_index
+from ms_ckpt_ext.formats.registry import Access, lay_out, open_reader, read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.sink import FileSink
 from tests.jobs.formats import KEY, WRONG, contents, scalars_of
 from tests.jobs.support import Stored, cut, read_file, shard, source, strategy_of, tree
@@ -301,7 +306,11 @@ def test_any_order_of_writes_gives_the_same_plaintext(
     seal = Seal(Key(KEY), mode, chunk=64 + seed % 200, block=16 * (1 + seed % 20), tally=Tally())
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/a.{form}"
-        sink = SealedSink(path, f"a.{form}", layout, seal)
+        sealed = SealedSink(path, f"a.{form}", layout, seal)
+        digesting = DigestingSink(sealed, streams(layout.tensors, layout.size))
+        for offset, literal in layout.fixed:
+            digesting.landed(offset, memoryview(literal))
+        sink = digesting if layout.checksum is None else SummingSink(digesting, layout)
         work = [
             (extent.offset + low, data[name][low:high])
             for name, entry in layout.tensors.items()
@@ -313,8 +322,11 @@ def test_any_order_of_writes_gives_the_same_plaintext(
             sink.write(offset, memoryview(part))
         sink.finish()
         assert seal.tally.held == 0
-        found = contents(Path(path), Access(Key(KEY), mode, crc_check=True))
+        access = Access(Key(KEY), mode, crc_check=True)
+        found = contents(Path(path), access)
+        framing = digest_framing(path, layout.tensors, partial(open_reader, access=access))
     assert {name: tensor.data for name, tensor in found.items()} == data
+    assert digesting.digests() == {None: framing, **{n: xxhash.xxh3_128_hexdigest(d) for n, d in data.items()}}
 
 
 @given(st.lists(st.binary(max_size=40), max_size=6))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, LoadError, UsageError
 from tests.jobs.support import Stored, read_file
 

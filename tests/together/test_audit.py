@@ -13,7 +13,8 @@ from ms_ckpt_ext.core.rules import Rename, Transpose, apply_rules
 from ms_ckpt_ext.engine import audit as audit_module
 from ms_ckpt_ext.engine.audit import Sees, audit, settled
 from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
-from ms_ckpt_ext.engine.digests import MANIFEST_NAME, Manifest, digest_file, write_manifest
+from ms_ckpt_ext.engine.digests import digest_file
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Manifest, write_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import read_index

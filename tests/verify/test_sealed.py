@@ -1,4 +1,4 @@
-"""A manifest lists encrypted files without digests: what is checked of them, and what is said when nothing is."""
+"""Encrypted files and their manifest: what is checked, with digests and without; what is said when nothing is."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ from ms_ckpt_ext import convert, encrypt, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
 from ms_ckpt_ext.engine.audit import _why
-from ms_ckpt_ext.engine.digests import FileDigests
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
+from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.registry import Access
 
 KEY = b"0123456789abcdef"
 FORMS = [
     ("safetensors", "AES-GCM", True), ("ckpt", "chunked", True), ("ckpt", "AES-GCM", True), ("ckpt", "AES-CBC", True),
     ("ckpt", "SM4-CBC", True), ("bare", "AES-GCM", True), ("bare", "AES-CBC", False),
 ]  # fmt: skip
-"""(what is encrypted, how, whether that tells what was altered); "bare" is a `.ckpt` without a checksum."""
+"""(what is encrypted, how, whether that alone tells what was altered); "bare" is a `.ckpt` without a checksum."""
+
+
+@pytest.fixture(params=[False, True], ids=["bare record", "digests"])
+def digests(request: Any) -> bool:
+    """Whether the manifest has digests; those of a recorder, which has no key, list sizes only."""
+    return bool(request.param)
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: "-".join(map(str, form[:2])))
-def made(request: Any, tmp_path: Path) -> tuple[Path, bool]:
-    """A folder with one encrypted file and its manifest."""
+def made(request: Any, digests: bool, tmp_path: Path) -> tuple[Path, bool]:
+    """A folder with one encrypted file and its manifest, and whether what is altered in it is noticed."""
     from safetensors.numpy import save_file
 
     form, mode, tells = request.param
@@ -36,7 +44,12 @@ def made(request: Any, tmp_path: Path) -> tuple[Path, bool]:
         encrypt(tmp_path / "plain.ckpt", tmp_path / "sealed", enc_key=KEY, enc_mode=mode)
     else:
         convert(tmp_path / "plain.safetensors", tmp_path / "sealed", to=form, enc_key=KEY, enc_mode=mode)
-    return tmp_path / "sealed", tells
+    if not digests:
+        manifest = load_manifest(str(tmp_path / "sealed"))
+        assert manifest is not None
+        sizes = {name: FileDigests(held.size, {}) for name, held in manifest.files.items()}
+        write_manifest(str(tmp_path / "sealed"), Manifest(sizes))
+    return tmp_path / "sealed", tells or digests
 
 
 def checked(folder: Path, **more: Any) -> ManifestCheck:
@@ -45,10 +58,10 @@ def checked(folder: Path, **more: Any) -> ManifestCheck:
     return found
 
 
-def test_with_the_key_contents_are_looked_at(made: tuple[Path, bool]) -> None:
+def test_with_the_key_contents_are_looked_at(made: tuple[Path, bool], digests: bool) -> None:
     folder, tells = made
     found = checked(folder, dec_key=KEY)
-    assert (found.ok, found.faults) == (tells, ())
+    assert (found.ok, found.faults, found.files, found.tensors) == (tells, (), 1, int(digests))
     assert [u.reason for u in found.unchecked] == (
         [] if tells else ["AES-CBC is not authenticated, and the file holds no checksum"]
     )
@@ -75,6 +88,63 @@ def test_without_a_key_nothing_is_called_right(made: tuple[Path, bool], capsys: 
     assert out.startswith("Not checked in full") and "no key is given" in out and "As written" not in out
     assert main(["verify", str(folder), "--manifest", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def two_files(tmp_path: Path, mode: str) -> tuple[Path, Path]:
+    """Two encrypted files of one layout, with other contents."""
+    from safetensors.numpy import save_file
+
+    for rank in range(2):
+        folder = tmp_path / "plain" / f"rank_{rank}"
+        folder.mkdir(parents=True)
+        save_file({"w": np.full(64, rank, "f4")}, folder / "net.safetensors")
+    convert(tmp_path / "plain", tmp_path / "sealed", to="ckpt", enc_key=KEY, enc_mode=mode)
+    one, two = (tmp_path / "sealed" / f"rank_{rank}" / "net.ckpt" for rank in range(2))
+    return one, two
+
+
+@pytest.mark.parametrize("manifest_too", [False, True])
+@pytest.mark.parametrize("mode", ["chunked", "AES-GCM", "AES-CBC"])
+def test_files_that_changed_places_are_found(mode: str, manifest_too: bool, tmp_path: Path) -> None:
+    """Each is authentic; that it is another one than it was shows in the digests, and these are bound to names."""
+    one, two = two_files(tmp_path, mode)
+    raw = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(raw)
+    if manifest_too:
+        manifest = tmp_path / "sealed" / MANIFEST_NAME
+        content = json.loads(manifest.read_text())
+        a, b = content["files"]
+        content["files"] = {a: content["files"][b], b: content["files"][a]}
+        manifest.write_text(json.dumps(content))
+    found = checked(tmp_path / "sealed", dec_key=KEY)
+    assert {fault.file for fault in found.faults} == {"rank_0/net.ckpt", "rank_1/net.ckpt"}
+    assert ("w" in {fault.tensor for fault in found.faults}) is not manifest_too
+
+
+@pytest.mark.parametrize("mode", ["chunked", "AES-GCM", "AES-CBC", "SM4-CBC"])
+@pytest.mark.parametrize("fault", ["none", "altered", "another key"])
+def test_a_load_compares_what_is_encrypted(mode: str, fault: str, tmp_path: Path) -> None:
+    """`verify="full"`, as every rank does it; the load itself is in tests/live."""
+    from ms_ckpt_ext.engine import audit
+    from ms_ckpt_ext.engine.catalog import files_catalog
+    from ms_ckpt_ext.formats.crypto import Key
+
+    one, two = two_files(tmp_path, mode)
+    if fault == "altered":
+        one.write_bytes(two.read_bytes())  # decrypts
+    catalog = files_catalog([str(one)], Access(Key(KEY)))
+    if fault == "another key":
+        manifest = load_manifest(str(tmp_path / "sealed"))
+        assert manifest is not None
+        held = manifest.files["rank_0/net.ckpt"]._replace(tensors={"w": "0" * 32}, sealed=None)
+        other = held.sealed_by(Key(b"x" * 16), "rank_0/net.ckpt")
+        write_manifest(str(tmp_path / "sealed"), Manifest({"rank_0/net.ckpt": other}))
+        with pytest.raises(DecryptionError, match="sealed digests of 'rank_0/net.ckpt'"):
+            audit._differences(catalog, 0, ["w"], 1)
+        return
+    faults = audit._differences(catalog, 0, ["w"], 1)
+    assert [each.tensor for each in faults] == ([] if fault == "none" else ["w"])
 
 
 def test_another_mode_than_expected_is_a_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@
     container        ChunkedReader: authenticated, slices decrypt on their own
     container_writer ChunkedWriter, Sealer: the same, written as a stream or chunk by chunk
     units            the reader that both authenticated formats share
+    envelope         a few bytes encrypted as a whole: the digests of an encrypted file
     backend          the only module that imports `cryptography`, late
 
 Importing this package costs nothing: what knows a container is imported when one is met, `cryptography` when something

@@ -194,6 +194,19 @@ class BlockSealer:
         out[:front] = _header(self._mode, tag, iv, length)
         return front + length
 
+    def unseal(self, index: int, stored: memoryview, out: memoryview) -> bool:
+        """Decrypt what `seal` gave into `out`, of the block's length; False when its tag does not fit any more."""
+        front, whole = self._front, len(out) // BLOCK * BLOCK
+        iv = bytes(stored[front - 4 - IV_BYTES : front - 4])
+        if self._mode == GCM:
+            context = backend.gcm(self._key, iv[:NONCE_BYTES], bytes(stored[4 : 4 + TAG_BYTES]))
+            pour(context, stored[front:], out)
+        else:
+            context = backend.cbc(self._key, iv, sm4=self._mode == SM4, encrypt=False)
+            pour(context, stored[front : front + whole], out[:whole])
+            out[whole:] = context.update(stored[front + whole :])[: len(out) - whole]
+        return backend.fits(context)
+
 
 def write_all(sink: BinaryIO, data: Union[bytes, memoryview]) -> None:
     """Write all of `data`, also to an unbuffered file, which may take less at once."""

@@ -172,10 +172,8 @@ class _Chunks:
     def _open(self, index: int, sealed: memoryview, out: memoryview) -> None:
         context = self._secrets.context(index, bytes(sealed[-TAG:]))
         pour(context, sealed[:-TAG], out)
-        try:
-            context.finalize()
-        except backend.bad_tag():
-            raise self._unfit(index) from None
+        if not backend.fits(context):
+            raise self._unfit(index)
 
     def sealed(self, unit: int) -> Sealed:
         """A chunk that is to be decrypted by `unseal`."""

@@ -7,6 +7,7 @@ import threading
 from typing import BinaryIO, Union
 
 from ms_ckpt_ext.errors import FormatError, UsageError
+from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import pour
 from ms_ckpt_ext.formats.crypto.blocks_writer import write_all
 from ms_ckpt_ext.formats.crypto.container import CHUNK, SALT, TAG, Geometry, Secrets
@@ -66,6 +67,12 @@ class Sealer:
         context.finalize()
         out[len(plain) : len(plain) + TAG] = getattr(context, "tag")  # noqa: B009
         return len(plain) + TAG
+
+    def unseal(self, index: int, stored: memoryview, out: memoryview) -> bool:
+        """Decrypt what `seal` gave into `out`, of the chunk's length; False when its tag does not fit any more."""
+        context = self._secrets.context(index, bytes(stored[-TAG:]))
+        pour(context, stored[:-TAG], out)
+        return backend.fits(context)
 
     def _claim(self, index: int, length: int) -> None:
         low, high = self.geometry.span(index)

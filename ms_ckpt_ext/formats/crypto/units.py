@@ -72,10 +72,8 @@ def unseal(base: ByteReader, sealed: Sealed, places: Iterable[memoryview]) -> It
         backend.pour(sealed.context, source, place)
         at += len(place)
         yield place
-    try:
-        sealed.context.finalize()
-    except backend.bad_tag():
-        raise sealed.unfit() from None
+    if not backend.fits(sealed.context):
+        raise sealed.unfit()
 
 
 class Units(Protocol):
