@@ -20,6 +20,7 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
+from ms_ckpt_ext.engine.audit import audit_alone
 from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog, open_catalog
 from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.lazy import Parameters
@@ -44,6 +45,7 @@ def load(
     dec_key: Optional[KeyLike] = None,
     dec_mode: Optional[str] = None,
     crc_check: bool = False,
+    verify: str = "none",
     format: Optional[str] = None,
     file_suffix: Optional[str] = None,
     max_process_num: int = 64,
@@ -66,6 +68,7 @@ def load(
             `load_distributed_checkpoint`: several names may share a source, and a source keeps its own name, too.
         dec_key, dec_mode: of an encrypted checkpoint; without a mode any container will do.
         crc_check: verify the checksum of every file that has one now, which reads all of it.
+        verify: "none"; "full": compare what is chosen with `ms_ckpt_ext.digests.json` now, which reads all of that.
         format: "safetensors" or "ckpt", where a directory holds both.
         file_suffix: which file of a rank folder; None for the newest.
         max_process_num: upper bound on the threads of one read.
@@ -76,20 +79,34 @@ def load(
         statement, or let go of it.
 
     Raises:
-        UsageError, ArgumentTypeError: wrong arguments, or two parameters of one name, or `names` that mean none.
+        UsageError, ArgumentTypeError: wrong arguments, or two parameters of one name, or `names` that mean none; or
+            verify="full", and a file has no digests on record.
         DiscoveryError, StrategyError, LayoutMismatchError: what the files are cannot be told.
         FormatError, ChecksumError, DecryptionError, StorageError: they cannot be read.
     """
     source = path_of(path, "path")
-    access = any_mode(dec_key, dec_mode, crc_check)
+    access, full = any_mode(dec_key, dec_mode, crc_check), _is_full(verify)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix)
     stored = {**catalog.tensors, **catalog.extras}
     wanted = _wanted({**stored, **catalog.absent}, patterns)
     catalog = naming._replace(aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
     catalog.require(catalog.absent)
+    workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
+    if full:
+        _compare_digests(catalog, workers)
     held = dict.fromkeys((*catalog.tensors, *catalog.extras))
-    return Parameters(catalog, {name: name for name in held}, workers_of(max_process_num), limits_of(buffer_bytes))
+    return Parameters(catalog, {name: name for name in held}, workers, limits)
+
+
+def _is_full(verify: str) -> bool:
+    if verify not in ("none", "full"):
+        raise UsageError(f'verify must be "none" or "full" here, got {verify!r}; only ranks together compare replicas')
+    return verify == "full"
+
+
+def _compare_digests(catalog: Catalog, workers: int) -> None:
+    audit_alone(catalog, [*catalog.tensors.values(), *catalog.extras.values()], workers)
 
 
 def as_parameters(held: Parameters, names: Optional[Iterable[str]] = None) -> dict[str, Any]:
@@ -123,6 +140,7 @@ def load_checkpoint(
     format: str = "ckpt",
     *,
     name_map: Optional[Mapping[str, str]] = None,
+    verify: str = "none",
 ) -> dict[str, Any]:
     """The Parameters of one file. Drop-in for `mindspore.load_checkpoint`.
 
@@ -139,6 +157,7 @@ def load_checkpoint(
         crc_check: verify the file's checksum, if it has one.
         format: "ckpt" or "safetensors".
         name_map: name in the result -> name in the file (as the choice left it), as for `load`.
+        verify: as for `load`.
 
     Returns:
         name -> Parameter, or `str` for text.
@@ -153,9 +172,9 @@ def load_checkpoint(
     if not source.endswith(f".{format}"):
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
     naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
-    access = access_of(dec_key, dec_mode, crc_check)
+    access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     _require_file(source)
-    with _held(naming.of(file_catalog(source, access))) as held:
+    with _held(naming.of(file_catalog(source, access)), full) as held:
         found = as_parameters(held)
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
     if not found:
@@ -179,6 +198,7 @@ def load_segmented_checkpoints(
     *,
     crc_check: bool = False,
     name_map: Optional[Mapping[str, str]] = None,
+    verify: str = "none",
 ) -> dict[str, Any]:
     """The Parameters of all `.ckpt` files of a directory. Drop-in for `mindspore.load_segmented_checkpoints`.
 
@@ -196,11 +216,11 @@ def load_segmented_checkpoints(
     if not paths:
         raise DiscoveryError(f"{folder!r} holds no .ckpt checkpoint; check the path")
     naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
-    access = access_of(dec_key, dec_mode, crc_check)
+    access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     catalog = files_catalog(list(map(str, paths)), access)
     chosen = naming.of(catalog)
     _refuse_doubles(catalog, {tensor.stored_name for tensor in chosen.tensors.values()}, folder)
-    with _held(chosen) as held:
+    with _held(chosen, full) as held:
         found = as_parameters(held)
     if not found:
         raise UsageError(f"choice_func or the prefixes leave nothing of the files in {folder!r}; check them")
@@ -211,8 +231,11 @@ def load_segmented_checkpoints(
     return found
 
 
-def _held(catalog: Catalog) -> Parameters:
-    return Parameters(catalog, {name: name for name in catalog.tensors}, workers_of(64))
+def _held(catalog: Catalog, full: bool) -> Parameters:
+    workers = workers_of(64)
+    if full:
+        _compare_digests(catalog, workers)
+    return Parameters(catalog, {name: name for name in catalog.tensors}, workers)
 
 
 def _refuse_doubles(catalog: Catalog, wanted: set[str], folder: str) -> None:

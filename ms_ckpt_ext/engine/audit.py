@@ -70,25 +70,39 @@ def audit(
         UsageError: a file has no digests on record; PeerError on the ranks that did not look at it.
         FormatError, StorageError: it, or what is on record, cannot be read; PeerError on the others.
     """
-    pairs = sorted({pair for tensor in wanted for pair in _stored(tensor)})
-    mine = _deal(pairs, catalog, sees, transport.size)[transport.rank]
+    mine = _deal(_pairs(wanted), catalog, sees, transport.size)[transport.rank]
     faults: list[str] = []
     error: Optional[BaseException] = None
     try:
-        for file, names in mine.items():
-            faults += map(str, _differences(catalog, file, names, workers))
+        faults = _faults(catalog, mine, workers)
     except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
         error = problem
     share_status(transport, error)
-    found = [(rank, each) for rank, told in enumerate(transport.share(json.dumps(faults).encode())) if told
-             for each in json.loads(told)]  # fmt: skip
-    if found:
-        listed = "; ".join(f"{each} (read by rank {rank})" for rank, each in found[:_NAMED])
-        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    told = enumerate(transport.share(json.dumps(faults).encode()))
+    _require_none([f"{each} (read by rank {rank})" for rank, found in told if found for each in json.loads(found)])
+
+
+def audit_alone(catalog: Catalog, wanted: Iterable[SourceTensor], workers: int) -> None:
+    """`audit` by one process, which is about to read any of the files that hold what is `wanted`. Raises as that."""
+    (mine,) = _deal(_pairs(wanted), catalog, None, 1)
+    _require_none(_faults(catalog, mine, workers))
+
+
+def _require_none(faults: list[str]) -> None:
+    if faults:
+        listed, more = "; ".join(faults[:_NAMED]), len(faults) - _NAMED
         raise ChecksumError(
-            f"{listed}{more}. The files were damaged after their digests were recorded: restore them or choose another "
-            "checkpoint. No parameter was changed"
+            f"{listed}{f'; and {more} more' if more > 0 else ''}. The files were damaged after their digests were "
+            "recorded: restore them or choose another checkpoint. No parameter was changed"
         )
+
+
+def _pairs(wanted: Iterable[SourceTensor]) -> list[tuple[int, str]]:
+    return sorted({pair for tensor in wanted for pair in _stored(tensor)})
+
+
+def _faults(catalog: Catalog, share: Mapping[int, list[str]], workers: int) -> list[str]:
+    return [str(each) for file, names in share.items() for each in _differences(catalog, file, names, workers)]
 
 
 def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine.lazy import LazyTensor, select
 from ms_ckpt_ext.errors import (
     ArgumentTypeError,
+    ChecksumError,
     CoverageError,
     DecryptionError,
     DiscoveryError,
@@ -26,7 +28,9 @@ from ms_ckpt_ext.errors import (
     UsageError,
 )
 from ms_ckpt_ext.formats import ckpt_writer
+from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
+from ms_ckpt_ext.formats.registry import Access, read_index
 from tests.jobs.support import FULL, arrays, read_file, scalars, source
 from tests.jobs.test_convert import CASE, KEY, contents, write_ckpt
 
@@ -182,6 +186,36 @@ def test_an_encrypted_file(mode: str, golden: Path) -> None:
     for key in (None, b"x" * 16):
         with pytest.raises(DecryptionError):
             load(path, dec_key=key)
+
+
+@pytest.mark.parametrize("enc", [{}, {"enc_key": KEY}, {"enc_key": KEY, "enc_mode": "AES-CBC"}])
+def test_digests_are_compared_on_request(enc: dict[str, Any], tmp_path: Path) -> None:
+    """Of what is chosen, and before anything is handed out; CBC and plain files notice nothing by themselves."""
+    root, dec = source(tmp_path / "src"), {"dec_key": KEY} if enc else {}
+    names = sorted(arrays(0))
+    unified_safetensors(
+        root / "shards", root / "strategy.ckpt", tmp_path / "out", output_format="ckpt", part_bytes=9000, **enc
+    )
+    where = json.loads((tmp_path / "out/param_name_map.json").read_text())["weight_map"]
+    victim = tmp_path / "out" / where[names[0]]
+    other = next(name for name in names if where[name] != victim.name)
+    with load(tmp_path / "out", verify="full", **dec) as held:
+        assert same(held[names[0]][...], arrays(0)[names[0]])
+    raw = bytearray(victim.read_bytes())
+    at = read_index(str(victim), Access(Key(KEY), optional=True)).tensors[names[0]].extents[0].offset
+    raw[at + 100] ^= 1  # before the tensor there are at most 48 bytes of a block's header
+    victim.write_bytes(raw)
+    if enc != {"enc_key": KEY}:  # in blocks of AES-GCM, tables of contents are decrypted with the rest
+        with load(tmp_path / "out", names=other, verify="full", **dec) as held:
+            assert list(held) == [other]
+    with pytest.raises((ChecksumError, DecryptionError), match=victim.name):
+        load(tmp_path / "out", verify="full", **dec)
+    bare = tmp_path / "bare.ckpt"
+    convert(tmp_path / "out" / where[other], bare, digests=False, enc_key=KEY, enc_mode="AES-CBC", **dec)
+    with pytest.raises(UsageError, match="no digest of .* is on record"):
+        load(bare, verify="full", dec_key=KEY)
+    with pytest.raises(UsageError, match='verify must be "none" or "full"'):
+        load(victim, verify="replicas", **dec)
 
 
 def test_names(written: Path) -> None:
