@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, any_mode, as_strategy, path_of
+from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, any_mode, as_strategy, checked_naming, path_of
 from ms_ckpt_ext.api.plan_page import write_page
 from ms_ckpt_ext.api.plan_report import PlanReport, report_of
 from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES
@@ -16,6 +16,7 @@ from ms_ckpt_ext.core.plan import TensorMeta
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.engine import dryrun, profiles
 from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, FormatError, UsageError, storage_error
 
@@ -35,6 +36,8 @@ def plan(
     html: Optional[PathLike] = None,
     file_suffix: Optional[str] = None,
     format: Optional[str] = None,
+    choice_func: Optional[Choice] = None,
+    name_map: Optional[Mapping[str, str]] = None,
     dec_key: Any = None,
     dec_mode: Optional[str] = None,
 ) -> PlanReport:
@@ -56,6 +59,7 @@ def plan(
         html: write a page there as well.
         file_suffix: which file of a rank folder; None for the newest.
         format: "safetensors" or "ckpt", where both lie in the rank folders.
+        choice_func, name_map: as the load will have them; not with `shapes`, which have the names that are loaded.
         dec_key, dec_mode: of encrypted files, as in `inspect`; their headers are encrypted too.
 
     Raises:
@@ -65,8 +69,10 @@ def plan(
     """
     options = LoadOptions(mode=mode, bucket_bytes=bucket_bytes, prefetch=prefetch)
     machines = [profiles.profile(name) for name in (profiles.names() if hardware is None else hardware)]
-    saved, target = as_strategy(src_strategy), as_strategy(dst_strategy)
+    saved, target, naming = as_strategy(src_strategy), as_strategy(dst_strategy), checked_naming(choice_func, name_map)
     if shapes is not None:
+        if naming != Naming():
+            raise UsageError("choice_func and name_map are for a checkpoint: give shapes by the names that are loaded")
         source = dryrun.of_shapes(_metas(shapes), saved)
         origin = (
             f"{_told(shapes, 'shapes')} cut by {_told(src_strategy, 'a strategy')}"
@@ -75,7 +81,8 @@ def plan(
         )
     else:
         directory, access = path_of(src, "src"), any_mode(dec_key, dec_mode)
-        source = dryrun.of_catalog(open_catalog(directory, saved, file_suffix, access=access, kind=format))
+        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format))
+        source = dryrun.of_catalog(held)
         origin = directory
     done = dryrun.dry_run(source, target, options)
     report = report_of(

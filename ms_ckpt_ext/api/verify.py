@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import progress
-from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_name_map, path_of, workers_of
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
+from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.engine import health
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
 from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.health import Health
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, load_manifest, opened
+from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.engine.proof import prove_file
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, DiscoveryError, FormatError, UsageError
 from ms_ckpt_ext.formats import discovery
@@ -70,6 +72,7 @@ def verify(
     manifest: bool = False,
     match: Globs = (),
     exclude: Globs = (),
+    choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     file_suffix: Optional[str] = None,
     file_suffix_b: Optional[str] = None,
@@ -91,8 +94,10 @@ def verify(
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
         strategy, strategy_b: of the jobs that saved them, where they are rank folders.
-        match, exclude: shell-style globs of parameter names (as `a` has them); all by default.
-        name_map: parameter name in `b` -> name in `a`.
+        match, exclude: shell-style globs of parameter names (as `a` has them after `choice_func`); all by default.
+        choice_func: with `b`: parameter name in `a` -> True (compare it), False (leave it out) or a str (a new name).
+        name_map: with `b`: parameter name in `b` -> name in `a` after that. Both as the job had them that made `b` of
+            `a`, unless it was a conversion, which reads its map the other way round.
         file_suffix, file_suffix_b: which file of a rank folder; None for the newest.
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
         dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
@@ -108,6 +113,9 @@ def verify(
         StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
     """
     workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, dec_mode)
+    naming, names = Naming(checked_choice(choice_func)), checked_name_map(name_map)
+    if b is None and (choice_func is not None or names):
+        raise UsageError("choice_func and name_map say what of a is called how in b: give b, or leave them out")
     if manifest:
         if b is not None or strategy is not None or wanted:
             raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
@@ -116,15 +124,28 @@ def verify(
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers)
     second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    one, two = first.open(), second.open()
-    names = checked_name_map(name_map)
-    held = {names.get(name, name): tensor for name, tensor in {**two.extras, **two.tensors}.items()}
-    wanted.check((*one.extras, *one.tensors, *held))
+    one, two = naming.of(first.open()), second.open()
+    mine, held = _by_names_of_a({**one.extras, **one.tensors}, {**two.extras, **two.tensors}, names)
+    wanted.check((*mine, *held))
     one.require(filter(wanted, one.absent))
     two.require(name for name in two.absent if wanted(names.get(name, name)))
-    pairing = pair_up(wanted.of({**one.extras, **one.tensors}), wanted.of(held))
+    pairing = pair_up(wanted.of(mine), wanted.of(held))
     with progress.bar("verify", pairing.nbytes) as advance:
         return compare(pairing, one, two, workers, progress=advance)
+
+
+def _by_names_of_a(
+    a: Mapping[str, SourceTensor], b: Mapping[str, SourceTensor], names: Mapping[str, str]
+) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
+    """Both sides under the names in `a`; a second parameter of `b` that is to equal one of `a`, under its own name."""
+    mine, held = dict(a), {name: tensor for name, tensor in b.items() if name not in names}
+    for name, source in names.items():
+        if name not in b:
+            continue
+        if source in held and source in a:
+            mine[name] = a[source]
+        held[name if source in held else source] = b[name]
+    return mine, held
 
 
 def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int) -> Health:

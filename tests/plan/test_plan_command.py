@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ms_ckpt_ext import plan
 from ms_ckpt_ext.api.convert import encrypt
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
 from tests.cli.support import as_json, fine, run, run_script
 
 
@@ -119,6 +122,24 @@ def test_errors(words: list[str], code: int, message: str, shapes: Path, monkeyp
     ran = run("plan", *words)
     assert (ran.code, ran.out) == (code, "")
     assert re.search(message, ran.err), ran.err
+
+
+def test_by_the_names_that_the_load_will_use(golden: Path) -> None:
+    """The target may be laid out for what the load calls parameters; what it leaves out is not read."""
+    source, target = golden / "dp2_tp4/shards", load_strategy(golden / "tp4/strategy.ckpt")
+    saved = golden / "dp2_tp4/strategy.ckpt"
+    weights = [name for name in target.layouts if not name.startswith("adam_")]
+    renamed = target._replace(layouts={f"net.{name}": target.layouts[name] for name in weights})
+    plain = plan(source, target, src_strategy=saved)
+    how: dict[str, Any] = {"choice_func": lambda name: name in weights and f"net.{name}"}
+    found = plan(source, renamed, src_strategy=saved, **how)
+    assert found.parameters == len(weights) < plain.parameters
+    assert found.unique < plain.unique / 2
+    tied = renamed._replace(layouts={**renamed.layouts, "tied": target.layouts[weights[0]]})
+    more = plan(source, tied, src_strategy=saved, **how, name_map={"tied": f"net.{weights[0]}"})
+    assert more.parameters == found.parameters + 1
+    with pytest.raises(UsageError, match="give shapes by the names that are loaded"):
+        plan(None, None, shapes={"w": {"dtype": "F32", "shape": [4]}}, **how)
 
 
 def test_an_encrypted_checkpoint(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,28 @@ def test_names_and_filters(pair: Any, tmp_path: Path) -> None:
     assert against(root, arrays, tmp_path, exclude=["a.w", "x"]).ok
 
 
+def test_names_and_choices_are_those_of_the_job(pair: Any, tmp_path: Path) -> None:
+    """What a merge left out, renamed and gave a second name is compared by the same arguments."""
+    root, _ = pair
+    how: dict[str, Any] = {
+        "choice_func": lambda name: name != "b.w" and (f"net.{name}" if "." in name else True),
+        "name_map": {"tied": "net.a.w"},
+    }
+    unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "b", **how)
+    parts = {path.name: load_file(path) for path in (tmp_path / "b").glob("*.safetensors")}
+    found = compared(root / "shards", tmp_path / "b", strategy=root / "strategy.ckpt", **how)
+    assert found.ok and found.parameters == sum(map(len, parts.values())) == 6
+    assert not compared(root / "shards", tmp_path / "b", strategy=root / "strategy.ckpt").ok
+    next(part for part in parts.values() if "tied" in part)["tied"][0, 0] += 1
+    for name, part in parts.items():
+        save_file(part, tmp_path / "b" / name)
+    found = compared(root / "shards", tmp_path / "b", strategy=root / "strategy.ckpt", **how)
+    assert [each.name for each in found.differences] == ["tied"]
+    for alone in how.items():
+        with pytest.raises(UsageError, match="give b, or leave them out"):
+            verify(root / "shards", strategy=root / "strategy.ckpt", **dict([alone]))
+
+
 def test_small_blocks_find_the_same(golden: Path, tmp_path: Path) -> None:
     """Blocks of a few rows and parts of rows, on several threads, against two layouts."""
     changed = load_bytes(golden / "full" / "model.safetensors")
