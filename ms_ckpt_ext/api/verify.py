@@ -17,10 +17,10 @@ from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
 from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.health import Health
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, load_manifest, opened
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, load_manifest, opened
 from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.engine.proof import prove_file
-from ms_ckpt_ext.errors import ChecksumError, DecryptionError, DiscoveryError, FormatError, UsageError
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, StorageError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access, crc_fault, open_reader, read_index
@@ -183,8 +183,10 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
             told = closed + check(folder, readable, None, workers, lambda file: read_index(file, access), opener)
             damaged = {fault.file for fault in told}
             rest = {name: entry for name, entry in readable.files.items() if name not in damaged}
-            proved, open_ = _prove(folder, [n for n, entry in rest.items() if not entry.tensors], access, advance)
-            whole = [name for name, entry in rest.items() if entry.tensors and held.files[name].sealed is None]
+            proved, open_ = _prove(
+                folder, {n: entry for n, entry in rest.items() if not entry.readable}, access, advance
+            )
+            whole = [name for name, entry in rest.items() if entry.readable and held.files[name].sealed is None]
             summed = _checksums(folder, whole, access, workers)
             told = [*told, *proved, *summed]
             faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in told]
@@ -196,14 +198,17 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
 
 
 def _prove(
-    folder: str, names: list[str], access: Access, advance: Callable[[int], None]
+    folder: str, entries: Mapping[str, FileDigests], access: Access, advance: Callable[[int], None]
 ) -> tuple[list[Fault], list[Unchecked]]:
-    """Files without digests: what is wrong with them, and which could not be checked."""
+    """Files without readable digests: what is wrong with them, and which could not be checked."""
     faults, unchecked = [], []
-    for name in names:
+    for name, entry in entries.items():
+        if entry.sealed is not None:
+            unchecked.append(Unchecked(name, "encrypted, as are its digests, and no key is given"))
+            continue
         try:
             reason = prove_file(os.path.join(folder, *name.split("/")), access, advance)
-        except (ChecksumError, DecryptionError, FormatError) as error:
+        except (FormatError, StorageError) as error:
             faults.append(Fault(name, None, str(error), "contents as they were encrypted"))
         else:
             unchecked += [] if reason is None else [Unchecked(name, reason)]
@@ -217,7 +222,10 @@ def _checksums(folder: str, names: list[str], access: Access, workers: int) -> l
     """
 
     def look(name: str) -> Optional[str]:
-        return crc_fault(read_index(os.path.join(folder, *name.split("/")), access), access)
+        try:
+            return crc_fault(read_index(os.path.join(folder, *name.split("/")), access), access)
+        except (FormatError, StorageError) as error:
+            return str(error)
 
     told = zip(names, in_order(look, names, workers))
     return [Fault(name, None, fault, "contents that fit the file's checksum") for name, fault in told if fault]

@@ -1,8 +1,9 @@
 """Stored tensors against the digests on record, by all ranks together, before a Parameter changes.
 
 1. Of a slice that several files hold one file is chosen, and the load reads no other: what is read was checked.
-2. The tensors that are wanted are dealt out to the ranks that see them, the largest first, each to whoever has the
-   least so far. A tensor is digested once, by one rank, whole: what is on record is a digest of the whole.
+2. The tensors that are wanted, and the framing of their files, are dealt out to the ranks that see them, the largest
+   first, each to whoever has the least so far. A tensor is digested once, by one rank, whole: what is on record is a
+   digest of the whole.
 3. All ranks tell what they found; if anything differs, all of them raise the same error.
 
 This costs one more read of every wanted byte over all ranks together, and its digest; memory is 1 MiB a thread.
@@ -18,7 +19,7 @@ from typing import Any, Optional
 
 from ms_ckpt_ext.core.plan import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.catalog import AUTHENTICATED, Catalog
-from ms_ckpt_ext.engine.digests import digest_tensors
+from ms_ckpt_ext.engine.digests import digest_tensors, framing_faults
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, digests_of
 from ms_ckpt_ext.errors import ChecksumError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
@@ -27,6 +28,8 @@ from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport
 
+Names = list[Optional[str]]
+"""Tensors of a file; None for its framing."""
 Sees = Optional[Mapping[int, frozenset[int]]]
 """File number -> ranks that can open it; None when all see all."""
 _NAMED = 3
@@ -101,7 +104,7 @@ def _pairs(wanted: Iterable[SourceTensor]) -> list[tuple[int, str]]:
     return sorted({pair for tensor in wanted for pair in _stored(tensor)})
 
 
-def _faults(catalog: Catalog, share: Mapping[int, list[str]], workers: int) -> list[str]:
+def _faults(catalog: Catalog, share: Mapping[int, Names], workers: int) -> list[str]:
     return [str(each) for file, names in share.items() for each in _differences(catalog, file, names, workers)]
 
 
@@ -116,12 +119,14 @@ def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:
                 yield file, tensor.stored_name
 
 
-def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world: int) -> list[dict[int, list[str]]]:
-    """For every rank: file -> names to digest."""
-    sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in pairs), reverse=True)
+def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world: int) -> list[dict[int, Names]]:
+    """For every rank: file -> what to digest of it."""
+    tensors = list(pairs)
+    sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in tensors), reverse=True)
+    framing = [(0, file, None) for file in sorted({file for file, _ in tensors})]
     load = [0] * world
-    shares: list[dict[int, list[str]]] = [{} for _ in range(world)]
-    for nbytes, file, name in sized:
+    shares: list[dict[int, Names]] = [{} for _ in range(world)]
+    for nbytes, file, name in (*sized, *framing):
         able = range(world) if sees is None else sorted(sees[file])
         rank = min(able, key=lambda each: load[each])
         load[rank] += nbytes
@@ -129,15 +134,16 @@ def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world:
     return shares
 
 
-def _differences(catalog: Catalog, file: int, names: list[str], workers: int) -> list[Fault]:
-    index = catalog.files[file]
+def _differences(catalog: Catalog, file: int, wanted: Names, workers: int) -> list[Fault]:
+    index, names = catalog.files[file], [name for name in wanted if name is not None]
     recorded = digests_of(index.path, catalog.access.key)
     if index.reader in AUTHENTICATED and (recorded is None or not recorded.tensors):
         return []
-    unknown = list(names) if recorded is None else [name for name in names if name not in recorded.tensors]
+    unknown = [name for name in names if recorded is None or name not in recorded.tensors]
     if recorded is None or unknown:
+        what = repr(unknown[0]) if unknown else "names and shapes"
         raise UsageError(
-            f"verify='full': no digest of {unknown[0]!r} in {index.path!r} ({index.size} bytes) is on record: "
+            f"verify='full': no digest of {what} in {index.path!r} ({index.size} bytes) is on record: "
             f"{_why(index, recorded)}. Record digests when the checkpoint is written, or load with verify='replicas'"
         )
 
@@ -146,7 +152,8 @@ def _differences(catalog: Catalog, file: int, names: list[str], workers: int) ->
 
     found = digest_tensors(index, names, workers, opener)
     expected = recorded.tensors
-    return [Fault(index.path, name, found[name], expected[name]) for name in names if found[name] != expected[name]]
+    faults = [Fault(index.path, name, found[name], expected[name]) for name in names if found[name] != expected[name]]
+    return faults + (framing_faults(index.path, index, recorded, opener) if None in wanted else [])
 
 
 def _why(index: FileIndex, recorded: Optional[FileDigests]) -> str:

@@ -30,7 +30,7 @@ from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, 
 from ms_ckpt_ext.engine.contents import TEXT, read_whole
 from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.manifest import Manifest, load_manifest
+from ms_ckpt_ext.engine.manifest import Manifest, record_of
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.trained import entries, find_layouts
 from ms_ckpt_ext.errors import (
@@ -264,13 +264,13 @@ def _dealt(transport: Transport[Any], seen: Survey) -> dict[str, FileIndex]:
 
 
 def _faults(index: FileIndex, access: Access) -> str:
-    folder, name = os.path.split(index.path)
-    manifest = load_manifest(folder)
-    if manifest is None or name not in manifest.files:
+    found = record_of(index.path, access.key)
+    if found is None:
         return ""
+    folder, name, held = found
     faults = check(
         folder,
-        Manifest({name: manifest.files[name].opened_by(access.key, name)}),
+        Manifest({name: held}),
         [name],
         1,
         partial(read_index, access=access),

@@ -15,17 +15,17 @@ from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
-from ms_ckpt_ext.engine.job import Job, Output, Wanted
+from ms_ckpt_ext.engine.job import Contents, Job, Output, Wanted
 from ms_ckpt_ext.engine.jobs import whole_box
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ChecksumError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, registry
 from ms_ckpt_ext.formats.ckpt import CRC_NUM, CRC_OFFSET
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
-from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM
+from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
-from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
 Rename = Callable[[str], Optional[str]]
 _CONTENTS = "the file"
@@ -79,7 +79,7 @@ def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], 
             "and which MindSpore does not load; leave it out, or keep it as safetensors"
         )
     wanted = (Wanted(new, tensors[stored], whole_box(tensors[stored])) for stored, new in renamed.items())
-    return Output(name, layout, tuple(wanted), layout.tensors)
+    return Output(name, layout, tuple(wanted), lambda: layout.tensors)
 
 
 def _renamed(path: str, chosen: Mapping[str, Optional[str]]) -> dict[str, str]:
@@ -117,7 +117,7 @@ def copy_job(
         with registry.open_reader(path, access) as reader:
             size, kind = reader.size, getattr(reader, "kind", "plain")
             checksum = _to_be_proved(path, reader) if kind in BLOCK_MAGIC.values() else None
-            holds = _holds(path, reader, kind)
+            holds = _holds(path, reader, access)
             entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
             indexes.append(FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind))
         tensor = tensors[f"{number}/{_CONTENTS}"] = whole_tensor(_CONTENTS, entry, [number])
@@ -127,19 +127,17 @@ def copy_job(
     return Job(source, tuple(outputs), index=index, seal=seal, digests=digests)
 
 
-def _holds(path: str, reader: ByteReader, kind: str) -> Optional[Mapping[str, TensorEntry]]:
-    """The tensors of a file that is copied; None where telling costs as much as decrypting it, or it is none of ours.
+def _holds(path: str, reader: ByteReader, access: Access) -> Optional[Contents]:
+    """What lists the tensors of a file that is copied, when it is its turn, for there may be many.
 
-    A plain file must be a checkpoint: encrypted, what is none might not be told from one by a wrong key.
+    None where they are listed when it is decrypted: to list an encrypted `.ckpt` is to decrypt most of it. A plain file
+    must be a checkpoint: encrypted, what is none might not be told from one by a wrong key.
     """
-    if kind == GCM:
+    if isinstance(reader, PlainReader):
+        registry.index_through(reader, path)
+    elif path.endswith(".ckpt"):
         return None
-    try:
-        return registry.index_through(reader, path).tensors
-    except FormatError:
-        if kind == "plain":
-            raise
-        return None
+    return lambda: registry.read_index(path, access).tensors
 
 
 def _to_be_proved(path: str, reader: ByteReader) -> Optional[Checksum]:

@@ -13,7 +13,7 @@ import xxhash
 
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.engine.manifest import Fault, FileDigests, Manifest, size_of
-from ms_ckpt_ext.errors import FormatError
+from ms_ckpt_ext.errors import FormatError, StorageError
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage import memory
@@ -104,7 +104,6 @@ def check(
 
     Raises:
         KeyError: a file that the manifest does not list.
-        StorageError: a file that is there cannot be read at all.
     """
     faults = []
     for name in manifest.files if files is None else files:
@@ -113,10 +112,10 @@ def check(
         if size != expected.size:
             found = "no file" if size is None else f"{size} bytes"
             faults.append(Fault(name, None, found, f"{expected.size} bytes"))
-        elif expected.tensors:
+        elif expected.readable:
             try:
                 faults += _differences(name, indexer(path), expected, workers, opener)
-            except FormatError as error:
+            except (FormatError, StorageError) as error:
                 faults.append(Fault(name, None, str(error), "contents as they were written"))
     return faults
 
@@ -126,8 +125,13 @@ def _differences(name: str, index: FileIndex, expected: FileDigests, workers: in
     both = {**dict.fromkeys(expected.tensors, "no such tensor"), **digests}
     listed = {**dict.fromkeys(digests, "no such tensor"), **expected.tensors}
     faults = [Fault(name, tensor, both[tensor], listed[tensor]) for tensor in listed if both[tensor] != listed[tensor]]
-    if expected.framing is not None:
-        framing = digest_framing(index.path, index.tensors, opener)
-        if framing != expected.framing:
-            faults.append(Fault(name, None, f"{_FRAMING} {framing}", f"{_FRAMING} {expected.framing}"))
-    return faults
+    return [*faults, *framing_faults(name, index, expected, opener)]
+
+
+def framing_faults(name: str, index: FileIndex, expected: FileDigests, opener: Opener) -> list[Fault]:
+    """The one difference there may be in the framing of a file, which is called `name`. Raises as `digest_framing`."""
+    if expected.framing is None:
+        return []
+    found = digest_framing(index.path, index.tensors, opener)
+    same = found == expected.framing
+    return [] if same else [Fault(name, None, f"{_FRAMING} {found}", f"{_FRAMING} {expected.framing}")]

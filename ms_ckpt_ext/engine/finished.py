@@ -6,7 +6,7 @@ import json
 from functools import partial
 from typing import Optional
 
-from ms_ckpt_ext.engine.digests import digest_tensors
+from ms_ckpt_ext.engine.digests import digest_file
 from ms_ckpt_ext.engine.job import Job, Output
 from ms_ckpt_ext.engine.manifest import FileDigests
 from ms_ckpt_ext.errors import CheckpointError
@@ -30,18 +30,18 @@ def is_done(job: Job, output: Output, staging: Staging) -> bool:
 
 
 def is_intact(job: Job, output: Output, staging: Staging, workers: int) -> bool:
-    """Whether a complete output still holds what was written: its tensors' digests are those noted at the time.
+    """Whether a complete output still holds what was written: its digests are those noted at the time.
 
     Reads the file, so it is for what an earlier run left, once. Without digests there is nothing to compare: True.
     """
-    if not job.digests:
-        return True
     held = noted(staging, output.name)
+    if not job.digests or (held is not None and not held.known):
+        return True
     if held is None:
         return False
     try:
         expected = held.opened_by(None if job.seal is None else job.seal.key, output.name)
         index = job.contents(output, staging.place(output.name))
-        return digest_tensors(index, workers=workers, opener=partial(job.open, output)) == expected.tensors
+        return digest_file(index, workers, partial(job.open, output))[1:] == expected[1:]
     except (OSError, CheckpointError):  # what cannot be read is written again
         return False

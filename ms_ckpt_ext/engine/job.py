@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import xxhash
 
@@ -38,17 +38,21 @@ class Wanted(NamedTuple):
     """None for a tensor without elements."""
 
 
+Contents = Callable[[], Mapping[str, TensorEntry]]
+"""Lists the tensors of a file."""
+
+
 class Output(NamedTuple):
     """One file to write: its name relative to the target, its layout, and what fills it.
 
-    `holds` are the tensors that are digested: those of the layout, or of the file that is copied as it is. None when
+    `holds` lists the tensors that are digested: those of the layout, or of the file that is copied as it is. None when
     they are known when it is written, and not before.
     """
 
     name: str
     layout: FileLayout
     wanted: tuple[Wanted, ...]
-    holds: Optional[Mapping[str, TensorEntry]]
+    holds: Optional[Contents]
 
 
 class Job:
@@ -104,7 +108,7 @@ class Job:
     def contents(self, output: Output, path: str) -> FileIndex:
         """The tensors of an output that was written. Raises FormatError: it is a copy of what is no checkpoint."""
         if output.holds is not None:
-            return FileIndex(path, output.layout.size, 0, output.holds)
+            return FileIndex(path, output.layout.size, 0, output.holds())
         with self.open(output, path) as reader:
             return index_through(reader, output.name)
 

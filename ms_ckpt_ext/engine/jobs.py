@@ -202,7 +202,7 @@ def _output(
     specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
     layout: FileLayout = registry.lay_out(name, specs, {"format": framework, **notes}, crc)
-    return Output(name, layout, tuple(Wanted(*box) for box in boxes), layout.tensors)
+    return Output(name, layout, tuple(Wanted(*box) for box in boxes), lambda: layout.tensors)
 
 
 def whole_box(tensor: SourceTensor) -> Optional[Region]:

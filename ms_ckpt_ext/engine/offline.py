@@ -21,12 +21,12 @@ from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.digests import digest_file, streams
 from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
-from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
+from ms_ckpt_ext.engine.job import Contents, Job, Output, check, fingerprint, tasks_of
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, renewed, take_off_record
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
 from ms_ckpt_ext.engine.summing import SummingSink
 from ms_ckpt_ext.errors import FormatError
-from ms_ckpt_ext.storage.digesting import DigestingSink
+from ms_ckpt_ext.storage.digesting import DigestingSink, Streams
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
@@ -97,7 +97,8 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
 
 
 def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
-    held = {name: _digests(staging, name) for name in sorted(outputs)} if job.digests else {}
+    told = ((name, _digests(staging, name)) for name in sorted(outputs)) if job.digests else ()
+    held = {name: digests for name, digests in told if digests.known}
     manifest = renewed(target, held, (*outputs, *job.replaces))
     beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
     replaces = (*job.replaces, MANIFEST_NAME, *take_off_record(target, (*outputs, *job.replaces)))
@@ -159,6 +160,10 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
 
 
+def _streams(holds: Contents, size: int) -> Callable[[], Streams]:
+    return lambda: streams(holds(), size)
+
+
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
@@ -195,9 +200,7 @@ class _Files:
                 file.write(offset, memoryview(literal))
         sink: Sink = file
         if self._job.digests and output.holds is not None:
-            sink = self._digesting[number] = DigestingSink(file, streams(output.holds, layout.size))
-            for offset, literal in layout.fixed:
-                sink.landed(offset, memoryview(literal))
+            sink = self._digesting[number] = DigestingSink(file, _streams(output.holds, layout.size), layout.fixed)
         self.sinks[number] = sink if layout.checksum is None else SummingSink(sink, layout)
 
     def landed(self, sink: int, nbytes: int) -> None:
@@ -226,12 +229,12 @@ class _Files:
         """What the manifest is to say about a file that was written, before it is sealed."""
         size = self._job.size(output)
         if number in self._digesting:
-            found = self._digesting[number].digests()
+            found = self._digesting.pop(number).digests()
             return FileDigests(size, {n: d for n, d in found.items() if n is not None}, found[None])
         try:
             index = self._job.contents(output, self._staging.partial(output.name))
-        except FormatError as error:
-            log.warning("no digests of %r are recorded, for what it holds cannot be listed: %s", output.name, error)
+        except FormatError:
+            log.warning("no digests of %r are recorded, for what it holds is nothing that can be listed", output.name)
             return FileDigests(size, {})
         return digest_file(index, self._workers, PlainReader)
 

@@ -4,7 +4,8 @@ A digest takes a tensor's bytes in order, workers bring them in any. A piece who
 the worker's buffer; one that comes too early is noted, and read back (from the page cache, decrypted where the file is
 encrypted) when its turn has come, by whoever closed the gap. So every byte is digested when the last write returns, and
 no worker waits for another. The framing, all that is no tensor's, is one more stream: of many short pieces, which are
-kept when they come too early.
+kept when they come too early. What a file needs in memory for all this begins with its first byte and ends with its
+digests: a job may have thousands of files open.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import xxhash
 
@@ -44,16 +45,18 @@ class DigestingSink:
 
     Args:
         sink: takes the bytes.
-        streams: what is digested. Of the framing, a literal that the sink has by itself is told by `landed`.
+        streams: tells what is digested, when the first bytes come.
+        literals: framing that the sink has by itself.
     """
 
-    def __init__(self, sink: FileLike, streams: Streams) -> None:
+    def __init__(
+        self, sink: FileLike, streams: Callable[[], Streams], literals: Sequence[tuple[int, bytes]] = ()
+    ) -> None:
         self._sink, self.path, self.fd, self.unit = sink, sink.path, sink.fd, sink.unit
-        self._streams = {
-            name: _Stream(tuple(extents), sink, _KEPT if name is None else 0) for name, extents in streams.items()
-        }
-        self._parts = sorted((part for stream in self._streams.values() for part in stream.parts()), key=_start)
-        self._starts = [part.start for part in self._parts]
+        self._told, self._literals, self._lock = streams, literals, threading.Lock()
+        self._streams: Optional[dict[Optional[str], _Stream]] = None
+        self._parts: list[_Part] = []
+        self._starts: list[int] = []
 
     def write(self, offset: int, buffer: memoryview) -> None:
         """Write and digest."""
@@ -62,6 +65,7 @@ class DigestingSink:
 
     def landed(self, offset: int, buffer: memoryview) -> None:
         """Digest bytes that reached `offset` in another way."""
+        self._begin()
         at, stop = max(0, bisect_right(self._starts, offset) - 1), offset + len(buffer)
         while at < len(self._parts) and self._parts[at].start < stop:
             part = self._parts[at]
@@ -71,8 +75,29 @@ class DigestingSink:
             at += 1
 
     def digests(self) -> dict[Optional[str], str]:
-        """Name (None: framing) -> 32 hexadecimal digits of the xxh3-128 of its bytes; after the last write returned."""
-        return {name: stream.digest() for name, stream in self._streams.items()}
+        """Name (None: framing) -> 32 hexadecimal digits of the xxh3-128 of its bytes.
+
+        Once, after the last write returned.
+        """
+        self._begin()
+        streams, self._streams, self._parts, self._starts = self._streams, {}, [], []
+        return {name: stream.digest() for name, stream in (streams or {}).items()}
+
+    def _begin(self) -> None:
+        if self._streams is not None:
+            return
+        with self._lock:
+            if self._streams is not None:
+                return
+            streams = {
+                name: _Stream(tuple(extents), self._sink, self._lock, _KEPT if name is None else 0)
+                for name, extents in self._told().items()
+            }
+            self._parts = sorted((part for stream in streams.values() for part in stream.parts()), key=_start)
+            self._starts = [part.start for part in self._parts]
+            self._streams = streams
+        for offset, literal in self._literals:
+            self.landed(offset, memoryview(literal))
 
     def finish(self) -> None:
         """Make the bytes durable, and close."""
@@ -99,14 +124,16 @@ def _start(part: _Part) -> int:
 class _Stream:
     """A digest under way, of bytes that lie in `extents`; pieces of at most `kept` bytes are kept, not read back."""
 
-    def __init__(self, extents: tuple[Extent, ...], sink: FileLike, kept: int) -> None:
-        self._extents, self._sink, self._kept = extents, sink, kept
-        self._state = xxhash.xxh3_128()
-        self._next = 0
+    __slots__ = ("_busy", "_early", "_extents", "_found", "_kept", "_lock", "_next", "_sink", "_state", "_total")
+
+    def __init__(self, extents: tuple[Extent, ...], sink: FileLike, lock: threading.Lock, kept: int) -> None:
+        self._extents, self._sink, self._lock, self._kept = extents, sink, lock, kept
+        self._total, self._next = sum(extent.length for extent in extents), 0
+        self._state: Any = None  # only while there are digests to make
         # Pieces whose turn has not come: position -> length and, of one that is kept, the bytes.
-        self._early: dict[int, tuple[int, Optional[bytes]]] = {}
+        self._early: Optional[dict[int, tuple[int, Optional[bytes]]]] = None
         self._busy = False
-        self._lock = threading.Lock()
+        self._found: Optional[str] = None
 
     def parts(self) -> Iterator[_Part]:
         position = 0
@@ -119,19 +146,23 @@ class _Stream:
         """Digest a piece, and those that waited for it; or note it for whoever fills the gap before it."""
         with self._lock:
             if self._busy or position != self._next:
+                self._early = self._early or {}
                 self._early[position] = (len(buffer), bytes(buffer) if len(buffer) <= self._kept else None)
                 return
             self._busy = True
+        self._state = self._state or xxhash.xxh3_128()
         self._state.update(buffer)
         length = len(buffer)
         while length:
             with self._lock:
                 self._next += length
-                length, kept = self._early.pop(self._next, (0, None))
+                length, kept = self._early.pop(self._next, (0, None)) if self._early else (0, None)
                 self._busy = length > 0
+                if self._next == self._total:
+                    self._found, self._state = self._state.hexdigest(), None
             if kept is not None:
                 self._state.update(kept)
-            else:
+            elif length:
                 self._catch_up(length)
 
     def _catch_up(self, length: int) -> None:
@@ -147,5 +178,5 @@ class _Stream:
                 offset += len(part)
 
     def digest(self) -> str:
-        assert self._next == sum(extent.length for extent in self._extents)
-        return self._state.hexdigest()
+        assert self._next == self._total
+        return self._found or xxhash.xxh3_128_hexdigest(b"")

@@ -41,7 +41,7 @@ def test_any_order(cuts: set[int], order: object, tmp_path_factory: pytest.TempP
     pieces = list(zip(bounds, bounds[1:]))
     order.shuffle(pieces)  # type: ignore[attr-defined]
     path = tmp_path_factory.mktemp("any") / "f"
-    sink = DigestingSink(FileSink(str(path), SIZE), streams_of(TENSORS, SIZE))
+    sink = DigestingSink(FileSink(str(path), SIZE), lambda: streams_of(TENSORS, SIZE))
     for low, high in pieces:
         sink.write(low, memoryview(data[low:high]))
     assert sink.digests() == expected(data)
@@ -53,7 +53,7 @@ def test_any_order(cuts: set[int], order: object, tmp_path_factory: pytest.TempP
 def test_many_threads(tmp_path: Path) -> None:
     """Pieces that come while another thread digests are not lost."""
     data, step = np.random.default_rng(1).bytes(8 << 20), 7001
-    sink = DigestingSink(FileSink(str(tmp_path / "f"), len(data)), {"w": (Extent(0, len(data)),)})
+    sink = DigestingSink(FileSink(str(tmp_path / "f"), len(data)), lambda: {"w": (Extent(0, len(data)),)})
     barrier = threading.Barrier(8)
 
     def work(first: int) -> None:

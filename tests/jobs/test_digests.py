@@ -69,7 +69,7 @@ GOOD = Manifest({"a": FileDigests(3, {"w": "0" * 32})}).to_json().decode()
     ["", "[]", "{}", "null", "[" * 100_000, GOOD[:-3]]
     + [GOOD.replace(old, new) for old, new in ((": 1,", ": 2,"), ("xxh3-128", "md5"), ("0" * 32, "0" * 31))]
     + [GOOD.replace(": 3,", f': 3, "framing": {new},') for new in ("7", '"x"', "[]")]
-    + [GOOD.replace(": 3,", new) for new in (": -3,", ': "3",', ": true,")],
+    + [GOOD.replace(": 3,", new) for new in (": -3,", ': "3",', ": true,", f": {1 << 63},")],
 )
 def test_a_damaged_manifest_is_told(raw: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text(raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 import zlib
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.engine import sealing
 from ms_ckpt_ext.engine.digests import check, digest_file
-from ms_ckpt_ext.engine.manifest import FileDigests, Manifest, load_manifest
+from ms_ckpt_ext.engine.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.crypto import blocks
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
+from ms_ckpt_ext.storage import digesting, staging
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.jobs.formats import encrypt as encrypt_file
 from tests.jobs.support import assert_nothing_complete, tree
@@ -252,8 +254,63 @@ def test_what_cannot_be_listed_is_decrypted_all_the_same(
     encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", None if mode == "chunked" else mode)
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
     assert (tmp_path / "out" / "sealed.ckpt").read_bytes() == plain
-    assert load_manifest(str(tmp_path / "out")) == Manifest({"sealed.ckpt": FileDigests(len(plain), {})})
-    assert "no digests of 'sealed.ckpt' are recorded" in caplog.text
+    assert load_manifest(str(tmp_path / "out")) is None
+    assert "no digests of 'sealed.ckpt' are recorded" in caplog.text and ".partial" not in caplog.text
+
+
+class Stop(Exception):
+    """The run is over."""
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_an_interrupted_run_copied_is_compared_as_a_whole(
+    mode: str, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, shapes and notes too, of which a copy knows nothing beforehand; what holds none is taken as it is."""
+    plain = write_ckpt(tmp_path / "net.ckpt").read_bytes()
+    plain = plain if listed else plain[:-9]
+    (tmp_path / "sealed").mkdir()
+    for name in "ab":
+        (tmp_path / f"{name}.ckpt").write_bytes(plain)
+        encrypt_file(tmp_path / f"{name}.ckpt", tmp_path / f"sealed/{name}.ckpt", None if mode == "chunked" else mode)
+    real = staging.Staging.publish
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Staging, "publish", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY)
+    (held,) = (tmp_path / "out").glob(".ms_ckpt_ext-*/a.ckpt")
+    assert staging.Staging.publish is real
+    raw = bytearray(held.read_bytes())
+    at = raw.index(b"z.weight")
+    raw[at : at + 1] = b"y"
+    held.write_bytes(raw)
+    report = decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY)
+    assert report.files_written == (("a.ckpt",) if listed else ())
+    assert ((tmp_path / "out/a.ckpt").read_bytes() == plain) is listed
+    assert (tmp_path / "out/b.ckpt").read_bytes() == plain
+
+
+def test_only_files_under_way_are_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a thousand files has a million tensors, and what digests one takes half a KiB."""
+    for number in range(12):
+        (tmp_path / f"src/{number}").mkdir(parents=True)
+        write_ckpt(tmp_path / f"src/{number}/net.ckpt")
+    made: list[weakref.ref[Any]] = []
+    most = [0]
+    real = digesting._Stream.__init__
+
+    class Stream(digesting._Stream):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(weakref.ref(self))
+            most[0] = max(most[0], sum(each() is not None for each in made))
+            real(self, *arguments)
+
+    monkeypatch.setattr(digesting, "_Stream", Stream)
+    tensors = len(contents(tmp_path / "src/0/net.ckpt"))
+    encrypt(tmp_path / "src", tmp_path / "out", enc_key=KEY, sync=False)
+    assert len(made) == 12 * (tensors + 1)
+    assert most[0] <= 3 * (tensors + 1)
 
 
 def test_blocks_are_decrypted_about_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

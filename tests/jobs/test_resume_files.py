@@ -36,13 +36,13 @@ def assert_merged(target: Path) -> None:
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read to be compared."""
     seen: list[str] = []
-    real = finished.digest_tensors
+    real = finished.digest_file
 
     def counted(index: Any, *args: Any, **more: Any) -> Any:
         seen.append(os.path.basename(index.path))
         return real(index, *args, **more)
 
-    monkeypatch.setattr(finished, "digest_tensors", counted)
+    monkeypatch.setattr(finished, "digest_file", counted)
     return seen
 
 

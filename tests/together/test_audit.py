@@ -98,6 +98,18 @@ def test_a_flipped_byte(golden: Path, tmp_path: Path) -> None:
     assert told in str(errors[0])
 
 
+def test_a_shape_that_was_altered(golden: Path, tmp_path: Path) -> None:
+    """Of the same tensor's bytes: only the digest of the framing tells. Each file's is compared once."""
+    root = recorded(golden, tmp_path / "src")
+    catalog = catalog_in(root, golden)
+    victim = root / "rank_3/net.safetensors"
+    raw = victim.read_bytes()
+    victim.write_bytes(raw.replace(b'"shape":[', b'"shape" [', 1))
+    errors = run(catalog)
+    assert {type(error) for error in errors.values()} == {ChecksumError}
+    assert str(errors[0]).count("found names, dtypes, shapes and notes") == 1 and "rank_3" in str(errors[0])
+
+
 def test_many_flipped_bytes_are_counted(golden: Path, tmp_path: Path) -> None:
     catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
     for name in list(catalog.tensors)[:7]:

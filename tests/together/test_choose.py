@@ -210,6 +210,17 @@ def test_sealed_digests_are_compared(tmp_path: Path) -> None:
         _faults(index, Access(Key(b"x" * 16)))
 
 
+def test_a_manifest_one_folder_up_is_compared(tmp_path: Path) -> None:
+    """As jobs for several ranks write it."""
+    save(tmp_path / "c", 3)
+    convert(tmp_path / "c", tmp_path / "out", to="safetensors")
+    path = tmp_path / "out/rank_1/net-1_3.safetensors"
+    index = read_index(str(path))
+    assert _faults(index, Access()) == ""
+    shutil.copy(tmp_path / "out/rank_2/net-1_3.safetensors", path)
+    assert "the manifest says" in _faults(index, Access())
+
+
 def test_without_notes_names_and_layouts_beside_are_used(tmp_path: Path) -> None:
     """MindFormers: checkpoint/rank_N/PREFIX_rank_N-EPOCH_STEP, strategy/ckpt_strategy_rank_N.ckpt."""
     root = tmp_path / "out" / "checkpoint"

@@ -14,7 +14,7 @@ from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
 from ms_ckpt_ext.engine.audit import _why
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
-from ms_ckpt_ext.errors import DecryptionError
+from ms_ckpt_ext.errors import DecryptionError, StorageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
 
@@ -120,6 +120,57 @@ def test_files_that_changed_places_are_found(mode: str, manifest_too: bool, tmp_
     found = checked(tmp_path / "sealed", dec_key=KEY)
     assert {fault.file for fault in found.faults} == {"rank_0/net.ckpt", "rank_1/net.ckpt"}
     assert ("w" in {fault.tensor for fault in found.faults}) is not manifest_too
+
+
+def test_files_without_tensors_are_compared_too(tmp_path: Path) -> None:
+    """All they hold is framing: notes, say."""
+    from safetensors.numpy import save_file
+
+    for rank in range(2):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        save_file({}, tmp_path / "plain" / f"{rank}.safetensors", {"rank": f"{rank}"})
+    for folder, key in (("open", None), ("sealed", KEY)):
+        convert(tmp_path / "plain", tmp_path / folder, **({} if key is None else {"enc_key": key}))
+        one, two = (tmp_path / folder / f"{rank}.safetensors" for rank in range(2))
+        assert checked(tmp_path / folder, dec_key=key).ok
+        raw = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(raw)
+        assert len(checked(tmp_path / folder, dec_key=key).faults) == 2
+
+
+def test_sealed_digests_are_never_taken_for_proved(tmp_path: Path) -> None:
+    """A plain file in the place of an encrypted one is what somebody without the key can make."""
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros(100, "f4")}, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "sealed", enc_key=KEY)
+    path = tmp_path / "sealed/w.safetensors"
+    size = path.stat().st_size
+    path.write_bytes((size - 8).to_bytes(8, "little") + b"{}" + b" " * (size - 10))
+    found = checked(tmp_path / "sealed")
+    assert not found.ok and found.unchecked[0].reason.endswith("and no key is given")
+    assert len(checked(tmp_path / "sealed", dec_key=KEY).faults) == 1
+
+
+def test_a_file_that_cannot_be_read_is_a_fault_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ms_ckpt_ext.storage.reader import PlainReader
+
+    one, two = two_files(tmp_path, "AES-GCM")
+    two.write_bytes(two.read_bytes()[:-1] + b"x")
+    real = PlainReader.read_into
+
+    def refuse(self: PlainReader, offset: int, buffer: memoryview) -> None:
+        if self.path == str(one):
+            raise StorageError(5, f"cannot read {self.path!r}: Input/output error")
+        real(self, offset, buffer)
+
+    monkeypatch.setattr(PlainReader, "read_into", refuse)
+    found = checked(tmp_path / "sealed", dec_key=KEY)
+    assert {fault.file: "Input/output error" in fault.found for fault in found.faults} == {
+        "rank_0/net.ckpt": True,
+        "rank_1/net.ckpt": False,
+    }
 
 
 @pytest.mark.parametrize("mode", ["chunked", "AES-GCM", "AES-CBC", "SM4-CBC"])
