@@ -91,9 +91,9 @@ class Filter:
         """Whether anything is left out."""
         return bool(self._match or self._exclude)
 
-    def of(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-        """The parameters that are wanted."""
-        return {name: tensor for name, tensor in tensors.items() if self(name)}
+    def of(self, tensors: Mapping[str, SourceTensor], names: Mapping[str, str] = {}) -> dict[str, SourceTensor]:
+        """The parameters that are wanted; `names` are those that the globs are of, where they have others."""
+        return {name: tensor for name, tensor in tensors.items() if self(names.get(name, name))}
 
     def check(self, names: Iterable[str]) -> None:
         """Raise UsageError when none of `names` is wanted: a proof of nothing would look like a proof."""

@@ -94,7 +94,8 @@ def verify(
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
         strategy, strategy_b: of the jobs that saved them, where they are rank folders.
-        match, exclude: shell-style globs of parameter names (as `a` has them after `choice_func`); all by default.
+        match, exclude: shell-style globs of parameter names (as `a` has them after `choice_func`); all by default. What
+            is found is told by the names in `b`.
         choice_func: with `b`: parameter name in `a` -> True (compare it), False (leave it out) or a str (a new name).
         name_map: with `b`: parameter name in `b` -> name in `a` after that. Both as the job had them that made `b` of
             `a`, unless it was a conversion, which reads its map the other way round.
@@ -125,27 +126,29 @@ def verify(
         return _by_itself(first.open(), first.strategy, wanted, workers)
     second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
     one, two = naming.of(first.open()), second.open()
-    mine, held = _by_names_of_a({**one.extras, **one.tensors}, {**two.extras, **two.tensors}, names)
-    wanted.check((*mine, *held))
+    held = {**two.extras, **two.tensors}
+    known = {name: source for name, source in names.items() if name in held}
+    mine = _by_names_of_b({**one.extras, **one.tensors}, held, known)
+    wanted.check(known.get(name, name) for name in (*mine, *held))
     one.require(filter(wanted, one.absent))
     two.require(name for name in two.absent if wanted(names.get(name, name)))
-    pairing = pair_up(wanted.of(mine), wanted.of(held))
+    pairing = pair_up(wanted.of(mine, known), wanted.of(held, known))
     with progress.bar("verify", pairing.nbytes) as advance:
         return compare(pairing, one, two, workers, progress=advance)
 
 
-def _by_names_of_a(
+def _by_names_of_b(
     a: Mapping[str, SourceTensor], b: Mapping[str, SourceTensor], names: Mapping[str, str]
-) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
-    """Both sides under the names in `a`; a second parameter of `b` that is to equal one of `a`, under its own name."""
-    mine, held = dict(a), {name: tensor for name, tensor in b.items() if name not in names}
-    for name, source in names.items():
-        if name not in b:
-            continue
-        if source in held and source in a:
-            mine[name] = a[source]
-        held[name if source in held else source] = b[name]
-    return mine, held
+) -> dict[str, SourceTensor]:
+    """What should be in `b`: what `a` holds, by the names that a job with this map gives it.
+
+    A source that `b` lacks under its own name is called otherwise there, and is not missing.
+    """
+    found = {name: tensor for name, tensor in a.items() if name not in names}
+    found.update({name: a[source] for name, source in names.items() if source in a})
+    for source in set(names.values()) - names.keys() - b.keys():
+        found.pop(source, None)
+    return found
 
 
 def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int) -> Health:
@@ -204,7 +207,7 @@ def _prove(
     faults, unchecked = [], []
     for name, entry in entries.items():
         if entry.sealed is not None:
-            unchecked.append(Unchecked(name, "encrypted, as are its digests, and no key is given"))
+            unchecked.append(Unchecked(name, "listed with encrypted digests, and no key is given"))
             continue
         try:
             reason = prove_file(os.path.join(folder, *name.split("/")), access, advance)

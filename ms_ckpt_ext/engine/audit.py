@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any, Optional
 
 from ms_ckpt_ext.core.plan import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.catalog import AUTHENTICATED, Catalog
 from ms_ckpt_ext.engine.digests import digest_tensors, framing_faults
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, digests_of
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, Load, load_manifest, record_of
 from ms_ckpt_ext.errors import ChecksumError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import reopen
@@ -96,7 +97,7 @@ def _require_none(faults: list[str]) -> None:
         listed, more = "; ".join(faults[:_NAMED]), len(faults) - _NAMED
         raise ChecksumError(
             f"{listed}{f'; and {more} more' if more > 0 else ''}. The files were damaged after their digests were "
-            "recorded: restore them or choose another checkpoint. No parameter was changed"
+            "recorded: restore them or choose another checkpoint. Nothing was loaded"
         )
 
 
@@ -105,7 +106,8 @@ def _pairs(wanted: Iterable[SourceTensor]) -> list[tuple[int, str]]:
 
 
 def _faults(catalog: Catalog, share: Mapping[int, Names], workers: int) -> list[str]:
-    return [str(each) for file, names in share.items() for each in _differences(catalog, file, names, workers)]
+    load = cache(load_manifest)  # one may list thousands of files
+    return [str(each) for file, names in share.items() for each in _differences(catalog, file, names, workers, load)]
 
 
 def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:
@@ -123,36 +125,47 @@ def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world:
     """For every rank: file -> what to digest of it."""
     tensors = list(pairs)
     sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in tensors), reverse=True)
-    framing = [(0, file, None) for file in sorted({file for file, _ in tensors})]
     load = [0] * world
+    held: dict[int, dict[int, int]] = {}
     shares: list[dict[int, Names]] = [{} for _ in range(world)]
-    for nbytes, file, name in (*sized, *framing):
+    for nbytes, file, name in sized:
         able = range(world) if sees is None else sorted(sees[file])
         rank = min(able, key=lambda each: load[each])
         load[rank] += nbytes
         shares[rank].setdefault(file, []).append(name)
+        mine = held.setdefault(file, {})
+        mine[rank] = mine.get(rank, 0) + nbytes
+    for file, ranks in held.items():  # of a file, the framing goes to who has most of the tensors
+        shares[max(ranks, key=lambda each: ranks[each])][file].append(None)
     return shares
 
 
-def _differences(catalog: Catalog, file: int, wanted: Names, workers: int) -> list[Fault]:
+def _differences(catalog: Catalog, file: int, wanted: Names, workers: int, load: Load = load_manifest) -> list[Fault]:
     index, names = catalog.files[file], [name for name in wanted if name is not None]
-    recorded = digests_of(index.path, catalog.access.key)
-    if index.reader in AUTHENTICATED and (recorded is None or not recorded.tensors):
+    found = record_of(index.path, catalog.access.key, load)
+    recorded = None if found is None else found[2]
+    if recorded is not None and recorded.size != index.size:
+        if index.reader != "plain":  # sizes are all that is on record in some cases, and no file of another is right
+            return [Fault(index.path, None, f"{index.size} bytes", f"{recorded.size} bytes")]
+        recorded = None  # about an older file of that name
+    if index.reader in AUTHENTICATED and (recorded is None or not recorded.readable):
         return []
     unknown = [name for name in names if recorded is None or name not in recorded.tensors]
-    if recorded is None or unknown:
+    if recorded is None or (unknown and recorded.framing is None) or not recorded.readable:
         what = repr(unknown[0]) if unknown else "names and shapes"
         raise UsageError(
             f"verify='full': no digest of {what} in {index.path!r} ({index.size} bytes) is on record: "
-            f"{_why(index, recorded)}. Record digests when the checkpoint is written, or load with verify='replicas'"
+            f"{_why(index, recorded)}. Record digests when the checkpoint is written, or load without verify='full'"
         )
 
     def opener(_path: str) -> ByteReader:
         return reopen(index, catalog.access)
 
-    found = digest_tensors(index, names, workers, opener)
-    expected = recorded.tensors
-    faults = [Fault(index.path, name, found[name], expected[name]) for name in names if found[name] != expected[name]]
+    digests = digest_tensors(index, [name for name in names if name not in unknown], workers, opener)
+    faults = [Fault(index.path, name, "a tensor of this name", "none") for name in unknown]
+    for name, digest in digests.items():
+        if digest != recorded.tensors[name]:
+            faults.append(Fault(index.path, name, digest, recorded.tensors[name]))
     return faults + (framing_faults(index.path, index, recorded, opener) if None in wanted else [])
 
 

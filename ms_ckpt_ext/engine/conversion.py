@@ -25,6 +25,7 @@ from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
+from ms_ckpt_ext.storage.pool import refuse_changed
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
 Rename = Callable[[str], Optional[str]]
@@ -117,9 +118,10 @@ def copy_job(
         with registry.open_reader(path, access) as reader:
             size, kind = reader.size, getattr(reader, "kind", "plain")
             checksum = _to_be_proved(path, reader) if kind in BLOCK_MAGIC.values() else None
-            holds = _holds(path, reader, access)
             entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
-            indexes.append(FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind))
+            held = FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind)
+            indexes.append(held)
+            holds = _holds(held, reader)
         tensor = tensors[f"{number}/{_CONTENTS}"] = whole_tensor(_CONTENTS, entry, [number])
         layout = FileLayout(size, (), {_CONTENTS: entry}, checksum)
         outputs.append(Output(name, layout, (Wanted(_CONTENTS, tensor, whole_box(tensor)),), holds))
@@ -127,17 +129,22 @@ def copy_job(
     return Job(source, tuple(outputs), index=index, seal=seal, digests=digests)
 
 
-def _holds(path: str, reader: ByteReader, access: Access) -> Optional[Contents]:
-    """What lists the tensors of a file that is copied, when it is its turn, for there may be many.
+def _holds(index: FileIndex, reader: ByteReader) -> Optional[Contents]:
+    """What lists the tensors of a plain file that is copied, when it is its turn, for there may be many.
 
-    None where they are listed when it is decrypted: to list an encrypted `.ckpt` is to decrypt most of it. A plain file
-    must be a checkpoint: encrypted, what is none might not be told from one by a wrong key.
+    It must be a checkpoint: encrypted, what is none might not be told from one by a wrong key. None for an encrypted
+    file: to list a `.ckpt` is to decrypt most of it, and what cannot be listed is decrypted all the same.
     """
-    if isinstance(reader, PlainReader):
-        registry.index_through(reader, path)
-    elif path.endswith(".ckpt"):
+    if not isinstance(reader, PlainReader):
         return None
-    return lambda: registry.read_index(path, access).tensors
+    registry.index_through(reader, index.path)
+
+    def again() -> Mapping[str, TensorEntry]:
+        found = registry.read_index(index.path)
+        refuse_changed(index, found.size, found.mtime_ns)
+        return found.tensors
+
+    return again
 
 
 def _to_be_proved(path: str, reader: ByteReader) -> Optional[Checksum]:

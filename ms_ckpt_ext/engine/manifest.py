@@ -28,7 +28,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.crypto import Key
@@ -149,7 +149,7 @@ class Fault(NamedTuple):
 
 
 def load_manifest(directory: str) -> Optional[Manifest]:
-    """The manifest of a folder as it stands, None when there is none. It may be older than the files: see `digests_of`.
+    """The manifest of a folder as it stands, None when there is none. It may be older than the files.
 
     Raises:
         FormatError: the file is there but is not a manifest.
@@ -189,12 +189,18 @@ def opened(manifest: Manifest, key: Optional[Key]) -> tuple[Manifest, list[Fault
     return Manifest(files), faults
 
 
-def record_of(path: str, key: Optional[Key] = None) -> Optional[tuple[str, str, FileDigests]]:
+Load = Callable[[str], Optional[Manifest]]
+"""`load_manifest`, or one that remembers what it found."""
+
+
+def record_of(
+    path: str, key: Optional[Key] = None, load: Load = load_manifest
+) -> Optional[tuple[str, str, FileDigests]]:
     """What is on record about one file, in the manifest beside it, else in the one a folder up (`rank_N/…`).
 
     Returns:
-        The manifest's folder, the file's name there, and the digests, opened if there is a key. None when there is no
-        manifest, or it does not list the file.
+        The manifest's folder, the file's name there, and the digests, opened if there is a key; of two records the
+        first that tells more than a size. None when no manifest lists the file.
 
     Raises:
         FormatError, StorageError: as `load_manifest`.
@@ -202,25 +208,16 @@ def record_of(path: str, key: Optional[Key] = None) -> Optional[tuple[str, str, 
     """
     folder, name = os.path.split(os.path.abspath(path))
     above, below = os.path.split(folder)
+    found = []
     for directory, name_there in ((folder, name), (above, f"{below}/{name}")):
-        manifest = load_manifest(directory)
+        manifest = load(directory)
         held = None if manifest is None else manifest.files.get(name_there)
         if held is not None:
-            return directory, name_there, held.opened_by(key, name_there)
-    return None
-
-
-def digests_of(path: str, key: Optional[Key] = None) -> Optional[FileDigests]:
-    """The digests of `record_of`; None when they are of a file of another size, an older one of that name.
-
-    Raises as `record_of`, and StorageError when the file cannot be looked at.
-    """
-    try:
-        size = os.stat(path).st_size
-    except OSError as error:
-        raise storage_error("look at", path, error) from error
-    found = record_of(path, key)
-    return None if found is None or found[2].size != size else found[2]
+            found.append((directory, name_there, held))
+    if not found:
+        return None
+    directory, name_there, held = next((record for record in found if record[2].known), found[0])
+    return directory, name_there, held.opened_by(key, name_there)
 
 
 def update_manifest(directory: str, files: Mapping[str, FileDigests]) -> None:

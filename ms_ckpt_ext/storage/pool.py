@@ -107,7 +107,7 @@ class ReaderPool:
         known = self._files[file]
         reader = self._opener(known.path)
         try:
-            _refuse_changed(known, reader.disk_size, reader.mtime_ns)
+            refuse_changed(known, reader.disk_size, reader.mtime_ns)
         except StorageError:
             reader.close()
             raise
@@ -121,7 +121,7 @@ class ReaderPool:
                     status = os.stat(known.path)
                 except OSError as error:
                     raise storage_error("look again at", known.path, error) from error
-                _refuse_changed(known, status.st_size, status.st_mtime_ns)
+                refuse_changed(known, status.st_size, status.st_mtime_ns)
 
     def _evict(self) -> None:
         self._drop(max(0, len(self._open) - self._most))
@@ -157,7 +157,8 @@ class ReaderPool:
         self.close()
 
 
-def _refuse_changed(known: SourceFile, size: int, mtime_ns: int) -> None:
+def refuse_changed(known: SourceFile, size: int, mtime_ns: int) -> None:
+    """Raise StorageError when a file is not the one whose table of contents was read."""
     if (size, mtime_ns) != (known.size, known.mtime_ns):
         raise StorageError(
             0,

@@ -17,8 +17,8 @@ from ms_ckpt_ext.engine.manifest import (
     MANIFEST_NAME,
     FileDigests,
     Manifest,
-    digests_of,
     load_manifest,
+    record_of,
     take_off_record,
     update_manifest,
     write_manifest,
@@ -111,20 +111,21 @@ def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
 
 
 def test_which_manifest_is_believed(tmp_path: Path) -> None:
-    """The one beside the file, else the one a folder up; none that lists another size."""
+    """The one beside the file, else the one a folder up; of both, one that tells more than a size."""
     path = tmp_path / "rank_0" / "net.safetensors"
+    above, beside = str(tmp_path), str(path.parent)
     write(path)
-    assert digests_of(str(path)) is None
+    assert record_of(str(path)) is None
     known = digests.digest_file(read_index(str(path)))
-    write_manifest(str(tmp_path), Manifest({"rank_0/net.safetensors": known}))
-    assert digests_of(str(path)) == known
+    write_manifest(above, Manifest({"rank_0/net.safetensors": known}))
+    assert record_of(str(path)) == (above, "rank_0/net.safetensors", known)
     nearer = known._replace(tensors={"w": "1" * 32})
-    write_manifest(str(path.parent), Manifest({"net.safetensors": nearer, "other": known}))
-    assert digests_of(str(path)) == nearer
-    write_manifest(str(path.parent), Manifest({"net.safetensors": nearer._replace(size=1)}))
-    assert digests_of(str(path)) is None
-    with pytest.raises(errors.StorageError):
-        digests_of(str(path.parent / "no such file"))
+    write_manifest(beside, Manifest({"net.safetensors": nearer, "other": known}))
+    assert record_of(str(path)) == (beside, "net.safetensors", nearer)
+    write_manifest(beside, Manifest({"net.safetensors": FileDigests(known.size, {})}))
+    assert record_of(str(path)) == (above, "rank_0/net.safetensors", known)
+    write_manifest(above, Manifest({}))
+    assert record_of(str(path)) == (beside, "net.safetensors", FileDigests(known.size, {}))
 
 
 def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:

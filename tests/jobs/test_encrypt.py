@@ -14,7 +14,7 @@ import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.engine import sealing
+from ms_ckpt_ext.engine import conversion, sealing
 from ms_ckpt_ext.engine.digests import check, digest_file
 from ms_ckpt_ext.engine.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
@@ -250,6 +250,11 @@ def test_what_cannot_be_listed_is_decrypted_all_the_same(
     """MindSpore encrypts what this package does not read, MapParameters for one."""
     plain = write_ckpt(tmp_path / "net.ckpt").read_bytes()
     plain = plain[: len(plain) // 2]
+    if mode == "chunked":
+        (tmp_path / "net.safetensors").write_bytes(plain)
+        encrypt_file(tmp_path / "net.safetensors", tmp_path / "sealed.safetensors", None)
+        decrypt(tmp_path / "sealed.safetensors", tmp_path / "other", dec_key=KEY)
+        assert (tmp_path / "other/sealed.safetensors").read_bytes() == plain
     (tmp_path / "net.ckpt").write_bytes(plain)
     encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", None if mode == "chunked" else mode)
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
@@ -289,6 +294,27 @@ def test_what_an_interrupted_run_copied_is_compared_as_a_whole(
     assert report.files_written == (("a.ckpt",) if listed else ())
     assert ((tmp_path / "out/a.ckpt").read_bytes() == plain) is listed
     assert (tmp_path / "out/b.ckpt").read_bytes() == plain
+
+
+@pytest.mark.parametrize("size", ["larger", "smaller"])
+def test_a_file_that_is_replaced_before_its_turn_is_told(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look at it was for its size, the second lists its tensors."""
+    source = write_ckpt(tmp_path / "net.ckpt")
+    raw = source.read_bytes()
+    real = conversion._holds
+
+    def replaced(index: Any, reader: Any) -> Any:
+        found = real(index, reader)
+        source.unlink()
+        source.write_bytes(raw + raw.replace(b"weight", b"height") if size == "larger" else raw[: len(raw) // 2])
+        return found
+
+    monkeypatch.setattr(conversion, "_holds", replaced)
+    with pytest.raises(CheckpointError):
+        encrypt(source, tmp_path / "out", enc_key=KEY)
+    assert_nothing_complete(tmp_path / "out")
 
 
 def test_only_files_under_way_are_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

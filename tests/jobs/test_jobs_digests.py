@@ -23,9 +23,9 @@ from ms_ckpt_ext.engine.manifest import (
     MANIFEST_NAME,
     FileDigests,
     Manifest,
-    digests_of,
     load_manifest,
     opened,
+    record_of,
     write_manifest,
 )
 from ms_ckpt_ext.errors import DecryptionError
@@ -124,7 +124,8 @@ def test_a_recut_records_every_rank(tmp_path: Path) -> None:
     path = tmp_path / "out" / "rank_3" / "net.safetensors"
     listed = manifest_of(tmp_path / "out").files
     assert set(listed) == {f"rank_{rank}/net.safetensors" for rank in range(8) if rank != 3}, "rank 3 was written anew"
-    assert digests_of(str(path)) == manifest_of(path.parent).files["net.safetensors"]
+    beside = manifest_of(path.parent).files["net.safetensors"]
+    assert record_of(str(path)) == (str(path.parent), "net.safetensors", beside)
     recut(root, tmp_path / "out", digests=False)
     assert not list(tmp_path.rglob(MANIFEST_NAME))
 

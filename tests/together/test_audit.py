@@ -14,7 +14,7 @@ from ms_ckpt_ext.engine import audit as audit_module
 from ms_ckpt_ext.engine.audit import Sees, audit, settled
 from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
 from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Manifest, write_manifest
+from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import read_index
@@ -108,6 +108,39 @@ def test_a_shape_that_was_altered(golden: Path, tmp_path: Path) -> None:
     errors = run(catalog)
     assert {type(error) for error in errors.values()} == {ChecksumError}
     assert str(errors[0]).count("found names, dtypes, shapes and notes") == 1 and "rank_3" in str(errors[0])
+
+
+def test_a_name_that_was_altered(golden: Path, tmp_path: Path) -> None:
+    """It is not on record, for the file is not what was recorded: a fault, not a lack of digests."""
+    root = recorded(golden, tmp_path / "src")
+    for victim in root.rglob("*.safetensors"):
+        victim.write_bytes(victim.read_bytes().replace(b'"head.weight"', b'"held.weight"', 1))
+    strategy = load_strategy(golden / "dp2_tp4/strategy.ckpt")
+    named = {("held.weight" if n == "head.weight" else n): layouts for n, layouts in strategy.layouts.items()}
+    catalog = open_catalog(str(root), strategy._replace(layouts=named))
+    (fault,) = audit_module._differences(catalog, 0, ["held.weight"], 1)
+    assert fault.tensor == "held.weight" and str(fault).endswith("found a tensor of this name, the manifest says none")
+    assert {type(error) for error in run(catalog).values()} == {ChecksumError}
+
+
+def test_framing_goes_to_who_reads_the_file(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
+    wanted = sorted({pair for t in catalog.tensors.values() for pair in audit_module._stored(t)})
+    shares = audit_module._deal(wanted, catalog, None, RANKS)
+    framing = [(rank, file) for rank, share in enumerate(shares) for file, names in share.items() if None in names]
+    assert sorted(file for _, file in framing) == sorted({file for file, _ in wanted})
+    assert len({rank for rank, _ in framing}) > 1
+    for rank, file in framing:
+        assert len(shares[rank][file]) > 1
+    looked: list[str] = []
+
+    def counted(directory: str) -> Any:
+        looked.append(directory)
+        return load_manifest(directory)
+
+    monkeypatch.setattr(audit_module, "load_manifest", counted)
+    audit_module.audit_alone(catalog, catalog.tensors.values(), 1)
+    assert len(looked) == len(set(looked))
 
 
 def test_many_flipped_bytes_are_counted(golden: Path, tmp_path: Path) -> None:

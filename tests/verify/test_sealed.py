@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_ckpt_ext import convert, encrypt, verify
+from ms_ckpt_ext import convert, encrypt, load, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
 from ms_ckpt_ext.engine.audit import _why
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
-from ms_ckpt_ext.errors import DecryptionError, StorageError
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError, StorageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
 
@@ -171,6 +171,20 @@ def test_a_file_that_cannot_be_read_is_a_fault_of_its_own(tmp_path: Path, monkey
         "rank_0/net.ckpt": True,
         "rank_1/net.ckpt": False,
     }
+
+
+@pytest.mark.parametrize("mode", ["chunked", "AES-GCM", "AES-CBC"])
+def test_an_older_file_of_another_size_is_found(mode: str, tmp_path: Path) -> None:
+    """Each of them decrypts; the manifest is that of the newer one."""
+    from safetensors.numpy import save_file
+
+    for length in (1000, 10):  # the older one first
+        save_file({"w": np.zeros(length, "f4")}, tmp_path / "w.safetensors")
+        convert(tmp_path / "w.safetensors", tmp_path / f"{length}", to="ckpt", enc_key=KEY, enc_mode=mode)
+    (tmp_path / "10/w.ckpt").write_bytes((tmp_path / "1000/w.ckpt").read_bytes())
+    with pytest.raises(ChecksumError, match="bytes, the manifest says"):
+        load(tmp_path / "10/w.ckpt", dec_key=KEY, verify="full")
+    assert not checked(tmp_path / "10", dec_key=KEY).ok
 
 
 @pytest.mark.parametrize("mode", ["chunked", "AES-GCM", "AES-CBC", "SM4-CBC"])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext import unified_safetensors, verify
+from ms_ckpt_ext import load, unified_safetensors, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine.catalog import open_catalog
@@ -149,9 +149,30 @@ def test_names_and_choices_are_those_of_the_job(pair: Any, tmp_path: Path) -> No
         save_file(part, tmp_path / "b" / name)
     found = compared(root / "shards", tmp_path / "b", strategy=root / "strategy.ckpt", **how)
     assert [each.name for each in found.differences] == ["tied"]
+    assert compared(
+        root / "shards", tmp_path / "b", strategy=root / "strategy.ckpt", match="net.a.w", **how
+    ).differences, "globs are of the names in a: both of the parameters that come of it"
     for alone in how.items():
         with pytest.raises(UsageError, match="give b, or leave them out"):
             verify(root / "shards", strategy=root / "strategy.ckpt", **dict([alone]))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [{"x": "y", "y": "w"}, {"y": "w", "x": "y"}, {"x": "y", "z": "y", "y": "w"}, {"x": "y", "y": "x"}, {"z": "q"}],
+)
+def test_maps_that_change_places(names: dict[str, str], tmp_path: Path) -> None:
+    """A map reads what was there before it, in whatever order it lists names."""
+    save_file({name: np.full(2, n, "f4") for n, name in enumerate("wxy")}, tmp_path / "a.safetensors")
+    with load(tmp_path / "a.safetensors", name_map=names) as held:
+        arrays = {name: np.array(value) for name, value in held.arrays().items()}
+    save_file(arrays, tmp_path / "b.safetensors")
+    found = compared(tmp_path / "a.safetensors", tmp_path / "b.safetensors", name_map=names)
+    assert found.ok and found.parameters == len(arrays)
+    for name in arrays:
+        save_file({**arrays, name: arrays[name] + 1}, tmp_path / "b.safetensors")
+        found = compared(tmp_path / "a.safetensors", tmp_path / "b.safetensors", name_map=names)
+        assert [each.name for each in found.differences] == [name] and found.parameters == len(arrays)
 
 
 def test_small_blocks_find_the_same(golden: Path, tmp_path: Path) -> None:
