@@ -88,8 +88,8 @@ def verify(
     region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
     that `ms_ckpt_ext.digests.json` gives it? Those of encrypted files open with their key, without which they count as
     not checked. An encrypted file without digests is decrypted whole instead; in a mode without authentication it
-    counts as not checked. Else: is every slice there, are all
-    copies of a slice equal, and what is NaN or infinite? Without `b`, checksums that files carry are verified as well.
+    counts as not checked. Else: is every slice there, are all copies of a slice equal, and what is NaN or infinite?
+    Without `b`, checksums that files carry are verified as well.
 
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.

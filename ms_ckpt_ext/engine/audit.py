@@ -123,8 +123,7 @@ def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:
 
 def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world: int) -> list[dict[int, Names]]:
     """For every rank: file -> what to digest of it."""
-    tensors = list(pairs)
-    sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in tensors), reverse=True)
+    sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in pairs), reverse=True)
     load = [0] * world
     held: dict[int, dict[int, int]] = {}
     shares: list[dict[int, Names]] = [{} for _ in range(world)]

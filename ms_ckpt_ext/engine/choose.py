@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
 
@@ -30,7 +30,7 @@ from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, 
 from ms_ckpt_ext.engine.contents import TEXT, read_whole
 from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.manifest import Manifest, record_of
+from ms_ckpt_ext.engine.manifest import Load, Manifest, load_manifest, record_of
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.trained import entries, find_layouts
 from ms_ckpt_ext.errors import (
@@ -244,10 +244,10 @@ def _common(transport: Transport[Any], listing: Listing) -> dict[str, Value]:
 
 def _compare_digests(transport: Transport[Any], wanted: Wanted, seen: Survey) -> None:
     """Every file with its manifest, each on one rank that sees it. A file that is on no manifest passes."""
-    problem = ""
+    problem, load = "", cache(load_manifest)  # one may list thousands of files
     for index in _dealt(transport, seen).values():
         try:
-            problem = problem or _faults(index, wanted.access)
+            problem = problem or _faults(index, wanted.access, load)
         except CheckpointError as error:
             problem = str(error)
     told = [answer.decode() for answer in transport.share(problem.encode())]
@@ -263,8 +263,8 @@ def _dealt(transport: Transport[Any], seen: Survey) -> dict[str, FileIndex]:
     return {key: index for key, index in seen.indexes.items() if chosen[key] == transport.rank}
 
 
-def _faults(index: FileIndex, access: Access) -> str:
-    found = record_of(index.path, access.key)
+def _faults(index: FileIndex, access: Access, load: Load = load_manifest) -> str:
+    found = record_of(index.path, access.key, load)
     if found is None:
         return ""
     folder, name, held = found

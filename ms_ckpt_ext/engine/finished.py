@@ -34,11 +34,11 @@ def is_intact(job: Job, output: Output, staging: Staging, workers: int) -> bool:
 
     Reads the file, so it is for what an earlier run left, once. Without digests there is nothing to compare: True.
     """
-    held = noted(staging, output.name)
-    if not job.digests or (held is not None and not held.known):
+    if not job.digests:
         return True
-    if held is None:
-        return False
+    held = noted(staging, output.name)
+    if held is None or not held.known:
+        return held is not None
     try:
         expected = held.opened_by(None if job.seal is None else job.seal.key, output.name)
         index = job.contents(output, staging.place(output.name))

@@ -21,12 +21,12 @@ from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.digests import digest_file, streams
 from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
-from ms_ckpt_ext.engine.job import Contents, Job, Output, check, fingerprint, tasks_of
+from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, renewed, take_off_record
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
 from ms_ckpt_ext.engine.summing import SummingSink
 from ms_ckpt_ext.errors import FormatError
-from ms_ckpt_ext.storage.digesting import DigestingSink, Streams
+from ms_ckpt_ext.storage.digesting import DigestingSink
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
@@ -160,10 +160,6 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
 
 
-def _streams(holds: Contents, size: int) -> Callable[[], Streams]:
-    return lambda: streams(holds(), size)
-
-
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
@@ -189,6 +185,7 @@ class _Files:
 
     def _open(self, number: int, output: Output) -> None:
         path, layout, seal = self._staging.partial(output.name), output.layout, self._job.seal
+        holds = output.holds
         file: Union[FileSink, SealedSink]
         if seal is None:
             file = FileSink(path, layout.size, self._job.sync)
@@ -199,8 +196,9 @@ class _Files:
             for offset, literal in layout.literals:
                 file.write(offset, memoryview(literal))
         sink: Sink = file
-        if self._job.digests and output.holds is not None:
-            sink = self._digesting[number] = DigestingSink(file, _streams(output.holds, layout.size), layout.fixed)
+        if self._job.digests and holds is not None:
+            sink = DigestingSink(file, lambda: streams(holds(), layout.size), layout.fixed)
+            self._digesting[number] = sink
         self.sinks[number] = sink if layout.checksum is None else SummingSink(sink, layout)
 
     def landed(self, sink: int, nbytes: int) -> None:

@@ -123,7 +123,7 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
     form = _form(path, "read")
     with open_reader(path, access) as reader:
         by_blocks = _by_blocks(reader, form)
-        index: FileIndex = form.read_index(reader, reader.mtime_ns)
+        index = index_through(reader, path)
         if (access.crc_check or by_blocks) and not form.verify_crc(reader, index):
             log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
         return index

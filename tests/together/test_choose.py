@@ -15,17 +15,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext import convert
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.checkpoints import check_noted, find_candidates
-from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, _faults, choose
+from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.digests import digest_file
 from ms_ckpt_ext.engine.manifest import update_manifest
 from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, read_records, write_record
-from ms_ckpt_ext.errors import CheckpointError, DecryptionError, DisagreementError, DiscoveryError, FormatError
-from ms_ckpt_ext.formats.crypto import Key
-from ms_ckpt_ext.formats.registry import Access, read_index
+from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError, FormatError
+from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.support import arrays, cut, scalars, source
@@ -192,33 +190,6 @@ def test_a_flipped_byte_shows_in_the_digests(tmp_path: Path) -> None:
     chosen, skipped = look(tmp_path / "c", digests=True)
     assert step_of(chosen) == 3
     assert "the manifest says" in skipped[0].reason and "net-1_20" in skipped[0].reason
-
-
-def test_sealed_digests_are_compared(tmp_path: Path) -> None:
-    """CBC notices nothing by itself. Without the key, only sizes are compared."""
-    save(tmp_path / "c", 3)
-    key, path = Key(bytes(16)), tmp_path / "sealed" / "net-1_3.ckpt"
-    convert(tmp_path / "c/rank_1/net-1_3.safetensors", path, enc_key=key, enc_mode="AES-CBC")
-    index = read_index(str(path), Access(key))
-    assert _faults(index, Access(key)) == ""
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw)
-    assert "the manifest says" in _faults(index, Access(key))
-    assert _faults(index, Access()) == ""
-    with pytest.raises(DecryptionError, match="sealed digests of 'net-1_3.ckpt'"):
-        _faults(index, Access(Key(b"x" * 16)))
-
-
-def test_a_manifest_one_folder_up_is_compared(tmp_path: Path) -> None:
-    """As jobs for several ranks write it."""
-    save(tmp_path / "c", 3)
-    convert(tmp_path / "c", tmp_path / "out", to="safetensors")
-    path = tmp_path / "out/rank_1/net-1_3.safetensors"
-    index = read_index(str(path))
-    assert _faults(index, Access()) == ""
-    shutil.copy(tmp_path / "out/rank_2/net-1_3.safetensors", path)
-    assert "the manifest says" in _faults(index, Access())
 
 
 def test_without_notes_names_and_layouts_beside_are_used(tmp_path: Path) -> None:
