@@ -17,6 +17,9 @@ Blocking calls of the backend run in a thread of their own (`guard`), so this pr
 waits. Such a call cannot be taken back: the survivor raises PeerError at once, but its process may linger at exit
 until the backend gives up or the launcher kills it (msrun does, a second after the first rank failed).
 
+While a process exits MindSpore takes its globals down, and a thread that ends or wakes meanwhile does so amid ruins.
+So the threads of blocking calls never end (see `_Caller`), and `close` waits for those that listen.
+
 The connections carry no secrets and are not encrypted; a random token keeps other jobs out.
 """
 
@@ -29,7 +32,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Callable, Optional, TypeVar
+from typing import Any, Callable, ClassVar, Generic, Optional, TypeVar
 
 import numpy as np
 
@@ -45,7 +48,64 @@ CELL_BYTES = 128
 _CONNECT_SECONDS = 20.0
 _POLL_SECONDS = 0.25
 _GRACE_SECONDS = 2.0
-"""After the backend failed: how long to wait for news of who died, so that the error can name the rank."""
+"""How long to wait, after the backend failed, for news of who died, so that the error can name the rank; and, in
+`close`, for threads that are about to end."""
+
+
+class _Call(Generic[T]):
+    """A blocking call, made in one thread and waited for in another."""
+
+    def __init__(self, blocking: Callable[[], T]) -> None:
+        self._blocking: Optional[Callable[[], T]] = blocking
+        self._results: list[T] = []
+        self._error: Optional[BaseException] = None
+        self.done = threading.Event()
+
+    def make(self) -> None:
+        """Make the call, and let go of it: what it refers to is freed by who waits, not by the thread that called."""
+        assert self._blocking is not None
+        try:
+            self._results.append(self._blocking())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            self._error = error
+        self._blocking = None
+
+    def result(self) -> T:
+        """What the call returned or raised; `done` must be set."""
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
+
+
+class _Caller:
+    """A thread that makes blocking calls one after another, and then waits for the next, to the end of the process.
+
+    One that ended with its call would destroy MindSpore's thread-local objects, possibly while the process exits.
+    """
+
+    _idle: ClassVar[list[_Caller]] = []
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="ms_ckpt_ext caller", daemon=True).start()
+
+    @classmethod
+    def run(cls, call: _Call[Any]) -> None:
+        """Have a thread make the call: one that is idle, else a new one. Returns at once."""
+        try:
+            caller = cls._idle.pop()
+        except IndexError:
+            caller = cls()
+        caller._calls.put(call)
+
+    def _work(self) -> None:
+        while True:
+            self._one(self._calls.get())
+
+    def _one(self, call: _Call[Any]) -> None:
+        call.make()
+        self._idle.append(self)
+        call.done.set()
 
 
 class ControlPlane:
@@ -81,7 +141,8 @@ class ControlPlane:
                 f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
                 "allow TCP connections between the hosts of the job"
             )
-        threading.Thread(target=self._listen, name="ms_ckpt_ext control", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="ms_ckpt_ext control", daemon=True)
+        self._listener.start()
 
     def share(self, payload: bytes, doing: str = "share") -> list[bytes]:
         """Every rank's payload in rank order. Raises PeerError or TransportError; `doing` is for their messages."""
@@ -100,20 +161,10 @@ class ControlPlane:
         The backend's own error becomes a TransportError, or a PeerError when it is known who died. `blocking` keeps
         whatever it refers to alive, also after nobody waits any more: the backend may still write there.
         """
-        done = threading.Event()
-        results: list[T] = []
-        errors: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                results.append(blocking())
-            except BaseException as error:  # noqa: BLE001 - handed to the caller
-                errors.append(error)
-            done.set()
-
-        threading.Thread(target=work, name=f"ms_ckpt_ext {doing}", daemon=True).start()
+        call = _Call(blocking)
+        _Caller.run(call)
         deadline = time.monotonic() + self.timeout
-        while not done.wait(_POLL_SECONDS):
+        while not call.done.wait(_POLL_SECONDS):
             self.check(doing)
             if time.monotonic() > deadline:
                 raise TransportError(
@@ -121,9 +172,7 @@ class ControlPlane:
                     "are all ranks at the same call? If the network is that slow, give a longer timeout"
                 )
         with self.explaining(doing):
-            for error in errors:
-                raise error
-        return results[0]
+            return call.result()
 
     def check(self, doing: str) -> None:
         """Raise if the job is known to be broken."""
@@ -151,13 +200,16 @@ class ControlPlane:
             ) from error
 
     def close(self) -> None:
-        """Leave. A rank that waits for this one in `share` is told so."""
+        """Leave; a rank that waits for this one in `share` is told so. Rank 0 waits a moment for the others."""
         if self._closed:
             return
         self._closed = True
         with contextlib.suppress(OSError):  # the hub is gone already
             self._socket.sendall(FRAME.pack(BYE, self.rank, 0))
             self._socket.shutdown(socket.SHUT_WR)
+        self._listener.join(_GRACE_SECONDS)
+        if self._hub is not None:
+            self._hub.join(_GRACE_SECONDS)
 
     def _connect(self, address: str) -> str:
         """Why it failed, or nothing."""

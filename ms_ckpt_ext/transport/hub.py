@@ -32,7 +32,12 @@ class Hub:
         self._payloads: dict[int, bytes] = {}
         self._since = 0.0
         self._left: set[int] = set()
-        threading.Thread(target=self._serve, name="ms_ckpt_ext hub", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="ms_ckpt_ext hub", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds until every rank has left."""
+        self._thread.join(timeout)
 
     def _serve(self) -> None:
         with selectors.DefaultSelector() as selector, self._server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+import weakref
 from typing import Any, Callable
 
 import pytest
@@ -116,6 +117,38 @@ def test_guard_gives_the_result_and_translates_the_backends_error() -> None:
     (error,) = job(1, work)
     assert type(error) is TransportError and isinstance(error.__cause__, RuntimeError)
     assert "rank 0: all_gather of 12 bytes failed: RuntimeError: HcclAllGather failed, ret:9" in str(error)
+
+
+def test_guard_frees_what_the_call_held_and_keeps_its_thread_for_the_next() -> None:
+    """A thread that ends, or frees a tensor, while MindSpore takes itself down at exit may crash the process."""
+
+    class Held:
+        pass
+
+    def work(plane: ControlPlane) -> list[int]:
+        held = Held()
+        gone = weakref.ref(held)
+
+        def blocking(_held: Held = held) -> int:
+            return threading.get_ident()
+
+        threads = [plane.guard(blocking, "thinking") for _ in range(3)]
+        del held, blocking
+        assert gone() is None
+        return threads
+
+    ((first, *others),) = job(1, work)
+    assert others == [first, first] and first != threading.get_ident()
+    assert first in {thread.ident for thread in threading.enumerate()}
+
+
+def test_nobody_listens_after_close() -> None:
+    def mine() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name in ("ms_ckpt_ext control", "ms_ckpt_ext hub")}
+
+    others = mine()
+    assert job(3, lambda plane: len(mine() - others) > 0) == [True] * 3
+    assert mine() <= others
 
 
 def test_guard_ends_after_the_timeout() -> None:
