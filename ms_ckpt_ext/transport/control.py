@@ -18,7 +18,8 @@ waits. Such a call cannot be taken back: the survivor raises PeerError at once, 
 until the backend gives up or the launcher kills it (msrun does, a second after the first rank failed).
 
 While a process exits MindSpore takes its globals down, and a thread that ends or wakes meanwhile does so amid ruins.
-So the threads of blocking calls never end (see `_Caller`), and `close` waits for those that listen.
+So threads of blocking calls wait for the next one rather than end (see `_Caller`), and `close` waits for those that
+listen. What was given up, or never closed, may still come back at that time.
 
 The connections carry no secrets and are not encrypted; a random token keeps other jobs out.
 """
@@ -62,25 +63,30 @@ class _Call(Generic[T]):
         self.done = threading.Event()
 
     def make(self) -> None:
-        """Make the call, and let go of it: what it refers to is freed by who waits, not by the thread that called."""
+        """Make the call, and let go of it: what it refers to is freed by who waits, if anybody still does."""
         assert self._blocking is not None
         try:
             self._results.append(self._blocking())
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             self._error = error
         self._blocking = None
+        del self  # else an error would keep itself alive, and the call's buffers, by the frame in its traceback
 
     def result(self) -> T:
-        """What the call returned or raised; `done` must be set."""
-        if self._error is not None:
-            raise self._error
-        return self._results[0]
+        """What the call returned or raised, once; `done` must be set."""
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+            return self._results[0]
+        finally:
+            del error
 
 
 class _Caller:
-    """A thread that makes blocking calls one after another, and then waits for the next, to the end of the process.
+    """A thread that makes blocking calls one after another, and waits for the next one to the end of the process.
 
-    One that ended with its call would destroy MindSpore's thread-local objects, possibly while the process exits.
+    Were it to end with its call, it would destroy MindSpore's thread-local objects, possibly while the process exits.
     """
 
     _idle: ClassVar[list[_Caller]] = []
@@ -104,8 +110,10 @@ class _Caller:
 
     def _one(self, call: _Call[Any]) -> None:
         call.make()
+        done = call.done
+        del call  # who waits has the last reference
         self._idle.append(self)
-        call.done.set()
+        done.set()
 
 
 class ControlPlane:
@@ -130,17 +138,12 @@ class ControlPlane:
         self._answers: queue.Queue[Optional[bytes]] = queue.Queue()
         self._closed = False
         self._hub = Hub(size, timeout, host) if rank == 0 else None
-        address = announce(self._hub.address.encode() if self._hub else b"")[0].decode()
-        problem = self._connect(address)
-        problems = announce(problem.encode()[: CELL_BYTES - 8])
-        failed = [peer for peer, text in enumerate(problems) if text]
-        if failed:
-            if not problem:
-                self._socket.close()
-            raise TransportError(
-                f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
-                "allow TCP connections between the hosts of the job"
-            )
+        try:
+            self._enter(announce)
+        except BaseException:
+            if self._hub is not None:
+                self._hub.stop()
+            raise
         self._listener = threading.Thread(target=self._listen, name="ms_ckpt_ext control", daemon=True)
         self._listener.start()
 
@@ -200,16 +203,33 @@ class ControlPlane:
             ) from error
 
     def close(self) -> None:
-        """Leave; a rank that waits for this one in `share` is told so. Rank 0 waits a moment for the others."""
+        """Leave; a rank that waits for this one in `share` is told so.
+
+        Rank 0 waits until the others have left as well, but 2 s at most, and not when the job is known to be broken.
+        """
         if self._closed:
             return
-        self._closed = True
+        self._closed, broken = True, self._failure is not None  # before the listener's end counts as a failure, too
         with contextlib.suppress(OSError):  # the hub is gone already
             self._socket.sendall(FRAME.pack(BYE, self.rank, 0))
             self._socket.shutdown(socket.SHUT_WR)
         self._listener.join(_GRACE_SECONDS)
-        if self._hub is not None:
+        if self._hub is not None and not broken:
             self._hub.join(_GRACE_SECONDS)
+
+    def _enter(self, announce: Callable[[bytes], list[bytes]]) -> None:
+        """Connect to rank 0, whose address goes around; all ranks raise when any of them cannot."""
+        address = announce(self._hub.address.encode() if self._hub else b"")[0].decode()
+        problem = self._connect(address)
+        problems = announce(problem.encode()[: CELL_BYTES - 8])
+        failed = [peer for peer, text in enumerate(problems) if text]
+        if failed:
+            if not problem:
+                self._socket.close()
+            raise TransportError(
+                f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
+                "allow TCP connections between the hosts of the job"
+            )
 
     def _connect(self, address: str) -> str:
         """Why it failed, or nothing."""

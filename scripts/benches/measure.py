@@ -95,7 +95,7 @@ def take_turns(
     once: Collection[str] = (),
     memory: int = 0,
 ) -> dict[str, list[Turn]]:
-    """Every command once a round, after an uncounted round to warm up; those in `once` in the first round only.
+    """Every command once a round, after an uncounted round to warm up; those in `once` in the first two rounds only.
 
     Memory is watched in the uncounted round, lest it count. Before each turn nothing waits to be written, and `memory`
     bytes are at hand.
@@ -104,7 +104,7 @@ def take_turns(
     uncounted: dict[str, Turn] = {}
     for number in range(rounds + 1):
         for name, command in commands.items():
-            if name in once and number != 1:
+            if name in once and number > 1:
                 continue
             clean()
             os.sync()

@@ -9,9 +9,9 @@ Two ways of starting the same script:
   cluster" start-up), and nobody who kills survivors, as on a cluster whose other hosts have launchers of their own.
   Fault tests need it: how a survivor ends is then its own doing.
 
-A rank that a signal ends after its script came to its end passes with a warning: MindSpore's teardown crashes now and
-then (2.10.0, one of some thousand ranks on the CPU; known of other projects' tests as well). What Python's fault
-handler says of it is in the warning.
+One rank of a run, and no more, may die of SIGSEGV after its script came to its end; that is a warning: MindSpore's
+teardown crashes now and then (2.10.0, one of some thousand ranks on the CPU; known of other projects' tests as well).
+If Python was still up, the warning shows what its fault handler said.
 
 No process outlives a call, whatever happens: descendants are found through psutil, because msrun gives each worker a
 session of its own and so a kill of the process group would miss them.
@@ -99,7 +99,7 @@ def run_msrun(
     start = time.monotonic()
     launch = _msrun if supervised else _dynamic_cluster
     codes = launch(command, ranks, variables, log_dir, start + timeout, expect_failure)
-    codes = [0 if _crashed_at_exit(code, log_dir / f"worker_{rank}.log") else code for rank, code in enumerate(codes)]
+    codes = _excused(codes, log_dir)
     logs = {path.stem: _said(path) for path in log_dir.glob("*.log")}
     code = next((code for code in codes if code), 0)
     result = MsrunResult(code, logs, () if supervised else tuple(codes), time.monotonic() - start)
@@ -110,11 +110,19 @@ def run_msrun(
     return result
 
 
-def _crashed_at_exit(code: Optional[int], log: Path) -> bool:
-    crashed = code in (-signal.SIGSEGV, -signal.SIGABRT) and log.with_suffix(_ENDED).exists()
-    if crashed:
-        warnings.warn(f"signal {-(code or 0)} after the script had ended\n{_said(log)[-_TAIL:]}", stacklevel=3)
-    return crashed
+def _excused(codes: list[Optional[int]], log_dir: Path) -> list[Optional[int]]:
+    """The codes, that of a single rank that MindSpore crashed at exit replaced by 0; with a warning."""
+    crashed = [
+        rank
+        for rank, code in enumerate(codes)
+        if code == -signal.SIGSEGV and (log_dir / f"worker_{rank}{_ENDED}").exists()
+    ]
+    if len(crashed) != 1:
+        return codes
+    (rank,) = crashed
+    _, fault, told = _said(log_dir / f"worker_{rank}.log").rpartition("Fatal Python error")
+    warnings.warn(f"rank {rank} died of SIGSEGV after its script had ended\n{fault}{told[:_TAIL]}", stacklevel=3)
+    return [*codes[:rank], 0, *codes[rank + 1 :]]
 
 
 def _said(log: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -14,5 +15,8 @@ if __name__ == "__main__":
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     runpy.run_path(script, run_name="__main__")
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
     sys.stdout.flush()
     Path(mark).touch()

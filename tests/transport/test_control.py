@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import socket
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any, Callable
 
 import pytest
@@ -42,6 +45,11 @@ def job(size: int, fn: Callable[[ControlPlane], Any], timeout: float = 60.0) -> 
 def die(plane: ControlPlane) -> None:
     """What the kernel does to the connection of a killed process."""
     plane._socket.shutdown(socket.SHUT_RDWR)
+
+
+def listening() -> list[threading.Thread]:
+    """Threads that a control plane has to itself."""
+    return [t for t in threading.enumerate() if t.name in ("ms_ckpt_ext control", "ms_ckpt_ext hub")]
 
 
 def forever() -> None:
@@ -119,20 +127,35 @@ def test_guard_gives_the_result_and_translates_the_backends_error() -> None:
     assert "rank 0: all_gather of 12 bytes failed: RuntimeError: HcclAllGather failed, ret:9" in str(error)
 
 
-def test_guard_frees_what_the_call_held_and_keeps_its_thread_for_the_next() -> None:
-    """A thread that ends, or frees a tensor, while MindSpore takes itself down at exit may crash the process."""
+class Held:
+    """What a call refers to: a device's buffer, say."""
 
-    class Held:
-        pass
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("fails", [False, True])
+def test_guard_frees_what_the_call_held_and_keeps_its_thread_for_the_next(fails: bool) -> None:
+    """A thread that ends, or frees a tensor, while MindSpore takes itself down at exit may crash the process."""
 
     def work(plane: ControlPlane) -> list[int]:
         held = Held()
         gone = weakref.ref(held)
+        threads = []
 
-        def blocking(_held: Held = held) -> int:
-            return threading.get_ident()
+        def blocking(_held: Held = held) -> None:
+            threads.append(threading.get_ident())
+            if fails:
+                raise ValueError("no")
 
-        threads = [plane.guard(blocking, "thinking") for _ in range(3)]
+        for _ in range(3):
+            with contextlib.suppress(ValueError):
+                plane.guard(blocking, "thinking")
         del held, blocking
         assert gone() is None
         return threads
@@ -142,13 +165,51 @@ def test_guard_frees_what_the_call_held_and_keeps_its_thread_for_the_next() -> N
     assert first in {thread.ident for thread in threading.enumerate()}
 
 
-def test_nobody_listens_after_close() -> None:
-    def mine() -> set[threading.Thread]:
-        return {t for t in threading.enumerate() if t.name in ("ms_ckpt_ext control", "ms_ckpt_ext hub")}
+@pytest.mark.usefixtures("without_gc")
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_that_was_given_up_frees_what_it_held_when_it_returns(fails: bool) -> None:
+    release = threading.Event()
 
-    others = mine()
-    assert job(3, lambda plane: len(mine() - others) > 0) == [True] * 3
-    assert mine() <= others
+    def work(plane: ControlPlane) -> weakref.ref[Held]:
+        held = Held()
+
+        def blocking(_held: Held = held) -> None:
+            release.wait(10)
+            if fails:
+                raise ValueError("no")
+
+        with pytest.raises(TransportError, match="waited"):
+            plane.guard(blocking, "thinking")
+        return weakref.ref(held)
+
+    (held,) = job(1, work, timeout=0.1)
+    assert held() is not None
+    release.set()
+    deadline = time.monotonic() + SOON
+    while held() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert held() is None
+
+
+def test_rank_0_does_not_wait_for_the_living_when_it_knows_of_a_death() -> None:
+    def work(plane: ControlPlane) -> float:
+        if plane.rank == 2:
+            die(plane)
+        if plane.rank == 1:
+            time.sleep(1.5)  # busy with files
+        if plane.rank == 0:
+            with pytest.raises(PeerError):
+                plane.share(b"")
+        began = time.monotonic()
+        plane.close()
+        return time.monotonic() - began
+
+    assert job(3, work)[0] < 1.0
+
+
+def test_nobody_listens_after_close() -> None:
+    assert job(3, lambda plane: bool(listening())) == [True] * 3
+    assert not listening()
 
 
 def test_guard_ends_after_the_timeout() -> None:
@@ -207,6 +268,10 @@ def test_a_hub_out_of_reach_is_an_error_on_all_ranks() -> None:
 
         for error in LocalWorld(3).run(work):
             assert isinstance(error, TransportError) and "rank 1 cannot connect to rank 0" in str(error)
+    deadline = time.monotonic() + SOON
+    while listening() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not listening(), "the hub goes on though the job never began"
 
 
 @pytest.mark.parametrize("length", [0, 1, CELL_BYTES - 8])
