@@ -54,8 +54,9 @@ class Hub:
                         selector.unregister(key.fileobj)
                         self._lost(key.fileobj)
                 self._remind()
-        for connection in self._connections.values():
-            connection.close()
+            for key in selector.get_map().values():  # also those that have not said yet who they are
+                if isinstance(key.fileobj, socket.socket):
+                    key.fileobj.close()
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         connection, _ = self._server.accept()

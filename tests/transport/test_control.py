@@ -15,7 +15,7 @@ import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport.control import CELL_BYTES, ControlPlane, pack_cell, unpack_cell
-from ms_ckpt_ext.transport.hub import FRAME, HELLO
+from ms_ckpt_ext.transport.hub import FRAME, HELLO, Hub
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
 SOON = 10.0
@@ -50,6 +50,14 @@ def die(plane: ControlPlane) -> None:
 def listening() -> list[threading.Thread]:
     """Threads that a control plane has to itself."""
     return [t for t in threading.enumerate() if t.name in ("ms_ckpt_ext control", "ms_ckpt_ext hub")]
+
+
+def comes(condition: Callable[[], bool]) -> bool:
+    """Whether `condition` holds soon."""
+    deadline = time.monotonic() + SOON
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
 
 
 def forever() -> None:
@@ -185,10 +193,7 @@ def test_a_call_that_was_given_up_frees_what_it_held_when_it_returns(fails: bool
     (held,) = job(1, work, timeout=0.1)
     assert held() is not None
     release.set()
-    deadline = time.monotonic() + SOON
-    while held() is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert held() is None
+    assert comes(lambda: held() is None)
 
 
 def test_rank_0_does_not_wait_for_the_living_when_it_knows_of_a_death() -> None:
@@ -251,6 +256,20 @@ def test_strangers_are_turned_away() -> None:
     assert job(2, work) == [[b"fine", b"fine"]] * 2
 
 
+def test_a_hub_that_ends_closes_connections_that_have_not_said_who_they_are() -> None:
+    hub = Hub(2, 60.0, "127.0.0.1")
+    host, port, _ = hub.address.split()
+    with socket.create_connection((host, int(port)), SOON) as stranger:
+        stranger.sendall(b"he")
+        hub.stop()
+        hub.join(SOON)
+        try:
+            assert stranger.recv(1) == b""
+        except ConnectionResetError:  # closed before it was accepted, or before what it said was read
+            pass
+    assert not listening()
+
+
 def test_a_hub_out_of_reach_is_an_error_on_all_ranks() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
@@ -268,10 +287,7 @@ def test_a_hub_out_of_reach_is_an_error_on_all_ranks() -> None:
 
         for error in LocalWorld(3).run(work):
             assert isinstance(error, TransportError) and "rank 1 cannot connect to rank 0" in str(error)
-    deadline = time.monotonic() + SOON
-    while listening() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not listening(), "the hub goes on though the job never began"
+    assert comes(lambda: not listening()), "the hub goes on though the job never began"
 
 
 @pytest.mark.parametrize("length", [0, 1, CELL_BYTES - 8])
