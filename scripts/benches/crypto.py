@@ -110,22 +110,6 @@ def encrypt(plain: Path, key: bytes, container: str, threads: int) -> None:
         on_threads(run, threads)
 
 
-def read(path: Path, threads: int) -> None:
-    """Every byte, a piece at a time."""
-    import numpy as np
-
-    from ms_ckpt_ext.storage.reader import PlainReader
-
-    with PlainReader(str(path)) as reader:
-
-        def run(first: int) -> None:
-            buffer = memoryview(np.empty(PIECE, np.uint8))
-            for at in range(first * PIECE, reader.size, threads * PIECE):
-                reader.read_into(at, buffer[: min(PIECE, reader.size - at)])
-
-        on_threads(run, threads)
-
-
 def on_threads(run: Callable[[int], None], threads: int) -> None:
     others = [threading.Thread(target=run, args=(number,)) for number in range(1, threads)]
     for thread in others:
@@ -147,26 +131,38 @@ def write_encrypted(plain: Path, sink: Any, key: bytes, container: str) -> None:
 
 
 def decrypt(sealed: Path, key: bytes, threads: int) -> None:
-    import numpy as np
-
     from ms_ckpt_ext.formats.crypto import decrypting_reader
     from ms_ckpt_ext.formats.registry import CACHE_BYTES
     from ms_ckpt_ext.storage.reader import PlainReader
 
     with decrypting_reader(PlainReader(str(sealed)), key, cache_bytes=CACHE_BYTES) as reader:
-        large = getattr(reader, "large", False)
-        share = max(PIECE, reader.unit)
+        read_all(reader, threads)
 
-        def run(first: int) -> None:
-            buffer = memoryview(np.empty(PIECE, np.uint8))
-            for at in range(first * share, reader.size, threads * share):
-                length = min(share, reader.size - at)
-                if large:
-                    reader.stream(at, length, lambda _at, _piece: None)
-                else:
-                    reader.read_into(at, buffer[:length])
 
-        on_threads(run, threads)
+def read(path: Path, threads: int) -> None:
+    from ms_ckpt_ext.storage.reader import PlainReader
+
+    with PlainReader(str(path)) as reader:
+        read_all(reader, threads)
+
+
+def read_all(reader: Any, threads: int) -> None:
+    """Every byte, a piece at a time; of an encrypted file with large blocks a block, streamed."""
+    import numpy as np
+
+    large = getattr(reader, "large", False)
+    share = max(PIECE, getattr(reader, "unit", 0))  # plain readers have none
+
+    def run(first: int) -> None:
+        buffer = memoryview(np.empty(PIECE, np.uint8))
+        for at in range(first * share, reader.size, threads * share):
+            length = min(share, reader.size - at)
+            if large:
+                reader.stream(at, length, lambda _at, _piece: None)
+            else:
+                reader.read_into(at, buffer[:length])
+
+    on_threads(run, threads)
 
 
 def openssl_speed(cipher: str, direction: str) -> float:

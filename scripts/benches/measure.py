@@ -95,10 +95,10 @@ def take_turns(
     once: Collection[str] = (),
     memory: int = 0,
 ) -> dict[str, list[Turn]]:
-    """Every command once a round, after an uncounted round to warm up; those in `once` in the first two rounds only.
+    """Every command once a round, after an uncounted round to warm up; those in `once` in one counted round only.
 
-    Memory is watched in the uncounted round, lest it count. Before each turn nothing waits to be written, and `memory`
-    bytes are at hand.
+    Memory is watched in the uncounted round alone, lest watching count. Before each turn nothing waits to be written,
+    and `memory` bytes are at hand.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in commands}
     uncounted: dict[str, Turn] = {}
@@ -109,10 +109,11 @@ def take_turns(
             clean()
             os.sync()
             have_at_hand(memory)
-            turn = measure(command, watched=name not in uncounted)
-            first = uncounted.setdefault(name, turn)
-            if number:
-                turns[name].append(turn._replace(peak=first.peak, tree=first.tree))
+            turn = measure(command, watched=number == 0)
+            if number == 0:
+                uncounted[name] = turn
+            else:
+                turns[name].append(turn._replace(peak=uncounted[name].peak, tree=uncounted[name].tree))
     clean()
     return turns
 
@@ -162,8 +163,8 @@ def row(title: str, written: int, name: str, turns: dict[str, list[Turn]]) -> di
         "least x cp": round(min(ratios), 2),
         "most x cp": round(max(ratios), 2),
         "x cp and sync": None if synced is None else round(synced, 2),
-        "peak MiB": round(max(t.peak for t in mine) / (1 << 20)),
-        "tree MiB": round(max(t.tree for t in mine) / (1 << 20)),
+        "peak MiB": round(mine[0].peak / (1 << 20)),
+        "tree MiB": round(mine[0].tree / (1 << 20)),
         "read / output": None if mine[0].read is None else round(median(t.read for t in mine) / written, 3),
         "written / output": None if mine[0].written is None else round(median(t.written for t in mine) / written, 3),
     }

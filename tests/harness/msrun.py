@@ -134,8 +134,8 @@ def _said(log: Path) -> str:
 def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
     """For the workers. One thread per rank: 8 ranks on 2 cores otherwise spend their time waiting for each other."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
-    env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2", PYTHONUNBUFFERED="1")
-    env["PYTHONFAULTHANDLER"] = "1"
+    env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2")
+    env.update(PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1")
     # msrun starts "python": it must be this one, also in a virtual environment that is not activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])

@@ -10,8 +10,6 @@ import pytest
 from tests.harness.msrun import run_msrun
 
 CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
-
-
 AT_EXIT = f"import atexit; atexit.register(lambda: exec({CRASH!r}))"
 ABORT_AT_EXIT = f"import atexit; atexit.register(lambda: exec({CRASH.replace('SEGV', 'ABRT')!r}))"
 IN_A_THREAD = f"import threading, time; threading.Thread(target=lambda: (time.sleep(0.3), exec({CRASH!r}))).start()"
