@@ -18,6 +18,7 @@ from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.surplus import of_strategy
 from ms_ckpt_ext.errors import (
     CoverageError,
     DiscoveryError,
@@ -134,6 +135,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
         CoverageError: hardly any rank of a huge strategy has a file.
         DiscoveryError: the names of the files speak of different steps.
     """
+    index_of = of_strategy(index_of, strategy)
     files_by_rank = {rank: index.path for rank, index in index_of.items()}
     _check_world(files_by_rank, strategy)
     discovery.check_one_step(files_by_rank)
@@ -168,12 +170,6 @@ def _check_world(files_by_rank: Mapping[int, str], strategy: Strategy) -> None:
             f"as {next(iter(files_by_rank.values()))!r}; check that they belong together, and give every rank's file"
         )
     strategy.check_complete()
-    beyond = [rank for rank in files_by_rank if rank >= strategy.world]
-    if beyond:
-        raise StrategyError(
-            f"{strategy.origin} is for {strategy.world} ranks, but the checkpoint has {files_by_rank[beyond[0]]!r}; "
-            "check that they belong together, and give the strategies of all pipeline stages (merged, or a directory)"
-        )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -110,6 +110,12 @@ def rank_files(
     return files
 
 
+def step_of(path: str) -> Optional[tuple[int, int]]:
+    """Epoch and step of a name that ends in `-{epoch}_{step}`; None of another."""
+    found = _OF_STEP.search(path)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def check_one_step(files: Mapping[int, str]) -> None:
     """See that the files of ranks, as far as their names end in `-{epoch}_{step}`, are of one step.
 
@@ -119,7 +125,7 @@ def check_one_step(files: Mapping[int, str]) -> None:
     Raises:
         DiscoveryError: they are of several steps.
     """
-    steps = {rank: (int(m[1]), int(m[2])) for rank, path in sorted(files.items()) if (m := _OF_STEP.search(path))}
+    steps = {rank: step for rank, path in sorted(files.items()) if (step := step_of(path)) is not None}
     if all(step == rank for rank, (_, step) in steps.items()):
         return
     ranks: dict[tuple[int, int], list[int]] = {}
