@@ -264,7 +264,7 @@ def _equal(name: str, one: FileIndex, two: FileIndex, access: Access) -> bool:
 
 def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
     tensors, extras = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.tensors, catalog.extras))
-    absent = {name: ranks for name, ranks in catalog.absent.items() if name in wanted}
+    absent = {name: where for name, where in catalog.absent.items() if name in wanted}
     return catalog._replace(tensors=tensors, extras=extras, absent=absent)
 
 

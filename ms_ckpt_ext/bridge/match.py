@@ -118,6 +118,13 @@ def _stored(offer: Offer) -> tuple[str, int]:
     return offer.tensor.stored_name, id(offer.tensor.recipe)
 
 
+def check_present(catalog: Catalog, missing: Sequence[str], exact: bool) -> None:
+    """Raise CoverageError when a Parameter that got nothing is one that the checkpoint should have, by any match."""
+    for absent in catalog.absent:
+        if absent in missing or (not exact and any(absent.endswith(f".{name}") for name in missing)):
+            catalog.require([absent])
+
+
 def is_parallel(network: Any) -> bool:
     """Whether MindSpore cuts this network's Parameters when it is compiled."""
     mode = ms.context.get_auto_parallel_context("parallel_mode")

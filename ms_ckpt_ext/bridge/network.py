@@ -17,7 +17,16 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.bridge.match import Match, Offer, check_cell, check_fit, match_parameters, nbytes_of, offers_of
+from ms_ckpt_ext.bridge.match import (
+    Match,
+    Offer,
+    check_cell,
+    check_fit,
+    check_present,
+    match_parameters,
+    nbytes_of,
+    offers_of,
+)
 from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank, world_size
@@ -55,12 +64,14 @@ def fill(
         (Parameters that got nothing, checkpoint names that went nowhere), as `load_param_into_net` gives them.
 
     Raises:
+        CoverageError: the checkpoint should have a Parameter, and has not; nothing was changed.
         LayoutMismatchError: shapes or dtypes do not fit; nothing was changed.
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
     """
     check_cell(network)
     offers = offers_of(catalog, strategy, rank)
     matches, missing, unused = match_parameters(network, offers, strict or not by_suffix)
+    check_present(catalog, missing, strict or not by_suffix)
     for match in matches:
         check_fit(match, strict)
     prove_matches(matches, catalog, workers, limits)
@@ -92,6 +103,7 @@ def parameter_dict(
     Text is a str, as `mindspore.load_checkpoint` has it.
     """
     check_cell(network)
+    catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
     offers = offers_of(catalog, strategy, rank)
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}
     with catalog.readers() as readers:

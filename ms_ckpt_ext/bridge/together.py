@@ -14,7 +14,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
-from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, match_parameters, offers_of
+from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, check_present, match_parameters, offers_of
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
 from ms_ckpt_ext.core.layout import Layout, whole
@@ -128,6 +128,7 @@ def fill_together(
         def settle() -> tuple[list[Match], list[str], list[str]]:
             check_cell(network)
             found = match_parameters(network, offers_of(catalog, target, rank), strict or not by_suffix)
+            check_present(catalog, found[1], strict or not by_suffix)
             for match in found[0]:
                 check_fit(match, strict)
             if require_all and found[1]:

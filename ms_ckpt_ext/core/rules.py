@@ -258,6 +258,12 @@ def apply_rules(tensors: Mapping[str, SourceTensor], rules: Iterable[Rule]) -> d
     return {**made, **kept}
 
 
+def sources_among(names: Iterable[str], rules: Iterable[Rule]) -> list[str]:
+    """Those of the names that are a source of one of the rules."""
+    patterns = [Pattern(source) for rule in rules for source in rule.sources]
+    return [name for name in names if any(pattern.match(name) is not None for pattern in patterns)]
+
+
 def _groups(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
     """target name -> for every source pattern its tensors, by their counter."""
     target = Pattern(rule.target)

@@ -8,7 +8,7 @@ only, a weights-only checkpoint has no optimizer states): planning asks for a re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
@@ -22,7 +22,6 @@ from ms_ckpt_ext.engine.surplus import of_strategy
 from ms_ckpt_ext.errors import (
     CoverageError,
     DiscoveryError,
-    FormatError,
     LayoutMismatchError,
     StrategyError,
     name_ranks,
@@ -56,7 +55,8 @@ class Catalog(NamedTuple):
         extras: name -> what lies outside it, whole: training scalars and the like, from the lowest rank that has it.
         notes: parameter name -> metadata that must travel with it ("Int4").
         access: how the files are opened.
-        absent: name -> ranks whose files should hold a slice of it, for parameters of pipeline stages without any file.
+        absent: name -> where it should be and is not: a parameter of a pipeline stage without any file, or one that a
+            map places in a file without it. Who wants it is told so, and nobody else.
     """
 
     files: tuple[FileIndex, ...]
@@ -64,18 +64,14 @@ class Catalog(NamedTuple):
     extras: Mapping[str, SourceTensor]
     notes: Mapping[str, str]
     access: Access = PLAIN
-    absent: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    absent: Mapping[str, str] = MappingProxyType({})
 
     def require(self, names: Iterable[str]) -> None:
-        """Raise CoverageError when one of these names is that of a parameter whose stage has no file."""
+        """Raise CoverageError when one of these names is absent."""
         lacking = [name for name in names if name in self.absent]
         if lacking:
             more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
-            ranks = sorted({rank for name in lacking for rank in self.absent[name]})
-            raise CoverageError(
-                f"parameter {lacking[0]!r}{more} should be in the files of {name_ranks(ranks)}, and none of these is "
-                f"there (the first that is: {self.files[0].path!r}): give the files of that pipeline stage as well"
-            )
+            raise CoverageError(f"parameter {lacking[0]!r}{more} should be in {self.absent[lacking[0]]}")
 
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
@@ -94,9 +90,9 @@ class Catalog(NamedTuple):
         """
         if not rules:
             return self
-        self.require(self.absent)  # a rule would pass over what it knows nothing of
-        from ms_ckpt_ext.core.rules import apply_rules
+        from ms_ckpt_ext.core.rules import apply_rules, sources_among
 
+        self.require(sources_among(self.absent, rules))  # a rule would pass over what it knows nothing of
         tensors = apply_rules(self.tensors, rules)
         for name, tensor in tensors.items():
             if tensor.recipe is None:
@@ -109,7 +105,7 @@ class Catalog(NamedTuple):
                     f"{name!r} is made of {packed[0]!r}, which is packed int4 (two values in a byte) and can only be "
                     "renamed: fuse before quantising"
                 )
-        return self._replace(tensors=tensors)
+        return self._replace(tensors=tensors, absent={n: at for n, at in self.absent.items() if n not in tensors})
 
     @property
     def authenticated(self) -> bool:
@@ -142,7 +138,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
     indexes = tuple(index_of.values())
     by_rank = {rank: number for number, rank in enumerate(index_of)}
     tensors = {}
-    absent: dict[str, tuple[int, ...]] = {}
+    absent: dict[str, str] = {}
     present = {strategy.stage_of(rank) for rank in index_of}
     for name, stages in strategy.layouts.items():
         if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
@@ -151,7 +147,11 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
         if tensor is not None:
             tensors[name] = tensor
         elif present.isdisjoint(stages):
-            absent[name] = tuple(rank for stage in stages for rank in strategy.ranks_of(stage))
+            ranks = [rank for stage in stages for rank in strategy.ranks_of(stage)]
+            absent[name] = (
+                f"the files of {name_ranks(ranks)}, and none of these is there (the first that is: "
+                f"{indexes[0].path!r}): give the files of that pipeline stage as well"
+            )
     if not tensors:
         raise StrategyError(
             f"{strategy.origin} and the checkpoint have no parameter in common: the strategy lists "
@@ -272,34 +272,50 @@ def parts_catalog(
 ) -> Catalog:
     """A merged checkpoint from the headers of its files (by name) and its map.
 
-    Raises:
-        FormatError: the map names a parameter that its file lacks.
+    The map says which files belong together. What it does not list is taken from the file that holds it, and what it
+    places in a file without it is absent: MindFormers leaves a map of its own names beside Hugging Face's files, and
+    `name_map` tells which of these is meant. A map of other names beside a single file says nothing.
     """
-    numbers = {file: number for number, file in enumerate(index_of)}
     indexes = tuple(index_of.values())
-    tensors = {name: whole_tensor(name, entry, [number]) for name, number, entry in _listed(names, numbers, indexes)}
+    numbers = {file: number for number, file in enumerate(index_of)}
+    scalars = next((numbers[name] for name in discovery.HYPER_NAMES if name in numbers and names is not None), None)
+    listed = {} if names is None or (len(indexes) == 1 and indexes[0].tensors.keys() - names.keys()) else names
+    places, absent = _places(listed, index_of, scalars)
+    tensors = {name: whole_tensor(name, indexes[number].tensors[name], [number]) for name, number in places.items()}
     extras = {}
-    scalars = next((numbers[name] for name in discovery.HYPER_NAMES if name in numbers), None)
-    if scalars is not None and names is not None:
+    if scalars is not None:
         extras = {name: whole_tensor(name, entry, [scalars]) for name, entry in indexes[scalars].tensors.items()}
-    return Catalog(indexes, tensors, extras, _notes(indexes), access)
+    return Catalog(indexes, tensors, extras, _notes(indexes), access, absent)
 
 
-def _listed(
-    names: Optional[Mapping[str, str]], numbers: Mapping[str, int], indexes: tuple[FileIndex, ...]
-) -> Iterator[tuple[str, int, TensorEntry]]:
-    listed = names or dict.fromkeys(indexes[0].tensors, next(iter(numbers)))
-    for name, file in listed.items():
-        if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-            continue
-        number = numbers[file]
-        entry = indexes[number].tensors.get(name)
-        if entry is None:
-            raise FormatError(
-                f"the map says parameter {name!r} is in {indexes[number].path!r}, which does not hold it; "
-                "map and files come from different merges: run the merge again"
+def _places(
+    names: Mapping[str, str], index_of: Mapping[str, FileIndex], scalars: Optional[int]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """(name -> number of the file that holds it; name -> where it should be, if it is not there)."""
+    numbers = {file: number for number, file in enumerate(index_of)}
+    places: dict[str, int] = {}
+    absent: dict[str, str] = {}
+    for name, file in names.items():
+        if name in index_of[file].tensors:
+            places[name] = numbers[file]
+        else:
+            absent[name] = (
+                f"{index_of[file].path!r} by the map, and is not: map and files come from different merges, so run the "
+                "merge again; or the map has other names than the files, then give name_map"
             )
-        yield name, number, entry
+    for number, index in enumerate(index_of.values()):
+        for name in index.tensors if number != scalars else ():
+            if name not in names and places.setdefault(name, number) != number:
+                absent[name] = (
+                    f"one file, and is in {[*index_of.values()][places[name]].path!r} and {index.path!r}, about which "
+                    "the map says nothing: move the file that does not belong to the checkpoint away"
+                )
+    found = ((name, number) for name, number in places.items() if name not in absent)
+    grads = ACCUMULATED_GRADIENT_PREFIX
+    return (
+        {name: number for name, number in found if not name.startswith(grads)},
+        {name: where for name, where in absent.items() if not name.startswith(grads)},
+    )
 
 
 def catalog_of(

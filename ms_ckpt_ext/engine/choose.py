@@ -69,6 +69,7 @@ class Wanted:
         kind: "safetensors", "ckpt" or None.
         access: how files are opened.
         digests: compare every tensor with the digests on record: reads everything once.
+        renamed: names that the load takes from parameters of other names, so that no file need have them.
     """
 
     directory: str
@@ -77,6 +78,7 @@ class Wanted:
     kind: Optional[str] = None
     access: Access = PLAIN
     digests: bool = False
+    renamed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def _read_headers(
             catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
         else:
             catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
-        problem = _uncovered(catalog)
+        problem = _uncovered(catalog, wanted.renamed)
         result = seen, catalog, listing
     except PeerError:
         pass  # the peer tells below; if it is gone, that shows below too
@@ -218,11 +220,11 @@ def _here(look: Callable[[], Listing]) -> Listing:
         return Listing({}, False, None)
 
 
-def _uncovered(catalog: Catalog) -> str:
+def _uncovered(catalog: Catalog, renamed: frozenset[str]) -> str:
     """The first parameter that lacks a slice in every place where it could be whole; "" when there is none."""
-    if catalog.absent:
-        name, expected = next(iter(catalog.absent.items()))
-        return f"no file holds parameter {name!r}, which {name_ranks(expected)} should have saved"
+    for name, where in catalog.absent.items():
+        if name not in renamed:
+            return f"parameter {name!r} should be in {where}"
     for name, tensor in catalog.tensors.items():
         lacking = [[cell for cell in p.expected if not p.holders.get(cell)] for p in tensor.placements]
         if lacking and all(lacking):

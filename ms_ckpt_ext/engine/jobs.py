@@ -82,7 +82,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
     Raises:
         UsageError: there is no parameter; or the target holds another's model.
-        CoverageError: a pipeline stage has no file.
+        CoverageError: a pipeline stage has no file, or a parameter is not where a map says.
     """
     catalog.require(catalog.absent)
     named = catalog.tensors
@@ -241,6 +241,7 @@ def recut_job(
     outputs = []
     order = _file_order(catalog)
     for rank in ranks:
+        catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
         wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank)]
         taken = {name for name, _, _ in wanted}
         wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
@@ -293,15 +294,12 @@ def rank_boxes(
     """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it.
 
     Raises:
-        LayoutMismatchError, UsageError, CoverageError: as `recut_job`.
+        LayoutMismatchError, UsageError: as `recut_job`.
     """
     if strategy is None:
-        catalog.require(catalog.absent)
         return [(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
-    names = strategy.names_of(rank)
-    catalog.require(names)
-    for name in names:
+    for name in strategy.names_of(rank):
         tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
             found.append((name, tensor, _box(name, tensor, strategy, rank)))

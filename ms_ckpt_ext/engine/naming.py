@@ -56,8 +56,8 @@ class Naming(NamedTuple):
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
             )
-        chosen = ((chosen_name(self.choice, name, self.truthy), ranks) for name, ranks in catalog.absent.items())
-        absent = {name: ranks for name, ranks in chosen if name is not None}
+        chosen = ((chosen_name(self.choice, name, self.truthy), where) for name, where in catalog.absent.items())
+        absent = {name: where for name, where in chosen if name is not None}
         warn_unknown(self.name_map.values(), {*tensors, *extras, *absent, *self._aside()}, "the checkpoint")
         tensors, extras = _mapped(tensors, extras, self.name_map)
         absent = {

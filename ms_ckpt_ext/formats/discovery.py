@@ -208,8 +208,7 @@ def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
     """
     root = Path(directory)
     there = [path.name for path in inside(root, Path.is_file)]
-    index = next((root / name for name in (MAP_NAME, HF_INDEX_NAME) if name in there), None)
-    names = None if index is None else _read_map(index)
+    index, names = _map_of([root / name for name in (MAP_NAME, HF_INDEX_NAME) if name in there])
     listed = {os.path.splitext(file)[1][1:] for file in (names or {}).values()}
     suffix = suffix or _only_kind(listed & {*FORMATS}, f"the files that {str(index)!r} lists")
     present = {kind: _checkpoints(root, there, kind) for kind in (FORMATS if suffix is None else (suffix,))}
@@ -231,6 +230,17 @@ def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
         )
     hyper = next((str(root / name) for name in HYPER_NAMES if name in files and len(files) > 1), None)
     return UnifiedFiles({file: str(root / file) for file in sorted(set(names.values()))}, names, hyper)
+
+
+def _map_of(found: list[Path]) -> tuple[Optional[Path], Optional[dict[str, str]]]:
+    """The map that counts, and what it says.
+
+    MindFormers leaves a map of its own names beside Hugging Face's index, of the same files, whose names the index has.
+    """
+    maps = [(path, _read_map(path)) for path in found]
+    if len(maps) == 2 and set(maps[0][1].values()) <= set(maps[1][1].values()):
+        maps.reverse()
+    return maps[0] if maps else (None, None)
 
 
 def _checkpoints(root: Path, names: list[str], suffix: str) -> list[str]:

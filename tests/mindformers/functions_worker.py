@@ -2,10 +2,12 @@
 
 1. Every conversion operator, on whole tensors, against the rule that is made of it.
 2. The legacy way: its merge of rank folders and its load, stock and with ours in place, into equal networks.
+3. Its load of Hugging Face's files by the legacy way, which leaves a map of the network's names beside them.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,7 +166,58 @@ def the_legacy_way() -> None:
     seam.uninstall()
 
 
+class Renaming(Network):
+    """A network whose names are not those of the files."""
+
+    def convert_name(self, name: str) -> str:
+        return name.removeprefix("hf.")
+
+    def obtain_name_map(self, files: list[str]) -> dict[str, str]:
+        return {self.convert_name(name): name for file in files for name in load_file(file)}
+
+    def convert_map_dict(self, names: dict[str, str], **_: Any) -> dict[str, str]:
+        return {self.convert_name(name): file for name, file in names.items()}
+
+
+def from_hugging_face(output: Path, count: int, index: bool) -> dict[str, bytes]:
+    """tp4 out of `count` whole files."""
+    output.mkdir()
+    held = load_file(scratch / "stock/unified_checkpoint/part0.safetensors")
+    where = {f"hf.{name}": f"model-{number % count}.safetensors" for number, name in enumerate(held)}
+    for file in set(where.values()):
+        save_file({name: held[name[3:]] for name in where if where[name] == file}, output / file, {"format": "pt"})
+    if index:
+        (output / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    slices = load_file(next((golden / "tp4/shards/rank_0").glob("*.safetensors")))
+    network = Renaming(slices)
+    config = MindFormerConfig(
+        use_parallel=True,
+        auto_trans_ckpt=True,
+        resume_training=False,
+        load_ckpt_format="safetensors",
+        model=MindFormerConfig(model_config=MindFormerConfig()),
+    )
+    files = sorted(map(str, output.glob("*.safetensors")))
+    strategy = str(golden / "tp4/strategy.ckpt")
+    legacy.load_safetensors_checkpoint(config, files, network, strategy, str(output), None)
+    assert (output / "param_name_map.json").exists() is index
+    filled = {parameter.name: parameter.asnumpy().tobytes() for parameter in network.get_parameters()}
+    assert filled == {name: array.tobytes() for name, array in slices.items()}
+    return filled
+
+
+def hugging_faces_files() -> None:
+    barrier, legacy.barrier = legacy.barrier, lambda: None
+    for count, index in ((1, False), (1, True), (2, True)):
+        stock = from_hugging_face(scratch / f"hf-stock-{count}-{index}", count, index)
+        install()
+        assert from_hugging_face(scratch / f"hf-ours-{count}-{index}", count, index) == stock
+        uninstall()
+    legacy.barrier = barrier
+
+
 operators()
 unknown_operators()
 the_legacy_way()
+hugging_faces_files()
 sys.stdout.write("all right\n")
