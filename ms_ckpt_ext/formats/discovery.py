@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
@@ -237,10 +238,15 @@ def _map_of(found: list[Path]) -> tuple[Optional[Path], Optional[dict[str, str]]
 
     MindFormers leaves a map of its own names beside Hugging Face's index, of the same files, whose names the index has.
     """
-    maps = [(path, _read_map(path)) for path in found]
-    if len(maps) == 2 and set(maps[0][1].values()) <= set(maps[1][1].values()):
-        maps.reverse()
-    return maps[0] if maps else (None, None)
+    if not found:
+        return None, None
+    names = _read_map(found[0])
+    with suppress(FormatError):  # of an index that is not needed
+        for index in found[1:]:
+            listed = _read_map(index)
+            if set(names.values()) <= set(listed.values()):
+                return index, listed
+    return found[0], names
 
 
 def _checkpoints(root: Path, names: list[str], suffix: str) -> list[str]:

@@ -100,6 +100,12 @@ def test_without_stock(form: str, tmp_path: Path) -> None:
             }
 
 
+def test_an_index_that_is_not_needed_is_not_judged(tmp_path: Path) -> None:
+    source = folder(tmp_path / "hf", index=False)
+    (source / "model.safetensors.index.json").write_text("{")
+    assert filled(ms_ckpt_ext.load_distributed_checkpoint, source, name_map=NAME_MAP) == WANTED
+
+
 def test_files_for_ranks(tmp_path: Path) -> None:
     source = folder(tmp_path / "hf", index=False)
     ms_ckpt_ext.load_distributed_checkpoint(
