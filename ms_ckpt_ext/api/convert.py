@@ -226,8 +226,11 @@ def _as_mindspore(
     target = None if save_path is None else path_of(save_path, "save_path")
     run = running(processes_num, argument="processes_num")
     suffix = other_suffix(to)
-    if target and os.path.splitext(target)[1]:
-        raise UsageError(f"save_path must be a directory, got {target!r}; a file keeps its name but for the suffix")
+    if target and os.path.splitext(target)[1] and not os.path.isdir(target):
+        raise UsageError(
+            f"save_path must be a directory, and {target!r}, which is none, ends like a file's name; make it "
+            "first if that is its name, or give another: a result keeps its file's name but for the suffix"
+        )
     if os.path.isfile(source) and not source.endswith(suffix):
         raise UsageError(f"file_path must be a {suffix} file or a directory, got {source!r}")
     if os.path.isfile(source) and pattern and not pattern.search(source):

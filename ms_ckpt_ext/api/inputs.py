@@ -54,9 +54,14 @@ def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patte
         UsageError: the arguments contradict each other or the source.
     """
     found = _find(source, target, to, pattern, below)
-    if to is not None and not target.endswith(_SUFFIXES) and _same(found.source, found.target):
+    if to is not None and not _is_new_path(target) and _same(found.source, found.target):
         _refuse_foreign(found)
     return found
+
+
+def _is_new_path(target: str) -> bool:
+    """Whether a target is the path of the one result, by its suffix: unless it is a directory, whatever its name."""
+    return target.endswith(_SUFFIXES) and not os.path.isdir(target)
 
 
 def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]], below: str) -> Inputs:
@@ -94,7 +99,7 @@ def _single(folder: str, name: str, target: str, to: Optional[str]) -> Inputs:
     """One file: into a directory, or to a path that ends in a format's suffix."""
     if not name.endswith(_SUFFIXES):
         raise UsageError(f"{os.path.join(folder, name)!r} is not a checkpoint by its name: {' or '.join(_SUFFIXES)}")
-    if target.endswith(_SUFFIXES) and not os.path.isdir(target):
+    if _is_new_path(target):
         if to is not None and not target.endswith(f".{to}"):
             raise UsageError(f"the target {target!r} and the wanted format {to!r} contradict each other")
         return Inputs(folder, os.path.dirname(target) or ".", {name: _base(target)})

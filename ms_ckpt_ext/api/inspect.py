@@ -75,7 +75,8 @@ def inspect(
 def _is_strategy(path: str) -> bool:
     """Whether a path is a strategy file, or a directory with nothing but strategy files of stages."""
     if os.path.isdir(path):
-        files = [str(child) for child in discovery.inside(Path(path)) if child.suffix in (".ckpt", ".json")]
+        named = discovery.inside(Path(path), Path.is_file)
+        files = [str(child) for child in named if child.suffix in (".ckpt", ".json")]
         return bool(files) and not discovery.is_sharded(path) and all(map(_is_strategy, files))
     if not os.path.isfile(path):
         return False

@@ -134,7 +134,8 @@ def _checkpoint_files(folder: Path, suffixes: list[str]) -> Iterator[tuple[int, 
     children = discovery.inside(folder)
     rank_folders = [(int(m[1]), p) for p in children if (m := _RANK.fullmatch(p.name)) and p.is_dir()]
     for rank, rank_folder in sorted(rank_folders):
-        yield from ((rank, path) for path in discovery.inside(rank_folder) if path.suffix in suffixes)
+        named = (path for path in discovery.inside(rank_folder) if path.suffix in suffixes)
+        yield from ((rank, path) for path in named if not path.is_dir())
     if not rank_folders:
         for path in children:
             if path.suffix in suffixes and path.is_file() and not discovery.is_strategy(path):

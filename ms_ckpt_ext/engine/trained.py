@@ -68,7 +68,7 @@ def _layouts_near(folder: str, candidate: Candidate) -> _Found:
 def _items_in(folder: str) -> list[Any]:
     """The layouts of all files of a folder, each once: every rank of a stage may have saved the same."""
     found: dict[str, Any] = {}
-    for path in discovery.inside(Path(folder)):
+    for path in discovery.inside(Path(folder), Path.is_file):
         if path.suffix in (".ckpt", ".json"):
             for item in entries(load_strategy(path)):
                 found.setdefault(json.dumps(item), item)

@@ -64,8 +64,8 @@ def is_sharded(directory: str) -> bool:
 
 def kinds(directory: str) -> set[str]:
     """Which of the known formats the rank folders hold files of."""
-    names = [child.name for folder in _rank_dirs(directory).values() for child in inside(folder)]
-    return {suffix for suffix in FORMATS if any(name.endswith(f".{suffix}") for name in names)}
+    children = [child for folder in _rank_dirs(directory).values() for child in inside(folder)]
+    return {kind for kind in FORMATS if any(c.name.endswith(f".{kind}") and not c.is_dir() for c in children)}
 
 
 def _rank_dirs(directory: str) -> dict[int, Path]:
