@@ -20,7 +20,7 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
-from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.jobs import recut_job
@@ -33,7 +33,7 @@ from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
-_NOT_COUNTED = (ACCUMULATED_GRADIENT_PREFIX, "adam_v", "adam_m")
+_NOT_COUNTED = ("accu_grads", "adam_v", "adam_m")
 """What MindSpore leaves out when it asks whether a strategy has more parameters than another."""
 
 

@@ -79,7 +79,7 @@ class Source(NamedTuple):
         folder = None if seen.sharded or seen.names is not None else self._folder()
         if folder is not None:
             return folder_catalog(seen.indexes, folder, self.access)
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access)
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access).taken_as_alike()
 
     def _folder(self) -> Optional[Folder]:
         """What a folder of MindFormers says about itself; every host must see it."""

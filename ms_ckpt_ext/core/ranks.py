@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from math import lcm
+from typing import Callable
 
 from ms_ckpt_ext.core.layout import Cell, Layout, whole
 from ms_ckpt_ext.core.strategy import Strategy
@@ -40,6 +41,29 @@ def needed_for_whole(source: Strategy) -> set[int]:
             needed = _needed(layout, whole(len(layout.parts)), 0)
             found.update(stage * source.devices_per_stage + each for each in needed)
     return found
+
+
+def same_cut(source: Strategy, target: Strategy) -> bool:
+    """Whether both are of the same ranks, and each rank has the same slice of every parameter that both list.
+
+    Optimizer shards are left aside. False when they have no parameter in common, for then nothing tells.
+    """
+    both = source.layouts.keys() & target.layouts.keys()
+    jobs = ((job.devices_per_stage, job.stages) for job in (source, target))
+    known: dict[tuple[Layout, Layout], bool] = {}
+
+    def same(one: Layout, two: Layout) -> bool:
+        if (one, two) not in known:
+            plain = [Layout(layout.dev_matrix, layout.tensor_map) for layout in (one, two)]
+            known[one, two] = plain[0].parts == plain[1].parts and plain[0].cells == plain[1].cells
+        return known[one, two]
+
+    return bool(both) and len(set(jobs)) == 1 and all(_alike(source, target, name, same) for name in both)
+
+
+def _alike(source: Strategy, target: Strategy, name: str, same: Callable[[Layout, Layout], bool]) -> bool:
+    one, two = source.layouts[name], target.layouts[name]
+    return one.keys() == two.keys() and all(same(layout, two[stage]) for stage, layout in one.items())
 
 
 def _needed(layout: Layout, wanted: Layout, local: int) -> Iterator[int]:

@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.layout import MAX_RANKS, Layout
 from ms_ckpt_ext.errors import StrategyError
 
 _STAGE_PREFIX = re.compile(r"^(\d{1,9})-(.+)$", re.DOTALL)
-ACCUMULATED_GRADIENT_PREFIX = "accu_grads"
+ACCUMULATED_GRADIENT_PREFIX = "accu_grads."
 """Parameters below this prefix are zero between steps, and their layout in strategy files is wrong: never required."""
 
 MOST_CELLS = 1 << 22

@@ -18,6 +18,7 @@ from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.outside import Held, alike, outside_of
 from ms_ckpt_ext.engine.surplus import of_strategy
 from ms_ckpt_ext.errors import (
     CoverageError,
@@ -52,11 +53,15 @@ class Catalog(NamedTuple):
     Attributes:
         files: tables of contents; a file's number is its place here.
         tensors: name -> parameter that the strategy (or the map) lists.
-        extras: name -> what lies outside it, whole: training scalars and the like, from the lowest rank that has it.
+        extras: name -> what lies outside it, whole and alike wherever it is: training scalars and the like.
         notes: parameter name -> metadata that must travel with it ("Int4").
         access: how the files are opened.
         absent: name -> where it should be and is not: a parameter of a pipeline stage without any file, or one that a
             map places in a file without it. Who wants it is told so, and nobody else.
+        own: name -> what lies outside it and differs: each rank has its own.
+        unproven: name -> what lies outside it in several files, not compared yet: see `engine.alike`.
+        strategy: what cut the source, its parameters by the names that are stored; None for whole ones.
+        ranks: rank -> number of its file, where the files are those of ranks.
     """
 
     files: tuple[FileIndex, ...]
@@ -65,6 +70,23 @@ class Catalog(NamedTuple):
     notes: Mapping[str, str]
     access: Access = PLAIN
     absent: Mapping[str, str] = MappingProxyType({})
+    own: Mapping[str, Held] = MappingProxyType({})
+    unproven: Mapping[str, Held] = MappingProxyType({})
+    strategy: Optional[Strategy] = None
+    ranks: Mapping[int, int] = MappingProxyType({})
+
+    def taken_as_alike(self) -> Catalog:
+        """The checkpoint with what is unproven among its extras, as if it had been compared and found alike.
+
+        Raises LayoutMismatchError: something outside the strategy is known to differ.
+        """
+        for held in self.own.values():
+            raise LayoutMismatchError(
+                f"parameter {held.name!r} is outside the strategy, and its copies differ: {held.told()}; check "
+                "that the files come from one save and that the strategy belongs to them"
+            )
+        same = {name: alike(held, self.files) for name, held in self.unproven.items()}
+        return self._replace(extras=dict(sorted({**self.extras, **same}.items())), unproven={})
 
     def require(self, names: Iterable[str]) -> None:
         """Raise CoverageError when one of these names is absent."""
@@ -158,8 +180,11 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
             f"{_some(strategy.layouts)}, the files hold {_some(n for i in indexes for n in i.tensors)}; "
             "check that the strategy belongs to this model"
         )
-    extras = extras_of(indexes, set(strategy.layouts))
-    return Catalog(indexes, tensors, extras, _notes(indexes), access, absent)
+    outside = outside_of(indexes, by_rank, strategy.layouts.keys())
+    notes = _notes(indexes)
+    return Catalog(
+        indexes, tensors, outside.extras, notes, access, absent, outside.own, outside.unproven, strategy, by_rank
+    )
 
 
 def _check_world(files_by_rank: Mapping[int, str], strategy: Strategy) -> None:
@@ -241,21 +266,6 @@ def _contradiction(
         f"parameter {name!r} is {told(a)} but {told(b)}; all slices of a parameter have one dtype and shape: "
         "check that the files come from one save and that the strategy belongs to them"
     )
-
-
-def extras_of(indexes: tuple[FileIndex, ...], known: set[str]) -> dict[str, SourceTensor]:
-    """Everything outside the strategy, whole on every rank that has it."""
-    found: dict[str, tuple[TensorEntry, list[int]]] = {}
-    for number, index in enumerate(indexes):
-        for name in index.tensors.keys() - known:
-            if name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-                continue
-            entry = index.tensors[name]
-            before, numbers = found.setdefault(name, (entry, []))
-            if (entry.dtype, entry.shape) != (before.dtype, before.shape):
-                raise _contradiction(name, indexes, (numbers[0], before), (number, entry))
-            numbers.append(number)
-    return {name: whole_tensor(name, entry, numbers[:1]) for name, (entry, numbers) in sorted(found.items())}
 
 
 def whole_tensor(name: str, entry: TensorEntry, files: Iterable[int]) -> SourceTensor:
@@ -358,7 +368,7 @@ def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access 
     index_of = dict(zip(listing.files, read_indexes(listing.files.values(), access)))
     if listing.folder is not None:
         return folder_catalog(index_of, listing.folder, access)
-    return catalog_of(index_of, listing.sharded, listing.names, strategy, access)
+    return catalog_of(index_of, listing.sharded, listing.names, strategy, access).taken_as_alike()
 
 
 def open_catalog(

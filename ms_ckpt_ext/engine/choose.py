@@ -197,7 +197,7 @@ def _read_headers(
         if listing.folder is not None:
             catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
         else:
-            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
+            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access).taken_as_alike()
         problem = _uncovered(catalog, wanted.renamed)
         result = seen, catalog, listing
     except PeerError:

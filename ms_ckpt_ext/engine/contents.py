@@ -9,7 +9,8 @@ import numpy as np
 
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Catalog, extras_of, open_catalog
+from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
+from ms_ckpt_ext.engine.outside import outside_of
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes
@@ -40,7 +41,7 @@ def read_extras(
     if strategy is None and discovery.is_sharded(directory):
         path = next(iter(discovery.rank_files(directory, kind, file_suffix).values()))
         (index,) = read_indexes([path], access)
-        catalog = Catalog((index,), {}, extras_of((index,), set()), {}, access)
+        catalog = Catalog((index,), {}, outside_of((index,), {0: 0}, ()).extras, {}, access)
         names = [
             name for name, entry in index.tensors.items() if entry.dtype.name == TEXT or math.prod(entry.shape) == 1
         ]

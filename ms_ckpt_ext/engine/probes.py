@@ -16,6 +16,7 @@ from ms_ckpt_ext.core.reads import ranges
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.storage import memory
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from ms_ckpt_ext.storage.threads import in_order
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
 
@@ -44,16 +45,27 @@ Look = Callable[[Sequence[Probe]], list[Seen]]
 
 
 class Alone:
-    """A `Look` of this process. `count` says what was read; memory is two buffers of 1 MiB."""
+    """A `Look` of this process. `count` says what was read; memory is two buffers of 1 MiB for each of its `workers`,
+    of which one reads all that is wanted of a file."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
+    def __init__(self, catalog: Catalog, workers: int = 8) -> None:
+        self._catalog, self._workers = catalog, workers
         self.count = ReadCount()
 
     def __call__(self, probes: Sequence[Probe]) -> list[Seen]:
+        by_file: dict[int, list[int]] = {}
+        for number, probe in enumerate(probes):
+            by_file.setdefault(probe.file, []).append(number)
+        seen: dict[int, Seen] = {}
         with self._catalog.readers() as readers:
             readers.count = self.count
-            return [_look(self._catalog, readers, probe) for probe in probes]
+
+            def of_file(numbers: list[int]) -> None:
+                seen.update((number, _look(self._catalog, readers, probes[number])) for number in numbers)
+
+            in_order(of_file, by_file.values(), self._workers)
+            readers.verify()
+        return [seen[number] for number in range(len(probes))]
 
 
 def _look(catalog: Catalog, readers: ReaderPool, probe: Probe) -> Seen:
