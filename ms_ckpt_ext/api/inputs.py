@@ -10,6 +10,7 @@ from typing import NamedTuple, NoReturn, Optional
 from ms_ckpt_ext.engine.origin import foreign
 from ms_ckpt_ext.errors import DiscoveryError, UsageError, storage_error
 from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 
 
 class Inputs(NamedTuple):
@@ -77,7 +78,7 @@ def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patt
         raise DiscoveryError(f"{source!r} holds no folder whose name starts with {below!r}; check the path")
     names = _walk(source, folders if below else None)
     files = [name for name in names if name.endswith(_SUFFIXES) and (not pattern or pattern.search(_base(name)))]
-    files = [name for name in files if not (name.endswith(".ckpt") and discovery.is_strategy(Path(source, name)))]
+    files = [name for name in files if kind_of(os.path.join(source, name)) != STRATEGY]
     if to is not None:
         files = _of_one_kind(source, files, to, same_place=_same(source, target))
     if not files:

@@ -27,6 +27,7 @@ from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import crypto, discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, read_indexes
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 
@@ -78,12 +79,7 @@ def _is_strategy(path: str) -> bool:
         named = discovery.inside(Path(path), Path.is_file)
         files = [str(child) for child in named if child.suffix in (".ckpt", ".json")]
         return bool(files) and not discovery.is_sharded(path) and all(map(_is_strategy, files))
-    if not os.path.isfile(path):
-        return False
-    if path.endswith(".json"):
-        with open(path, "rb") as file:
-            return b"parallel_layout_item" in file.read(1 << 20)
-    return path.endswith(".ckpt") and discovery.is_strategy(Path(path))
+    return path.endswith((".ckpt", ".json")) and kind_of(path) == STRATEGY
 
 
 def _of_strategy(path: str, strategy: Strategy, wanted: Filter) -> Inspection:

@@ -26,9 +26,9 @@ from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.lazy import Parameters
 from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
-from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 
@@ -212,7 +212,7 @@ def load_segmented_checkpoints(
     folder = path_of(ckpt_file_dir, "ckpt_file_dir")
     if not os.path.isdir(folder):
         raise DiscoveryError(f"ckpt_file_dir {folder!r} is not a directory that exists; check the path")
-    paths = [path for path in sorted(Path(folder).glob("*.ckpt")) if not discovery.is_strategy(path)]
+    paths = [path for path in sorted(Path(folder).glob("*.ckpt")) if kind_of(str(path)) != STRATEGY]
     if not paths:
         raise DiscoveryError(f"{folder!r} holds no .ckpt checkpoint; check the path")
     naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of
@@ -14,7 +13,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
-from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access
 
 Globs = Union[str, Iterable[str]]
@@ -66,7 +65,7 @@ def find(
 
 
 def _refuse_strategy(path: str) -> None:
-    if path.endswith(".ckpt") and os.path.getsize(path) and discovery.is_strategy(Path(path)):
+    if path.endswith(".ckpt") and kind_of(path) == STRATEGY:
         raise DiscoveryError(
             f"{path!r} is a strategy file, which has the same suffix as a checkpoint; give the checkpoint's path here"
         )

@@ -24,6 +24,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.records import Record, read_records, record_of, shared_name
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, name_ranks
 from ms_ckpt_ext.formats import discovery, mindformers
+from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 
 MERGED = "merged"
 _MERGED_BY = (discovery.MAP_NAME, discovery.HF_INDEX_NAME, mindformers.METADATA_NAME, mindformers.COMMON_NAME)
@@ -138,7 +139,7 @@ def _checkpoint_files(folder: Path, suffixes: list[str]) -> Iterator[tuple[int, 
         yield from ((rank, path) for path in named if not path.is_dir())
     if not rank_folders:
         for path in children:
-            if path.suffix in suffixes and path.is_file() and not discovery.is_strategy(path):
+            if path.suffix in suffixes and path.is_file() and kind_of(str(path)) != STRATEGY:
                 number = _RANK.search(path.name)
                 yield (int(number[1]) if number else 0), path
 

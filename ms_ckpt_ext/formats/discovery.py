@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, name_ranks, storage_error
+from ms_ckpt_ext.formats.kind import CHECKPOINT, kind_of, pointer_fault
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
 HYPER_STEM = "hyper_param"
 HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
-_STRATEGY_FIRST_BYTE = b"\x08"
 _RANK_DIR = re.compile(r"^rank_(\d+)$")
 _OF_STEP = re.compile(rf"-(\d+)_(\d+)(?:_breakpoint)?\.(?:{'|'.join(FORMATS)})$")
 _SUFFIX_FORMS = (
@@ -251,25 +251,19 @@ def _map_of(found: list[Path]) -> tuple[Optional[Path], Optional[dict[str, str]]
 
 def _checkpoints(root: Path, names: list[str], suffix: str) -> list[str]:
     """Those of the files in a folder that are checkpoints of one format."""
-    found = [name for name in names if name.endswith(f".{suffix}")]
-    return [name for name in found if suffix != "ckpt" or not is_strategy(root / name)]
-
-
-def is_strategy(path: Path) -> bool:
-    """Whether a `.ckpt` is a strategy file, which has the same suffix, rather than a checkpoint."""
-    try:
-        if not path.is_file():  # to open a pipe would wait for its writer
-            return False
-        with path.open("rb") as file:
-            return file.read(1) == _STRATEGY_FIRST_BYTE
-    except OSError as error:
-        raise storage_error("read", str(path), error) from error
+    return [n for n in names if n.endswith(f".{suffix}") and kind_of(str(root / n)) == CHECKPOINT]
 
 
 def _read_map(path: Path) -> dict[str, str]:
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        fault = pointer_fault(str(path), raw)
+        if fault is not None:
+            raise FormatError(fault)
+        content = json.loads(raw)
         names = content.get("weight_map", content)
+    except FormatError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
         raise FormatError(f"{str(path)!r} is not a parameter map ({error}); run the merge again") from error
     ok = isinstance(names, dict) and all(

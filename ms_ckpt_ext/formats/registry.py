@@ -13,10 +13,11 @@ from types import ModuleType
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.errors import ChecksumError, DecryptionError, UsageError
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
 from ms_ckpt_ext.formats.ckpt import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
+from ms_ckpt_ext.formats.kind import pointer_fault
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.threads import in_order
 
@@ -76,7 +77,7 @@ def open_reader(path: str, access: Access = PLAIN) -> ByteReader:
 
     Raises:
         DecryptionError: encrypted and no key, in another mode, or by another key; plain where a key was given.
-        FormatError: an encrypted file whose headers are damaged.
+        FormatError: an encrypted file whose headers are damaged, or a pointer that git-lfs left in place of the file.
         StorageError: the operating system refused.
     """
     base = PlainReader(path)
@@ -91,6 +92,9 @@ def _decrypted(base: PlainReader, access: Access) -> ByteReader:
     head = bytearray(min(crypto.HEAD_BYTES, base.size))
     base.read_into(0, memoryview(head))
     container = crypto.sniff(bytes(head))
+    fault = pointer_fault(base.path, bytes(head))
+    if fault is not None:
+        raise FormatError(fault)
     if container is None:
         if access.key is None or access.optional:
             return base

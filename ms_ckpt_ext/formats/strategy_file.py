@@ -12,6 +12,7 @@ from typing import Any, Union
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy, layout_item, split_stage
 from ms_ckpt_ext.errors import FormatError, StrategyError, UsageError, storage_error
+from ms_ckpt_ext.formats.kind import pointer_fault
 from ms_ckpt_ext.formats.strategy_wire import Entry, Layouts, Node, Rows, StrategyMap, decode, entry, node
 from ms_ckpt_ext.storage.durable import write_atomically
 
@@ -136,6 +137,9 @@ def _read(path: str) -> StrategyMap:
         raise StrategyError(
             f"cannot read strategy file {path!r}: {os.strerror(error.errno or 0)}; check the path"
         ) from error
+    fault = pointer_fault(path, data)
+    if fault is not None:
+        raise StrategyError(fault)
     if not data:
         raise StrategyError(f"strategy file {path!r} is empty; save it again from the training job")
     content = _parse_json(path, data) if data.lstrip()[:1] == b"{" else _parse_protobuf(path, data)

@@ -1,0 +1,83 @@
+"""What a file is, decided here and nowhere else, by the format that its suffix names.
+
+`.ckpt` is the suffix of checkpoints, of strategy files, and of whatever other programs call so; the first bytes tell
+them apart. `.json` may be a strategy. A safetensors file has a suffix of its own and is never taken for anything else:
+its first byte, the low one of its header's length, may be that of any format. Under any name, what git leaves in place
+of a large file that was not fetched is told by its text.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Optional
+
+from ms_ckpt_ext.errors import storage_error
+
+CHECKPOINT, STRATEGY, FOREIGN = "checkpoint", "strategy", "foreign"
+"""FOREIGN: certainly neither a checkpoint nor a strategy that this package knows."""
+HEAD_BYTES = 16
+"""How much of a `.ckpt` is looked at."""
+_JSON_BYTES, _POINTER_BYTES = 1 << 20, 1024
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_CURRENT_STAGE = b"\x08"
+"""Key of the first field of a strategy, which is required; a checkpoint begins with 0a."""
+_MAGICS = (
+    (b"PK\x03\x04", "a zip archive, as PyTorch writes it"),
+    (b"\x80\x02", "a pickle, as PyTorch writes it"),
+    (b"\x89HDF\r\n", "HDF5"),
+)
+
+
+def kind_of(path: str) -> str:
+    """What a file called `.ckpt`, `.safetensors` or `.json` is. What is no regular file is not opened: a pipe blocks.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    suffix = os.path.splitext(path)[1]
+    if suffix == ".safetensors" or not os.path.isfile(path):
+        return CHECKPOINT
+    if suffix == ".json":
+        return STRATEGY if b"parallel_layout_item" in _head(path, _JSON_BYTES) else FOREIGN
+    head = _head(path, HEAD_BYTES)
+    return STRATEGY if is_strategy(head) else CHECKPOINT if what_else(head) is None else FOREIGN
+
+
+def is_strategy(head: bytes) -> bool:
+    """Whether a `.ckpt` that begins so is a strategy: MindSpore's protobuf or, which it takes under this name, JSON.
+
+    >>> is_strategy(bytes.fromhex("0802120a")), is_strategy(bytes.fromhex("0a140a01")), is_strategy(b"")
+    (True, False, False)
+    """
+    return head.startswith((_CURRENT_STAGE, b"{")) and what_else(head) is None
+
+
+def what_else(head: bytes) -> Optional[str]:
+    """What a `.ckpt` that begins so is, where it is certainly none of MindSpore's; None where nothing says so."""
+    if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32:
+        return "a safetensors file, and should be called so"
+    return next((what for magic, what in _MAGICS if head.startswith(magic)), None)
+
+
+def pointer_fault(path: str, head: bytes) -> Optional[str]:
+    """That a file is only git-lfs' pointer to its contents, and what helps; None when it is not. `head` has 8 bytes."""
+    if head[:8] != _POINTER[:8]:
+        return None
+    text = _head(path, _POINTER_BYTES)
+    if not text.startswith(_POINTER):
+        return None
+    fields = dict(line.split(b" ", 1) for line in text.splitlines() if b" " in line)
+    size = fields.get(b"size", b"").decode("ascii", "replace")
+    return (
+        f"{path!r} is a git-lfs pointer{f' to a file of {size} bytes' if size.isdigit() else ''}, not the file itself, "
+        "which was not fetched: run `git lfs pull` in its folder, or download it"
+    )
+
+
+def _head(path: str, length: int) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(length)
+    except OSError as error:
+        raise storage_error("read", path, error) from error
