@@ -164,7 +164,7 @@ class Ruled(Load):
     rules: Sequence[Rule] = ()
 
     def catalog(self, seen: Any) -> Catalog:
-        return ruled(catalog_of(seen.indexes, seen.sharded, seen.names, self.trained), self.rules)
+        return ruled(catalog_of(seen.indexes, seen.sharded, seen.names, self.trained).taken_as_alike(), self.rules)
 
 
 @given(cases(), st.data())

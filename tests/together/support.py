@@ -74,7 +74,7 @@ class Load:
         return catalog.readers()
 
     def catalog(self, seen: Survey) -> Catalog:
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained, self.access)
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained, self.access).taken_as_alike()
 
     def wants(self, rank: int, catalog: Catalog) -> dict[str, Want]:
         wants = {n: Want(n, whole(len(t.meta.shape))) for n, t in catalog.extras.items()}
