@@ -63,6 +63,7 @@ def merge(
     buffer_bytes: int = BUFFER_BYTES,
     sync: bool = True,
     dry_run: bool = False,
+    allow_equal_slices: bool = False,
 ) -> Report:
     """Put the slices of a checkpoint together, in memory that does not grow with the model.
 
@@ -88,6 +89,8 @@ def merge(
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
             for the disk either. Being killed harms no result in either case. Not with shares.
         dry_run: only tell what would be read and written.
+        allow_equal_slices: slices that are all equal are meant. Else they are an error, for `integrated_save=True`
+            makes such by writing whole parameters into every rank's file; see `engine.whole_slices`.
 
     Returns:
         What was read and written; of a dry run, a `Preview`.
@@ -105,7 +108,7 @@ def merge(
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    catalog = source.open().ruled(weight_rules)
+    catalog = source.slices(allow_equal_slices).ruled(weight_rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
     catalog = called.of(catalog)
@@ -138,6 +141,7 @@ def reshard(
     buffer_bytes: int = BUFFER_BYTES,
     sync: bool = True,
     dry_run: bool = False,
+    allow_equal_slices: bool = False,
 ) -> Report:
     """Cut a checkpoint anew for another strategy, straight from its slices, without a merge in between.
 
@@ -161,7 +165,7 @@ def reshard(
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
     ranks = _ranks(layout, rank)
-    catalog = naming.of(source.open().ruled(weight_rules))
+    catalog = naming.of(source.slices(allow_equal_slices).ruled(weight_rules))
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
     return execute(job, target, run, "reshard")

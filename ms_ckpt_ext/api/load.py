@@ -21,11 +21,11 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.jobs import folders_job
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy
@@ -67,6 +67,7 @@ def load_distributed_checkpoint(
     enc_mode: str = "AES-GCM",
     rules: Sequence[Rule] = (),
     choice_func: Optional[Choice] = None,
+    allow_equal_slices: bool = False,
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
@@ -122,6 +123,7 @@ def load_distributed_checkpoint(
         rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters of the checkpoint's: renamed,
             joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
         choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
+        allow_equal_slices: as in `unified_safetensors`.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
@@ -167,13 +169,13 @@ def load_distributed_checkpoint(
             give_up(error, timeout)
         if alone:
             _require_all(look, live.world_size())
-            catalog = naming.of(read_listing(look(), trained, access).ruled(weight_rules))
+            catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
             if return_param_dict:
                 return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
             return live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits)
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        shared = Source(look, trained, access, weight_rules, naming, _named_files(look))
+        shared = Source(look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices)
         return fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
     _refuse_live(options, mode)
     trained = _trained(train_strategy_filename, None, None)
@@ -183,7 +185,7 @@ def load_distributed_checkpoint(
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     _require_all(look, 1)
-    catalog = naming.of(read_listing(look(), trained, access).ruled(weight_rules))
+    catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
     alone = rank_id is not None
     job, target = folders_job(
         catalog, strategy, ranks, alone, target, output_format, crc=crc, seal=seal, digests=digests

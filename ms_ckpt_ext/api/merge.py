@@ -19,10 +19,11 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.engine.apart import check_apart
-from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job, refuse_empty
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
@@ -55,6 +56,7 @@ def unified_safetensors(
     enc_mode: str = "AES-GCM",
     rules: Sequence[Rule] = (),
     name_map: Optional[Mapping[str, str]] = None,
+    allow_equal_slices: bool = False,
 ) -> Report:
     """Merge the slices of all ranks into whole parameters, in memory that does not grow with the model.
 
@@ -91,6 +93,8 @@ def unified_safetensors(
         rules: weight rules (`ms_ckpt_ext.rules`), applied before `choice_func`; what they make is written.
         name_map: name in the result -> name in the checkpoint as `choice_func` left it, as for
             `load_distributed_checkpoint`; a source keeps its own name, too.
+        allow_equal_slices: slices that are all equal are meant. Else they are an error, for `integrated_save=True`
+            makes such by writing whole parameters into every rank's file; see `engine.whole_slices`.
 
     Returns:
         What was read and written. `published` is False while other shares are missing.
@@ -110,7 +114,8 @@ def unified_safetensors(
     run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
-    catalog = open_catalog(source, strategy, file_suffix, require_sharded=True, access=access).ruled(weight_rules)
+    listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
+    catalog = read_slices(listing, strategy, access, allow_equal_slices).ruled(weight_rules)
     refuse_empty(catalog)
     catalog = called.of(catalog)
     job = merge_job(catalog, target, options)

@@ -21,10 +21,12 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.engine.audit import audit_alone
-from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog, open_catalog
+from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog
 from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.lazy import Parameters
+from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.naming import Choice, Naming
+from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.index import FileIndex
@@ -50,6 +52,7 @@ def load(
     file_suffix: Optional[str] = None,
     max_process_num: int = 64,
     buffer_bytes: int = BUFFER_BYTES,
+    allow_equal_slices: bool = False,
 ) -> Parameters:
     """The parameters of any checkpoint as a dictionary, each read when it is indexed, and only what the index asks.
 
@@ -73,6 +76,7 @@ def load(
         file_suffix: which file of a rank folder; None for the newest.
         max_process_num: upper bound on the threads of one read.
         buffer_bytes: buffer budget of each.
+        allow_equal_slices: as in `unified_safetensors`.
 
     Returns:
         A mapping of names to `LazyTensor` (text: to `str`), in the checkpoint's order. Close it, or use it in a `with`
@@ -87,7 +91,7 @@ def load(
     source = path_of(path, "path")
     access, full = any_mode(dec_key, dec_mode, crc_check), _is_full(verify)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
-    catalog = _catalog(source, strategy, access, format, file_suffix)
+    catalog = _catalog(source, strategy, access, format, file_suffix, allow_equal_slices)
     stored = {**catalog.tensors, **catalog.extras}
     wanted = _wanted({**stored, **catalog.absent}, patterns)
     catalog = naming._replace(aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
@@ -274,14 +278,17 @@ def _as_stock(
     return checked_naming(_prefixes(specify, filters) or choice_func, name_map, truthy=True)
 
 
-def _catalog(path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str]) -> Catalog:
+def _catalog(
+    path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str], allow_equal: bool
+) -> Catalog:
     checked_format(kind, "format", optional=True)
     if not os.path.isdir(path):
         _require_file(path)
         if kind is not None and not path.endswith(f".{kind}"):
             raise UsageError(f"path must end in .{kind}, as format says, got {path!r}")
         return file_catalog(path, access)
-    return open_catalog(path, as_strategy(strategy), file_suffix, access=access, kind=kind)
+    known = as_strategy(strategy)
+    return read_slices(list_checkpoint(path, known, file_suffix, kind=kind), known, access, allow_equal)
 
 
 def _require_file(path: str) -> None:

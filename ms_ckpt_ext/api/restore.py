@@ -85,6 +85,7 @@ def resume(
     verify: str = "none",
     max_process_num: int = 64,
     timeout: float = 600.0,
+    allow_equal_slices: bool = False,
 ) -> Restored:
     """Load the newest complete checkpoint of a directory, saved under any strategy, and say where the training was.
 
@@ -110,7 +111,8 @@ def resume(
         dec_key, dec_mode: of encrypted files, as in `load_distributed_checkpoint`.
         check: "headers": all files are there and long enough. "digests": also every tensor is as it was saved, where
             digests were recorded; reads the checkpoint once more.
-        mode, bucket_bytes, prefetch, verify, max_process_num, timeout: as in `load_distributed_checkpoint`.
+        mode, bucket_bytes, prefetch, verify, max_process_num, timeout, allow_equal_slices: as in
+            `load_distributed_checkpoint`.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
@@ -157,6 +159,7 @@ def resume(
         options,
         workers_of(max_process_num),
         limits_of(BUFFER_BYTES),
+        allow_equal_slices,
     )
     if filled is None:
         return _nothing(directory, required, skipped)

@@ -12,6 +12,7 @@ from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access
@@ -30,6 +31,10 @@ class Source(NamedTuple):
     def open(self) -> Catalog:
         """Read the headers. Raises as `engine.catalog.catalog_of`."""
         return read_listing(self.listing, self.strategy, self.access)
+
+    def slices(self, allow_equal_slices: bool) -> Catalog:
+        """Read the headers, and that slices are slices. Raises as `engine.whole_slices.read_slices`."""
+        return read_slices(self.listing, self.strategy, self.access, allow_equal_slices)
 
 
 def find(

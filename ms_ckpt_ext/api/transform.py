@@ -22,11 +22,12 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
-from ms_ckpt_ext.engine.catalog import Catalog, read_listing
+from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.listing import list_files
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -58,6 +59,7 @@ def transform_checkpoints(
     sync: bool = True,
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
+    allow_equal_slices: bool = False,
 ) -> Report:
     """Cut a sharded checkpoint anew for every rank of another strategy.
 
@@ -81,6 +83,7 @@ def transform_checkpoints(
         digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.manifest`.
         sync: the files are on disk when this returns; False as in `unified_safetensors`.
         choice_func, name_map: as in `load_distributed_checkpoint`: what the target's names hold of the source's.
+        allow_equal_slices: as in `unified_safetensors`.
 
     Returns:
         What was read and written.
@@ -115,7 +118,7 @@ def transform_checkpoints(
         files = {rank - first: path for rank, path in files.items() if 0 <= rank - first < trained.devices_per_stage}
         trained = _only_stage(trained, part)
     suffix = f"_part{part}.{output_format}" if part is not None and kind == "ckpt" else f".{output_format}"
-    catalog = naming.of(_catalog(files, trained, access))
+    catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
     if part is not None and trained is not None and kind == "ckpt":
         wanted = _only_names(wanted, {*trained.layouts, *catalog.tensors})
     if wanted is not None:
@@ -146,6 +149,7 @@ def transform_checkpoint_by_rank(
     sync: bool = True,
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
+    allow_equal_slices: bool = False,
 ) -> Report:
     """Cut the file of one rank of another strategy out of the files that hold it.
 
@@ -158,8 +162,8 @@ def transform_checkpoint_by_rank(
         save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. One call at a time per folder.
         src_strategy_file, dst_strategy_file: as in `transform_checkpoints`.
         buffer_bytes, max_process_num: buffer budget of each worker, and upper bound on their number.
-        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests, sync, choice_func, name_map: as in
-            `transform_checkpoints`.
+        dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests, sync, choice_func, name_map, allow_equal_slices:
+            as in `transform_checkpoints`.
 
     Returns:
         What was read and written.
@@ -184,7 +188,7 @@ def transform_checkpoint_by_rank(
     if rank_id >= world:
         raise UsageError(f"rank_id must be between 0 and {world - 1} under dst_strategy_file, got {rank_id}")
     files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(checkpoint_files_map.items())}
-    catalog = naming.of(_catalog(files, trained, access))
+    catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
     folder, name = os.path.split(target)
     folder = folder or os.curdir
     job = recut_job(catalog, wanted, [rank_id], lambda _: name, crc=crc, seal=seal, digests=digests)
@@ -242,11 +246,11 @@ def _checked_prefix(prefix: Any) -> str:
     return prefix
 
 
-def _catalog(files: Mapping[int, str], trained: Optional[Strategy], access: Access) -> Catalog:
+def _catalog(files: Mapping[int, str], trained: Optional[Strategy], access: Access, allow_equal: bool) -> Catalog:
     """The source; without a strategy rank 0 holds all of it."""
     if trained is None:
         files = {rank: path for rank, path in files.items() if rank == 0}
-    return read_listing(list_files(files, trained), trained, access)
+    return read_slices(list_files(files, trained), trained, access, allow_equal)
 
 
 def _refuse_two_newest(files: Mapping[int, str]) -> None:

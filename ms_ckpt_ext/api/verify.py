@@ -81,6 +81,7 @@ def verify(
     dec_mode: Optional[str] = None,
     dec_mode_b: Optional[str] = None,
     max_process_num: int = 64,
+    allow_equal_slices: bool = False,
 ) -> Union[Comparison, Health, ManifestCheck]:
     """Verify a checkpoint against another one, against its manifest of digests, or by itself.
 
@@ -88,8 +89,8 @@ def verify(
     region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
     that `ms_ckpt_ext.digests.json` gives it? Those of encrypted files open with their key, without which they count as
     not checked. An encrypted file without digests is decrypted whole instead; in a mode without authentication it
-    counts as not checked. Else: is every slice there, are all copies of a slice equal, and what is NaN or infinite?
-    Without `b`, checksums that files carry are verified as well.
+    counts as not checked. Else: is every slice there, are all copies of a slice equal, are the slices
+    slices, and what is NaN or infinite? Without `b`, checksums that files carry are verified as well.
 
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
@@ -103,6 +104,7 @@ def verify(
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
         dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
         max_process_num: upper bound on worker threads.
+        allow_equal_slices: without `b`: slices that are all equal are meant, and no fault; see `engine.whole_slices`.
 
     Returns:
         What was compared and what was found; its `ok` says whether all is as it should be.
@@ -123,7 +125,7 @@ def verify(
         return _by_manifest(path_of(a, "a"), access, workers)
     first = find(a, strategy, file_suffix, access, argument="a")
     if b is None:
-        return _by_itself(first.open(), first.strategy, wanted, workers)
+        return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
     one, two = naming.of(first.open()), second.open()
     held = {**two.extras, **two.tensors}
@@ -151,11 +153,11 @@ def _by_names_of_b(
     return found
 
 
-def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int) -> Health:
+def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, allow_equal: bool) -> Health:
     wanted.check((*catalog.tensors, *catalog.extras, *(strategy.layouts if strategy else ())))
     tensors = wanted.of(catalog.tensors)
     with progress.bar("verify", health.bytes_to_read(catalog, tensors, wanted)) as advance:
-        return health.check(catalog, tensors, strategy, wanted, workers, advance)
+        return health.check(catalog, tensors, strategy, wanted, workers, advance, allow_equal)
 
 
 def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:

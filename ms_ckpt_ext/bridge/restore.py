@@ -83,6 +83,7 @@ def fill_newest(
     options: LoadOptions,
     workers: int,
     limits: Limits,
+    allow_equal_slices: bool = False,
 ) -> tuple[Optional[Filled], tuple[Skipped, ...]]:
     """Choose and load, together; see `engine.choose` and `together.fill_together`.
 
@@ -101,7 +102,14 @@ def fill_newest(
     listing = chosen.listing
     missing, unused = fill_together(
         network,
-        Source(lambda: listing, chosen.strategy, wanted.access, rules, naming),
+        Source(
+            lambda: listing,
+            chosen.strategy,
+            wanted.access,
+            rules,
+            naming,
+            allow_equal_slices=allow_equal_slices,
+        ),
         target,
         rank,
         strict,

@@ -24,6 +24,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import profiles, session
 from ms_ckpt_ext.engine.audit import audit, settled
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
+from ms_ckpt_ext.engine.dealt import Together
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.live import HostMover
@@ -33,6 +34,7 @@ from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.engine.whole_slices import refuse_gathered
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError, LoadError
 from ms_ckpt_ext.formats.mindformers import Folder
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
@@ -56,6 +58,7 @@ class Source(NamedTuple):
         rules: weight rules that make the network's parameters of what the files hold.
         naming: how these are called in the network.
         expected: files that were named one by one, by key: some host must see each.
+        allow_equal_slices: slices that are all equal are meant, see `engine.whole_slices`.
     """
 
     look: Callable[[], Listing]
@@ -64,12 +67,14 @@ class Source(NamedTuple):
     rules: tuple[Rule, ...] = ()
     naming: Naming = Naming()
     expected: Mapping[str, str] = MappingProxyType({})
+    allow_equal_slices: bool = False
 
-    def catalog(self, seen: Survey) -> Catalog:
-        """What the ranks saw, with the rules applied, by its names in the network."""
-        return self.naming.of(self._stored(seen).ruled(self.rules))
+    def named(self, stored: Catalog) -> Catalog:
+        """What is stored, with the rules applied, by its names in the network."""
+        return self.naming.of(stored.ruled(self.rules))
 
-    def _stored(self, seen: Survey) -> Catalog:
+    def stored(self, seen: Survey) -> Catalog:
+        """What the ranks saw."""
         for key, path in self.expected.items():
             if key not in seen.indexes:
                 raise DiscoveryError(
@@ -121,7 +126,10 @@ def fill_together(
         share_status(transport)  # a rank whose arguments were refused says so here, see give_up
         host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
         seen = survey(transport, source.look, partial(read_index, access=source.access), host)
-        catalog = _on_all(transport, lambda: source.catalog(seen))
+        stored = _on_all(transport, lambda: source.stored(seen))
+        look = Together(transport, stored, seen.by_number)
+        refuse_gathered(stored, look, source.allow_equal_slices)
+        catalog = _on_all(transport, lambda: source.named(stored))
         if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
             catalog = settled(catalog)
 

@@ -13,6 +13,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     takes_path(parser.add_argument("dst", help="directory for the result"), "directory")
     options.add_strategy(parser)
     options.add_filter(parser)
+    options.add_equal_slices(parser)
     naming = "names of files and index (default mindspore)"
     parser.add_argument("--naming", choices=("mindspore", "huggingface"), default="mindspore", help=naming)
     size = "size of a part to aim for; with Hugging Face's names a limit (default 3G)"
@@ -36,6 +37,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             naming=arguments.naming,
             part_bytes=arguments.part_size,
             share=arguments.share,
+            allow_equal_slices=arguments.allow_equal_slices,
             **jobs.which(arguments),
             **jobs.rewriting(arguments),
         )

@@ -37,6 +37,14 @@ def add_filter(parser: ArgumentParser) -> None:
     )
 
 
+def add_equal_slices(parser: ArgumentParser) -> None:
+    """Slices that are all equal are meant."""
+    help_ = (
+        "slices that are all equal are meant, and not whole parameters that integrated_save=True put into every file"
+    )
+    parser.add_argument("--allow-equal-slices", action="store_true", help=help_)
+
+
 def add_workers(parser: ArgumentParser) -> None:
     """How many threads."""
     parser.add_argument(

@@ -15,6 +15,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_strategy(parser, "--to-strategy", "of the job that will load it (default: one device)")
     parser.add_argument("--rank", type=int, metavar="N", help="write this rank's folder only")
     options.add_name_map(parser, '{"name in the result": "name in the source"}')
+    options.add_equal_slices(parser)
     jobs.add_which(parser)
     jobs.add_rewriting(parser)
 
@@ -30,6 +31,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             to_strategy=arguments.to_strategy,
             rank=arguments.rank,
             name_map=options.name_map(arguments),
+            allow_equal_slices=arguments.allow_equal_slices,
             **jobs.which(arguments),
             **jobs.rewriting(arguments),
         )

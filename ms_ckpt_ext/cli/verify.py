@@ -26,6 +26,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_strategy(parser, "--strategy-b", "of the job that saved b")
     options.add_filter(parser)
     options.add_name_map(parser, '{"name in b": "name in a"}')
+    options.add_equal_slices(parser)
     finite = "checked by itself: a NaN or an infinity is a fault too (else they are counted only)"
     parser.add_argument("--finite", action="store_true", help=finite)
     parser.add_argument("--all", action="store_true", help="list everything that was found")
@@ -61,6 +62,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         dec_mode=arguments.dec_mode,
         dec_mode_b=arguments.dec_mode_b,
         max_process_num=arguments.workers,
+        allow_equal_slices=arguments.allow_equal_slices,
     )
     seconds = time.monotonic() - begin
     if isinstance(found, Comparison):
@@ -135,6 +137,8 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
     copies = words.count(found.copies_compared, "slice with another copy", "slices with other copies")
     equal = "equal" if not found.unequal else f"{len(found.unequal):,} that differ"
     yield f"  copies      {copies}: {equal}" if found.copies_compared else "  copies      none to compare"
+    if found.gathered is not None:
+        yield f"  slices      {found.gathered}: saved with integrated_save=True?"
     if found.checksums:
         fit = "all right" if not found.damaged else f"{len(found.damaged):,} wrong"
         yield f"  checksums   {words.count(found.checksums, 'file')}: {fit}"

@@ -99,6 +99,11 @@ class Layout(_Numbers):
         return self.opt_shard_step != 0 and self.opt_shard_size != 0
 
     @property
+    def shards(self) -> int:
+        """Ways in which the optimizer shard cuts axis 0 of every slice once more; 1 when it is not active."""
+        return prod(ways for _, ways in _consumed(self))
+
+    @property
     def devices(self) -> int:
         """Devices of the pipeline stage."""
         return prod(self.dev_matrix)

@@ -18,7 +18,8 @@ Sees = Optional[Mapping[int, frozenset[int]]]
 class Together:
     """A `Look` of all ranks, which call it with the same probes. `count` says what this rank read.
 
-    Every probe is answered by one rank that sees its file, the bytes spread evenly. An error on one is raised on all.
+    Every probe is answered by one rank that sees its file, the bytes of all calls spread evenly. An error on one is
+    raised on all.
 
     Args:
         sees: file number -> ranks that can open it; None when all see all.
@@ -26,6 +27,7 @@ class Together:
 
     def __init__(self, transport: Transport[Any], catalog: Catalog, sees: Sees) -> None:
         self._transport, self._sees = transport, sees
+        self._load = [0] * transport.size
         self._alone = Alone(catalog)
         self.count = self._alone.count
 
@@ -44,7 +46,7 @@ class Together:
 
     def _deal(self, probes: Sequence[Probe]) -> list[int]:
         """The numbers of those that this rank answers."""
-        load = [0] * self._transport.size
+        load = self._load
         mine = []
         for number, probe in enumerate(probes):
             able = range(len(load)) if self._sees is None else sorted(self._sees[probe.file])

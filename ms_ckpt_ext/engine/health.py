@@ -4,7 +4,8 @@
 2. Every stored slice is digested (xxh3-128) while it streams through a small buffer; files that hold the same cell
    must have the same digest, and so must training scalars that several ranks hold.
 3. Of every distinct cell what is NaN or infinite is counted on the way.
-4. Files that carry a checksum of their own are read from end to end and compared with it.
+4. Slices that should differ must not all be equal (`whole_slices`).
+5. Files that carry a checksum of their own are read from end to end and compared with it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.bits import Odd, odd_numbers
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.probes import Alone
+from ms_ckpt_ext.engine.whole_slices import Gathered, find_gathered
 from ms_ckpt_ext.errors import CoverageError
 from ms_ckpt_ext.formats.ckpt import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
@@ -80,6 +83,7 @@ class Health:
         not_finite: parameters with NaN or infinities.
         checksums: files that carry a checksum, which was verified.
         damaged: those of them whose contents it does not fit.
+        gathered: slices that should differ and are all equal, as `integrated_save=True` makes them.
     """
 
     parameters: int
@@ -92,11 +96,12 @@ class Health:
     not_finite: tuple[NotFinite, ...] = ()
     checksums: int = 0
     damaged: tuple[Damaged, ...] = ()
+    gathered: Optional[Gathered] = None
 
     @property
     def ok(self) -> bool:
-        """True when nothing is missing or damaged and all copies are equal; what is not finite may be meant."""
-        return not (self.absent or self.gaps or self.unequal or self.damaged)
+        """True when nothing is missing or damaged and copies, but not slices, are equal. NaN may be meant."""
+        return not (self.absent or self.gaps or self.unequal or self.damaged or self.gathered)
 
 
 class _Slice(NamedTuple):
@@ -121,6 +126,7 @@ def check(
     wanted: Callable[[str], bool],
     workers: int,
     progress: Callable[[int], None] = lambda _: None,
+    allow_equal_slices: bool = False,
 ) -> Health:
     """Read all of a checkpoint and tell what is wrong with it.
 
@@ -131,6 +137,7 @@ def check(
         wanted: whether a name is to be looked at, for what the checkpoint lacks and for training scalars.
         workers: threads, each with a buffer of 1 MiB.
         progress: told the bytes read since its last call, from any thread.
+        allow_equal_slices: do not ask whether the slices are slices.
 
     Raises:
         FormatError, StorageError: a file cannot be read.
@@ -166,7 +173,13 @@ def check(
         tuple(_not_finite(slices, told)),
         len(checked),
         tuple(_damaged(catalog, checked, workers, progress)),
+        None if allow_equal_slices else _gathered(catalog, tensors),
     )
+
+
+def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Optional[Gathered]:
+    found = find_gathered(catalog, tensors, Alone(catalog))
+    return None if found is None or found.constant else found
 
 
 def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:

@@ -58,13 +58,13 @@ class Alone:
             by_file.setdefault(probe.file, []).append(number)
         seen: dict[int, Seen] = {}
         with self._catalog.readers() as readers:
-            readers.count = self.count
 
             def of_file(numbers: list[int]) -> None:
                 seen.update((number, _look(self._catalog, readers, probes[number])) for number in numbers)
 
             in_order(of_file, by_file.values(), self._workers)
             readers.verify()
+        self.count.add(readers.count)
         return [seen[number] for number in range(len(probes))]
 
 

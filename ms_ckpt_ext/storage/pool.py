@@ -44,6 +44,12 @@ class ReadCount:
         self.reads = self.nbytes = 0
         self.files: set[str] = set()
 
+    def add(self, other: ReadCount) -> None:
+        """Count what another pool was asked for as well."""
+        self.reads += other.reads
+        self.nbytes += other.nbytes
+        self.files |= other.files
+
 
 class ReaderPool:
     """Readers by file number, opened on first use, the least recently used closed beyond what may stay open.
