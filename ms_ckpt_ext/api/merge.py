@@ -26,7 +26,8 @@ from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files
+from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategy_merge import merge_strategy_files
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.rules import Rule

@@ -11,13 +11,13 @@ from typing import Any, Union
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy, layout_item, split_stage
-from ms_ckpt_ext.errors import FormatError, StrategyError, UsageError, storage_error
+from ms_ckpt_ext.errors import FormatError, StrategyError, storage_error
 from ms_ckpt_ext.formats.kind import pointer_fault
-from ms_ckpt_ext.formats.strategy_wire import Entry, Layouts, Node, Rows, StrategyMap, decode, entry, node
+from ms_ckpt_ext.formats.strategy_wire import Layouts, Rows, StrategyMap, decode, entry, node
 from ms_ckpt_ext.storage.durable import write_atomically
 
 PathLike = Union[str, "os.PathLike[str]"]
-_FRESH, _MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
+_FRESH, MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
 
 
 def load_strategy(path: PathLike) -> Strategy:
@@ -28,50 +28,13 @@ def load_strategy(path: PathLike) -> Strategy:
     """
     path = os.fspath(path)
     if not os.path.isdir(path):
-        return Strategy.from_items(_items(_read(path), path), f"strategy file {path!r}")
+        return Strategy.from_items(_items(read_map(path), path), f"strategy file {path!r}")
     items: list[LayoutItem] = []
-    for file in _stage_files(path):
-        items.extend(_items(_read(file), file))
+    for file in stage_files(path):
+        items.extend(_items(read_map(file), file))
     strategy = Strategy.from_items(items, f"strategy directory {path!r}")
     strategy.check_complete()
     return strategy
-
-
-def merge_strategy_files(directory: PathLike, target: PathLike) -> None:
-    """Merge the per-stage strategy files of `directory` into one, as `merge_pipeline_strategys` does.
-
-    Entries get the `"{stage}-"` prefix; of several files of one stage the first counts. A JSON directory gives JSON.
-    Files that are merged already are left out, such as an earlier run's result among the stages.
-
-    Raises:
-        StrategyError: a file cannot be read, or the directory holds none, or both kinds, or only merged ones.
-        UsageError: the target is the file of a stage.
-    """
-    nodes: list[Node] = []
-    entries: list[Entry] = []
-    done: set[int] = set()
-    files = _stage_files(os.fspath(directory))
-    for file in files:
-        content = _read(file)
-        if _is_merged(content):
-            continue
-        if os.path.realpath(file) == os.path.realpath(target):
-            raise UsageError(
-                f"the merged strategy would replace {file!r}, the file of one of the stages that it is merged of; "
-                "choose another name for it"
-            )
-        stage = _stage(content)
-        if stage in done:
-            continue
-        done.add(stage)
-        nodes.extend(content.nodes)
-        entries.extend(held._replace(name=f"{stage}-{held.name}") for held in content.entries)
-    if not done:
-        raise StrategyError(
-            f"strategy directory {os.fspath(directory)!r} holds merged strategies only, {files[0]!r} first; expected "
-            "one file per stage, as training saves them. What is merged need not be merged again"
-        )
-    _write(target, StrategyMap(tuple(nodes), tuple(entries)), _MERGED, text=files[0].endswith(".json"))
 
 
 def save_strategy(strategy: Strategy, target: PathLike) -> None:
@@ -92,8 +55,9 @@ def save_strategy(strategy: Strategy, target: PathLike) -> None:
         )
     except ValueError as error:
         raise StrategyError(f"{strategy.origin} cannot be written as a strategy file: {error}") from error
-    stage = _MERGED if merged else _FRESH
-    _write(target, StrategyMap(nodes, entries), stage, text=os.fspath(target).endswith(".json"))
+    stage, content = MERGED if merged else _FRESH, StrategyMap(nodes, entries)
+    text = os.fspath(target).endswith(".json")
+    write(target, json.dumps(_to_json(content, stage)).encode() if text else content.encode(stage))
 
 
 def _layouts_of(layout: Layout) -> Layouts:
@@ -103,8 +67,8 @@ def _layouts_of(layout: Layout) -> Layouts:
     return Layouts((layout.dev_matrix,), rows, ((),), ((),), 0, layout.opt_shard_step, layout.opt_shard_size)
 
 
-def _write(target: PathLike, content: StrategyMap, current_stage: int, text: bool) -> None:
-    data = json.dumps(_to_json(content, current_stage)).encode() if text else content.encode(current_stage)
+def write(target: PathLike, data: bytes) -> None:
+    """Put a strategy file in its place, whole or not at all. Raises StorageError."""
     path = Path(target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +77,8 @@ def _write(target: PathLike, content: StrategyMap, current_stage: int, text: boo
         raise storage_error("write strategy file", str(path), error) from error
 
 
-def _stage_files(directory: str) -> list[str]:
+def stage_files(directory: str) -> list[str]:
+    """The files of a directory with one for each stage, in the order of names. Raises StrategyError."""
     if not os.path.isdir(directory):
         raise StrategyError(f"{directory!r} is not a directory of strategy files; give one that exists")
     found = {
@@ -129,8 +94,21 @@ def _stage_files(directory: str) -> list[str]:
     return kinds[0]
 
 
-def _read(path: str) -> StrategyMap:
-    """Parse either form."""
+def read_map(path: str, empty: bool = False) -> StrategyMap:
+    """Parse either form. Raises StrategyError, also for a file without layouts unless it may be `empty` of them."""
+    data = read_bytes(path)
+    content = _parse_json(path, data) if data.lstrip()[:1] == b"{" else _parse_protobuf(path, data)
+    if not content.entries and not empty:
+        raise StrategyError(
+            f"strategy file {path!r} holds no parameter layouts (a checkpoint has the same .ckpt suffix, was that "
+            "given?); save it from a compiled network with `strategy_ckpt_config` or "
+            "`AutoParallel.save_param_strategy_file`"
+        )
+    return content
+
+
+def read_bytes(path: str) -> bytes:
+    """All of a strategy file. Raises StrategyError when there is none, or nothing in it."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -142,14 +120,7 @@ def _read(path: str) -> StrategyMap:
         raise StrategyError(fault)
     if not data:
         raise StrategyError(f"strategy file {path!r} is empty; save it again from the training job")
-    content = _parse_json(path, data) if data.lstrip()[:1] == b"{" else _parse_protobuf(path, data)
-    if not content.entries:
-        raise StrategyError(
-            f"strategy file {path!r} holds no parameter layouts (a checkpoint has the same .ckpt suffix, was that "
-            "given?); save it from a compiled network with `strategy_ckpt_config` or "
-            "`AutoParallel.save_param_strategy_file`"
-        )
-    return content
+    return data
 
 
 def _parse_protobuf(path: str, data: bytes) -> StrategyMap:
@@ -166,7 +137,8 @@ def _parse_json(path: str, data: bytes) -> StrategyMap:
     try:
         content = json.loads(data)
         nodes = tuple(
-            node(name, int(held.get("stage", 0))) for name, held in content.get("parallel_strategy_item", {}).items()
+            node(name, int(held.get("stage", 0)), _cuts(held.get("parallel_strategy")))
+            for name, held in content.get("parallel_strategy_item", {}).items()
         )
         entries = []
         for name, held in content.get("parallel_layout_item", {}).items():
@@ -187,6 +159,14 @@ def _rows(value: list[Any]) -> Rows:
     return tuple(tuple(operator.index(number) for number in row) for row in rows)
 
 
+def _cuts(value: Any) -> Rows:
+    """How an operator's inputs are cut, where that is lists of numbers: nothing here depends on it."""
+    try:
+        return _rows(value or [])
+    except TypeError:
+        return ()
+
+
 def _to_json(content: StrategyMap, current_stage: int) -> dict[str, Any]:
     def flat(rows: Rows) -> list[Any]:
         return list(map(list, rows)) if len(rows) > 1 else [value for row in rows for value in row]
@@ -204,11 +184,6 @@ def _to_json(content: StrategyMap, current_stage: int) -> dict[str, Any]:
 
 def _stage(content: StrategyMap) -> int:
     return content.nodes[0].stage if content.nodes else 0
-
-
-def _is_merged(content: StrategyMap) -> bool:
-    """Whether every name has a stage's prefix, which only a merge gives."""
-    return all(split_stage(held.name, -1)[1] >= 0 for held in content.entries)
 
 
 def _items(content: StrategyMap, path: str) -> Iterator[LayoutItem]:

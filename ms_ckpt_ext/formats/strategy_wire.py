@@ -3,7 +3,7 @@
 MindSpore's `node_strategy.proto` describes it (its names of fields, numbers in brackets):
 
     StrategyMap   current_stage (1), parallel_strategy_item (2): Nodes, parallel_layout_item (3): Entries
-    Node          node_name (1), parallel_strategys (2): stage (1), and how the operator is cut, which is not needed
+    Node          node_name (1), parallel_strategys (2): stage (1), and cuts of inputs (2): rows, each of numbers (1)
     Entry         param_name (1), parallel_layouts (2): Layouts
     Layouts       dev_matrix (1), tensor_map (2), param_split_shape (3), indices_offset (4): rows, each of numbers (1);
                   field (5), opt_weight_shard_step (6), opt_weight_shard_size (7): numbers
@@ -95,10 +95,14 @@ class StrategyMap(NamedTuple):
         return b"".join((encode_number(1, current_stage), *nodes, *entries))
 
 
-def node(name: str, stage: int) -> Node:
-    """An operator of which nothing but its stage is known. Raises ValueError as `entry` does."""
+def node(name: str, stage: int, cuts: Rows = ()) -> Node:
+    """An operator: its stage, and how each of its inputs is cut if that is known. Raises ValueError as `entry` does."""
     _require(f"{name!r}: stage", stage, _UNSIGNED)
-    return Node(name, stage, encode_bytes(1, name.encode()) + encode_bytes(2, encode_number(1, stage)))
+    for value in chain(*cuts):
+        _require(f"{name!r}: parallel_strategy", value, _UNSIGNED)
+    rows = (encode_bytes(2, b"".join(encode_number(1, value) for value in row)) for row in cuts)
+    contents = encode_number(1, stage) + b"".join(rows)
+    return Node(name, stage, encode_bytes(1, name.encode()) + encode_bytes(2, contents))
 
 
 def entry(name: str, layouts: Layouts) -> Entry:

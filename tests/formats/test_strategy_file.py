@@ -19,7 +19,8 @@ from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import CheckpointError, StorageError, StrategyError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy, merge_strategy_files, save_strategy
+from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from ms_ckpt_ext.formats.strategy_merge import merge_strategy_files
 from tests.jobs.support import CASES, FULL, read_file
 
 
