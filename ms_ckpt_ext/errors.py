@@ -10,6 +10,7 @@
     ├── FormatError                 a file does not follow its format: path and offset     (also a ValueError)
     │   ├── TruncatedFileError      the file ends before its own header says it should
     │   ├── ChecksumError           the bytes are not those that were written
+    │   ├── MapParameterError       the file holds a hash table, which has no shape to cut
     │   └── DecryptionError         wrong key, or an altered encrypted file
     ├── StrategyError               a strategy file is unreadable or contradicts itself    (also a ValueError)
     ├── LayoutMismatchError         slices, strategy and network disagree on a shape or a dtype
@@ -70,6 +71,10 @@ class TruncatedFileError(FormatError):
 
 class ChecksumError(FormatError):
     """Stored and computed checksums differ."""
+
+
+class MapParameterError(FormatError):
+    """A file holds a MapParameter, a hash table, which has no shape to cut."""
 
 
 class DecryptionError(FormatError):

@@ -4,8 +4,9 @@
     ms_ckpt_ext.install()       # mindspore.load_distributed_checkpoint(...) is ours from here on
 
 A call that this package cannot serve goes to the stock function, with a warning that names function and argument. While
-a stock function runs for that reason, everything it calls is stock too. Functions that were handed out stay valid after
-`uninstall()`: they then pass every call on to stock.
+a stock function runs, for that reason or because it was left stock, everything it calls is stock too, so any subset of
+functions can be replaced. Functions that were handed out stay valid after `uninstall()`: they then pass every call on
+to stock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import importlib
 import inspect
 import os
-import threading
+import sys
 from collections.abc import Iterable
 from typing import Any, Callable, Optional
 
@@ -35,19 +36,17 @@ _HOMES = {
     "ckpt_to_safetensors": "api.convert",
     "safetensors_to_ckpt": "api.convert",
     "load_segmented_checkpoints": "api.parameters",
+    "load_checkpoint": "api.parameters",
+    "load_checkpoint_async": "api.background",
 }
 NAMES = tuple(_HOMES)
 """What `install` can replace."""
 
-_installed: dict[str, tuple[Function, Function]] = {}
-"""Name -> (stock, replacement); changed only under `bridge.names.LOCK`."""
+_STOCK_CODE = ("mindspore.parallel.", "mindspore.train.serialization", "mindspore.safeguard.")
+"""Modules of MindSpore whose functions call those that `install` replaces, and then mean their own."""
 
-
-class _ThreadState(threading.local):
-    in_stock = False
-
-
-_this_thread = _ThreadState()
+_installed: dict[str, dict[Function, Function]] = {}
+"""Name -> stock function -> what replaces it; changed only under `bridge.names.LOCK`."""
 
 
 def install(
@@ -76,9 +75,9 @@ def install(
     with names.LOCK:
         uninstall([name for name in _installed if name not in chosen])
         fresh = names.stock_functions(name for name in chosen if name not in _installed)
-        for name, stock in fresh.items():
-            _installed[name] = (stock, _replacement(name, stock))
-        count = names.replace(dict(_installed[name] for name in fresh), everywhere)
+        for name, functions in fresh.items():
+            _installed[name] = {stock: _replacement(name, stock) for stock in functions}
+        count = names.replace({k: v for name in fresh for k, v in _installed[name].items()}, everywhere)
         now = tuple(name for name in NAMES if name in _installed)
     if fresh:
         log.info("ms_ckpt_ext serves %s (%d names replaced)", ", ".join(f"mindspore.{n}" for n in fresh), count)
@@ -101,7 +100,8 @@ def uninstall(only: Optional[Iterable[str]] = None) -> None:
 
     with names.LOCK:
         gone = {name: _installed.pop(name) for name in wanted if name in _installed}
-        names.replace({ours: stock for stock, ours in gone.values()}, everywhere=True)
+        pairs = (pair for held in gone.values() for pair in held.items())
+        names.replace({ours: stock for stock, ours in pairs}, everywhere=True)
     if gone:
         log.info("MindSpore's own %s again", ", ".join(gone))
 
@@ -126,7 +126,7 @@ def _replacement(name: str, stock: Function) -> Function:
 
     @functools.wraps(ours)
     def replaced(*args: Any, **named: Any) -> Any:
-        if name not in _installed or _this_thread.in_stock:
+        if name not in _installed or _within_stock():
             return stock(*args, **named)
         stranger = _stranger(takes, stock, args, named)
         try:
@@ -139,7 +139,19 @@ def _replacement(name: str, stock: Function) -> Function:
         )
         return _call_stock(stock, args, named)
 
+    # Where pickle looks for a function that goes to another process.
+    replaced.__module__, replaced.__qualname__ = stock.__module__, stock.__qualname__
     return replaced
+
+
+def _within_stock() -> bool:
+    """Whether the caller of a replacement is at work for a stock function, in this thread."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _call_stock.__code__ or frame.f_globals.get("__name__", "").startswith(_STOCK_CODE):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _stranger(takes: inspect.Signature, stock: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Optional[str]:
@@ -153,8 +165,4 @@ def _stranger(takes: inspect.Signature, stock: Function, args: tuple[Any, ...], 
 
 def _call_stock(stock: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     known = inspect.signature(stock).parameters
-    _this_thread.in_stock = True
-    try:
-        return stock(*args, **{name: value for name, value in named.items() if name in known})
-    finally:
-        _this_thread.in_stock = False
+    return stock(*args, **{name: value for name, value in named.items() if name in known})

@@ -20,6 +20,7 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
+from ms_ckpt_ext.api.unserved import file_without_tables, refuse_what_is_no_file
 from ms_ckpt_ext.engine.audit import audit_alone
 from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog
 from ms_ckpt_ext.engine.digests import digest_tensors
@@ -151,7 +152,7 @@ def load_checkpoint(
     Reads only what is chosen (with `crc_check`, the file once more), and takes encrypted safetensors too.
 
     Args:
-        ckpt_file_name: the file; its suffix must be `format`.
+        ckpt_file_name: the file; its name must end in `format`.
         net: a Cell to fill by `mindspore.load_param_into_net`, or None.
         strict_load, remove_redundancy: of that function; what the file says about redundancy comes first.
         specify_prefix, filter_prefix: keep, or leave out, names that begin so; either replaces `choice_func`.
@@ -168,9 +169,12 @@ def load_checkpoint(
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, or nothing is left.
+        UnsupportedError: what only `mindspore.load_checkpoint` serves: contents in memory instead of a path, hash
+            tables (MapParameter), what a parameter server keeps, and AITurbo's store.
         DiscoveryError: no such file.
         FormatError, ChecksumError, DecryptionError, StorageError: it cannot be read.
     """
+    refuse_what_is_no_file(ckpt_file_name)
     source = path_of(ckpt_file_name, "ckpt_file_name")
     checked_format(format, "format")
     if not source.endswith(f".{format}"):
@@ -178,7 +182,7 @@ def load_checkpoint(
     naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     _require_file(source)
-    with _held(naming.of(file_catalog(source, access)), full) as held:
+    with _held(naming.of(file_without_tables(source, access)), full) as held:
         found = as_parameters(held)
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
     if not found:

@@ -2,7 +2,8 @@
 
 A function is one object that many modules refer to: `mindspore.X`, `mindspore.parallel.X`, the module that defines it,
 and whatever imported it by name. All of them are found by identity among the loaded modules, so nothing that merely
-has the same name is touched. What is imported later finds the new function where the old one was.
+has the same name is touched. What is imported later finds the new function where the old one was. Some functions there
+are twice: `mindspore.train` keeps wrappers of those that moved to `mindspore.parallel`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Any, Callable
 from ms_ckpt_ext.bridge.world import mindspore
 
 Function = Callable[..., Any]
+_PACKAGES = (mindspore, mindspore.parallel, mindspore.train)
 LOCK = threading.RLock()
 """Held while names change."""
 
 
-def stock_functions(names: Iterable[str]) -> dict[str, Function]:
-    """MindSpore's own functions as they stand now; what this release does not have is left out."""
-    return {name: getattr(mindspore, name) for name in names if hasattr(mindspore, name)}
+def stock_functions(names: Iterable[str]) -> dict[str, tuple[Function, ...]]:
+    """MindSpore's own functions of each name as they stand now; what this release does not have is left out."""
+    found = {name: dict.fromkeys(getattr(p, name) for p in _PACKAGES if hasattr(p, name)) for name in names}
+    return {name: tuple(functions) for name, functions in found.items() if functions}
 
 
 def replace(pairs: Mapping[Function, Function], everywhere: bool) -> int:

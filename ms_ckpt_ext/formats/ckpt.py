@@ -28,7 +28,7 @@ from typing import NamedTuple, Optional, Union
 from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DTYPES, DType
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Shape
-from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, MapParameterError, TruncatedFileError
 from ms_ckpt_ext.formats import kind
 from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.crypto.sniff import sniff
@@ -160,7 +160,7 @@ def _value(cursor: Cursor, outer: Field) -> Value:
         else:
             raise _unknown(cursor, field, "Value")
     if map_at is not None:
-        raise FormatError(
+        raise MapParameterError(
             f"{cursor.path!r}: parameter {tag!r} at byte {map_at} is a MapParameter (a hash table), which has no shape "
             "to cut, so the file is not read, whatever a choice_func here leaves out; load it with MindSpore, and "
             "save it without the table (choice_func of mindspore.save_checkpoint)"
