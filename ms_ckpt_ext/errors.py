@@ -13,7 +13,7 @@
     │   ├── MapParameterError       the file holds a hash table, which has no shape to cut
     │   └── DecryptionError         wrong key, or an altered encrypted file
     ├── StrategyError               a strategy file is unreadable or contradicts itself    (also a ValueError)
-    ├── LayoutMismatchError         slices, strategy and network disagree on a shape or a dtype
+    ├── LayoutMismatchError         slices, strategy and network disagree on a name, a shape or a dtype
     │                                                                     (also a ValueError and a RuntimeError)
     ├── CoverageError               no source holds a region that a target needs           (also a ValueError)
     ├── StorageError                the operating system refused a read or a write         (also an OSError)
@@ -86,7 +86,7 @@ class StrategyError(CheckpointError, ValueError):
 
 
 class LayoutMismatchError(CheckpointError, ValueError, RuntimeError):
-    """Slices, strategy and network disagree on a shape or a dtype."""
+    """Slices, strategy and network disagree on a name, a shape or a dtype."""
 
 
 class CoverageError(CheckpointError, ValueError):

@@ -87,7 +87,9 @@ def load_distributed_checkpoint(
             device.
         train_strategy_filename: strategy that cut the source; needed when that is sharded. With
             `checkpoint_filenames` the default is the one that `AutoParallel` or the context names.
-        strict_load: refuse to cast between dtypes of a family and to match names by suffix.
+        strict_load: refuse to cast between dtypes of a family and to match names by suffix. By suffix: where names
+            differ by a wrapper's prefix; never an optimizer's state, and never one of several readings, see
+            `core.suffixes`.
         dec_key: key of an encrypted source, of either format: bytes, or what `load_key` gives. Default: the
             environment variable MS_CKPT_EXT_DEC_KEY.
         dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
@@ -132,6 +134,7 @@ def load_distributed_checkpoint(
         UsageError, ArgumentTypeError: wrong arguments, also those of a load into a network in save mode; nothing was
             changed.
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
+            LayoutMismatchError also for names that suffixes match in several ways.
         DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or has gone.
         ChecksumError: verify="full", and the files are not what they were; nothing was changed.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.

@@ -153,7 +153,8 @@ def load_checkpoint(
 
     Args:
         ckpt_file_name: the file; its name must end in `format`.
-        net: a Cell to fill by `mindspore.load_param_into_net`, or None.
+        net: a Cell to fill by `mindspore.load_param_into_net`, or None. Names that differ by a wrapper's prefix are
+            matched by suffix, but never by order as there, see `core.suffixes`.
         strict_load, remove_redundancy: of that function; what the file says about redundancy comes first.
         specify_prefix, filter_prefix: keep, or leave out, names that begin so; either replaces `choice_func`.
         dec_key, dec_mode: of an encrypted file.
@@ -173,6 +174,7 @@ def load_checkpoint(
             tables (MapParameter), what a parameter server keeps, and AITurbo's store.
         DiscoveryError: no such file.
         FormatError, ChecksumError, DecryptionError, StorageError: it cannot be read.
+        LayoutMismatchError: names of `net` can be matched by suffix in several ways; it is as it was.
     """
     refuse_what_is_no_file(ckpt_file_name)
     source = path_of(ckpt_file_name, "ckpt_file_name")

@@ -191,7 +191,7 @@ def load_for_inference(
         network: the network to serve, compiled where it is parallel.
         checkpoint_dir: as in `resume`.
         strict_load: as in `resume`. By default dtypes are cast (a float32 training, a bfloat16 network), and names
-            matched by suffix where the training wrapped the network.
+            matched by suffix where the training wrapped the network (see `core.suffixes`).
         **options: the other keywords of `resume`, above all `predict_strategy`, `name_map` and `rules`.
 
     Raises:

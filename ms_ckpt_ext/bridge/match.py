@@ -1,14 +1,16 @@
 """Which Parameter takes what: names, boxes, shapes and dtypes, all settled before the first byte is read.
 
-The rules are those of `mindspore.load_param_into_net`: by name, then (unless strict) by a common prefix; casts within
-floats and within ints; Parameters that pipeline stages share are filled by their owner.
+The rules are those of `mindspore.load_param_into_net`: by name, then (unless strict) by suffix; casts within floats and
+within ints; Parameters that pipeline stages share are filled by their owner. What a suffix may mean is stricter here,
+see `core.suffixes`: stock takes the first name that ends so, be it a moment.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.world import mindspore as ms
@@ -16,6 +18,7 @@ from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.suffixes import Suffixes, match_suffixes
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
 from ms_ckpt_ext.engine.jobs import rank_boxes
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
@@ -83,34 +86,100 @@ def nbytes_of(offer: Offer) -> int:
     return offer.tensor.meta.dtype.nbytes(math.prod(offer.shape))
 
 
-def match_parameters(
-    network: Any, offers: Mapping[str, Offer], exact: bool
-) -> tuple[list[Match], list[str], list[str]]:
-    """Pair Parameters with offers, by name, then (unless exact) by a common prefix as MindSpore does."""
-    matches, missing = [], []
-    taken: set[tuple[str, int]] = set()
-    waiting: dict[str, Any] = {}
+class Matches(NamedTuple):
+    """What goes where.
+
+    Attributes:
+        matches: Parameters that get something.
+        missing: names of those that get nothing.
+        unused: names in the checkpoint that go nowhere.
+        passed: some of `missing` -> a name in the checkpoint that ends so, but is not what is meant.
+    """
+
+    matches: list[Match]
+    missing: list[str]
+    unused: list[str]
+    passed: Mapping[str, str]
+
+
+def match_parameters(network: Any, offers: Mapping[str, Offer], exact: bool) -> Matches:
+    """Pair Parameters with offers, by name, then (unless exact) by suffix.
+
+    Raises:
+        UnsupportedError: a Parameter is a MapParameter.
+        LayoutMismatchError: a suffix has several readings.
+    """
+    named, missing = sort_parameters(network, offers)
+    for parameter in named:
+        if type(parameter).__name__ == "MapParameter":
+            raise UnsupportedError(
+                f"parameter {parameter.name!r} is a MapParameter, which cannot be resharded; load it with MindSpore",
+                "network",
+            )
+    found = Suffixes({}, {}) if exact else suffixes(_names(missing), _names(named), offers)
+    stored = {**{name: name for name in _names(named)}, **found.found}
+    filled = [(p, stored[p.name]) for p in (*named, *missing) if p.name in stored]
+    matches = [Match(parameter, name, offers[name]) for parameter, name in filled]
+    taken = {_stored(match.offer) for match in matches}
+    return Matches(
+        matches,
+        [name for name in _names(missing) if name not in stored],
+        [name for name, offer in offers.items() if _stored(offer) not in taken],
+        found.passed,
+    )
+
+
+class Sorted(NamedTuple):
+    """Parameters of a network whose names are held, and those that lack something; the rest is filled in other ways."""
+
+    named: list[Any]
+    missing: list[Any]
+
+
+def sort_parameters(network: Any, held: Container[str]) -> Sorted:
+    """Which Parameters of a network go by names that are held."""
+    found = Sorted([], [])
     parallel = is_parallel(network)
     for _, parameter in network.parameters_and_names():
         name = parameter.name
         if parameter.param_info.is_pipeline_shared_param:
             continue
-        if name in offers:
-            if type(parameter).__name__ == "MapParameter":
-                raise UnsupportedError(
-                    f"parameter {name!r} is a MapParameter, which cannot be resharded; load it with MindSpore",
-                    "network",
-                )
-            matches.append(Match(parameter, name, offers[name]))
-            taken.add(_stored(offers[name]))
+        if name in held:
+            found.named.append(parameter)
         elif not name.startswith(ACCUMULATED_GRADIENT_PREFIX) and not (parallel and not parameter.sliced):
-            missing.append(name)
-            waiting[name] = parameter
-    if missing and not exact:
-        for match in _match_by_prefix(missing, waiting, offers):
-            matches.append(match)
-            missing.remove(match.parameter.name)
-    return matches, missing, [name for name, offer in offers.items() if _stored(offer) not in taken]
+            found.missing.append(parameter)
+    return found
+
+
+def _names(parameters: Iterable[Any]) -> list[str]:
+    return [parameter.name for parameter in parameters]
+
+
+def suffixes(missing: Sequence[str], named: Sequence[str], offers: Mapping[str, Offer]) -> Suffixes:
+    """What missing names are called in the checkpoint; the log tells. Raises as `match_suffixes`."""
+    contents = {name: _stored(offer) for name, offer in offers.items()}
+    mapped = [name for name in named if offers[name].tensor.stored_name != name]
+    found = match_suffixes(missing, named, contents, mapped)
+    tell_suffixes(found)
+    return found
+
+
+def told_passed(found: Matches) -> str:
+    """For a message: what ends as a missing name does, and why it was not taken; "" where nothing does."""
+    told = "; ".join(f"{stored!r} is no {name!r}" for name, stored in list(found.passed.items())[:3])
+    return f" ({told}: a state of an optimizer, or of another Cell)" if told else ""
+
+
+def tell_suffixes(found: Suffixes) -> None:
+    """Log, once, what is loaded from another name."""
+    prefixes = Counter(stored[: -len(name)] for name, stored in found.found.items())
+    if prefixes:
+        log.warning(
+            "%d parameters are loaded from names that end as theirs do, behind %s: %s from %s, and so on",
+            len(found.found),
+            ", ".join(f"{prefix!r} ({count})" for prefix, count in prefixes.most_common()),
+            *map(repr, next(iter(found.found.items()))),
+        )
 
 
 def _stored(offer: Offer) -> tuple[str, int]:
@@ -132,23 +201,6 @@ def is_parallel(network: Any) -> bool:
     return mode in ("semi_auto_parallel", "auto_parallel") or "AutoParallel" in wrappers
 
 
-def _match_by_prefix(missing: Sequence[str], waiting: Mapping[str, Any], offers: Mapping[str, Offer]) -> list[Match]:
-    """MindSpore's second chance: a checkpoint saved from a wrapper has every name behind one common prefix."""
-    left = list(missing)
-    found: list[Match] = []
-    while left:
-        prefixes = (offer[: -len(name)] for name in left for offer in offers if offer.endswith(name) and offer != name)
-        prefix = next(prefixes, None)
-        hits = [] if prefix is None else [name for name in left if prefix + name in offers]
-        if not hits:
-            return found
-        for name in hits:
-            log.warning("parameter %r is loaded from %r of the checkpoint, matched by suffix", name, f"{prefix}{name}")
-            found.append(Match(waiting[name], f"{prefix}{name}", offers[f"{prefix}{name}"]))
-            left.remove(name)
-    return found
-
-
 def check_fit(match: Match, strict: bool) -> None:
     """Raise LayoutMismatchError unless the slice fits its Parameter in shape and dtype, casts included."""
     parameter, offer = match.parameter, match.offer
@@ -165,13 +217,16 @@ def check_fit(match: Match, strict: bool) -> None:
             f"parameter {parameter.name!r} is {offer.tensor.meta.dtype.name} in the checkpoint, which MindSpore has no "
             "dtype for; convert the checkpoint first"
         )
-    if parameter.dtype != offer.dtype and (
-        strict or not any({parameter.dtype, offer.dtype} <= family for family in _FAMILIES)
-    ):
+    if parameter.dtype != offer.dtype and (strict or not castable(parameter, offer)):
         raise LayoutMismatchError(
             f"parameter {parameter.name!r} is {parameter.dtype} in the network and {offer.dtype} in the checkpoint; "
             + ("strict_load forbids a cast" if strict else "MindSpore casts within floats and within ints only")
         )
+
+
+def castable(one: Any, other: Any) -> bool:
+    """Whether MindSpore casts between the dtypes of the two when it loads."""
+    return any({one.dtype, other.dtype} <= family for family in _FAMILIES)
 
 
 def _takes_slice(match: Match) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ms_ckpt_ext.bridge.match import (
     Match,
+    Matches,
     Offer,
     check_cell,
     check_fit,
@@ -26,6 +27,7 @@ from ms_ckpt_ext.bridge.match import (
     match_parameters,
     nbytes_of,
     offers_of,
+    told_passed,
 )
 from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
@@ -58,7 +60,7 @@ def fill(
 ) -> tuple[list[str], list[str]]:
     """Fill the Parameters of `network` with this rank's slices.
 
-    `by_suffix`: unless strict, match names by a common prefix as MindSpore does.
+    `by_suffix`: unless strict, match names by suffix, see `core.suffixes`.
 
     Returns:
         (Parameters that got nothing, checkpoint names that went nowhere), as `load_param_into_net` gives them.
@@ -70,23 +72,26 @@ def fill(
     """
     check_cell(network)
     offers = offers_of(catalog, strategy, rank)
-    matches, missing, unused = match_parameters(network, offers, strict or not by_suffix)
-    check_present(catalog, missing, strict or not by_suffix)
-    for match in matches:
+    found = match_parameters(network, offers, strict or not by_suffix)
+    check_present(catalog, found.missing, strict or not by_suffix)
+    for match in found.matches:
         check_fit(match, strict)
-    prove_matches(matches, catalog, workers, limits)
+    prove_matches(found.matches, catalog, workers, limits)
     with catalog.readers() as readers:
-        fill_matches(matches, catalog, readers, workers, limits)
+        fill_matches(found.matches, catalog, readers, workers, limits)
         readers.verify()
-    warn_missing(missing)
-    return missing, unused
+    warn_missing(found)
+    return found.missing, found.unused
 
 
-def warn_missing(missing: Sequence[str]) -> None:
+def warn_missing(found: Matches) -> None:
     """Log which Parameters got nothing."""
-    if missing:
+    if found.missing:
         log.warning(
-            "%d parameters of the network are not in the checkpoint and were not loaded: %s", len(missing), missing
+            "%d parameters of the network are not in the checkpoint and were not loaded: %s%s",
+            len(found.missing),
+            found.missing,
+            told_passed(found),
         )
 
 

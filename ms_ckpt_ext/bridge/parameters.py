@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ms_ckpt_ext.bridge.match import Offer, check_cell, offers_of
+from ms_ckpt_ext.bridge.match import Offer, castable, check_cell, offers_of, sort_parameters, tell_suffixes
 from ms_ckpt_ext.bridge.memory import tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.suffixes import match_suffixes
 from ms_ckpt_ext.engine.lazy import LazyTensor, Parameters
 from ms_ckpt_ext.errors import UsageError
+
+log = logging.getLogger("ms_ckpt_ext")
 
 
 def parameter_dict(held: Parameters, names: Iterable[str]) -> dict[str, Any]:
@@ -33,6 +37,33 @@ def parameter_dict(held: Parameters, names: Iterable[str]) -> dict[str, Any]:
 
 
 def load_into(network: Any, parameters: Mapping[str, Any], strict_load: bool, remove_redundancy: bool) -> None:
-    """MindSpore's own `load_param_into_net`."""
+    """MindSpore's own `load_param_into_net`, but for the names that it would match by order.
+
+    Raises LayoutMismatchError where a suffix has several readings; nothing was changed.
+    """
     check_cell(network)
-    ms.load_param_into_net(network, dict(parameters), strict_load, remove_redundancy)
+    given = dict(parameters)
+    if not strict_load:
+        given = _settled(network, given)
+    # What strict means beyond this, no search for suffixes and no cast, is done.
+    ms.load_param_into_net(network, given, True, remove_redundancy)
+
+
+def _settled(network: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters under their names in the network, in its dtypes as far as MindSpore casts."""
+    named, missing = sort_parameters(network, parameters)
+    identities = {name: id(value) for name, value in parameters.items()}
+    found = match_suffixes([p.name for p in missing], [p.name for p in named], identities)
+    tell_suffixes(found)
+    given = {**parameters, **{name: parameters[stored] for name, stored in found.found.items()}}
+    for parameter in (*named, *missing):
+        if parameter.name in given:
+            given[parameter.name] = _cast(given[parameter.name], parameter)
+    return given
+
+
+def _cast(value: Any, parameter: Any) -> Any:
+    if not isinstance(value, ms.Parameter) or value.dtype == parameter.dtype or not castable(value, parameter):
+        return value
+    log.warning("parameter %r is cast from %s to %s", parameter.name, value.dtype, parameter.dtype)
+    return ms.Parameter(ms.Tensor(value.asnumpy(), parameter.dtype), name=parameter.name)

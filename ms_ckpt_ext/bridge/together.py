@@ -14,7 +14,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
-from ms_ckpt_ext.bridge.match import Match, check_cell, check_fit, check_present, match_parameters, offers_of
+from ms_ckpt_ext.bridge.match import (
+    Match,
+    Matches,
+    check_cell,
+    check_fit,
+    check_present,
+    match_parameters,
+    offers_of,
+    told_passed,
+)
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
 from ms_ckpt_ext.core.layout import Layout, whole
@@ -111,7 +120,7 @@ def fill_together(
 
     Args:
         observe: is given the report of this rank.
-        by_suffix: unless strict, match names by a common prefix as MindSpore does.
+        by_suffix: unless strict, match names by suffix, see `core.suffixes`.
         require_all: a Parameter that the checkpoint has nothing for is a LayoutMismatchError, before any is changed.
 
     Returns:
@@ -133,20 +142,22 @@ def fill_together(
         if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
             catalog = settled(catalog)
 
-        def settle() -> tuple[list[Match], list[str], list[str]]:
+        def settle() -> Matches:
             check_cell(network)
             found = match_parameters(network, offers_of(catalog, target, rank), strict or not by_suffix)
-            check_present(catalog, found[1], strict or not by_suffix)
-            for match in found[0]:
+            check_present(catalog, found.missing, strict or not by_suffix)
+            for match in found.matches:
                 check_fit(match, strict)
-            if require_all and found[1]:
+            if require_all and found.missing:
                 raise LayoutMismatchError(
-                    f"the checkpoint has nothing for {len(found[1])} parameters of the network, {found[1][:5]}: give "
-                    "name_map where they go by other names, or allow_missing=True to keep their values"
+                    f"the checkpoint has nothing for {len(found.missing)} parameters of the network, "
+                    f"{found.missing[:5]}{told_passed(found)}: give name_map where they go by other names, or "
+                    "allow_missing=True to keep their values"
                 )
             return found
 
-        matches, missing, unused = _on_all(transport, settle)
+        found = _on_all(transport, settle)
+        matches = found.matches
         ready = _prepare(transport, seen, catalog, matches, source, target, rank, options)
         _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
         if options.verify == "full":
@@ -156,8 +167,8 @@ def fill_together(
             observe(report)
     finally:
         transport.close()
-    warn_missing(missing)
-    return missing, unused
+    warn_missing(found)
+    return found.missing, found.unused
 
 
 def give_up(error: CheckpointError, timeout: float) -> NoReturn:

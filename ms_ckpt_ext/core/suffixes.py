@@ -1,0 +1,187 @@
+"""Names that differ by a wrapper's prefix: `dense.weight` in the network, `backbone.dense.weight` in the checkpoint.
+
+1. A stored name may stand for a name of the network that it ends in, from a dot on; the rest is its prefix. What
+   another Parameter takes under its own name stands for no other.
+2. States of an optimizer end as the weights do that they belong to. They are told by the word that optimizers put
+   first (`adam_m.`), or by their form: where `P` + `t` and `t` are both stored and end in the same name of the
+   network, everything below `P` belongs to what lies beside it. No state stands for a weight.
+3. The one prefix under which every name is found is the wrapper's. Another prefix that serves as many as half of the
+   names is another reading of the same checkpoint, and an error.
+4. Where no prefix serves all, each name must have a single reading, and the names of one Cell, or of the numbered
+   Cells of one list, the same prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+from ms_ckpt_ext.errors import LayoutMismatchError
+
+_STATE = re.compile(
+    r"adam_[mv]|lamb_[mv]|muon_m|moments?\d*|momentum(_buf\w*)?|(max_)?exp_(avg|inf)\w*|vhat|accum(_update)?|accu_grads"
+    r"|mean_(grad|square)|grad_(accumulation|res_momentum|proj_init)|dn_init|weights_clone|delta_weight"
+    r"|step_size|ax_|pma_weight_\w+"
+)
+"""What the optimizers of MindSpore 2.10 and MindFormers put before a weight's name, where no Cell is likely to be
+called so; `linear`, `prev`, `stat` and `ax` are told by their form alone."""
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+\.")
+_DEEPEST = 99
+"""Most dots of a stored name that is looked at: no Cell lies so deep."""
+_SHOWN = 4
+
+
+class Suffixes(NamedTuple):
+    """What suffixes tell.
+
+    Attributes:
+        found: name in the network -> name in the checkpoint.
+        passed: name in the network that got nothing -> a name in the checkpoint that ends so, but is not meant.
+    """
+
+    found: Mapping[str, str]
+    passed: Mapping[str, str]
+
+
+def match_suffixes(
+    missing: Sequence[str], named: Collection[str], held: Mapping[str, Hashable], mapped: Collection[str] = ()
+) -> Suffixes:
+    """Find names of a network in a checkpoint that has them behind a prefix.
+
+    Args:
+        missing: names in the network that the checkpoint lacks.
+        named: names in the network that it has.
+        held: name in the checkpoint -> what tells its contents from others; two names may share theirs.
+        mapped: those of `named` that a name map brought there.
+
+    Raises:
+        LayoutMismatchError: a name has several readings.
+
+    >>> stored = ["backbone.0.w", "backbone.10.w", "adam_m.backbone.0.w"]
+    >>> match_suffixes(["0.w"], [], dict.fromkeys(stored, 0)).found
+    {'0.w': 'backbone.0.w'}
+    """
+    readings = _readings({*missing, *named}, held)
+    states = _state_prefixes(readings, held)
+    used = {held[name] for name in named}
+    usable: dict[str, list[str]] = {}
+    passed: dict[str, str] = {}
+    is_state = lru_cache(None)(partial(_is_state, states=states))
+    for name in missing:
+        prefixes = [stored[: -len(name)] for stored in readings.get(name, ()) if held[stored] not in used]
+        weights = [prefix for prefix in prefixes if not is_state(prefix)]
+        if weights:
+            usable[name] = weights
+        elif prefixes:
+            passed[name] = prefixes[0] + name
+    found = _under_one(usable) or _under_several(usable)
+    cells = {_cell(name) for name in named if name not in mapped} - {""}
+    strays = {name: stored for name, stored in found.items() if _cell(name) in cells}
+    return Suffixes({n: s for n, s in found.items() if n not in strays}, {**passed, **strays})
+
+
+def _readings(names: Collection[str], held: Mapping[str, Hashable]) -> dict[str, list[str]]:
+    """Name in the network -> stored names that end in it, from a dot on."""
+    found: dict[str, list[str]] = {}
+    deepest = max((name.count(".") for name in names), default=-1)
+    for stored in held:
+        if stored.count(".") > _DEEPEST:
+            continue
+        for name in _tails(stored, deepest + 1):
+            if name in names:
+                found.setdefault(name, []).append(stored)
+    return found
+
+
+def _tails(name: str, most: int = _DEEPEST) -> Iterator[str]:
+    """What stands behind each of its last dots, shortest first."""
+    at = len(name)
+    for _ in range(most):
+        at = name.rfind(".", 0, at)
+        if at < 0:
+            return
+        yield name[at + 1 :]
+
+
+def _state_prefixes(readings: Mapping[str, Sequence[str]], held: Mapping[str, Hashable]) -> set[str]:
+    """`P` of every pair (`P` + `t`, `t`) of stored names that may stand for the same name of the network."""
+    return {
+        stored[: -len(tail)]
+        for name, found in readings.items()
+        for stored in found
+        for tail in _tails(stored)
+        if len(tail) >= len(name) and tail in held and held[tail] != held[stored]
+    }
+
+
+def _is_state(prefix: str, states: Collection[str]) -> bool:
+    words = prefix.split(".")[:-1]
+    heads = (prefix[: match.end()] for match in re.finditer(r"\.", prefix))
+    return any(map(_STATE.fullmatch, words)) or any(head in states for head in heads)
+
+
+def _under_one(usable: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Every name behind the same prefix; empty where none, or more than one, serves them all."""
+    serves = Counter(prefix for prefixes in usable.values() for prefix in prefixes)
+    common = [prefix for prefix, count in serves.items() if count == len(usable)]
+    if len(common) != 1:
+        return {}
+    found = {name: common[0] + name for name in usable}
+    claimed = set(found.values())
+    for name, prefixes in usable.items():
+        others = [prefix for prefix in prefixes if prefix + name not in claimed and serves[prefix] * 2 >= len(usable)]
+        if others:
+            raise _several(name, [common[0], *others])
+    return found
+
+
+def _under_several(usable: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Every name behind the only prefix it is found under; a stored name stands for the longest that it ends in."""
+    longest: dict[str, str] = {}
+    for name in sorted(usable, key=len):
+        longest.update((prefix + name, name) for prefix in usable[name])
+    found: dict[str, str] = {}
+    prefix_of: dict[str, tuple[str, str]] = {}
+    for name, prefixes in usable.items():
+        own = [prefix for prefix in prefixes if longest[prefix + name] == name]
+        if len(own) > 1:
+            raise _several(name, own)
+        for prefix in own:
+            found[name] = prefix + name
+            sibling, other = prefix_of.setdefault(_cell(name) or name, (name, prefix))
+            if other != prefix:
+                raise LayoutMismatchError(
+                    f"parameters {sibling!r} and {name!r} belong to one Cell or list, but the checkpoint has them as "
+                    f"{other + sibling!r} and {found[name]!r}, which is not one place: a weight may be missing. "
+                    f"{_remedy(name, found[name])}"
+                )
+    return found
+
+
+def _cell(name: str) -> str:
+    """The Cell that a Parameter belongs to, or the list of Cells, told by their numbers; "" for the network itself.
+
+    >>> _cell("head.dense.w"), _cell("layers.3.norm.w"), _cell("0.w"), _cell("w")
+    ('head.dense', 'layers.#', '#', '')
+    """
+    number = _NUMBER.search(name)
+    return name.rpartition(".")[0] if number is None else f"{name[: number.start()]}#"
+
+
+def _several(name: str, prefixes: Sequence[str]) -> LayoutMismatchError:
+    more = f" and {len(prefixes) - _SHOWN} more" if len(prefixes) > _SHOWN else ""
+    listed = ", ".join(repr(prefix + name) for prefix in prefixes[:_SHOWN])
+    return LayoutMismatchError(
+        f"the checkpoint has no parameter {name!r} but several that end so, and which one is meant is not clear: "
+        f"{listed}{more}. {_remedy(name, prefixes[0] + name)}"
+    )
+
+
+def _remedy(name: str, stored: str) -> str:
+    return (
+        f"Say so by name_map, such as {{{name!r}: {stored!r}}}, or leave the others out by choice_func; "
+        "strict_load=True takes nothing by the end of its name"
+    )

@@ -1,0 +1,190 @@
+"""A network served without the wrapper it was trained in: every way that fills one, beside stock MindSpore."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Callable
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+
+import ms_ckpt_ext
+from ms_ckpt_ext.errors import LayoutMismatchError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+Stored = dict[str, Any]
+KEPT = np.full(3, -7, np.float32)
+
+
+class Network(nn.Cell):
+    """Three Parameters in two Cells, all of value -7, and one of float16 beside them."""
+
+    def __init__(self, names: str = "d.w d.b e.w s", dtypes: str = "float32 float32 float32 float16") -> None:
+        super().__init__()
+        for number, (name, dtype) in enumerate(zip(names.split(), dtypes.split())):
+            data = ms.Tensor(KEPT, getattr(ms, dtype))
+            self.insert_param_to_cell(f"p{number}", ms.Parameter(data, name=name))
+
+    @property
+    def held(self) -> dict[str, float]:
+        return {p.name: float(p.asnumpy().astype(np.float32)[0]) for p in self.get_parameters()}
+
+
+def write(path: Path, **values: float) -> None:
+    """A file of arrays of three equal numbers; `__` in a name stands for a dot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    listed = [{"name": n.replace("__", "."), "data": ms.Tensor(np.full(3, v, np.float32))} for n, v in values.items()]
+    ms.save_checkpoint(listed, str(path), format=path.suffix[1:])
+
+
+def load_direct(network: nn.Cell, path: Path, mode: str = "direct") -> Any:
+    return ms_ckpt_ext.load_distributed_checkpoint(
+        network, format=path.suffix[1:], unified_safetensors_dir=path.parent, mode=mode
+    )
+
+
+WAYS: dict[str, Callable[[nn.Cell, Path], Any]] = {
+    "direct": load_direct,
+    "cooperative": lambda network, path: load_direct(network, path, "cooperative"),
+    "inference": lambda network, path: ms_ckpt_ext.load_for_inference(network, path.parent, allow_missing=True),
+    "resume": lambda network, path: ms_ckpt_ext.resume(
+        network, None, path.parent, strict_load=False, allow_missing=True, mode="cooperative"
+    ),
+    "load_checkpoint": lambda network, path: ms_ckpt_ext.load_checkpoint(path, network, format=path.suffix[1:]),
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+every_format = pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+
+
+def stock(path: Path, network: Network) -> Network:
+    ms.load_param_into_net(network, ms.load_checkpoint(str(path), format=path.suffix[1:]))
+    return network
+
+
+@every_way
+@every_format
+@pytest.mark.parametrize("state", ["adam_m", "moments", "zeta"])
+def test_weights_and_not_their_states(way: str, form: str, state: str, tmp_path: Path) -> None:
+    """safetensors has names in order, so that stock meets `adam_m.net.d.w` before `net.d.w`."""
+    path = tmp_path / f"net-1_1.{form}"
+    weights = {"net__d__w": 1.0, "net__d__b": 2.0, "net__e__w": 3.0, "net__s": 4.0}
+    write(path, **{f"{state}__{name}": 9.0 for name in weights}, **weights)
+    network = Network()
+    WAYS[way](network, path)
+    assert network.held == {"d.w": 1.0, "d.b": 2.0, "e.w": 3.0, "s": 4.0}
+
+
+@every_way
+@every_format
+def test_a_lost_weight_keeps_its_value(way: str, form: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / f"net-1_1.{form}"
+    write(path, net__d__w=1.0, net__d__b=2.0, net__s=4.0, adam_m__net__e__w=9.0, zeta__net__d__w=9.0, x__y=1.0)
+    network = Network()
+    WAYS[way](network, path)
+    assert network.held == {"d.w": 1.0, "d.b": 2.0, "e.w": -7.0, "s": 4.0}
+
+
+@pytest.mark.parametrize("way", ["direct", "cooperative"])
+def test_the_log_says_why_a_weight_got_nothing(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "net.ckpt", d__w=1.0, d__b=2.0, s=3.0, adam_m__e__w=9.0)
+    with caplog.at_level(logging.WARNING, "ms_ckpt_ext"):
+        assert WAYS[way](Network(), tmp_path / "net.ckpt") == (["e.w"], ["adam_m.e.w"])
+    assert "not loaded: ['e.w'] ('adam_m.e.w' is no 'e.w'" in caplog.text
+
+
+def test_a_lost_weight_is_an_error_where_all_are_needed(tmp_path: Path) -> None:
+    write(tmp_path / "net-1_1.ckpt", d__w=1.0, d__b=2.0, s=3.0, adam_m__e__w=9.0)
+    network = Network()
+    with pytest.raises(LayoutMismatchError, match=r"'adam_m.e.w' is no 'e.w'"):
+        ms_ckpt_ext.load_for_inference(network, tmp_path)
+    assert set(network.held.values()) == {-7.0}
+
+
+@every_way
+@every_format
+def test_two_towers_are_an_error_that_names_the_parameter(way: str, form: str, tmp_path: Path) -> None:
+    path = tmp_path / f"net-1_1.{form}"
+    names = ["d__w", "d__b", "e__w", "s"]
+    write(path, **{f"{tower}__{name}": 1.0 for tower in ("audio", "text") for name in names})
+    network = Network()
+    with pytest.raises(LayoutMismatchError, match=r"no parameter 'd.w' but several .* 'audio.d.w', 'text.d.w'"):
+        WAYS[way](network, path)
+    assert set(network.held.values()) == {-7.0}
+
+
+@pytest.mark.parametrize("way", ["direct", "inference", "load_checkpoint"])
+def test_and_can_be_told_apart(way: str, tmp_path: Path) -> None:
+    path = tmp_path / "net-1_1.safetensors"
+    write(path, **{f"{tower}__{name}": v for tower, v in (("a", 1.0), ("b", 2.0)) for name in ("d__w", "d__b", "s")})
+    network = Network("d.w d.b s")
+    telling: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "direct": lambda more: ms_ckpt_ext.load_distributed_checkpoint(
+            network, format="safetensors", unified_safetensors_dir=tmp_path, **more
+        ),
+        "inference": lambda more: ms_ckpt_ext.load_for_inference(network, tmp_path, **more),
+        "load_checkpoint": lambda more: ms_ckpt_ext.load_checkpoint(path, network, format="safetensors", **more),
+    }
+    telling[way]({"choice_func": lambda name: not name.startswith("a.")})
+    assert set(network.held.values()) == {2.0}
+    telling[way]({"name_map": {name: f"a.{name}" for name in network.held}})
+    assert set(network.held.values()) == {1.0}
+
+
+@every_way
+def test_a_prefix_ends_with_a_dot(way: str, tmp_path: Path) -> None:
+    path = tmp_path / "net-1_1.safetensors"
+    write(path, block__10__w=9.0, block__0__w=1.0, xs=9.0)
+    network = Network("0.w s", "float32 float32")
+    WAYS[way](network, path)
+    assert network.held == {"0.w": 1.0, "s": -7.0}
+
+
+@pytest.mark.parametrize("way", ["direct", "cooperative"])
+def test_what_a_suffix_found_is_used_and_told_once(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "net.safetensors"
+    write(path, net__d__w=1.0, net__d__b=2.0, net__e__w=3.0, net__s=4.0, adam_m__net__d__w=9.0)
+    with caplog.at_level(logging.WARNING, "ms_ckpt_ext"):
+        assert WAYS[way](Network(), path) == ([], ["adam_m.net.d.w"])
+    told = [line for line in caplog.messages if "end as theirs" in line]
+    assert told == [
+        "4 parameters are loaded from names that end as theirs do, behind 'net.' (4): 'd.w' from 'net.d.w', and so on"
+    ]
+
+
+def test_a_resume_has_used_them_too(tmp_path: Path) -> None:
+    write(tmp_path / "net-1_1.safetensors", net__d__w=1.0, net__d__b=2.0, net__e__w=3.0, net__s=4.0, other=5.0)
+    state = ms_ckpt_ext.resume(Network(), None, tmp_path, strict_load=False)
+    assert (state.not_loaded, state.unused) == ((), ("other",))
+    with pytest.raises(LayoutMismatchError, match="nothing for 4 parameters"):
+        ms_ckpt_ext.resume(Network(), None, tmp_path)
+
+
+@every_way
+@every_format
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"d__w": 1.0, "d__b": 2.0, "e__w": 3.0, "s": 4.0, "adam_m__d__w": 9.0},
+        {"net__d__w": 1.0, "net__d__b": 2.0, "net__e__w": 3.0, "net__s": 4.0, "loss__scale": 9.0},
+        {"x__y__d__w": 1.0, "x__y__d__b": 2.0, "x__y__e__w": 3.0, "x__y__s": 4.0},
+        {"d__w": 1.0, "d__b": 2.0, "wrapped__e__w": 3.0, "s": 4.0},
+        {"g__d__w": 1.0, "g__d__b": 2.0, "h__e__w": 3.0, "k__s": 4.0},
+        {"net__d__w": 1.0, "net__d__b": 2.0, "net__s": 4.0, "net__lost__x": 9.0},
+    ],
+)
+def test_where_names_have_one_reading_stock_does_the_same(way: str, form: str, stored: Stored, tmp_path: Path) -> None:
+    path = tmp_path / f"net-1_1.{form}"
+    write(path, **stored)
+    ours, theirs = Network(), stock(path, Network())
+    WAYS[way](ours, path)
+    assert ours.held == theirs.held
+
+
+def test_a_cast_that_mindspore_does_not_make_is_its_error(tmp_path: Path) -> None:
+    write(tmp_path / "net.ckpt", net__s=1.0)
+    for load in (ms_ckpt_ext.load_checkpoint, ms.load_checkpoint):
+        with pytest.raises(RuntimeError, match="should have the same type"):
+            load(str(tmp_path / "net.ckpt"), Network("s", "int32"))
