@@ -128,7 +128,7 @@ def _side(name: str, strategy: Strategy, shape: Optional[Shape]) -> Side:
 
 def _slice(name: str, layout: Layout, shape: Shape, strategy: Strategy) -> Shape:
     try:
-        return layout.slice_shape(shape)
+        return layout.over(len(shape)).slice_shape(shape)
     except LayoutMismatchError as error:
         raise LayoutMismatchError(f"parameter {name!r} under {strategy.origin}: {error}") from error
 

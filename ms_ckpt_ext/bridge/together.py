@@ -218,7 +218,8 @@ def _want(match: Match, target: Optional[Strategy], rank: int) -> Want:
     layout: Optional[Layout] = None
     if target is not None and match.offer.region is not None and match.offer.shape != tensor.meta.shape:
         layout = target.layout(match.name, rank)
-    return Want(tensor.meta.name, layout or whole(len(tensor.meta.shape)))
+    ndim = len(tensor.meta.shape)
+    return Want(tensor.meta.name, layout.over(ndim) if layout else whole(ndim))
 
 
 def _on_device(transport: Transport[Any]) -> bool:

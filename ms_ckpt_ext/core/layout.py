@@ -93,6 +93,20 @@ class Layout(_Numbers):
             raise StrategyError("an optimizer shard cuts axis 0, but this parameter has no axes")
         _consumed(self)
 
+    def over(self, ndim: int) -> Layout:
+        """This layout for a tensor of `ndim` axes.
+
+        Strategy files write the several device axes of a tensor's only axis as they write one for each of several
+        axes, so a map of more axes than the tensor has may be that of one.
+
+        >>> Layout((2, 4), ((1,), (0,))).over(1).tensor_map
+        ((1, 0),)
+        """
+        if ndim != 1 or len(self.tensor_map) == 1 or not all(self.tensor_map):
+            return self
+        lone = tuple(axis for group in self.tensor_map for axis in group)
+        return Layout(self.dev_matrix, (lone,), self.opt_shard_step, self.opt_shard_size)
+
     @property
     def opt_sharded(self) -> bool:
         """True when the optimizer shard is active."""

@@ -6,41 +6,60 @@ all target ranks together name different replicas, and a rank whose slice stays 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from math import lcm
-from typing import Callable
+from typing import Callable, Optional
 
 from ms_ckpt_ext.core.layout import Cell, Layout, whole
 from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.errors import StrategyError
 
 
 def needed_ranks(source: Strategy, target: Strategy, rank: int) -> set[int]:
     """Global ranks of the source that hold, together, all that `rank` wants under `target`.
 
-    Of a parameter that several source stages have, all of these stages are named.
+    Of a parameter that several source stages have, one stage suffices: the one that adds the fewest ranks, the first
+    of several.
+
+    Raises:
+        StrategyError: the strategies give a parameter another number of axes.
     """
-    found: set[int] = set()
-    local: dict[tuple[Layout, Layout], set[int]] = {}
-    for name in target.names_of(rank):
-        wanted = target.layout(name, rank)
-        for stage, layout in source.layouts.get(name, {}).items():
-            assert wanted is not None  # names_of() says so
-            key = layout, wanted
-            if key not in local:
-                local[key] = set(_needed(layout, wanted, rank % target.devices_per_stage))
-            found.update(stage * source.devices_per_stage + each for each in local[key])
-    return found
+    wanted = {name: target.layout(name, rank) for name in target.names_of(rank) if name in source.layouts}
+    return _ranks(source, wanted, rank % target.devices_per_stage)
 
 
 def needed_for_whole(source: Strategy) -> set[int]:
     """Global ranks that hold every parameter of the source, together: what one device needs."""
+    return _ranks(source, dict.fromkeys(source.layouts), 0)
+
+
+def _ranks(source: Strategy, wanted: Mapping[str, Optional[Layout]], local: int) -> set[int]:
+    """Ranks for parameters by name -> the layout of the one that wants them; None for whole."""
     found: set[int] = set()
-    for stages in source.layouts.values():
-        for stage, layout in stages.items():
-            needed = _needed(layout, whole(len(layout.parts)), 0)
-            found.update(stage * source.devices_per_stage + each for each in needed)
+    held: dict[tuple[Layout, Optional[Layout]], frozenset[int]] = {}
+    for name in sorted(wanted, key=lambda name: len(source.layouts[name])):
+        by_stage = []
+        for stage, layout in source.layouts[name].items():
+            key = layout, wanted[name]
+            if key not in held:
+                held[key] = frozenset(_needed(*_same_axes(name, *key), local))
+            by_stage.append({stage * source.devices_per_stage + each for each in held[key]})
+        found |= min(by_stage, key=lambda ranks: len(ranks - found))
     return found
+
+
+def _same_axes(name: str, one: Layout, two: Optional[Layout]) -> tuple[Layout, Layout]:
+    """Two layouts of a parameter, of the same number of axes."""
+    two = two or whole(len(one.tensor_map))
+    ndim = min(len(one.tensor_map), len(two.tensor_map))
+    one, two = one.over(ndim), two.over(ndim)
+    if len(one.tensor_map) != len(two.tensor_map):
+        raise StrategyError(
+            f"parameter {name!r} has {len(one.tensor_map)} axes under the source's strategy and {len(two.tensor_map)} "
+            "under the target's; check that both belong to the same model"
+        )
+    return one, two
 
 
 def same_cut(source: Strategy, target: Strategy) -> bool:

@@ -212,8 +212,9 @@ def _sharded_tensor(
     first: Optional[tuple[int, TensorEntry]] = None
     full: Optional[tuple[int, ...]] = None
     merged: dict[tuple[int, ...], tuple[dict[Cell, list[int]], dict[Cell, list[int]]]] = {}
-    for stage, layout in stages.items():
+    for stage, read in stages.items():
         base = stage * strategy.devices_per_stage
+        layout = _over(read, name, range(base, base + read.devices), by_rank, indexes)
         holders, expected = merged.setdefault(layout.parts, ({}, {}))
         entry_here: Optional[TensorEntry] = None
         for local, cell in enumerate(layout.cells):
@@ -237,6 +238,16 @@ def _sharded_tensor(
         for parts, (holders, expected) in merged.items()
     )
     return SourceTensor(TensorMeta(name, first[1].dtype, full), name, placements)
+
+
+def _over(
+    layout: Layout, name: str, ranks: range, by_rank: Mapping[int, int], indexes: tuple[FileIndex, ...]
+) -> Layout:
+    """The layout for as many axes as the slices have."""
+    if len(layout.tensor_map) < 2:
+        return layout
+    entries = (indexes[by_rank[rank]].tensors.get(name) for rank in ranks if rank in by_rank)
+    return next((layout.over(len(entry.shape)) for entry in entries if entry is not None), layout)
 
 
 def _agreed_shape(

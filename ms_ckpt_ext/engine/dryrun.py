@@ -90,7 +90,8 @@ def of_shapes(metas: Iterable[TensorMeta], strategy: Optional[Strategy]) -> Sour
     everywhere = set()
     first_stage: dict[str, int] = {}
     for meta in metas:
-        stages = tuple(strategy.layouts.get(meta.name, {}).items()) if strategy else ()
+        listed = strategy.layouts.get(meta.name, {}) if strategy else {}
+        stages = tuple((stage, layout.over(len(meta.shape))) for stage, layout in listed.items())
         if not stages:
             everywhere.update([meta.name] if strategy else [])
             stages = ((0, whole(len(meta.shape))),)
@@ -144,7 +145,7 @@ def _stages(name: str, tensor: SourceTensor, source: Source, target: Optional[St
         return tuple((stage, everywhere) for stage in range(target.stages))
     if listed is None or name.startswith(ACCUMULATED_GRADIENT_PREFIX):
         return ()
-    return tuple(sorted(listed.items()))
+    return tuple((stage, layout.over(len(tensor.meta.shape))) for stage, layout in sorted(listed.items()))
 
 
 def dry_run(source: Source, target: Optional[Strategy], options: LoadOptions) -> DryRun:

@@ -317,6 +317,6 @@ def _box(name: str, tensor: SourceTensor, strategy: Strategy, rank: int) -> Opti
     if not all(tensor.meta.shape):
         return None
     try:
-        return layout.region(rank % strategy.devices_per_stage, tensor.meta.shape)
+        return layout.over(len(tensor.meta.shape)).region(rank % strategy.devices_per_stage, tensor.meta.shape)
     except LayoutMismatchError as error:
         raise LayoutMismatchError(f"parameter {name!r} under {strategy.origin}: {error}") from error

@@ -1,0 +1,48 @@
+"""Which source ranks a target rank needs, by layouts alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
+from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.errors import StrategyError
+
+ROWS, COLUMNS, WHOLE = Layout((4,), ((0,), ())), Layout((4,), ((), (0,))), Layout((4,), ((), ()))
+
+
+def strategy(*items: tuple[str, int, Layout]) -> Strategy:
+    return Strategy.from_items([LayoutItem(*item) for item in items], "a test")
+
+
+def test_of_a_tied_parameter_one_stage_suffices() -> None:
+    tied = strategy(("emb", 0, ROWS), ("a", 0, ROWS), ("emb", 1, ROWS), ("b", 1, ROWS))
+    for rank in range(8):
+        assert needed_ranks(tied, tied, rank) == {rank}
+
+
+def test_the_stage_is_taken_that_adds_least() -> None:
+    """Columns of stage 1 are needed anyway; from rows every rank would be."""
+    source = strategy(("emb", 0, ROWS), ("emb", 1, COLUMNS), ("b", 1, COLUMNS))
+    target = strategy(("emb", 0, COLUMNS), ("b", 0, COLUMNS))
+    assert needed_ranks(source, target, 2) == {6}
+    assert needed_for_whole(source) == {4, 5, 6, 7}
+
+
+def test_a_tied_parameter_alone_comes_from_the_first_stage() -> None:
+    source = strategy(("emb", 0, WHOLE), ("emb", 1, WHOLE), ("b", 1, ROWS))
+    assert needed_ranks(source, strategy(("emb", 0, ROWS)), 3) == {3}
+
+
+def test_another_number_of_axes_is_an_error_by_name() -> None:
+    source, target = strategy(("w", 0, ROWS)), strategy(("w", 0, Layout((4,), ((0,), (), ()))))
+    with pytest.raises(StrategyError, match="'w' has 2 axes under the source's strategy and 3 under the target's"):
+        needed_ranks(source, target, 0)
+
+
+def test_two_numbers_may_be_of_one_axis() -> None:
+    """A bias under two device axes: its file says [1, 0], as of two tensor axes."""
+    source, target = strategy(("b", 0, Layout((2, 2), ((1,), (0,))))), strategy(("b", 0, Layout((4,), ((0,),))))
+    for rank in range(4):
+        assert needed_ranks(source, target, rank) == needed_ranks(target, source, rank) == {rank}
