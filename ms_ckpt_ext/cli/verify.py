@@ -117,7 +117,7 @@ def _row(found: Difference) -> list[str]:
     first = found.first[0]
     largest = "-" if found.max_abs is None else f"{found.max_abs:.3g}" if isinstance(found.max_abs, float) else ""
     return [
-        found.name,
+        f"{found.name}, {found.of}" if found.of else found.name,
         found.dtype,
         words.shape(found.shape),
         f"{found.count:,}",

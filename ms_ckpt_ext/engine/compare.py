@@ -4,13 +4,14 @@
 2. A thread takes a block, has it assembled from the files of either side into its own two buffers (`core.plan` finds
    the pieces, `core.reads` the reads, as for every job), and compares the two byte for byte.
 3. Only where bytes differ are they looked at as numbers.
+4. What pipeline stages hold in different cuts (tied embeddings) is there more than once: every such copy is compared,
+   with all of the other side.
 
-So memory is `workers x about 4 blocks`, whatever the model's size, and each side is read once.
+So memory is `workers x about 4 blocks`, whatever the model's size, and each side is read once, but for such copies.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.bits import SAME, Number, Tally, differences
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.copies import copies_of, holders_of, regions_of
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.threads import spread
 
@@ -46,6 +48,7 @@ class Difference:
     Attributes:
         count: elements whose bits differ, of `total`; bytes, for types narrower than a byte.
         first: the first of them in row-major order.
+        of: which copy of the parameter it is, where there are several; else "".
         max_abs, max_ulp, nans: see `engine.bits.Tally`.
     """
 
@@ -58,6 +61,7 @@ class Difference:
     max_abs: Optional[Number]
     max_ulp: Optional[int]
     nans: int
+    of: str = ""
 
 
 class Mismatch(NamedTuple):
@@ -94,11 +98,18 @@ class Comparison:
 
 
 class Pair(NamedTuple):
-    """A parameter on both sides."""
+    """A parameter on both sides: what to compare of it, and, where it is one copy of several, which."""
 
     name: str
     a: SourceTensor
     b: SourceTensor
+    regions: tuple[Region, ...]
+    of: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to compare, of one side."""
+        return self.a.meta.dtype.nbytes(sum(region.size for region in self.regions))
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,7 @@ class Pairing:
     @property
     def nbytes(self) -> int:
         """Bytes to compare, of one side."""
-        return sum(_nbytes(pair.a.meta) for pair in self.pairs)
+        return sum(pair.nbytes for pair in self.pairs)
 
 
 def pair_up(a: Mapping[str, SourceTensor], b: Mapping[str, SourceTensor]) -> Pairing:
@@ -127,21 +138,24 @@ def pair_up(a: Mapping[str, SourceTensor], b: Mapping[str, SourceTensor]) -> Pai
         if (one.meta.dtype, one.meta.shape) != (two.meta.dtype, two.meta.shape):
             mismatches.append(Mismatch(name, _kind(one.meta), _kind(two.meta)))
             continue
-        pairs.append(Pair(name, one, two))
-        if all(one.meta.shape):
-            locate(one, Region.whole(one.meta.shape))
-            locate(two, Region.whole(two.meta.shape))
+        whole = (Region.whole(one.meta.shape),) if all(one.meta.shape) else ()
+        for region in whole:
+            locate(one, region)
+            locate(two, region)
+        pairs.append(Pair(name, one, two, whole))
+        pairs += [Pair(name, copy, two, regions_of(copy), _of(copy, "a")) for copy in copies_of(one)[1:]]
+        pairs += [Pair(name, one, copy, regions_of(copy), _of(copy, "b")) for copy in copies_of(two)[1:]]
     return Pairing(
         tuple(pairs), tuple(mismatches), tuple(sorted(a.keys() - b.keys())), tuple(sorted(b.keys() - a.keys()))
     )
 
 
+def _of(copy: SourceTensor, side: str) -> str:
+    return f"the copy of {holders_of(copy)} in {side}"
+
+
 def _kind(meta: TensorMeta) -> str:
     return f"{meta.dtype.name}{list(meta.shape)}"
-
-
-def _nbytes(meta: TensorMeta) -> int:
-    return meta.dtype.nbytes(math.prod(meta.shape))
 
 
 def compare(
@@ -162,27 +176,59 @@ def compare(
     Raises:
         FormatError, StorageError: a file cannot be read.
     """
-    found = _Found()
-    with a.readers() as readers_a, b.readers() as readers_b:
-
-        def worker(_: Callable[[], bool]) -> Callable[[_Block], None]:
-            return _Worker((a, readers_a), (b, readers_b), block_bytes, found, progress).compare
-
-        spread(_blocks(pairing.pairs, block_bytes), workers, worker)
-        readers_a.verify()
-        readers_b.verify()
+    found = tallies(pairing.pairs, a, b, workers, block_bytes, progress)
     return Comparison(
-        len(pairing.pairs),
+        len({pair.name for pair in pairing.pairs}),
         pairing.nbytes,
-        tuple(found.differences(pairing.pairs)),
+        tuple(_difference(pairing.pairs[number], tally) for number, tally in sorted(found.items())),
         pairing.mismatches,
         pairing.only_a,
         pairing.only_b,
     )
 
 
+def tallies(
+    pairs: Sequence[Pair],
+    a: Catalog,
+    b: Catalog,
+    workers: int,
+    block_bytes: int = BLOCK_BYTES,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Mapping[int, Tally]:
+    """Number of a pair that differs -> by how much, its spots numbered in the whole parameter. See `compare`."""
+    found = _Found()
+    with a.readers() as readers_a, b.readers() as readers_b:
+
+        def worker(_: Callable[[], bool]) -> Callable[[_Block], None]:
+            return _Worker((a, readers_a), (b, readers_b), block_bytes, found, progress).compare
+
+        spread(_blocks(pairs, block_bytes), workers, worker)
+        readers_a.verify()
+        readers_b.verify()
+    return found.tallies
+
+
+def _difference(pair: Pair, tally: Tally) -> Difference:
+    meta = pair.a.meta
+    packed = meta.dtype.bits < 8
+    total = pair.nbytes if packed else sum(region.size for region in pair.regions)
+    places = tuple(Place((s.at,) if packed else _index(s.at, meta.shape), s.a, s.b) for s in tally.first)
+    return Difference(
+        pair.name,
+        meta.dtype.name,
+        meta.shape,
+        tally.count,
+        total,
+        places,
+        tally.max_abs,
+        tally.max_ulp,
+        tally.nans,
+        pair.of,
+    )
+
+
 class _Block(NamedTuple):
-    """A box of a parameter, contiguous in the whole of it."""
+    """A box of a parameter."""
 
     number: int
     pair: Pair
@@ -191,9 +237,8 @@ class _Block(NamedTuple):
 
 def _blocks(pairs: Sequence[Pair], most: int) -> Iterator[_Block]:
     for number, pair in enumerate(pairs):
-        meta = pair.a.meta
-        if all(meta.shape):
-            for region in cut(Region.whole(meta.shape), 0, meta.dtype, most):
+        for box in pair.regions:
+            for region in cut(box, 0, pair.a.meta.dtype, most):
                 yield _Block(number, pair, region)
 
 
@@ -205,44 +250,28 @@ class _Found:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, block: _Block, tally: Tally) -> None:
-        meta = block.pair.a.meta
-        first = _first_element(block.region, meta.shape)
-        shifted = tuple(spot._replace(at=spot.at + _scaled(first, meta)) for spot in tally.first)
+        shifted = tuple(spot._replace(at=_in_whole(spot.at, block)) for spot in tally.first)
         with self.lock:
             before = self.tallies.get(block.number, SAME)
             self.tallies[block.number] = before.plus(
                 Tally(tally.count, shifted, tally.max_abs, tally.max_ulp, tally.nans), _SPOTS
             )
 
-    def differences(self, pairs: Sequence[Pair]) -> Iterator[Difference]:
-        for number, tally in sorted(self.tallies.items()):
-            name, meta = pairs[number].name, pairs[number].a.meta
-            packed = meta.dtype.bits < 8
-            total = _nbytes(meta) if packed else math.prod(meta.shape)
-            places = [Place((s.at,) if packed else _index(s.at, meta.shape), s.a, s.b) for s in tally.first]
-            yield Difference(
-                name,
-                meta.dtype.name,
-                meta.shape,
-                tally.count,
-                total,
-                tuple(places),
-                tally.max_abs,
-                tally.max_ulp,
-                tally.nans,
-            )
+
+def _in_whole(at: int, block: _Block) -> int:
+    """The number of an element of a block, in the whole parameter; of packed types those of bytes."""
+    meta, region = block.pair.a.meta, block.region
+    if meta.dtype.bits < 8:
+        return meta.dtype.nbytes(_number(region.start, meta.shape)) + at
+    inside = _index(at, region.shape)
+    return _number([low + index for low, index in zip(region.start, inside)], meta.shape)
 
 
-def _first_element(region: Region, shape: tuple[int, ...]) -> int:
+def _number(index: Sequence[int], shape: tuple[int, ...]) -> int:
     number = 0
-    for low, extent in zip(region.start, shape):
-        number = number * extent + low
+    for at, extent in zip(index, shape):
+        number = number * extent + at
     return number
-
-
-def _scaled(elements: int, meta: TensorMeta) -> int:
-    """A position in elements, in the units in which spots of this type are numbered."""
-    return meta.dtype.nbytes(elements) if meta.dtype.bits < 8 else elements
 
 
 def _index(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 1. Every cell of every parameter must be in some file, and every parameter of the strategy in some cell.
 2. Every stored slice is digested (xxh3-128) while it streams through a small buffer; files that hold the same cell
-   must have the same digest, and so must training scalars that several ranks hold.
+   must have the same digest, and so must what several ranks hold outside the strategy. Where pipeline stages cut a
+   parameter differently (tied embeddings), what their slices have in common is compared byte for byte.
 3. Of every distinct cell what is NaN or infinite is counted on the way.
 4. Slices that should differ must not all be equal (`whole_slices`).
 5. Files that carry a checksum of their own are read from end to end and compared with it.
@@ -26,6 +27,8 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.bits import Odd, odd_numbers
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.compare import Pair, tallies
+from ms_ckpt_ext.engine.copies import Overlap, overlaps
 from ms_ckpt_ext.engine.probes import Alone
 from ms_ckpt_ext.engine.whole_slices import Gathered, find_gathered
 from ms_ckpt_ext.errors import CoverageError
@@ -162,6 +165,9 @@ def check(
     listed = () if strategy is None else strategy.layouts
     absent = [n for n in listed if n not in held and not n.startswith(ACCUMULATED_GRADIENT_PREFIX) and wanted(n)]
     unequal, compared = _compared(catalog, tensors, slices, told)
+    meeting = _meeting(tensors)
+    unequal += _unlike(catalog, meeting, workers, progress)
+    compared += len({(name, files[0]) for name, both in meeting for files in both.files if len(files) == 1})
     return Health(
         len(held),
         len(catalog.files),
@@ -185,7 +191,8 @@ def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Optional
 def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:
     """How much `check` reads."""
     slices = [*_slices(catalog, tensors), *_scalars(catalog, wanted)]
-    return sum(s.entry.nbytes for s in slices) + sum(index.size for index in _with_checksum(catalog, slices))
+    overlapping = sum(_pair(name, both).nbytes for name, both in _meeting(tensors))
+    return sum(s.entry.nbytes for s in slices) + overlapping + sum(i.size for i in _with_checksum(catalog, slices))
 
 
 def _with_checksum(catalog: Catalog, slices: Sequence[_Slice]) -> list[FileIndex]:
@@ -281,6 +288,26 @@ def _compared(
             paths = tuple(tuple(catalog.files[number].path for number in group) for group in files)
             unequal.append(Unequal(name, _region(tensors[name], *cell) if cell else "whole", paths))
     return unequal, compared
+
+
+def _meeting(tensors: Mapping[str, SourceTensor]) -> list[tuple[str, Overlap]]:
+    """Where slices of different cuts have something in common."""
+    return [(name, both) for name, tensor in tensors.items() for both in overlaps(tensor)]
+
+
+def _pair(name: str, both: Overlap) -> Pair:
+    return Pair(name, both.one, both.other, (both.region,))
+
+
+def _unlike(
+    catalog: Catalog, meeting: Sequence[tuple[str, Overlap]], workers: int, progress: Callable[[int], None]
+) -> Iterator[Unequal]:
+    """Where such slices differ."""
+    pairs = [_pair(name, both) for name, both in meeting]
+    for number in sorted(tallies(pairs, catalog, catalog, workers, progress=progress)):
+        name, both = meeting[number]
+        groups = tuple(tuple(catalog.files[file].path for file in files) for files in both.files)
+        yield Unequal(name, str(both.region), groups)
 
 
 def _region(tensor: SourceTensor, number: int, cell: Cell) -> str:

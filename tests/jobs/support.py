@@ -127,7 +127,8 @@ def cut(strategy: Strategy, full: Mapping[str, np.ndarray], root: Path, extras: 
             whole = full[name]
             box = layout.region(rank % strategy.devices_per_stage, whole.shape) if whole.size else None
             # Not ascontiguousarray: it makes an axis for a scalar.
-            held[name] = np.array(whole[box.slices], order="C") if box else whole
+            empty = np.zeros(layout.slice_shape(whole.shape), whole.dtype)
+            held[name] = np.array(whole[box.slices], order="C") if box else empty
         folder = root / f"rank_{rank}"
         folder.mkdir(parents=True)
         save_file({**held, **extras}, folder / "net.safetensors", {"format": "ms"})
