@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log, progress
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
 from ms_ckpt_ext.engine import offline
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 PathLike = Union[str, "os.PathLike[str]"]
 BUFFER_BYTES = 64 << 20
 """Default buffer budget of one worker, in bytes."""
+_MOST_WORKERS = 16
 
 
 def path_of(value: Any, argument: str) -> str:
@@ -96,21 +98,28 @@ def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     raise ArgumentTypeError("rules must be a list of rules from ms_ckpt_ext.rules")
 
 
-def workers_of(most: int, argument: str = "max_process_num") -> int:
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise UsageError(f"{argument} must be an int of at least 1, got {most!r}")
+def workers_of(most: Optional[int], argument: str = "max_process_num", least: int = 1) -> int:
+    """Threads to work with, at most `most`; None: as many as there are cores; 0, where it is allowed: one."""
+    bound = _MOST_WORKERS if most is None else _number(most, argument, least)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(most, cores, 16)
+    return max(1, min(bound, cores, _MOST_WORKERS))
 
 
 def limits_of(buffer_bytes: int) -> Limits:
-    if not isinstance(buffer_bytes, int) or buffer_bytes < 1 << 16:
-        raise UsageError(f"buffer_bytes must be an int of at least 65536, got {buffer_bytes!r}")
-    return Limits(tile=min(Limits().tile, buffer_bytes // 4))
+    return Limits(tile=min(Limits().tile, _number(buffer_bytes, "buffer_bytes", 1 << 16) // 4))
+
+
+def _number(value: Any, argument: str, least: int) -> int:
+    number = integer(value, argument, kind=f"an int of at least {least}")
+    if number < least:
+        raise UsageError(f"{argument} must be an int of at least {least}, got {number}")
+    return number
 
 
 def as_strategy(value: Any, rank: int = 0) -> Optional[Strategy]:
     """Any form in which MindSpore gives layouts, as one value; None for one device.
+
+    An empty dict is the layouts of a network that is not compiled, and None, as in MindSpore.
 
     Raises:
         StrategyError: the value is of a legal type but its contents are not.
@@ -121,7 +130,9 @@ def as_strategy(value: Any, rank: int = 0) -> Optional[Strategy]:
     if isinstance(value, (str, os.PathLike)):
         return load_strategy(path_of(value, "a strategy"))
     if isinstance(value, Mapping):
-        if value and all(hasattr(message, "dev_matrix") for message in value.values()):
+        if not value:
+            return None
+        if all(hasattr(message, "dev_matrix") for message in value.values()):
             return strategy_from_messages(value)
         from ms_ckpt_ext.bridge.world import group_size
 
@@ -175,15 +186,19 @@ class Running(NamedTuple):
 
 
 def running(
-    max_process_num: int,
+    max_process_num: Optional[int],
     buffer_bytes: int = BUFFER_BYTES,
     *,
     sync: bool = True,
     dry_run: bool = False,
     argument: str = "max_process_num",
+    least: int = 1,
 ) -> Running:
-    """The arguments that say how a job is run; `argument` is what the first is called. Raises UsageError."""
-    return Running(workers_of(max_process_num, argument), limits_of(buffer_bytes), bool(sync), bool(dry_run))
+    """The arguments that say how a job is run; `argument` is what the first is called. Raises UsageError.
+
+    `least` is 0 where MindSpore does not look at the number, so any call may have it.
+    """
+    return Running(workers_of(max_process_num, argument, least), limits_of(buffer_bytes), bool(sync), bool(dry_run))
 
 
 def execute(job: Job, target: str, run: Running, title: str) -> Report:

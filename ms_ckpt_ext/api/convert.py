@@ -41,7 +41,7 @@ def ckpt_to_safetensors(
     save_path: Optional[PathLike] = None,
     name_map: Optional[Mapping[str, str]] = None,
     file_name_regex: Optional[str] = None,
-    processes_num: int = 1,
+    processes_num: Optional[int] = 1,
 ) -> None:
     """Convert `.ckpt` files to safetensors. Drop-in for `mindspore.ckpt_to_safetensors`.
 
@@ -54,7 +54,7 @@ def ckpt_to_safetensors(
         save_path: directory for the results, by default the inputs' own; keeps the rank folders.
         name_map: parameter name in the input -> name in the output.
         file_name_regex: convert only files whose name it is found in; of a single file, whose path.
-        processes_num: upper bound on worker threads.
+        processes_num: upper bound on worker threads; None for as many as help. Of a single file it may be 0.
 
     Raises:
         DiscoveryError: no such input, no rank folder, nothing to convert, files of both formats side by side, or
@@ -70,7 +70,7 @@ def safetensors_to_ckpt(
     save_path: Optional[PathLike] = None,
     name_map: Optional[Mapping[str, str]] = None,
     file_name_regex: Optional[str] = None,
-    processes_num: int = 1,
+    processes_num: Optional[int] = 1,
 ) -> None:
     """Convert safetensors files to `.ckpt`. Drop-in for `mindspore.safetensors_to_ckpt`.
 
@@ -219,12 +219,12 @@ def _as_mindspore(
     save_path: Optional[PathLike],
     name_map: Optional[Mapping[str, str]],
     file_name_regex: Optional[str],
-    processes_num: int,
+    processes_num: Optional[int],
     to: str,
 ) -> None:
     source, pattern, rename = path_of(file_path, "file_path"), _pattern(file_name_regex), _rename(name_map, None)
     target = None if save_path is None else path_of(save_path, "save_path")
-    run = running(processes_num, argument="processes_num")
+    run = running(processes_num, argument="processes_num", least=0 if os.path.isfile(source) else 1)
     suffix = other_suffix(to)
     if target and os.path.splitext(target)[1] and not os.path.isdir(target):
         raise UsageError(

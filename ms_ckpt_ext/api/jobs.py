@@ -24,6 +24,7 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
@@ -183,6 +184,7 @@ def _ranks(strategy: Optional[Strategy], rank: Optional[int]) -> list[int]:
     world = strategy.world if strategy else 1
     if rank is None:
         return list(range(world))
-    if not 0 <= rank < world:
+    rank = integer(rank, "rank", 0)
+    if rank >= world:
         raise UsageError(f"rank must be between 0 and {world - 1} under to_strategy, got {rank}")
     return [rank]

@@ -20,6 +20,7 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.jobs import folders_job
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
@@ -48,7 +49,7 @@ def load_distributed_checkpoint(
     rank_id: Optional[int] = None,
     output_format: str = "safetensors",
     name_map: Optional[Mapping[str, str]] = None,
-    max_process_num: int = 64,
+    max_process_num: Optional[int] = 64,
     return_param_dict: bool = False,
     *,
     file_suffix: Optional[str] = None,
@@ -101,7 +102,7 @@ def load_distributed_checkpoint(
         name_map: name in the network (or target strategy) -> name in the checkpoint (as `choice_func` left it). What it
             names comes before a parameter that has the name by itself; several names may share a source, and a source
             keeps its own name, too.
-        max_process_num: upper bound on worker threads.
+        max_process_num: upper bound on worker threads; None for as many as help.
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix: which file of a rank folder of a sharded source; None for the newest.
         buffer_bytes: buffer budget of each worker.
@@ -144,7 +145,7 @@ def load_distributed_checkpoint(
     access = access_of(dec_key, dec_mode, crc_check)
     seal = seal_of(enc_key, enc_mode)
     naming, weight_rules = checked_naming(choice_func, name_map), checked_rules(rules)
-    run = running(max_process_num, buffer_bytes, sync=sync)
+    run = running(max_process_num, buffer_bytes, sync=sync, least=1 if network is None and rank_id is None else 0)
     options = LoadOptions(
         mode=mode or (network is not None and os.environ.get("MS_CKPT_EXT_MODE")) or "auto",
         bucket_bytes=bucket_bytes,
@@ -184,7 +185,7 @@ def load_distributed_checkpoint(
     trained = _trained(train_strategy_filename, None, None)
     look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
     target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
-    _check_rank(rank_id)
+    rank_id = None if rank_id is None else integer(rank_id, "rank_id", 0, "an int or None")
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     _require_all(look, 1)
@@ -271,13 +272,6 @@ def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing
     if not found:
         raise DiscoveryError(f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths")
     return list_files(found, trained)
-
-
-def _check_rank(rank_id: Any) -> None:
-    if rank_id is not None and (not isinstance(rank_id, int) or isinstance(rank_id, bool)):
-        raise ArgumentTypeError(f"rank_id must be an int or None, got {type(rank_id).__name__}")
-    if rank_id is not None and rank_id < 0:
-        raise UsageError(f"rank_id must be at least 0, got {rank_id}")
 
 
 def _ranks_of(rank_id: Optional[int], strategy: Optional[Strategy]) -> list[int]:

@@ -39,7 +39,7 @@ def unified_safetensors(
     dst_dir: PathLike,
     merge_with_redundancy: bool = True,
     file_suffix: Optional[str] = None,
-    max_process_num: int = 64,
+    max_process_num: Optional[int] = 64,
     choice_func: Optional[Choice] = None,
     split_dst_file: Any = (),
     *,
@@ -71,7 +71,7 @@ def unified_safetensors(
             scalars), `hyper_param.safetensors`. An older result there is replaced when the new one is complete.
         merge_with_redundancy: kept for compatibility: which slices a file holds is read from the file.
         file_suffix: which file of a rank folder, see `formats.discovery`; None for the newest.
-        max_process_num: upper bound on worker threads; never more than the cores this process may use.
+        max_process_num: upper bound on worker threads, never more than the cores this process may use; None for these.
         choice_func: parameter name -> True (keep), False (drop) or a str (new name).
         split_dst_file: (i, n): write share i of n, from 1; shares run independently, on any hosts that see `dst_dir`;
             whoever completes the set publishes it. "auto" takes i and n from the launcher's environment.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -117,12 +118,16 @@ def _metas(shapes: Union[PathLike, Shapes]) -> list[TensorMeta]:
     return kept
 
 
+def _is_extent(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and bool(value >= 0)
+
+
 def _meta(name: str, entry: Any, where: str) -> TensorMeta:
     dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, Mapping) else (None, None)
     known = DTYPES.get(str(dtype)) or BY_MINDSPORE.get(str(dtype))
-    if known is None or not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape):
+    if known is None or not isinstance(shape, (list, tuple)) or not all(map(_is_extent, shape)):
         raise UsageError(
             f'{where}: parameter {name!r} must be like {{"dtype": "F32", "shape": [4096, 1024]}}, got {entry!r:.80}; '
             f"dtypes are {', '.join(list(DTYPES)[:4])}, … as in safetensors, or MindSpore's names"
         )
-    return TensorMeta(name, known, tuple(shape))
+    return TensorMeta(name, known, tuple(map(operator.index, shape)))

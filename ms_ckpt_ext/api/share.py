@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.errors import UsageError
 
 # (rank, world) as rank tables, msrun, torchrun, Open MPI, MPICH and Intel MPI, and SLURM's srun give them; the first
@@ -30,9 +31,11 @@ def share_of(share: Any, argument: str) -> tuple[int, int]:
         return _from_environment(argument)
     if not share:
         return 1, 1
-    if not isinstance(share, (tuple, list)) or len(share) != 2 or not all(type(n) is int for n in share):
-        raise UsageError(f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}")
-    return share[0], share[1]
+    try:
+        task, tasks = share if isinstance(share, (tuple, list)) else ()
+        return integer(task, argument), integer(tasks, argument)
+    except ValueError:
+        raise UsageError(f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}") from None
 
 
 def _from_environment(argument: str) -> tuple[int, int]:

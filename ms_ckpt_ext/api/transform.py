@@ -19,6 +19,7 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
@@ -44,7 +45,7 @@ def transform_checkpoints(
     ckpt_prefix: str,
     src_strategy_file: Optional[PathLike] = None,
     dst_strategy_file: Optional[PathLike] = None,
-    process_num: int = 1,
+    process_num: Optional[int] = 1,
     output_format: str = "ckpt",
     *,
     file_suffix: Optional[str] = None,
@@ -74,7 +75,7 @@ def transform_checkpoints(
             An older result of that prefix is replaced when the new one is complete.
         src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole.
         dst_strategy_file: strategy of the target; None for one device.
-        process_num: upper bound on worker threads.
+        process_num: upper bound on worker threads; 0 is one, None as many as help.
         output_format: "ckpt" or "safetensors".
         file_suffix: which file of a rank folder; None for the newest.
         buffer_bytes: buffer budget of each worker.
@@ -103,7 +104,7 @@ def transform_checkpoints(
     checked_format(output_format, "output_format")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     naming = checked_naming(choice_func, name_map)
-    run = running(process_num, buffer_bytes, sync=sync, argument="process_num")
+    run = running(process_num, buffer_bytes, sync=sync, argument="process_num", least=0)
     trained, wanted = (
         _strategy(src_strategy_file, "src_strategy_file"),
         _strategy(dst_strategy_file, "dst_strategy_file"),
@@ -171,9 +172,10 @@ def transform_checkpoint_by_rank(
     Raises:
         as `transform_checkpoints`; CoverageError names a rank whose file is missing in the map.
     """
-    _checked_rank(rank_id)
-    if not isinstance(checkpoint_files_map, Mapping) or not all(type(rank) is int for rank in checkpoint_files_map):
+    rank_id = integer(rank_id, "rank_id", 0)
+    if not isinstance(checkpoint_files_map, Mapping):
         raise ArgumentTypeError("checkpoint_files_map must map ranks (int) to paths")
+    given = {integer(rank, "a rank in checkpoint_files_map", 0): path for rank, path in checkpoint_files_map.items()}
     target = path_of(save_checkpoint_file_name, "save_checkpoint_file_name")
     if not target.endswith((".ckpt", ".safetensors")):
         raise UsageError(f"save_checkpoint_file_name must end with .ckpt or .safetensors, got {target!r}")
@@ -187,7 +189,7 @@ def transform_checkpoint_by_rank(
     world = wanted.world if wanted else 1
     if rank_id >= world:
         raise UsageError(f"rank_id must be between 0 and {world - 1} under dst_strategy_file, got {rank_id}")
-    files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(checkpoint_files_map.items())}
+    files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(given.items())}
     catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
     folder, name = os.path.split(target)
     folder = folder or os.curdir
@@ -212,7 +214,7 @@ def rank_list_for_transform(
     Raises:
         ArgumentTypeError, UsageError, StrategyError: wrong arguments.
     """
-    _checked_rank(rank_id)
+    rank_id = integer(rank_id, "rank_id", 0)
     trained, wanted = (
         _strategy(src_strategy_file, "src_strategy_file"),
         _strategy(dst_strategy_file, "dst_strategy_file"),
@@ -228,13 +230,6 @@ def rank_list_for_transform(
 
 def _strategy(value: Union[PathLike, Strategy, None], argument: str) -> Optional[Strategy]:
     return value if value is None or isinstance(value, Strategy) else load_strategy(path_of(value, argument))
-
-
-def _checked_rank(rank_id: Any) -> None:
-    if not isinstance(rank_id, int) or isinstance(rank_id, bool):
-        raise ArgumentTypeError(f"rank_id must be an int, got {type(rank_id).__name__}")
-    if rank_id < 0:
-        raise UsageError(f"rank_id must be at least 0, got {rank_id}")
 
 
 def _checked_prefix(prefix: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import MAX_RANKS, Layout
@@ -229,7 +230,11 @@ def _from_tuple(name: str, value: Sequence[Any], group_size: Callable[[str], int
             f"{origin}: value of {name!r} must be (dev_matrix, tensor_map, slice_shape, field_size, ...), got {value!r}"
         )
     group = value[5] if len(value) > 5 else ""
-    nested = value[1] if any(isinstance(row, (list, tuple)) for row in value[1]) else [value[1]]
     shard = (1, group_size(group)) if group else (0, 0)
-    rows = [[row] if isinstance(row, int) else list(row) for row in nested]
-    return layout_item(name, 0, [list(value[0])], rows, shard, uneven=bool(value[3]), origin=origin)
+    try:
+        nested = value[1] if any(isinstance(row, (list, tuple)) for row in value[1]) else [value[1]]
+        rows = [list(map(index, row)) if isinstance(row, (list, tuple)) else [index(row)] for row in nested]
+        matrix = list(map(index, value[0]))
+    except TypeError as error:
+        raise StrategyError(f"{origin}: value of {name!r} must hold numbers of devices and axes ({error})") from error
+    return layout_item(name, 0, [matrix], rows, shard, uneven=bool(value[3]), origin=origin)

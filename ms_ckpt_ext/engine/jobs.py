@@ -14,6 +14,7 @@ from functools import partial
 from heapq import heapreplace
 from typing import Callable, Optional
 
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
@@ -22,7 +23,7 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 
@@ -56,7 +57,7 @@ class MergeOptions:
         seal: Optional[Seal] = None,
         digests: bool = True,
     ) -> None:
-        self.task, self.tasks, self.naming, self.part_bytes = task, tasks, naming, part_bytes
+        self.task, self.tasks, self.naming = task, tasks, naming
         self.format, self.crc, self.seal, self.digests = format, crc, seal, digests
         if self.format not in discovery.FORMATS:
             raise UsageError(f"output_format must be one of {', '.join(discovery.FORMATS)}; got {self.format!r}")
@@ -64,11 +65,7 @@ class MergeOptions:
             raise UsageError("naming='huggingface' is for safetensors files; leave out output_format='ckpt', or naming")
         if self.naming not in ("mindspore", "huggingface"):
             raise UsageError(f"naming must be 'mindspore' or 'huggingface', got {self.naming!r}")
-        if type(self.part_bytes) is not int:
-            raise ArgumentTypeError(
-                f"part_bytes must be an int, a number of bytes such as 5 << 30; got {self.part_bytes!r}, "
-                f"a {type(self.part_bytes).__name__}"
-            )
+        self.part_bytes = integer(part_bytes, "part_bytes", kind="an int, a number of bytes such as 5 << 30")
         if self.part_bytes < 1:
             raise UsageError(f"the size limit of a part must be at least 1 byte, got {self.part_bytes}")
         if not 1 <= self.task <= self.tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ms_ckpt_ext._version import __version__
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.errors import UsageError
 
 MODES = ("auto", "direct", "cooperative")
@@ -43,14 +44,11 @@ class LoadOptions:
         for name, value, allowed in (("mode", mode, MODES), ("verify", verify, VERIFY)):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        bounded = (("bucket_bytes", bucket_bytes, 4096), ("prefetch", prefetch, 0), ("threads", threads, 1))
-        for name, number, least in bounded:
-            if number < least:
-                raise UsageError(f"{name} must be at least {least}, got {number}")
         if timeout <= 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
         self.mode, self.verify, self.trace, self.host = mode, verify, trace, host
-        self.bucket_bytes, self.prefetch, self.threads, self.timeout = bucket_bytes, prefetch, threads, timeout
+        self.bucket_bytes, self.prefetch = integer(bucket_bytes, "bucket_bytes", 4096), integer(prefetch, "prefetch", 0)
+        self.threads, self.timeout = integer(threads, "threads", 1), timeout
 
     def facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""

@@ -170,7 +170,7 @@ def test_wrong_arguments(golden: Path, tmp_path: Path) -> None:
     for call, kind, said in (
         (lambda: transform_checkpoints(source, tmp_path / "o", 7, known, known), ArgumentTypeError, "ckpt_prefix"),
         (lambda: transform_checkpoints(source, tmp_path / "o", "a/b", known, known), UsageError, "holds no path"),
-        (lambda: transform_checkpoints(source, tmp_path / "o", "a", known, known, 0), UsageError, "process_num"),
+        (lambda: transform_checkpoints(source, tmp_path / "o", "a", known, known, -1), UsageError, "process_num"),
         (lambda: transform_checkpoints(source, tmp_path / "o", "a", known, known, 1, "npz"), UsageError, "'npz'"),
         (lambda: transform_checkpoints(tmp_path, tmp_path / "o", "a", known, known), DiscoveryError, "rank_0"),
         (lambda: rank_list_for_transform("0", known), ArgumentTypeError, "rank_id must be an int"),
