@@ -153,7 +153,7 @@ def _loose(name: str, files: list[FileIndex], names: Mapping[str, Any]) -> Param
 
 
 def _of_catalog(source: Source, wanted: Filter) -> Inspection:
-    catalog, strategy = source.open(), source.strategy
+    catalog, strategy = source.open().taken_as_alike(), source.strategy
     held = wanted.of(catalog.tensors)
     sharded = source.listing.sharded
     inside = [_parameter(name, t, catalog, strategy, catalog.tensors) for name, t in held.items()]

@@ -26,6 +26,7 @@ from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
 from ms_ckpt_ext.engine.naming import Choice
@@ -112,7 +113,7 @@ def merge(
     catalog = source.slices(allow_equal_slices).ruled(weight_rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
-    catalog = called.of(catalog)
+    catalog = called.of(compared(catalog))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")

@@ -18,6 +18,7 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.api.share import share_of
+from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job, refuse_empty
 from ms_ckpt_ext.engine.listing import list_checkpoint
@@ -118,7 +119,7 @@ def unified_safetensors(
     listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
     catalog = read_slices(listing, strategy, access, allow_equal_slices).ruled(weight_rules)
     refuse_empty(catalog)
-    catalog = called.of(catalog)
+    catalog = called.of(compared(catalog))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")

@@ -27,6 +27,7 @@ from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.lazy import Parameters
 from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.naming import Choice, Naming
+from ms_ckpt_ext.engine.outside import alike
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -88,19 +89,22 @@ def load(
             verify="full", and a file has no digests on record.
         DiscoveryError, StrategyError, LayoutMismatchError: what the files are cannot be told.
         FormatError, ChecksumError, DecryptionError, StorageError: they cannot be read.
+
+    What lies outside the strategy, in several ranks' files, is compared when it is first read; a LayoutMismatchError
+    tells what differs.
     """
     source = path_of(path, "path")
     access, full = any_mode(dec_key, dec_mode, crc_check), _is_full(verify)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
     catalog = _catalog(source, strategy, access, format, file_suffix, allow_equal_slices)
-    stored = {**catalog.tensors, **catalog.extras}
+    stored = dict.fromkeys((*catalog.tensors, *catalog.outside))
     wanted = _wanted({**stored, **catalog.absent}, patterns)
     catalog = naming._replace(aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
     catalog.require(catalog.absent)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     if full:
         _compare_digests(catalog, workers)
-    held = dict.fromkeys((*catalog.tensors, *catalog.extras))
+    held = dict.fromkeys((*catalog.tensors, *catalog.outside))
     return Parameters(catalog, {name: name for name in held}, workers, limits)
 
 
@@ -111,7 +115,8 @@ def _is_full(verify: str) -> bool:
 
 
 def _compare_digests(catalog: Catalog, workers: int) -> None:
-    audit_alone(catalog, [*catalog.tensors.values(), *catalog.extras.values()], workers)
+    copies = [alike(held, catalog.files) for held in catalog.unproven.values()]
+    audit_alone(catalog, [*catalog.tensors.values(), *catalog.extras.values(), *copies], workers)
 
 
 def as_parameters(held: Parameters, names: Optional[Iterable[str]] = None) -> dict[str, Any]:
@@ -274,8 +279,9 @@ def _equal(name: str, one: FileIndex, two: FileIndex, access: Access) -> bool:
 
 def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
     tensors, extras = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.tensors, catalog.extras))
+    unproven, own = ({n: t for n, t in held.items() if n in wanted} for held in (catalog.unproven, catalog.own))
     absent = {name: where for name, where in catalog.absent.items() if name in wanted}
-    return catalog._replace(tensors=tensors, extras=extras, absent=absent)
+    return catalog._replace(tensors=tensors, extras=extras, unproven=unproven, own=own, absent=absent)
 
 
 def _as_stock(

@@ -82,7 +82,7 @@ def plan(
         )
     else:
         directory, access = path_of(src, "src"), any_mode(dec_key, dec_mode)
-        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format))
+        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format).taken_as_alike())
         source = dryrun.of_catalog(held)
         origin = directory
     done = dryrun.dry_run(source, target, options)

@@ -125,9 +125,9 @@ def verify(
         return _by_manifest(path_of(a, "a"), access, workers)
     first = find(a, strategy, file_suffix, access, argument="a")
     if b is None:
-        return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
+        return _by_itself(first.open().taken_as_alike(), first.strategy, wanted, workers, allow_equal_slices)
     second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    one, two = naming.of(first.open()), second.open()
+    one, two = naming.of(first.open().taken_as_alike()), second.open().taken_as_alike()
     held = {**two.extras, **two.tensors}
     known = {name: source for name, source in names.items() if name in held}
     mine = _by_names_of_b({**one.extras, **one.tensors}, held, known)

@@ -23,6 +23,7 @@ def parameter_dict(held: Parameters, names: Iterable[str]) -> dict[str, Any]:
     """
     values = {name: held[name] for name in names}
     lazy = {name: value for name, value in values.items() if isinstance(value, LazyTensor)}
+    held.prove(held.names[name] for name in lazy)
     offers = offers_of(held.catalog, None, 0)
     wanted: Mapping[str, Offer] = {name: offers[held.names[name]] for name in lazy}
     for name, offer in wanted.items():

@@ -97,6 +97,11 @@ def stored_whole(meta: TensorMeta, files: tuple[int, ...]) -> SourceTensor:
     return SourceTensor(meta, meta.name, (Placement((1,) * len(meta.shape), {cell: files}, {cell: (0,)}),))
 
 
+def whole_box(tensor: SourceTensor) -> Optional[Region]:
+    """All of a parameter as a box; None when it has no elements."""
+    return Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
+
+
 class _Projections(NamedTuple):
     cell: Cell
     source_shape: Shape

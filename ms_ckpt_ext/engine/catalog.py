@@ -9,14 +9,17 @@ only, a weights-only checkpoint has no optimizer states): planning asks for a re
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
+from ms_ckpt_ext.core.dtype import DType
 from ms_ckpt_ext.core.layout import Cell, Layout
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.reads import Extent, Task
+from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.engine.folders import folder_contents
+from ms_ckpt_ext.engine.folders import folder_tensors
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.outside import Held, alike, outside_of
 from ms_ckpt_ext.engine.surplus import of_strategy
@@ -75,6 +78,11 @@ class Catalog(NamedTuple):
     strategy: Optional[Strategy] = None
     ranks: Mapping[int, int] = MappingProxyType({})
 
+    @property
+    def outside(self) -> list[str]:
+        """All names outside the strategy."""
+        return sorted({**self.extras, **self.unproven, **self.own}) if self.ranks else list(self.extras)
+
     def taken_as_alike(self) -> Catalog:
         """The checkpoint with what is unproven among its extras, as if it had been compared and found alike.
 
@@ -94,6 +102,18 @@ class Catalog(NamedTuple):
         if lacking:
             more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
             raise CoverageError(f"parameter {lacking[0]!r}{more} should be in {self.absent[lacking[0]]}")
+
+    def kind(self, held: Union[SourceTensor, Held]) -> tuple[DType, Shape]:
+        """Dtype and shape of a parameter; of what ranks have of their own, those of the first that has it."""
+        if isinstance(held, Held):
+            return held.entry(self.files, next(iter(held.files)))[:2]
+        return held.meta.dtype, held.meta.shape
+
+    def nbytes(self, held: Union[SourceTensor, Held]) -> int:
+        """Bytes of a whole parameter; of what ranks have of their own, those of all of them."""
+        if isinstance(held, Held):
+            return held.nbytes(self.files)
+        return held.meta.dtype.nbytes(prod(held.meta.shape))
 
     def stored(self, file: int, name: str) -> tuple[Extent, ...]:
         """Where the bytes of a stored name lie in a file."""
@@ -369,10 +389,9 @@ def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
 
 
 def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access = PLAIN) -> Catalog:
-    """A folder of MindFormers from the headers of its files. Raises as `folder_contents`."""
+    """A folder of MindFormers from the headers of its files. Raises as `folder_tensors`."""
     indexes = tuple(index_of.values())
-    found = folder_contents(index_of, folder)
-    return Catalog(indexes, found.tensors, {}, _notes(indexes), access, found.absent)
+    return Catalog(indexes, folder_tensors(index_of, folder), {}, _notes(indexes), access)
 
 
 def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:
@@ -380,7 +399,7 @@ def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access 
     index_of = dict(zip(listing.files, read_indexes(listing.files.values(), access)))
     if listing.folder is not None:
         return folder_catalog(index_of, listing.folder, access)
-    return catalog_of(index_of, listing.sharded, listing.names, strategy, access).taken_as_alike()
+    return catalog_of(index_of, listing.sharded, listing.names, strategy, access)
 
 
 def open_catalog(

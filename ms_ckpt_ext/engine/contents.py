@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Optional, Union
 
 import numpy as np
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
-from ms_ckpt_ext.engine.outside import outside_of
+from ms_ckpt_ext.engine.outside import Held, outside_of
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes
 from ms_ckpt_ext.storage.pool import ReaderPool
 
+_NAMED = 3
 TEXT = "STR"
 """The dtype of text in a `.ckpt`."""
 NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1", "U16": "u2", "U32": "u4"} | {
@@ -37,19 +41,38 @@ def read_extras(
     access: Access = PLAIN,
     kind: Optional[str] = None,
 ) -> dict[str, Union[np.ndarray, str]]:
-    """The contents of everything outside the strategy; without one, of every text and single-element parameter."""
+    """The contents of every training scalar: text, and what has no more than one axis, outside the strategy.
+
+    Without a strategy, every text and single-element parameter. What differs between ranks is nobody's: a warning names
+    it.
+    """
     if strategy is None and discovery.is_sharded(directory):
-        path = next(iter(discovery.rank_files(directory, kind, file_suffix).values()))
-        (index,) = read_indexes([path], access)
-        catalog = Catalog((index,), {}, outside_of((index,), {0: 0}, ()).extras, {}, access)
-        names = [
-            name for name, entry in index.tensors.items() if entry.dtype.name == TEXT or math.prod(entry.shape) == 1
-        ]
+        catalog, alone = _of_ranks(discovery.rank_files(directory, kind, file_suffix), access), True
     else:
-        catalog = open_catalog(directory, strategy, file_suffix, access=access, kind=kind)
-        names = list(catalog.extras)
+        catalog, alone = open_catalog(directory, strategy, file_suffix, access=access, kind=kind), False
+
+    def is_scalar(held: Union[SourceTensor, Held]) -> bool:
+        dtype, shape = catalog.kind(held)
+        return dtype.name == TEXT or math.prod(shape) == 1 or (len(shape) == 1 and not alone)
+
+    groups = (catalog.extras, catalog.unproven, catalog.own)
+    wanted = [name for group in groups for name, held in group.items() if is_scalar(held)]
+    catalog = compared(catalog, wanted)
+    differing = [catalog.own[name] for name in sorted(wanted) if name in catalog.own]
+    if differing:
+        told = "; ".join(f"{held.name!r} is {held.told()}" for held in differing[:_NAMED])
+        log.warning(
+            "%d names outside the strategy differ by rank and are no training scalars: %s", len(differing), told
+        )
     with catalog.readers() as readers:
-        return {name: read_whole(catalog, readers, catalog.extras[name]) for name in names}
+        return {n: read_whole(catalog, readers, tensor) for n, tensor in catalog.extras.items() if n in wanted}
+
+
+def _of_ranks(files: Mapping[int, str], access: Access) -> Catalog:
+    """What the files of ranks hold, nothing known of how it is cut."""
+    indexes = tuple(read_indexes(files.values(), access))
+    outside = outside_of(indexes, {rank: number for number, rank in enumerate(files)}, ())
+    return Catalog(indexes, {}, outside.extras, {}, access, own=outside.own, unproven=outside.unproven)
 
 
 def decode_text(contents: bytes) -> str:

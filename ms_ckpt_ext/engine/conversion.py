@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.plan import SourceTensor, whole_box
 from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
 from ms_ckpt_ext.engine.job import Contents, Job, Output, Wanted
-from ms_ckpt_ext.engine.jobs import whole_box
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import ChecksumError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, registry

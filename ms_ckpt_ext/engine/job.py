@@ -155,16 +155,23 @@ def fingerprint(job: Job) -> str:
     digest.update(b"" if job.sync else boot_id())
     for name, file in zip(_names_of_files([file.path for file in job.source.files]), job.source.files):
         digest.update(_encoded(f"{name}|{file.size}|{file.mtime_ns}\n"))
+    everybodys = {**job.source.tensors, **job.source.extras}
+    known = set(map(id, everybodys.values()))
+
+    def where(tensor: SourceTensor) -> str:
+        """What a rank has of its own is told by the file."""
+        return "" if id(tensor) in known else f"|{[tuple(p.holders.items()) for p in tensor.placements]}"
+
     for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
         digest.update(_encoded(f"{output.name}|{output.layout.size}\n"))
         for offset, literal in output.layout.literals:
             digest.update(offset.to_bytes(8, "little") + literal)
         for name, tensor, region in output.wanted:
             corner = None if region is None else (region.start, region.stop)
-            digest.update(_encoded(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}\n"))
+            digest.update(_encoded(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}{where(tensor)}\n"))
     for name in sorted(job.index):
         digest.update(name.encode() + job.index[name])
-    for name, tensor in sorted({**job.source.tensors, **job.source.extras}.items()):
+    for name, tensor in sorted(everybodys.items()):
         cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
         digest.update(repr((name, tensor.meta.shape, cuts)).encode())
     return digest.hexdigest()

@@ -15,13 +15,14 @@ from heapq import heapreplace
 from typing import Callable, Optional
 
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.core.plan import SourceTensor
+from ms_ckpt_ext.core.plan import SourceTensor, whole_box
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine import older
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
+from ms_ckpt_ext.engine.keeping import Box, Keeping, merged, refuse_own
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry
@@ -80,8 +81,10 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     Raises:
         UsageError: there is no parameter; or the target holds another's model.
         CoverageError: a pipeline stage has no file, or a parameter is not where a map says.
+        LayoutMismatchError: what lies outside the strategy differs by rank.
     """
     catalog.require(catalog.absent)
+    catalog = merged(catalog)
     named = catalog.tensors
     if not named:
         raise UsageError("choice_func dropped every parameter; nothing would be written")
@@ -121,9 +124,8 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
 
 def refuse_empty(catalog: Catalog) -> None:
-    """Raise UsageError for a checkpoint without parameters, CoverageError when it is known where they should be."""
+    """Raise UsageError for a checkpoint without parameters."""
     if not catalog.tensors:
-        catalog.require(catalog.absent)
         files = ", ".join(repr(index.path) for index in catalog.files[:3])
         raise UsageError(f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path")
 
@@ -203,11 +205,6 @@ def _output(
     return Output(name, layout, tuple(Wanted(*box) for box in boxes), lambda: layout.tensors)
 
 
-def whole_box(tensor: SourceTensor) -> Optional[Region]:
-    """All of a parameter as a box; None when it has no elements."""
-    return Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
-
-
 def recut_job(
     catalog: Catalog,
     strategy: Optional[Strategy],
@@ -216,34 +213,40 @@ def recut_job(
     target: Optional[str] = None,
     *,
     every_rank: bool = False,
+    states: bool = True,
+    alone: bool = False,
     crc: bool = False,
     seal: Optional[Seal] = None,
     digests: bool = True,
 ) -> Job:
     """The slices of `ranks` under `strategy` (None: one device), one file per rank.
 
+    What the source has and the strategy does not list is kept, see `engine.keeping`.
+
     Args:
         file_name: rank -> file, relative to the target directory.
         target: the target directory, when the job's files there are one result: what an older one left is taken away.
         every_rank: files of this name of ranks beyond these, too, whoever wrote them.
+        states, alone: see `Keeping`.
         crc: give every file a checksum.
         seal: how the files are encrypted; None when they are not.
         digests: write a manifest of digests beside them.
 
     Raises:
-        LayoutMismatchError: a parameter cannot be cut as the strategy says.
+        LayoutMismatchError: a parameter cannot be cut as the strategy says, or not be kept, see `engine.keeping`.
         UsageError: no parameter of the strategy is in the checkpoint, or none at all.
         CoverageError: one of the ranks wants parameters of a pipeline stage that has no file.
     """
     refuse_empty(catalog)
+    for rank in ranks:
+        catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
+    keeping = Keeping(catalog, strategy, states, alone)
+    catalog = keeping.catalog
     outputs = []
     order = _file_order(catalog)
     for rank in ranks:
-        catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
-        wanted = [(name, tensor, box) for name, tensor, box in rank_boxes(catalog, strategy, rank)]
-        taken = {name for name, _, _ in wanted}
-        wanted += [(name, tensor, None) for name, tensor in catalog.extras.items() if name not in taken]
-        wanted.sort(key=lambda item: order.get(item[1].stored_name, len(order)))
+        wanted = [*rank_boxes(catalog, strategy, rank), *keeping.of(rank)]
+        wanted.sort(key=lambda box: order.get(box.tensor.stored_name, len(order)))
         outputs.append(_output(file_name(rank), wanted, catalog, crc, seal))
     names = [output.name for output in outputs]
     stale = () if target is None else older.of_recut(target, names, file_name, every_rank)
@@ -267,7 +270,7 @@ def folders_job(
     With `alone`, `ranks` is a single one, which gets a target of its own, so that the ranks of a job can do this at the
     same time. The other arguments are those of `recut_job`. Raises as `recut_job` and `check_apart`.
     """
-    recut = partial(recut_job, catalog, strategy, ranks, crc=crc, seal=seal, digests=digests)
+    recut = partial(recut_job, catalog, strategy, ranks, states=False, alone=alone, crc=crc, seal=seal, digests=digests)
     if alone:
         target = os.path.join(target, f"rank_{ranks[0]}")
         job = recut(lambda _: f"net.{form}", target)
@@ -286,21 +289,21 @@ def _file_order(catalog: Catalog) -> dict[str, int]:
     return order
 
 
-def rank_boxes(
-    catalog: Catalog, strategy: Optional[Strategy], rank: int
-) -> list[tuple[str, SourceTensor, Optional[Region]]]:
-    """(name, source parameter, box) of everything a rank holds under `strategy`, as far as the checkpoint has it.
+def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
+    """All that `strategy` gives a rank, as far as the checkpoint has it.
 
     Raises:
         LayoutMismatchError, UsageError: as `recut_job`.
     """
     if strategy is None:
-        return [(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
+        return [Box(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
-    for name in strategy.names_of(rank):
+    names = strategy.names_of(rank)
+    refuse_own(catalog, names, f"it cannot be cut as {strategy.origin} says")
+    for name in names:
         tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-            found.append((name, tensor, _box(name, tensor, strategy, rank)))
+            found.append(Box(name, tensor, _box(name, tensor, strategy, rank)))
     if not found:
         raise UsageError(
             f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "

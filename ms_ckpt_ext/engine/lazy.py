@@ -22,13 +22,17 @@ from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.engine import pump
+from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
 from ms_ckpt_ext.engine.contents import NUMPY, TEXT, decode_text
+from ms_ckpt_ext.engine.keeping import refuse_own
+from ms_ckpt_ext.engine.outside import alike
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 
 _LIMITS = Limits()
+_PURPOSE = "it cannot be read as one"
 
 
 class Selection(NamedTuple):
@@ -109,6 +113,7 @@ class LazyTensor:
         Raises:
             UsageError, IndexError: as `select`; a part of a type narrower than a byte.
             CoverageError: no file of a sharded checkpoint holds it.
+            LayoutMismatchError: its strategy does not list it, and it differs by rank.
             TruncatedFileError, DecryptionError, StorageError: it cannot be read.
         """
         chosen = select(self.shape, index)
@@ -171,12 +176,26 @@ class Parameters(Mapping[str, Union[LazyTensor, str]]):
         return self._readers.count
 
     def __getitem__(self, name: str) -> Union[LazyTensor, str]:
-        stored = self.names[name]
-        tensor = self.catalog.tensors.get(stored) or self.catalog.extras[stored]
+        tensor = self._tensor(self.names[name])
         if tensor.meta.dtype.name != TEXT:
             return LazyTensor(name, tensor, self)
         whole = select(tensor.meta.shape, ...)
         return decode_text(self.read([(tensor, whole.box, whole.shape)])[0].tobytes())
+
+    def _tensor(self, stored: str) -> SourceTensor:
+        """A parameter by its name in the catalog. Raises LayoutMismatchError: it is known to differ by rank."""
+        refuse_own(self.catalog, [stored], _PURPOSE)
+        found = self.catalog.tensors.get(stored) or self.catalog.extras.get(stored)
+        return found or alike(self.catalog.unproven[stored], self.catalog.files)
+
+    def prove(self, names: Iterable[str]) -> None:
+        """Compare what is outside the strategy and not compared yet, by names in the catalog; what is read is proven.
+
+        Raises LayoutMismatchError: it differs by rank.
+        """
+        wanted = list(names)
+        self.catalog = compared(self.catalog, wanted)
+        refuse_own(self.catalog, wanted, _PURPOSE)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -188,6 +207,7 @@ class Parameters(Mapping[str, Union[LazyTensor, str]]):
         """Read boxes, all at once: the flat bytes of each, in order. Raises as `LazyTensor.__getitem__`."""
         if not self._close.alive:
             raise UsageError("this checkpoint was closed; load it again, or read what is needed before")
+        self.prove(tensor.meta.name for tensor, _, _ in wanted)
         buffers = [np.empty(tensor.meta.dtype.nbytes(math.prod(shape)), np.uint8) for tensor, _, shape in wanted]
         tasks = [
             Task(tensor, (Target(box, (Landing(number, (Extent(0, buffers[number].size),)),)),))

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.outside import Held
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 Choice = Callable[[str], Union[bool, str]]
 _LISTED = 5
+_Named = TypeVar("_Named", SourceTensor, Held)
 
 
 class Naming(NamedTuple):
@@ -30,7 +32,7 @@ class Naming(NamedTuple):
         choice: name in the checkpoint -> True (keep), False or None (leave out) or a str (new name); None keeps all.
         name_map: name in the result -> name after the choice.
         truthy: what a choice returns counts by its truth, as stock MindSpore has it, unless it is a str.
-        scalars: the choice is asked about training scalars as well.
+        scalars: the choice is asked about training scalars as well; about what differs by rank it always is.
         aside: names in the checkpoint that are not asked for; the map may speak of them.
     """
 
@@ -50,31 +52,41 @@ class Naming(NamedTuple):
         if self.choice is None and not self.name_map:
             return catalog
         taken: dict[str, str] = {}
+        outside = self.choice if self.scalars else None
         tensors = self._chosen(self.choice, catalog.tensors, taken)
-        extras = self._chosen(self.choice if self.scalars else None, catalog.extras, taken)
-        if (catalog.tensors or catalog.extras) and not (tensors or extras):
+        extras = self._chosen(outside, catalog.extras, taken)
+        unproven = self._chosen(outside, catalog.unproven, taken)
+        own = self._chosen(self.choice, catalog.own, taken)
+        if any(_groups(catalog)) and not any((tensors, extras, unproven, own)):
             raise UsageError(
                 "choice_func, or the prefixes or globs in its place, dropped every parameter; nothing would be left"
             )
+        _tell_dropped(catalog, taken.values())
         chosen = ((chosen_name(self.choice, name, self.truthy), where) for name, where in catalog.absent.items())
         absent = {name: where for name, where in chosen if name is not None}
-        warn_unknown(self.name_map.values(), {*tensors, *extras, *absent, *self._aside()}, "the checkpoint")
-        tensors, extras = _mapped(tensors, extras, self.name_map)
+        known = {*tensors, *extras, *unproven, *own, *absent, *self._aside()}
+        warn_unknown(self.name_map.values(), known, "the checkpoint")
+        named = catalog._replace(
+            tensors=_mapped(tensors, self.name_map),
+            extras=_mapped(extras, self.name_map),
+            unproven=_mapped(unproven, self.name_map),
+            own=_mapped(own, self.name_map),
+        )
         absent = {
             **{name: ranks for name, ranks in absent.items() if name not in self.name_map},
             **{name: absent[source] for name, source in self.name_map.items() if source in absent},
         }
-        return catalog._replace(tensors=tensors, extras=extras, absent=absent)
+        return named._replace(absent=absent)
 
     def _aside(self) -> set[str]:
         chosen = (chosen_name(self.choice, name, self.truthy) for name in self.aside) if self.name_map else ()
         return {name for name in chosen if name is not None}
 
     def _chosen(
-        self, choice: Optional[Choice], tensors: Mapping[str, SourceTensor], taken: dict[str, str]
-    ) -> dict[str, SourceTensor]:
+        self, choice: Optional[Choice], tensors: Mapping[str, _Named], taken: dict[str, str]
+    ) -> dict[str, _Named]:
         """One group under its new names. `taken` is new name -> old one over all groups, and is added to."""
-        found: dict[str, SourceTensor] = {}
+        found: dict[str, _Named] = {}
         for name, tensor in tensors.items():
             new = chosen_name(choice, name, self.truthy)
             if new is None:
@@ -105,9 +117,35 @@ def _is_numpy_bool(value: Any) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
-def called(tensor: SourceTensor, name: str) -> SourceTensor:
+def called(tensor: _Named, name: str) -> _Named:
     """A parameter under a name; where it is stored stays."""
+    if isinstance(tensor, Held):
+        return tensor._replace(name=name)
     return tensor if tensor.meta.name == name else tensor._replace(meta=tensor.meta._replace(name=name))
+
+
+def _groups(catalog: Catalog) -> tuple[Mapping[str, Union[SourceTensor, Held]], ...]:
+    return catalog.tensors, catalog.extras, catalog.unproven, catalog.own
+
+
+def _tell_dropped(catalog: Catalog, kept: Iterable[str]) -> None:
+    """Log what a choice left out: how many parameters and bytes, and some of their names."""
+    names = set(kept)
+    dropped = {n: held for group in _groups(catalog) for n, held in group.items() if n not in names}
+    if dropped:
+        nbytes = sum(map(catalog.nbytes, dropped.values()))
+        log.info("choice_func leaves out %d parameters, %d bytes: %s", len(dropped), nbytes, some(dropped))
+
+
+def some(names: Iterable[str]) -> str:
+    """Names for a message, cut short when there are many.
+
+    >>> some("abcdefg")
+    "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    listed = list(names)
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(map(repr, listed[:_LISTED])) + more
 
 
 def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> None:
@@ -118,14 +156,8 @@ def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> No
         log.warning("name_map speaks of parameters that %s does not hold: %s%s", which, missing[:_LISTED], more)
 
 
-def _mapped(
-    tensors: Mapping[str, SourceTensor], extras: Mapping[str, SourceTensor], name_map: Mapping[str, str]
-) -> tuple[dict[str, SourceTensor], dict[str, SourceTensor]]:
-    """Both groups with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
-    kept, kept_extras = ({n: t for n, t in held.items() if n not in name_map} for held in (tensors, extras))
-    for target, source in name_map.items():
-        if source in tensors:
-            kept[target] = called(tensors[source], target)
-        elif source in extras:
-            kept_extras[target] = called(extras[source], target)
-    return kept, kept_extras
+def _mapped(held: Mapping[str, _Named], name_map: Mapping[str, str]) -> dict[str, _Named]:
+    """A group with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
+    kept = {name: tensor for name, tensor in held.items() if name not in name_map}
+    kept.update({name: called(held[source], name) for name, source in name_map.items() if source in held})
+    return kept

@@ -28,7 +28,8 @@ FULL = {
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     strategy = strategy_of(LAYOUTS, tmp_path / "src.ckpt")
-    strategy_of({name: Layout((4,), ((0,),)) for name in ("bias", "shard")}, tmp_path / "dst.ckpt")
+    ones = {name: Layout((4,), ((0,),)) for name in ("bias", "shard")}
+    strategy_of({**ones, "weight": Layout((4,), ((), (0,)))}, tmp_path / "dst.ckpt")
     return cut(strategy, FULL, tmp_path / "src")
 
 
