@@ -3,6 +3,7 @@
     CheckpointError                 the root: `except CheckpointError` catches all of them
     ├── UsageError                  an argument is wrong: fix the call                     (also a ValueError)
     │   ├── ArgumentTypeError       an argument has the wrong type                         (also a TypeError)
+    │   ├── MissingNameError        a dictionary lacks a parameter                         (also a KeyError)
     │   └── UnsupportedError        stock MindSpore takes this value of an argument, this package does not
     ├── MissingDependencyError      an optional package is needed and absent               (also an ImportError)
     ├── DiscoveryError              no file, several equally good ones, or those of several steps, where one is needed
@@ -43,6 +44,13 @@ class UsageError(CheckpointError, ValueError):
 
 class ArgumentTypeError(UsageError, TypeError):
     """An argument has the wrong type; nothing was read or written."""
+
+
+class MissingNameError(UsageError, KeyError):
+    """A dictionary lacks a parameter that it was asked for."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class UnsupportedError(UsageError):

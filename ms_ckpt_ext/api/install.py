@@ -33,11 +33,18 @@ _HOMES = {
     "transform_checkpoints": "api.transform",
     "transform_checkpoint_by_rank": "api.transform",
     "rank_list_for_transform": "api.transform",
+    "convert_checkpoints": "api.transform",
+    "convert_checkpoint_by_rank": "api.transform",
+    "rank_list_for_convert": "api.transform",
     "ckpt_to_safetensors": "api.convert",
     "safetensors_to_ckpt": "api.convert",
     "load_segmented_checkpoints": "api.parameters",
     "load_checkpoint": "api.parameters",
     "load_checkpoint_async": "api.background",
+    "build_searched_strategy": "api.family",
+    "merge_sliced_parameter": "api.family",
+    "restore_group_info_list": "api.family",
+    "get_ckpt_path_with_strategy": "api.family",
 }
 NAMES = tuple(_HOMES)
 """What `install` can replace."""

@@ -144,9 +144,7 @@ def resume(
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
         live.give_up(error, timeout)
-    wanted = Wanted(
-        directory, live.host_name(options), trained, format, access, check == "digests", frozenset(naming.name_map)
-    )
+    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests")
     filled, skipped = live.fill_newest(
         cell,
         wanted,

@@ -228,6 +228,12 @@ def rank_list_for_transform(
     return sorted(needed_ranks(trained, wanted, rank_id), reverse=True)
 
 
+convert_checkpoints = transform_checkpoints
+convert_checkpoint_by_rank = transform_checkpoint_by_rank
+rank_list_for_convert = rank_list_for_transform
+"""Newer names in `mindspore.parallel` for the same."""
+
+
 def _strategy(value: Union[PathLike, Strategy, None], argument: str) -> Optional[Strategy]:
     return value if value is None or isinstance(value, Strategy) else load_strategy(path_of(value, argument))
 

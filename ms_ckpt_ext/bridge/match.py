@@ -102,12 +102,13 @@ class Matches(NamedTuple):
     passed: Mapping[str, str]
 
 
-def match_parameters(network: Any, offers: Mapping[str, Offer], exact: bool) -> Matches:
-    """Pair Parameters with offers, by name, then (unless exact) by suffix.
+def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer], exact: bool) -> Matches:
+    """Pair Parameters with what the catalog offers, by name, then (unless exact) by suffix.
 
     Raises:
         UnsupportedError: a Parameter is a MapParameter.
         LayoutMismatchError: a suffix has several readings.
+        CoverageError: a Parameter gets nothing, or would get another's, as what it goes by is absent from the files.
     """
     named, missing = sort_parameters(network, offers)
     for parameter in named:
@@ -116,7 +117,9 @@ def match_parameters(network: Any, offers: Mapping[str, Offer], exact: bool) -> 
                 f"parameter {parameter.name!r} is a MapParameter, which cannot be resharded; load it with MindSpore",
                 "network",
             )
-    found = Suffixes({}, {}) if exact else suffixes(_names(missing), _names(named), offers)
+    found = Suffixes({}, {}) if exact else suffixes(_names(missing), _names(named), offers, catalog.absent)
+    catalog.require([*_names(missing), *found.found.values()])
+    tell_suffixes(found)
     stored = {**{name: name for name in _names(named)}, **found.found}
     filled = [(p, stored[p.name]) for p in (*named, *missing) if p.name in stored]
     matches = [Match(parameter, name, offers[name]) for parameter, name in filled]
@@ -155,13 +158,13 @@ def _names(parameters: Iterable[Any]) -> list[str]:
     return [parameter.name for parameter in parameters]
 
 
-def suffixes(missing: Sequence[str], named: Sequence[str], offers: Mapping[str, Offer]) -> Suffixes:
-    """What missing names are called in the checkpoint; the log tells. Raises as `match_suffixes`."""
-    contents = {name: _stored(offer) for name, offer in offers.items()}
+def suffixes(
+    missing: Sequence[str], named: Sequence[str], offers: Mapping[str, Offer], absent: Iterable[str]
+) -> Suffixes:
+    """What missing names are called in the checkpoint, be it there or absent. Raises as `match_suffixes`."""
+    contents = {**{name: (name, 0) for name in absent}, **{name: _stored(offer) for name, offer in offers.items()}}
     mapped = [name for name in named if offers[name].tensor.stored_name != name]
-    found = match_suffixes(missing, named, contents, mapped)
-    tell_suffixes(found)
-    return found
+    return match_suffixes(missing, named, contents, mapped)
 
 
 def told_passed(found: Matches) -> str:
@@ -185,13 +188,6 @@ def tell_suffixes(found: Suffixes) -> None:
 def _stored(offer: Offer) -> tuple[str, int]:
     """The same for offers of the same contents: what a name map gives another name is not left over under its own."""
     return offer.tensor.stored_name, id(offer.tensor.recipe)
-
-
-def check_present(catalog: Catalog, missing: Sequence[str], exact: bool) -> None:
-    """Raise CoverageError when a Parameter that got nothing is one that the checkpoint should have, by any match."""
-    for absent in catalog.absent:
-        if absent in missing or (not exact and any(absent.endswith(f".{name}") for name in missing)):
-            catalog.require([absent])
 
 
 def is_parallel(network: Any) -> bool:

@@ -23,7 +23,6 @@ from ms_ckpt_ext.bridge.match import (
     Offer,
     check_cell,
     check_fit,
-    check_present,
     match_parameters,
     nbytes_of,
     offers_of,
@@ -72,8 +71,7 @@ def fill(
     """
     check_cell(network)
     offers = offers_of(catalog, strategy, rank)
-    found = match_parameters(network, offers, strict or not by_suffix)
-    check_present(catalog, found.missing, strict or not by_suffix)
+    found = match_parameters(network, catalog, offers, strict or not by_suffix)
     for match in found.matches:
         check_fit(match, strict)
     prove_matches(found.matches, catalog, workers, limits)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.bridge.match import check_cell, is_parallel
+from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, offers_of
 from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.naming import Naming
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.session import LoadReport
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
 from ms_ckpt_ext.transport import select
 from ms_ckpt_ext.transport.agree import share_status
 
@@ -71,6 +74,28 @@ def layouts_of(network: Any) -> Optional[Mapping[str, Any]]:
     return layouts or None
 
 
+def _lacks(
+    network: Any,
+    target: Optional[Strategy],
+    rank: int,
+    naming: Naming,
+    rules: tuple[Rule, ...],
+    strict: bool,
+    catalog: Catalog,
+) -> str:
+    """What the network wants of the checkpoint and no file holds; "" if nothing. What nobody wants may be absent."""
+    if not catalog.absent:
+        return ""
+    try:
+        named = naming.of(catalog.ruled(rules))
+        match_parameters(network, named, offers_of(named, target, rank), strict)
+    except CoverageError as error:
+        return str(error)
+    except CheckpointError:
+        return ""  # of the call, not of the files: the load will say it
+    return ""
+
+
 def fill_newest(
     network: Any,
     wanted: Wanted,
@@ -90,6 +115,7 @@ def fill_newest(
     Returns:
         What was loaded, None when there is no complete checkpoint; and those that were skipped.
     """
+    wanted = replace(wanted, lacks=partial(_lacks, network, target, rank, naming, rules, strict))
     transport = select.choose(timeout=options.timeout)
     try:
         share_status(transport)  # a rank whose arguments were refused says so here, see together.give_up

@@ -19,7 +19,6 @@ from ms_ckpt_ext.bridge.match import (
     Matches,
     check_cell,
     check_fit,
-    check_present,
     match_parameters,
     offers_of,
     told_passed,
@@ -144,8 +143,8 @@ def fill_together(
 
         def settle() -> Matches:
             check_cell(network)
-            found = match_parameters(network, offers_of(catalog, target, rank), strict or not by_suffix)
-            check_present(catalog, found.missing, strict or not by_suffix)
+            offers = offers_of(catalog, target, rank)
+            found = match_parameters(network, catalog, offers, strict or not by_suffix)
             for match in found.matches:
                 check_fit(match, strict)
             if require_all and found.missing:

@@ -7,8 +7,8 @@
 4. Where the samples are equal, those of the ranks that differ on an axis the strategy knows are read whole.
 
 So a tensor of n bytes costs at most n for each pipeline stage that has it and for each device axis, and 64 KiB for each
-other divisor of a stage's device count. What differs only between ranks that stand for nobody is not found here:
-`verify` compares everything.
+other divisor of a stage's device count. What differs only between ranks that stand for nobody is not found so:
+`Depth.ALL`, as `verify` has it, looks at every byte of every copy.
 
 Who looks is an argument: one process alone (`probes.Alone`), or all ranks of a job that share the work.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import cache, lru_cache, partial
 from typing import Callable, Optional
 
@@ -35,6 +36,14 @@ SAMPLES, SAMPLE = 16, 4096
 """How many samples of a larger tensor are compared before the whole of it, and the bytes of each."""
 
 
+class Depth(Enum):
+    """How much is looked at: steps 1 to 3, steps 1 to 4, or every byte of every copy, whatever is on record."""
+
+    SAMPLES = 1
+    STANDING = 2
+    ALL = 3
+
+
 OnRecord = Callable[[Sequence[int]], Mapping[int, Mapping[str, str]]]
 """Numbers of files -> for those that are on record, name in the file -> digest."""
 Copies = dict[tuple[str, int], tuple[Probe, ...]]
@@ -46,6 +55,7 @@ def compared(
     names: Optional[Iterable[str]] = None,
     look: Optional[Look] = None,
     on_record: Optional[OnRecord] = None,
+    depth: Depth = Depth.STANDING,
 ) -> Catalog:
     """The catalog with what was unproven among its `extras` where it is alike, and among its `own` where it differs.
 
@@ -53,6 +63,7 @@ def compared(
         names: which to compare; None for all. Others stay unproven.
         look: who reads; by default this process, alone.
         on_record: who looks for digests on record; by default this process, unless others read.
+        depth: how much is looked at.
 
     Raises:
         FormatError, StorageError: a file cannot be read.
@@ -63,8 +74,8 @@ def compared(
         return catalog
     alone = Alone(catalog)
     if on_record is None:
-        on_record = partial(recorded, catalog) if look is None else _nothing
-    groups = _groups(catalog, todo, look or alone, on_record)
+        on_record = partial(recorded, catalog) if look is None and depth is not Depth.ALL else _nothing
+    groups = _groups(catalog, todo, look or alone, on_record, depth)
     if alone.count.reads:
         told = len(todo), alone.count.nbytes, alone.count.reads
         log.info("compared %d tensors outside the strategy: %d bytes in %d reads", *told)
@@ -81,11 +92,13 @@ def _nothing(_files: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
     return {}
 
 
-def _groups(catalog: Catalog, todo: Sequence[Held], look: Look, on_record: OnRecord) -> dict[str, tuple[Group, ...]]:
+def _groups(
+    catalog: Catalog, todo: Sequence[Held], look: Look, on_record: OnRecord, depth: Depth
+) -> dict[str, tuple[Group, ...]]:
     """By name, the ranks that were looked at in groups that hold the same."""
     found = _by_records(todo, on_record(sorted({file for held in todo for file in held.files.values()})))
     left = [held for held in todo if held.name not in found]
-    standing = _Standing(catalog)
+    standing = _Standing(catalog, depth)
     found.update(_seen({copy: probes for held in left for copy, probes in standing.first(held).items()}, look))
     alike_so_far = [held for held in left if len(found[held.name]) == 1]
     found.update(_seen({copy: probes for held in alike_so_far for copy, probes in standing.second(held).items()}, look))
@@ -95,7 +108,8 @@ def _groups(catalog: Catalog, todo: Sequence[Held], look: Look, on_record: OnRec
 class _Standing:
     """Whose copies are looked at, and where."""
 
-    def __init__(self, catalog: Catalog) -> None:
+    def __init__(self, catalog: Catalog, depth: Depth) -> None:
+        self._depth = depth
         self._files = catalog.files
         strategy = catalog.strategy
         self._devices = strategy.devices_per_stage if strategy else 1
@@ -111,7 +125,7 @@ class _Standing:
     def first(self, held: Held) -> Copies:
         """All copies of a small tensor, or samples of some of a larger one."""
         nbytes = self._nbytes(held)
-        if nbytes <= SMALL:
+        if nbytes <= SMALL or self._depth is Depth.ALL:
             return _copies(held, held.files, (Extent(0, nbytes),))
         stand = self._of(held)
         return _copies(held, sorted((*stand.whole, *stand.sampled)), samples(nbytes))
@@ -120,7 +134,8 @@ class _Standing:
         """The whole of some copies, unless the first look saw all of it."""
         nbytes = self._nbytes(held)
         whole = (Extent(0, nbytes),)
-        return {} if nbytes <= SMALL or samples(nbytes) == whole else _copies(held, self._of(held).whole, whole)
+        seen = nbytes <= SMALL or samples(nbytes) == whole
+        return {} if seen or self._depth is not Depth.STANDING else _copies(held, self._of(held).whole, whole)
 
     def _nbytes(self, held: Held) -> int:
         return held.entry(self._files, next(iter(held.files))).nbytes

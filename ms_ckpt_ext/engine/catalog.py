@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_wh
 from ms_ckpt_ext.core.reads import Extent, Task
 from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.engine.folders import folder_tensors
+from ms_ckpt_ext.engine.folders import folder_contents
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.outside import Held, alike, outside_of
 from ms_ckpt_ext.engine.surplus import of_strategy
@@ -389,9 +389,10 @@ def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
 
 
 def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access = PLAIN) -> Catalog:
-    """A folder of MindFormers from the headers of its files. Raises as `folder_tensors`."""
+    """A folder of MindFormers from the headers of its files. Raises as `folder_contents`."""
     indexes = tuple(index_of.values())
-    return Catalog(indexes, folder_tensors(index_of, folder), {}, _notes(indexes), access)
+    found = folder_contents(index_of, folder)
+    return Catalog(indexes, found.tensors, {}, _notes(indexes), access, found.absent)
 
 
 def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:

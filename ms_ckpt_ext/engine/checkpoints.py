@@ -108,7 +108,7 @@ def find_candidates(directory: str, kind: Optional[str] = None) -> list[Candidat
 def _in_folder(root: Path, folder: Path, suffixes: list[str]) -> Iterator[Candidate]:
     where = "" if folder == root else folder.name
     if any((folder / name).is_file() for name in _MERGED_BY):
-        yield Candidate(where, MERGED, {}, folder.stat().st_mtime)
+        yield Candidate(where, MERGED, {}, folder.stat().st_mtime, trouble=mindformers.complaint(str(folder)))
         if not discovery.is_sharded(str(folder)):
             return  # the files beside the map are its parts
     found: dict[str, dict[int, Held]] = {}

@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
@@ -37,13 +36,14 @@ from ms_ckpt_ext.errors import (
     CheckpointError,
     DisagreementError,
     DiscoveryError,
+    FormatError,
     PeerError,
     TransportError,
     name_ranks,
     storage_error,
 )
 from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.mindformers import COMMON_NAME
+from ms_ckpt_ext.formats.mindformers import read_common
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.transport.agree import agree, share_status
 from ms_ckpt_ext.transport.base import Transport
@@ -58,6 +58,11 @@ class Skipped(NamedTuple):
     reason: str
 
 
+def first_absent(catalog: Catalog) -> str:
+    """Where the first parameter should be that no file holds; "" when there is none."""
+    return next((f"parameter {name!r} should be in {where}" for name, where in catalog.absent.items()), "")
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Where to look, and for what.
@@ -69,7 +74,7 @@ class Wanted:
         kind: "safetensors", "ckpt" or None.
         access: how files are opened.
         digests: compare every tensor with the digests on record: reads everything once.
-        renamed: names that the load takes from parameters of other names, so that no file need have them.
+        lacks: what the load wants of a checkpoint and its files do not hold, in words; "" if nothing. Ranks may differ.
     """
 
     directory: str
@@ -78,7 +83,7 @@ class Wanted:
     kind: Optional[str] = None
     access: Access = PLAIN
     digests: bool = False
-    renamed: frozenset[str] = frozenset()
+    lacks: Callable[[Catalog], str] = first_absent
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ def _read_headers(
             catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
         else:
             catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access).taken_as_alike()
-        problem = _uncovered(catalog, wanted.renamed)
+        problem = wanted.lacks(catalog) or _uncovered(catalog)
         result = seen, catalog, listing
     except PeerError:
         pass  # the peer tells below; if it is gone, that shows below too
@@ -220,11 +225,8 @@ def _here(look: Callable[[], Listing]) -> Listing:
         return Listing({}, False, None)
 
 
-def _uncovered(catalog: Catalog, renamed: frozenset[str]) -> str:
+def _uncovered(catalog: Catalog) -> str:
     """The first parameter that lacks a slice in every place where it could be whole; "" when there is none."""
-    for name, where in catalog.absent.items():
-        if name not in renamed:
-            return f"parameter {name!r} should be in {where}"
     for name, tensor in catalog.tensors.items():
         lacking = [[cell for cell in p.expected if not p.holders.get(cell)] for p in tensor.placements]
         if lacking and all(lacking):
@@ -237,9 +239,8 @@ def _common(transport: Transport[Any], listing: Listing) -> dict[str, Value]:
     """The training scalars of a MindFormers folder."""
     mine: dict[str, Any] = {}
     if listing.folder is not None:
-        with contextlib.suppress(OSError, ValueError):  # it may lack them
-            held = json.loads(Path(listing.folder.path, COMMON_NAME).read_bytes())
-            mine = {name: value for name, value in held.items() if isinstance(value, (int, float, str))}
+        with contextlib.suppress(FormatError):  # of one that is chosen it was readable a moment ago
+            mine = dict(read_common(listing.folder.path))
     told: dict[str, Any] = next(filter(None, map(unpack, transport.share(pack(mine)))), {})
     return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 

@@ -124,8 +124,9 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
 
 
 def refuse_empty(catalog: Catalog) -> None:
-    """Raise UsageError for a checkpoint without parameters."""
+    """Raise UsageError for a checkpoint without parameters, CoverageError when it is known where they should be."""
     if not catalog.tensors:
+        catalog.require(catalog.absent)
         files = ", ".join(repr(index.path) for index in catalog.files[:3])
         raise UsageError(f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path")
 

@@ -4,11 +4,10 @@
     root/iteration_%08d/{prefix}-model-{file:07d}-{files:07d}.safetensors     parameters of one or more ranks
     root/iteration_%08d/{prefix}-opt-{file:07d}-{files:07d}.safetensors       optimizer states
     root/iteration_%08d/metadata.json              who holds which slice; absent when one device saved everything whole
-    root/iteration_%08d/common.json                training scalars; not needed here
+    root/iteration_%08d/common.json                training scalars, and whether the training was healthy
 
-`metadata.json` says for every parameter its full shape, its layout in MindSpore's terms, and for every slice the files
-that hold it. A slice is named by `global_offset`, which is no offset: it is the slice's number, row-major over the grid
-of slices. Read with MindFormers 2.0 and 2.1 at hand; both write the same.
+Files that the metadata names and that are not there are missed by who wants their parameters: the optimizer's are often
+deleted to save space, and weights load without them.
 """
 
 from __future__ import annotations
@@ -16,27 +15,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.layout import Cell, Layout, whole
-from ms_ckpt_ext.core.region import Shape
-from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, FormatError, StrategyError
+from ms_ckpt_ext import log
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.mindformers_metadata import Cut, file_name, layout_of, read_cuts
 
+__all__ = ["COMMON_NAME", "METADATA_NAME", "Cut", "Folder", "find_folder", "layout_of", "read_common", "read_cuts"]
 METADATA_NAME = "metadata.json"
 COMMON_NAME = "common.json"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
-_FILE = re.compile(r"-(model|opt)-\d{7}-\d{7}\.safetensors$")
-
-
-class Cut(NamedTuple):
-    """One parameter of a folder: its full shape, how it is cut, and which files (by name) hold every slice."""
-
-    shape: Shape
-    layout: Layout
-    holders: Mapping[Cell, tuple[str, ...]]
+_ITERATION = re.compile(r"[0-9]{1,18}")
+_COUNTS = ("epoch_num", "step_num", "global_step", "global_batch_size")
+HEALTHY = 0
 
 
 class Folder(NamedTuple):
@@ -44,7 +38,7 @@ class Folder(NamedTuple):
 
     Attributes:
         path: the folder of one iteration.
-        files: name -> path of every safetensors file.
+        files: name -> path of every safetensors file that belongs to it and is there.
         cuts: parameter -> how it lies in the files; None when every file holds whole parameters.
     """
 
@@ -54,11 +48,12 @@ class Folder(NamedTuple):
 
 
 def find_folder(directory: str) -> Optional[Folder]:
-    """The checkpoint in `directory`, an iteration's folder or the root above; None when it is no such directory.
+    """The checkpoint in `directory`, an iteration's folder or the root above it; None when it is no such directory.
 
     Raises:
-        DiscoveryError: a file that the metadata names is not there, or the newest iteration is gone.
-        FormatError, StrategyError: as `read_cuts`.
+        DiscoveryError: no file that the metadata names is there, or the newest iteration is gone; or the files are
+            those of several ranks, and nothing says how they are cut.
+        FormatError, StrategyError: as `read_cuts`; or the newest iteration is no number.
     """
     root = Path(directory)
     tracker = root / TRACKER_NAME
@@ -67,121 +62,89 @@ def find_folder(directory: str) -> Optional[Folder]:
     names = [path.name for path in discovery.inside(root, Path.is_file)] if os.path.isdir(root) else []
     files = {name: str(root / name) for name in names if name.endswith(".safetensors")}
     if METADATA_NAME not in names:
-        ours = bool(files) and all(_FILE.search(name) for name in files)
-        return Folder(str(root), files, None) if ours else None
+        return _whole(root, files)
     cuts = read_cuts(str(root / METADATA_NAME))
     if cuts is None:
         return None
-    named = {file for cut in cuts.values() for holders in cut.holders.values() for file in holders}
-    absent = sorted(named - set(files))
-    if absent:
+    named = sorted({file for cut in cuts.values() for holders in cut.holders.values() for file in holders})
+    held = {name: files[name] for name in named if name in files}
+    if not held:
+        told = f"names {len(named)} files, {named[0]!r} and so on" if named else "names no file"
         raise DiscoveryError(
-            f"{str(root / METADATA_NAME)!r} names {len(absent)} files that {str(root)!r} does not hold, the first is "
-            f"{absent[0]!r}: the save did not finish, or files were moved; use another iteration"
+            f"{str(root / METADATA_NAME)!r} {told}, and {str(root)!r} holds none of these: the save did not finish, or "
+            "files were moved; use another iteration"
         )
-    return Folder(str(root), {name: files[name] for name in sorted(named)}, cuts)
+    return Folder(str(root), held, cuts)
+
+
+def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
+    """What one device saved; None when the files are not MindFormers'."""
+    told = {name: file_name(name) for name in files}
+    totals = sorted({name.total for name in told.values() if name is not None})
+    if not files or None in told.values():
+        return None
+    if totals != [1]:
+        raise DiscoveryError(
+            f"{str(root)!r} holds files of {totals[-1]} ranks, such as {next(iter(files))!r}, and no {METADATA_NAME} "
+            "that says how they are cut: the save did not finish, or it was lost; restore it, or use another iteration"
+        )
+    return Folder(str(root), files, None)
 
 
 def _newest(tracker: Path) -> Path:
-    text = tracker.read_text(encoding="utf-8").strip()
-    folder = tracker.parent / f"iteration_{int(text) if text.isdigit() else -1:08d}"
+    try:
+        text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise storage_error("read", str(tracker), error) from error
+    if not _ITERATION.fullmatch(text):
+        raise FormatError(
+            f"{str(tracker)!r} should hold the number of the newest iteration, and holds {text!r}: restore it, or give "
+            "the folder of an iteration"
+        )
+    folder = tracker.parent / f"iteration_{int(text):08d}"
     if not folder.is_dir():
         raise DiscoveryError(
             f"{str(tracker)!r} says the newest iteration is {text!r}, but there is no {folder.name!r} beside it; "
             "give the folder of an iteration that is there"
         )
+    if complaint(str(folder)):
+        log.warning("%r is the newest iteration, and taken, but %s", str(folder), complaint(str(folder)))
     return folder
 
 
-def read_cuts(path: str) -> Optional[dict[str, Cut]]:
-    """The parameters of a `metadata.json`; None when the file is something else of that name.
+def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
+    """The training scalars of an iteration's `common.json`, without those that are null; empty when there is no file.
 
     Raises:
-        FormatError: it is not JSON, or lacks something; names the parameter.
-        StrategyError: a layout that this package does not know how to cut, such as an interleaved one; names it too.
+        FormatError: it is not JSON, or what should be a number is none.
+    """
+    path = os.path.join(folder, COMMON_NAME)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        held: Any = json.loads(Path(path).read_bytes())
+        told = {name: value for name, value in held.items() if value is not None}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise FormatError(f"{path!r} is not what MindFormers writes ({error}); use another iteration") from error
+    for name, value in told.items():
+        counts = name in _COUNTS and not (type(value) is int and 0 <= value < 1 << 63)
+        if counts or (name in ("loss_scale", "ckpt_status") and not isinstance(value, (int, float))):
+            raise FormatError(f"{path!r} says that {name} is {value!r}, which it cannot be; use another iteration")
+    return {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
+
+
+def complaint(folder: str) -> str:
+    """Why an iteration's `common.json` speaks against using it; "" when it does not.
+
+    MindFormers' health monitor notes 0 for a healthy checkpoint, and null where it did not look.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path!r} is not readable JSON ({error}); use another iteration") from error
-    if not isinstance(content, dict) or not {"state_dict_metadata", "storage_data"} <= content.keys():
-        return None
-    try:
-        holders = _holders(content["storage_data"])
-        return {name: _cut(name, entry, holders, path) for name, entry in content["state_dict_metadata"].items()}
-    except (AttributeError, KeyError, TypeError, SyntaxError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise FormatError(f"{path!r} is not laid out as MindFormers does ({type(error).__name__}: {error})") from error
-
-
-def _holders(storage: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, int], tuple[str, ...]]:
-    """(parameter, number of the slice) -> files."""
-    import ast  # here, for few folders are MindFormers's
-
-    found = {}
-    for key, places in storage.items():
-        name, offset = ast.literal_eval(key)
-        names = tuple(dict.fromkeys(place["file_name"] for place in places))
-        for file in names:
-            if not isinstance(file, str) or os.path.basename(file) != file:
-                raise FormatError(f"slice {key} lies in {file!r}, which is not the name of a file beside the metadata")
-        found[name, int(offset[0])] = names
-    return found
-
-
-def _cut(name: str, entry: Mapping[str, Any], holders: Mapping[tuple[str, int], tuple[str, ...]], path: str) -> Cut:
-    shape = tuple(int(extent) for extent in entry["global_shape"] or ())
-    raw = entry["layout"]
-    layout = whole(len(shape)) if raw is None else layout_of(name, raw, path)
-    if len(layout.parts) != len(shape):
-        raise FormatError(
-            f"{path!r}: parameter {name!r} has shape {list(shape)} and a layout of {len(layout.parts)} axes"
-        )
-    cells = {}
-    for chunk in entry["chunk"]:
-        number = int(chunk["global_offset"][0])
-        local = tuple(int(extent) for extent in chunk["local_shape"] or ())
-        if local != layout.slice_shape(shape):
-            raise FormatError(
-                f"{path!r}: slice {number} of {name!r} has shape {list(local)}, but its layout cuts {list(shape)} into "
-                f"slices of {list(layout.slice_shape(shape))}"
-            )
-        cells[_cell(number, layout.parts)] = holders.get((name, number), ())
-    return Cut(shape, layout, cells)
-
-
-def _cell(number: int, parts: Shape) -> Cell:
-    """The slice's place in the grid: row-major."""
-    cell = []
-    for extent in reversed(parts):
-        number, index = divmod(number, extent)
-        cell.append(index)
-    return tuple(reversed(cell))
-
-
-def layout_of(name: str, raw: Mapping[str, Any], origin: str) -> Layout:
-    """A layout as `mindspore.Layout.to_dict` gives it.
-
-    Raises:
-        StrategyError: an interleaved layout, or ranks that are no pipeline stage in order.
-    """
-    if raw.get("interleaved_parallel"):
-        raise StrategyError(
-            f"{origin}: parameter {name!r} has an interleaved_parallel layout, which is not cut into boxes; "
-            "save without interleaving, or load it with MindFormers' own loader"
-        )
-    ranks = list(raw["rank_list"])
-    if ranks != list(range(ranks[0], ranks[0] + len(ranks))) or ranks[0] % len(ranks):
-        raise StrategyError(
-            f"{origin}: parameter {name!r} lies on ranks {ranks[:8]}, which are no pipeline stage in order; "
-            "load it with MindFormers' own loader"
-        )
-    groups = ((value,) if isinstance(value, int) else tuple(value) for value in raw["tensor_map"])
-    layout = Layout(
-        tuple(int(extent) for extent in raw["device_matrix"]),
-        tuple(tuple(int(axis) for axis in group if axis != -1) for group in groups),
+        status = read_common(folder).get("ckpt_status", HEALTHY)
+    except FormatError as error:
+        return str(error)
+    if status == HEALTHY:
+        return ""
+    return (
+        f"its {COMMON_NAME} says ckpt_status {status!r}: MindFormers judged the training unhealthy when it was saved "
+        "(0 is healthy)"
     )
-    if layout.devices != len(ranks):
-        raise StrategyError(f"{origin}: parameter {name!r}: {layout.devices} devices, but {len(ranks)} ranks")
-    return layout

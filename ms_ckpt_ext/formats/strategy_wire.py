@@ -28,6 +28,7 @@ from ms_ckpt_ext.formats.wire import (
     encode_bytes,
     encode_number,
     fields,
+    numbers,
     signed,
 )
 
@@ -178,25 +179,11 @@ def _text(raw: bytes, found: Field, path: str) -> str:
 def _layouts(cursor: Cursor, parts: Sequence[Field]) -> Layouts:
     """A message; where it stands more than once, all of it, as protobuf merges what does."""
     rows: list[list[tuple[int, ...]]] = [[] for _ in _ROWS]
-    numbers = [0 for _ in _NUMBERS]
+    single = [0 for _ in _NUMBERS]
     for found in (field for part in parts for field in _within(cursor, part)):
         if found.wire == BYTES and found.number in _ROWS:
-            rows[found.number - 1].append(tuple(_row(cursor, found)))
-        elif found.wire == VARINT and found.number in _NUMBERS:
-            numbers[found.number - 5] = signed(found.value)
-    return Layouts(*map(tuple, rows), *numbers)  # type: ignore[arg-type]
-
-
-def _row(cursor: Cursor, outer: Field) -> list[int]:
-    """Numbers one by one, or packed."""
-    row: list[int] = []
-    for found in _within(cursor, outer):
-        if found.number != 1:
-            continue
-        if found.wire == VARINT:
-            row.append(signed(found.value))
-        elif found.wire == BYTES:
             cursor.pos = found.value
-            while cursor.pos < found.stop:
-                row.append(signed(cursor.varint(found.stop)))
-    return row
+            rows[found.number - 1].append(tuple(signed(value) for value in numbers(cursor, found.stop, 1)))
+        elif found.wire == VARINT and found.number in _NUMBERS:
+            single[found.number - 5] = signed(found.value)
+    return Layouts(*map(tuple, rows), *single)  # type: ignore[arg-type]

@@ -185,6 +185,22 @@ def fields(cursor: Cursor, end: int) -> Iterator[Field]:
         cursor.pos = stop
 
 
+def numbers(cursor: Cursor, end: int, number: int) -> list[int]:
+    """The unsigned numbers of one repeated field of the message from the cursor to `end`: one by one, or packed.
+
+    Raises as `fields`.
+    """
+    found: list[int] = []
+    for field in fields(cursor, end):
+        if field.number == number and field.wire == VARINT:
+            found.append(field.value)
+        elif field.number == number and field.wire == BYTES:
+            cursor.pos = field.value
+            while cursor.pos < field.stop:
+                found.append(cursor.varint(field.stop))
+    return found
+
+
 def signed(value: int) -> int:
     """A varint read as the two's complement number of 64 bits that int32 and int64 fields hold.
 

@@ -22,10 +22,12 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.api import install as installer
+from ms_ckpt_ext.bridge import names
 from ms_ckpt_ext.errors import UnsupportedError, UsageError
 from tests.jobs.support import read_file, read_merged
 
-STOCK = {name: getattr(mindspore, name) for name in installer.NAMES}
+STOCK = names.stock_functions(installer.NAMES)
+"""Name -> MindSpore's functions of it: what moved to `mindspore.parallel` has a wrapper where it was."""
 
 
 def references(function: Any) -> set[tuple[str, str]]:
@@ -35,41 +37,48 @@ def references(function: Any) -> set[tuple[str, str]]:
     return {(name, key) for name, key, value in held if value is function}
 
 
-ALIASES = {name: references(function) for name, function in STOCK.items()}
+ALIASES = {function: references(function) for functions in STOCK.values() for function in functions}
 
 
 def test_the_names_that_are_known() -> None:
     """As of MindSpore 2.10; an alias under another name, and one in a module of its own, are among them."""
     assert set(installer.NAMES) >= {"unified_safetensors", "load_distributed_checkpoint", "transform_checkpoints"}
-    assert ALIASES["load_distributed_checkpoint"] >= {
+    new, old = STOCK["load_distributed_checkpoint"]
+    assert ALIASES[new] >= {
         ("mindspore", "load_distributed_checkpoint"),
         ("mindspore.parallel", "load_distributed_checkpoint"),
         ("mindspore.parallel.checkpoint_transform", "load_distributed_checkpoint"),
         ("mindspore.train.serialization", "new_load_distributed_checkpoint"),
     }
-    assert ("mindspore.parallel.checkpoint_convert", "transform_checkpoints") in ALIASES["transform_checkpoints"]
-    assert ("mindspore.train.serialization", "ckpt_to_safetensors") in ALIASES["ckpt_to_safetensors"]
+    assert ALIASES[old] == {
+        ("mindspore.train", "load_distributed_checkpoint"),
+        ("mindspore.train.serialization", "load_distributed_checkpoint"),
+    }
+    (transform,), (convert,) = STOCK["transform_checkpoints"], STOCK["ckpt_to_safetensors"]
+    assert ("mindspore.parallel.checkpoint_convert", "transform_checkpoints") in ALIASES[transform]
+    assert ("mindspore.train.serialization", "ckpt_to_safetensors") in ALIASES[convert]
 
 
 @pytest.fixture(autouse=True)
 def _put_back() -> Iterator[None]:
     yield
     ms_ckpt_ext.uninstall()
-    assert {name: getattr(mindspore, name) for name in STOCK} == STOCK
+    assert names.stock_functions(installer.NAMES) == STOCK
 
 
 def replaced() -> list[str]:
-    return [name for name in installer.NAMES if getattr(mindspore, name) is not STOCK[name]]
+    now = names.stock_functions(installer.NAMES)
+    return [name for name in installer.NAMES if now[name] != STOCK[name]]
 
 
 def test_every_alias_is_replaced_and_given_back() -> None:
     assert ms_ckpt_ext.install() == installer.NAMES
-    for name, stock in STOCK.items():
-        ours = getattr(mindspore, name)
-        assert ours.__wrapped__ is getattr(ms_ckpt_ext, name) and ours is not stock
-        assert references(ours) == ALIASES[name] and references(stock) == set()
+    for name, functions in STOCK.items():
+        for stock, ours in zip(functions, names.stock_functions([name])[name]):
+            assert ours.__wrapped__ is getattr(ms_ckpt_ext, name) and ours is not stock
+            assert references(ours) == ALIASES[stock] and references(stock) == set()
     ms_ckpt_ext.uninstall()
-    assert {name: references(stock) for name, stock in STOCK.items()} == ALIASES
+    assert {stock: references(stock) for stock in ALIASES} == ALIASES
 
 
 def test_twice_is_once_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -115,15 +124,15 @@ def test_modules_that_imported_a_name_before(monkeypatch: pytest.MonkeyPatch) ->
     user.merge, user.same_name = mindspore.unified_safetensors, 1
     monkeypatch.setitem(sys.modules, "user_code", user)
     ms_ckpt_ext.install(everywhere=False)
-    assert user.merge is STOCK["unified_safetensors"]
+    assert (user.merge,) == STOCK["unified_safetensors"]
     ms_ckpt_ext.uninstall()
     ms_ckpt_ext.install()
-    assert user.merge is mindspore.unified_safetensors is not STOCK["unified_safetensors"]
+    assert user.merge is mindspore.unified_safetensors is not STOCK["unified_safetensors"][0]
     later: Any = types.ModuleType("imported_later")
     later.merge = mindspore.unified_safetensors
     monkeypatch.setitem(sys.modules, "imported_later", later)
     ms_ckpt_ext.uninstall()
-    assert user.merge is later.merge is STOCK["unified_safetensors"]
+    assert (user.merge,) == (later.merge,) == STOCK["unified_safetensors"]
 
 
 def test_a_call_through_mindspore_is_ours(golden: Path, tmp_path: Path) -> None:
@@ -225,7 +234,7 @@ def test_importing_does_not_install_and_needs_no_mindspore() -> None:
 @pytest.mark.parametrize("name", installer.NAMES)
 def test_what_stock_takes_by_place_or_name_ours_takes_too(name: str) -> None:
     """Arguments in MindSpore's order, with its defaults; ours has more, by keyword only."""
-    theirs = list(inspect.signature(STOCK[name]).parameters.values())
+    theirs = list(inspect.signature(STOCK[name][0]).parameters.values())
     ours = list(inspect.signature(getattr(ms_ckpt_ext, name)).parameters.values())
     assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])

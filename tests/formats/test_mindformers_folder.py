@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import ms_ckpt_ext
 from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.errors import DiscoveryError, FormatError, LayoutMismatchError, StrategyError
+from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError, LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats.mindformers import find_folder, layout_of, read_cuts
 
 
@@ -21,10 +22,14 @@ def described(**changes: Any) -> dict[str, Any]:
     return {**layout, "alias_name": ["dp", "tp"], "rank_list": [0, 1, 2, 3], **changes}
 
 
-def content(layout: Any, shape: Any = (4, 6), local: Any = (2, 6), numbers: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
-    """A metadata.json of one parameter, every slice in the file of its number."""
+def content(
+    layout: Any, shape: Any = (4, 6), local: Any = (2, 6), numbers: tuple[int, ...] = (0, 1), ranks: Any = None
+) -> dict[str, Any]:
+    """A metadata.json of one parameter, every slice in the file of its number, saved by the rank of that number."""
     chunks = [{"global_offset": [number], "local_shape": local} for number in numbers]
-    places = {str(("w", (n,))): [{"file_name": f"f{n}.safetensors", "storage_rank": n}] for n in numbers}
+    places = {
+        str(("w", (n,))): [{"file_name": f"f{n}.safetensors", "storage_rank": (ranks or numbers)[n]}] for n in numbers
+    }
     entry = {"properties": {"dtype": "Float32"}, "global_shape": shape, "layout": layout, "chunk": chunks}
     return {"state_dict_metadata": {"w": entry}, "storage_data": places}
 
@@ -37,7 +42,7 @@ def written(root: Path, told: Any) -> str:
 
 def test_slices_are_numbered_row_major(tmp_path: Path) -> None:
     layout = described(tensor_map=[0, 1])
-    cut = read_cuts(written(tmp_path, content(layout, local=(2, 3), numbers=(0, 1, 2, 3))))["w"]  # type: ignore[index]
+    cut = read_cuts(written(tmp_path, content(layout, (4, 6), (2, 3), (0, 1, 2, 3), (0, 2, 1, 3))))["w"]  # type: ignore[index]
     assert cut.holders == {
         (0, 0): ("f0.safetensors",),
         (0, 1): ("f1.safetensors",),
@@ -68,7 +73,7 @@ def test_layouts(raw: dict[str, Any], parts: tuple[int, ...], cell: tuple[int, .
         (content(described(interleaved_parallel=True)), StrategyError, "'w' has an interleaved_parallel layout"),
         (content(described(rank_list=[0, 2, 4, 6])), StrategyError, "no pipeline stage in order"),
         (content(described(device_matrix=[2, 4])), StrategyError, "8 devices, but 4 ranks"),
-        (content(described(), local=(4, 6)), FormatError, "slice 0 of 'w' has shape [4, 6]"),
+        (content(described(), local=(4, 6)), FormatError, "'w' has a slice 0 of shape [4, 6]"),
         (content(described(tensor_map=[0])), FormatError, "a layout of 1 axes"),
         ({"state_dict_metadata": {"w": {}}, "storage_data": {}}, FormatError, "KeyError"),
         ({"state_dict_metadata": {}, "storage_data": {"open('x')": []}}, FormatError, "not laid out as MindFormers"),
@@ -92,7 +97,7 @@ def test_other_metadata_is_none_of_ours(tmp_path: Path) -> None:
 
 def test_a_lost_file_and_a_lost_iteration_are_told(tmp_path: Path) -> None:
     written(tmp_path, content(described()))
-    with pytest.raises(DiscoveryError, match="names 2 files that .* the first is 'f0.safetensors'"):
+    with pytest.raises(DiscoveryError, match="names 2 files, 'f0.safetensors' and so on, and .* holds none"):
         find_folder(str(tmp_path))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     with pytest.raises(DiscoveryError, match="no 'iteration_00000007' beside it"):
@@ -114,8 +119,9 @@ def test_a_folder_is_read(tmp_path: Path) -> None:
         open_catalog(str(tmp_path), None)
     save_file({"v": whole[:2]}, folder / "f0.safetensors")
     save_file({"v": whole[:2]}, folder / "f1.safetensors")
-    with pytest.raises(LayoutMismatchError, match="lists parameter 'w', but none of its files holds it"):
-        open_catalog(str(tmp_path), None)
+    assert not open_catalog(str(tmp_path), None).tensors
+    with pytest.raises(CoverageError, match="'w' should be in 'f0.safetensors' .slice 0 of 2, .*does not hold it"):
+        ms_ckpt_ext.merge(tmp_path, tmp_path / "out")
 
 
 def test_what_one_device_saved_needs_no_metadata(tmp_path: Path) -> None:

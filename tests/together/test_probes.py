@@ -62,10 +62,15 @@ def together(catalog: Catalog, probes: list[Probe], sees: Any = None) -> tuple[l
 
 
 def test_ranks_share_the_reading(catalog: Catalog) -> None:
-    probes = [Probe(number % 3, f"wide{number % 3}", 4096 * number, 4096) for number in range(8)]
+    """Small stretches of one file go to one rank, which opens it once; long ones are spread whatever their file."""
+    probes = [Probe(number % 3, f"wide{number % 3}", 4096 * number, 4096) for number in range(6)]
     answers, read = together(catalog, probes)
     assert answers == [Alone(catalog)(probes)] * 4
-    assert read == [2 * 4096] * 4
+    assert read == [2 * 4096, 2 * 4096, 2 * 4096, 0]
+    probes = [Probe(0, "wide0", start, 1 << 20) for start in (0, 1 << 20)] * 2
+    answers, read = together(catalog, probes)
+    assert answers == [Alone(catalog)(probes)] * 4
+    assert read == [1 << 20] * 4
 
 
 def test_who_sees_a_file_reads_it(catalog: Catalog) -> None:

@@ -10,9 +10,7 @@ holds them beside the network. What this cannot serve goes to it, with a warning
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Callable, Optional
@@ -29,8 +27,8 @@ from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, S
 from ms_ckpt_ext.engine.catalog import read_listing
 from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.options import LoadOptions
-from ms_ckpt_ext.errors import DiscoveryError, StrategyError, UnsupportedError
-from ms_ckpt_ext.formats.mindformers import COMMON_NAME, find_folder, layout_of
+from ms_ckpt_ext.errors import StrategyError, UnsupportedError
+from ms_ckpt_ext.formats.mindformers import find_folder, layout_of, read_common
 
 log = logging.getLogger("ms_ckpt_ext")
 
@@ -201,18 +199,7 @@ def _fill(
 
 def _step(directory: str, given: Optional[int]) -> int:
     """The step that a checkpoint without `global_step` stands for: as told, else from `common.json`, else 0."""
-    if given:
-        return int(given)
-    path = os.path.join(directory, COMMON_NAME)
-    if not os.path.isfile(path):
-        return 0
-    try:
-        with open(path, encoding="utf-8") as file:
-            return int(json.load(file).get("global_step") or 0)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DiscoveryError(
-            f"{path!r} does not say the global step ({error}); give it, or restore the file"
-        ) from error
+    return int(given or read_common(directory).get("global_step", 0))
 
 
 def set_step(cell: Any, step: int) -> None:
