@@ -26,6 +26,7 @@ REQUIRES = [
     "safetensors",
     "tqdm",
     "xxhash",
+    "protobuf",  # strategy files
     "psutil",
     # Completion scripts of `ms-ckpt` (pure Python, no dependencies of its own); fish from 1.13 on as tested.
     "shtab>=1.13",
@@ -42,7 +43,6 @@ DEV = [
     "ruff~=0.17.6",
     'mypy~=2.4.1; python_version >= "3.10"',
     'mypy; python_version < "3.10"',
-    "protobuf",  # what our own reader of its format is compared with
     "types-protobuf",
     "types-psutil",
     "types-tqdm",

@@ -34,10 +34,10 @@ def build_searched_strategy(strategy_filename: Optional[PathLike]) -> Optional[d
     """
     if strategy_filename is None:
         return None
-    entries = read_map(path_of(strategy_filename, "strategy_filename"), empty=True).entries
+    content = read_map(path_of(strategy_filename, "strategy_filename"), empty=True)
     from ms_ckpt_ext.bridge.messages import messages_of
 
-    return messages_of(entries)
+    return messages_of(content.parallel_layout_item)
 
 
 def merge_sliced_parameter(sliced_parameters: Sequence[Any], strategy: Optional[Mapping[str, Any]] = None) -> Any:

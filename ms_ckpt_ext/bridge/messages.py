@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.formats.strategy_wire import Entry
 
 
-def messages_of(entries: Iterable[Entry]) -> dict[str, Any]:
-    """Name as the strategy file has it -> `ParallelLayouts`, byte for byte what the file holds."""
-    return {entry.name: ms.train.node_strategy_pb2.ParallelLayouts.FromString(entry.message) for entry in entries}
+def messages_of(items: Iterable[Any]) -> dict[str, Any]:
+    """Entries of a strategy file by their names there, as MindSpore's messages: `ParallelLayouts`, byte for byte."""
+    theirs = ms.train.node_strategy_pb2.ParallelLayouts
+    return {item.param_name: theirs.FromString(item.parallel_layouts.SerializePartialToString()) for item in items}

@@ -1,10 +1,4 @@
-"""MindSpore's file of communication groups (`GROUP_INFO_FILE`): which ranks save what this rank saves.
-
-In protobuf's wire format, as strategy files are:
-
-    GroupMap   groups (1): each a name and its ranks;  ckpt_restore_rank_list (2): Ranks
-    Ranks      numbers of ranks (1), one by one or packed
-"""
+"""MindSpore's file of communication groups (`GROUP_INFO_FILE`): which ranks save what this rank saves."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import os
 from pathlib import Path
 
 from ms_ckpt_ext.errors import FormatError, storage_error
-from ms_ckpt_ext.formats.wire import BYTES, Cursor, MemoryReader, fields, numbers
+from ms_ckpt_ext.formats.strategy_proto import decode_groups
 
 
 def restore_ranks(path: str) -> list[int]:
@@ -23,15 +17,13 @@ def restore_ranks(path: str) -> list[int]:
         StorageError: it cannot be read.
     """
     try:
-        data = Path(path).read_bytes()
+        found = list(decode_groups(Path(path).read_bytes()).ckpt_restore_rank_list.dim)
     except OSError as error:
         raise storage_error("read group file", path, error) from error
-    cursor = Cursor(MemoryReader(data, path))
-    found: list[int] = []
-    for outer in fields(cursor, len(data)):
-        if outer.wire == BYTES and outer.number == 2:
-            cursor.pos = outer.value
-            found += numbers(cursor, outer.stop, 1)
+    except ValueError as error:
+        raise FormatError(
+            f"{path!r} is no file of groups ({error}); give the one that GROUP_INFO_FILE named"
+        ) from error
     if not found:
         raise FormatError(
             f"{os.path.basename(path)!r} lists no ranks to restore from; give the file that GROUP_INFO_FILE named when "

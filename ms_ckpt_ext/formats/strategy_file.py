@@ -11,9 +11,10 @@ from typing import Any, Union
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy, layout_item, split_stage
-from ms_ckpt_ext.errors import FormatError, StrategyError, storage_error
+from ms_ckpt_ext.errors import StrategyError, storage_error
+from ms_ckpt_ext.formats import strategy_proto as proto
 from ms_ckpt_ext.formats.kind import pointer_fault
-from ms_ckpt_ext.formats.strategy_wire import Layouts, Rows, StrategyMap, decode, entry, node
+from ms_ckpt_ext.formats.strategy_proto import Rows
 from ms_ckpt_ext.storage.durable import write_atomically
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -45,26 +46,25 @@ def save_strategy(strategy: Strategy, target: PathLike) -> None:
         StorageError: the file cannot be written.
     """
     merged = strategy.stages > 1
-    stages = sorted({stage for held in strategy.layouts.values() for stage in held})
-    nodes = tuple(node(f"ms_ckpt_ext_stage_{stage}", stage) for stage in stages)
+    content = proto.strategy_map()
+    for stage in sorted({stage for held in strategy.layouts.values() for stage in held}):
+        proto.add_operator(content, f"ms_ckpt_ext_stage_{stage}", stage)
     try:
-        entries = tuple(
-            entry(f"{stage}-{name}" if merged else name, _layouts_of(layout))
-            for name, held in strategy.layouts.items()
-            for stage, layout in sorted(held.items())
-        )
+        for name, held in strategy.layouts.items():
+            for stage, layout in sorted(held.items()):
+                _add_layout(content, f"{stage}-{name}" if merged else name, layout)
     except ValueError as error:
         raise StrategyError(f"{strategy.origin} cannot be written as a strategy file: {error}") from error
-    stage, content = MERGED if merged else _FRESH, StrategyMap(nodes, entries)
-    text = os.fspath(target).endswith(".json")
-    write(target, json.dumps(_to_json(content, stage)).encode() if text else content.encode(stage))
+    current, text = MERGED if merged else _FRESH, os.fspath(target).endswith(".json")
+    write(target, json.dumps(_to_json(content, current)).encode() if text else proto.encode(content, current))
 
 
-def _layouts_of(layout: Layout) -> Layouts:
+def _add_layout(content: Any, name: str, layout: Layout) -> None:
     rows: Rows = tuple(tuple(group) or (-1,) for group in layout.tensor_map)
     if all(len(row) == 1 for row in rows):
         rows = (tuple(row[0] for row in rows),)
-    return Layouts((layout.dev_matrix,), rows, ((),), ((),), 0, layout.opt_shard_step, layout.opt_shard_size)
+    numbers = (0, layout.opt_shard_step, layout.opt_shard_size)
+    proto.add_parameter(content, name, ((layout.dev_matrix,), rows, ((),), ((),)), numbers)
 
 
 def write(target: PathLike, data: bytes) -> None:
@@ -94,11 +94,15 @@ def stage_files(directory: str) -> list[str]:
     return kinds[0]
 
 
-def read_map(path: str, empty: bool = False) -> StrategyMap:
-    """Parse either form. Raises StrategyError, also for a file without layouts unless it may be `empty` of them."""
+def read_map(path: str, empty: bool = False) -> Any:
+    """Either form as a `ParallelStrategyMap`.
+
+    Raises:
+        StrategyError: it is neither, or holds no layouts and may not be `empty` of them.
+    """
     data = read_bytes(path)
     content = _parse_json(path, data) if data.lstrip()[:1] == b"{" else _parse_protobuf(path, data)
-    if not content.entries and not empty:
+    if not content.parallel_layout_item and not empty:
         raise StrategyError(
             f"strategy file {path!r} holds no parameter layouts (a checkpoint has the same .ckpt suffix, was that "
             "given?); save it from a compiled network with `strategy_ckpt_config` or "
@@ -123,34 +127,31 @@ def read_bytes(path: str) -> bytes:
     return data
 
 
-def _parse_protobuf(path: str, data: bytes) -> StrategyMap:
+def _parse_protobuf(path: str, data: bytes) -> Any:
     try:
-        return decode(data, path)
-    except FormatError as error:
+        return proto.decode(data)
+    except ValueError as error:
         raise StrategyError(
             f"{path!r} is not a strategy file: {len(data)} bytes starting with {data[:8]!r} are neither MindSpore's "
             f"protobuf nor its JSON form ({error}); a checkpoint has the same .ckpt suffix, was that meant?"
         ) from error
 
 
-def _parse_json(path: str, data: bytes) -> StrategyMap:
+def _parse_json(path: str, data: bytes) -> Any:
+    content = proto.strategy_map()
     try:
-        content = json.loads(data)
-        nodes = tuple(
-            node(name, int(held.get("stage", 0)), _cuts(held.get("parallel_strategy")))
-            for name, held in content.get("parallel_strategy_item", {}).items()
-        )
-        entries = []
-        for name, held in content.get("parallel_layout_item", {}).items():
-            rows = (_rows(held.get(field) or []) for field in Layouts._fields[:4])
-            numbers = (int(held.get(field) or 0) for field in Layouts._fields[4:])
-            entries.append(entry(name, Layouts(*rows, *numbers)))  # type: ignore[arg-type]
-        return StrategyMap(nodes, tuple(entries))
+        said = json.loads(data)
+        for name, held in said.get("parallel_strategy_item", {}).items():
+            proto.add_operator(content, name, int(held.get("stage", 0)), _cuts(held.get("parallel_strategy")))
+        for name, held in said.get("parallel_layout_item", {}).items():
+            rows = [_rows(held.get(field) or []) for field in proto.ROWS]
+            proto.add_parameter(content, name, rows, [int(held.get(field) or 0) for field in proto.NUMBERS])
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise StrategyError(
             f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}; "
             "save it again from the training job"
         ) from error
+    return content
 
 
 def _rows(value: list[Any]) -> Rows:
@@ -167,35 +168,34 @@ def _cuts(value: Any) -> Rows:
         return ()
 
 
-def _to_json(content: StrategyMap, current_stage: int) -> dict[str, Any]:
+def _to_json(content: Any, current_stage: int) -> dict[str, Any]:
     def flat(rows: Rows) -> list[Any]:
         return list(map(list, rows)) if len(rows) > 1 else [value for row in rows for value in row]
 
-    layouts = {
-        held.name: {name: flat(v) if isinstance(v, tuple) else v for name, v in held.layouts._asdict().items()}
-        for held in content.entries
-    }
+    def said(layouts: Any) -> dict[str, Any]:
+        rows = {field: flat(proto.rows_of(layouts, field)) for field in proto.ROWS}
+        return {**rows, **{field: getattr(layouts, field) for field in proto.NUMBERS}}
+
+    operators = content.parallel_strategy_item
     return {
         "current_stage": current_stage,
-        "parallel_strategy_item": {held.name: {"stage": held.stage} for held in content.nodes},
-        "parallel_layout_item": layouts,
+        "parallel_strategy_item": {held.node_name: {"stage": held.parallel_strategys.stage} for held in operators},
+        "parallel_layout_item": {held.param_name: said(held.parallel_layouts) for held in content.parallel_layout_item},
     }
 
 
-def _stage(content: StrategyMap) -> int:
-    return content.nodes[0].stage if content.nodes else 0
-
-
-def _items(content: StrategyMap, path: str) -> Iterator[LayoutItem]:
-    default = _stage(content)
-    for name, layouts, _ in content.entries:
-        plain, stage = split_stage(name, default)
+def _items(content: Any, path: str) -> Iterator[LayoutItem]:
+    operators = content.parallel_strategy_item
+    default = operators[0].parallel_strategys.stage if operators else 0
+    for held in content.parallel_layout_item:
+        plain, stage = split_stage(held.param_name, default)
+        layouts = held.parallel_layouts
         yield layout_item(
             plain,
             stage,
-            layouts.dev_matrix,
-            layouts.tensor_map,
+            proto.rows_of(layouts, "dev_matrix"),
+            proto.rows_of(layouts, "tensor_map"),
             (layouts.opt_weight_shard_step, layouts.opt_weight_shard_size),
-            uneven=bool(layouts.field or any(layouts.param_split_shape)),
+            uneven=bool(layouts.field or any(proto.rows_of(layouts, "param_split_shape"))),
             origin=f"strategy file {path!r}",
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.strategy import split_stage
 from ms_ckpt_ext.errors import StrategyError, UsageError
+from ms_ckpt_ext.formats import strategy_proto as proto
 from ms_ckpt_ext.formats.strategy_file import MERGED, PathLike, read_bytes, read_map, stage_files, write
-from ms_ckpt_ext.formats.strategy_wire import Entry, StrategyMap
 
 _OPERATORS, _PARAMETERS = "parallel_strategy_item", "parallel_layout_item"
 
@@ -42,35 +43,48 @@ def merge_strategy_files(directory: PathLike, target: PathLike) -> None:
     write(target, _as_json(maps, entries) if files[0].endswith(".json") else _as_protobuf(maps, entries))
 
 
-def _entries(maps: dict[str, StrategyMap]) -> dict[str, tuple[str, Entry]]:
-    """Merged name -> the file that has it first, and its entry there."""
-    found: dict[str, tuple[str, Entry]] = {}
+class _Entry(NamedTuple):
+    """A `ParallelLayoutItem`, and the file that has it first."""
+
+    file: str
+    item: Any
+
+
+def _entries(maps: dict[str, Any]) -> dict[str, _Entry]:
+    """Every parameter by its merged name."""
+    found: dict[str, _Entry] = {}
     for file, content in maps.items():
         stage = _stage(file, content)
-        for entry in content.entries:
-            name = f"{stage}-{entry.name}"
-            first, before = found.setdefault(name, (file, entry))
-            if before.layouts != entry.layouts:
+        for item in content.parallel_layout_item:
+            first = found.setdefault(f"{stage}-{item.param_name}", _Entry(file, item))
+            if first.item != item:
                 raise StrategyError(
-                    f"{first!r} and {file!r} are both of stage {stage}, and give parameter {entry.name!r} different "
-                    "layouts; move the one that does not belong to the job away"
+                    f"{first.file!r} and {file!r} are both of stage {stage}, and give parameter {item.param_name!r} "
+                    "different layouts; move the one that does not belong to the job away"
                 )
     return found
 
 
-def _as_protobuf(maps: dict[str, StrategyMap], entries: dict[str, tuple[str, Entry]]) -> bytes:
-    used = dict.fromkeys(file for file, _ in entries.values())
-    nodes = tuple(node for file in used for node in maps[file].nodes)
-    return StrategyMap(nodes, tuple(entry._replace(name=name) for name, (_, entry) in entries.items())).encode(MERGED)
+def _as_protobuf(maps: dict[str, Any], entries: dict[str, _Entry]) -> bytes:
+    merged = proto.strategy_map()
+    for file in _used(entries):
+        merged.parallel_strategy_item.extend(maps[file].parallel_strategy_item)
+    for name, entry in entries.items():
+        merged.parallel_layout_item.add(param_name=name).parallel_layouts.CopyFrom(entry.item.parallel_layouts)
+    return proto.encode(merged, MERGED)
 
 
-def _as_json(maps: dict[str, StrategyMap], entries: dict[str, tuple[str, Entry]]) -> bytes:
+def _used(entries: dict[str, _Entry]) -> Iterable[str]:
+    return dict.fromkeys(entry.file for entry in entries.values())
+
+
+def _as_json(maps: dict[str, Any], entries: dict[str, _Entry]) -> bytes:
     """What the files say of operators and parameters, word for word."""
     said = {file: _parsed(file) for file in maps}
     operators: dict[str, Any] = {}
-    for file in dict.fromkeys(file for file, _ in entries.values()):
+    for file in _used(entries):
         operators.update(said[file][_OPERATORS])
-    parameters = {name: said[file][_PARAMETERS][entry.name] for name, (file, entry) in entries.items()}
+    parameters = {name: said[entry.file][_PARAMETERS][entry.item.param_name] for name, entry in entries.items()}
     return json.dumps({"current_stage": MERGED, _OPERATORS: operators, _PARAMETERS: parameters}).encode()
 
 
@@ -82,15 +96,16 @@ def _parsed(file: str) -> dict[str, Any]:
     return parsed
 
 
-def _stage(file: str, content: StrategyMap) -> int:
-    if not content.nodes:
+def _stage(file: str, content: Any) -> int:
+    operators = content.parallel_strategy_item
+    if not operators:
         raise StrategyError(
             f"strategy file {file!r} lists no operator, so nothing says which pipeline stage it is of; save it again "
             "from the training job"
         )
-    return content.nodes[0].stage
+    return int(operators[0].parallel_strategys.stage)
 
 
-def _is_merged(content: StrategyMap) -> bool:
+def _is_merged(content: Any) -> bool:
     """Whether every name has a stage's prefix, which only a merge gives."""
-    return all(split_stage(held.name, -1)[1] >= 0 for held in content.entries)
+    return all(split_stage(held.param_name, -1)[1] >= 0 for held in content.parallel_layout_item)

@@ -15,7 +15,7 @@ Source of the rules: https://protobuf.dev/programming-guides/encoding/
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from ms_ckpt_ext.errors import FormatError, TruncatedFileError
 from ms_ckpt_ext.storage.reader import ByteReader
@@ -27,34 +27,6 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED_WIDTH = {FIXED64: 8, FIXED32: 4}
 _MAX_VARINT = 10
 """Bytes of the longest varint, a 64-bit number."""
-
-
-class MemoryReader:
-    """Bytes at hand as a ByteReader: messages that are not files, and the files of tests."""
-
-    fd: Optional[int] = None
-    mtime_ns = 0
-
-    def __init__(self, data: bytes, path: str = "<memory>") -> None:
-        self.path = path
-        self.size = self.disk_size = len(data)
-        self._data = memoryview(data)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`."""
-        found = self._data[offset : offset + len(buffer)]
-        if offset < 0 or len(found) < len(buffer):
-            raise TruncatedFileError(f"{self.path!r} has {self.size} bytes; {len(buffer)} are wanted at byte {offset}")
-        buffer[:] = found
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-    def __enter__(self) -> MemoryReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class Field(NamedTuple):
@@ -183,22 +155,6 @@ def fields(cursor: Cursor, end: int) -> Iterator[Field]:
             raise FormatError(f"{cursor.path!r}: wire type {wire} at byte {offset} does not exist; {_DAMAGED}")
         yield Field(key >> 3, wire, offset, value, stop)
         cursor.pos = stop
-
-
-def numbers(cursor: Cursor, end: int, number: int) -> list[int]:
-    """The unsigned numbers of one repeated field of the message from the cursor to `end`: one by one, or packed.
-
-    Raises as `fields`.
-    """
-    found: list[int] = []
-    for field in fields(cursor, end):
-        if field.number == number and field.wire == VARINT:
-            found.append(field.value)
-        elif field.number == number and field.wire == BYTES:
-            cursor.pos = field.value
-            while cursor.pos < field.stop:
-                found.append(cursor.varint(field.stop))
-    return found
 
 
 def signed(value: int) -> int:

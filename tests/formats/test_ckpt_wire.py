@@ -10,13 +10,13 @@ from ms_ckpt_ext.errors import FormatError, TruncatedFileError
 from ms_ckpt_ext.formats.wire import (
     Cursor,
     Field,
-    MemoryReader,
     encode_bytes,
     encode_number,
     encode_varint,
     fields,
     signed,
 )
+from tests.formats.memory import MemoryReader
 
 
 def walk(data: bytes, window: int = 4096) -> list[Field]:

@@ -14,8 +14,8 @@ from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.ckpt_writer import PIECE, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
-from ms_ckpt_ext.formats.wire import MemoryReader
 from ms_ckpt_ext.storage.reader import PlainReader
+from tests.formats.memory import MemoryReader
 
 NAMED = [dtype for dtype in DTYPES.values() if dtype.mindspore]
 

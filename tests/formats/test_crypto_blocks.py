@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, blocks, decrypting_reader, units
-from ms_ckpt_ext.formats.wire import MemoryReader
 from tests.formats.damage import memory_limit
+from tests.formats.memory import MemoryReader
 
 MODES = ["AES-GCM", "AES-CBC", "SM4-CBC"]
 KEY = b"0123456789ABCDEF"

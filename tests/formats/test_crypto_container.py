@@ -19,7 +19,7 @@ from ms_ckpt_ext.formats.crypto import (
     decrypting_reader,
     encrypt_all,
 )
-from ms_ckpt_ext.formats.wire import MemoryReader
+from tests.formats.memory import MemoryReader
 
 KEY = b"0123456789ABCDEF0123456789ABCDEF"
 PLAIN = random.Random(2).randbytes(10_000)

@@ -15,8 +15,9 @@ from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter, decrypting_reader
-from ms_ckpt_ext.formats.wire import MemoryReader, encode_bytes, encode_number
+from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from tests.formats.damage import edits, lies, mutate, survives
+from tests.formats.memory import MemoryReader
 
 KEY = b"0123456789ABCDEF"
 

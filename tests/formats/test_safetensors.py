@@ -18,8 +18,8 @@ from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.errors import CheckpointError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
-from ms_ckpt_ext.formats.wire import MemoryReader
 from tests.formats.damage import memory_limit, time_limit
+from tests.formats.memory import MemoryReader
 
 
 def index(raw: bytes) -> FileIndex:

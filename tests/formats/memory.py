@@ -1,0 +1,35 @@
+"""A file in memory, as what reads a file sees it."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from ms_ckpt_ext.errors import TruncatedFileError
+
+
+class MemoryReader:
+    """Bytes at hand as a ByteReader."""
+
+    fd: Optional[int] = None
+    mtime_ns = 0
+
+    def __init__(self, data: bytes, path: str = "<memory>") -> None:
+        self.path = path
+        self.size = self.disk_size = len(data)
+        self._data = memoryview(data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        found = self._data[offset : offset + len(buffer)]
+        if offset < 0 or len(found) < len(buffer):
+            raise TruncatedFileError(f"{self.path!r} has {self.size} bytes; {len(buffer)} are wanted at byte {offset}")
+        buffer[:] = found
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __enter__(self) -> MemoryReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
