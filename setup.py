@@ -27,14 +27,12 @@ REQUIRES = [
     "tqdm",
     "xxhash",
     "protobuf",  # strategy files
-    "psutil",
+    "cryptography>=35",  # imported when a key is given; SM4 is there from 35 on
     # Completion scripts of `ms-ckpt` (pure Python, no dependencies of its own); fish from 1.13 on as tested.
     "shtab>=1.13",
 ]
-CRYPTO = ["cryptography"]
 PLOT = ["matplotlib"]
 DEV = [
-    *CRYPTO,
     "pytest>=8",
     "pytest-timeout",
     "pytest-xdist",
@@ -43,6 +41,7 @@ DEV = [
     "ruff~=0.17.6",
     'mypy~=2.4.1; python_version >= "3.10"',
     'mypy; python_version < "3.10"',
+    "psutil",  # the processes that a test leaves behind
     "types-protobuf",
     "types-psutil",
     "types-tqdm",
@@ -77,7 +76,7 @@ setup(
     packages=find_packages(include=["ms_ckpt_ext", "ms_ckpt_ext.*"]),
     package_data={"ms_ckpt_ext": ["py.typed", "engine/hardware/*.json", "api/*.html"]},
     install_requires=REQUIRES,
-    extras_require={"crypto": CRYPTO, "plot": PLOT, "dev": DEV},
+    extras_require={"plot": PLOT, "dev": DEV},
     entry_points={"console_scripts": ["ms-ckpt = ms_ckpt_ext.cli.main:main"]},
     zip_safe=False,
 )

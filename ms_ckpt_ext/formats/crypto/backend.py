@@ -39,7 +39,8 @@ def _module(name: str) -> Any:
         return importlib.import_module(f"cryptography.{name}")
     except ImportError as error:
         raise MissingDependencyError(
-            "encrypted checkpoints need the package `cryptography`; install it with: pip install ms-ckpt-ext[crypto]"
+            "encrypted checkpoints need the package `cryptography`, which cannot be imported here "
+            f"({error}); install it with: pip install 'cryptography>=35'"
         ) from error
 
 
@@ -63,7 +64,7 @@ def cbc(key: Key, iv: bytes, *, sm4: bool, encrypt: bool) -> Any:
         name = "SM4" if sm4 else "AES"
         raise MissingDependencyError(
             f"the OpenSSL that `cryptography` uses here was built without {name}-CBC; "
-            "install a wheel of it from PyPI: pip install --force-reinstall ms-ckpt-ext[crypto]"
+            "install a wheel of it from PyPI: pip install --force-reinstall cryptography"
         ) from error
 
 
@@ -77,7 +78,7 @@ def _sm4() -> Any:
             continue
     _module("hazmat.primitives.ciphers")
     raise MissingDependencyError(
-        "this version of `cryptography` has no SM4; install one from 35 on: pip install -U ms-ckpt-ext[crypto]"
+        "this version of `cryptography` has no SM4; install one from 35 on: pip install -U cryptography"
     )
 
 
