@@ -11,6 +11,7 @@ from ms_ckpt_ext.engine.origin import foreign
 from ms_ckpt_ext.errors import DiscoveryError, UsageError, storage_error
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
+from ms_ckpt_ext.formats.unified import is_map
 
 
 class Inputs(NamedTuple):
@@ -83,12 +84,11 @@ def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patt
         files = _of_one_kind(source, files, to, same_place=_same(source, target))
     if not files:
         raise DiscoveryError(f"{source!r} holds no checkpoint file to convert; check the path and file_name_regex")
-    maps = (discovery.MAP_NAME, discovery.HF_INDEX_NAME)
     return Inputs(
         source,
         target,
         {name: _renamed(name, to) for name in files},
-        tuple(name for name in names if _base(name) in maps) if not below else (),
+        tuple(name for name in names if is_map(_base(name))) if not below else (),
     )
 
 

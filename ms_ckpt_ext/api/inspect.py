@@ -30,6 +30,7 @@ from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, read_indexes
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.unified import is_map
 
 _MOST_ELEMENTS = 64
 """A scalar's contents are told up to this many elements."""
@@ -112,7 +113,7 @@ def _loose_files(directory: str, file_suffix: Optional[str], format: Optional[st
             return {}
         files = discovery.rank_files(directory, format, file_suffix)
         return {str(rank): path for rank, path in files.items()} if len(files) > 1 else {}
-    if any(os.path.isfile(os.path.join(directory, name)) for name in (discovery.MAP_NAME, discovery.HF_INDEX_NAME)):
+    if any(is_map(child.name) for child in discovery.inside(Path(directory), Path.is_file)):
         return {}
     kinds = discovery.FORMATS if format is None else (format,)
     suffixes = tuple(f".{kind}" for kind in kinds)

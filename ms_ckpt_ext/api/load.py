@@ -265,7 +265,8 @@ def _require_all(look: Callable[[], Listing], world: int) -> None:
     """Raise DiscoveryError for a named file that is not there, unless another host may have it."""
     for rank, path in _named_files(look).items() if world == 1 else ():
         if not os.path.isfile(path):
-            raise DiscoveryError(f"the file of rank {rank} in checkpoint_filenames does not exist: {path!r}; check it")
+            what = "is a directory" if os.path.isdir(path) else "does not exist"
+            raise DiscoveryError(f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it")
 
 
 def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing:

@@ -35,6 +35,7 @@ from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
+from ms_ckpt_ext.formats.unified import is_map
 
 Prefix = Union[str, list[str], tuple[str, ...], None]
 
@@ -184,6 +185,10 @@ def load_checkpoint(
     refuse_what_is_no_file(ckpt_file_name)
     source = path_of(ckpt_file_name, "ckpt_file_name")
     checked_format(format, "format")
+    if os.path.isdir(source):
+        raise UsageError(
+            f"ckpt_file_name is the directory {source!r}, and one file is needed; `load` takes directories"
+        )
     if not source.endswith(f".{format}"):
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
     naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
@@ -226,7 +231,8 @@ def load_segmented_checkpoints(
     """
     folder = path_of(ckpt_file_dir, "ckpt_file_dir")
     if not os.path.isdir(folder):
-        raise DiscoveryError(f"ckpt_file_dir {folder!r} is not a directory that exists; check the path")
+        what = "is a file, and the directory that holds it is" if os.path.isfile(folder) else "does not exist: one is"
+        raise DiscoveryError(f"ckpt_file_dir {folder!r} {what} needed; check the path")
     paths = [path for path in sorted(Path(folder).glob("*.ckpt")) if kind_of(str(path)) != STRATEGY]
     if not paths:
         raise DiscoveryError(f"{folder!r} holds no .ckpt checkpoint; check the path")
@@ -294,7 +300,7 @@ def _catalog(
     path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str], allow_equal: bool
 ) -> Catalog:
     checked_format(kind, "format", optional=True)
-    if not os.path.isdir(path):
+    if not os.path.isdir(path) and not is_map(os.path.basename(path)):
         _require_file(path)
         if kind is not None and not path.endswith(f".{kind}"):
             raise UsageError(f"path must end in .{kind}, as format says, got {path!r}")

@@ -22,8 +22,8 @@ def training_scalars(
     """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate, …
 
     Args:
-        checkpoint_dir: a merged or a sharded checkpoint, of either format.
-        strategy_file: of a sharded one; without it every parameter of a single element counts as a scalar.
+        checkpoint_dir: a merged or a sharded checkpoint, of either format; or one file.
+        strategy_file: of a sharded one; without it, and in a file, every parameter of a single element is a scalar.
         file_suffix: which file of a rank folder; None for the newest.
         dec_key, dec_mode, crc_check: as in `load_distributed_checkpoint`.
 

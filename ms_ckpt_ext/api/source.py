@@ -14,7 +14,6 @@ from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
-from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access
 
 Globs = Union[str, Iterable[str]]
@@ -48,8 +47,8 @@ def find(
     """Find the files of a checkpoint.
 
     Args:
-        path: a checkpoint file, rank folders, or a merged directory.
-        strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
+        path: a checkpoint file, rank folders, a merged directory, or the index of a model in parts.
+        strategy: of the job that saved rank folders, or the file of rank 0, in any form that `as_strategy` takes.
         file_suffix: which file of a rank folder; None for the newest.
         format: "safetensors" or "ckpt"; None for whichever is there.
 
@@ -60,20 +59,10 @@ def find(
     path = path_of(path, argument)
     checked_format(format, "format", optional=True)
     access = any_mode(None, None) if access is None else access
-    if os.path.isfile(path):
-        _refuse_strategy(path)
-        return Source(path, Listing({os.path.basename(path): path}, False, None), None, access)
-    if not os.path.isdir(path):
+    if not os.path.exists(path):
         raise DiscoveryError(f"no such file or directory: {path!r}; check the path")
     known = as_strategy(strategy)
     return Source(path, list_checkpoint(path, known, file_suffix, kind=format), known, access)
-
-
-def _refuse_strategy(path: str) -> None:
-    if path.endswith(".ckpt") and kind_of(path) == STRATEGY:
-        raise DiscoveryError(
-            f"{path!r} is a strategy file, which has the same suffix as a checkpoint; give the checkpoint's path here"
-        )
 
 
 class Filter:

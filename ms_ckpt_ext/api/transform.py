@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
@@ -68,7 +69,7 @@ def transform_checkpoints(
     encrypted sources are taken as well, and `.ckpt` may become safetensors.
 
     Args:
-        src_checkpoints_dir: holds `rank_{N}/*.ckpt` or `rank_{N}/*.safetensors`.
+        src_checkpoints_dir: holds `rank_{N}/*.ckpt` or `rank_{N}/*.safetensors`; or one file, as that of rank 0.
         dst_checkpoints_dir: gets `rank_{N}/{ckpt_prefix}{N}.{output_format}`. When the source strategy is that of one
             pipeline stage and the target strategy lists more parameters, the files are those of that stage,
             `rank_{N}/{ckpt_prefix}{N}_part{stage}.{output_format}`.
@@ -109,9 +110,9 @@ def transform_checkpoints(
         _strategy(src_strategy_file, "src_strategy_file"),
         _strategy(dst_strategy_file, "dst_strategy_file"),
     )
-    kind = next(iter(discovery.kinds(source)), None) if discovery.is_sharded(source) else None
-    files = discovery.rank_files(source, None, file_suffix)
-    if file_suffix is None and kind == "ckpt":
+    files = _source_files(source, file_suffix, trained)
+    kind = next(iter(files.values())).rsplit(".", 1)[-1]
+    if file_suffix is None and kind == "ckpt" and os.path.isdir(source):
         _refuse_two_newest(files)
     part = _stage_alone(trained, wanted)
     if part is not None and trained is not None and kind == "ckpt":
@@ -190,6 +191,9 @@ def transform_checkpoint_by_rank(
     if rank_id >= world:
         raise UsageError(f"rank_id must be between 0 and {world - 1} under dst_strategy_file, got {rank_id}")
     files = {rank: path_of(path, f"the file of rank {rank}") for rank, path in sorted(given.items())}
+    for rank, path in files.items():
+        if os.path.isdir(path):
+            raise UsageError(f"checkpoint_files_map gives rank {rank} the directory {path!r}; give the file in it")
     catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
     folder, name = os.path.split(target)
     folder = folder or os.curdir
@@ -247,6 +251,15 @@ def _checked_prefix(prefix: Any) -> str:
     return prefix
 
 
+def _source_files(source: str, file_suffix: Optional[str], trained: Optional[Strategy]) -> Mapping[int, str]:
+    """The file of every rank; one file, which MindSpore takes as well, is rank 0's."""
+    if not os.path.isfile(source):
+        return discovery.rank_files(source, None, file_suffix, None if trained is None else trained.world)
+    if not source.endswith(tuple(f".{suffix}" for suffix in discovery.FORMATS)):
+        raise DiscoveryError(f"src_checkpoints_dir is the file {source!r}, which is no checkpoint by its name")
+    return {0: source}
+
+
 def _catalog(files: Mapping[int, str], trained: Optional[Strategy], access: Access, allow_equal: bool) -> Catalog:
     """The source; without a strategy rank 0 holds all of it."""
     if trained is None:
@@ -258,7 +271,7 @@ def _refuse_two_newest(files: Mapping[int, str]) -> None:
     """MindSpore takes the last name in alphabetical order, where `net-9_1.ckpt` comes after `net-10_1.ckpt`."""
     for path in files.values():
         folder, name = os.path.split(path)
-        last = max(each for each in os.listdir(folder) if each.endswith(".ckpt"))
+        last = max(discovery.checkpoint_names(Path(folder), ["ckpt"]))
         if last != name:
             raise DiscoveryError(
                 f"of the files in {folder!r}, {name!r} is the newest by its numbers, but MindSpore takes {last!r}, the "

@@ -162,9 +162,8 @@ def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, al
 
 def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
     if not os.path.isdir(path):
-        raise DiscoveryError(
-            f"no such checkpoint directory: {path!r}; a manifest lies in a directory, beside the files"
-        )
+        what = "is a file" if os.path.isfile(path) else "does not exist"
+        raise DiscoveryError(f"{path!r} {what}; a manifest lies in a directory, beside the files: give that")
     folders = [path, *map(str, discovery.inside(Path(path), Path.is_dir))]
     found = {folder: held for folder in folders if (held := load_manifest(folder)) is not None}
     if not found:

@@ -341,8 +341,9 @@ def _places(
             places[name] = numbers[file]
         else:
             absent[name] = (
-                f"{index_of[file].path!r} by the map, and is not: map and files come from different merges, so run the "
-                "merge again; or the map has other names than the files, then give name_map"
+                f"{index_of[file].path!r} by the map, and is not: map and files do not belong together, so get both "
+                "anew from where they come from, or leave the name out; or the map has other names than the files, "
+                "then give name_map"
             )
     for number, index in enumerate(index_of.values()):
         for name in index.tensors if number != scalars else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Optional, Union
 
@@ -46,7 +47,9 @@ def read_extras(
     Without a strategy, every text and single-element parameter. What differs between ranks is nobody's: a warning names
     it.
     """
-    if strategy is None and discovery.is_sharded(directory):
+    if strategy is None and os.path.isfile(directory):
+        catalog, alone = _of_ranks({0: directory}, access), True
+    elif strategy is None and discovery.is_sharded(directory):
         catalog, alone = _of_ranks(discovery.rank_files(directory, kind, file_suffix), access), True
     else:
         catalog, alone = open_catalog(directory, strategy, file_suffix, access=access, kind=kind), False

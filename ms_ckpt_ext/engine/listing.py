@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.errors import DiscoveryError
 from ms_ckpt_ext.formats import discovery, mindformers
+from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
+from ms_ckpt_ext.formats.unified import is_map, unified_files
 
 
 class Listing(NamedTuple):
@@ -32,37 +35,64 @@ class Listing(NamedTuple):
 
 
 def list_checkpoint(
-    directory: str,
+    path: str,
     strategy: Optional[Strategy],
     file_suffix: Optional[str] = None,
     require_sharded: bool = False,
     kind: Optional[str] = None,
 ) -> Listing:
-    """The files of a sharded checkpoint (needs its strategy unless a single rank saved it) or of a merged one.
+    """The files of a sharded checkpoint (needs its strategy unless a single rank saved it) or of whole parameters.
 
     Args:
-        directory: where they are.
-        strategy: what cut them, if anything did.
-        file_suffix: which file of a rank folder, see `discovery.rank_files`.
+        path: the directory where they are, the index of a model in parts, or one file.
+        strategy: what cut them, if anything did; one file is then rank 0's.
+        file_suffix: which file of a rank folder, see `formats.discovery`.
         require_sharded: there must be rank folders.
         kind: "safetensors" or "ckpt"; None for whichever is there.
 
     Raises:
-        DiscoveryError: also when several rank folders, or another than rank 0's, come without a strategy, or files of
-            both kinds without `kind`.
+        DiscoveryError: also when files of several ranks, or of another than rank 0, come without a strategy, or files
+            of both kinds without `kind`.
     """
-    folder = None if require_sharded or strategy is not None else mindformers.find_folder(directory)
+    if not require_sharded and os.path.isfile(path):
+        return _list_file(path, strategy, kind)
+    folder = None if require_sharded or strategy is not None else mindformers.find_folder(path)
     if folder is not None:
         return Listing(folder.files, False, None, folder)
-    merged_too = strategy is None and os.path.isfile(os.path.join(directory, discovery.MAP_NAME))
-    if not require_sharded and (merged_too or not discovery.is_sharded(directory)):
-        found = discovery.unified_files(directory, kind)
-        hyper = {} if found.hyper is None else {os.path.basename(found.hyper): found.hyper}
-        return Listing({**found.files, **hyper}, False, found.names)
-    files = discovery.rank_files(directory, kind, file_suffix)
-    if strategy is None and len(files) > 1:
+    if require_sharded or (discovery.is_sharded(path) and not (strategy is None and _has_map(path))):
+        world = None if strategy is None else strategy.world
+        return _of_ranks(discovery.rank_files(path, kind, file_suffix, world), strategy, path)
+    found = unified_files(path, kind, file_suffix)
+    if found.ranks:
+        return _of_ranks(found.ranks, strategy, path)
+    hyper = {} if found.hyper is None else {os.path.basename(found.hyper): found.hyper}
+    return Listing({**found.files, **hyper}, False, found.names)
+
+
+def _list_file(path: str, strategy: Optional[Strategy], kind: Optional[str]) -> Listing:
+    folder, name = os.path.split(path)
+    if is_map(name):
+        found = unified_files(folder or os.curdir, kind, index=name)
+        return Listing(found.files, False, found.names)
+    if name.endswith(".ckpt") and kind_of(path) == STRATEGY:
         raise DiscoveryError(
-            f"{directory!r} holds {len(files)} rank folders, so the strategy that cut them is needed: "
+            f"{path!r} is a strategy file, which has the same suffix as a checkpoint; give the checkpoint's path here"
+        )
+    if kind is not None and not name.endswith(f".{kind}"):
+        raise DiscoveryError(f"{path!r} is a file, and none of the format {kind!r} by its name; check path and format")
+    return Listing({name if strategy is None else "0": path}, strategy is not None, None)
+
+
+def _has_map(directory: str) -> bool:
+    return any(is_map(path.name) for path in discovery.inside(Path(directory), Path.is_file))
+
+
+def _of_ranks(files: Mapping[int, str], strategy: Optional[Strategy], directory: str) -> Listing:
+    if strategy is None and len(files) > 1:
+        flat = os.path.samefile(os.path.dirname(next(iter(files.values()))), directory)
+        what = f"the files of {len(files)} ranks" if flat else f"{len(files)} rank folders"
+        raise DiscoveryError(
+            f"{directory!r} holds {what}, so the strategy that cut them is needed: "
             "give the training job's strategy file"
         )
     if strategy is None and 0 not in files:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.errors import StrategyError, name_ranks
-from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.saves import step_of
 
 Indexes = Mapping[int, FileIndex]
 
@@ -64,8 +64,8 @@ def _is_known(name: str, index: FileIndex, known: Mapping[str, TensorEntry], str
 
 
 def _is_other_run(index: FileIndex, own: Indexes, known: Mapping[str, TensorEntry]) -> bool:
-    step = discovery.step_of(index.path)
-    if step is not None and step not in {discovery.step_of(held.path) for held in own.values()}:
+    step = step_of(index.path)
+    if step is not None and step not in {step_of(held.path) for held in own.values()}:
         return True
     ages = [held.mtime_ns for held in own.values()]
     if min(ages) - index.mtime_ns > max(ages) - min(ages):  # a copy's files have any order, but not such a gap

@@ -1,32 +1,31 @@
 """Which file of which folder is meant: MindSpore's directory and naming rules.
 
-A sharded checkpoint is `dir/rank_{N}/*.{suffix}`. With several files in a rank folder and no `file_suffix`, the
-newest counts: the one with the largest last two numbers in its name (`...-{epoch}_{step}`). A `file_suffix` of the
-forms `_T-E_S`, `-E_S`, `E_S`, `_S`, `S` selects by task, epoch and step; any other must match one file.
-Where stock MindSpore would pick one of several equally good files by chance, this raises and lists them; and where
-nobody says which format is meant, a directory that holds both is an error.
+A sharded checkpoint is `dir/rank_{N}/*.{suffix}`. With several files in a rank folder and no `file_suffix`, the newest
+save counts (`formats.saves`): the one with the largest last two numbers in its name (`...-{epoch}_{step}`), the same in
+all rank folders. A `file_suffix` of the forms `_T-E_S`, `-E_S`, `E_S`, `_S`, `S` selects by task, epoch and step; any
+other must match one file. Where stock MindSpore would pick one of several equally good files by chance, this raises and
+lists them; and where nobody says which format is meant, a directory that holds both is an error. Files without rank
+folders are `formats.unified`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, Optional
 
-from ms_ckpt_ext.errors import DiscoveryError, FormatError, name_ranks, storage_error
-from ms_ckpt_ext.formats.kind import CHECKPOINT, kind_of, pointer_fault
+from ms_ckpt_ext import log
+from ms_ckpt_ext.errors import DiscoveryError, name_ranks, storage_error
+from ms_ckpt_ext.formats.kind import CHECKPOINT, kind_of
+from ms_ckpt_ext.formats.saves import grouped, is_step, newest, save_of, step_of
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
 HYPER_STEM = "hyper_param"
 HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
-_RANK_DIR = re.compile(r"^rank_(\d+)$")
-_OF_STEP = re.compile(rf"-(\d+)_(\d+)(?:_breakpoint)?\.(?:{'|'.join(FORMATS)})$")
+RANK_FOLDER = re.compile(r"^rank_(\d+)$")
 _SUFFIX_FORMS = (
     (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step
     (re.compile(r"^-?\d+_\d+$"), "-"),  # epoch_step
@@ -34,24 +33,18 @@ _SUFFIX_FORMS = (
 )
 
 
-class UnifiedFiles(NamedTuple):
-    """A merged checkpoint: where each parameter is, and the file of training scalars if there is one."""
-
-    files: dict[str, str]
-    names: Optional[dict[str, str]]
-    hyper: Optional[str]
-
-
 def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
     """What of a folder is wanted, in the order of names.
 
     Raises:
-        DiscoveryError: there is no such folder.
+        DiscoveryError: there is no such folder, or it is a file.
         StorageError: the operating system does not let us look into it.
     """
     try:
         return sorted(child for child in folder.iterdir() if wanted(child))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except NotADirectoryError as error:
+        raise DiscoveryError(f"{str(folder)!r} is a file, and a directory is needed here") from error
+    except FileNotFoundError as error:
         raise DiscoveryError(f"no such checkpoint directory: {str(folder)!r}; check the path") from error
     except OSError as error:
         raise storage_error("look into", str(folder), error) from error
@@ -59,18 +52,23 @@ def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> lis
 
 def is_sharded(directory: str) -> bool:
     """True when `directory` holds `rank_{N}` folders."""
-    return bool(_rank_dirs(directory))
+    return bool(rank_folders(directory))
 
 
 def kinds(directory: str) -> set[str]:
-    """Which of the known formats the rank folders hold files of."""
-    children = [child for folder in _rank_dirs(directory).values() for child in inside(folder)]
-    return {kind for kind in FORMATS if any(c.name.endswith(f".{kind}") and not c.is_dir() for c in children)}
+    """Which of the known formats the rank folders hold checkpoints of."""
+    names = _names_by_rank(rank_folders(directory), FORMATS)
+    return {kind for kind in FORMATS if any(name.endswith(f".{kind}") for held in names.values() for name in held)}
 
 
-def _rank_dirs(directory: str) -> dict[int, Path]:
+def rank_folders(directory: str) -> dict[int, Path]:
+    """Rank -> its folder, ranks ascending; empty where there are none.
+
+    Raises:
+        DiscoveryError: no such directory, or two folders of one rank.
+    """
     found: dict[int, Path] = {}
-    for child in inside(Path(directory), lambda path: _RANK_DIR.match(path.name) is not None and path.is_dir()):
+    for child in inside(Path(directory), lambda path: RANK_FOLDER.match(path.name) is not None and path.is_dir()):
         rank = int(child.name[len("rank_") :])
         before = found.setdefault(rank, child)
         if before is not child:
@@ -81,8 +79,37 @@ def _rank_dirs(directory: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def checkpoint_names(folder: Path, suffixes: Iterable[str], known: Optional[dict[str, str]] = None) -> list[str]:
+    """Names of the files in a folder that are checkpoints of these formats, in order.
+
+    Args:
+        known: kinds of `.ckpt` files by their names without numbers: one file of a family is looked into, for the
+            others are written by the same code. Without it every one is.
+    """
+    endings = tuple(f".{suffix}" for suffix in suffixes)
+    names = [path.name for path in inside(folder, lambda path: path.name.endswith(endings) and not path.is_dir())]
+    return [name for name in names if _kind(folder, name, known) == CHECKPOINT]
+
+
+def _kind(folder: Path, name: str, known: Optional[dict[str, str]]) -> str:
+    if known is None or not name.endswith(".ckpt"):
+        return kind_of(str(folder / name))
+    family = re.sub(r"\d+", "#", name)
+    if family not in known:
+        known[family] = kind_of(str(folder / name))
+    return known[family]
+
+
+def _names_by_rank(folders: Mapping[int, Path], suffixes: Iterable[str]) -> dict[int, list[str]]:
+    known: dict[str, str] = {}
+    return {rank: checkpoint_names(folder, suffixes, known) for rank, folder in folders.items()}
+
+
 def rank_files(
-    directory: str, suffix: Optional[str] = "safetensors", file_suffix: Optional[str] = None
+    directory: str,
+    suffix: Optional[str] = "safetensors",
+    file_suffix: Optional[str] = None,
+    world: Optional[int] = None,
 ) -> dict[int, str]:
     """The file of every rank: rank -> path, ranks ascending. A rank folder without a file of the kind is left out.
 
@@ -90,31 +117,94 @@ def rank_files(
         directory: holds the `rank_{N}` folders.
         suffix: "safetensors", "ckpt", or None for whichever is there.
         file_suffix: end of the wanted file's name, without `.suffix`; None for the newest.
+        world: how many ranks saved, if that is known. Folders of higher ranks are of another run, and need not hold the
+            save that the others hold: then their newest is given.
 
     Raises:
-        DiscoveryError: no such directory, no rank folder with such a file, two folders of one rank, or several equally
-            good files; with a `suffix` of None also when there are files of both formats.
+        DiscoveryError: no such directory, no rank folder with such a file, two folders of one rank, several equally
+            good files, or ranks without the newest save but with others; with a `suffix` of None also when there are
+            files of both formats.
     """
-    folders = _rank_dirs(directory)
+    folders = rank_folders(directory)
     if not folders:
         raise DiscoveryError(
-            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*{_or(suffix)}"
+            f"{directory!r} holds no rank_0, rank_1, … folders; a sharded checkpoint is DIR/rank_N/*"
+            f"{or_suffixes(suffix)}"
         )
+    names = _names_by_rank(folders, FORMATS if suffix is None else (suffix,))
     if suffix is None:
-        suffix = _only_kind(kinds(directory), f"the rank folders of {directory!r}") or FORMATS[0]
-    found = {rank: _rank_file(folder, suffix, file_suffix) for rank, folder in folders.items()}
-    files = {rank: path for rank, path in found.items() if path}
-    if not files:
+        there = {kind for kind in FORMATS if any(n.endswith(f".{kind}") for held in names.values() for n in held)}
+        suffix = only_kind(there, f"the rank folders of {directory!r}") or FORMATS[0]
+    names = {rank: held for rank, held in names.items() if held or file_suffix is not None}
+    if file_suffix is not None:
+        chosen = {rank: by_suffix(held, suffix, file_suffix, str(folders[rank])) for rank, held in names.items()}
+    else:
+        chosen = _newest(names, folders, world)
+    if not chosen:
         raise DiscoveryError(
             f"none of the {len(folders)} rank folders in {directory!r} holds a *.{suffix} file; check format and path"
         )
-    return files
+    return {rank: str(folders[rank] / name) for rank, name in sorted(chosen.items())}
 
 
-def step_of(path: str) -> Optional[tuple[int, int]]:
-    """Epoch and step of a name that ends in `-{epoch}_{step}`; None of another."""
-    found = _OF_STEP.search(path)
-    return (int(found[1]), int(found[2])) if found else None
+def _newest(names: Mapping[int, Sequence[str]], folders: Mapping[int, Path], world: Optional[int]) -> dict[int, str]:
+    """The file of every rank that is of the newest save."""
+    groups = grouped(names)
+    if not groups:
+        return {}
+    best = newest_of(groups, lambda rank: str(folders[rank]))
+    rest = {rank: held for rank, held in names.items() if rank not in groups[best]}
+    own = {
+        rank: newest_of({name: {rank: name} for name in held}, lambda rank: str(folders[rank]))
+        for rank, held in rest.items()
+    }
+    for rank, name in own.items():
+        if (world is None or rank < world) and not (is_step(name) and is_step(best)):  # else the steps are compared
+            first = next(iter(groups[best]))
+            raise DiscoveryError(
+                f"rank {rank} has no file of the newest save: {str(folders[rank])!r} holds {list(rest[rank])}, but "
+                f"rank {first} has {groups[best][first]!r}; probably a save was cut short: name files of one save that "
+                "every rank has, with file_suffix"
+            )
+    return {**groups[best], **own}
+
+
+def newest_of(groups: Mapping[str, Mapping[int, str]], folder_of: Callable[[int], str]) -> str:
+    """The newest of several saves, by what the names of their ranks' files share; logs those of other prefixes.
+
+    Args:
+        groups: shared name -> rank -> file.
+        folder_of: the folder of a rank, for messages.
+
+    Raises:
+        DiscoveryError: several are equally new, or the one with the largest numbers is of an older run than another.
+    """
+    found = newest(groups)
+    if len(found.equal) > 1:
+        rank, names = _rivals(found.equal, groups)
+        raise DiscoveryError(_equal(names, folder_of(rank), "are equally new by the numbers in their names"))
+    (best,) = found.equal
+    if found.later_run is not None:
+        raise DiscoveryError(
+            f"{best!r} has the largest epoch and step in {folder_of(min(groups[best]))!r}, but {found.later_run!r} is "
+            "of a later run, for MindSpore numbers the prefix of every further run in a folder; say with file_suffix "
+            "which is meant, or move the others away"
+        )
+    others = [name for name in found.others if save_of(name).prefix != save_of(best).prefix]
+    if others:
+        log.warning(
+            "%r is taken for the newest save; of other prefixes there are %s", best, ", ".join(map(repr, others))
+        )
+    return best
+
+
+def _rivals(equal: Sequence[str], groups: Mapping[str, Mapping[int, str]]) -> tuple[int, list[str]]:
+    """A rank that holds several of the saves, and its files; or one of each save, where no rank does."""
+    for rank in sorted({rank for name in equal for rank in groups[name]}):
+        files = [groups[name][rank] for name in equal if rank in groups[name]]
+        if len(files) > 1:
+            return rank, files
+    return next(iter(groups[equal[0]])), [next(iter(groups[name].values())) for name in equal]
 
 
 def check_one_step(files: Mapping[int, str]) -> None:
@@ -141,7 +231,8 @@ def check_one_step(files: Mapping[int, str]) -> None:
         )
 
 
-def _only_kind(found: set[str], where: str) -> Optional[str]:
+def only_kind(found: set[str], where: str) -> Optional[str]:
+    """The one format that was found; None when there is none. Raises DiscoveryError when there are both."""
     if len(found) > 1:
         raise DiscoveryError(
             f"{where} hold both .safetensors and .ckpt files; say which format is meant, or move one kind away"
@@ -149,126 +240,44 @@ def _only_kind(found: set[str], where: str) -> Optional[str]:
     return next(iter(found), None)
 
 
-def _or(suffix: Optional[str]) -> str:
+def or_suffixes(suffix: Optional[str]) -> str:
+    """The format that is wanted, or all of them, for a message."""
     return " or ".join(f".{each}" for each in ([suffix] if suffix else FORMATS))
 
 
-def _rank_file(folder: Path, suffix: str, file_suffix: Optional[str]) -> Optional[str]:
-    files = [str(path) for path in inside(folder, lambda path: path.name.endswith(f".{suffix}") and path.is_file())]
-    if file_suffix is None:
-        return _newest(files, folder) if files else None
-    matching = [f for f in files if f.endswith(f"{file_suffix}.{suffix}")]
+def by_suffix(names: Sequence[str], suffix: str, file_suffix: str, folder: str) -> str:
+    """The file that `file_suffix` means.
+
+    Raises:
+        DiscoveryError: no file ends so, or several do equally well.
+    """
+    matching = [name for name in names if name.endswith(f"{file_suffix}.{suffix}")]
     if not matching:
         raise DiscoveryError(
-            f"no file in {str(folder)!r} ends with '{file_suffix}.{suffix}'; it holds "
-            f"{[os.path.basename(f) for f in files]}: give the longest common suffix of the wanted files"
+            f"no file in {folder!r} ends with '{file_suffix}.{suffix}'; it holds {list(names)}: "
+            "give the longest common suffix of the wanted files"
         )
-    return matching[0] if len(matching) == 1 else _by_suffix(matching, suffix, file_suffix, folder)
+    best = _exact(matching, suffix, file_suffix) if len(matching) > 1 else matching
+    if len(best) > 1:
+        raise DiscoveryError(_equal(best, folder, f"match file_suffix {file_suffix!r} equally well"))
+    return best[0]
 
 
-def _newest(files: list[str], folder: Path) -> str:
-    def age(path: str) -> list[int]:
-        return [int(n) for n in re.findall(r"\d+", os.path.basename(path))][-2:]
-
-    newest = max(map(age, files))
-    return _only([f for f in files if age(f) == newest], folder, "are equally new by the numbers in their names")
-
-
-def _by_suffix(matching: list[str], suffix: str, file_suffix: str, folder: Path) -> str:
+def _exact(matching: list[str], suffix: str, file_suffix: str) -> list[str]:
+    """Those of the files in which `file_suffix` is all of a task, epoch and step, or the step."""
     for form, lead in _SUFFIX_FORMS:
         if form.match(file_suffix):
             wanted = file_suffix if file_suffix.startswith(lead) else lead + file_suffix
-            exact = [f for f in matching if f.endswith(f"{wanted}.{suffix}")]
+            exact = [name for name in matching if name.endswith(f"{wanted}.{suffix}")]
             if "-" in wanted[1:]:  # a task number is not a rank number
-                exact = [f for f in exact if not f.endswith(f"rank{wanted}.{suffix}")]
-            shortest = min((len(os.path.basename(f)) for f in exact), default=0)
-            exact = [f for f in exact if len(os.path.basename(f)) == shortest]
-            return _only(exact or matching, folder, f"match file_suffix {file_suffix!r} equally well")
-    return _only(matching, folder, f"match file_suffix {file_suffix!r} equally well")
+                exact = [name for name in exact if not name.endswith(f"rank{wanted}.{suffix}")]
+            shortest = min(map(len, exact), default=0)
+            return [name for name in exact if len(name) == shortest] or matching
+    return matching
 
 
-def _only(files: list[str], folder: Path, why: str) -> str:
-    if len(files) == 1:
-        return files[0]
-    raise DiscoveryError(
-        f"{len(files)} files in {str(folder)!r} {why}: {[os.path.basename(f) for f in files]}; "
+def _equal(names: Sequence[str], folder: str, why: str) -> str:
+    return (
+        f"{len(names)} files in {folder!r} {why}: {sorted(names)}; "
         "set file_suffix to the longest common suffix of the wanted files, or move the others away"
     )
-
-
-def unified_files(directory: str, suffix: Optional[str] = None) -> UnifiedFiles:
-    """The files of a merged checkpoint: MindSpore's map, Hugging Face's index, or a single file.
-
-    Args:
-        directory: holds the files.
-        suffix: "safetensors", "ckpt", or None for whichever the map names or is there.
-
-    Raises:
-        DiscoveryError: no such directory, no file, several files and no map, or files of both formats.
-        FormatError: the map is not what it should be.
-    """
-    root = Path(directory)
-    there = [path.name for path in inside(root, Path.is_file)]
-    index, names = _map_of([root / name for name in (MAP_NAME, HF_INDEX_NAME) if name in there])
-    listed = {os.path.splitext(file)[1][1:] for file in (names or {}).values()}
-    suffix = suffix or _only_kind(listed & {*FORMATS}, f"the files that {str(index)!r} lists")
-    present = {kind: _checkpoints(root, there, kind) for kind in (FORMATS if suffix is None else (suffix,))}
-    suffix = suffix or _only_kind({kind for kind, files in present.items() if files}, f"the files in {directory!r}")
-    if suffix is None or not present[suffix]:
-        raise DiscoveryError(f"{directory!r} holds no {_or(suffix)} file; check the path and the format")
-    files = present[suffix]
-    if names is None and len(files) == 1:
-        return UnifiedFiles({files[0]: str(root / files[0])}, None, None)
-    if names is None:
-        raise DiscoveryError(
-            f"{directory!r} holds {len(files)} .{suffix} files but neither {MAP_NAME} nor {HF_INDEX_NAME}, so "
-            "nothing says which parameter is where: the merge that wrote it did not finish; run it again"
-        )
-    missing = sorted(set(names.values()) - set(files))
-    if missing:
-        raise DiscoveryError(
-            f"{str(index)!r} names {missing}, which {directory!r} does not hold as .{suffix} files; restore them"
-        )
-    hyper = next((str(root / name) for name in HYPER_NAMES if name in files and len(files) > 1), None)
-    return UnifiedFiles({file: str(root / file) for file in sorted(set(names.values()))}, names, hyper)
-
-
-def _map_of(found: list[Path]) -> tuple[Optional[Path], Optional[dict[str, str]]]:
-    """The map that counts, and what it says.
-
-    MindFormers leaves a map of its own names beside Hugging Face's index, of the same files, whose names the index has.
-    """
-    if not found:
-        return None, None
-    names = _read_map(found[0])
-    with suppress(FormatError):  # of an index that is not needed
-        for index in found[1:]:
-            listed = _read_map(index)
-            if set(names.values()) <= set(listed.values()):
-                return index, listed
-    return found[0], names
-
-
-def _checkpoints(root: Path, names: list[str], suffix: str) -> list[str]:
-    """Those of the files in a folder that are checkpoints of one format."""
-    return [n for n in names if n.endswith(f".{suffix}") and kind_of(str(root / n)) == CHECKPOINT]
-
-
-def _read_map(path: Path) -> dict[str, str]:
-    try:
-        raw = path.read_bytes()
-        fault = pointer_fault(str(path), raw)
-        if fault is not None:
-            raise FormatError(fault)
-        content = json.loads(raw)
-        names = content.get("weight_map", content)
-    except FormatError:
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise FormatError(f"{str(path)!r} is not a parameter map ({error}); run the merge again") from error
-    ok = isinstance(names, dict) and all(
-        isinstance(v, str) and os.path.basename(v) == v and v not in ("", ".", "..") for v in names.values()
-    )
-    if not ok or not names:
-        raise FormatError(f"{str(path)!r} must map parameter names to file names in its folder; run the merge again")
-    return dict(names)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.errors import DiscoveryError, FormatError
+from ms_ckpt_ext.errors import DiscoveryError
 from ms_ckpt_ext.formats import discovery
 
 NAMES = ["net_rank_0-3_1200", "net_rank_0-3_600", "net_rank_0-2_1800", "net_rank_0_1-3_1200", "other_77"]
@@ -37,6 +37,10 @@ def pick(root: Path, suffix: str | None) -> str:
         (NAMES, "_1200", "net_rank_0-3_1200"),
         (NAMES, "1800", "net_rank_0-2_1800"),
         (NAMES, "r_77", "other_77"),
+        (["net-1_10", "net-1_12_breakpoint"], None, "net-1_12_breakpoint"),
+        (["net-1_12", "net-1_12_breakpoint"], None, "net-1_12"),
+        (["lora_rank_8-1_10", "lora_rank_8-1_20"], None, "lora_rank_8-1_20"),
+        (["ema-1_10", "net-1_20"], None, "net-1_20"),
         (["net", "net_best"], "best", "net_best"),
     ],
 )
@@ -52,6 +56,9 @@ def test_the_file_that_is_meant(names: list[str], suffix: str | None, chosen: st
         (["xa_best", "yb_best"], "best", "match file_suffix 'best' equally well"),
         (["a-3_5", "b-3_5"], "3_5", "match file_suffix '3_5' equally well"),
         (["a"], "zzz", "ends with 'zzz.safetensors'"),
+        (["net_rank_0-1_5", "net_rank_0_1-1_5"], None, "are equally new"),
+        (["net_rank_0-3_1200", "net_rank_0_1-1_50"], None, "is of a later run"),
+        (["net-3_1200", "net_2-1_50"], None, "is of a later run"),
     ],
 )
 def test_no_guessing(names: list[str], suffix: str | None, message: str, tmp_path: Path) -> None:
@@ -104,24 +111,49 @@ def test_two_folders_of_one_rank(one: str, other: str, tmp_path: Path) -> None:
             find(str(tmp_path))
 
 
-def test_merged(tmp_path: Path) -> None:
-    with pytest.raises(DiscoveryError, match=r"holds no \.safetensors or \.ckpt file"):
-        discovery.unified_files(str(tmp_path))
-    (tmp_path / "part0.safetensors").touch()
-    assert discovery.unified_files(str(tmp_path)).names is None
-    (tmp_path / "hyper_param.safetensors").touch()
-    with pytest.raises(DiscoveryError, match="neither param_name_map.json nor"):
-        discovery.unified_files(str(tmp_path))
-    for content, kind, message in (
-        ('{"weight_map": {"a": "part9.safetensors"}}', DiscoveryError, "names .'part9.safetensors'."),
-        ('{"weight_map": {"a": "../x"}}', FormatError, "must map parameter names to file names"),
-        ("[]", FormatError, "is not a parameter map"),
-        ("{", FormatError, "is not a parameter map"),
-    ):
-        (tmp_path / "param_name_map.json").write_text(content)
-        with pytest.raises(kind, match=message):
-            discovery.unified_files(str(tmp_path))
-    (tmp_path / "param_name_map.json").write_text('{"a": "part0.safetensors"}')
-    found = discovery.unified_files(str(tmp_path))
-    assert found.names == {"a": "part0.safetensors"}
-    assert found.hyper == str(tmp_path / "hyper_param.safetensors")
+def test_strategies_and_archives_in_rank_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    for rank in range(3):
+        folder(tmp_path, ["net-1_10"], rank)
+        (tmp_path / f"rank_{rank}" / "strategy.ckpt").write_bytes(bytes.fromhex("08021204"))
+        (tmp_path / f"rank_{rank}" / "torch-9_99.ckpt").write_bytes(b"PK\x03\x04")
+    assert discovery.kinds(str(tmp_path)) == {"safetensors"}
+    assert {Path(path).name for path in discovery.rank_files(str(tmp_path), None).values()} == {"net-1_10.safetensors"}
+
+
+def test_one_file_of_a_family_tells_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in range(8):
+        (tmp_path / f"rank_{rank}").mkdir()
+        for step in range(9):
+            (tmp_path / f"rank_{rank}" / f"net_rank_{rank}-1_{step}.ckpt").write_bytes(bytes.fromhex("0a0a"))
+    looked: list[str] = []
+    monkeypatch.setattr(discovery, "kind_of", lambda path: looked.append(path) or "checkpoint")
+    assert len(discovery.rank_files(str(tmp_path), None)) == 8
+    assert len(looked) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            (["net-1_20", "init"], ["init"]),
+            r"rank 1 has no file of the newest save: .*\['init.safe.*rank 0 has 'net-1_20",
+        ),
+        ((["step_400", "step_300"], ["step_300"]), "rank 1 has no file of the newest save"),
+        ((["net-1_20", "ema-1_15"], ["ema-1_20", "ema-1_15"]), "'ema-1_20.*equally new|equally new.*'ema-1_20"),
+    ],
+)
+def test_no_file_of_another_save_fills_a_gap(names: tuple[list[str], ...], message: str, tmp_path: Path) -> None:
+    for rank, held in enumerate(names):
+        folder(tmp_path, held, rank)
+    with pytest.raises(DiscoveryError, match=message):
+        discovery.rank_files(str(tmp_path))
+
+
+def test_what_lies_beyond_the_world_is_listed_as_it_is(tmp_path: Path) -> None:
+    for rank in range(4):
+        folder(tmp_path, ["step_400"] if rank < 2 else ["step_300"], rank)
+        folder(tmp_path, ["init"], rank)
+    with pytest.raises(DiscoveryError, match="rank 2 has no file"):
+        discovery.rank_files(str(tmp_path))
+    found = discovery.rank_files(str(tmp_path), world=2)
+    assert [Path(path).stem for path in found.values()] == ["step_400", "step_400", "step_300", "step_300"]

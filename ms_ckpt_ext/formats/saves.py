@@ -1,0 +1,213 @@
+"""What the names of checkpoint files say: of which save, run and rank they are, and which save is the newest.
+
+    {prefix}-{epoch}_{step}                 `ModelCheckpoint`; its later runs in a folder are `{prefix}_1`, …
+    {prefix}_rank_{N}-{epoch}_{step}        MindFormers; its later runs are `{prefix}_rank_{N}_1`, …
+    {prefix}-{epoch}_{step}_breakpoint      `exception_save`; step counts from the start, and runs by breakpoints alone
+    {prefix}{N}, {prefix}{N}_part{stage}    `transform_checkpoints`
+
+1. Of every name the last two numbers are the save's, epoch and step, as MindSpore's own rule has it.
+2. A number that is the rank's own in every rank folder is no part of the name: what is left is shared by the ranks. One
+   that is the same in all folders is the prefix's, as in `lora_rank_8`; inside a rank folder the rank is known.
+3. The newest save has the largest numbers. Two that are equally new are told apart by nothing, and so is a save of a
+   later run with smaller numbers: who chooses must ask. A breakpoint of the very step of a save gives way to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Optional
+
+_NUMBERS = re.compile(r"\d+")
+_RANK = re.compile(r"(?<![^\W_])rank_(\d+)")
+_STEP = re.compile(r"-(\d+)_(\d+)$")
+_RUN = re.compile(r"(?<!rank)_(\d+)$")
+_BREAKPOINT = "_breakpoint"
+_SUFFIX = re.compile(r"\.(?:safetensors|ckpt)$")
+
+
+class Save(NamedTuple):
+    """What a checkpoint's name says.
+
+    Attributes:
+        prefix: what it begins with, without the number of the run.
+        run: 0 for the first in a folder.
+        step: the last two numbers; fewer where there are fewer.
+        regular: it was saved when it was due, not when an exception ended the run.
+    """
+
+    prefix: str
+    run: int
+    step: tuple[int, ...]
+    regular: bool
+
+
+def save_of(name: str) -> Save:
+    """Parse a file's name, or what the ranks' names share.
+
+    >>> save_of("net_1-3_1200.ckpt"), save_of("lora_rank_8-1_10.safetensors").prefix
+    (Save(prefix='net', run=1, step=(3, 1200), regular=True), 'lora_rank_8')
+    >>> save_of("net-1_12_breakpoint.ckpt"), save_of("step_400.ckpt").prefix
+    (Save(prefix='net', run=0, step=(1, 12), regular=False), 'step_')
+    """
+    stem, regular = _stem(name)
+    found = _STEP.search(stem)
+    if found is None:
+        last = list(_NUMBERS.finditer(stem))[-2:]
+        prefix = stem[: last[0].start()] + "#" + stem[last[-1].end() :] if last else stem
+        return Save(prefix.rstrip("#"), 0, tuple(int(number[0]) for number in last), regular)
+    prefix = stem[: found.start()]
+    run = _RUN.search(prefix)
+    return Save(
+        prefix[: run.start()] if run else prefix,
+        int(run[1]) if run else 0,
+        (int(found[1]), int(found[2])),
+        regular,
+    )
+
+
+def _stem(name: str) -> tuple[str, bool]:
+    """A name without its format and without the mark of a breakpoint, and whether it has none."""
+    stem = _SUFFIX.sub("", name)
+    return (stem[: -len(_BREAKPOINT)], False) if stem.endswith(_BREAKPOINT) else (stem, True)
+
+
+def grouped(files: Mapping[int, Iterable[str]]) -> dict[str, dict[int, str]]:
+    """The files of rank folders by what their names share.
+
+    Args:
+        files: rank -> names of the files in its folder.
+
+    Returns:
+        shared name -> rank -> file. Where every folder holds one file, these are one checkpoint whatever their names.
+    """
+    held = {rank: sorted(names) for rank, names in files.items() if names}
+    if len(held) > 1 and all(len(names) == 1 for names in held.values()):
+        only = {rank: name for rank, (name,) in held.items()}
+        return {next(iter(_shared(held).values())): only}
+    found: dict[str, dict[int, str]] = {}
+    for (rank, name), shared in _shared(held).items():
+        group = found.setdefault(shared, {})
+        if rank in group:  # a second file of the rank by this name, which only its own name tells apart
+            group = found.setdefault(name, {})
+        group[rank] = name
+    return found
+
+
+def _shared(held: Mapping[int, Sequence[str]]) -> dict[tuple[int, str], str]:
+    """(rank, file) -> its name without the numbers that are the rank's."""
+    patterns: dict[str, list[tuple[int, str]]] = {}
+    for rank, names in held.items():
+        for name in names:
+            patterns.setdefault(_NUMBERS.sub("#", name), []).append((rank, name))
+    return {
+        (rank, name): _without(name, own, rank)
+        for members in patterns.values()
+        for own in [_rank_places(members)]
+        for rank, name in members
+    }
+
+
+def _rank_places(members: Sequence[tuple[int, str]]) -> list[int]:
+    """Which of the numbers of names that differ in numbers only are their ranks'."""
+    ranks = {rank for rank, _ in members}
+    if len(ranks) < 2:
+        return []
+    first = members[0][1]
+    matches = list(_NUMBERS.finditer(first))
+    named = {at for at, number in enumerate(matches) if first[: number.start()].endswith("rank_")}
+    epoch = _epoch_place(first, len(matches))
+    numbers = [(rank, [int(number) for number in _NUMBERS.findall(name)]) for rank, name in members]
+    places = []
+    for at in range(len(matches)):
+        own = {rank for rank, of in numbers if of[at] == rank}
+        if at != epoch and (own == ranks if at in named else all(of[at] == rank for rank, of in numbers)):
+            places.append(at)
+    return places
+
+
+def _epoch_place(name: str, count: int) -> int:
+    """Which number of a name is certainly the epoch's; -1 when none is."""
+    return count - 2 if _STEP.search(_stem(name)[0]) else -1
+
+
+def _without(name: str, places: Sequence[int], rank: int) -> str:
+    """A name without those of its numbers, at these places, that are the rank's."""
+    for at in reversed(places):
+        number = list(_NUMBERS.finditer(name))[at]
+        if int(number[0]) == rank:
+            name = name[: number.start()] + name[number.end() :]
+    return name
+
+
+def grouped_flat(names: Iterable[str]) -> dict[str, dict[int, str]]:
+    """The files of one folder, where only names tell ranks: shared name -> rank -> file.
+
+    `_rank_N` is a rank where 0 or several consecutive ones are there; else it is the prefix's, as in `lora_rank_8`.
+    """
+    families: dict[str, dict[int, str]] = {}
+    found: dict[str, dict[int, str]] = {}
+    for name in sorted(names):
+        matches = list(_RANK.finditer(name))
+        if not matches:
+            found[name] = {0: name}
+            continue
+        shared = name[: matches[-1].start(1)] + name[matches[-1].end(1) :]
+        family = families.setdefault(shared, {})
+        if int(matches[-1][1]) in family:  # rank_1 and rank_01
+            shared, family = name, families.setdefault(name, {})
+        family[int(matches[-1][1])] = name
+    for shared, family in families.items():
+        ranks = sorted(family)
+        if 0 in family or (len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1):
+            found[shared] = family
+        else:
+            found.update({name: {0: name} for name in family.values()})
+    return found
+
+
+class Newest(NamedTuple):
+    """The newest of several saves by their names.
+
+    Attributes:
+        equal: the newest; several where names do not tell which.
+        later_run: the newest of a later run, whose numbers are smaller; None when there is none.
+        others: the newest of every other prefix.
+    """
+
+    equal: tuple[str, ...]
+    later_run: Optional[str]
+    others: tuple[str, ...]
+
+
+def newest(names: Iterable[str]) -> Newest:
+    """Tell the newest of saves by the names that ranks share, of which there is at least one."""
+    saves = {name: save_of(name) for name in names}
+
+    def order(name: str) -> tuple[tuple[int, ...], bool]:
+        return saves[name].step, saves[name].regular
+
+    ordered = sorted(saves, key=order, reverse=True)
+    best = saves[ordered[0]]
+    later = [
+        name
+        for name in ordered
+        if (saves[name].prefix, saves[name].regular) == (best.prefix, True) and saves[name].run > best.run
+    ]
+    others = {saves[name].prefix: name for name in reversed(ordered) if saves[name].prefix != best.prefix}
+    return Newest(
+        tuple(name for name in ordered if order(name) == order(ordered[0])),
+        max(later, key=lambda name: saves[name].run, default=None),
+        tuple(reversed(others.values())),
+    )
+
+
+def is_step(name: str) -> bool:
+    """Whether a name ends in `-{epoch}_{step}`, as saves of a training do."""
+    return step_of(name) is not None
+
+
+def step_of(name: str) -> Optional[tuple[int, int]]:
+    """Epoch and step of a name that ends in `-{epoch}_{step}`; None of another."""
+    found = _STEP.search(_stem(name)[0])
+    return (int(found[1]), int(found[2])) if found else None
