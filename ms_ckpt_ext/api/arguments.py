@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 from ms_ckpt_ext import log, progress
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict, strategy_from_messages
+from ms_ckpt_ext.core.strategy import (
+    Strategy,
+    layouts_by_name,
+    strategy_from_layout_dict,
+    strategy_from_messages,
+)
+from ms_ckpt_ext.core.supplement import ByName, Part, put_together
 from ms_ckpt_ext.engine import offline
 from ms_ckpt_ext.engine.job import Job
 from ms_ckpt_ext.engine.naming import Choice, Naming
@@ -116,31 +122,65 @@ def _number(value: Any, argument: str, least: int) -> int:
     return number
 
 
-def as_strategy(value: Any, rank: int = 0) -> Optional[Strategy]:
+def as_strategy(value: Any, rank: int = 0, argument: str = "a strategy") -> Optional[Strategy]:
     """Any form in which MindSpore gives layouts, as one value; None for one device.
 
-    An empty dict is the layouts of a network that is not compiled, and None, as in MindSpore.
+    An empty dict is the layouts of a network that is not compiled, and None, as in MindSpore. A list is of several of
+    these forms, put together: MindSpore's strategy files list trainable parameters only, and what they lack may be
+    given beside them, by another file or by name: `[file, {"dense.weight": (dev_matrix, tensor_map)}]`, see
+    `core.supplement`.
+
+    Args:
+        rank: whose network a layout dict is of.
+        argument: what it is called, for messages.
 
     Raises:
-        StrategyError: the value is of a legal type but its contents are not.
+        StrategyError: the value is of a legal type but its contents are not, or those of a list contradict each other.
         ArgumentTypeError: it is none of the legal types.
     """
     if value is None or isinstance(value, Strategy):
         return value
     if isinstance(value, (str, os.PathLike)):
-        return load_strategy(path_of(value, "a strategy"))
+        return load_strategy(path_of(value, argument))
     if isinstance(value, Mapping):
         if not value:
             return None
         if all(hasattr(message, "dev_matrix") for message in value.values()):
             return strategy_from_messages(value)
-        from ms_ckpt_ext.bridge.world import group_size
-
-        return strategy_from_layout_dict(value, rank, group_size)
+        return strategy_from_layout_dict(value, rank, _group_size)
+    if isinstance(value, (list, tuple)):
+        return _of_several(value, rank, argument)
     raise ArgumentTypeError(
-        "a strategy must be a path, the dict of build_searched_strategy, a layout dict, or None; "
-        f"got {type(value).__name__}"
+        f"{argument} must be a path, got {type(value).__name__}; the dict of build_searched_strategy, a layout dict, a "
+        "list of these, and None are legal, too"
     )
+
+
+def _of_several(values: Sequence[Any], rank: int, argument: str) -> Optional[Strategy]:
+    named = [f"{argument}[{number}]" for number in range(len(values))]
+    parts = [_part(value, name) for value, name in zip(values, named) if value != {}]
+    if not parts:
+        raise UsageError(f"{argument} is an empty list: give a strategy, or None for one device")
+    if isinstance(parts[0], Strategy) and len(parts) == 1:
+        return parts[0]
+    first = next((layout for part in parts if isinstance(part, ByName) for layout in part.layouts.values()), None)
+    return put_together(parts, 0 if first is None else rank // first.devices)
+
+
+def _part(value: Any, argument: str) -> Part:
+    if isinstance(value, Mapping):
+        return ByName(layouts_by_name(value, _group_size, argument), argument)
+    if value is None or isinstance(value, (list, tuple)):
+        raise ArgumentTypeError(f"{argument} must be a path or a dict of layouts, got {type(value).__name__}")
+    strategy = as_strategy(value, 0, argument)
+    assert strategy is not None
+    return strategy
+
+
+def _group_size(group: str) -> int:
+    from ms_ckpt_ext.bridge.world import group_size
+
+    return group_size(group)
 
 
 def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:

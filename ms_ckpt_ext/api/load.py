@@ -29,7 +29,6 @@ from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.rules import Rule
@@ -39,7 +38,7 @@ def load_distributed_checkpoint(
     network: Any,
     checkpoint_filenames: Optional[Union[Sequence[PathLike], PathLike]] = None,
     predict_strategy: Any = None,
-    train_strategy_filename: Optional[PathLike] = None,
+    train_strategy_filename: Any = None,
     strict_load: bool = False,
     dec_key: Optional[KeyLike] = None,
     dec_mode: str = "AES-GCM",
@@ -86,7 +85,8 @@ def load_distributed_checkpoint(
         predict_strategy: layouts of the target: a strategy file or directory, the dict of
             `build_searched_strategy`, `Cell.parameter_layout_dict` or `Model.infer_predict_layout()`, or None for one
             device.
-        train_strategy_filename: strategy that cut the source; needed when that is sharded. With
+        train_strategy_filename: strategy that cut the source, in any form that `as_strategy` takes, also a list of a
+            file and what it lacks; needed when that is sharded. With
             `checkpoint_filenames` the default is the one that `AutoParallel` or the context names.
         strict_load: refuse to cast between dtypes of a family and to match names by suffix. By suffix: where names
             differ by a wrapper's prefix; never an optimizer's state, and never one of several readings, see
@@ -221,13 +221,13 @@ def _refuse_live(options: LoadOptions, mode: Optional[str]) -> None:
             raise UsageError(f"{name} is for loads into a network, and there is none (save mode): {_INSTEAD[name]}")
 
 
-def _trained(filename: Optional[PathLike], checkpoint_filenames: Any, network: Any) -> Optional[Strategy]:
+def _trained(filename: Any, checkpoint_filenames: Any, network: Any) -> Optional[Strategy]:
     """The strategy that cut the source. `checkpoint_filenames` without one come from the network's own training job."""
     if filename is None and network is not None and checkpoint_filenames is not None:
         from ms_ckpt_ext.bridge.world import training_strategy_file
 
         filename = training_strategy_file(network)
-    return None if filename is None else load_strategy(path_of(filename, "train_strategy_filename"))
+    return as_strategy(filename, argument="train_strategy_filename")
 
 
 def _lister(

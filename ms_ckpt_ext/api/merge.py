@@ -10,6 +10,7 @@ from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    as_strategy,
     checked_naming,
     checked_rules,
     execute,
@@ -27,7 +28,6 @@ from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.formats.strategy_merge import merge_strategy_files
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def unified_safetensors(
     src_dir: PathLike,
-    src_strategy_file: Optional[PathLike],
+    src_strategy_file: Any,
     dst_dir: PathLike,
     merge_with_redundancy: bool = True,
     file_suffix: Optional[str] = None,
@@ -67,7 +67,8 @@ def unified_safetensors(
     Args:
         src_dir: holds `rank_{N}/*.safetensors`, or `.ckpt` files.
         src_strategy_file: strategy of the job that saved them: one file (merged if it has pipeline stages), or a
-            directory with one file per stage. None when a single rank saved everything whole.
+            directory with one file per stage. None when a single rank saved everything whole. Any other form that
+            `as_strategy` takes will do, such as a list of the file and what it lacks.
         dst_dir: gets `part{i}.safetensors`, `param_name_map.json` and, for what lies outside the strategy (training
             scalars), `hyper_param.safetensors`. An older result there is replaced when the new one is complete.
         merge_with_redundancy: kept for compatibility: which slices a file holds is read from the file.
@@ -115,7 +116,7 @@ def unified_safetensors(
     options = MergeOptions(task, tasks, naming, part_bytes, output_format, crc, seal, digests)
     run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
-    strategy = None if src_strategy_file is None else load_strategy(path_of(src_strategy_file, "src_strategy_file"))
+    strategy = as_strategy(src_strategy_file, argument="src_strategy_file")
     listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
     catalog = read_slices(listing, strategy, access, allow_equal_slices).ruled(weight_rules)
     refuse_empty(catalog)

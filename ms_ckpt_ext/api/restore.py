@@ -24,7 +24,6 @@ from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
-from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.rules import Rule
@@ -68,7 +67,7 @@ def resume(
     checkpoint_dir: Optional[PathLike] = None,
     *,
     predict_strategy: Any = None,
-    train_strategy_filename: Optional[PathLike] = None,
+    train_strategy_filename: Any = None,
     required: bool = True,
     allow_missing: bool = False,
     strict_load: bool = True,
@@ -140,7 +139,7 @@ def resume(
     access, weight_rules, rank = access_of(dec_key, dec_mode), checked_rules(rules), live.own_rank()
     try:
         cell = live.both(network, optimizer)
-        trained = None if given is None else load_strategy(path_of(given, "train_strategy_filename"))
+        trained = as_strategy(given, argument="train_strategy_filename")
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
         live.give_up(error, timeout)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from ms_ckpt_ext.api.arguments import PathLike, access_of, path_of
+from ms_ckpt_ext.api.arguments import PathLike, access_of, as_strategy, path_of
 from ms_ckpt_ext.engine.contents import read_extras
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 
 def training_scalars(
     checkpoint_dir: PathLike,
-    strategy_file: Optional[PathLike] = None,
+    strategy_file: Any = None,
     file_suffix: Optional[str] = None,
     *,
     dec_key: Optional[KeyLike] = None,
@@ -21,9 +20,13 @@ def training_scalars(
 ) -> dict[str, Any]:
     """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate, …
 
+    Text, and what has no more than one axis: a matrix is no scalar. What differs between ranks is none either, and a
+    warning names it.
+
     Args:
         checkpoint_dir: a merged or a sharded checkpoint, of either format; or one file.
-        strategy_file: of a sharded one; without it, and in a file, every parameter of a single element is a scalar.
+        strategy_file: of a sharded one, in any form that `as_strategy` takes; without it, and in a file, every
+            parameter of a single element is a scalar.
         file_suffix: which file of a rank folder; None for the newest.
         dec_key, dec_mode, crc_check: as in `load_distributed_checkpoint`.
 
@@ -33,6 +36,6 @@ def training_scalars(
     Raises:
         DiscoveryError, StrategyError, FormatError, StorageError: as for the merge.
     """
-    strategy = None if strategy_file is None else load_strategy(path_of(strategy_file, "strategy_file"))
+    strategy = as_strategy(strategy_file, argument="strategy_file")
     access = access_of(dec_key, dec_mode, crc_check)
     return read_extras(path_of(checkpoint_dir, "checkpoint_dir"), strategy, file_suffix, access)

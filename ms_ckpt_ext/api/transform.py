@@ -6,12 +6,13 @@ import os
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
     access_of,
+    as_strategy,
     check_path,
     checked_format,
     checked_naming,
@@ -34,7 +35,6 @@ from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.formats.strategy_file import load_strategy
 
 _NOT_COUNTED = ("accu_grads", "adam_v", "adam_m")
 """What MindSpore leaves out when it asks whether a strategy has more parameters than another."""
@@ -44,8 +44,8 @@ def transform_checkpoints(
     src_checkpoints_dir: PathLike,
     dst_checkpoints_dir: PathLike,
     ckpt_prefix: str,
-    src_strategy_file: Optional[PathLike] = None,
-    dst_strategy_file: Optional[PathLike] = None,
+    src_strategy_file: Any = None,
+    dst_strategy_file: Any = None,
     process_num: Optional[int] = 1,
     output_format: str = "ckpt",
     *,
@@ -74,8 +74,10 @@ def transform_checkpoints(
             pipeline stage and the target strategy lists more parameters, the files are those of that stage,
             `rank_{N}/{ckpt_prefix}{N}_part{stage}.{output_format}`.
             An older result of that prefix is replaced when the new one is complete.
-        src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole.
-        dst_strategy_file: strategy of the target; None for one device.
+        src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole. Any form that
+            `as_strategy` takes will do, such as a list of the file and what it lacks.
+        dst_strategy_file: strategy of the target, likewise; None for one device. What it does not list is kept, whole
+            or as the rank's own file has it; see docs/outside-the-strategy.md.
         process_num: upper bound on worker threads; 0 is one, None as many as help.
         output_format: "ckpt" or "safetensors".
         file_suffix: which file of a rank folder; None for the newest.
@@ -107,8 +109,8 @@ def transform_checkpoints(
     naming = checked_naming(choice_func, name_map)
     run = running(process_num, buffer_bytes, sync=sync, argument="process_num", least=0)
     trained, wanted = (
-        _strategy(src_strategy_file, "src_strategy_file"),
-        _strategy(dst_strategy_file, "dst_strategy_file"),
+        as_strategy(src_strategy_file, argument="src_strategy_file"),
+        as_strategy(dst_strategy_file, argument="dst_strategy_file"),
     )
     files = _source_files(source, file_suffix, trained)
     kind = next(iter(files.values())).rsplit(".", 1)[-1]
@@ -136,8 +138,8 @@ def transform_checkpoint_by_rank(
     rank_id: int,
     checkpoint_files_map: Mapping[int, PathLike],
     save_checkpoint_file_name: PathLike,
-    src_strategy_file: Optional[PathLike] = None,
-    dst_strategy_file: Optional[PathLike] = None,
+    src_strategy_file: Any = None,
+    dst_strategy_file: Any = None,
     *,
     buffer_bytes: int = BUFFER_BYTES,
     max_process_num: int = 64,
@@ -184,8 +186,8 @@ def transform_checkpoint_by_rank(
     naming = checked_naming(choice_func, name_map)
     run = running(max_process_num, buffer_bytes, sync=sync)
     trained, wanted = (
-        _strategy(src_strategy_file, "src_strategy_file"),
-        _strategy(dst_strategy_file, "dst_strategy_file"),
+        as_strategy(src_strategy_file, argument="src_strategy_file"),
+        as_strategy(dst_strategy_file, argument="dst_strategy_file"),
     )
     world = wanted.world if wanted else 1
     if rank_id >= world:
@@ -202,9 +204,7 @@ def transform_checkpoint_by_rank(
     return execute(job, folder, run, "transform")
 
 
-def rank_list_for_transform(
-    rank_id: int, src_strategy_file: Optional[PathLike] = None, dst_strategy_file: Optional[PathLike] = None
-) -> list[int]:
+def rank_list_for_transform(rank_id: int, src_strategy_file: Any = None, dst_strategy_file: Any = None) -> list[int]:
     """Ranks of the source whose files together hold what `rank_id` of the target needs, descending.
 
     Drop-in for `mindspore.rank_list_for_transform`. The list is as short as the layouts allow, where MindSpore's
@@ -220,8 +220,8 @@ def rank_list_for_transform(
     """
     rank_id = integer(rank_id, "rank_id", 0)
     trained, wanted = (
-        _strategy(src_strategy_file, "src_strategy_file"),
-        _strategy(dst_strategy_file, "dst_strategy_file"),
+        as_strategy(src_strategy_file, argument="src_strategy_file"),
+        as_strategy(dst_strategy_file, argument="dst_strategy_file"),
     )
     if trained is None:
         return [0]
@@ -236,10 +236,6 @@ convert_checkpoints = transform_checkpoints
 convert_checkpoint_by_rank = transform_checkpoint_by_rank
 rank_list_for_convert = rank_list_for_transform
 """Newer names in `mindspore.parallel` for the same."""
-
-
-def _strategy(value: Union[PathLike, Strategy, None], argument: str) -> Optional[Strategy]:
-    return value if value is None or isinstance(value, Strategy) else load_strategy(path_of(value, argument))
 
 
 def _checked_prefix(prefix: Any) -> str:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from typing import Any, Union
 
 from ms_ckpt_ext.cli.command import takes_path
 
 
 def add_strategy(parser: ArgumentParser, flag: str = "--strategy", whose: str = "of the job that saved it") -> None:
-    """A strategy file or directory."""
-    takes_path(
-        parser.add_argument(
-            flag, metavar="FILE", help=f"strategy {whose}: a file, or a directory with one per pipeline stage"
-        )
+    """A strategy file or directory, or several that are put together."""
+    help_ = (
+        f"strategy {whose}: a file, or a directory with one per pipeline stage; repeated: with what the first one lacks"
     )
+    takes_path(parser.add_argument(flag, metavar="FILE", action=Gather, help=help_))
+
+
+class Gather(Action):
+    """An option that may be repeated: its value, or the list of them."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        """Add a value to those that were given."""
+        before = getattr(namespace, self.dest)
+        held = before if isinstance(before, list) else [] if before is None else [before]
+        setattr(namespace, self.dest, [*held, values] if held else values)
 
 
 def add_suffix(parser: ArgumentParser, flag: str = "--file-suffix") -> None:

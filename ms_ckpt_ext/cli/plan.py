@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, Command, takes_path
@@ -28,10 +28,18 @@ def _configure(parser: argparse.ArgumentParser) -> None:
             "--src-strategy",
             "--strategy",
             metavar="FILE",
-            help="strategy of the job that saved SRC, if in rank folders",
+            action=options.Gather,
+            help="strategy of the job that saved SRC, if in rank folders; may be repeated, with what the first lacks",
         )
     )
-    takes_path(add("--dst-strategy", metavar="FILE", help="the same as DST, for whom DST is an output directory"))
+    takes_path(
+        add(
+            "--dst-strategy",
+            metavar="FILE",
+            action=options.Gather,
+            help="the same as DST, for whom DST is an output directory; may be repeated",
+        )
+    )
     takes_path(add("--shapes", metavar="FILE", help='no checkpoint: JSON {name: {"dtype": "F32", "shape": [..]}}'))
     add(
         "--hardware",
@@ -57,7 +65,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> Answer:
     from ms_ckpt_ext.api.plan import plan
 
-    saved: Optional[str] = arguments.src_strategy
+    saved: Any = arguments.src_strategy
     if arguments.shapes is not None:
         if saved is not None:
             raise UsageError("with --shapes, SRC is the strategy that cut the checkpoint: leave --src-strategy away")

@@ -168,6 +168,13 @@ class Layout(_Numbers):
         return tuple(extent * parts for extent, parts in zip(slice_of, self.parts))
 
 
+def same_slices(one: Layout, two: Layout) -> bool:
+    """Whether every rank of a stage has the same slice under both; they may be written in other device matrices."""
+    ndim = min(len(one.tensor_map), len(two.tensor_map))
+    one, two = one.over(ndim), two.over(ndim)
+    return one == two or (one.parts == two.parts and one.cells == two.cells)
+
+
 def whole(ndim: int) -> Layout:
     """The layout of an uncut parameter on one device."""
     return Layout((1,), ((),) * ndim)

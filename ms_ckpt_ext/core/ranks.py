@@ -7,11 +7,12 @@ all target ranks together name different replicas, and a rank whose slice stays 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import product
 from math import lcm
-from typing import Callable, Optional
+from typing import Optional
 
-from ms_ckpt_ext.core.layout import Cell, Layout, whole
+from ms_ckpt_ext.core.layout import Cell, Layout, same_slices, whole
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.errors import StrategyError
 
@@ -68,21 +69,17 @@ def same_cut(source: Strategy, target: Strategy) -> bool:
     Optimizer shards are left aside. False when they have no parameter in common, for then nothing tells.
     """
     both = source.layouts.keys() & target.layouts.keys()
-    jobs = ((job.devices_per_stage, job.stages) for job in (source, target))
-    known: dict[tuple[Layout, Layout], bool] = {}
-
-    def same(one: Layout, two: Layout) -> bool:
-        if (one, two) not in known:
-            plain = [Layout(layout.dev_matrix, layout.tensor_map) for layout in (one, two)]
-            known[one, two] = plain[0].parts == plain[1].parts and plain[0].cells == plain[1].cells
-        return known[one, two]
-
-    return bool(both) and len(set(jobs)) == 1 and all(_alike(source, target, name, same) for name in both)
+    jobs = {(job.devices_per_stage, job.stages) for job in (source, target)}
+    return bool(both) and len(jobs) == 1 and all(_alike(source.layouts[n], target.layouts[n]) for n in both)
 
 
-def _alike(source: Strategy, target: Strategy, name: str, same: Callable[[Layout, Layout], bool]) -> bool:
-    one, two = source.layouts[name], target.layouts[name]
-    return one.keys() == two.keys() and all(same(layout, two[stage]) for stage, layout in one.items())
+def _alike(one: Mapping[int, Layout], two: Mapping[int, Layout]) -> bool:
+    return one.keys() == two.keys() and all(_same_boxes(layout, two[stage]) for stage, layout in one.items())
+
+
+@lru_cache(maxsize=4096)
+def _same_boxes(one: Layout, two: Layout) -> bool:
+    return same_slices(Layout(one.dev_matrix, one.tensor_map), Layout(two.dev_matrix, two.tensor_map))
 
 
 def _needed(layout: Layout, wanted: Layout, local: int) -> Iterator[int]:

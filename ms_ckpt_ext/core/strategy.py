@@ -202,7 +202,7 @@ def layout_item(
 
 
 def strategy_from_layout_dict(
-    layouts: Mapping[str, Sequence[Any]],
+    layouts: Mapping[str, Any],
     rank: int,
     group_size: Callable[[str], int],
     origin: str = "the layout dict",
@@ -210,24 +210,35 @@ def strategy_from_layout_dict(
     """Read `Cell.parameter_layout_dict` or the result of `Model.infer_predict_layout()`.
 
     Args:
-        layouts: name -> (dev_matrix, tensor_map, slice_shape, field_size, uniform_split, opt_shard_group, ...).
+        layouts: name -> (dev_matrix, tensor_map, slice_shape, field_size, uniform_split, opt_shard_group, ...), of
+            which the first two suffice; or a `Layout`.
         rank: global rank whose network this is; the dict speaks of that rank's stage only.
         group_size: size of a communication group by name, asked for optimizer-shard groups.
 
     Raises:
         StrategyError: a value is not such a tuple.
     """
-    items = [_from_tuple(name, value, group_size, origin) for name, value in layouts.items()]
-    if not items:
-        return Strategy.from_items(items, origin)
-    stage = rank // items[0].layout.devices
-    return Strategy.from_items((item._replace(stage=stage) for item in items), origin)
+    found = layouts_by_name(layouts, group_size, origin)
+    stage = rank // next(iter(found.values())).devices if found else 0
+    return Strategy.from_items((LayoutItem(name, stage, layout) for name, layout in found.items()), origin)
 
 
-def _from_tuple(name: str, value: Sequence[Any], group_size: Callable[[str], int], origin: str) -> LayoutItem:
-    if not isinstance(value, (list, tuple)) or len(value) < 4:
+def layouts_by_name(
+    layouts: Mapping[str, Any], group_size: Callable[[str], int], origin: str = "the layout dict"
+) -> dict[str, Layout]:
+    """The values of such a dict, or of one of messages. Arguments and errors as of `strategy_from_layout_dict`."""
+    return {name: _layout_of(name, value, group_size, origin) for name, value in layouts.items()}
+
+
+def _layout_of(name: str, value: Any, group_size: Callable[[str], int], origin: str) -> Layout:
+    if isinstance(value, Layout):
+        return value
+    if hasattr(value, "dev_matrix"):
+        return _from_message(name, value, origin).layout
+    if not isinstance(value, (list, tuple)) or len(value) < 2:
         raise StrategyError(
-            f"{origin}: value of {name!r} must be (dev_matrix, tensor_map, slice_shape, field_size, ...), got {value!r}"
+            f"{origin}: value of {name!r} must be (dev_matrix, tensor_map, slice_shape, field_size, ...), of which the "
+            f"first two suffice, got {value!r}"
         )
     group = value[5] if len(value) > 5 else ""
     shard = (1, group_size(group)) if group else (0, 0)
@@ -237,4 +248,5 @@ def _from_tuple(name: str, value: Sequence[Any], group_size: Callable[[str], int
         matrix = list(map(index, value[0]))
     except TypeError as error:
         raise StrategyError(f"{origin}: value of {name!r} must hold numbers of devices and axes ({error})") from error
-    return layout_item(name, 0, [matrix], rows, shard, uneven=bool(value[3]), origin=origin)
+    uneven = len(value) > 3 and bool(value[3])
+    return layout_item(name, 0, [matrix], rows, shard, uneven=uneven, origin=origin).layout

@@ -198,7 +198,9 @@ class Keeping:
         for name, tensor in self._tensors.items():
             layout = self._cut_by.layout(name, rank)
             if layout is not None and all(tensor.meta.shape):
-                yield Box(name, tensor, layout.region(rank % self._target.devices_per_stage, tensor.meta.shape))
+                shape = tensor.meta.shape
+                region = layout.over(len(shape)).region(rank % self._target.devices_per_stage, shape)
+                yield Box(name, tensor, region)
             elif layout is not None or tensor.recipe is not None:
                 yield Box(name, tensor, whole_box(tensor))
         for name, tensor in self._unlisted(self.catalog.extras):
