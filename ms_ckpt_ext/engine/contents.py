@@ -59,7 +59,7 @@ def read_extras(
         return dtype.name == TEXT or math.prod(shape) == 1 or (len(shape) == 1 and not alone)
 
     groups = (catalog.extras, catalog.unproven, catalog.own)
-    wanted = [name for group in groups for name, held in group.items() if is_scalar(held)]
+    wanted = {name for group in groups for name, held in group.items() if is_scalar(held)}
     catalog = compared(catalog, wanted)
     differing = [catalog.own[name] for name in sorted(wanted) if name in catalog.own]
     if differing:
