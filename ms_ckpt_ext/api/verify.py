@@ -247,7 +247,7 @@ class _Counted:
     def __init__(self, inner: ByteReader, advance: Any) -> None:
         self._inner, self._advance = inner, advance
         self.path, self.size, self.disk_size = inner.path, inner.size, inner.disk_size
-        self.mtime_ns, self.fd = inner.mtime_ns, inner.fd
+        self.mtime_ns, self.fd, self.traits = inner.mtime_ns, inner.fd, inner.traits
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""

@@ -115,7 +115,7 @@ def copy_job(
     indexes, tensors, outputs = [], {}, []
     for number, (name, path) in enumerate(inputs.items()):
         with registry.open_reader(path, access) as reader:
-            size, kind = reader.size, getattr(reader, "kind", "plain")
+            size, kind = reader.size, reader.traits.container
             checksum = _to_be_proved(path, reader) if kind in BLOCK_MAGIC.values() else None
             entry = TensorEntry(DTYPES["U8"], (size,), (Extent(0, size),))
             held = FileIndex(path, reader.disk_size, reader.mtime_ns, {_CONTENTS: entry}, {}, kind)

@@ -108,8 +108,7 @@ def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[in
 
     An encrypted file takes and gives whole units at no extra cost.
     """
-    for side, offset in ((sink, target), (reader, source)):
-        unit: int = getattr(side, "unit", 0)  # plain readers have none
+    for unit, offset in ((sink.unit, target), (reader.traits.unit, source)):
         if 0 < unit <= _LARGEST_UNIT:
             return -(-_COPY // unit) * unit, offset
     return _COPY, 0
@@ -137,7 +136,7 @@ class _Worker:
         self._landed(unit.sink, unit.length)
 
     def _copy(self, reader: ByteReader, unit: Direct, sink: Sink) -> None:
-        stream = getattr(reader, "stream", None) if getattr(reader, "large", False) else None
+        stream = reader.traits.stream
         if stream is not None:
             # Some of it comes before it is known to be authentic; its file appears only when all of it is.
             ahead = unit.target - unit.source

@@ -91,7 +91,7 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
                 )
             metadata[tag] = INT4
     metadata.update(_crc(cursor))
-    return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
+    return FileIndex(reader.path, reader.disk_size, mtime_ns, tensors, metadata, reader.traits.container)
 
 
 def stored_crc(reader: ByteReader) -> Optional[int]:
@@ -112,8 +112,8 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     if CRC_NUM not in index.metadata:
         return False
     stored, end = int(index.metadata[CRC_NUM]), int(index.metadata[CRC_OFFSET])
-    by_blocks = getattr(reader, "crc32", None)
-    found = crc_of(reader, [Extent(0, end)]) if by_blocks is None else by_blocks(end)
+    shorter = reader.traits.crc32
+    found = crc_of(reader, [Extent(0, end)]) if shorter is None else shorter(end)
     if found != stored:
         raise ChecksumError(
             f"{index.path!r}: CRC-32 of bytes 0 to {end} is {found}, but {stored} is stored at byte {end}; "

@@ -144,9 +144,9 @@ def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
 
     Most of an AES-GCM block file is decrypted for its table of contents anyway. In CBC it is not, nor is it authentic.
     """
-    if form is not ckpt or getattr(reader, "kind", "plain") != crypto.GCM or ckpt.stored_crc(reader) is None:
+    if form is not ckpt or reader.traits.container != crypto.GCM or ckpt.stored_crc(reader) is None:
         return False
-    reader.keep_checksums()  # type: ignore[attr-defined]
+    crypto.keep_checksums(reader)
     return True
 
 

@@ -68,7 +68,7 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
     _check_coverage(path, tensors, 8 + length, reader.size)
     for name in _texts(path, metadata.pop(TEXT_NOTE, "[]"), tensors):
         tensors[name] = tensors[name]._replace(dtype=_TEXT)
-    return FileIndex(path, reader.disk_size, mtime_ns, tensors, metadata, getattr(reader, "kind", "plain"))
+    return FileIndex(path, reader.disk_size, mtime_ns, tensors, metadata, reader.traits.container)
 
 
 def verify_crc(reader: ByteReader, index: FileIndex) -> bool:

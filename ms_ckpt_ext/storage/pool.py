@@ -33,8 +33,7 @@ class _Open:
     @property
     def keeps(self) -> int:
         """Most bytes of plaintext in memory; a plain reader has none."""
-        nbytes: int = getattr(self.reader, "keeps", 0)
-        return nbytes
+        return self.reader.traits.keeps
 
 
 class ReadCount:

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 from array import array
-from typing import Callable, Optional, Protocol
+from typing import Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError, storage_error
 from ms_ckpt_ext.storage import linux
@@ -14,6 +14,33 @@ from ms_ckpt_ext.storage import linux
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
 _MOST_PLACES = 1024
 """What one call of the kernel fills at most (Linux: UIO_MAXIOV)."""
+
+
+Take = Callable[[int, memoryview], None]
+"""Given an offset and the bytes there, which may be overwritten afterwards."""
+
+
+class Traits(NamedTuple):
+    """How a reader is best asked, beyond reading any range.
+
+    Attributes:
+        container: what its bytes come through: "plain", or the container that the file is encrypted in.
+        unit: bytes that it makes at once: reads that begin and end at its multiples mostly cost nothing twice; 0 where
+            any range is as good as another.
+        keeps: most bytes of plaintext that it keeps in memory.
+        stream: hands a range (offset, length) over in pieces, in order; where that is better than reading it. Pieces
+            may come before it is known that they are authentic, which the end of the call tells.
+        crc32: CRC-32 of the bytes up to an offset, where the reader knows a shorter way than reading them.
+    """
+
+    container: str = "plain"
+    unit: int = 0
+    keeps: int = 0
+    stream: Optional[Callable[[int, int, Take], None]] = None
+    crc32: Optional[Callable[[int], int]] = None
+
+
+PLAIN = Traits()
 
 
 class ByteReader(Protocol):
@@ -26,6 +53,7 @@ class ByteReader(Protocol):
     mtime_ns: int
     fd: Optional[int]
     """Descriptor whose offsets are this reader's, for copies inside the kernel; None where bytes are transformed."""
+    traits: Traits
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` (flat bytes) from `offset`. Raises TruncatedFileError or StorageError."""
@@ -40,6 +68,8 @@ class ByteReader(Protocol):
 
 class PlainReader:
     """A file as it lies on disk. No mmap: a file on a network file system may change or vanish under a map."""
+
+    traits = PLAIN
 
     def __init__(self, path: str) -> None:
         self.path = path

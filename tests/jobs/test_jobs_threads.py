@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.reads import Direct, Unit
 from ms_ckpt_ext.engine import offline, pump
 from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import PlainReader
+from ms_ckpt_ext.storage.reader import PlainReader, Traits
 from ms_ckpt_ext.storage.sink import MemorySink
 from tests.harness.msrun import ROOT
 from tests.jobs.support import source, strategy_of, tree
@@ -59,7 +59,7 @@ def test_the_pool_keeps_to_its_memory(tmp_path: Path) -> None:
     held, most, lock = [0], [0], threading.Lock()
 
     class Keeping(PlainReader):
-        keeps = 64
+        traits = Traits(keeps=64)
 
         def close(self) -> None:
             with lock:
@@ -69,14 +69,14 @@ def test_the_pool_keeps_to_its_memory(tmp_path: Path) -> None:
         def read_into(self, offset: int, buffer: memoryview) -> None:
             with lock:
                 if not hasattr(self, "taken"):
-                    self.taken = self.keeps
+                    self.taken = self.traits.keeps
                     held[0] += self.taken
                 most[0] = max(most[0], held[0])
             super().read_into(offset, buffer)
 
     for keeps, limit in ((64, 192), (500, 500)):
         held[0] = most[0] = 0
-        Keeping.keeps = keeps
+        Keeping.traits = Traits(keeps=keeps)
         with ReaderPool(files, Keeping, most_bytes=200) as pool, ThreadPoolExecutor(8) as threads:
             list(threads.map(lambda n: pool.read_into(n % len(files), 0, memoryview(bytearray(8))), range(400)))
             assert pool.count.reads == 400

@@ -25,7 +25,7 @@ from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, HEAD_BYTES, SM4,
 from ms_ckpt_ext.storage.reader import ByteReader
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader
+    from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader, keep_checksums
     from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer, EncryptingWriter, encrypt_all
     from ms_ckpt_ext.formats.crypto.container import ChunkedReader
     from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
@@ -38,6 +38,7 @@ _LATE = {
     "EncryptingWriter": "blocks_writer",
     "Sealer": "container_writer",
     "encrypt_all": "blocks_writer",
+    "keep_checksums": "blocks",
 }
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "encrypt_all",
     "fingerprint",
     "is_encrypted",
+    "keep_checksums",
     "load_key",
     "sniff",
 ]

@@ -41,9 +41,9 @@ from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
-from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, Take, UnitReader, require_range, scratch, unseal
+from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, require_range, scratch, unseal
 from ms_ckpt_ext.formats.index import BUDGET
-from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits
 
 BLOCK_BYTES = 64 << 20
 """Plaintext of a full block: MindSpore's ENCRYPT_BLOCK_SIZE, 64 * 1024 KiB."""
@@ -100,7 +100,7 @@ class DecryptingReader:
         cache_bytes: int = CACHE_BYTES,
         expect: bytes = b"\n",
     ) -> None:
-        self.mode = self.kind = _mode(reader, mode)
+        self.mode = _mode(reader, mode)
         secret = as_key(key, SM4_LENGTHS if self.mode == SM4 else AES_LENGTHS)
         self.path = reader.path
         self.disk_size = reader.disk_size
@@ -108,13 +108,11 @@ class DecryptingReader:
         self._inner: Union[UnitReader, _CbcReader]
         if self.mode == GCM:
             self._units = _GcmBlocks(reader, secret)
-            self._inner = UnitReader(reader, self._units, cache_bytes)
+            self._inner = UnitReader(reader, self._units, cache_bytes, self.mode)
         else:
             self._inner = _CbcReader(reader, secret, self.mode)
         self.size = self._inner.size
-        self.unit = getattr(self._inner, "unit", 0)
-        self.keeps = getattr(self._inner, "keeps", 0)
-        self.large = getattr(self._inner, "large", False)
+        self.traits = self._inner.traits._replace(crc32=self.crc32)
         if self.mode != GCM:
             self._require_start(expect)
 
@@ -163,6 +161,12 @@ class DecryptingReader:
             raise wrong_key(self.path, 0, self.mode)
 
 
+def keep_checksums(reader: ByteReader) -> None:
+    """`DecryptingReader.keep_checksums` of a reader of MindSpore's blocks."""
+    assert isinstance(reader, DecryptingReader)
+    reader.keep_checksums()
+
+
 class _GcmBlocks:
     """The blocks of an AES-GCM file as units of a `UnitReader`."""
 
@@ -209,6 +213,7 @@ class _CbcReader:
         self._base = base
         self._key = key
         self._sm4 = mode == SM4
+        self.traits = Traits(mode)
         self._blocks = _table(base, mode, key)
         self._starts = [block.start for block in self._blocks]
         self.size = self._blocks[-1].stop

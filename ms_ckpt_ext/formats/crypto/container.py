@@ -128,10 +128,8 @@ class ChunkedReader(UnitReader):
         MissingDependencyError: `cryptography` is not installed.
     """
 
-    kind = CHUNKED
-
     def __init__(self, reader: ByteReader, key: KeyLike, *, cache_bytes: int = CACHE_BYTES) -> None:
-        super().__init__(reader, _Chunks(reader, as_key(key)), cache_bytes)
+        super().__init__(reader, _Chunks(reader, as_key(key)), cache_bytes, CHUNKED)
 
 
 class _Chunks:

@@ -26,13 +26,12 @@ from typing import Callable, NamedTuple, Optional, Protocol
 from ms_ckpt_ext.errors import DecryptionError, StorageError, TruncatedFileError
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.storage import memory
-from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits
 
 PIECE = 4 << 20
 """Bytes of one read of ciphertext: long enough for network file systems, short enough for a processor's cache."""
 _STREAMED = 1 << 20
 """Most bytes that `stream` hands over at once: they are still in a core's cache when they are written."""
-Take = Callable[[int, memoryview], None]
 """(offset in the plaintext, bytes); the bytes may be overwritten when it returns."""
 
 _local = threading.local()
@@ -143,17 +142,14 @@ class UnitReader:
     Args:
         base: the reader of the ciphertext; closed with this one.
         units: how it is cut and decrypted.
-        cache_bytes: most memory for units that were read in part; always at least one unit's.
-
-    Attributes:
-        unit: bytes of the largest unit; reads that begin and end at its multiples mostly cost nothing twice.
-        keeps: most bytes of plaintext that it keeps in memory.
-        large: only one unit is kept, so long ranges are better streamed than read piece by piece.
+        cache_bytes: most memory for units that were read in part; always at least one unit's. Where one is larger,
+            long ranges are better streamed than read piece by piece.
+        container: what it is called.
     """
 
     fd: Optional[int] = None
 
-    def __init__(self, base: ByteReader, units: Units, cache_bytes: int) -> None:
+    def __init__(self, base: ByteReader, units: Units, cache_bytes: int, container: str) -> None:
         self.path = base.path
         self.size = units.size
         self.disk_size = base.disk_size
@@ -162,9 +158,9 @@ class UnitReader:
         self._units = units
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._most = max(1, cache_bytes // max(1, units.largest))
-        self.unit = units.largest
-        self.keeps = self._most * units.largest
-        self.large = units.largest > cache_bytes
+        self._large = units.largest > cache_bytes
+        stream = self.stream if self._large else None
+        self.traits = Traits(container, units.largest, self._most * units.largest, stream)
         self._turn = _Turn()
         self._lock = threading.Lock()
         self._closed = False
@@ -201,7 +197,7 @@ class UnitReader:
         parts = list(self._parts(offset, offset + length))
         torn = any(not whole for *_, whole in parts)
         # Threads that want parts of units go one after another, lest they take the one that is kept from each other.
-        with self._turn if self.large and torn else nullcontext():
+        with self._turn if self._large and torn else nullcontext():
             buffer = memory.scratch(min(_STREAMED, length))
             for unit, low, high, whole in parts:
                 places = (buffer[: min(_STREAMED, high - at)] for at in range(low, high, _STREAMED))
