@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of
-from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
@@ -16,6 +15,7 @@ from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.registry import Access
 
+_Held = TypeVar("_Held")
 Globs = Union[str, Iterable[str]]
 
 
@@ -84,7 +84,7 @@ class Filter:
         """Whether anything is left out."""
         return bool(self._match or self._exclude)
 
-    def of(self, tensors: Mapping[str, SourceTensor], names: Mapping[str, str] = {}) -> dict[str, SourceTensor]:
+    def of(self, tensors: Mapping[str, _Held], names: Mapping[str, str] = {}) -> dict[str, _Held]:
         """The parameters that are wanted; `names` are those that the globs are of, where they have others."""
         return {name: tensor for name, tensor in tensors.items() if self(names.get(name, name))}
 

@@ -11,14 +11,15 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
-from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.engine import health
+from ms_ckpt_ext.engine.alike import Depth, compared
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.compare import Comparison, compare, pair_up
+from ms_ckpt_ext.engine.compare import Comparison, compare
 from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.health import Health
 from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, load_manifest, opened
 from ms_ckpt_ext.engine.naming import Choice, Naming
+from ms_ckpt_ext.engine.pairing import Kept, everything, pair_up
 from ms_ckpt_ext.engine.proof import prove_file
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, StorageError, UsageError
 from ms_ckpt_ext.formats import discovery
@@ -125,12 +126,14 @@ def verify(
         return _by_manifest(path_of(a, "a"), access, workers)
     first = find(a, strategy, file_suffix, access, argument="a")
     if b is None:
-        return _by_itself(first.open().taken_as_alike(), first.strategy, wanted, workers, allow_equal_slices)
+        return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    one, two = naming.of(first.open().taken_as_alike()), second.open().taken_as_alike()
-    held = {**two.extras, **two.tensors}
+    one, two = naming.of(first.open()), second.open()
+    one = compared(one, filter(wanted, one.unproven), depth=Depth.ALL)
+    two = compared(two, [name for name in two.unproven if wanted(names.get(name, name))], depth=Depth.ALL)
+    held = everything(two)
     known = {name: source for name, source in names.items() if name in held}
-    mine = _by_names_of_b({**one.extras, **one.tensors}, held, known)
+    mine = _by_names_of_b(everything(one), held, known)
     wanted.check(known.get(name, name) for name in (*mine, *held))
     one.require(filter(wanted, one.absent))
     two.require(name for name in two.absent if wanted(names.get(name, name)))
@@ -139,9 +142,7 @@ def verify(
         return compare(pairing, one, two, workers, progress=advance)
 
 
-def _by_names_of_b(
-    a: Mapping[str, SourceTensor], b: Mapping[str, SourceTensor], names: Mapping[str, str]
-) -> dict[str, SourceTensor]:
+def _by_names_of_b(a: Mapping[str, Kept], b: Mapping[str, Kept], names: Mapping[str, str]) -> dict[str, Kept]:
     """What should be in `b`: what `a` holds, by the names that a job with this map gives it.
 
     A source that `b` lacks under its own name is called otherwise there, and is not missing.
@@ -154,7 +155,8 @@ def _by_names_of_b(
 
 
 def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, allow_equal: bool) -> Health:
-    wanted.check((*catalog.tensors, *catalog.extras, *(strategy.layouts if strategy else ())))
+    outside = {**catalog.extras, **catalog.unproven, **catalog.own}
+    wanted.check((*catalog.tensors, *outside, *(strategy.layouts if strategy else ())))
     tensors = wanted.of(catalog.tensors)
     with progress.bar("verify", health.bytes_to_read(catalog, tensors, wanted)) as advance:
         return health.check(catalog, tensors, strategy, wanted, workers, advance, allow_equal)

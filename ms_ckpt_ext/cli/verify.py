@@ -137,6 +137,9 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
     copies = words.count(found.copies_compared, "slice with another copy", "slices with other copies")
     equal = "equal" if not found.unequal else f"{len(found.unequal):,} that differ"
     yield f"  copies      {copies}: {equal}" if found.copies_compared else "  copies      none to compare"
+    if found.outside:
+        named = words.count(len(found.outside), "of these is", "of these are")
+        yield f"  outside     {named} not in the strategy: cut without its saying so, or each rank's own"
     if found.gathered is not None:
         yield f"  slices      {found.gathered}: saved with integrated_save=True?"
     if found.checksums:

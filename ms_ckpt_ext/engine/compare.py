@@ -19,13 +19,12 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.plan import SourceTensor, TensorMeta, locate
 from ms_ckpt_ext.core.reads import Limits, cut
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.bits import SAME, Number, Tally, differences
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.copies import copies_of, holders_of, regions_of
+from ms_ckpt_ext.engine.pairing import Mismatch, Pair, Pairing
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.threads import spread
 
@@ -48,7 +47,7 @@ class Difference:
     Attributes:
         count: elements whose bits differ, of `total`; bytes, for types narrower than a byte.
         first: the first of them in row-major order.
-        of: which copy of the parameter it is, where there are several; else "".
+        of: which copy of the parameter it is, or whose, where there are several; else "".
         max_abs, max_ulp, nans: see `engine.bits.Tally`.
     """
 
@@ -62,14 +61,6 @@ class Difference:
     max_ulp: Optional[int]
     nans: int
     of: str = ""
-
-
-class Mismatch(NamedTuple):
-    """A parameter whose dtype or shape differs: both as words ("F32[2, 3]")."""
-
-    name: str
-    a: str
-    b: str
 
 
 @dataclass(frozen=True)
@@ -95,67 +86,6 @@ class Comparison:
     def ok(self) -> bool:
         """True when both hold the same parameters with the same bytes."""
         return not (self.differences or self.mismatches or self.only_a or self.only_b)
-
-
-class Pair(NamedTuple):
-    """A parameter on both sides: what to compare of it, and, where it is one copy of several, which."""
-
-    name: str
-    a: SourceTensor
-    b: SourceTensor
-    regions: tuple[Region, ...]
-    of: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to compare, of one side."""
-        return self.a.meta.dtype.nbytes(sum(region.size for region in self.regions))
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """What is to be compared, found without reading a value."""
-
-    pairs: tuple[Pair, ...]
-    mismatches: tuple[Mismatch, ...]
-    only_a: tuple[str, ...]
-    only_b: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to compare, of one side."""
-        return sum(pair.nbytes for pair in self.pairs)
-
-
-def pair_up(a: Mapping[str, SourceTensor], b: Mapping[str, SourceTensor]) -> Pairing:
-    """Match the parameters of two checkpoints by name.
-
-    Raises CoverageError when either side lacks a region of a parameter that it should hold.
-    """
-    pairs, mismatches = [], []
-    for name in sorted(a.keys() & b.keys()):
-        one, two = a[name], b[name]
-        if (one.meta.dtype, one.meta.shape) != (two.meta.dtype, two.meta.shape):
-            mismatches.append(Mismatch(name, _kind(one.meta), _kind(two.meta)))
-            continue
-        whole = (Region.whole(one.meta.shape),) if all(one.meta.shape) else ()
-        for region in whole:
-            locate(one, region)
-            locate(two, region)
-        pairs.append(Pair(name, one, two, whole))
-        pairs += [Pair(name, copy, two, regions_of(copy), _of(copy, "a")) for copy in copies_of(one)[1:]]
-        pairs += [Pair(name, one, copy, regions_of(copy), _of(copy, "b")) for copy in copies_of(two)[1:]]
-    return Pairing(
-        tuple(pairs), tuple(mismatches), tuple(sorted(a.keys() - b.keys())), tuple(sorted(b.keys() - a.keys()))
-    )
-
-
-def _of(copy: SourceTensor, side: str) -> str:
-    return f"the copy of {holders_of(copy)} in {side}"
-
-
-def _kind(meta: TensorMeta) -> str:
-    return f"{meta.dtype.name}{list(meta.shape)}"
 
 
 def compare(

@@ -27,8 +27,9 @@ from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.bits import Odd, odd_numbers
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.compare import Pair, tallies
+from ms_ckpt_ext.engine.compare import tallies
 from ms_ckpt_ext.engine.copies import Overlap, overlaps
+from ms_ckpt_ext.engine.pairing import Pair
 from ms_ckpt_ext.engine.probes import Alone
 from ms_ckpt_ext.engine.whole_slices import Gathered, find_gathered
 from ms_ckpt_ext.errors import CoverageError
@@ -82,7 +83,9 @@ class Health:
         copies_compared: slices that were compared with another copy of them.
         absent: parameters of the strategy that no file holds.
         gaps: parts of parameters that no file holds.
-        unequal: copies of one slice, or of a training scalar, that differ.
+        unequal: copies that differ: of one slice, or of what several ranks hold outside the strategy.
+        outside: names of those that the strategy does not list: frozen parameters, training scalars, states of random
+            generators. Whether they are cut, or each rank's own, or damaged, nothing tells.
         not_finite: parameters with NaN or infinities.
         checksums: files that carry a checksum, which was verified.
         damaged: those of them whose contents it does not fit.
@@ -100,6 +103,7 @@ class Health:
     checksums: int = 0
     damaged: tuple[Damaged, ...] = ()
     gathered: Optional[Gathered] = None
+    outside: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -137,7 +141,7 @@ def check(
         catalog: the checkpoint.
         tensors: those of its parameters that are to be looked at.
         strategy: of the job that saved it; what it lists must be there.
-        wanted: whether a name is to be looked at, for what the checkpoint lacks and for training scalars.
+        wanted: whether a name is to be looked at, for what the checkpoint lacks and what lies outside the strategy.
         workers: threads, each with a buffer of 1 MiB.
         progress: told the bytes read since its last call, from any thread.
         allow_equal_slices: do not ask whether the slices are slices.
@@ -145,7 +149,7 @@ def check(
     Raises:
         FormatError, StorageError: a file cannot be read.
     """
-    slices = [*_slices(catalog, tensors), *_scalars(catalog, wanted)]
+    slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
     with catalog.readers() as readers:
         told: dict[int, _Told] = {}
 
@@ -180,6 +184,7 @@ def check(
         len(checked),
         tuple(_damaged(catalog, checked, workers, progress)),
         None if allow_equal_slices else _gathered(catalog, tensors),
+        tuple(each.name for each in unequal if each.name not in tensors),
     )
 
 
@@ -190,7 +195,7 @@ def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Optional
 
 def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:
     """How much `check` reads."""
-    slices = [*_slices(catalog, tensors), *_scalars(catalog, wanted)]
+    slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
     overlapping = sum(_pair(name, both).nbytes for name, both in _meeting(tensors))
     return sum(s.entry.nbytes for s in slices) + overlapping + sum(i.size for i in _with_checksum(catalog, slices))
 
@@ -227,9 +232,9 @@ def _slices(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Iterator[_
                     yield _Slice(name, (number, cell), file, entry, file == files[0])
 
 
-def _scalars(catalog: Catalog, wanted: Callable[[str], bool]) -> Iterator[_Slice]:
+def _outside(catalog: Catalog, wanted: Callable[[str], bool]) -> Iterator[_Slice]:
     """What lies outside the strategy, in every file that has it."""
-    for name in filter(wanted, catalog.extras):
+    for name in filter(wanted, sorted({**catalog.extras, **catalog.unproven, **catalog.own})):
         files = [number for number, index in enumerate(catalog.files) if name in index.tensors]
         for file in files:
             yield _Slice(name, None, file, catalog.files[file].tensors[name], file == files[0])
@@ -276,9 +281,10 @@ def _compared(
     catalog: Catalog, tensors: Mapping[str, SourceTensor], slices: list[_Slice], told: Mapping[int, _Told]
 ) -> tuple[list[Unequal], int]:
     """(copies that differ, how many were compared)."""
-    copies: dict[tuple[str, Optional[tuple[int, Cell]]], dict[str, list[int]]] = {}
+    copies: dict[tuple[str, Optional[tuple[int, Cell]]], dict[tuple[object, ...], list[int]]] = {}
     for number, item in enumerate(slices):
-        copies.setdefault((item.name, item.cell), {}).setdefault(told[number].digest, []).append(item.file)
+        held = item.entry.dtype, item.entry.shape, told[number].digest
+        copies.setdefault((item.name, item.cell), {}).setdefault(held, []).append(item.file)
     unequal, compared = [], 0
     for (name, cell), groups in copies.items():
         holders = sum(map(len, groups.values()))
