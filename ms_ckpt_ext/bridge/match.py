@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.dtype import DType
+from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.plan import SourceTensor
-from ms_ckpt_ext.core.region import Region
+from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.suffixes import Suffixes, match_suffixes
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
-from ms_ckpt_ext.engine.jobs import rank_boxes
+from ms_ckpt_ext.engine.taking import Takes, Taking
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
 
 log = logging.getLogger("ms_ckpt_ext")
@@ -33,13 +34,22 @@ _FAMILIES = (
 
 
 class Offer(NamedTuple):
-    """What the checkpoint has for one name on this rank."""
+    """What the checkpoint has for one name on this rank.
+
+    Attributes:
+        tensor, region, layout, full, open, doubt: see `engine.taking.Takes`.
+        shape: of the region.
+        dtype: MindSpore's, packed int4 included.
+    """
 
     tensor: SourceTensor
     region: Optional[Region]
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: Any
-    """MindSpore dtype, packed int4 included."""
+    layout: Layout
+    full: Shape
+    open: bool
+    doubt: str
 
 
 class Match(NamedTuple):
@@ -58,19 +68,20 @@ def check_cell(network: Any) -> None:
 
 def offers_of(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> dict[str, Offer]:
     """Everything the checkpoint has for `rank` under `strategy`, by its name in the network."""
-    offers = {}
-    for name, tensor, region in rank_boxes(catalog, strategy, rank):
-        offers[name] = _offer(catalog, tensor, region)
-    for name, tensor in catalog.extras.items():
-        whole = Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
-        offers.setdefault(name, _offer(catalog, tensor, whole))
-    return offers
+    return offers_to(Taking(catalog, strategy, rank, 1))
 
 
-def _offer(catalog: Catalog, tensor: SourceTensor, region: Optional[Region]) -> Offer:
+def offers_to(taking: Taking) -> dict[str, Offer]:
+    """Everything the checkpoint has for a rank, by its name in the network."""
+    return {name: offer_of(taking.catalog, takes) for name, takes in taking.all().items()}
+
+
+def offer_of(catalog: Catalog, takes: Takes) -> Offer:
+    """What a rank takes, with MindSpore's dtype."""
+    tensor, region, layout, full, is_open, doubt = takes
     packed = catalog.notes.get(tensor.stored_name) == INT4
     dtype = ms.qint4x2 if packed else _mindspore_dtype(tensor.meta.dtype)
-    return Offer(tensor, region, region.shape if region else tensor.meta.shape, dtype)
+    return Offer(tensor, region, region.shape if region else full, dtype, layout, full, is_open, doubt)
 
 
 _ATTRIBUTES = {"Bool": "bool_", "Float8E4M3FN": "float8_e4m3fn", "Float8E5M2": "float8_e5m2"}
@@ -205,8 +216,9 @@ def check_fit(match: Match, strict: bool) -> None:
     if shape != trimmed and not _takes_slice(match):
         raise LayoutMismatchError(
             f"parameter {parameter.name!r} has shape {list(shape)} in the network, but this rank's slice of it in the "
-            f"checkpoint is {list(offer.shape)} (full shape {list(offer.tensor.meta.shape)}); "
-            "check predict_strategy, and compile the network before loading if it is parallel"
+            f"checkpoint is {list(offer.shape)} (full shape {list(offer.full)}); "
+            + (f"{offer.doubt}; " if offer.doubt else "")
+            + "check predict_strategy, and compile the network before loading if it is parallel"
         )
     if offer.dtype is None:
         raise LayoutMismatchError(
@@ -227,4 +239,4 @@ def castable(one: Any, other: Any) -> bool:
 
 def _takes_slice(match: Match) -> bool:
     """A Parameter that still has its full shape and is not sliced yet takes the slice and its shape."""
-    return not match.parameter.sliced and tuple(match.parameter.shape) == match.offer.tensor.meta.shape
+    return not match.parameter.sliced and tuple(match.parameter.shape) == match.offer.full

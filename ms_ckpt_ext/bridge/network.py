@@ -22,22 +22,24 @@ from ms_ckpt_ext.bridge.match import (
     Matches,
     Offer,
     check_cell,
-    check_fit,
-    match_parameters,
     nbytes_of,
-    offers_of,
+    offer_of,
+    offers_to,
     told_passed,
 )
 from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
+from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank, world_size
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import proof, pump
+from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.contents import TEXT, decode_text
 from ms_ckpt_ext.engine.replicas import Contents
+from ms_ckpt_ext.engine.taking import Taking
 from ms_ckpt_ext.errors import LoadError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
@@ -69,17 +71,24 @@ def fill(
         LayoutMismatchError: shapes or dtypes do not fit; nothing was changed.
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
     """
-    check_cell(network)
-    offers = offers_of(catalog, strategy, rank)
-    found = match_parameters(network, catalog, offers, strict or not by_suffix)
-    for match in found.matches:
-        check_fit(match, strict)
+    catalog, found = _settled(network, catalog, strategy, rank, Manner(strict, strict or not by_suffix))
     prove_matches(found.matches, catalog, workers, limits)
     with catalog.readers() as readers:
         fill_matches(found.matches, catalog, readers, workers, limits)
         readers.verify()
     warn_missing(found)
     return found.missing, found.unused
+
+
+def _settled(
+    network: Any, catalog: Catalog, strategy: Optional[Strategy], rank: int, manner: Manner
+) -> tuple[Catalog, Matches]:
+    """The source with what had to be compared compared, by this rank alone, and what every Parameter takes of it."""
+    taking = Taking(catalog, strategy, rank, world_size())
+    found = matched(network, taking, manner)
+    catalog = compared(catalog, taking.needs_comparing(open_names(found)))
+    taking = Taking(catalog, strategy, rank, world_size())
+    return catalog, boxes(network, found, taking, taking.require_own, manner)
 
 
 def warn_missing(found: Matches) -> None:
@@ -107,7 +116,11 @@ def parameter_dict(
     """
     check_cell(network)
     catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
-    offers = offers_of(catalog, strategy, rank)
+    taking = Taking(catalog, strategy, rank, world_size())
+    catalog = compared(catalog, taking.needs_comparing([*catalog.unproven]))
+    taking = Taking(catalog, strategy, rank, world_size())
+    own = {name: offer_of(catalog, taking.require_own(name)) for name in (*catalog.own, *catalog.unproven)}
+    offers = {**offers_to(taking), **own}
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}
     with catalog.readers() as readers:
         _read([(offer, buffers[name]) for name, offer in offers.items()], catalog, readers, workers, limits)

@@ -14,25 +14,20 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
-from ms_ckpt_ext.bridge.match import (
-    Match,
-    Matches,
-    check_cell,
-    check_fit,
-    match_parameters,
-    offers_of,
-    told_passed,
-)
+from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
-from ms_ckpt_ext.core.layout import Layout, whole
+from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
+from ms_ckpt_ext.core.layout import whole
+from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import profiles, session
+from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.audit import audit, settled
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
-from ms_ckpt_ext.engine.dealt import Together
+from ms_ckpt_ext.engine.dealt import Together, on_record_together
 from ms_ckpt_ext.engine.demand import Want
 from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.live import HostMover
@@ -41,9 +36,10 @@ from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.proof import prove_chunks
 from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadReport, Prepared
-from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
+from ms_ckpt_ext.engine.taking import Taking, all_side_by_side
 from ms_ckpt_ext.engine.whole_slices import refuse_gathered
-from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError, LoadError
+from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
 from ms_ckpt_ext.formats.mindformers import Folder
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -92,7 +88,7 @@ class Source(NamedTuple):
         folder = None if seen.sharded or seen.names is not None else self._folder()
         if folder is not None:
             return folder_catalog(seen.indexes, folder, self.access)
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access).taken_as_alike()
+        return catalog_of(seen.indexes, seen.sharded, seen.names, self.strategy, self.access)
 
     def _folder(self) -> Optional[Folder]:
         """What a folder of MindFormers says about itself; every host must see it."""
@@ -138,26 +134,16 @@ def fill_together(
         look = Together(transport, stored, seen.by_number)
         refuse_gathered(stored, look, source.allow_equal_slices)
         catalog = _on_all(transport, lambda: source.named(stored))
+        manner = Manner(strict, strict or not by_suffix, require_all)
+        found = _on_all(transport, lambda: matched(network, Taking(catalog, target, rank, transport.size), manner))
+        catalog, own = _compared(transport, catalog, open_names(found), look, seen)
         if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
             catalog = settled(catalog)
-
-        def settle() -> Matches:
-            check_cell(network)
-            offers = offers_of(catalog, target, rank)
-            found = match_parameters(network, catalog, offers, strict or not by_suffix)
-            for match in found.matches:
-                check_fit(match, strict)
-            if require_all and found.missing:
-                raise LayoutMismatchError(
-                    f"the checkpoint has nothing for {len(found.missing)} parameters of the network, "
-                    f"{found.missing[:5]}{told_passed(found)}: give name_map where they go by other names, or "
-                    "allow_missing=True to keep their values"
-                )
-            return found
-
-        found = _on_all(transport, settle)
+        taking = Taking(catalog, target, rank, transport.size)
+        found = _on_all(transport, lambda: boxes(network, found, taking, taking.one_of, manner))
+        catalog = catalog._replace(tensors={**catalog.tensors, **own})
         matches = found.matches
-        ready = _prepare(transport, seen, catalog, matches, source, target, rank, options)
+        ready = _prepare(transport, seen, catalog, matches, source, target, options)
         _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
         if options.verify == "full":
             audit(transport, catalog, [demand.tensor for demand in ready.demands], seen.by_number, workers)
@@ -168,6 +154,18 @@ def fill_together(
         transport.close()
     warn_missing(found)
     return found.missing, found.unused
+
+
+def _compared(
+    transport: Transport[Any], catalog: Catalog, names: Sequence[str], look: Together, seen: Survey
+) -> tuple[Catalog, dict[str, SourceTensor]]:
+    """The source with what any rank wants compared, by all together; and what differs, side by side."""
+    wanted = sorted({name for answer in transport.share(pack(names)) for name in unpack(answer)})
+    held = [catalog.unproven[name].stored_name for name in wanted if name in catalog.unproven]
+    on_record = on_record_together(transport, catalog, seen.by_number, held)
+    catalog = compared(catalog, wanted, look, on_record)
+    own = (all_side_by_side(catalog, name, transport.size) for name in wanted if name in catalog.own)
+    return catalog, {key: tensor for each in own for key, tensor in each.items()}
 
 
 def give_up(error: CheckpointError, timeout: float) -> NoReturn:
@@ -199,10 +197,9 @@ def _prepare(
     matches: Sequence[Match],
     source: Source,
     target: Optional[Strategy],
-    rank: int,
     options: LoadOptions,
 ) -> Prepared:
-    wants = {match.name: _want(match, target, rank) for match in matches}
+    wants = {match.name: _want(match) for match in matches}
     facts = {"source strategy": repr(source.strategy and sorted(source.strategy.layouts.items()))}
     facts["rules"] = repr(source.rules)
     facts["target strategy"] = repr(target and target.devices_per_stage)  # a layout dict is of one stage only
@@ -212,13 +209,10 @@ def _prepare(
     return session.prepare(transport, seen, catalog, wants, options, hardware, facts)
 
 
-def _want(match: Match, target: Optional[Strategy], rank: int) -> Want:
+def _want(match: Match) -> Want:
     tensor = match.offer.tensor
-    layout: Optional[Layout] = None
-    if target is not None and match.offer.region is not None and match.offer.shape != tensor.meta.shape:
-        layout = target.layout(match.name, rank)
-    ndim = len(tensor.meta.shape)
-    return Want(tensor.meta.name, layout.over(ndim) if layout else whole(ndim))
+    cut = match.offer.region is not None and match.offer.shape != tensor.meta.shape
+    return Want(tensor.meta.name, match.offer.layout if cut else whole(len(tensor.meta.shape)))
 
 
 def _on_device(transport: Transport[Any]) -> bool:

@@ -1,0 +1,101 @@
+"""Loads into real Cells by all ranks of a world of threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Callable, NamedTuple, Optional
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from ms_ckpt_ext.bridge import network, restore, together
+from ms_ckpt_ext.core.reads import Limits
+from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.session import LoadReport
+from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+
+POISON = 77
+HERE = threading.local()
+
+
+class Filled(NamedTuple):
+    """What one rank ended with; `error` instead where it failed."""
+
+    held: Mapping[str, np.ndarray]
+    missing: list[str]
+    unused: list[str]
+    report: Optional[LoadReport]
+    error: Optional[BaseException]
+
+
+def cell(shapes: Mapping[str, Any]) -> Any:
+    """A Cell with Parameters of these names, with the shape and dtype of each array, all values wrong."""
+    made = ms.nn.Cell()
+    for number, (name, like) in enumerate(shapes.items()):
+        data = ms.Tensor(np.full(np.shape(like), POISON, np.asarray(like).dtype))
+        made.insert_param_to_cell(f"p{number}", ms.Parameter(data, name=name), check_name_contain_dot=False)
+    return made
+
+
+def held_by(made: Any) -> dict[str, np.ndarray]:
+    """The values of its Parameters."""
+    return {parameter.name: parameter.asnumpy().copy() for parameter in made.get_parameters()}
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport of a load is that of its thread, and so are rank and world."""
+    monkeypatch.setattr(together, "choose", lambda timeout: HERE.transport)
+    monkeypatch.setattr(restore.select, "choose", lambda timeout: HERE.transport)
+    monkeypatch.setattr(network, "world_size", lambda: HERE.transport.size)
+
+
+def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Filled]:
+    """`work` on every rank; errors are results."""
+
+    def rank(transport: LocalTransport) -> Filled:
+        HERE.transport = transport
+        return work(transport)
+
+    return LocalWorld(ranks, timeout=20.0).run(rank)
+
+
+def fill(
+    source: together.Source,
+    target: Any,
+    wanted: Callable[[int], Mapping[str, Any]],
+    ranks: int,
+    mode: str = "cooperative",
+    verify: str = "none",
+    host: Callable[[int], str] = lambda rank: "one",
+) -> list[Filled]:
+    """Load into a Cell on every rank. `target`: a strategy, or one by rank; mode "alone" is `network.fill`."""
+
+    def work(transport: LocalTransport) -> Filled:
+        rank = transport.rank
+        made = cell(wanted(rank))
+        strategy: Optional[Strategy] = target(rank) if callable(target) else target
+        reports: list[LoadReport] = []
+        try:
+            if mode == "alone":
+                seen = source.named(_alone(source))
+                missing, unused = network.fill(made, seen, strategy, rank, False, 1, Limits())
+            else:
+                options = LoadOptions(mode=mode, verify=verify, host=host(rank), bucket_bytes=1 << 20, timeout=20.0)
+                missing, unused = together.fill_together(
+                    made, source, strategy, rank, False, options, 1, Limits(), observe=reports.append
+                )
+        except Exception as error:
+            return Filled(held_by(made), [], [], None, error)
+        return Filled(held_by(made), missing, unused, reports[0] if reports else None, None)
+
+    return on_ranks(ranks, work)
+
+
+def _alone(source: together.Source) -> Any:
+    from ms_ckpt_ext.engine.whole_slices import read_slices
+
+    return read_slices(source.look(), source.strategy, source.access)
