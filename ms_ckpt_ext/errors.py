@@ -18,12 +18,14 @@
     │                                                                     (also a ValueError and a RuntimeError)
     ├── CoverageError               no source holds a region that a target needs           (also a ValueError)
     ├── StorageError                the operating system refused a read or a write         (also an OSError)
+    │   └── ReadError               a file of a checkpoint cannot be read                  (also a ValueError)
     ├── LoadError                   a network could not be filled; says what was already changed (also a RuntimeError)
     └── TransportError              ranks could not exchange                               (also a RuntimeError)
         ├── PeerError               another rank failed: its rank and its message
         └── DisagreementError       ranks were started with different inputs: which ones, and what differs
 
-The built-in bases are those stock MindSpore raises in the same place, so existing `except` clauses keep working.
+The built-in bases are those stock MindSpore raises in the same place, so existing `except` clauses keep working. Where
+it raises one of the system's, such as NotADirectoryError, ours is one of these as well: see `also`.
 A message tells what happened, where (parameter, rank, file, offset), what was expected and what to do next.
 """
 
@@ -31,7 +33,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
+
+Kind = TypeVar("Kind", bound="CheckpointError")
 
 
 class CheckpointError(Exception):
@@ -102,10 +107,19 @@ class CoverageError(CheckpointError, ValueError):
 
 
 class StorageError(CheckpointError, OSError):
-    """The operating system refused a read or a write; `errno` is kept."""
+    """The operating system refused a read or a write; `errno` is kept, and makes the class as for an OSError."""
+
+    def __new__(cls, *args: object) -> StorageError:
+        builtin = _OF_ERRNO.get(args[0]) if len(args) == 2 else None
+        made: StorageError = super().__new__(cls if builtin is None else also(cls, builtin), *args)
+        return made
 
     def __str__(self) -> str:
         return str(self.args[-1]) if self.args else ""
+
+
+class ReadError(StorageError, ValueError):
+    """A file of a checkpoint cannot be read."""
 
 
 class LoadError(CheckpointError, RuntimeError):
@@ -139,15 +153,51 @@ _ADVICE = {
     errno.EPERM: "check the permissions of the path",
     errno.EROFS: "the file system is read-only: choose another target",
     errno.ENOENT: "check that the path exists",
+    errno.ENOTDIR: "a file stands where a folder is wanted: choose another path, or move the file away",
+    errno.EEXIST: "a file stands where a folder is wanted: choose another path, or move the file away",
+    errno.EISDIR: "a folder stands where a file is wanted: choose another path, or move the folder away",
     errno.EMFILE: "too many open files: raise `ulimit -n`",
 }
 
 
-def storage_error(action: str, path: str, cause: OSError) -> StorageError:
+_OF_ERRNO: Mapping[object, type[OSError]] = {
+    errno.ENOENT: FileNotFoundError,
+    errno.ENOTDIR: NotADirectoryError,
+    errno.EEXIST: NotADirectoryError,  # of mkdir: a file stands where a folder is wanted
+    errno.EISDIR: IsADirectoryError,
+    errno.EACCES: PermissionError,
+    errno.EPERM: PermissionError,
+}
+_ALSO: Mapping[type[CheckpointError], tuple[type[Exception], ...]] = {
+    DiscoveryError: (FileNotFoundError, NotADirectoryError),
+    StrategyError: (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, TypeError),
+    StorageError: tuple(dict.fromkeys(_OF_ERRNO.values())),
+    ReadError: tuple(dict.fromkeys(_OF_ERRNO.values())),
+}
+"""Errors that stock MindSpore raises as one of these built-in ones; so each has a subclass that is both."""
+_BOTH: dict[tuple[type[CheckpointError], type[Exception]], type[CheckpointError]] = {
+    (kind, builtin): type(builtin.__name__[: -len("Error")] + kind.__name__, (kind, builtin), {"__module__": __name__})
+    for kind, builtins in _ALSO.items()
+    for builtin in builtins
+}
+globals().update({made.__name__: made for made in _BOTH.values()})  # where pickle looks for them
+
+
+def also(kind: type[Kind], builtin: type[BaseException]) -> type[Kind]:
+    """The class of `kind` that is a `builtin` error too; `kind` itself where MindSpore raises none such.
+
+    >>> issubclass(also(StrategyError, NotADirectoryError), NotADirectoryError)
+    True
+    """
+    found = _BOTH.get((kind, builtin), kind)  # type: ignore[arg-type]
+    return cast("type[Kind]", found)
+
+
+def storage_error(action: str, path: str, cause: OSError, kind: type[StorageError] = StorageError) -> StorageError:
     """Turn an `OSError` into a `StorageError` that says what was being done, to which file, and what to do."""
     reason = os.strerror(cause.errno) if cause.errno else str(cause)
     advice = _ADVICE.get(cause.errno or 0, "check the path and the file system")
-    return StorageError(cause.errno, f"cannot {action} {path!r}: {reason}; {advice}")
+    return kind(cause.errno, f"cannot {action} {path!r}: {reason}; {advice}")
 
 
 def name_ranks(ranks: Sequence[int], limit: int = 16) -> str:

@@ -43,7 +43,7 @@ def path_of(value: Any, argument: str) -> str:
         check_path(path, argument)
         return path
     if value is None or value == "":
-        raise UsageError(f"{argument} is needed here: give a path")
+        raise ArgumentTypeError(f"{argument} is needed here: give a path")
     raise ArgumentTypeError(f"{argument} must be a path, got {type(value).__name__}")
 
 

@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed
 from ms_ckpt_ext.engine.naming import Choice, chosen_name, warn_unknown
 from ms_ckpt_ext.engine.offline import Job, Report
 from ms_ckpt_ext.engine.sealing import Seal
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
 
@@ -246,7 +246,8 @@ def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:
     try:
         return None if text is None else re.compile(text)
     except (re.error, TypeError) as error:
-        raise UsageError(f"file_name_regex {text!r} is not a regular expression: {error}") from None
+        kind = ArgumentTypeError if isinstance(error, TypeError) else UsageError
+        raise kind(f"file_name_regex {text!r} is not a regular expression: {error}") from None
 
 
 def _warn_idle(name_map: Optional[Mapping[str, str]], choice: Optional[Choice], job: Job) -> None:

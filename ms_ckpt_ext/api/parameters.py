@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.naming import Choice, Naming
 from ms_ckpt_ext.engine.outside import alike
 from ms_ckpt_ext.engine.whole_slices import read_slices
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
@@ -311,7 +311,7 @@ def _catalog(
 
 def _require_file(path: str) -> None:
     if not os.path.exists(path):
-        raise DiscoveryError(f"no such file or directory: {path!r}; check the path")
+        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {path!r}; check the path")
 
 
 def _patterns(names: Union[str, Iterable[str], None]) -> Optional[list[str]]:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 # (rank, world) as rank tables, msrun, torchrun, Open MPI, MPICH and Intel MPI, and SLURM's srun give them; the first
 # pair that is set counts. SLURM comes last, for its variables are there under every launcher that it starts.
@@ -35,7 +35,9 @@ def share_of(share: Any, argument: str) -> tuple[int, int]:
         task, tasks = share if isinstance(share, (tuple, list)) else ()
         return integer(task, argument), integer(tasks, argument)
     except ValueError:
-        raise UsageError(f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}") from None
+        raise ArgumentTypeError(
+            f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}"
+        ) from None
 
 
 def _from_environment(argument: str) -> tuple[int, int]:

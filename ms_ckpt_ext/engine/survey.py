@@ -79,8 +79,8 @@ def survey(
     """
     hosts = [answer.decode() for answer in transport.share(host.encode())]
     probe = hosts.index(host) == transport.rank
-    found, problem = _list(look) if probe else ({}, "")
-    answers = [unpack(a) for a in transport.share(pack([found, problem]))]
+    found, problem = _list(look) if probe else ({}, None)
+    answers = [unpack(a) for a in transport.share(pack([found, "" if problem is None else str(problem)]))]
     sightings: dict[str, list[_Sighting]] = {}
     names: Optional[dict[str, str]] = None
     sharded = any(seen.get("sharded") for seen, _ in answers)
@@ -88,6 +88,8 @@ def survey(
         for key, (path, identity) in seen.get("files", {}).items():
             sightings.setdefault(key, []).append(_Sighting(hosts[rank], path, tuple(identity)))
         names = names or seen.get("names")
+    if not sightings and isinstance(problem, DiscoveryError):
+        raise problem
     if not sightings:
         raise DiscoveryError(next((p for _, p in answers if p), "no host sees a file of the checkpoint"))
     keys = sorted(sightings, key=lambda key: (len(key), key) if key.isdigit() else (0, key))
@@ -102,13 +104,13 @@ def survey(
     )
 
 
-def _list(look: Callable[[], Listing]) -> tuple[dict[str, Any], str]:
+def _list(look: Callable[[], Listing]) -> tuple[dict[str, Any], Optional[Exception]]:
     try:
         listing = look()
         files = {key: (path, _identity(path)) for key, path in listing.files.items()}
     except (CheckpointError, OSError) as error:
-        return {}, str(error)
-    return {"files": files, "names": listing.names, "sharded": listing.sharded}, ""
+        return {}, error
+    return {"files": files, "names": listing.names, "sharded": listing.sharded}, None
 
 
 def _identity(path: str) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.errors import DiscoveryError, name_ranks, storage_error
+from ms_ckpt_ext.errors import DiscoveryError, also, name_ranks, storage_error
 from ms_ckpt_ext.formats.kind import CHECKPOINT, kind_of
 from ms_ckpt_ext.formats.saves import grouped, is_step, newest, save_of, step_of
 
@@ -43,9 +43,11 @@ def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> lis
     try:
         return sorted(child for child in folder.iterdir() if wanted(child))
     except NotADirectoryError as error:
-        raise DiscoveryError(f"{str(folder)!r} is a file, and a directory is needed here") from error
+        kind = also(DiscoveryError, NotADirectoryError)
+        raise kind(f"{str(folder)!r} is a file, and a directory is needed here") from error
     except FileNotFoundError as error:
-        raise DiscoveryError(f"no such checkpoint directory: {str(folder)!r}; check the path") from error
+        kind = also(DiscoveryError, FileNotFoundError)
+        raise kind(f"no such checkpoint directory: {str(folder)!r}; check the path") from error
     except OSError as error:
         raise storage_error("look into", str(folder), error) from error
 

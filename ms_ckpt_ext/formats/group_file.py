@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ms_ckpt_ext.errors import FormatError, storage_error
+from ms_ckpt_ext.errors import FormatError, ReadError, storage_error
 from ms_ckpt_ext.formats.strategy_proto import decode_groups
 
 
@@ -19,7 +19,7 @@ def restore_ranks(path: str) -> list[int]:
     try:
         found = list(decode_groups(Path(path).read_bytes()).ckpt_restore_rank_list.dim)
     except OSError as error:
-        raise storage_error("read group file", path, error) from error
+        raise storage_error("read group file", path, error, ReadError) from error
     except ValueError as error:
         raise FormatError(
             f"{path!r} is no file of groups ({error}); give the one that GROUP_INFO_FILE named"

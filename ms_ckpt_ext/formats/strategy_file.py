@@ -11,7 +11,7 @@ from typing import Any, Union
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy, layout_item, split_stage
-from ms_ckpt_ext.errors import StrategyError, storage_error
+from ms_ckpt_ext.errors import StrategyError, also, storage_error
 from ms_ckpt_ext.formats import strategy_proto as proto
 from ms_ckpt_ext.formats.kind import pointer_fault
 from ms_ckpt_ext.formats.strategy_proto import Rows
@@ -80,7 +80,9 @@ def write(target: PathLike, data: bytes) -> None:
 def stage_files(directory: str) -> list[str]:
     """The files of a directory with one for each stage, in the order of names. Raises StrategyError."""
     if not os.path.isdir(directory):
-        raise StrategyError(f"{directory!r} is not a directory of strategy files; give one that exists")
+        raise also(StrategyError, NotADirectoryError)(
+            f"{directory!r} is not a directory of strategy files; give one that exists"
+        )
     found = {
         suffix: sorted(str(p) for p in Path(directory).glob(f"[!.]*{suffix}") if p.is_file())
         for suffix in (".ckpt", ".json")
@@ -116,7 +118,7 @@ def read_bytes(path: str) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise StrategyError(
+        raise also(StrategyError, type(error))(
             f"cannot read strategy file {path!r}: {os.strerror(error.errno or 0)}; check the path"
         ) from error
     fault = pointer_fault(path, data)
@@ -131,7 +133,7 @@ def _parse_protobuf(path: str, data: bytes) -> Any:
     try:
         return proto.decode(data)
     except ValueError as error:
-        raise StrategyError(
+        raise also(StrategyError, TypeError)(
             f"{path!r} is not a strategy file: {len(data)} bytes starting with {data[:8]!r} are neither MindSpore's "
             f"protobuf nor its JSON form ({error}); a checkpoint has the same .ckpt suffix, was that meant?"
         ) from error

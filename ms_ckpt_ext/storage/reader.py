@@ -8,7 +8,7 @@ import stat
 from array import array
 from typing import Callable, NamedTuple, Optional, Protocol
 
-from ms_ckpt_ext.errors import StorageError, TruncatedFileError, storage_error
+from ms_ckpt_ext.errors import ReadError, StorageError, TruncatedFileError, storage_error
 from ms_ckpt_ext.storage import linux
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
@@ -76,11 +76,11 @@ class PlainReader:
         try:
             self.fd: Optional[int] = os.open(path, _FLAGS)
         except OSError as error:
-            raise storage_error("open", path, error) from error
+            raise storage_error("open", path, error, ReadError) from error
         status = os.fstat(self.fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise StorageError(
+            raise ReadError(
                 errno.EINVAL,
                 f"cannot read {path!r}: it is no regular file, but a folder, a pipe or a device; check the path",
             )
@@ -117,7 +117,7 @@ class PlainReader:
         try:
             got = call(self.fd, offset)
         except OSError as error:
-            raise storage_error(f"read {wanted} bytes at offset {offset} of", self.path, error) from error
+            raise storage_error(f"read {wanted} bytes at offset {offset} of", self.path, error, ReadError) from error
         if got == 0 and wanted:
             raise TruncatedFileError(
                 f"{self.path!r} ended at byte {offset} while {wanted} more bytes were expected there; "
