@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.errors import DiscoveryError
+from ms_ckpt_ext.errors import DiscoveryError, also
 from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.unified import is_map, unified_files
@@ -79,7 +79,8 @@ def _list_file(path: str, strategy: Optional[Strategy], kind: Optional[str]) -> 
             f"{path!r} is a strategy file, which has the same suffix as a checkpoint; give the checkpoint's path here"
         )
     if kind is not None and not name.endswith(f".{kind}"):
-        raise DiscoveryError(f"{path!r} is a file, and none of the format {kind!r} by its name; check path and format")
+        error = also(DiscoveryError, NotADirectoryError)
+        raise error(f"{path!r} is a file, and none of the format {kind!r} by its name; check path and format")
     return Listing({name if strategy is None else "0": path}, strategy is not None, None)
 
 
