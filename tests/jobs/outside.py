@@ -48,6 +48,13 @@ def listed(devices: int, stages: int = 1, matrices: Sequence[tuple[int, ...]] = 
     return Strategy.from_items(items, "the strategy")
 
 
+def layouts_file(path: Path, **layouts: Mapping[int, Layout]) -> Path:
+    """A strategy's file: name -> stage -> layout."""
+    items = [LayoutItem(name, stage, layout) for name, stages in layouts.items() for stage, layout in stages.items()]
+    save_strategy(Strategy.from_items(items, "it"), path)
+    return path
+
+
 def whole(name: str) -> np.ndarray:
     """What a listed parameter holds."""
     return np.arange(96, dtype=np.float32).reshape(48, 2) + len(name)
