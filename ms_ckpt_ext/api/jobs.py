@@ -31,6 +31,7 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.proven import ruled
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 
@@ -110,7 +111,7 @@ def merge(
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    catalog = source.slices(allow_equal_slices).ruled(weight_rules)
+    catalog = ruled(source.slices(allow_equal_slices), weight_rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
     catalog = called.of(compared(catalog))
@@ -167,7 +168,7 @@ def reshard(
     source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
     ranks = _ranks(layout, rank)
-    catalog = naming.of(source.slices(allow_equal_slices).ruled(weight_rules))
+    catalog = naming.of(ruled(source.slices(allow_equal_slices), weight_rules))
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
     return execute(job, target, run, "reshard")

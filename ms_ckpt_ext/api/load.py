@@ -26,6 +26,7 @@ from ms_ckpt_ext.engine.jobs import folders_job
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.proven import ruled
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -189,7 +190,7 @@ def load_distributed_checkpoint(
     strategy = as_strategy(predict_strategy, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
     _require_all(look, 1)
-    catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
+    catalog = naming.of(ruled(read_slices(look(), trained, access, allow_equal_slices), weight_rules))
     alone = rank_id is not None
     job, target = folders_job(
         catalog, strategy, ranks, alone, target, output_format, crc=crc, seal=seal, digests=digests

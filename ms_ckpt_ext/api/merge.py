@@ -25,6 +25,7 @@ from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job, refuse_
 from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.proven import ruled
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -118,7 +119,7 @@ def unified_safetensors(
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = as_strategy(src_strategy_file, argument="src_strategy_file")
     listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
-    catalog = read_slices(listing, strategy, access, allow_equal_slices).ruled(weight_rules)
+    catalog = ruled(read_slices(listing, strategy, access, allow_equal_slices), weight_rules)
     refuse_empty(catalog)
     catalog = called.of(compared(catalog))
     job = merge_job(catalog, target, options)

@@ -22,7 +22,7 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
+from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks, same_cut
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
@@ -229,7 +229,9 @@ def rank_list_for_transform(rank_id: int, src_strategy_file: Any = None, dst_str
         return sorted(needed_for_whole(trained), reverse=True)
     if rank_id >= wanted.world:
         raise UsageError(f"rank_id must be between 0 and {wanted.world - 1} under dst_strategy_file, got {rank_id}")
-    return sorted(needed_ranks(trained, wanted, rank_id), reverse=True)
+    # Of what neither lists, a rank keeps what its own file has where the ranks are the same.
+    own = {rank_id} if same_cut(trained, wanted) else set()
+    return sorted(needed_ranks(trained, wanted, rank_id) | own, reverse=True)
 
 
 convert_checkpoints = transform_checkpoints

@@ -22,7 +22,8 @@ from ms_ckpt_ext.engine import older
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
-from ms_ckpt_ext.engine.keeping import Box, Keeping, merged, refuse_own
+from ms_ckpt_ext.engine.keeping import Box, Keeping
+from ms_ckpt_ext.engine.proven import merged, refuse_own
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats import discovery, registry

@@ -14,7 +14,7 @@ such as a frozen model or the number of the step, is wanted all the same.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import NamedTuple, Optional
 
@@ -28,14 +28,9 @@ from ms_ckpt_ext.engine.alike import SMALL, compared
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.naming import some
 from ms_ckpt_ext.engine.outside import Held, of_rank
+from ms_ckpt_ext.engine.proven import REMEDY, ranks_of, refuse_own, tell_accumulated, tell_unseen
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
-
-_REMEDY = (
-    "Give its layout: a strategy saved with strategy_ckpt_config={'only_trainable_params': False} or after "
-    "AutoParallel.disable_strategy_file_only_for_trainable_params(), or, beside the strategy file, the network's "
-    "layouts by name (a list: [file, layouts]). Or leave it out by choice_func"
-)
 
 
 class Box(NamedTuple):
@@ -44,30 +39,6 @@ class Box(NamedTuple):
     name: str
     tensor: SourceTensor
     region: Optional[Region]
-
-
-def refuse_own(catalog: Catalog, names: Iterable[str], purpose: str) -> None:
-    """Raise LayoutMismatchError when ranks hold different things under one of these names."""
-    differing = [catalog.own[name] for name in names if name in catalog.own]
-    if differing:
-        held, more = differing[0], f" (and {len(differing) - 1} more like it)" if differing[1:] else ""
-        origin = catalog.strategy.origin if catalog.strategy else "the strategy"
-        raise LayoutMismatchError(
-            f"parameter {held.name!r}{more} is not in {origin}, and the ranks' files differ in it: {held.told()}. "
-            f"So {purpose}: nothing tells which slice of it each rank has, if it is one. {_REMEDY}"
-        )
-
-
-def merged(catalog: Catalog) -> Catalog:
-    """A catalog in which all that lies outside the strategy is proven to be alike.
-
-    Raises:
-        LayoutMismatchError: something differs by rank.
-        FormatError, StorageError: a file cannot be read.
-    """
-    found = compared(catalog)
-    refuse_own(found, found.own, "it cannot be put together")
-    return found
 
 
 class Keeping:
@@ -95,11 +66,13 @@ class Keeping:
         self._cut_by = _by_names(catalog)
         self._same = target is not None and self._cut_by is not None and same_cut(self._cut_by, target)
         self.catalog = compared(catalog, self._to_compare(catalog) if self._same else None)
+        tell_accumulated(catalog)
         left_out = set() if states or target is None else self._left_out(alone)
         self._tensors = {n: t for n, t in self._unlisted(self.catalog.tensors) if n not in left_out}
         if not self._same:
             refuse_own(self.catalog, self.catalog.own, "it cannot be cut for other ranks")
             self._refuse_cut()
+            tell_unseen(self.catalog)
         self._reach = {} if self._same else self._stages_by_stage()
 
     def _unlisted(self, held: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
@@ -150,7 +123,7 @@ class Keeping:
             more = f" (and {len(cut) - 1} more like it)" if cut[1:] else ""
             raise LayoutMismatchError(
                 f"parameter {cut[0]!r}{more} is cut by {origin}, and {self._target.origin}, which is for other ranks "
-                f"or slices, does not list it: nothing tells which slice of it a rank is to get. {_REMEDY}"
+                f"or slices, does not list it: nothing tells which slice of it a rank is to get. {REMEDY}"
             )
 
     def of(self, rank: int) -> list[Box]:
@@ -240,13 +213,8 @@ class Keeping:
         origin = self.catalog.strategy.origin if self.catalog.strategy else "the strategy"
         return CoverageError(
             f"parameter {name!r} is not in {origin}, so rank {rank} keeps what its own file holds of it, and no "
-            f"file of rank {rank} is given that holds it: give that file as well. {_REMEDY}"
+            f"file of rank {rank} is given that holds it: give that file as well. {REMEDY}"
         )
-
-
-def ranks_of(tensor: SourceTensor) -> tuple[int, ...]:
-    """The ranks that hold a tensor which is whole wherever it is."""
-    return next(iter(tensor.placements[0].expected.values()))
 
 
 def is_cut(tensor: SourceTensor) -> bool:

@@ -25,8 +25,8 @@ from ms_ckpt_ext.engine import pump
 from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.catalog import INT4, Catalog
 from ms_ckpt_ext.engine.contents import NUMPY, TEXT, decode_text
-from ms_ckpt_ext.engine.keeping import refuse_own
 from ms_ckpt_ext.engine.outside import alike
+from ms_ckpt_ext.engine.proven import refuse_own
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink

@@ -22,6 +22,8 @@ from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 
+_SHOWN = 4
+
 
 class Group(NamedTuple):
     """Ranks whose copies are the same: what they hold, in words, and which they are."""
@@ -59,7 +61,9 @@ class Held(NamedTuple):
         >>> Held("w", "w", {}, (Group("F32[4]", (0,)), Group("F32[2]", (1, 2)))).told()
         'F32[4] on rank 0, F32[2] on ranks 1, 2'
         """
-        return ", ".join(f"{group.holds} on {name_ranks(group.ranks)}" for group in self.groups)
+        shown = [f"{group.holds} on {name_ranks(group.ranks)}" for group in self.groups[:_SHOWN]]
+        more = len(self.groups) - _SHOWN
+        return ", ".join(shown) + (f" and {more} more that differ from these" if more > 0 else "")
 
 
 class Outside(NamedTuple):

@@ -395,3 +395,42 @@ def test_what_is_supplied_may_not_contradict(tmp_path: Path) -> None:
             unified_safetensors(held.shards, [held.strategy, more], tmp_path / "out")
     with pytest.raises(CheckpointError, match="empty list"):
         unified_safetensors(held.shards, [], tmp_path / "out")
+
+
+def test_rules_take_what_the_strategy_does_not_list(tmp_path: Path) -> None:
+    from ms_ckpt_ext.rules import QKV, Rename
+
+    q, k, v = RNG.standard_normal((3, 4, 6), np.float32)
+    frozen = {"0.q": q, "0.k": k, "0.v": v, "0.step": STEP, "1.q": HALF}
+    held = lora(tmp_path, frozen)
+    with pytest.raises(LayoutMismatchError, match="'1.q'.*no rule can take it"):
+        fuse = [QKV(["{i}.q", "{i}.k", "{i}.v"], "{i}.qkv", 1)]
+        ms_ckpt_ext.merge(held.shards, tmp_path / "out", strategy=held.strategy, rules=fuse)
+    fuse = [QKV(["0.q", "0.k", "0.v"], "qkv", 1), Rename("{i}.step", "{i}.count")]
+    ms_ckpt_ext.merge(
+        held.shards, tmp_path / "out", strategy=held.strategy, rules=fuse, choice_func=lambda name: name != "1.q"
+    )
+    with load(tmp_path / "out") as found:
+        assert found["qkv"][...].tobytes() == np.concatenate([q, k, v]).tobytes()
+        assert set(found) == {"qkv", "w0.0", "0.step"}
+
+
+@pytest.mark.parametrize("given", [[0], [0, 1], [0, 2], [0, 1, 2, 3]])
+def test_too_few_files_to_tell(given: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All that is listed is whole, so one file has it; of a large tensor that is not listed nothing is known then."""
+    whole = Strategy.from_items([LayoutItem("w0.0", 0, Layout((2, 2), ((), ())))], "it")
+    large = RNG.standard_normal((4096, 6), np.float32)
+    held = source(tmp_path / "src", whole, {"frozen": large, "global_step": STEP})
+    files: Any = {rank: held.file(rank) for rank in given}
+    wanted = strategy_file(listed(2), tmp_path / "dst.ckpt")
+    transform_checkpoint_by_rank(0, files, tmp_path / "net.safetensors", held.strategy, wanted)
+    assert read_file(tmp_path / "net.safetensors")["frozen"].data == large.tobytes()
+    assert ("'frozen'" in caplog.text and "taken for all" in caplog.text) == (len(given) < 4)
+    assert "global_step" not in caplog.text
+
+
+def test_many_that_differ_are_told_shortly(tmp_path: Path) -> None:
+    held = source(tmp_path / "src", listed(16), {"cursor": lambda rank: np.array(rank)})
+    with pytest.raises(LayoutMismatchError, match="on rank 3 and 12 more that differ from these") as caught:
+        unified_safetensors(held.shards, held.strategy, tmp_path / "out")
+    assert len(str(caught.value)) < 1000
