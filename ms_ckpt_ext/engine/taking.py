@@ -20,9 +20,10 @@ from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.jobs import rank_boxes
-from ms_ckpt_ext.engine.keeping import Box, is_cut, refuse_own
+from ms_ckpt_ext.engine.keeping import Box, is_cut
 from ms_ckpt_ext.engine.naming import called
 from ms_ckpt_ext.engine.outside import Held, of_rank, side_by_side
+from ms_ckpt_ext.engine.proven import refuse_own
 from ms_ckpt_ext.errors import CoverageError
 
 
