@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -20,11 +21,14 @@ from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.naming import Naming
 from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.scalars import Value
 from ms_ckpt_ext.engine.session import LoadReport
+from ms_ckpt_ext.engine.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
 from ms_ckpt_ext.transport import select
 from ms_ckpt_ext.transport.agree import share_status
 
+log = logging.getLogger("ms_ckpt_ext")
 __all__ = ["Filled", "both", "fill_newest", "give_up", "host_name", "layouts_of", "own_rank"]
 
 
@@ -96,6 +100,16 @@ def _lacks(
     return ""
 
 
+def _own_scalars(chosen: Chosen, rank: int, stands: bool) -> dict[str, Value]:
+    """Of the scalars that differ between ranks those of a rank that stands where it stood."""
+    found = {name: values[rank] for name, values in chosen.own.items() if stands and rank in values}
+    lost = sorted(chosen.own.keys() - found.keys())
+    if lost:
+        why = "this rank saved none" if stands else "the ranks of this job are not those of the one that saved"
+        log.warning("scalars that differ by rank are not among those restored, for %s: %s", why, lost)
+    return found
+
+
 def fill_newest(
     network: Any,
     wanted: Wanted,
@@ -120,10 +134,14 @@ def fill_newest(
     try:
         share_status(transport)  # a rank whose arguments were refused says so here, see together.give_up
         chosen, skipped = choose(transport, wanted)
+        world = transport.size
     finally:
         transport.close()
     if chosen is None:
         return None, skipped
+    if chosen.own:
+        stands = Taking(naming.of(chosen.catalog.ruled(rules)), target, rank, world).stands
+        chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, rank, stands)})
     reports: list[LoadReport] = []
     listing = chosen.listing
     missing, unused = fill_together(

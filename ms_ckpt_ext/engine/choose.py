@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -26,10 +25,10 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine import checkpoints
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
 from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, find_candidates
-from ms_ckpt_ext.engine.contents import TEXT, read_whole
 from ms_ckpt_ext.engine.digests import check
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.manifest import Load, Manifest, load_manifest, record_of
+from ms_ckpt_ext.engine.scalars import Value, read_scalars
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.trained import entries, find_layouts
 from ms_ckpt_ext.errors import (
@@ -47,8 +46,6 @@ from ms_ckpt_ext.formats.mindformers import read_common
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.transport.agree import agree, share_status
 from ms_ckpt_ext.transport.base import Transport
-
-Value = Union[np.ndarray, str]
 
 
 class Skipped(NamedTuple):
@@ -95,12 +92,16 @@ class Chosen:
         listing: its files on this host.
         strategy: the layouts that cut it; None for whole parameters.
         scalars: what it holds outside the strategy, single values and texts.
+        own: those of them that differ between ranks, by name and rank.
+        catalog: as headers tell it.
     """
 
     candidate: Candidate
     listing: Listing
     strategy: Optional[Strategy]
     scalars: Mapping[str, Value]
+    own: Mapping[str, Mapping[int, Value]]
+    catalog: Catalog
 
 
 def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
@@ -183,8 +184,8 @@ def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe:
     seen, catalog, listing = _read_headers(transport, wanted, look, strategy)
     if wanted.digests:
         _compare_digests(transport, wanted, seen)
-    scalars = {**_common(transport, listing), **_scalars(transport, seen, catalog)}
-    return Chosen(candidate, listing, strategy, scalars)
+    scalars = read_scalars(transport, catalog, seen.by_number)
+    return Chosen(candidate, listing, strategy, {**_common(transport, listing), **scalars.alike}, scalars.own, catalog)
 
 
 def _text(strategy: Optional[Strategy]) -> str:
@@ -202,7 +203,7 @@ def _read_headers(
         if listing.folder is not None:
             catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
         else:
-            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access).taken_as_alike()
+            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
         problem = wanted.lacks(catalog) or _uncovered(catalog)
         result = seen, catalog, listing
     except PeerError:
@@ -280,38 +281,3 @@ def _faults(index: FileIndex, access: Access, load: Load = load_manifest) -> str
         partial(open_reader, access=access),
     )
     return "; ".join(map(str, faults[:3]))
-
-
-def _scalars(transport: Transport[Any], seen: Survey, catalog: Catalog) -> dict[str, Value]:
-    """Single values and texts outside the layouts; each is read by one rank that sees its file."""
-    keys = list(seen.indexes)
-    small = {
-        name: tensor
-        for name, tensor in {**({} if seen.sharded else catalog.tensors), **catalog.extras}.items()
-        if tensor.meta.dtype.name == TEXT or math.prod(tensor.meta.shape) == 1
-    }
-    mine: dict[str, Any] = {}
-    error: Optional[BaseException] = None
-    try:
-        with catalog.readers() as readers:
-            for name, tensor in small.items():
-                (file,) = next(iter(tensor.placements[0].holders.values()))
-                able = range(transport.size) if seen.sees is None else seen.sees[keys[file]]
-                if min(able) == transport.rank:
-                    mine[name] = _told(read_whole(catalog, readers, tensor))
-    except CheckpointError as problem:
-        error = problem
-    share_status(transport, error)
-    told = {name: raw for answer in transport.share(pack(mine)) for name, raw in unpack(answer).items()}
-    return {name: _heard(told[name]) for name in small}
-
-
-def _told(value: Value) -> Any:
-    return value if isinstance(value, str) else [value.dtype.str, value.shape, value.tobytes().hex()]
-
-
-def _heard(raw: Any) -> Value:
-    if isinstance(raw, str):
-        return raw
-    dtype, shape, data = raw
-    return np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape)

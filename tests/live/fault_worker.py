@@ -22,6 +22,7 @@ from mindspore.communication import init
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint
+from ms_ckpt_ext.bridge import together
 from ms_ckpt_ext.engine import catalog
 from ms_ckpt_ext.errors import CheckpointError, LoadError
 from ms_ckpt_ext.formats.index import FileIndex
@@ -99,14 +100,20 @@ class Job:
             yield
 
 
+def refuse(index: FileIndex, access: Access) -> ByteReader:
+    return reopen(index._replace(path=index.path + ".gone"), access)
+
+
 @contextmanager
 def unreadable(rank: int) -> Iterator[None]:
-    """The victim cannot open any file again once the headers were read."""
+    """The victim cannot open any file again once the load is under way."""
+    real = together._load
 
-    def refuse(index: FileIndex, access: Access) -> ByteReader:
-        return reopen(index._replace(path=index.path + ".gone"), access)
+    def load(*arguments: Any) -> Any:
+        with mock.patch.object(catalog, "reopen", refuse):
+            return real(*arguments)
 
-    with mock.patch.object(catalog, "reopen", refuse) if rank == VICTIM else nullcontext():
+    with mock.patch.object(together, "_load", load) if rank == VICTIM else nullcontext():
         yield
 
 
@@ -124,6 +131,8 @@ def faults(job: Job, case: dict[str, Any]) -> None:
     def only(**changes: Any) -> dict[str, Any]:
         return changes if job.rank == VICTIM else {}
 
+    with mock.patch.object(catalog, "reopen", refuse) if job.rank == VICTIM else nullcontext():
+        job.fail("gone before")
     with unreadable(job.rank):
         job.fail("gone")
         job.fail("gone, direct", mode="direct", verify="replicas")

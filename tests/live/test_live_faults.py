@@ -20,6 +20,7 @@ WORKER = Path(__file__).with_name("fault_worker.py")
 RANKS, VICTIM = 4, 1
 ENDED = {"LoadError"}
 FAULTS: dict[str, tuple[set[str], str]] = {
+    "gone before": ({"StorageError", "PeerError"}, "No such file or directory"),
     "gone": (ENDED, "No such file or directory"),
     "gone, direct": (ENDED, "No such file or directory"),
     "truncated": ({"TruncatedFileError", "PeerError"}, "rank_3/net.safetensors': the tensors end at byte"),
@@ -67,7 +68,7 @@ def make_case(golden: Path, root: Path) -> Path:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("ascend", marks=pytest.mark.ascend)])
 def test_every_rank_hears_of_every_fault(device: str, golden: Path, tmp_path: Path) -> None:
-    """Eleven faults and a sound load in one job, then a kill -9 in the middle of a load."""
+    """Twelve faults and a sound load in one job, then a kill -9 in the middle of a load."""
     if device == "ascend":
         emulator_or_skip()
     result = run_msrun(

@@ -45,11 +45,25 @@ def held_by(made: Any) -> dict[str, np.ndarray]:
     return {parameter.name: parameter.asnumpy().copy() for parameter in made.get_parameters()}
 
 
+class _Lasting:
+    """A transport that serves one load after another: a resume closes its own and opens the next."""
+
+    def __init__(self, inner: LocalTransport) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def close(self) -> None:
+        """Stay open."""
+
+
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of a load is that of its thread, and so are rank and world."""
-    monkeypatch.setattr(together, "choose", lambda timeout: HERE.transport)
-    monkeypatch.setattr(restore.select, "choose", lambda timeout: HERE.transport)
+    monkeypatch.setattr(together, "choose", lambda timeout: _Lasting(HERE.transport))
+    monkeypatch.setattr(restore.select, "choose", lambda timeout: _Lasting(HERE.transport))
+    monkeypatch.setattr(restore, "own_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(network, "world_size", lambda: HERE.transport.size)
 
 
