@@ -130,7 +130,8 @@ def load_distributed_checkpoint(
         allow_equal_slices: as in `unified_safetensors`.
 
     Returns:
-        `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode.
+        `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode,
+        and where MindSpore serves the same call with `checkpoint_filenames`: the log tells what is missing.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, also those of a load into a network in save mode; nothing was
@@ -141,6 +142,7 @@ def load_distributed_checkpoint(
         ChecksumError: verify="full", and the files are not what they were; nothing was changed.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
+    mindspores = _is_mindspores(locals())
     checked_format(format, "format")
     checked_format(output_format, "output_format")
     access = access_of(dec_key, dec_mode, crc_check)
@@ -177,11 +179,13 @@ def load_distributed_checkpoint(
             catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
             if return_param_dict:
                 return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
-            return live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits)
+            found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits)
+            return mindspores or found
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
         shared = Source(look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices)
-        return fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
+        found = fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
+        return mindspores or found
     _refuse_live(options, mode)
     trained = _trained(train_strategy_filename, None, None)
     look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
@@ -197,6 +201,18 @@ def load_distributed_checkpoint(
     )
     execute(job, target, run, "reshard")
     return True
+
+
+def _is_mindspores(given: Mapping[str, Any]) -> bool:
+    """Whether a call names files one by one and has nothing that MindSpore does not take: its answer is True."""
+    own: Mapping[str, Any] = load_distributed_checkpoint.__kwdefaults__ or {}
+    trained, wanted = given["train_strategy_filename"], given["predict_strategy"]
+    return (
+        isinstance(given["checkpoint_filenames"], (list, tuple))
+        and all(given[name] == default for name, default in own.items())
+        and (trained is None or (isinstance(trained, str) and not os.path.isdir(trained)))
+        and (wanted is None or isinstance(wanted, Mapping))
+    )
 
 
 _INSTEAD = {
