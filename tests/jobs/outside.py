@@ -57,7 +57,7 @@ def layouts_file(path: Path, **layouts: Mapping[int, Layout]) -> Path:
 
 def whole(name: str) -> np.ndarray:
     """What a listed parameter holds."""
-    return np.arange(96, dtype=np.float32).reshape(48, 2) + len(name)
+    return np.arange(48 * 24, dtype=np.float32).reshape(48, 24) + len(name)
 
 
 def source(root: Path, strategy: Strategy, outside: Mapping[str, Content]) -> Source:
