@@ -42,7 +42,10 @@ def plan(
     dec_key: Any = None,
     dec_mode: Optional[str] = None,
 ) -> PlanReport:
-    """Plan a load of every rank of a job without making it. Reads headers at most; needs neither NPU nor MindSpore.
+    """Plan a load of every rank of a job without making it; needs neither NPU nor MindSpore.
+
+    Reads headers, and samples of what the strategy of the job that saved does not list: each rank takes its own of what
+    differs by rank, as in the load, or it is an error as there.
 
     The plan is the one that the job's ranks would make, so bytes, messages, rounds and memory are exact; times are
     those of a small model of the machine (`core.cost`).
@@ -82,8 +85,8 @@ def plan(
         )
     else:
         directory, access = path_of(src, "src"), any_mode(dec_key, dec_mode)
-        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format).taken_as_alike())
-        source = dryrun.of_catalog(held)
+        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format))
+        source = dryrun.of_catalog(held, target)
         origin = directory
     done = dryrun.dry_run(source, target, options)
     report = report_of(

@@ -38,6 +38,7 @@ from ms_ckpt_ext.engine import proof, pump
 from ms_ckpt_ext.engine.alike import compared
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.contents import TEXT, decode_text
+from ms_ckpt_ext.engine.proven import tell_unseen
 from ms_ckpt_ext.engine.replicas import Contents
 from ms_ckpt_ext.engine.taking import Taking
 from ms_ckpt_ext.errors import LoadError
@@ -87,6 +88,7 @@ def _settled(
     taking = Taking(catalog, strategy, rank, world_size())
     found = matched(network, taking, manner)
     catalog = compared(catalog, taking.needs_comparing(open_names(found)))
+    tell_unseen(catalog)
     taking = Taking(catalog, strategy, rank, world_size())
     return catalog, boxes(network, found, taking, taking.require_own, manner)
 

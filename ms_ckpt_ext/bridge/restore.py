@@ -140,7 +140,7 @@ def fill_newest(
     if chosen is None:
         return None, skipped
     if chosen.own:
-        stands = Taking(naming.of(chosen.catalog.ruled(rules)), target, rank, world).stands
+        stands = Taking(naming.of(chosen.catalog), target, rank, world).stands
         chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, rank, stands)})
     reports: list[LoadReport] = []
     listing = chosen.listing

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
@@ -19,7 +19,6 @@ from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.core.layout import whole
-from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import Strategy
@@ -34,6 +33,7 @@ from ms_ckpt_ext.engine.live import HostMover
 from ms_ckpt_ext.engine.naming import Naming
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.proof import prove_chunks
+from ms_ckpt_ext.engine.proven import Compare, ruled, tell_unseen
 from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
 from ms_ckpt_ext.engine.session import LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
@@ -73,9 +73,9 @@ class Source(NamedTuple):
     expected: Mapping[str, str] = MappingProxyType({})
     allow_equal_slices: bool = False
 
-    def named(self, stored: Catalog) -> Catalog:
-        """What is stored, with the rules applied, by its names in the network."""
-        return self.naming.of(stored.ruled(self.rules))
+    def named(self, stored: Catalog, compare: Compare = compared) -> Catalog:
+        """What is stored, with the rules applied, by its names in the network; `compare` as in `proven.ruled`."""
+        return self.naming.of(ruled(stored, self.rules, compare))
 
     def stored(self, seen: Survey) -> Catalog:
         """What the ranks saw."""
@@ -133,15 +133,22 @@ def fill_together(
         stored = _on_all(transport, lambda: source.stored(seen))
         look = Together(transport, stored, seen.by_number)
         refuse_gathered(stored, look, source.allow_equal_slices)
-        catalog = _on_all(transport, lambda: source.named(stored))
+
+        def compare(held: Catalog, names: Iterable[str]) -> Catalog:
+            return _compared(transport, held, list(names), look, seen)
+
+        catalog = _on_all(transport, lambda: source.named(stored, compare))
         manner = Manner(strict, strict or not by_suffix, require_all)
         found = _on_all(transport, lambda: matched(network, Taking(catalog, target, rank, transport.size), manner))
-        catalog, own = _compared(transport, catalog, open_names(found), look, seen)
+        shared = transport.share(pack(open_names(found)))
+        wanted = sorted({name for names in shared for name in unpack(names)})
+        catalog = compare(catalog, wanted)
         if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
             catalog = settled(catalog)
         taking = Taking(catalog, target, rank, transport.size)
         found = _on_all(transport, lambda: boxes(network, found, taking, taking.one_of, manner))
-        catalog = catalog._replace(tensors={**catalog.tensors, **own})
+        own = (all_side_by_side(catalog, name, transport.size) for name in wanted if name in catalog.own)
+        catalog = catalog._replace(tensors={**catalog.tensors, **{k: t for each in own for k, t in each.items()}})
         matches = found.matches
         ready = _prepare(transport, seen, catalog, matches, source, target, options)
         _on_all(transport, lambda: _prove(transport.rank, ready, matches, options, workers, limits))
@@ -158,14 +165,14 @@ def fill_together(
 
 def _compared(
     transport: Transport[Any], catalog: Catalog, names: Sequence[str], look: Together, seen: Survey
-) -> tuple[Catalog, dict[str, SourceTensor]]:
-    """The source with what any rank wants compared, by all together; and what differs, side by side."""
-    wanted = sorted({name for answer in transport.share(pack(names)) for name in unpack(answer)})
-    held = [catalog.unproven[name].stored_name for name in wanted if name in catalog.unproven]
+) -> Catalog:
+    """`alike.compared` by all ranks together, which give the same names."""
+    held = [catalog.unproven[name].stored_name for name in names if name in catalog.unproven]
     on_record = on_record_together(transport, catalog, seen.by_number, held)
-    catalog = compared(catalog, wanted, look, on_record)
-    own = (all_side_by_side(catalog, name, transport.size) for name in wanted if name in catalog.own)
-    return catalog, {key: tensor for each in own for key, tensor in each.items()}
+    catalog = compared(catalog, names, look, on_record)
+    if transport.rank == 0:
+        tell_unseen(catalog)
+    return catalog
 
 
 def give_up(error: CheckpointError, timeout: float) -> NoReturn:

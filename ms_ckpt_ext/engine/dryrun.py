@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.columns import Ints
 from ms_ckpt_ext.core.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.dtype import FILE_ORDER
@@ -25,9 +26,13 @@ from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.core.schedule import schedule
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.tally import Tally, tally
+from ms_ckpt_ext.engine.alike import SMALL, Depth, compared
 from ms_ckpt_ext.engine.catalog import Catalog
+from ms_ckpt_ext.engine.naming import some
 from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.proven import refuse_own
 from ms_ckpt_ext.engine.session import limits_for
+from ms_ckpt_ext.engine.taking import Taking, all_side_by_side
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
 
 Stages = tuple[tuple[int, Layout], ...]
@@ -43,6 +48,7 @@ class Source:
         tensors: name -> parameter, in the order of the demands.
         located: where their bytes lie.
         everywhere: names that every rank takes whole (training scalars and the like).
+        own: names of what each rank has of its own, side by side: cell r of it is what rank r takes.
         files: how many files there are.
     """
 
@@ -50,6 +56,7 @@ class Source:
     located: Located
     everywhere: frozenset[str]
     files: int
+    own: frozenset[str] = frozenset()
 
 
 class DirectReads(NamedTuple):
@@ -71,11 +78,37 @@ class DryRun(NamedTuple):
     direct: DirectReads
 
 
-def of_catalog(catalog: Catalog) -> Source:
-    """A checkpoint whose headers were read. Raises CoverageError when a pipeline stage of it has no file."""
+def of_catalog(catalog: Catalog, target: Optional[Strategy] = None) -> Source:
+    """A checkpoint whose headers were read. Of what lies outside its strategy samples are compared.
+
+    What differs by rank every rank of `target` takes of its own file, as the load does.
+
+    Raises:
+        CoverageError: a pipeline stage has no file.
+        LayoutMismatchError: something differs by rank, and the target's ranks are not the source's.
+        FormatError, StorageError: a file cannot be read.
+    """
     catalog.require(catalog.absent)
+    catalog = compared(catalog, depth=Depth.SAMPLES)
     tensors = {**catalog.tensors, **{n: t for n, t in catalog.extras.items() if n not in catalog.tensors}}
-    return Source(tensors, catalog.stored, frozenset(catalog.extras) - set(catalog.tensors), len(catalog.files))
+    everywhere = frozenset(catalog.extras) - set(catalog.tensors)
+    own = _own(catalog, target)
+    return Source({**tensors, **own}, catalog.stored, everywhere, len(catalog.files), frozenset(own))
+
+
+def _own(catalog: Catalog, target: Optional[Strategy]) -> dict[str, SourceTensor]:
+    """What ranks have of their own; small things are left out, with a warning, where nobody can take them."""
+    if not catalog.own:
+        return {}
+    firsts = [target.ranks_of(stage)[0] for stage in range(target.stages)] if target else []
+    if target and all(Taking(catalog, target, rank, target.world).stands for rank in firsts):
+        sides = (all_side_by_side(catalog, name, target.world) for name in catalog.own)
+        return {key: tensor for side in sides for key, tensor in side.items()}
+    small = [name for name, held in catalog.own.items() if catalog.nbytes(held) <= SMALL * len(held.files)]
+    if small:
+        log.warning("not planned, for they differ by rank, and the target has other ranks: %s", some(small))
+    refuse_own(catalog, catalog.own.keys() - set(small), "no rank of another job can take it")
+    return {}
 
 
 def of_shapes(metas: Iterable[TensorMeta], strategy: Optional[Strategy]) -> Source:
@@ -123,6 +156,10 @@ def demands_under(source: Source, target: Optional[Strategy]) -> list[Demand]:
     shared = _Shared(target.devices_per_stage if target else 1)
     demands, common = [], 0
     for name, tensor in source.tensors.items():
+        if name in source.own:
+            (placement,) = tensor.placements
+            demands += [Demand(name, tensor, (Grid(placement.parts, placement.expected),))] * all(tensor.meta.shape)
+            continue
         stages = _stages(name, tensor, source, target)
         common += bool(stages) and name not in source.everywhere
         if stages and all(tensor.meta.shape):

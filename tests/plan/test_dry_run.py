@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ms_ckpt_ext import plan
 from ms_ckpt_ext.core.collective import rank_round
 from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
@@ -31,6 +32,7 @@ from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport
 from tests.core.strategies import pairs
+from tests.jobs.outside import Content, Source, listed, slices, source
 from tests.together.support import Load, Loaded, golden_load
 
 # To 8 and 24 ranks, from more, fewer and as many; stages, optimizer shards, replicas, one merged file.
@@ -227,3 +229,32 @@ def test_last_rounds_may_begin_no_chunk() -> None:
     done = dry_run(dryrun.of_shapes(metas, None), everywhere, LoadOptions(bucket_bytes=4096))
     assert done.tally.rounds[-1].read == 0
     assert sum(r.read for r in done.tally.rounds) == done.tally.read.sum() == 8192
+
+
+def outside(root: Path, ranks: int = 4) -> Source:
+    """A frozen matrix that is cut and not listed, a state of each rank's own, and what is alike."""
+    frozen = np.arange(48_000, dtype=np.float32).reshape(8, 6000)
+    held: dict[str, Content] = {
+        "frozen": slices(Layout((2, 2), ((0,), ())), frozen, ranks),
+        "seed": lambda rank: np.array(rank, np.int64),
+        "ragged": lambda rank: np.ones((rank + 1, 3), np.float32),
+        "shared": np.ones((50, 50), np.float32),
+    }
+    return source(root, listed(ranks, matrices=[(2, 2)]), held)
+
+
+def test_what_ranks_have_of_their_own_is_planned_as_their_own(tmp_path: Path) -> None:
+    made = outside(tmp_path / "src")
+    strategy = load_strategy(str(made.strategy))
+    done = dry_run(dryrun.of_catalog(made.catalog(), strategy), strategy, LoadOptions())
+    own, everybodys, listed_ = 4 * 6000 * 4 + 8, 50 * 50 * 4, 24 * 2 * 4
+    assert done.tally.wanted.tolist() == [own + everybodys + listed_ + 12 * (rank + 1) for rank in range(4)]
+
+
+def test_other_ranks_are_refused_by_name_unless_it_is_small(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = outside(tmp_path / "src")
+    strategy = load_strategy(str(made.strategy))
+    with pytest.raises(LayoutMismatchError, match="'frozen'.*no rank of another job"):
+        plan(made.shards, listed(2), src_strategy=strategy)
+    plan(made.shards, listed(2), src_strategy=strategy, choice_func=lambda name: name != "frozen")
+    assert any("'ragged', 'seed'" in message for message in caplog.messages)
