@@ -1,10 +1,14 @@
-"""What is in a checkpoint or a strategy, told from headers; of contents, only training scalars are read."""
+"""What is in a checkpoint or a strategy, told from headers.
+
+Of contents training scalars are read, and samples of what else lies outside the strategy: whether ranks differ in it.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,9 +23,11 @@ from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.engine.alike import Depth, compared
 from ms_ckpt_ext.engine.bits import to_python
 from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
 from ms_ckpt_ext.engine.contents import TEXT, decode_text
+from ms_ckpt_ext.engine.outside import Held, of_rank
 from ms_ckpt_ext.engine.pump import Assembler
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import crypto, discovery
@@ -31,6 +37,7 @@ from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, read_indexes
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.formats.unified import is_map
+from ms_ckpt_ext.storage.pool import ReaderPool
 
 _MOST_ELEMENTS = 64
 """A scalar's contents are told up to this many elements."""
@@ -154,12 +161,13 @@ def _loose(name: str, files: list[FileIndex], names: Mapping[str, Any]) -> Param
 
 
 def _of_catalog(source: Source, wanted: Filter) -> Inspection:
-    catalog, strategy = source.open().taken_as_alike(), source.strategy
+    catalog, strategy = compared(source.open(), depth=Depth.SAMPLES), source.strategy
     held = wanted.of(catalog.tensors)
     sharded = source.listing.sharded
     inside = [_parameter(name, t, catalog, strategy, catalog.tensors) for name, t in held.items()]
-    outside = [_parameter(name, t, catalog, None, (), SCALARS) for name, t in wanted.of(catalog.extras).items()]
-    parameters = _ordered([*inside, *outside])
+    outside = [_parameter(n, t, catalog, None, catalog.tensors) for n, t in wanted.of(catalog.extras).items()]
+    own = [_own(held_, catalog) for held_ in wanted.of(catalog.own).values()]
+    parameters = _ordered([*inside, *(_as_scalar(p) for p in (*outside, *own))])
     kind = "sharded" if sharded else "file" if os.path.isfile(source.path) else "merged"
     keys = list(source.listing.files)
     ranks = [int(key) if sharded else None for key in keys]
@@ -172,6 +180,32 @@ def _of_catalog(source: Source, wanted: Filter) -> Inspection:
         _groups(parameters),
         _scalars(catalog, [p.name for p in parameters if p.group == SCALARS]),
         None if strategy is None else _redundancy(held.values()),
+    )
+
+
+def _as_scalar(parameter: ParameterInfo) -> ParameterInfo:
+    """What lies outside the strategy counts as a training scalar unless it has axes as weights have."""
+    few = all(len(shape) < 2 or math.prod(shape) == 1 for shape in parameter.slice_shapes)
+    return replace(parameter, group=SCALARS) if few or parameter.dtype == TEXT else parameter
+
+
+def _own(held: Held, catalog: Catalog) -> ParameterInfo:
+    """What differs by rank: of its whole shape, and of copies, nothing is known."""
+    entries = [held.entry(catalog.files, rank) for rank in held.files]
+    stored = sum(entry.nbytes for entry in entries)
+    dtypes = dict.fromkeys(entry.dtype.name for entry in entries)
+    return ParameterInfo(
+        held.name,
+        " or ".join(dtypes),
+        group_of(held.name, catalog.tensors),
+        None,
+        stored,
+        stored,
+        tuple(sorted({entry.shape for entry in entries})),
+        None,
+        None,
+        None,
+        differs=held.told(),
     )
 
 
@@ -241,22 +275,29 @@ def _groups(parameters: Iterable[ParameterInfo]) -> dict[str, GroupInfo]:
 
 def _scalars(catalog: Catalog, names: Iterable[str]) -> dict[str, Any]:
     """Contents of small tensors; None for what is not small, or cannot be told."""
-    return dict(_read(catalog, names))
-
-
-def _read(catalog: Catalog, names: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    found: dict[str, Any] = {}
     with catalog.readers() as readers:
         for name in names:
-            tensor = catalog.extras.get(name) or catalog.tensors[name]
-            size = math.prod(tensor.meta.shape)
-            if size > _MOST_ELEMENTS and tensor.meta.dtype.name != TEXT:
-                yield name, None
-                continue
-            data = np.empty(tensor.meta.dtype.nbytes(size), np.uint8)
-            if size:
-                Assembler(readers, catalog.stored, Limits()).read(tensor, Region.whole(tensor.meta.shape), data)
-            text = tensor.meta.dtype.name == TEXT
-            yield name, _text(data) if text else to_python(data, tensor.meta.dtype, tensor.meta.shape)
+            held = catalog.own.get(name)
+            if held is None:
+                found[name] = _contents(catalog, readers, catalog.extras.get(name) or catalog.tensors[name])
+            elif len(held.files) > _MOST_ELEMENTS:
+                found[name] = None
+            else:
+                each = {rank: of_rank(held, catalog.files, rank) for rank in held.files}
+                found[name] = {rank: _contents(catalog, readers, tensor) for rank, tensor in each.items()}
+    return found
+
+
+def _contents(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Any:
+    dtype, shape = tensor.meta.dtype, tensor.meta.shape
+    size = math.prod(shape)
+    if size > _MOST_ELEMENTS and dtype.name != TEXT:
+        return None
+    data = np.empty(dtype.nbytes(size), np.uint8)
+    if size:
+        Assembler(readers, catalog.stored, Limits()).read(tensor, Region.whole(shape), data)
+    return _text(data) if dtype.name == TEXT else to_python(data, dtype, shape)
 
 
 def _text(data: np.ndarray) -> Optional[str]:

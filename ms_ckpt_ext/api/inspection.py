@@ -33,6 +33,7 @@ class ParameterInfo:
         copies: (fewest, most) files that hold the same slice; None where that is not known. 0: a slice is missing.
         copies_expected: (fewest, most) ranks that hold the same slice in the job, by the strategy.
         layouts: of every pipeline stage that has it, when a strategy is given.
+        differs: of what lies outside the strategy and is not the same on all ranks, how it differs; else "".
     """
 
     name: str
@@ -46,6 +47,7 @@ class ParameterInfo:
     copies: Optional[tuple[int, int]]
     copies_expected: Optional[tuple[int, int]]
     layouts: tuple[LayoutInfo, ...] = ()
+    differs: str = ""
 
 
 class GroupInfo(NamedTuple):
@@ -91,7 +93,8 @@ class Inspection:
         strategy: the one that was given or found.
         parameters: those that match the filter, by group, then by name.
         groups: sums over them.
-        scalars: what lies outside the strategy, with contents where they are small and readable; also single elements.
+        scalars: what lies outside the strategy and has at most one axis, also single elements, with contents where
+            they are small and readable; where ranks differ, rank -> contents.
         redundancy: None where it is not known.
     """
 

@@ -75,6 +75,15 @@ def _lines(found: Inspection, tree: bool, everything: bool) -> Iterator[str]:
         yield from tree_lines([(p.name, _kind(p), p.nbytes) for p in found.parameters])
     else:
         yield from _table(found, everything)
+    yield from _differing(found, everything)
+
+
+def _differing(found: Inspection, everything: bool) -> Iterator[str]:
+    """What the strategy does not list, and ranks have of their own."""
+    rows = [[p.name, p.differs] for p in found.parameters if p.differs]
+    if rows:
+        yield ""
+        yield from words.listed(["outside the strategy, by rank", "how ranks differ"], rows, "", everything)
 
 
 def _head(found: Inspection) -> Iterator[str]:
@@ -139,7 +148,8 @@ def _table(found: Inspection, everything: bool) -> Iterator[str]:
     if found.strategy is not None:
         heads.append("cut")
         for row, p in zip(rows, found.parameters):
-            row.append("; ".join(dict.fromkeys(info.words for info in p.layouts)))
+            cut = "; ".join(dict.fromkeys(info.words for info in p.layouts))
+            row.append("each rank's own" if p.differs else cut)
     yield from words.listed(heads, rows, "lllrlrr", everything)
 
 
@@ -157,7 +167,8 @@ COMMAND = Command(
     description=(
         "Tell what is in a checkpoint (a file, rank folders, a merged or Hugging Face directory; safetensors or\n"
         ".ckpt, plain or encrypted) or in a strategy: parameters, dtypes, shapes, layouts, sizes by group, training\n"
-        "scalars, copies. Headers are read, and no contents but scalars."
+        "scalars, copies. Headers are read, scalars, and samples of what the strategy does not list: ranks may differ\n"
+        "in it."
     ),
     examples=(
         ("ms-ckpt inspect checkpoint --strategy strategy.ckpt", "rank folders, with whole shapes and layouts"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext import verify
+from ms_ckpt_ext import inspect, verify
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.engine.alike import compared as standing
 from ms_ckpt_ext.engine.compare import Comparison
@@ -133,3 +133,28 @@ def test_one_byte_on_one_rank_that_stands_for_nobody(tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     merged_by_hand(merged, big)
     assert [m.name for m in against(src, merged).mismatches] == ["x"]
+
+
+def test_inspect_tells_what_differs_by_rank(tmp_path: Path) -> None:
+    """From headers, scalars and samples; a matrix is no scalar, alike or not."""
+    big = np.random.default_rng(0).random((700, 300)).astype(np.float32)
+    held: dict[str, Content] = {
+        "x": slices(Layout((2,), ((0,), ())), big, 2),
+        "seed": lambda rank: np.array(rank + 5, np.int64),
+        "ragged": lambda rank: np.ones((rank + 1, 3), np.float16),
+        "alike": FROZEN,
+    }
+    src = made(tmp_path, held)
+    found = inspect(src.shards, strategy=src.strategy)
+    told = {p.name: p for p in found.parameters}
+    assert {name for name, p in told.items() if p.differs} == {"x", "seed", "ragged"}
+    assert told["x"].shape is None and told["x"].slice_shapes == ((350, 300),) and told["x"].group == "weights"
+    assert "on rank 0" in told["x"].differs and "on rank 1" in told["x"].differs
+    assert told["ragged"].differs == "F16[1, 3] on rank 0, F16[2, 3] on rank 1"
+    assert told["alike"].differs == "" and told["alike"].shape == (8, 6) and told["alike"].group == "weights"
+    assert found.scalars == {"global_step": [7], "seed": {0: 5, 1: 6}}
+    words = ("inspect", src.shards, "--strategy", src.strategy)
+    ran = run(*words)
+    assert ran.code == 0 and "each rank's own" in ran.out and "outside the strategy, by rank" in ran.out
+    plain = {p["name"]: p["differs"] for p in as_json(*words)["parameters"]}
+    assert plain["ragged"] == told["ragged"].differs and plain["alike"] == ""
