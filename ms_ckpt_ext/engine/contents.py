@@ -74,7 +74,7 @@ def read_extras(
 def _of_ranks(files: Mapping[int, str], access: Access) -> Catalog:
     """What the files of ranks hold, nothing known of how it is cut."""
     indexes = tuple(read_indexes(files.values(), access))
-    outside = outside_of(indexes, {rank: number for number, rank in enumerate(files)}, ())
+    outside = outside_of(indexes, {rank: number for number, rank in enumerate(files)}, frozenset())
     return Catalog(indexes, {}, outside.extras, {}, access, own=outside.own, unproven=outside.unproven)
 
 

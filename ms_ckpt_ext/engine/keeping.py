@@ -74,6 +74,7 @@ class Keeping:
             self._refuse_cut()
             tell_unseen(self.catalog)
         self._reach = {} if self._same else self._stages_by_stage()
+        self._stages = self._stages_outside() if self._same else {}
 
     def _unlisted(self, held: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
         return ((name, tensor) for name, tensor in held.items() if name not in self._listed)
@@ -165,6 +166,13 @@ class Keeping:
         listed = strategy.layouts.get(tensor.stored_name)
         return set(listed) if listed else {strategy.stage_of(rank) for rank in ranks_of(tensor)}
 
+    def _stages_outside(self) -> dict[str, set[int]]:
+        """Name outside the strategy -> stages of the source that have it."""
+        assert self._target is not None
+        held = {name: ranks_of(tensor) for name, tensor in self.catalog.extras.items()}
+        held.update({name: tuple(h.files) for name, h in {**self.catalog.unproven, **self.catalog.own}.items()})
+        return {name: set(map(self._target.stage_of, ranks)) for name, ranks in held.items()}
+
     def _own(self, rank: int) -> Iterator[Box]:
         """What a rank's own file has of what is not listed."""
         assert self._target is not None and self._cut_by is not None
@@ -194,7 +202,7 @@ class Keeping:
         A file that is there may have left it to others (`remove_redundancy`). Of one that is not there nobody knows.
         """
         assert self._target is not None
-        if self._target.stage_of(rank) not in set(map(self._target.stage_of, ranks_of(tensor))):
+        if self._target.stage_of(rank) not in self._stages[tensor.meta.name]:
             return False
         if rank not in self.catalog.ranks and self.catalog.nbytes(tensor) > SMALL:
             raise self._lost(rank, tensor.meta.name)
@@ -203,7 +211,7 @@ class Keeping:
     def _refuse_lost(self, rank: int, held: Held) -> None:
         """Raise CoverageError when a rank should have its own, and its file is not there, or left it to others."""
         assert self._target is not None
-        if self._target.stage_of(rank) not in set(map(self._target.stage_of, held.files)):
+        if self._target.stage_of(rank) not in self._stages[held.name]:
             return
         file = self.catalog.ranks.get(rank)
         if file is None or self.catalog.files[file].metadata.get(DEDUPLICATED) == "True":

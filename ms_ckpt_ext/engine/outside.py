@@ -14,10 +14,12 @@ Nobody takes one copy for all of what is unproven or own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
@@ -74,7 +76,7 @@ class Outside(NamedTuple):
     unproven: Mapping[str, Held]
 
 
-def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: Collection[str]) -> Outside:
+def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: AbstractSet[str]) -> Outside:
     """What lies outside the strategy, from headers.
 
     Args:
@@ -83,8 +85,8 @@ def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: Coll
     """
     holders: dict[str, list[int]] = {}
     for rank in sorted(ranks):
-        for name in files[ranks[rank]].tensors:
-            if name not in known and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+        for name in files[ranks[rank]].tensors.keys() - known:
+            if not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
                 holders.setdefault(name, []).append(rank)
     shared: dict[tuple[int, ...], Mapping[int, int]] = {}
     extras: dict[str, SourceTensor] = {}
@@ -105,11 +107,11 @@ def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: Coll
 
 def _by_kind(held: Held, files: Sequence[FileIndex]) -> tuple[Group, ...]:
     """The ranks by dtype and shape of what they hold."""
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[tuple[str, Shape], list[int]] = {}
     for rank in held.files:
         entry = held.entry(files, rank)
-        kinds.setdefault(f"{entry.dtype.name}{list(entry.shape)}", []).append(rank)
-    return tuple(Group(kind, tuple(ranks)) for kind, ranks in kinds.items())
+        kinds.setdefault((entry.dtype.name, entry.shape), []).append(rank)
+    return tuple(Group(f"{dtype}{list(shape)}", tuple(ranks)) for (dtype, shape), ranks in kinds.items())
 
 
 def alike(held: Held, files: Sequence[FileIndex]) -> SourceTensor:
