@@ -26,7 +26,7 @@ from ms_ckpt_ext.engine.keeping import Box, Keeping
 from ms_ckpt_ext.engine.proven import merged, refuse_own
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
-from ms_ckpt_ext.formats import discovery, registry
+from ms_ckpt_ext.formats import discovery, registry, safetensors
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 
 PART_BYTES = 3 << 30
@@ -94,6 +94,8 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     count = min(count, len(sizes))
     limited = options.naming == "huggingface"
     groups = _limited(sizes, count, options.part_bytes) if limited else _balanced(sizes, count)
+    if options.format == "safetensors":
+        groups = [names for group in groups for names in _listable(group, named)]
     # transformers opens files of "pt", "tf", "flax" and "mlx" only.
     framework = "pt" if options.naming == "huggingface" else "ms"
     lay_out = partial(_output, catalog=catalog, crc=options.crc, seal=options.seal, framework=framework)
@@ -170,6 +172,12 @@ def _limited(sizes: Mapping[str, int], count: int, most: int) -> list[list[str]]
         else:
             high, groups = middle, fewer
     return groups
+
+
+def _listable(group: Sequence[str], named: Mapping[str, SourceTensor]) -> list[list[str]]:
+    """The names of a part, in as many parts as it takes until the header of each can list its own."""
+    specs = [TensorSpec(name, named[name].meta.dtype, named[name].meta.shape) for name in group]
+    return [[spec.name for spec in part] for part in safetensors.in_headers(specs)]
 
 
 def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:

@@ -49,8 +49,8 @@ MAX_TEXT = 1 << 16
 """Longest name or type, in bytes, that is believed."""
 
 _SCALAR: Shape = (0,)
-_PER_VALUE, _PER_AXIS = 1200, 40
-"""Bytes of objects that a value becomes in a catalog beside its two strings, and each of its dims; as measured."""
+_PER_VALUE, _PER_AXIS = 500, 40
+"""Bytes of objects that a value becomes beside its two strings, and each of its dims; as measured."""
 
 
 class Value(NamedTuple):
@@ -137,9 +137,8 @@ def _values(cursor: Cursor) -> Iterator[Value]:
         memory += _PER_VALUE + _PER_AXIS * len(value.dims) + sys.getsizeof(value.tag) + sys.getsizeof(value.type)
         if memory > cursor.size + BUDGET:
             raise FormatError(
-                f"{cursor.path!r}: values up to byte {field.stop} would take {memory >> 20} MiB of memory, in a file "
-                f"of {cursor.size} bytes: no checkpoint has so many in so few bytes. Do not trust this file: restore "
-                "it, or choose another one"
+                f"{cursor.path!r}: its table of contents up to byte {field.stop} takes {memory >> 20} MiB of memory, "
+                f"and a file of {cursor.size} bytes may take {cursor.size + BUDGET >> 20} MiB: save it in several files"
             )
         yield value
         cursor.pos = field.stop

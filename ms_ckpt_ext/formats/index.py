@@ -12,8 +12,9 @@ from ms_ckpt_ext.core.reads import Extent
 from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.formats.checksum import Part
 
-BUDGET = 256 << 20
-"""Most bytes that a table of contents may take beyond its file's size: some 200,000 tensors without contents."""
+BUDGET = 1 << 30
+"""Most bytes that a table of contents may take beyond its file's size: some two million tensors without contents, more
+than the longest header of safetensors can list."""
 
 MAX_RANK = 32
 """Most axes of a tensor: numpy's limit below 2.0, and more than MindSpore allows."""

@@ -13,16 +13,18 @@ one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER
+from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER, DType
 from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.region import Shape
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
+from ms_ckpt_ext.formats.header import METADATA, HeaderError, Member, read_header, read_texts
 from ms_ckpt_ext.formats.index import (
-    BUDGET,
     MAX_RANK,
     Checksum,
     FileIndex,
@@ -33,14 +35,10 @@ from ms_ckpt_ext.formats.index import (
 )
 from ms_ckpt_ext.storage.reader import ByteReader
 
-_PARSED = ((b'"', 12), (b",", 44), (b":", 150), (b"[", 84), (b"{", 64))
-"""Bytes of objects that a character stands for, once parsed: half a string, an item of a list, of an object, …
-
-As measured; of what can be legal, the worst case.
-"""
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
-METADATA = "__metadata__"
+_MEMBER_BYTES, _CHARACTER_BYTES = 1000, 12
+"""More than a tensor's member takes beside its name, and a character of its name, which a note may repeat."""
 DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
 CRC_NUM = "crc_num"
@@ -60,15 +58,17 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
         FormatError: it is not a safetensors file, or its header contradicts itself.
     """
     path, length = reader.path, _header_length(reader)
-    header = _read_header(reader, length)
-    metadata = header.pop(METADATA, {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path!r}: {METADATA} must map strings to strings; {_ADVICE}")
-    tensors = {name: _entry(path, name, raw, 8 + length) for name, raw in header.items()}
-    _check_coverage(path, tensors, 8 + length, reader.size)
-    for name in _texts(path, metadata.pop(TEXT_NOTE, "[]"), tensors):
-        tensors[name] = tensors[name]._replace(dtype=_TEXT)
-    return FileIndex(path, reader.disk_size, mtime_ns, tensors, metadata, reader.traits.container)
+    raw = bytearray(length)
+    reader.read_into(8, memoryview(raw))
+    table = _Table(8 + length)
+    try:
+        metadata = read_header(raw, table.add)
+    except HeaderError as error:
+        raise FormatError(f"{path!r}: {error}; {_ADVICE}") from error
+    _check_coverage(path, table.tensors, 8 + length, reader.size)
+    for name in _texts(path, metadata.pop(TEXT_NOTE, ""), table.tensors):
+        table.tensors[name] = table.tensors[name]._replace(dtype=_TEXT)
+    return FileIndex(path, reader.disk_size, mtime_ns, table.tensors, metadata, reader.traits.container)
 
 
 def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
@@ -120,77 +120,45 @@ def _header_length(reader: ByteReader) -> int:
     return length
 
 
-def _read_header(reader: ByteReader, length: int) -> dict[str, Any]:
-    raw = bytearray(length)
-    reader.read_into(8, memoryview(raw))
-    _check_density(reader.path, raw, reader.size)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except _DuplicateError as error:
-        raise FormatError(f"{reader.path!r}: the header names {error.args[0]!r} twice; {_ADVICE}") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"{reader.path!r}: bytes 8-{7 + len(raw)} are not a JSON header ({error}): not safetensors, or damaged"
-        ) from error
-    if not isinstance(header, dict):
-        raise FormatError(f"{reader.path!r}: the header is a JSON {type(header).__name__}, expected an object")
-    try:
-        "".join(header).encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise FormatError(f"{reader.path!r}: a name in the header is no text ({error.reason}); {_ADVICE}") from None
-    return header
+class _Table:
+    """Entries of tensors, checked one by one; what many of them share is made and checked once."""
+
+    def __init__(self, base: int) -> None:
+        self.tensors: dict[str, TensorEntry] = {}
+        self._base = base
+        self._forms: dict[tuple[str, Shape], tuple[DType, Shape, int]] = {}
+
+    def add(self, member: Member) -> None:
+        """Raises HeaderError."""
+        name, dtype_name, shape, start, stop = member
+        form = self._forms.get((dtype_name, shape))
+        if form is None:
+            form = self._forms[dtype_name, shape] = _form(member)
+        dtype, shape, bits = form
+        if (stop - start) * 8 != bits or not 0 <= start <= stop < 1 << 64:
+            raise HeaderError(
+                f"parameter {name!r} ({dtype.name}{list(shape)}) needs {bits / 8:g} bytes, "
+                f"its offsets {[start, stop]} give {stop - start}"
+            )
+        if name in self.tensors:
+            raise HeaderError(f"the header names {name!r} twice")
+        self.tensors[name] = TensorEntry(dtype, shape, (Extent(self._base + start, stop - start),))
 
 
-def _check_density(path: str, raw: bytearray, size: int) -> None:
-    """Refuse a header that is hardly more than punctuation before it is parsed into objects twenty times its size."""
-    text = len(raw) * (2 if raw.isascii() else 8)  # all of it, and as much again if it is one string
-    memory = len(raw) + text + sum(raw.count(mark) * nbytes for mark, nbytes in _PARSED)
-    if memory > size + BUDGET:
-        raise FormatError(
-            f"{path!r}: the header of {len(raw)} bytes would take some {memory >> 20} MiB of memory, in a file of "
-            f"{size} bytes: no table of tensors is so dense. Do not trust this file: restore it, or choose another one"
-        )
-
-
-class _DuplicateError(Exception):
-    """A JSON object has the same key twice."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        raise _DuplicateError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
-    return found
-
-
-def _entry(path: str, name: str, raw: Any, base: int) -> TensorEntry:
-    try:
-        dtype, shape, (start, stop) = DTYPES.get(raw["dtype"]), raw["shape"], raw["data_offsets"]
-        axes_ok = isinstance(shape, list) and len(shape) <= MAX_RANK
-        numbers_ok = axes_ok and all(type(n) is int and 0 <= n < 1 << 64 for n in (*shape, start, stop))
-    except (TypeError, KeyError, ValueError) as error:
-        raise FormatError(
-            f"{path!r}: header entry of {name!r} must have dtype, shape and data_offsets ({error!r}); {_ADVICE}"
-        ) from error
+def _form(member: Member) -> tuple[DType, Shape, int]:
+    """Dtype, shape and number of bits of a tensor. Raises HeaderError for what no tensor is."""
+    name, shape = member.name, member.shape
+    dtype = DTYPES.get(member.dtype)
     if dtype is None or dtype.name not in _WRITABLE:
-        raise FormatError(
-            f"{path!r}: parameter {name!r} has dtype {str(raw['dtype'])[:64]!r}, which safetensors does not define"
+        raise HeaderError(f"parameter {name!r} has dtype {member.dtype[:64]!r}, which safetensors does not define")
+    if len(shape) > MAX_RANK or not all(0 <= extent < 1 << 64 for extent in shape):
+        raise HeaderError(
+            f"parameter {name!r} has shape {str(shape)[:99]}: expected whole numbers of at least 0 and below 2^64, "
+            f"at most {MAX_RANK} axes"
         )
-    if not numbers_ok:
-        raise FormatError(
-            f"{path!r}: parameter {name!r} has shape {str(shape)[:99]}, offsets {str([start, stop])[:99]}: "
-            f"expected whole numbers of at least 0 and below 2^64, at most {MAX_RANK} axes; {_ADVICE}"
-        )
-    bits = prod(shape) * dtype.bits
-    if (stop - start) * 8 != bits:
-        raise FormatError(
-            f"{path!r}: parameter {name!r} ({dtype.name}{list(shape)}) needs {bits / 8:g} bytes, "
-            f"its offsets {[start, stop]} give {stop - start}; {_ADVICE}"
-        )
-    if not countable(dtype, tuple(shape)):
-        raise FormatError(f"{path!r}: no array has the shape {shape} of parameter {name!r} ({dtype.name}); {_ADVICE}")
-    return TensorEntry(dtype, tuple(shape), (Extent(base + start, stop - start),))
+    if not countable(dtype, shape):
+        raise HeaderError(f"no array has the shape {shape} of parameter {name!r} ({dtype.name})")
+    return dtype, shape, prod(shape) * dtype.bits
 
 
 _WRITABLE = {name for name in DTYPES if name not in ("C128", "STR")}
@@ -199,21 +167,20 @@ _WRITABLE = {name for name in DTYPES if name not in ("C128", "STR")}
 def _texts(path: str, note: str, tensors: Mapping[str, TensorEntry]) -> list[str]:
     """Names of the tensors that are text."""
     try:
-        names = json.loads(note)
-        fits = isinstance(names, list) and all(
-            tensors[name].dtype is _TEXT_AS and len(tensors[name].shape) == 1 for name in names
-        )
-    except (ValueError, TypeError, KeyError, RecursionError):
+        names = read_texts(note) if note else []
+        fits = all(tensors[name].dtype is _TEXT_AS and len(tensors[name].shape) == 1 for name in names)
+    except (HeaderError, KeyError):
         fits = False
     if not fits:
         raise FormatError(f"{path!r}: {TEXT_NOTE} in {METADATA} is no list of U32 tensors of one axis; {_ADVICE}")
-    return list(names)
+    return names
 
 
 def _check_coverage(path: str, tensors: Mapping[str, TensorEntry], base: int, size: int) -> None:
     at, before = base, "the header"
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1].extents[0]):
-        extent = entry.extents[0]
+    in_order = sorted(tensors, key=lambda name: tensors[name].extents[0])
+    for name in in_order:
+        extent = tensors[name].extents[0]
         if extent.offset != at:
             what = "overlaps" if extent.offset < at else f"leaves a gap of {extent.offset - at} bytes after"
             raise FormatError(
@@ -229,50 +196,88 @@ def _check_coverage(path: str, tensors: Mapping[str, TensorEntry], base: int, si
 def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool = False) -> FileLayout:
     """Lay out a file for `specs`; with `crc`, with room for the checksum in its header.
 
-    Raises UsageError for a dtype the format cannot hold, or a name given twice.
+    Raises UsageError for a dtype the format cannot hold, a name given twice, or more tensors than a header can list.
     """
-    names = [spec.name for spec in specs]
-    if len(set(names)) != len(names) or METADATA in names:
-        clash = next((n for n in names if names.count(n) > 1), METADATA)
+    count = Counter(spec.name for spec in specs)
+    count[METADATA] += 1
+    if len(count) <= len(specs):
+        clash = next(name for name in count if count[name] > 1)
         raise UsageError(f"cannot write two tensors named {clash!r} into one safetensors file; rename one")
     texts = sorted(spec.name for spec in specs if spec.dtype is _TEXT)
-    specs = [spec._replace(dtype=_TEXT_AS) if spec.dtype is _TEXT else spec for spec in specs]
-    for spec in specs:
-        if spec.dtype.name not in _WRITABLE:
-            raise UsageError(
-                f"parameter {spec.name!r} is {spec.dtype.mindspore}, which safetensors cannot hold; write .ckpt instead"
-            )
-    ordered = sorted(specs, key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name))
     notes = {**metadata, CRC_NUM: NO_CRC} if crc else dict(metadata)
     if texts:
-        notes[TEXT_NOTE] = json.dumps(texts, ensure_ascii=False)
-    header: dict[str, Any] = {METADATA: notes} if notes else {}
+        notes[TEXT_NOTE] = _json(texts)
     offset = 0
-    places = []
-    for spec in ordered:
-        length = spec.dtype.nbytes(prod(spec.shape))
-        header[spec.name] = {
-            "dtype": spec.dtype.name,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + length],
-        }
-        places.append((spec, Extent(offset, length)))
-        offset += length
-    text = _dump(header)
-    text += b" " * (-len(text) % 8)
-    base = 8 + len(text)
-    tensors = {
-        spec.name: TensorEntry(spec.dtype, spec.shape, (Extent(base + extent.offset, extent.length),))
-        for spec, extent in places
-    }
-    prefix = len(text).to_bytes(8, "little")
+    members: list[str] = []
+    places: dict[str, TensorEntry] = {}
+    for spec in sorted(map(_storable, specs), key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name)):
+        extent = Extent(offset, spec.dtype.nbytes(prod(spec.shape)))
+        members.append(_member(spec, extent))
+        places[spec.name] = TensorEntry(spec.dtype, spec.shape, (extent,))
+        offset += extent.length
+    tensors = ",".join(members)
+
+    def head(number: str) -> bytes:
+        told = {**notes, CRC_NUM: number} if crc else notes
+        parts = [f'"{METADATA}":{_json(told)}'] * bool(told) + [tensors] * bool(tensors)
+        text = ("{" + ",".join(parts) + "}").encode()
+        return text + b" " * (-len(text) % 8)
+
+    text = head(NO_CRC)
+    if len(text) > MAX_HEADER:
+        raise UsageError(
+            f"{len(specs)} tensors in one safetensors file need a header of {len(text)} bytes, and the format allows "
+            f"{MAX_HEADER}: write .ckpt instead, or leave parameters out"
+        )
+    base, prefix = 8 + len(text), len(text).to_bytes(8, "little")
+    for name, (dtype, shape, (extent,)) in places.items():
+        places[name] = TensorEntry(dtype, shape, (Extent(base + extent.offset, extent.length),))
 
     def render(number: int) -> bytes:
-        return prefix + _dump({**header, METADATA: {**notes, CRC_NUM: str(number)}}).ljust(len(text))
+        return prefix + head(str(number)).ljust(len(text))
 
-    checksum = Checksum(tuple(_crc_parts(tensors)), 0, render) if crc else None
-    return FileLayout(base + offset, ((0, prefix + text),), tensors, checksum)
+    checksum = Checksum(tuple(_crc_parts(places)), 0, render) if crc else None
+    return FileLayout(base + offset, ((0, prefix + text),), places, checksum)
 
 
-def _dump(header: Mapping[str, Any]) -> bytes:
-    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+def in_headers(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    """The tensors in as few groups, in their order, as headers can list; one, unless they are very many."""
+    if sum(_MEMBER_BYTES + _CHARACTER_BYTES * len(spec.name) for spec in specs) <= MAX_HEADER:
+        return [list(specs)]
+    groups: list[list[TensorSpec]] = []
+    left = 0
+    for spec in specs:
+        needed = _member_bytes(spec)
+        if needed > left:
+            groups.append([])
+            left = MAX_HEADER - _MEMBER_BYTES
+        groups[-1].append(spec)
+        left -= needed
+    return groups
+
+
+def _member_bytes(spec: TensorSpec) -> int:
+    """Most bytes that a tensor takes in a header, wherever in the file it comes to lie, with a note beside it."""
+    name = len(_json(spec.name).encode())
+    return 2 * name + len(_member(spec._replace(name=""), Extent(1 << 63, 1 << 63))) + len(',:"Int4",')
+
+
+def _storable(spec: TensorSpec) -> TensorSpec:
+    if spec.dtype is _TEXT:
+        return spec._replace(dtype=_TEXT_AS)
+    if spec.dtype.name not in _WRITABLE:
+        raise UsageError(
+            f"parameter {spec.name!r} is {spec.dtype.mindspore}, which safetensors cannot hold; write .ckpt instead"
+        )
+    return spec
+
+
+def _member(spec: TensorSpec, extent: Extent) -> str:
+    """As `_json` of the entry would be, without objects in between."""
+    shape = ",".join(map(str, spec.shape))
+    place = f"{extent.offset},{extent.offset + extent.length}"
+    return f'{_json(spec.name)}:{{"dtype":"{spec.dtype.name}","shape":[{shape}],"data_offsets":[{place}]}}'
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
