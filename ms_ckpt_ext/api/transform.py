@@ -124,7 +124,7 @@ def transform_checkpoints(
     suffix = f"_part{part}.{output_format}" if part is not None and kind == "ckpt" else f".{output_format}"
     catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
     if part is not None and trained is not None and kind == "ckpt":
-        wanted = _only_names(wanted, {*trained.layouts, *catalog.tensors})
+        wanted = _only_names(wanted, {*trained.layouts, *catalog.tensors, *catalog.outside})
     if wanted is not None:
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)

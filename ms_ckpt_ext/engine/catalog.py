@@ -65,6 +65,7 @@ class Catalog(NamedTuple):
         unproven: name -> what lies outside it in several files, not compared yet: see `engine.alike`.
         strategy: what cut the source, its parameters by the names that are stored; None for whole ones.
         ranks: rank -> number of its file, where the files are those of ranks.
+        mapped: names of which a name map gave the contents to others as well.
     """
 
     files: tuple[FileIndex, ...]
@@ -77,6 +78,7 @@ class Catalog(NamedTuple):
     unproven: Mapping[str, Held] = MappingProxyType({})
     strategy: Optional[Strategy] = None
     ranks: Mapping[int, int] = MappingProxyType({})
+    mapped: frozenset[str] = frozenset()
 
     @property
     def outside(self) -> list[str]:

@@ -76,7 +76,7 @@ class Naming(NamedTuple):
             **{name: ranks for name, ranks in absent.items() if name not in self.name_map},
             **{name: absent[source] for name, source in self.name_map.items() if source in absent},
         }
-        return named._replace(absent=absent)
+        return named._replace(absent=absent, mapped=frozenset(self.name_map.values()))
 
     def _aside(self) -> set[str]:
         chosen = (chosen_name(self.choice, name, self.truthy) for name in self.aside) if self.name_map else ()

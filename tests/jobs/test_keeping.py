@@ -116,6 +116,28 @@ def test_one_rank_of_one_pipeline_stage(tmp_path: Path, caplog: pytest.LogCaptur
     assert "2 parameters of 256 bytes, trained parameters" in caplog.text
 
 
+@pytest.mark.parametrize("recut", [save, transform, reshard, reshard_by_rank])
+def test_what_a_name_map_gives_to_a_listed_name_is_used_up(recut: Any, tmp_path: Path) -> None:
+    held = made(tmp_path, {"model.w": FOUR}, {"model.step": STEP, "other": W})
+    names = {"w": "model.w", "v": "other", "step": "model.step"}
+    out = recut(held, tmp_path / "out", target(tmp_path, "w", "v"), name_map=names)
+    assert held_by(out, 1).keys() == {"w", "v", "step", "model.step"}  # no strategy asks for a step
+    both = target(tmp_path, "w", "model.w")
+    assert held_by(recut(held, tmp_path / "both", both, name_map={"w": "model.w"}), 1).keys() >= {"w", "model.w"}
+
+
+def test_one_stage_of_a_source_cuts_what_the_target_lists(tmp_path: Path) -> None:
+    """The files of stage 0's part: what the source has whole outside its strategy is cut as the target says."""
+    held = made(tmp_path, {"w": FOUR}, {"frozen": W, "step": STEP})
+    ms_ckpt_ext.convert(held.shards, tmp_path / "ckpt", to="ckpt")
+    wanted = target(tmp_path, "w", "frozen", "elsewhere")
+    transform_checkpoints(tmp_path / "ckpt", tmp_path / "out", "net", held.strategy, wanted)
+    for rank in range(2):
+        with load(tmp_path / f"out/rank_{rank}/net{rank}_part0.ckpt") as found:
+            assert found["frozen"][...].tobytes() == W[4 * rank : 4 * rank + 4].tobytes()
+            assert set(found) == {"w", "frozen", "step"}
+
+
 def test_a_whole_checkpoint_keeps_all_it_has(tmp_path: Path) -> None:
     held = made(tmp_path, {"w": FOUR, "frozen": FOUR, "adam_m.w": FOUR}, {"step": STEP})
     ms_ckpt_ext.merge(held.shards, tmp_path / "merged", strategy=held.strategy)
