@@ -30,6 +30,7 @@ from ms_ckpt_ext.engine.jobs import recut_job
 from ms_ckpt_ext.engine.listing import list_files
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
+from ms_ckpt_ext.engine.order import of_ranks, of_transform
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats import discovery
@@ -128,7 +129,8 @@ def transform_checkpoints(
     if wanted is not None:
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)
-    recut = partial(recut_job, catalog, wanted, ranks, crc=crc, seal=seal, digests=digests)
+    order = partial(of_transform, catalog, kind, wanted, part is not None and kind == "ckpt")
+    recut = partial(recut_job, catalog, wanted, ranks, files=order, crc=crc, seal=seal, digests=digests)
     job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
     check_apart(catalog, target, job)
     return execute(job, target, run, "transform")
@@ -199,7 +201,10 @@ def transform_checkpoint_by_rank(
     catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
     folder, name = os.path.split(target)
     folder = folder or os.curdir
-    job = recut_job(catalog, wanted, [rank_id], lambda _: name, crc=crc, seal=seal, digests=digests)
+    order = of_ranks(catalog, given)
+    job = recut_job(
+        catalog, wanted, [rank_id], lambda _: name, files=lambda _: order, crc=crc, seal=seal, digests=digests
+    )
     check_apart(catalog, folder, job)
     return execute(job, folder, run, "transform")
 

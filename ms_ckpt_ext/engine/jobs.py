@@ -23,6 +23,7 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
 from ms_ckpt_ext.engine.keeping import Box, Keeping
+from ms_ckpt_ext.engine.order import Files, arranged
 from ms_ckpt_ext.engine.proven import merged, refuse_own
 from ms_ckpt_ext.engine.sealing import Seal
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
@@ -222,6 +223,7 @@ def recut_job(
     file_name: Callable[[int], str],
     target: Optional[str] = None,
     *,
+    files: Callable[[int], Files] = lambda _: (),
     every_rank: bool = False,
     states: bool = True,
     alone: bool = False,
@@ -236,6 +238,7 @@ def recut_job(
     Args:
         file_name: rank -> file, relative to the target directory.
         target: the target directory, when the job's files there are one result: what an older one left is taken away.
+        files: rank -> the order of parameters in a `.ckpt`, see `engine.order`.
         every_rank: files of this name of ranks beyond these, too, whoever wrote them.
         states, alone: see `Keeping`.
         crc: give every file a checksum.
@@ -253,10 +256,8 @@ def recut_job(
     keeping = Keeping(catalog, strategy, states, alone)
     catalog = keeping.catalog
     outputs = []
-    order = _file_order(catalog)
     for rank in ranks:
-        wanted = [*rank_boxes(catalog, strategy, rank), *keeping.of(rank)]
-        wanted.sort(key=lambda box: order.get(box.tensor.stored_name, len(order)))
+        wanted = arranged(catalog, rank_boxes(catalog, strategy, rank), keeping.of(rank), files(rank))
         outputs.append(_output(file_name(rank), wanted, catalog, crc, seal))
     names = [output.name for output in outputs]
     stale = () if target is None else older.of_recut(target, names, file_name, every_rank)
@@ -288,15 +289,6 @@ def folders_job(
         job = recut(lambda rank: f"rank_{rank}/net.{form}", target, every_rank=True)
     check_apart(catalog, target, job)
     return job, target
-
-
-def _file_order(catalog: Catalog) -> dict[str, int]:
-    """Stored name -> its place in the source's files, which a `.ckpt` keeps: MindSpore's readers list names so."""
-    order: dict[str, int] = {}
-    for index in catalog.files:
-        for name in index.tensors:
-            order.setdefault(name, len(order))
-    return order
 
 
 def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
