@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
@@ -32,7 +33,7 @@ from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.order import of_ranks, of_transform
 from ms_ckpt_ext.engine.whole_slices import read_slices
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, name_ranks
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
@@ -266,6 +267,12 @@ def _source_files(source: str, file_suffix: Optional[str], trained: Optional[Str
 def _catalog(files: Mapping[int, str], trained: Optional[Strategy], access: Access, allow_equal: bool) -> Catalog:
     """The source; without a strategy rank 0 holds all of it."""
     if trained is None:
+        if len(files) > 1:
+            log.warning(
+                "src_strategy_file is None, so the file of rank 0 is taken for the whole model, and those of %s are "
+                "passed over: give the strategy if they are slices",
+                name_ranks(sorted(files.keys() - {0})),
+            )
         files = {rank: path for rank, path in files.items() if rank == 0}
     return read_slices(list_files(files, trained), trained, access, allow_equal)
 

@@ -156,6 +156,12 @@ def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert held_by(tmp_path / "out", 1).keys() == {"w", "accu_grads_scale", "accu_gradsX.w"}
 
 
+def test_rank_0_alone_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    held = made(tmp_path, {"w": EVERYWHERE}, {"step": STEP})
+    transform_checkpoints(held.shards, tmp_path / "out", "net", None, target(tmp_path, "w"), 1, "safetensors")
+    assert "rank 0 is taken for the whole model, and those of ranks 1, 2, 3 are passed over" in caplog.text
+
+
 def test_globs_leave_out_what_differs(tmp_path: Path) -> None:
     held = made(tmp_path, {"w": FOUR, "v": FOUR}, {"step": STEP})
     for rank in range(4):
