@@ -11,7 +11,8 @@ the hub has one of everybody it sends all of them back. Why not a collective of 
   MCCL all-gather takes 6 to 10 ms.
 
 A host that vanishes without closing its connections (power, cable) is noticed by TCP keep-alive after about 30 s; a
-process that lives but never comes, by the hub after `timeout`, which then names it.
+process that lives but never comes, by the hub after `timeout`, which then names it. Where rank 0 is, only a collective
+can say: the ranks of a host make sure before that all of them are there (`gate`), and wait for others by `guard`.
 
 Blocking calls of the backend run in a thread of their own (`guard`), so this process hears of a dead rank while it
 waits. Such a call cannot be taken back: the survivor raises PeerError at once, but its process may linger at exit
@@ -37,20 +38,19 @@ from typing import Any, Callable, ClassVar, Generic, Optional, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.errors import PeerError, TransportError, name_ranks
+from ms_ckpt_ext.errors import TransportError, name_ranks
 from ms_ckpt_ext.transport.base import Bytes
-from ms_ckpt_ext.transport.hub import BYE, DATA, FRAME, GONE, HELLO, LENGTH, Hub, take_frames, tune
+from ms_ckpt_ext.transport.hub import LENGTH, Hub
+from ms_ckpt_ext.transport.line import GRACE_SECONDS, Line
 
 T = TypeVar("T")
 
 CELL_BYTES = 128
 """What `announce` all-gathers: 8 bytes of length, the rest of contents."""
 
+FIRST_MEETING = "the first meeting of all ranks over the backend, to which some of another host may not have come"
 _CONNECT_SECONDS = 20.0
 _POLL_SECONDS = 0.25
-_GRACE_SECONDS = 2.0
-"""How long to wait, after the backend failed, for news of who died, so that the error can name the rank; and, in
-`close`, for threads that are about to end."""
 
 
 class _Call(Generic[T]):
@@ -116,47 +116,47 @@ class _Caller:
         done.set()
 
 
-class ControlPlane:
-    """One rank's connection to the hub.
+class ControlPlane(Line):
+    """One rank's connection to the hub, which rank 0 keeps. To be entered before anything else.
 
     Args:
-        announce: all-gathers at most `CELL_BYTES - 8` bytes per rank over the backend; used twice, here.
         timeout: seconds that one `share`, or one guarded call, may last while all ranks are alive.
         host: address of this process that the other ranks can connect to; only rank 0's is used.
-
-    Raises:
-        TransportError: on all ranks, when any of them cannot connect to rank 0.
     """
 
-    def __init__(
-        self, rank: int, size: int, announce: Callable[[bytes], list[bytes]], timeout: float, host: str
-    ) -> None:
-        self.rank = rank
-        self.size = size
-        self.timeout = timeout
-        self._failure: Optional[TransportError] = None
-        self._answers: queue.Queue[Optional[bytes]] = queue.Queue()
-        self._closed = False
-        self._hub = Hub(size, timeout, host) if rank == 0 else None
-        try:
-            self._enter(announce)
-        except BaseException:
-            if self._hub is not None:
-                self._hub.stop()
-            raise
-        self._listener = threading.Thread(target=self._listen, name="ms_ckpt_ext control", daemon=True)
-        self._listener.start()
+    def __init__(self, rank: int, size: int, timeout: float, host: str) -> None:
+        super().__init__(rank, size, timeout)
+        self._hub: Optional[Hub] = None
+        self._address = ""
+        if rank == 0:
+            # Ranks of other hosts may reach this one by another of its addresses: then on all interfaces.
+            local = host.startswith("127.") or host == "localhost"
+            server = socket.create_server((host if local else "", 0), backlog=1024)
+            self._address = f"{host} {server.getsockname()[1]}"
+            self._hub = Hub(size, timeout, server)
 
-    def share(self, payload: bytes, doing: str = "share") -> list[bytes]:
-        """Every rank's payload in rank order. Raises PeerError or TransportError; `doing` is for their messages."""
-        self.check(doing)
-        with contextlib.suppress(OSError):  # the hub is gone: the listener knows, or will in a moment
-            self._socket.sendall(FRAME.pack(DATA, self.rank, len(payload)) + payload)
-        answer = self._answers.get()  # an answer that came before bad news is still an answer
-        if answer is None:
-            self.check(doing)
-        assert answer is not None
-        return _split(answer, self.size)
+    def enter(self, announce: Callable[[bytes], list[bytes]]) -> None:
+        """Connect to rank 0, whose address goes around.
+
+        Args:
+            announce: all-gathers at most `CELL_BYTES - 8` bytes per rank over the backend, called twice, by `guard`.
+
+        Raises:
+            TransportError: on all ranks, when any of them cannot connect to rank 0, or does not come.
+        """
+        try:
+            address = announce(f"{self._address} {self._hub.token}".encode() if self._hub else b"")[0].decode()
+            problem = self._connect(address)
+            problems = announce(problem.encode()[: CELL_BYTES - 8])
+            failed = [peer for peer, text in enumerate(problems) if text]
+            if failed:
+                raise TransportError(
+                    f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
+                    "allow TCP connections between the hosts of the job"
+                )
+        except BaseException:
+            self._abandon()
+            raise
 
     def guard(self, blocking: Callable[[], T], doing: str) -> T:
         """Run `blocking()` in a thread; stop waiting for it when a rank has died, or after `timeout` seconds.
@@ -171,19 +171,11 @@ class ControlPlane:
             self.check(doing)
             if time.monotonic() > deadline:
                 raise TransportError(
-                    f"rank {self.rank} waited {self.timeout:g} s in {doing} though no rank has died; "
+                    f"rank {self.rank} waited {self.timeout:g} s in {doing} though no rank is known to have died; "
                     "are all ranks at the same call? If the network is that slow, give a longer timeout"
                 )
         with self.explaining(doing):
             return call.result()
-
-    def check(self, doing: str) -> None:
-        """Raise if the job is known to be broken."""
-        if self._failure is not None:
-            message = f"rank {self.rank}, in {doing}: {self._failure}"
-            if isinstance(self._failure, PeerError):
-                raise PeerError(message, self._failure.rank)
-            raise TransportError(message)
 
     @contextlib.contextmanager
     def explaining(self, doing: str) -> Iterator[None]:
@@ -193,7 +185,7 @@ class ControlPlane:
         except TransportError:
             raise
         except RuntimeError as error:
-            deadline = time.monotonic() + _GRACE_SECONDS
+            deadline = time.monotonic() + GRACE_SECONDS  # for news of who died, so that the error can name the rank
             while self._failure is None and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS / 5)
             self.check(doing)
@@ -207,65 +199,26 @@ class ControlPlane:
 
         Rank 0 waits until the others have left as well, but 2 s at most, and not when the job is known to be broken.
         """
-        if self._closed:
-            return
-        self._closed, broken = True, self._failure is not None  # before the listener's end counts as a failure, too
-        with contextlib.suppress(OSError):  # the hub is gone already
-            self._socket.sendall(FRAME.pack(BYE, self.rank, 0))
-            self._socket.shutdown(socket.SHUT_WR)
-        self._listener.join(_GRACE_SECONDS)
-        if self._hub is not None and not broken:
-            self._hub.join(_GRACE_SECONDS)
+        broken = self._failure is not None  # before the listener's end counts as a failure, too
+        if not self._closed:
+            super().close()
+            if self._hub is not None and not broken:
+                self._hub.join(GRACE_SECONDS)
 
-    def _enter(self, announce: Callable[[bytes], list[bytes]]) -> None:
-        """Connect to rank 0, whose address goes around; all ranks raise when any of them cannot."""
-        address = announce(self._hub.address.encode() if self._hub else b"")[0].decode()
-        problem = self._connect(address)
-        problems = announce(problem.encode()[: CELL_BYTES - 8])
-        failed = [peer for peer, text in enumerate(problems) if text]
-        if failed:
-            if not problem:
-                self._socket.close()
-            raise TransportError(
-                f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
-                "allow TCP connections between the hosts of the job"
-            )
+    def _abandon(self) -> None:
+        """End what was begun: the job was not to be."""
+        super().close()
+        if self._hub is not None:
+            self._hub.stop()
 
     def _connect(self, address: str) -> str:
         """Why it failed, or nothing."""
         host, port, token = address.rsplit(" ", 2)
         try:
-            self._socket = socket.create_connection((host, int(port)), _CONNECT_SECONDS)
-            self._socket.settimeout(None)
-            tune(self._socket)
-            self._socket.sendall(FRAME.pack(HELLO, self.rank, len(token)) + token.encode())
+            connection = socket.create_connection((host, int(port)), _CONNECT_SECONDS)
+            return "" if self.attach(connection, token, _CONNECT_SECONDS) else f"{host}:{port} does not know this rank"
         except OSError as error:
             return f"{host}:{port}: {error}"
-        return ""
-
-    def _listen(self) -> None:
-        """Thread: receive what the hub sends until it or this rank leaves."""
-        received = bytearray()
-        while True:
-            try:
-                chunk = self._socket.recv(1 << 16)
-            except OSError:
-                chunk = b""
-            if not chunk:
-                break
-            received += chunk
-            for kind, rank, body in take_frames(received):
-                if kind == DATA:
-                    self._answers.put(body)
-                else:
-                    self._break(kind, rank, body.decode(errors="replace"))
-        self._break(GONE, 0, "rank 0 is gone: its process ended or was killed; look at its log for the cause")
-        self._socket.close()
-
-    def _break(self, kind: bytes, rank: int, message: str) -> None:
-        if self._failure is None:
-            self._failure = PeerError(message, rank) if kind == GONE else TransportError(message)
-        self._answers.put(None)
 
 
 def pack_cell(payload: bytes) -> Bytes:
@@ -291,16 +244,6 @@ def reachable_host() -> str:
             return host
     except OSError:
         return socket.gethostname()
-
-
-def _split(answer: bytes, size: int) -> list[bytes]:
-    parts, at = [], 0
-    for _ in range(size):
-        (length,) = LENGTH.unpack_from(answer, at)
-        at += LENGTH.size
-        parts.append(answer[at : at + length])
-        at += length
-    return parts
 
 
 def _first_lines(error: BaseException) -> str:

@@ -27,7 +27,14 @@ from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.transport.base import Bytes, Done, Handle, check_counts, flat_bytes, offsets
-from ms_ckpt_ext.transport.control import CELL_BYTES, ControlPlane, pack_cell, reachable_host, unpack_cell
+from ms_ckpt_ext.transport.control import (
+    CELL_BYTES,
+    FIRST_MEETING,
+    ControlPlane,
+    pack_cell,
+    reachable_host,
+    unpack_cell,
+)
 
 _WITHOUT_ALL_GATHER_V = ("ascend910",)
 """Soc versions, as MindSpore spells them; `ascend910b` and `ascend910_93` are later generations."""
@@ -50,7 +57,8 @@ class Hccl:
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
         self._padded = _soc_version() in _WITHOUT_ALL_GATHER_V if padded is None else padded
-        self._control = ControlPlane(self.rank, self.size, self._announce, timeout, reachable_host())
+        self._control = ControlPlane(self.rank, self.size, timeout, reachable_host())
+        self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> mindspore.Tensor:
         """A device tensor of `nbytes` bytes."""
@@ -126,8 +134,10 @@ class Hccl:
 
     def _announce(self, payload: bytes) -> list[bytes]:
         """All-gather over HCCL itself, before there is a control plane."""
-        cells = self.allocate(CELL_BYTES * self.size)
-        distributed.all_gather_into_tensor(cells, mindspore.Tensor(pack_cell(payload)), self._group)
+        cells, mine = self.allocate(CELL_BYTES * self.size), mindspore.Tensor(pack_cell(payload))
+        with self._control.explaining(FIRST_MEETING):
+            handle = distributed.all_gather_into_tensor(cells, mine, self._group, async_op=True)
+        _Pending(self._control, handle, FIRST_MEETING, (cells, mine)).wait()
         return [unpack_cell(cell) for cell in np.split(cells.asnumpy(), self.size)]
 
 

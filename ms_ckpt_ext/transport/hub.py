@@ -1,4 +1,4 @@
-"""Rank 0's side of the control plane, and the frames that travel on it. See `control`."""
+"""Where ranks meet: a thread that one of them keeps, and the frames that travel. See `control` and `gate`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,37 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
+from typing import Optional
 
 from ms_ckpt_ext.errors import name_ranks
 
 FRAME = struct.Struct("<4sIQ")  # kind, rank, length of what follows
-HELLO, DATA, BYE, GONE, LATE = b"helo", b"data", b"bye.", b"gone", b"late"
+HELLO, WELCOME, DATA, BYE, GONE, LATE = b"helo", b"welc", b"data", b"bye.", b"gone", b"late"
 LENGTH = struct.Struct("<Q")
 
 
 class Hub:
-    """Rank 0's thread: collects one payload of every rank, answers all; tells all when one is gone or late."""
+    """A thread that collects one payload of every rank, and answers all; tells all when one is gone or late.
 
-    def __init__(self, size: int, timeout: float, host: str) -> None:
+    Args:
+        size: ranks that are to come.
+        timeout: seconds that those who have come wait for the others.
+        server: where they connect; the hub's from here on.
+        keeper: the rank whose process this is.
+        token: what they have to say; None for a random one.
+    """
+
+    def __init__(
+        self, size: int, timeout: float, server: socket.socket, keeper: int = 0, token: Optional[str] = None
+    ) -> None:
+        self.token = secrets.token_hex(8) if token is None else token
         self._size = size
         self._timeout = timeout
-        self._token = secrets.token_hex(8)
-        # Ranks of other hosts may reach this one by another of its addresses: then on all interfaces.
-        local = host.startswith("127.") or host == "localhost"
-        self._server = socket.create_server((host if local else "", 0), backlog=1024)
-        self.address = f"{host} {self._server.getsockname()[1]} {self._token}"
+        self._server = server
+        self._keeper = keeper
         self._connections: dict[int, socket.socket] = {}
+        self._greeted: set[int] = set()
         self._payloads: dict[int, bytes] = {}
         self._since = 0.0
         self._left: set[int] = set()
@@ -67,10 +78,10 @@ class Hub:
         """Take what has come; False when the connection is over."""
         try:
             chunk = connection.recv(1 << 16)
+            received += chunk
+            if connection not in self._connections.values() and not self._greet(connection, received):
+                return False
         except OSError:
-            return False
-        received += chunk
-        if connection not in self._connections.values() and not self._greet(connection, received):
             return False
         for kind, rank, body in take_frames(received):
             if kind == DATA:
@@ -83,15 +94,18 @@ class Hub:
 
     def _greet(self, connection: socket.socket, received: bytearray) -> bool:
         """True when the connection is that of a rank, or may yet become so."""
-        greeting = FRAME.size + len(self._token)
+        greeting = FRAME.size + len(self.token)
         if len(received) < greeting:
             return True
         kind, rank, _ = FRAME.unpack_from(received)
-        known = kind == HELLO and rank < self._size and received[FRAME.size : greeting] == self._token.encode()
-        if known:
-            self._connections[rank] = connection
-            del received[:greeting]
-        return bool(known)
+        told = received[FRAME.size : greeting] == self.token.encode()
+        if kind != HELLO or rank >= self._size or not told or rank in self._greeted:
+            return False
+        self._greeted.add(rank)
+        self._connections[rank] = connection
+        del received[:greeting]
+        connection.sendall(FRAME.pack(WELCOME, self._keeper, 0))
+        return True
 
     def _answer(self) -> None:
         if len(self._payloads) == self._size:
@@ -106,8 +120,14 @@ class Hub:
         if self._payloads and time.monotonic() - self._since > self._timeout:
             missing = [rank for rank in range(self._size) if rank not in self._payloads]
             self._since = time.monotonic()
-            text = f"{name_ranks(missing)} did not come within {self._timeout:g} s, though alive; what keeps them?"
-            self._tell(LATE, 0, text.encode())
+            self._tell(LATE, 0, self._late(missing).encode())
+
+    def _late(self, missing: Sequence[int]) -> str:
+        came = self._greeted.issuperset(missing)
+        why = (
+            "though alive; what keeps them?" if came else "and never did before: have they ended, or do something else?"
+        )
+        return f"{name_ranks(missing)} did not come within {self._timeout:g} s, {why} Look at their logs"
 
     def _lost(self, connection: socket.socket) -> None:
         connection.close()
@@ -116,8 +136,7 @@ class Hub:
                 del self._connections[rank]
                 if rank not in self._left:
                     self._left.add(rank)
-                    text = f"rank {rank} is gone: its process ended or was killed; look at its log for the cause"
-                    self._tell(GONE, rank, text.encode())
+                    self._tell(GONE, rank, gone(rank).encode())
 
     def _tell(self, kind: bytes, rank: int, body: bytes) -> None:
         message = FRAME.pack(kind, rank, len(body)) + body
@@ -126,7 +145,15 @@ class Hub:
                 self._connections[receiver].sendall(message)
 
 
+def gone(rank: int) -> str:
+    """What the others are told of a rank whose connection ended."""
+    return f"rank {rank} is gone: its process ended or was killed; look at its log for the cause"
+
+
 def tune(connection: socket.socket) -> None:
+    """Small messages at once; a host that vanishes is noticed in half a minute."""
+    if connection.family not in (socket.AF_INET, socket.AF_INET6):
+        return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):

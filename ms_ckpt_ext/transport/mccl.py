@@ -27,7 +27,14 @@ from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.transport.base import Bytes, Done, Handle, check_counts, flat_bytes, offsets
-from ms_ckpt_ext.transport.control import CELL_BYTES, ControlPlane, pack_cell, reachable_host, unpack_cell
+from ms_ckpt_ext.transport.control import (
+    CELL_BYTES,
+    FIRST_MEETING,
+    ControlPlane,
+    pack_cell,
+    reachable_host,
+    unpack_cell,
+)
 
 _STEP_BYTES = 16 << 20
 """Longest stretch per peer in one scatter; a step needs (size + 1) times that of memory for padding."""
@@ -46,7 +53,8 @@ class Mccl:
     def __init__(self, timeout: float) -> None:
         self.rank: int = distributed.get_rank()
         self.size: int = distributed.get_world_size()
-        self._control = ControlPlane(self.rank, self.size, self._announce, timeout, reachable_host())
+        self._control = ControlPlane(self.rank, self.size, timeout, reachable_host())
+        self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> Bytes:
         """An array of `nbytes` bytes."""
@@ -145,7 +153,8 @@ class Mccl:
     def _announce(self, payload: bytes) -> list[bytes]:
         """All-gather over MCCL itself, before there is a control plane."""
         cells = [mindspore.Tensor.from_numpy(np.zeros(CELL_BYTES, np.uint8)) for _ in range(self.size)]
-        distributed.all_gather(cells, mindspore.Tensor.from_numpy(pack_cell(payload)))
+        mine = mindspore.Tensor.from_numpy(pack_cell(payload))
+        self._run(lambda: distributed.all_gather(cells, mine), cells, FIRST_MEETING)
         return [unpack_cell(cell.asnumpy()) for cell in cells]
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Any, Optional
 
 from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.transport import gate
 from ms_ckpt_ext.transport.base import Transport
 from ms_ckpt_ext.transport.local import LocalTransport
 
@@ -36,7 +37,8 @@ def choose(
 
     Raises:
         UsageError: unknown name or device target, or `group` where it has no meaning.
-        TransportError: a backend was asked for whose communication is not initialized.
+        TransportError: a backend was asked for whose communication is not initialized; or a rank did not come in time.
+        PeerError: a rank has gone while the others waited for more.
     """
     name = override or os.environ.get(ENVIRONMENT) or _fitting(device_target)
     if name not in NAMES:
@@ -51,6 +53,8 @@ def choose(
             f"the {name} transport was asked for, but this process is not part of a job: start it with msrun and call "
             "mindspore.communication.init() (Ascend: mint.distributed.init_process_group()) before"
         )
+    if group is None:
+        _meet(timeout)
     if name == "mccl":
         from ms_ckpt_ext.transport.mccl import Mccl
 
@@ -58,6 +62,20 @@ def choose(
     from ms_ckpt_ext.transport.hccl import Hccl
 
     return Hccl(timeout, group)
+
+
+def _meet(timeout: float) -> None:
+    """Wait for the ranks of this host, where it is known how many they are."""
+    communication = sys.modules["mindspore"].communication
+    try:
+        rank, size, everybody = (
+            communication.get_local_rank(),
+            communication.get_local_rank_size(),
+            communication.get_group_size(),
+        )
+    except RuntimeError:  # the backend does not count hosts
+        return
+    gate.meet(rank, size, timeout, size == everybody)
 
 
 def _fitting(device_target: Optional[str]) -> str:

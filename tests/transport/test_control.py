@@ -14,7 +14,8 @@ from typing import Any, Callable
 import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError
-from ms_ckpt_ext.transport.control import CELL_BYTES, ControlPlane, pack_cell, unpack_cell
+from ms_ckpt_ext.transport import line
+from ms_ckpt_ext.transport.control import CELL_BYTES, FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
 from ms_ckpt_ext.transport.hub import FRAME, HELLO, Hub
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
@@ -25,7 +26,8 @@ def job(size: int, fn: Callable[[ControlPlane], Any], timeout: float = 60.0) -> 
     """Run `fn` on every rank of a control plane and give what each returned or raised."""
 
     def work(t: LocalTransport) -> Any:
-        plane = ControlPlane(t.rank, size, t.share, timeout, "127.0.0.1")
+        plane = ControlPlane(t.rank, size, timeout, "127.0.0.1")
+        plane.enter(t.share)
         t.share(b"")  # nobody dies before everybody is connected
         try:
             return fn(plane)
@@ -257,9 +259,10 @@ def test_strangers_are_turned_away() -> None:
 
 
 def test_a_hub_that_ends_closes_connections_that_have_not_said_who_they_are() -> None:
-    hub = Hub(2, 60.0, "127.0.0.1")
-    host, port, _ = hub.address.split()
-    with socket.create_connection((host, int(port)), SOON) as stranger:
+    server = socket.create_server(("127.0.0.1", 0))
+    address = server.getsockname()
+    hub = Hub(2, 60.0, server)
+    with socket.create_connection(address, SOON) as stranger:
         stranger.sendall(b"he")
         hub.stop()
         hub.join(SOON)
@@ -268,6 +271,36 @@ def test_a_hub_that_ends_closes_connections_that_have_not_said_who_they_are() ->
         except ConnectionResetError:  # closed before it was accepted, or before what it said was read
             pass
     assert not listening()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_first_meeting_that_not_all_come_to_ends_after_the_timeout(rank: int) -> None:
+    """Where ranks of another host are missing; those of this one have met before, see `gate`."""
+    plane = ControlPlane(rank, 2, 0.3, "127.0.0.1")
+    with pytest.raises(TransportError, match="waited 0.3 s in the first meeting"):
+        plane.enter(lambda _: plane.guard(forever, FIRST_MEETING))
+    plane.close()
+    assert comes(lambda: not listening())
+
+
+def test_a_first_meeting_that_the_backend_refuses_is_explained() -> None:
+    def refuse() -> list[bytes]:
+        raise RuntimeError("Connect to rank 1 timed out")
+
+    plane = ControlPlane(0, 2, 60.0, "127.0.0.1")
+    with pytest.raises(TransportError, match="the first meeting .* failed: RuntimeError: Connect to rank 1 timed out"):
+        plane.enter(lambda _: plane.guard(refuse, FIRST_MEETING))
+    assert comes(lambda: not listening())
+
+
+def test_a_hub_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was stopped, say."""
+    monkeypatch.setattr(line, "_SLACK_SECONDS", 0.1)
+    monkeypatch.setattr(Hub, "_answer", lambda hub: None)
+    monkeypatch.setattr(Hub, "_remind", lambda hub: None)
+    for error in job(2, lambda plane: plane.share(b""), timeout=0.2):
+        assert type(error) is TransportError
+        assert "rank 0, which hears the others and answers them, was silent for 0.2 s" in str(error)
 
 
 def test_a_hub_out_of_reach_is_an_error_on_all_ranks() -> None:
@@ -281,7 +314,7 @@ def test_a_hub_out_of_reach_is_an_error_on_all_ranks() -> None:
                 return [wrong, *answers[1:]] if answers[0] and t.rank == 1 and not answers[1] else answers
 
             try:
-                return ControlPlane(t.rank, 3, announce, 60.0, "127.0.0.1")
+                return ControlPlane(t.rank, 3, 60.0, "127.0.0.1").enter(announce)
             except TransportError as error:
                 return error
 

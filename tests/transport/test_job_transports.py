@@ -50,3 +50,13 @@ def test_survivors_of_kill_9_name_the_dead(
     assert result.returncodes == tuple(-9 if rank == victim else 0 for rank in range(ranks)), result.tails()
     for rank in range(ranks):
         assert (f"{NAME[device]} CONTENT {rank}" in result.worker(rank)) == (rank != victim), result.tails()
+
+
+@pytest.mark.parametrize("device", ["cpu", "ascend"])
+def test_a_rank_that_comes_late_is_named_and_may_come_again(device: str, tmp_path: Path) -> None:
+    if device == "ascend":
+        long_one("ranks meet before the backend is called, whichever it is")
+    worker, done = WORKER.with_name("late_worker.py"), tmp_path / "done"
+    result = run_msrun(worker, done, ranks=2, device=device, tmp_path=tmp_path)
+    for rank in range(2):
+        assert f"CONTENT {rank}" in result.worker(rank), result.tails()

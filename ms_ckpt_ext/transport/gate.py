@@ -1,0 +1,101 @@
+"""All ranks of a host, before any of them calls the backend for the first time.
+
+A collective that not all ranks join cannot be taken back. MCCL waits 30 s for them and HCCL half an hour, neither says
+who is missing, and the process cannot end meanwhile. So ranks meet here before: whoever comes first opens a socket of a
+name that all ranks of the job on this host know, and keeps a hub there; when all have come they go on, and when one has
+not come in time, all who have are told which, and the backend was never called.
+
+The name is in the kernel's abstract namespace, made of the address of MindSpore's scheduler, which is the job's alone:
+no port that another program may want, nothing to delete. Where there is no scheduler (a job started by a rank table),
+or no such namespace, ranks pass. Ranks of other hosts are not waited for here: they meet in the collective that
+follows, which `control` bounds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import time
+from typing import Optional
+
+from ms_ckpt_ext.errors import TransportError
+from ms_ckpt_ext.transport.hub import Hub
+from ms_ckpt_ext.transport.line import Line
+
+_TOKEN = "ms_ckpt_ext"
+_RETRY_SECONDS = 0.02
+_DOING = "the first meeting of ranks"
+
+
+def meet(rank: int, size: int, timeout: float, everybody: bool) -> None:
+    """Wait until all ranks of this host have come.
+
+    Args:
+        rank, size: among the ranks of this host.
+        timeout: seconds to wait.
+        everybody: these are all ranks of the job, so that their numbers are those of the job.
+
+    Raises:
+        PeerError, TransportError: on all that have come, when one of them has gone, or another did not come in time.
+    """
+    name = _name()
+    if name is None or size == 1:
+        return
+    line, hub, deadline = Line(rank, size, timeout), None, time.monotonic() + timeout
+    try:
+        while not _enter(line, name, deadline - time.monotonic()):
+            if time.monotonic() > deadline:
+                raise TransportError(
+                    f"rank {rank}, in {_DOING}: it was not let in within {timeout:g} s. Another process of this host "
+                    "has its number, or a rank was stopped; look at the other ranks' logs"
+                )
+            opened = _open(name, rank, size, timeout) if hub is None else None
+            hub = hub or opened
+            time.sleep(0 if opened else _RETRY_SECONDS)
+        line.share(b"", _DOING)
+    except TransportError as error:
+        if everybody:
+            raise
+        where = f"{error} (counted among the ranks of host {socket.gethostname()!r})"
+        raise TransportError(where) from error
+    finally:
+        line.close()
+        if hub is not None:
+            hub.stop()
+
+
+def _name() -> Optional[str]:
+    scheduler, port = os.environ.get("MS_SCHED_HOST"), os.environ.get("MS_SCHED_PORT")
+    if not scheduler or not port or not sys.platform.startswith("linux"):
+        return None
+    return f"\0{_TOKEN} {scheduler[:60]} {port[:8]}"
+
+
+def _open(name: str, rank: int, size: int, timeout: float) -> Optional[Hub]:
+    """The hub of this name, None where there is one already."""
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.bind(name)
+        server.listen(size)
+    except OSError as error:
+        server.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise TransportError(f"rank {rank}, in {_DOING}: no socket can be made: {error}") from error
+    return Hub(size, timeout, server, rank, _TOKEN)
+
+
+def _enter(line: Line, name: str, seconds: float) -> bool:
+    """Whether there is a hub, and lets this rank in; not one of an earlier meeting, in which it has been."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(max(seconds, _RETRY_SECONDS))
+    try:
+        connection.connect(name)
+        if line.attach(connection, _TOKEN, max(seconds, _RETRY_SECONDS)):
+            return True
+    except OSError:
+        pass
+    connection.close()
+    return False

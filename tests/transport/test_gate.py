@@ -1,0 +1,130 @@
+"""Ranks of a host meet before the backend is called. Ranks are threads, and processes where one is to die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Optional
+
+import pytest
+
+from ms_ckpt_ext.errors import PeerError, TransportError
+from ms_ckpt_ext.transport import gate
+
+SOON = 10.0
+
+
+@pytest.fixture(autouse=True)
+def scheduler(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    """A job of this test's own, which leaves nothing behind."""
+    monkeypatch.setenv("MS_SCHED_HOST", str(abs(hash(str(tmp_path))))[:15])
+    monkeypatch.setenv("MS_SCHED_PORT", "8118")
+    yield
+    deadline = time.monotonic() + SOON
+    while _ours() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _ours(), "a thread is left"
+
+
+def _ours() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("ms_ckpt_ext") and "caller" not in t.name]
+
+
+def outcome(rank: int, size: int, timeout: float, everybody: bool = True) -> Optional[BaseException]:
+    try:
+        gate.meet(rank, size, timeout, everybody)
+    except Exception as error:
+        return error
+    return None
+
+
+def meet(ranks: list[int], size: int, timeout: float = SOON, everybody: bool = True) -> list[Optional[BaseException]]:
+    """What these ranks of `size` get."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(lambda rank: outcome(rank, size, timeout, everybody), ranks))
+
+
+def test_all_pass_time_and_again() -> None:
+    """One rank may be at the next meeting before another has left the last one."""
+
+    def often(rank: int) -> None:
+        for _ in range(50):
+            gate.meet(rank, 4, SOON, True)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(often, range(4)))
+
+
+def test_a_rank_alone_or_without_a_scheduler_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert meet([0], 1) == [None]
+    monkeypatch.delenv("MS_SCHED_PORT")
+    assert meet([0], 2) == [None]
+
+
+@pytest.mark.parametrize("missing", [[0], [1], [0, 2]])
+def test_who_does_not_come_is_named_to_all_others(missing: list[int]) -> None:
+    began = time.monotonic()
+    for error in meet([rank for rank in range(4) if rank not in missing], 4, timeout=1.0):
+        assert type(error) is TransportError
+        named = f"rank{'s' if missing[1:] else ''} {', '.join(map(str, missing))} did not come within 1 s"
+        assert named in str(error) and "the first meeting" in str(error)
+    assert time.monotonic() - began < SOON
+    assert meet([*range(4)], 4) == [None] * 4, "who was late once may come to the next one"
+
+
+def test_who_comes_too_late_waits_for_the_others_in_turn() -> None:
+    assert "rank 1 did not come" in str(meet([0], 2, timeout=0.2)[0])
+    assert "rank 0 did not come" in str(meet([1], 2, timeout=0.2)[0])
+    assert meet([0, 1], 2) == [None, None]
+
+
+def test_ranks_of_several_hosts_are_told_which_host_it_is() -> None:
+    (error,) = meet([0], 2, timeout=0.2, everybody=False)
+    assert type(error) is TransportError
+    assert "rank 1 did not come" in str(error) and "counted among the ranks of host" in str(error)
+
+
+def test_a_number_that_two_have_is_an_error() -> None:
+    errors = meet([0, 0], 2, timeout=0.5)
+    assert all(isinstance(error, TransportError) for error in errors)
+    assert any("rank 1 did not come" in str(error) for error in errors)
+
+
+CHILD = """
+import sys
+from ms_ckpt_ext.transport import gate, line
+line._SLACK_SECONDS = 0.5
+try:
+    gate.meet(int(sys.argv[1]), 3, 1.0, True)
+except Exception as error:
+    print(type(error).__name__, getattr(error, "rank", None), error)
+"""
+
+
+@pytest.mark.parametrize(("sent", "kind"), [(signal.SIGKILL, PeerError), (signal.SIGSTOP, TransportError)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_process_that_dies_or_is_stopped_while_it_waits(sent: int, kind: type[Exception], first: bool) -> None:
+    """Also the one that keeps the hub, which is who came first."""
+    children: dict[int, subprocess.Popen[str]] = {}
+    try:
+        for rank in (1, 0) if first else (0, 1):
+            command = [sys.executable, "-c", CHILD, str(rank)]
+            children[rank] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            time.sleep(0.5)
+        os.kill(children[1].pid, sent)
+        name, number, message = children[0].communicate(timeout=SOON)[0].split(" ", 2)
+    finally:
+        for child in children.values():
+            child.kill()
+            child.communicate()
+    assert name == kind.__name__, message
+    if kind is PeerError:
+        assert number == "1" and "rank 1 is gone" in message
+    else:
+        assert ("rank 1, which hears the others" if first else "rank 2 did not come") in message
