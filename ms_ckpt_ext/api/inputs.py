@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple, NoReturn, Optional
 
-from ms_ckpt_ext.errors import DiscoveryError, UsageError, storage_error
+from ms_ckpt_ext.errors import DiscoveryError, UsageError, also, storage_error
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.unified import is_map
@@ -85,7 +85,7 @@ def find_in_ranks(source: str, target: str, to: str, pattern: Optional[re.Patter
 
 def _refuse_absent(source: str) -> None:
     if not os.path.isdir(source):
-        raise DiscoveryError(f"no such file or directory: {source!r}; check the path")
+        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {source!r}; check the path")
 
 
 def _checkpoints(
