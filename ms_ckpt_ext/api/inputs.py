@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Optional
+from typing import NamedTuple, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, UsageError, also, storage_error
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
@@ -112,6 +113,8 @@ def _is_new_path(target: str) -> bool:
 
 _SUFFIXES = tuple(f".{kind}" for kind in discovery.FORMATS)
 _base = os.path.basename
+_LOST = "lost+found"
+"""A folder of the file system's own at the root of a disk, which no checkpoint is in."""
 
 
 def _single(path: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]]) -> Inputs:
@@ -141,7 +144,10 @@ def _walk(source: str) -> list[str]:
     """Files below a directory, relative to it; hidden ones aside."""
     found = []
 
-    def refused(error: OSError) -> NoReturn:
+    def refused(error: OSError) -> None:
+        if os.path.basename(str(error.filename)) == _LOST:
+            log.warning("%r is passed over: it cannot be looked into (%s)", str(error.filename), error.strerror)
+            return
         raise storage_error("look into", str(error.filename), error) from error
 
     for root, inner, names in os.walk(source, onerror=refused):
