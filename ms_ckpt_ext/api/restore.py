@@ -20,10 +20,9 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
-from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted
+from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
-from ms_ckpt_ext.engine.scalars import Value
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ class Restored:
         scalars: what the file holds outside the strategy: name -> numpy array of one element, or text.
         not_loaded: Parameters that got nothing (only with `allow_missing`).
         unused: names in the checkpoint that went nowhere.
-        skipped: newer checkpoints that are not complete, newest first, and others that might be taken for newer:
-            (name, reason).
+        skipped: newer checkpoints that are not complete, newest first: (name, reason).
         mode: "direct" or "cooperative".
         bytes_read: from storage by this rank, tables of contents aside.
     """
@@ -74,7 +72,6 @@ def resume(
     allow_missing: bool = False,
     strict_load: bool = True,
     format: Optional[str] = None,
-    prefix: Optional[str] = None,
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
@@ -97,8 +94,7 @@ def resume(
     Args:
         network: the train cell, compiled where it is parallel.
         optimizer: if its states are not in `network`.
-        checkpoint_dir: see `engine.checkpoints` for what is found there; or one file, or the index of a model in parts.
-            Default: MS_CKPT_EXT_CHECKPOINT_DIR.
+        checkpoint_dir: see `engine.checkpoints` for what is found there. Default: MS_CKPT_EXT_CHECKPOINT_DIR.
         predict_strategy: layouts of this job, in any form that `load_distributed_checkpoint` takes. Default:
             `network.parameter_layout_dict`.
         train_strategy_filename: layouts of the job that saved. Default: MS_CKPT_EXT_TRAIN_STRATEGY, else those that
@@ -108,8 +104,6 @@ def resume(
         strict_load: refuse to cast between dtypes of a family and to match names by suffix. Unlike in
             `load_distributed_checkpoint` this is the default: a training goes on exactly as it was, or not at all.
         format: "safetensors" or "ckpt", where a directory holds both.
-        prefix: of the saves that count, as `ModelCheckpoint` was given it, where several savers share a directory. Its
-            later runs (`net_1`, …) are meant, too.
         choice_func, name_map: as in `load_distributed_checkpoint`: name in the checkpoint -> True (take it), False
             (leave it) or a str (new name); then name in the network -> name after that.
         rules: weight rules (`ms_ckpt_ext.rules`), as in `load_distributed_checkpoint`.
@@ -121,8 +115,7 @@ def resume(
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
-        DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why. Or several whole
-            ones are equally new, of other prefixes, formats or folders, and nothing tells which is meant.
+        DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why.
         DisagreementError: ranks look into different directories, or for different things.
         LayoutMismatchError, CoverageError, LoadError, PeerError, TransportError: as in `load_distributed_checkpoint`.
     """
@@ -132,8 +125,6 @@ def resume(
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
     checked_format(format, "format", optional=True)
-    if not isinstance(prefix, (str, type(None))):
-        raise ArgumentTypeError(f"prefix must be a str or None, got {type(prefix).__name__}")
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     naming = checked_naming(choice_func, name_map)
@@ -152,7 +143,7 @@ def resume(
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
         live.give_up(error, timeout)
-    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests", prefix)
+    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests")
     filled, skipped = live.fill_newest(
         cell,
         wanted,
@@ -171,9 +162,7 @@ def resume(
         return _nothing(directory, required, skipped)
     report = filled.report
     restored = Restored(
-        directory
-        if os.path.isfile(directory)
-        else os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
+        os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
         *_progress(filled.chosen),
         filled.chosen.scalars,
         tuple(filled.missing),

@@ -1,0 +1,12 @@
+"""A differential fuzzer: random checkpoints and calls, run by stock MindSpore and by this package on equal copies.
+
+    model     a random model, how a job cut it, and how another one wants it: values, no I/O
+    files     strategy files and checkpoints of such a job, written without this package
+    cases     a random call of one of the functions, its input, and the truth where there is one
+    sides     stock and ours: runs a call in a folder of its own, and notes what came of it
+    compare   the differences of two outcomes, each with the word of the truth
+    known     the table of differences that are meant, with the reason
+    run       a seed from its number to its report
+
+Nothing here is computed with this package: the truth is the unsharded model, cut by the few lines of `model.Cut`.
+"""
