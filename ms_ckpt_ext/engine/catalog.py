@@ -34,6 +34,7 @@ from ms_ckpt_ext.formats import discovery, mindformers
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
+from ms_ckpt_ext.formats.torch_slices import refuse_slices
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -174,8 +175,10 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
         StrategyError: the strategy has no parameter in common with the files, or is for fewer ranks or stages.
         CoverageError: hardly any rank of a huge strategy has a file.
         DiscoveryError: the names of the files speak of different steps.
+        FormatError: a file holds slices of torch's distributed checkpoint.
     """
     index_of = of_strategy(index_of, strategy)
+    refuse_slices(index_of.values())
     files_by_rank = {rank: index.path for rank, index in index_of.items()}
     _check_world(files_by_rank, strategy)
     discovery.check_one_step(files_by_rank)
@@ -318,8 +321,12 @@ def parts_catalog(
     The map says which files belong together. What it does not list is taken from the file that holds it, and what it
     places in a file without it is absent: MindFormers leaves a map of its own names beside Hugging Face's files, and
     `name_map` tells which of these is meant. A map of other names beside a single file says nothing.
+
+    Raises:
+        FormatError: a file holds slices of torch's distributed checkpoint.
     """
     indexes = tuple(index_of.values())
+    refuse_slices(indexes)
     numbers = {file: number for number, file in enumerate(index_of)}
     scalars = next((numbers[name] for name in discovery.HYPER_NAMES if name in numbers and names is not None), None)
     listed = {} if names is None or (len(indexes) == 1 and indexes[0].tensors.keys() - names.keys()) else names
@@ -394,6 +401,7 @@ def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
 def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access = PLAIN) -> Catalog:
     """A folder of MindFormers from the headers of its files. Raises as `folder_contents`."""
     indexes = tuple(index_of.values())
+    refuse_slices(indexes)
     found = folder_contents(index_of, folder)
     return Catalog(indexes, found.tensors, {}, _notes(indexes), access, found.absent)
 
@@ -419,13 +427,14 @@ def open_catalog(
 
 
 def file_catalog(path: str, access: Access = PLAIN) -> Catalog:
-    """One file as a source, with everything in it. Raises as `registry.read_index`."""
+    """One file as a source, with everything in it. Raises as `registry.read_index` and `refuse_slices`."""
     return files_catalog([path], access)
 
 
 def files_catalog(paths: Sequence[str], access: Access = PLAIN) -> Catalog:
     """Several files as one source; what two of them have is taken from the later. Raises as `file_catalog`."""
     indexes = tuple(read_indexes(paths, access))
+    refuse_slices(indexes)
     tensors = {
         name: whole_tensor(name, entry, [number])
         for number, index in enumerate(indexes)

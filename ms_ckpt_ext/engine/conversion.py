@@ -24,6 +24,7 @@ from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
+from ms_ckpt_ext.formats.torch_slices import refuse_slices
 from ms_ckpt_ext.storage.pool import refuse_changed
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
@@ -57,6 +58,7 @@ def convert_job(
         FormatError, DecryptionError, ChecksumError, StorageError: as the readers say.
     """
     indexes = tuple(registry.read_indexes(inputs.values(), access))
+    refuse_slices(indexes)
     tensors: dict[str, SourceTensor] = {}
     outputs = []
     for number, (name, held) in enumerate(zip(inputs, indexes)):

@@ -37,6 +37,7 @@ from ms_ckpt_ext.formats.discovery import (
 )
 from ms_ckpt_ext.formats.kind import pointer_fault
 from ms_ckpt_ext.formats.saves import grouped_flat, is_step
+from ms_ckpt_ext.formats.torch_slices import JOIN, is_of_a_rank
 
 _INDEX = re.compile(r".\.safetensors\.index(?:\.[\w-]+)?\.json$")
 _PART = re.compile(r"^(?P<model>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)$")
@@ -136,6 +137,10 @@ def _choose(found: Mapping[str, Loose], directory: str, suffix: str) -> Loose:
     files = [name for held in found.values() for name in held.files.values()]
     if faults:
         raise DiscoveryError(f"{directory!r} holds {_some(files)}: {'; '.join(faults)}")
+    if len(found) > 1 and all(map(is_of_a_rank, files)):
+        raise DiscoveryError(
+            f"{directory!r} holds {_some(files)}, by their names slices of torch's distributed checkpoint: {JOIN}"
+        )
     if len(found) > 1:
         raise DiscoveryError(
             f"{directory!r} holds {len(files)} .{suffix} files that nothing relates to each other, {_some(files)}: "
