@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
@@ -24,7 +25,8 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
-from ms_ckpt_ext.api.inputs import find, other_suffix
+from ms_ckpt_ext.api.inputs import Inputs, find, find_in_ranks, other_suffix
+from ms_ckpt_ext.engine.beside import settle
 from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.naming import Choice, chosen_name, warn_unknown
 from ms_ckpt_ext.engine.offline import Job, Report
@@ -46,7 +48,7 @@ def ckpt_to_safetensors(
     """Convert `.ckpt` files to safetensors. Drop-in for `mindspore.ckpt_to_safetensors`.
 
     Tensors, training scalars and text survive; tensors without elements, which stock MindSpore loses, and text, on
-    which it fails, too.
+    which it fails, too. What earlier conversions left beside the inputs, stock's as well, is no obstacle.
     An encrypted input is decrypted with the key in the environment (`MS_CKPT_EXT_DEC_KEY`).
 
     Args:
@@ -57,8 +59,8 @@ def ckpt_to_safetensors(
         processes_num: upper bound on worker threads; None for as many as help. Of a single file it may be 0.
 
     Raises:
-        DiscoveryError: no such input, no rank folder, nothing to convert, files of both formats side by side, or
-            without `save_path` a file that no conversion wrote has the name of a result.
+        DiscoveryError: no such input, no rank folder, nothing to convert, or without `save_path` a file that is no
+            conversion of its input has the name of a result.
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, DecryptionError, StorageError: an input cannot be read, the output cannot be written.
     """
@@ -127,7 +129,7 @@ def convert(
 
     Raises:
         DiscoveryError: no such input, nothing to convert, files of both formats where `to` names one of them, or
-            in the inputs' own directory a file that no conversion wrote has the name of a result.
+            in the inputs' own directory a file that is no conversion of its input has the name of a result.
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, ChecksumError, DecryptionError, StorageError: an input cannot be read, or the output not written.
     """
@@ -139,7 +141,7 @@ def convert(
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
     job = convert_job(found.inputs, access, rename, crc, maps, seal, digests)
     _warn_idle(name_map, choice_func, job)
-    return execute(job, found.target, run, "convert")
+    return _convert(found, job, run)
 
 
 def encrypt(
@@ -236,10 +238,22 @@ def _as_mindspore(
     if os.path.isfile(source) and pattern and not pattern.search(source):
         raise UsageError(f"file_name_regex {file_name_regex!r} is not found in file_path {source!r}")
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."
-    found = find(source, (target or folder) + os.sep, to, None if os.path.isfile(source) else pattern, "rank")
+    found = find_in_ranks(source, (target or folder) + os.sep, to, pattern)
     job = convert_job(found.inputs, any_mode(None, None), rename, seal=seal_of(None, GCM))
     _warn_idle(name_map, None, job)
-    execute(job, found.target, run, "convert")
+    _convert(found, job, run)
+
+
+def _convert(found: Inputs, job: Job, run: Running) -> Report:
+    """Run a conversion, but for results that are there already, made by other means."""
+    same: tuple[str, ...] = ()
+    if found.beside:
+        job, same = settle(job, found.target)
+    if same:
+        log.info("left in %s as they are, for they hold what would be written: %s", found.target, ", ".join(same))
+    report = execute(job, found.target, run, "convert")
+    report.files_kept = (*same, *report.files_kept)
+    return report
 
 
 def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:

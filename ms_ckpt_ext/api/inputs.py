@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Optional
+from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.engine.origin import foreign
-from ms_ckpt_ext.errors import DiscoveryError, UsageError, storage_error
+from ms_ckpt_ext import log
+from ms_ckpt_ext.errors import DiscoveryError, UsageError, also, storage_error
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.unified import is_map
@@ -21,12 +21,14 @@ class Inputs(NamedTuple):
         source, target: directories.
         files: input relative to the source -> output relative to the target.
         maps: parameter maps that go along, relative to both.
+        beside: results get their inputs' names, but for the suffix, in the inputs' own directory.
     """
 
     source: str
     target: str
     files: dict[str, str]
     maps: tuple[str, ...] = ()
+    beside: bool = False
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -40,25 +42,68 @@ class Inputs(NamedTuple):
         return {os.path.basename(old): os.path.basename(new) for old, new in mine.items()}
 
 
-def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]], below: str = "") -> Inputs:
+def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]]) -> Inputs:
     """The files of a conversion.
 
     Args:
-        source: a file or a directory.
+        source: a file or a directory; of a directory, every checkpoint file below it.
         target: a directory, or the new path of a single file.
         to: the wanted format.
         pattern: must be found in a file's name.
-        below: of a directory, only files in folders of it whose names begin so; "" for all files, however deep.
 
     Raises:
-        DiscoveryError: nothing to convert, files of both formats, or results beside their inputs would replace files
-            that no earlier conversion wrote.
+        DiscoveryError: nothing to convert, or files of both formats.
         UsageError: the arguments contradict each other or the source.
     """
-    found = _find(source, target, to, pattern, below)
-    if to is not None and not _is_new_path(target) and _same(found.source, found.target):
-        _refuse_foreign(found)
-    return found
+    if os.path.isfile(source):
+        return _single(source, target, to, pattern)
+    _refuse_absent(source)
+    names = _walk(source)
+    files = _checkpoints(source, names, _SUFFIXES, pattern)
+    if to is not None:
+        files = _of_one_kind(source, files, to, same_place=_same(source, target))
+    return _inputs(source, target, files, to, tuple(name for name in names if is_map(_base(name))))
+
+
+def find_in_ranks(source: str, target: str, to: str, pattern: Optional[re.Pattern[str]]) -> Inputs:
+    """The files of a conversion as MindSpore chooses them: one, or those in the folders `rank*` of a directory.
+
+    They are those of the other format than `to`, whatever else is there. Arguments and errors are those of `find`.
+    """
+    if os.path.isfile(source):
+        return _single(source, target, to, None)
+    _refuse_absent(source)
+    below = discovery.inside(Path(source), Path.is_dir)
+    folders = [child.name for child in below if child.name.startswith("rank")]
+    if not folders:
+        raise DiscoveryError(f"{source!r} holds no folder whose name starts with 'rank'; check the path")
+    names = [
+        f"{folder}/{child.name}" for folder in folders for child in discovery.inside(Path(source, folder), Path.is_file)
+    ]
+    suffix = other_suffix(to)
+    return _inputs(source, target, _checkpoints(source, sorted(names), (suffix,), pattern), to, kind=suffix)
+
+
+def _refuse_absent(source: str) -> None:
+    if not os.path.isdir(source):
+        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {source!r}; check the path")
+
+
+def _checkpoints(
+    source: str, names: list[str], suffixes: tuple[str, ...], pattern: Optional[re.Pattern[str]]
+) -> list[str]:
+    """Those of some files that are checkpoints of these formats, and fit a pattern."""
+    named = (name for name in names if name.endswith(suffixes) and (not pattern or pattern.search(_base(name))))
+    return [name for name in named if kind_of(os.path.join(source, name)) != STRATEGY]
+
+
+def _inputs(
+    source: str, target: str, files: list[str], to: Optional[str], maps: tuple[str, ...] = (), kind: str = "checkpoint"
+) -> Inputs:
+    if not files:
+        raise DiscoveryError(f"{source!r} holds no {kind} file to convert; check the path and file_name_regex")
+    renamed = {name: _renamed(name, to) for name in files}
+    return Inputs(source, target, renamed, maps, to is not None and _same(source, target))
 
 
 def _is_new_path(target: str) -> bool:
@@ -66,78 +111,43 @@ def _is_new_path(target: str) -> bool:
     return target.endswith(_SUFFIXES) and not os.path.isdir(target)
 
 
-def _find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]], below: str) -> Inputs:
-    if os.path.isfile(source):
-        folder, name = os.path.split(source)
-        if pattern and not pattern.search(name):
-            raise UsageError(f"file_name_regex {pattern.pattern!r} is not found in the name of the file {source!r}")
-        return _single(folder or ".", name, target, to)
-    if not os.path.isdir(source):
-        raise DiscoveryError(f"no such file or directory: {source!r}; check the path")
-    folders = [child.name for child in discovery.inside(Path(source), Path.is_dir) if child.name.startswith(below)]
-    if below and not folders:
-        raise DiscoveryError(f"{source!r} holds no folder whose name starts with {below!r}; check the path")
-    names = _walk(source, folders if below else None)
-    files = [name for name in names if name.endswith(_SUFFIXES) and (not pattern or pattern.search(_base(name)))]
-    files = [name for name in files if kind_of(os.path.join(source, name)) != STRATEGY]
-    if to is not None:
-        files = _of_one_kind(source, files, to, same_place=_same(source, target))
-    if not files:
-        raise DiscoveryError(f"{source!r} holds no checkpoint file to convert; check the path and file_name_regex")
-    return Inputs(
-        source,
-        target,
-        {name: _renamed(name, to) for name in files},
-        tuple(name for name in names if is_map(_base(name))) if not below else (),
-    )
-
-
 _SUFFIXES = tuple(f".{kind}" for kind in discovery.FORMATS)
 _base = os.path.basename
+_LOST = "lost+found"
+"""A folder of the file system's own at the root of a disk, which no checkpoint is in."""
 
 
-def _single(folder: str, name: str, target: str, to: Optional[str]) -> Inputs:
+def _single(path: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]]) -> Inputs:
     """One file: into a directory, or to a path that ends in a format's suffix."""
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    if pattern and not pattern.search(name):
+        raise UsageError(f"file_name_regex {pattern.pattern!r} is not found in the name of the file {path!r}")
     if not name.endswith(_SUFFIXES):
-        raise UsageError(f"{os.path.join(folder, name)!r} is not a checkpoint by its name: {' or '.join(_SUFFIXES)}")
+        raise UsageError(f"{path!r} is not a checkpoint by its name: {' or '.join(_SUFFIXES)}")
     if _is_new_path(target):
         if to is not None and not target.endswith(f".{to}"):
             raise UsageError(f"the target {target!r} and the wanted format {to!r} contradict each other")
         return Inputs(folder, os.path.dirname(target) or ".", {name: _base(target)})
-    return Inputs(folder, target, {name: _renamed(name, to)})
+    return _inputs(folder, target, [name], to)
 
 
 def _same(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def _refuse_foreign(found: Inputs) -> None:
-    """Beside a checkpoint, a file of the other format and the same name may well be another checkpoint."""
-    inputs = {output: name for name, output in found.files.items() if output != name}
-    in_the_way = foreign(found.target, inputs)
-    if in_the_way:
-        name, more = in_the_way[0], f" and {len(in_the_way) - 1} more like it" if in_the_way[1:] else ""
-        raise DiscoveryError(
-            f"{os.path.join(found.target, name)!r}{more} is in the way of what {inputs[name]!r} becomes: no conversion "
-            "here is on record to have written it as it is; move it away, or choose another directory for the results"
-        )
-
-
 def _renamed(name: str, to: Optional[str]) -> str:
     return name if to is None else f"{os.path.splitext(name)[0]}.{to}"
 
 
-def _walk(source: str, folders: Optional[list[str]]) -> list[str]:
-    """Files below a directory, relative to it; hidden ones aside. With `folders`, those directly in these folders."""
-    if folders is not None:
-        return sorted(
-            f"{folder}/{child.name}"
-            for folder in folders
-            for child in discovery.inside(Path(source, folder), Path.is_file)
-        )
+def _walk(source: str) -> list[str]:
+    """Files below a directory, relative to it; hidden ones aside."""
     found = []
 
-    def refused(error: OSError) -> NoReturn:
+    def refused(error: OSError) -> None:
+        if os.path.basename(str(error.filename)) == _LOST:
+            log.warning("%r is passed over: it cannot be looked into (%s)", str(error.filename), error.strerror)
+            return
         raise storage_error("look into", str(error.filename), error) from error
 
     for root, inner, names in os.walk(source, onerror=refused):

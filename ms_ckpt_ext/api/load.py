@@ -28,7 +28,7 @@ from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.proven import ruled
 from ms_ckpt_ext.engine.whole_slices import read_slices
-from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.crypto import KeyLike
 
 if TYPE_CHECKING:
@@ -281,14 +281,18 @@ def _require_all(look: Callable[[], Listing], world: int) -> None:
     for rank, path in _named_files(look).items() if world == 1 else ():
         if not os.path.isfile(path):
             what = "is a directory" if os.path.isdir(path) else "does not exist"
-            raise DiscoveryError(f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it")
+            raise also(DiscoveryError, FileNotFoundError)(
+                f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it"
+            )
 
 
 def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing:
     """The files that this host sees: hosts with local disks need not see those of others."""
     found = {rank: path for rank, path in enumerate(paths) if os.path.isfile(path)}
     if not found:
-        raise DiscoveryError(f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths")
+        raise also(DiscoveryError, FileNotFoundError)(
+            f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths"
+        )
     return list_files(found, trained)
 
 

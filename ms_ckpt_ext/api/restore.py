@@ -20,9 +20,10 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
-from ms_ckpt_ext.engine.choose import Chosen, Skipped, Value, Wanted
+from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.engine.scalars import Value
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Restored:
         scalars: what the file holds outside the strategy: name -> numpy array of one element, or text.
         not_loaded: Parameters that got nothing (only with `allow_missing`).
         unused: names in the checkpoint that went nowhere.
-        skipped: newer checkpoints that are not complete, newest first: (name, reason).
+        skipped: newer checkpoints that are not complete, newest first, and others that might be taken for newer:
+            (name, reason).
         mode: "direct" or "cooperative".
         bytes_read: from storage by this rank, tables of contents aside.
     """
@@ -72,6 +74,7 @@ def resume(
     allow_missing: bool = False,
     strict_load: bool = True,
     format: Optional[str] = None,
+    prefix: Optional[str] = None,
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
@@ -94,7 +97,8 @@ def resume(
     Args:
         network: the train cell, compiled where it is parallel.
         optimizer: if its states are not in `network`.
-        checkpoint_dir: see `engine.checkpoints` for what is found there. Default: MS_CKPT_EXT_CHECKPOINT_DIR.
+        checkpoint_dir: see `engine.checkpoints` for what is found there; or one file, or the index of a model in parts.
+            Default: MS_CKPT_EXT_CHECKPOINT_DIR.
         predict_strategy: layouts of this job, in any form that `load_distributed_checkpoint` takes. Default:
             `network.parameter_layout_dict`.
         train_strategy_filename: layouts of the job that saved. Default: MS_CKPT_EXT_TRAIN_STRATEGY, else those that
@@ -104,6 +108,8 @@ def resume(
         strict_load: refuse to cast between dtypes of a family and to match names by suffix. Unlike in
             `load_distributed_checkpoint` this is the default: a training goes on exactly as it was, or not at all.
         format: "safetensors" or "ckpt", where a directory holds both.
+        prefix: of the saves that count, as `ModelCheckpoint` was given it, where several savers share a directory. Its
+            later runs (`net_1`, …) are meant, too.
         choice_func, name_map: as in `load_distributed_checkpoint`: name in the checkpoint -> True (take it), False
             (leave it) or a str (new name); then name in the network -> name after that.
         rules: weight rules (`ms_ckpt_ext.rules`), as in `load_distributed_checkpoint`.
@@ -115,7 +121,8 @@ def resume(
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
-        DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why.
+        DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why. Or several whole
+            ones are equally new, of other prefixes, formats or folders, and nothing tells which is meant.
         DisagreementError: ranks look into different directories, or for different things.
         LayoutMismatchError, CoverageError, LoadError, PeerError, TransportError: as in `load_distributed_checkpoint`.
     """
@@ -125,6 +132,8 @@ def resume(
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
     checked_format(format, "format", optional=True)
+    if not isinstance(prefix, (str, type(None))):
+        raise ArgumentTypeError(f"prefix must be a str or None, got {type(prefix).__name__}")
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     naming = checked_naming(choice_func, name_map)
@@ -143,7 +152,7 @@ def resume(
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
         live.give_up(error, timeout)
-    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests")
+    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests", prefix)
     filled, skipped = live.fill_newest(
         cell,
         wanted,
@@ -162,7 +171,9 @@ def resume(
         return _nothing(directory, required, skipped)
     report = filled.report
     restored = Restored(
-        os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
+        directory
+        if os.path.isfile(directory)
+        else os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
         *_progress(filled.chosen),
         filled.chosen.scalars,
         tuple(filled.missing),

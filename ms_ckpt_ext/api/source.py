@@ -12,7 +12,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.whole_slices import read_slices
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.registry import Access
 
 _Held = TypeVar("_Held")
@@ -60,7 +60,7 @@ def find(
     checked_format(format, "format", optional=True)
     access = any_mode(None, None) if access is None else access
     if not os.path.exists(path):
-        raise DiscoveryError(f"no such file or directory: {path!r}; check the path")
+        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {path!r}; check the path")
     known = as_strategy(strategy)
     return Source(path, list_checkpoint(path, known, file_suffix, kind=format), known, access)
 

@@ -166,7 +166,7 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
     if not os.path.isdir(path):
         what = "is a file" if os.path.isfile(path) else "does not exist"
         raise DiscoveryError(f"{path!r} {what}; a manifest lies in a directory, beside the files: give that")
-    folders = [path, *map(str, discovery.inside(Path(path), Path.is_dir))]
+    folders = [path, *map(str, discovery.folders_in(Path(path)))]
     found = {folder: held for folder in folders if (held := load_manifest(folder)) is not None}
     if not found:
         raise DiscoveryError(

@@ -25,7 +25,7 @@ def check_apart(catalog: Catalog, folder: str, job: Job) -> None:
     Raises UsageError.
     """
     sources = set(_spellings(file.path for file in catalog.files))
-    taken = set(_spellings(os.path.join(folder, output.name) for output in (*job.outputs, *job.others)))
+    taken = set(_spellings(os.path.join(folder, name) for name in job.everything))
     roots = {os.path.dirname(each) for each in sources if _is_rank_folder(each)}
     held = taken & sources if len({os.path.realpath(each) for each in sources}) > 1 else set()
     wrong = held | {each for each in taken if _is_rank_folder(each) and os.path.dirname(each) in roots}

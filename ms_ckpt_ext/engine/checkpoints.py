@@ -1,38 +1,37 @@
-"""Which checkpoints a training job left in a directory, newest first, and whether what was noted about them holds.
+"""Which checkpoints a training job left in a directory, made of what all hosts see, and whether what was noted holds.
 
 Looked for in the directory and in the folders of its first level:
 
     rank_N/PREFIX-EPOCH_STEP.ckpt, rank_N/net.safetensors, …    one for every name that the rank folders share
     PREFIX-EPOCH_STEP.ckpt, PREFIX_rank_N-EPOCH_STEP.ckpt, …    ranks in one folder, or one process
-    *.safetensors with param_name_map.json or Hugging Face's    a merged one
+    *.safetensors with a map or an index, or all parts of one   a model of whole parameters
     iteration_N/*.safetensors with common.json, metadata.json   MindFormers' own, which knows its layouts
 
-Newest first means: those with records (`engine.records`) before all others, by the time of the save; the others by the
-last two numbers of their names, as MindSpore orders them (folder names count before), then by modification time.
+The names are read as `formats.saves` and `formats.unified` do for every load; what is no model by its name is a
+candidate with its reason. `engine.newest` puts them in order.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.records import Record, read_records, record_of, shared_name
-from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, name_ranks
-from ms_ckpt_ext.formats import discovery, mindformers
-from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
+from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.records import Record, home_of
+from ms_ckpt_ext.engine.sightings import Noted, Place, Sight
+from ms_ckpt_ext.errors import DiscoveryError, name_ranks
+from ms_ckpt_ext.formats.discovery import RANK_FOLDER
+from ms_ckpt_ext.formats.saves import grouped
+from ms_ckpt_ext.formats.unified import loose
 
 MERGED = "merged"
-_MERGED_BY = (discovery.MAP_NAME, discovery.HF_INDEX_NAME, mindformers.METADATA_NAME, mindformers.COMMON_NAME)
-_RANK = re.compile(r"rank_(\d+)")
 
 
 class Held(NamedTuple):
-    """A rank's file: relative to the checkpoint's folder, and its size in bytes."""
+    """A file of a checkpoint: relative to its folder, and its size in bytes."""
 
     file: str
     size: int
@@ -45,10 +44,14 @@ class Candidate:
     Attributes:
         folder: relative to the directory that was looked at; "" for itself.
         name: what the ranks' file names share, or `MERGED`.
-        files: rank -> file; a merged checkpoint has none here.
+        files: number -> file: of ranks, or of the parts of one model; where a map says it, there are none here.
         modified: latest modification time, in seconds since 1970.
         records: what is noted about it.
         trouble: why it cannot be used, as far as looking at names told; "" if nothing speaks against it.
+        parts: the numbers are those of parts.
+        alike: of one without records: a recorded one of the same series, with files of the same sizes rank by rank,
+            so that what was noted about the job holds here, too; None where there is none.
+        unlike: why the layouts of another save of the series may not be its; "" where nothing says so.
     """
 
     folder: str
@@ -57,6 +60,9 @@ class Candidate:
     modified: float
     records: tuple[Record, ...] = ()
     trouble: str = ""
+    parts: bool = False
+    alike: Optional[Candidate] = None
+    unlike: str = ""
 
     @property
     def title(self) -> str:
@@ -65,152 +71,183 @@ class Candidate:
 
     @property
     def merged(self) -> bool:
-        """Whole parameters in a few files."""
+        """Whole parameters in a few files, as a map says."""
         return self.name == MERGED
+
+    @property
+    def job(self) -> tuple[Record, ...]:
+        """Notes of the job that saved it."""
+        return self.records or (self.alike.records if self.alike else ())
 
     @property
     def whole(self) -> bool:
         """No file holds a part of a parameter only."""
-        return self.merged or (bool(self.records) and not self.records[0].sharded)
+        return self.merged or self.parts or (bool(self.job) and not self.job[0].sharded)
 
-    @property
-    def suffix(self) -> str:
-        """The format of its files, with the dot."""
-        return os.path.splitext(self.name)[1]
+    def place(self, directory: str) -> str:
+        """Its folder on this host; arguments as of `listing`."""
+        base = os.path.dirname(directory) or os.curdir if os.path.isfile(directory) else directory
+        return os.path.join(base, self.folder) if self.folder else base
 
-    def age(self) -> tuple[Any, ...]:
-        """Sorts the newest last."""
-        if self.records:
-            return (1, (max(record.saved for record in self.records),), self.modified)
-        stem = os.path.splitext(self.name)[0]
-        return (0, (*_numbers(os.path.basename(self.folder)), *_numbers(stem)), self.modified)
+    def homes(self) -> list[str]:
+        """Names under which notes of the job lie in its folder."""
+        files = self.files if self.records or self.alike is None else self.alike.files
+        return list(dict.fromkeys(home_of(f"/{held.file}", rank).name for rank, held in files.items()))
+
+    def listing(self, directory: str, files: Mapping[int, Held], kind: Optional[str]) -> Listing:
+        """Its files as this host sees them.
+
+        Args:
+            directory: what was looked at, on this host; or the file that was named.
+            files: which of its files count, see `check_ranks`.
+            kind: the wanted format, of a map's files.
+
+        Raises:
+            as `list_checkpoint`.
+        """
+        if self.merged:
+            return list_checkpoint(os.path.join(directory, self.folder) if self.folder else directory, None, kind=kind)
+        folder = self.place(directory)
+        paths = {number: os.path.join(folder, *held.file.split("/")) for number, held in files.items()}
+        there = {number: path for number, path in paths.items() if os.path.exists(path)}
+        if self.parts:
+            return Listing({os.path.basename(path): path for path in there.values()}, False, None)
+        return Listing({str(rank): path for rank, path in there.items()}, True, None)
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)][-2:]
+def candidates(seen: Iterable[Iterable[Place]]) -> list[Candidate]:
+    """What several hosts see, as checkpoints, in no special order. A file of two sizes is trouble."""
+    folders: dict[str, list[Place]] = {}
+    for places in seen:
+        for place in places:
+            folders.setdefault(place.folder, []).append(place)
+    return [candidate for places in folders.values() for candidate in _in_folder(places)]
 
 
-def find_candidates(directory: str, kind: Optional[str] = None) -> list[Candidate]:
-    """Every checkpoint below a directory, as far as this host sees it, in no special order. Opens no checkpoint file.
-
-    Args:
-        directory: one that does not exist has none.
-        kind: "safetensors" or "ckpt"; None for both.
-    """
-    root = Path(directory)
-    if not root.is_dir():
-        return []
-    suffixes = [f".{suffix}" for suffix in discovery.FORMATS if kind in (None, suffix)]
-    folders = [root, *discovery.inside(root, lambda p: p.is_dir() and not _RANK.fullmatch(p.name))]
-    return [c for folder in folders if not folder.name.startswith(".") for c in _in_folder(root, folder, suffixes)]
-
-
-def _in_folder(root: Path, folder: Path, suffixes: list[str]) -> Iterator[Candidate]:
-    where = "" if folder == root else folder.name
-    if any((folder / name).is_file() for name in _MERGED_BY):
-        yield Candidate(where, MERGED, {}, folder.stat().st_mtime, trouble=mindformers.complaint(str(folder)))
-        if not discovery.is_sharded(str(folder)):
+def _in_folder(places: list[Place]) -> Iterator[Candidate]:
+    folder, files = places[0].folder, {sight.file: sight for place in places for sight in place.files}
+    torn = {sight.file for place in places for sight in place.files if files[sight.file].size != sight.size}
+    in_ranks = [file for file in files if "/" in file]
+    mapped = next((place for place in places if place.mapped), None)
+    if mapped is not None:
+        trouble = next((place.complaint for place in places if place.complaint), "")
+        yield Candidate(folder, MERGED, {}, max(place.modified for place in places), (), trouble)
+        if not in_ranks:
             return  # the files beside the map are its parts
-    found: dict[str, dict[int, Held]] = {}
-    modified: dict[str, float] = {}
+    noted = _together(places)
+    if places[0].named:
+        alone: Iterable[Candidate] = [Candidate(folder, file, {0: Held(file, 0)}, 0.0) for file in files]
+    else:
+        alone = _flat(folder, list(files))
+    for found in _by_ranks(folder, in_ranks) if in_ranks else alone:
+        yield _noted(_measured(found, files, torn), noted)
+
+
+def _by_ranks(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
+    """The saves in rank folders."""
+    paths: dict[tuple[int, str], str] = {}
     doubled: dict[str, str] = {}
-    for rank, path in _checkpoint_files(folder, suffixes):
-        try:
-            status = path.stat()
-        except FileNotFoundError:  # deleted meanwhile, as the oldest ones are
-            continue
-        name = shared_name(path.name, rank)
-        file = path.relative_to(folder).as_posix()
-        before = found.setdefault(name, {}).setdefault(rank, Held(file, status.st_size))
-        if before.file != file:
-            doubled[name] = f"{before.file!r} and {file!r} are both of rank {rank}: move the one that is not meant away"
-        modified[name] = max(status.st_mtime, modified.get(name, 0.0))
-    for name, files in found.items():
-        records, trouble = _records(str(folder), name)
-        yield Candidate(where, name, files, modified[name], records, doubled.get(name) or trouble)
+    for file in sorted(files):
+        owner, name = file.split("/")
+        match = RANK_FOLDER.match(owner)
+        rank = int(match[1]) if match else 0
+        before = paths.setdefault((rank, name), file)
+        if before != file:
+            doubled[name] = f"{before!r} and {file!r} are both of rank {rank}: move the one that is not meant away"
+    names: dict[int, list[str]] = {}
+    for rank, name in paths:
+        names.setdefault(rank, []).append(name)
+    for shared, group in grouped(names).items():
+        held = {rank: Held(paths[rank, name], 0) for rank, name in group.items()}
+        trouble = next((doubled[name] for name in group.values() if name in doubled), "")
+        yield Candidate(folder, shared, held, 0.0, trouble=trouble)
 
 
-def _checkpoint_files(folder: Path, suffixes: list[str]) -> Iterator[tuple[int, Path]]:
-    """(rank, path) of what may be a rank's checkpoint."""
-    children = discovery.inside(folder)
-    rank_folders = [(int(m[1]), p) for p in children if (m := _RANK.fullmatch(p.name)) and p.is_dir()]
-    for rank, rank_folder in sorted(rank_folders):
-        named = (path for path in discovery.inside(rank_folder) if path.suffix in suffixes)
-        yield from ((rank, path) for path in named if not path.is_dir())
-    if not rank_folders:
-        for path in children:
-            if path.suffix in suffixes and path.is_file() and kind_of(str(path)) != STRATEGY:
-                number = _RANK.search(path.name)
-                yield (int(number[1]) if number else 0), path
+def _flat(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
+    """What lies in one folder without a map."""
+    for name, found in loose(files).items():
+        held = {number: Held(file, 0) for number, file in found.files.items()}
+        yield Candidate(folder, name, held, 0.0, trouble=found.fault, parts=found.parts)
 
 
-def _records(folder: str, name: str) -> tuple[tuple[Record, ...], str]:
-    try:
-        return tuple(read_records(folder, name)), ""
-    except CheckpointError as error:
-        return (), str(error)
-
-
-def together(seen: Iterable[Iterable[Candidate]]) -> list[Candidate]:
-    """What several hosts see, as one; newest first. A file that two hosts see in different sizes is trouble."""
-    merged: dict[str, Candidate] = {}
-    for candidates in seen:
-        for candidate in candidates:
-            known = merged.get(candidate.title)
-            merged[candidate.title] = candidate if known is None else _both(known, candidate)
-    ordered = sorted(merged.values(), key=Candidate.age, reverse=True)
-    torn = [candidate for candidate in ordered if _cut_short(candidate, ordered)]
-    told = [
-        replace(c, trouble=c.trouble or "it has no records, and an older one has: its save was cut short") for c in torn
-    ]
-    return told + [candidate for candidate in ordered if candidate not in torn]
-
-
-def _cut_short(candidate: Candidate, all_of_them: list[Candidate]) -> bool:
-    """Where checkpoints are recorded, one that is newer than they and has no records was not finished."""
-    recorded = [
-        other.modified
-        for other in all_of_them
-        if other.records and (other.folder, other.suffix) == (candidate.folder, candidate.suffix)
-    ]
-    return not candidate.records and bool(recorded) and candidate.modified > max(recorded)
-
-
-def _both(one: Candidate, other: Candidate) -> Candidate:
-    differ = [rank for rank in one.files if other.files.get(rank, one.files[rank]) != one.files[rank]]
+def _measured(found: Candidate, seen: Mapping[str, Sight], torn: set[str]) -> Candidate:
+    """With sizes and times; a file of which hosts hold different ones is trouble."""
+    sights = {number: seen[held.file] for number, held in found.files.items()}
+    differ = [number for number, sight in sights.items() if sight.file in torn]
     trouble = f"hosts hold different files of {name_ranks(differ)}" if differ else ""
-    records = {record.rank: record for record in (*one.records, *other.records)}
     return replace(
-        one,
-        files={**one.files, **other.files},
-        modified=max(one.modified, other.modified),
-        records=tuple(records[rank] for rank in sorted(records)),
-        trouble=one.trouble or other.trouble or trouble,
+        found,
+        files={number: Held(sight.file, sight.size) for number, sight in sights.items()},
+        modified=max(sight.modified for sight in sights.values()),
+        trouble=found.trouble or trouble,
     )
 
 
+def _together(places: Iterable[Place]) -> dict[str, Noted]:
+    """All hosts' records of every save."""
+    found: dict[str, Noted] = {}
+    for place in places:
+        for name, noted in place.noted.items():
+            before = found.get(name, Noted((), ""))
+            records = {record.rank: record for record in (*before.records, *noted.records)}
+            found[name] = Noted(tuple(records[rank] for rank in sorted(records)), before.trouble or noted.trouble)
+    return found
+
+
+def _noted(found: Candidate, noted: Mapping[str, Noted]) -> Candidate:
+    """With its records: those that are about its files."""
+    held = [noted[home] for home in found.homes() if home in noted]
+    records = {
+        record.rank: record
+        for told in held
+        for record in told.records
+        if record.rank not in found.files or found.files[record.rank].file == record.file
+    }
+    if not any(rank in found.files for rank in records):
+        records = {}  # they are about another save, whose name differs in a number that may be a rank's
+    trouble = next((told.trouble for told in held if told.trouble), "")
+    return replace(found, records=tuple(records[rank] for rank in sorted(records)), trouble=found.trouble or trouble)
+
+
 def check_noted(candidate: Candidate) -> None:
-    """Compare files with records. Raises DiscoveryError when a rank's record or file is missing, or another size."""
+    """Compare files with records.
+
+    What is not noted is not missing: a save without records is judged by its files alone, here and where its headers
+    are read.
+
+    Raises:
+        DiscoveryError: a rank's file is missing, or of another size, or ranks noted different steps.
+    """
     if candidate.trouble:
         raise DiscoveryError(candidate.trouble)
     if not candidate.records:
         return
     world = max(record.world for record in candidate.records)
     by_rank = {record.rank: record for record in candidate.records if record.world == world}
-    silent = [rank for rank in range(world) if rank not in by_rank]
-    if silent:
-        raise DiscoveryError(f"{name_ranks(silent)} of {world} did not record that their files are complete")
     if len({(record.step, record.sharded) for record in by_rank.values()}) > 1:
         raise DiscoveryError("its ranks recorded different steps: a newer save of the same name was cut short")
-    gone = [rank for rank, record in by_rank.items() if rank not in candidate.files]
+    gone = [rank for rank in range(world) if rank not in candidate.files]
     if gone:
-        raise DiscoveryError(f"the files of {name_ranks(gone)} are gone: {[by_rank[rank].file for rank in gone[:3]]}")
+        told = [by_rank[rank].file for rank in gone if rank in by_rank]
+        raise DiscoveryError(
+            f"the files of {name_ranks(gone)} are gone: {told[:3]}"
+            if told
+            else f"the files of {name_ranks(gone)} of {world} are missing, and none of these recorded its own"
+        )
     for rank, record in by_rank.items():
         held = candidate.files[rank]
         if (held.file, held.size) != (record.file, record.size):
             raise DiscoveryError(
                 f"{held.file!r} has {held.size} bytes, and {record.file!r} was saved with {record.size}"
             )
+
+
+def unnoted(candidate: Candidate) -> list[int]:
+    """Ranks that did not record their files, of a checkpoint that others recorded."""
+    if not candidate.records:
+        return []
+    noted = {record.rank for record in candidate.records}
+    return [rank for rank in range(max(record.world for record in candidate.records)) if rank not in noted]
 
 
 def check_ranks(candidate: Candidate, strategy: Optional[Strategy]) -> dict[int, Held]:
@@ -220,28 +257,21 @@ def check_ranks(candidate: Candidate, strategy: Optional[Strategy]) -> dict[int,
         DiscoveryError: a rank's file is missing.
         StrategyError: the strategy lacks pipeline stages.
     """
-    world = max((record.world for record in candidate.records), default=1)
+    if candidate.merged or candidate.parts:
+        return dict(candidate.files)
+    world = max((record.world for record in candidate.job), default=1)
     if strategy is None:
         lowest = min(candidate.files)
+        if lowest and not candidate.whole:
+            raise DiscoveryError(
+                f"the only file is that of rank {lowest}, {candidate.files[lowest].file!r}, and without a strategy "
+                "only rank 0 counts as a whole model: give train_strategy_filename"
+            )
         return {lowest: candidate.files[lowest]}
     strategy.check_complete()
     missing = [rank for rank in range(strategy.world) if rank not in candidate.files]
     if missing:
         raise DiscoveryError(f"the files of {name_ranks(missing)} are missing; {strategy.origin} has {strategy.world}")
-    if candidate.records and world != strategy.world:
+    if candidate.job and world != strategy.world:
         raise DiscoveryError(f"{world} ranks saved it, and {strategy.origin} is for {strategy.world}")
     return {rank: candidate.files[rank] for rank in range(strategy.world)}
-
-
-def to_json(candidate: Candidate) -> list[Any]:
-    """For the other hosts."""
-    records = [vars(record) for record in candidate.records]
-    files = [[rank, *held] for rank, held in candidate.files.items()]
-    return [candidate.folder, candidate.name, files, candidate.modified, records, candidate.trouble]
-
-
-def from_json(raw: list[Any]) -> Candidate:
-    """What `to_json` was given."""
-    folder, name, files, modified, records, trouble = raw
-    held = {rank: Held(file, size) for rank, file, size in files}
-    return Candidate(folder, name, held, modified, tuple(map(record_of, records)), trouble)

@@ -1,9 +1,10 @@
 """The newest checkpoint that is whole, chosen by all ranks together.
 
 1. One rank per host looks at the directory; what they see is put together, so all ranks have the same list.
-2. Newest first: the records must hold, the layouts be known and every rank's file be there. Each header is read by one
-   rank. What is wrong with a checkpoint is said on all ranks alike, and the next older one is tried.
-3. The training scalars are read by one rank each and shared.
+2. Newest first (`engine.newest`): the records must hold, the layouts be known and every rank's file be there. Each
+   header is read by one rank. What is wrong with a checkpoint is said on all ranks alike, and the next one is tried.
+3. One that is whole, and that nothing tells from another whole one, is not taken: which is meant must be said.
+4. The training scalars are read by one rank each and shared.
 
 Collective: all ranks call it, and all return the same or raise.
 """
@@ -22,12 +23,13 @@ import numpy as np
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import checkpoints
+from ms_ckpt_ext.engine import checkpoints, sightings
 from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
-from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks, find_candidates
+from ms_ckpt_ext.engine.checkpoints import Candidate, check_noted, check_ranks
 from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.manifest import Load, Manifest, load_manifest, record_of
+from ms_ckpt_ext.engine.newest import Order, prefix_of
 from ms_ckpt_ext.engine.scalars import Value, read_scalars
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.trained import entries, find_layouts
@@ -71,6 +73,7 @@ class Wanted:
         kind: "safetensors", "ckpt" or None.
         access: how files are opened.
         digests: compare every tensor with the digests on record: reads everything once.
+        prefix: of the saves that count; None for all.
         lacks: what the load wants of a checkpoint and its files do not hold, in words; "" if nothing. Ranks may differ.
     """
 
@@ -80,6 +83,7 @@ class Wanted:
     kind: Optional[str] = None
     access: Access = PLAIN
     digests: bool = False
+    prefix: Optional[str] = None
     lacks: Callable[[Catalog], str] = first_absent
 
 
@@ -108,20 +112,62 @@ def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen],
     """The newest complete checkpoint, None when there is none; and what was skipped.
 
     Raises:
+        DiscoveryError: several whole checkpoints are equally new.
         DisagreementError: ranks look for different things, or ranks of one host in different directories.
         PeerError, TransportError: another rank failed, or has gone.
     """
-    agree(transport, {"format": repr(wanted.kind), "digests": repr(wanted.digests), "strategy": _text(wanted.strategy)})
+    asked = {"format": wanted.kind, "digests": wanted.digests, "prefix": wanted.prefix}
+    agree(transport, {**{name: repr(value) for name, value in asked.items()}, "strategy": _text(wanted.strategy)})
     probe = _agree_on_directories(transport, wanted)
-    skipped: list[Skipped] = []
-    for candidate in _look_together(transport, wanted, probe):
+    order = _look_together(transport, wanted, probe)
+    skipped: dict[str, Skipped] = {}
+
+    def whole(candidate: Candidate) -> Optional[Chosen]:
+        if candidate.title in skipped:
+            return None
         try:
-            return _try(transport, wanted, candidate, probe), tuple(skipped)
+            return _try(transport, wanted, candidate, probe)
         except _Unfit as unfit:
-            skipped.append(Skipped(candidate.title, str(unfit)))
-            if transport.rank == 0:
-                log.warning("checkpoint %r in %r is skipped: %s", candidate.title, wanted.directory, unfit)
-    return None, tuple(skipped)
+            _skip(transport, wanted, skipped, candidate.title, str(unfit))
+            return None
+
+    for candidate in order:
+        chosen = whole(candidate)
+        if chosen is None:
+            continue
+        rivals = [rival.title for rival in order.equals(candidate) if whole(rival) is not None]
+        if rivals:
+            raise DiscoveryError(
+                f"{', '.join(map(repr, [candidate.title, *rivals]))} in {wanted.directory!r} are whole and equally "
+                "new, and nothing tells which is meant: give prefix, format or the folder in it, or move the others "
+                "away"
+            )
+        for title, reason in order.remarks(candidate):
+            _skip(transport, wanted, skipped, title, reason)
+        _tell_unnoted(transport, candidate)
+        return chosen, tuple(skipped.values())
+    return None, tuple(skipped.values())
+
+
+def _skip(transport: Transport[Any], wanted: Wanted, skipped: dict[str, Skipped], title: str, reason: str) -> None:
+    if title not in skipped:
+        skipped[title] = Skipped(title, reason)
+        if transport.rank == 0:
+            log.warning("checkpoint %r in %r is skipped: %s", title, wanted.directory, reason)
+
+
+def _tell_unnoted(transport: Transport[Any], candidate: Candidate) -> None:
+    silent = checkpoints.unnoted(candidate)
+    if silent and transport.rank == 0:
+        log.warning(
+            "%s did not record files of %r; these are whole by their headers", name_ranks(silent), candidate.title
+        )
+    if candidate.alike is not None and transport.rank == 0:
+        log.warning(
+            "%r has no records, and is whole by its headers; the job is taken to be that of %r",
+            candidate.title,
+            candidate.alike.title,
+        )
 
 
 class _Unfit(Exception):
@@ -147,39 +193,36 @@ def _real(directory: str) -> str:
     return os.path.realpath(directory)
 
 
-def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> list[Candidate]:
+def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> Order:
     seen: list[Any] = []
     error: Optional[BaseException] = None
     try:
         if probe:
-            seen = [checkpoints.to_json(c) for c in find_candidates(wanted.directory, wanted.kind)]
+            seen = [sightings.to_json(place) for place in sightings.look(wanted.directory, wanted.kind)]
     except CheckpointError as problem:
         error = problem
     except OSError as problem:
         error = storage_error("look for checkpoints in", wanted.directory, problem)
     share_status(transport, error)
-    return checkpoints.together(
-        [checkpoints.from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
+    found = checkpoints.candidates(
+        [sightings.from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
     )
+    return Order(c for c in found if wanted.prefix is None or (not c.merged and prefix_of(c.name) == wanted.prefix))
 
 
 def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe: bool) -> Chosen:
-    folder = os.path.join(wanted.directory, candidate.folder) if candidate.folder else wanted.directory
     try:
         check_noted(candidate)
         given = None if candidate.whole else wanted.strategy
-        strategy = given or find_layouts(transport, candidate, folder, probe)
-        files = {} if candidate.merged else check_ranks(candidate, strategy)
+        strategy = given or find_layouts(transport, candidate, candidate.place(wanted.directory), probe)
+        files = check_ranks(candidate, strategy)
     except CheckpointError as error:
         if isinstance(error, TransportError):
             raise
         raise _Unfit(str(error)) from error
-    here = {str(rank): os.path.join(folder, *held.file.split("/")) for rank, held in files.items()}
 
     def look() -> Listing:
-        if candidate.merged:
-            return list_checkpoint(folder, None, kind=wanted.kind)
-        return Listing({key: path for key, path in here.items() if os.path.exists(path)}, strategy is not None, None)
+        return candidate.listing(wanted.directory, files, wanted.kind)
 
     seen, catalog, listing = _read_headers(transport, wanted, look, strategy)
     if wanted.digests:

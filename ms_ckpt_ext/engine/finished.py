@@ -1,4 +1,4 @@
-"""What an earlier run of a job left: which of its files need not be written again."""
+"""What earlier runs of a job and its other shares left: which of its files need not be written again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Optional
 
 from ms_ckpt_ext.engine.digests import digest_file
 from ms_ckpt_ext.engine.job import Job, Output
-from ms_ckpt_ext.engine.manifest import FileDigests
+from ms_ckpt_ext.engine.manifest import FileDigests, listed
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.storage.staging import Staging
 
@@ -21,8 +21,17 @@ def noted(staging: Staging, name: str) -> Optional[FileDigests]:
         return None
 
 
+def published(job: Job, staging: Staging) -> set[str]:
+    """Files of this very job that are in place, untouched, with its index and their digests."""
+    sizes = {name: job.size(output) for name, output in job.everything.items()}
+    there = {name: state.size for name, state in staging.published().items() if sizes.get(name) == state.size}
+    if not there or not staging.is_at(job.index):
+        return set()
+    return {*there} if not job.digests else {*there} & listed(str(staging.target), there)
+
+
 def is_done(job: Job, output: Output, staging: Staging) -> bool:
-    """True when an output is complete: by its size and framing, and where it is encrypted, by the key and its start."""
+    """True when an output waits: complete by its size and framing, and where it is encrypted, by key and beginning."""
     literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
     if job.digests and noted(staging, output.name) is None:
         return False
@@ -41,7 +50,7 @@ def is_intact(job: Job, output: Output, staging: Staging, workers: int) -> bool:
         return held is not None
     try:
         expected = held.opened_by(None if job.seal is None else job.seal.key, output.name)
-        index = job.contents(output, staging.place(output.name))
+        index = job.contents(output, str(staging.folder / output.name))
         return digest_file(index, workers, partial(job.open, output))[1:] == expected[1:]
     except (OSError, CheckpointError):  # what cannot be read is written again
         return False

@@ -61,13 +61,14 @@ class Job:
     Attributes:
         source: where the bytes come from.
         outputs: the files this task writes.
-        others: the files that other tasks of the same job write.
+        others: the files that other tasks of the same job write, by the names of the tasks.
         index: files that make the set loadable, published last: name -> contents.
-        replaces: files of an older result in the target that must not survive.
+        replaces: lists files of an older result in the target, as it is now, that must not survive.
         task: name of this task, unique within the job.
         seal: how the outputs are encrypted; None when they are not.
         digests: write a manifest of digests beside the outputs.
         sync: the result is on disk when the job ends.
+        shuns: files that nobody else may write meanwhile, besides these.
 
     Raises:
         UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
@@ -77,13 +78,14 @@ class Job:
         self,
         source: Catalog,
         outputs: tuple[Output, ...],
-        others: tuple[Output, ...] = (),
+        others: Mapping[str, tuple[Output, ...]] = MappingProxyType({}),
         index: Mapping[str, bytes] = MappingProxyType({}),
-        replaces: tuple[str, ...] = (),
+        replaces: Callable[[], Sequence[str]] = tuple,
         task: str = ONE_TASK,
         seal: Optional[Seal] = None,
         digests: bool = True,
         sync: bool = True,
+        shuns: Sequence[str] = (),
     ) -> None:
         if not sync and task != ONE_TASK:
             raise UsageError(
@@ -91,6 +93,17 @@ class Job:
             )
         self.source, self.outputs, self.others, self.index = source, outputs, others, index
         self.replaces, self.task, self.seal, self.digests, self.sync = replaces, task, seal, digests, sync
+        self.shuns = shuns
+
+    @property
+    def shares(self) -> dict[str, tuple[Output, ...]]:
+        """Every file of the job, by the task that writes it."""
+        return {**self.others, self.task: self.outputs}
+
+    @property
+    def everything(self) -> dict[str, Output]:
+        """Every file of the job, by name."""
+        return {output.name: output for outputs in self.shares.values() for output in outputs}
 
     def synced(self, sync: bool) -> Job:
         """The same job, whose result is on disk when it ends, or need not be. Raises UsageError as at birth."""
@@ -113,18 +126,20 @@ class Job:
             return index_through(reader, output.name)
 
 
-def check(job: Job, target: str) -> None:
-    """Find what is wrong before anything is written."""
+def check(job: Job, target: str) -> Sequence[str]:
+    """Find what is wrong before anything is written. Gives the files that the result replaces, as `Job.replaces`."""
     for task in tasks_of(job.outputs):
         for wanted in task.targets:
             locate(task.tensor, wanted.region)
-    _refuse_overwrite(job, target)
+    replaced = job.replaces()
+    _refuse_overwrite(job, target, replaced)
+    return replaced
 
 
-def _refuse_overwrite(job: Job, target: str) -> None:
+def _refuse_overwrite(job: Job, target: str, replaced: Sequence[str]) -> None:
     """A source must outlive the run that reads it: a killed run could not be finished without it."""
     sources = {os.path.realpath(file.path) for file in job.source.files}
-    for name in (*(output.name for output in (*job.outputs, *job.others)), *job.replaces):
+    for name in (*job.everything, *replaced):
         if os.path.realpath(os.path.join(target, name)) in sources:
             raise UsageError(
                 f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
@@ -162,7 +177,7 @@ def fingerprint(job: Job) -> str:
         """What a rank has of its own is told by the file."""
         return "" if id(tensor) in known else f"|{[tuple(p.holders.items()) for p in tensor.placements]}"
 
-    for output in sorted((*job.outputs, *job.others), key=lambda o: o.name):
+    for _, output in sorted(job.everything.items()):
         digest.update(_encoded(f"{output.name}|{output.layout.size}\n"))
         for offset, literal in output.layout.literals:
             digest.update(offset.to_bytes(8, "little") + literal)

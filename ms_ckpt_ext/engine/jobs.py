@@ -105,23 +105,23 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         for number, group in enumerate(groups)
     ]
     weight_map = {name: part.name for part in parts for name in sorted(w.name for w in part.wanted)}
-    mine = _shares([part.layout.size for part in parts], options.tasks)[options.task - 1]
-    outputs = [parts[number] for number in mine]
-    others = [part for number, part in enumerate(parts) if number not in mine]
+    spread = _shares([part.layout.size for part in parts], options.tasks)
+    shares = [[parts[number] for number in sorted(numbers)] for numbers in spread]
     if catalog.extras:
         whole = [(name, tensor, None) for name, tensor in catalog.extras.items()]
-        scalars = lay_out(f"{discovery.HYPER_STEM}.{options.format}", whole)
-        (outputs if options.task == 1 else others).append(scalars)
+        shares[0].append(lay_out(f"{discovery.HYPER_STEM}.{options.format}", whole))
+    tasks = {f"task-{task}-of-{options.tasks}": tuple(share) for task, share in enumerate(shares, 1)}
+    mine = f"task-{options.task}-of-{options.tasks}"
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     index_name = older.INDEXES[options.naming]
-    names = {output.name for output in (*outputs, *others)}
+    written = {index_name, *(output.name for share in shares for output in share)}
     return Job(
         catalog,
-        tuple(outputs),
-        tuple(others),
+        tasks.pop(mine),
+        tasks,
         {index_name: json.dumps(index, indent=4).encode()},
-        tuple(name for name in older.of_merge(target, options.naming) if name not in names and name != index_name),
-        f"task-{options.task}-of-{options.tasks}",
+        lambda: [name for name in older.of_merge(target, options.naming) if name not in written],
+        mine,
         options.seal,
         options.digests,
     )
@@ -259,9 +259,12 @@ def recut_job(
     for rank in ranks:
         wanted = arranged(catalog, rank_boxes(catalog, strategy, rank), keeping.of(rank), files(rank))
         outputs.append(_output(file_name(rank), wanted, catalog, crc, seal))
+    job = partial(Job, catalog, tuple(outputs), seal=seal, digests=digests)
+    if target is None:
+        return job()
     names = [output.name for output in outputs]
-    stale = () if target is None else older.of_recut(target, names, file_name, every_rank)
-    return Job(catalog, tuple(outputs), replaces=stale, seal=seal, digests=digests)
+    stale = partial(older.of_recut, target, names, file_name, every_rank)
+    return job(replaces=stale, shuns=[each for name in names for each in older.in_any_format(name)])
 
 
 def folders_job(

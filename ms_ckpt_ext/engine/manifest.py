@@ -26,7 +26,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -34,6 +34,7 @@ from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, stora
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.storage import locks
 from ms_ckpt_ext.storage.durable import write_atomically
+from ms_ckpt_ext.storage.published import places_of
 
 MANIFEST_NAME = "ms_ckpt_ext.digests.json"
 _FORMAT = "ms_ckpt_ext.digests"
@@ -221,28 +222,111 @@ def record_of(
 
 
 def update_manifest(directory: str, files: Mapping[str, FileDigests]) -> None:
-    """Put files on record in a folder's manifest, atomically; entries of other files stay while their sizes fit.
+    """Put files on record in a folder's manifest; entries of other files stay while their sizes fit.
 
-    For one writer at a time. A manifest that cannot be understood is replaced. Raises StorageError.
+    One process at a time does, where the file system has locks. A manifest that cannot be understood is replaced.
+    Raises StorageError.
     """
-    write_manifest(directory, renewed(directory, files))
+    with contextlib.ExitStack() as alone:
+        with contextlib.suppress(StorageError):  # no locks: then there is one process, it is hoped
+            alone.enter_context(_alone(directory))
+        write_manifest(directory, _renewed(directory, files))
 
 
-def renewed(directory: str, files: Mapping[str, FileDigests], gone: Iterable[str] = ()) -> Manifest:
+def listed(directory: str, sizes: Mapping[str, int]) -> set[str]:
+    """Those of these files that a folder's manifest lists with these sizes."""
+    try:
+        known = load_manifest(directory)
+    except (FormatError, StorageError):
+        known = None
+    held = {} if known is None else known.files
+    return {name for name, size in sizes.items() if name in held and held[name].size == size}
+
+
+def put_on(directory: str, entries: Mapping[str, Any], sync: bool) -> None:
+    """Put files on record in a folder's manifest, as `update_manifest` does.
+
+    Args:
+        entries: file -> its entry, as `FileDigests.to_json` gives it.
+        sync: the manifest is durable.
+
+    Raises StorageError.
+    """
+    files = {name: FileDigests.from_json(entry) for name, entry in entries.items()}
+    with _alone(directory):
+        write_manifest(directory, _renewed(directory, files), sync)
+
+
+def take_off(directory: str, names: Collection[str], sync: bool) -> None:
+    """Take files off all manifests: the directory's, those of their own folders, and those further up.
+
+    To be done before they are replaced: a record that lacks a file is true. Others stay; a manifest without any goes.
+
+    Args:
+        names: the files, relative to the directory.
+        sync: manifests are durable.
+
+    Raises:
+        StorageError: the manifest of the directory, or of a folder in it, cannot be replaced.
+    """
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(os.path.dirname(name), []).append(os.path.basename(name))
+    about: dict[str, set[str]] = {}
+    for inner, bases in files.items():
+        for folder, begins in places_of(os.path.join(directory, inner)):
+            about.setdefault(folder, set()).update(begins + base for base in bases)
+    below = os.path.join(os.path.realpath(directory), "")
+    for folder, theirs in about.items():
+        if os.path.exists(os.path.join(folder, MANIFEST_NAME)):
+            try:
+                _take_off(folder, theirs, sync)
+            except OSError:  # above, others may be at home: the record there is not true any more, which a check tells
+                if os.path.join(os.path.realpath(folder), "").startswith(below):
+                    raise
+
+
+def _take_off(directory: str, files: Collection[str], sync: bool) -> None:
+    with _alone(directory):
+        try:
+            manifest = load_manifest(directory)
+        except FormatError:
+            return
+        if manifest is None or manifest.files.keys().isdisjoint(files):
+            return
+        others = {name: held for name, held in manifest.files.items() if name not in files}
+        if others:
+            write_manifest(directory, Manifest(others), sync)
+        else:
+            os.unlink(os.path.join(directory, MANIFEST_NAME))
+
+
+@contextlib.contextmanager
+def _alone(directory: str) -> Iterator[None]:
+    """Keep out others that change a folder's manifest: jobs for several ranks, files and trees may run at once."""
+    path = Path(directory, f".{MANIFEST_NAME}{locks.SUFFIX}")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locks.alone(path))
+        except OSError as error:
+            raise error if isinstance(error, StorageError) else storage_error("lock", str(path), error) from error
+        yield
+
+
+def _renewed(directory: str, files: Mapping[str, FileDigests]) -> Manifest:
     """A folder's manifest with new entries; without those of files that are gone or have another size now."""
     try:
         known = load_manifest(directory)
     except FormatError:
         known = None
-    dropped = set(gone)
-    held = {} if known is None else {n: f for n, f in known.files.items() if n not in dropped}
+    held = {} if known is None else known.files
     return Manifest({**{n: f for n, f in held.items() if size_of(directory, n) == f.size}, **files})
 
 
-def write_manifest(directory: str, manifest: Manifest) -> None:
-    """Write or replace a folder's manifest, atomically and durably. Raises StorageError."""
+def write_manifest(directory: str, manifest: Manifest, sync: bool = True) -> None:
+    """Write or replace a folder's manifest, atomically. Raises StorageError."""
     try:
-        write_atomically(os.path.join(directory, MANIFEST_NAME), manifest.to_json())
+        write_atomically(os.path.join(directory, MANIFEST_NAME), manifest.to_json(), sync)
     except OSError as error:
         raise storage_error("write the digests into", directory, error) from error
 
@@ -253,65 +337,3 @@ def size_of(directory: str, name: str) -> Optional[int]:
         return os.stat(os.path.join(directory, *name.split("/"))).st_size
     except (OSError, ValueError):  # also a name that no file can have
         return None
-
-
-def take_off_record(directory: str, names: Iterable[str]) -> list[str]:
-    """Take files about to be written off older results' manifests: in their own folders, or above the directory.
-
-    Other files stay on record there. To be done before the files are replaced: a record that lacks a file is true.
-
-    Args:
-        directory: where the new manifest goes, if there is one.
-        names: the files, relative to the directory.
-
-    Returns:
-        Manifests that listed no others, which are to go when the files are replaced: their names relative to the
-        directory, without that of the directory itself.
-
-    Raises:
-        StorageError: a manifest cannot be replaced.
-    """
-    listed: dict[str, set[str]] = {}
-    base = os.path.basename(os.path.abspath(directory))
-    for name in names:
-        folder, file = os.path.split(name)
-        if folder:
-            listed.setdefault(folder, set()).add(file)
-        else:
-            listed.setdefault(os.pardir, set()).add(f"{base}/{file}")
-    emptied = (folder for folder, files in listed.items() if _take_off(os.path.join(directory, folder), files))
-    return [f"{folder}/{MANIFEST_NAME}" for folder in emptied]
-
-
-def _take_off(directory: str, files: Collection[str]) -> bool:
-    """Take files off a folder's manifest; True when it lists no others, and is left as it is."""
-    with _alone_with_manifest(directory):
-        try:
-            manifest = load_manifest(directory)
-        except (FormatError, StorageError):
-            return False
-        if manifest is None or manifest.files.keys().isdisjoint(files):
-            return False
-        others = {name: held for name, held in manifest.files.items() if name not in files}
-        if others:
-            write_manifest(directory, Manifest(others))
-        return not others
-
-
-@contextlib.contextmanager
-def _alone_with_manifest(directory: str) -> Iterator[None]:
-    """Keep out others that change a folder's manifest, if there is one: jobs for several ranks may run at once."""
-    path = Path(directory, MANIFEST_NAME)
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:  # none, or a read-only one, which can be replaced all the same
-            yield
-            return
-        try:
-            locks.wait_for_lock(descriptor, path)
-            if locks.is_at(descriptor, path):  # else it was replaced meanwhile
-                yield
-                return
-        finally:
-            os.close(descriptor)

@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Callable, Union
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Callable, Optional, Union
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.reads import Limits, Task
 from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.engine import pump
+from ms_ckpt_ext.engine import manifest, pump
 from ms_ckpt_ext.engine.digests import digest_file, streams
-from ms_ckpt_ext.engine.finished import is_done, is_intact, noted
+from ms_ckpt_ext.engine.finished import is_done, is_intact, noted, published
 from ms_ckpt_ext.engine.job import Job, Output, check, fingerprint, tasks_of
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, renewed, take_off_record
+from ms_ckpt_ext.engine.manifest import FileDigests
 from ms_ckpt_ext.engine.sealing import SealedSink, rounds
 from ms_ckpt_ext.engine.summing import SummingSink
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.storage.digesting import DigestingSink
+from ms_ckpt_ext.storage.journal import obstacles
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
@@ -65,30 +66,29 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
     Raises:
         CoverageError, LayoutMismatchError: planning failed; nothing was written.
         UsageError: an output file would replace a file of the source.
-        StorageError: no space, no permission, another run is writing there; finished files are kept for a rerun.
+        StorageError: no space, no permission, another run writes one of the files; finished ones are kept for a rerun.
     """
-    check(job, target)
-    staging = Staging(target, fingerprint(job), job.task, job.sync)
-    everything = {output.name: output for output in (*job.outputs, *job.others)}
-    sizes = {name: job.size(output) for name, output in everything.items()}
-    nothing_to_do = Report(0, 0, 0, (), tuple(everything), True)
-    if staging.published(sizes, job.index):
-        return nothing_to_do
-    staging.open()
+    shunned = (*job.shuns, *check(job, target))
+    staging = Staging(target, fingerprint(job), manifest, job.task, job.sync)
+    settled = _settled(job, staging)
+    if settled is not None:
+        return settled
+    staging.open((*job.everything, *job.index, *obstacles(job.index)), shunned)
     try:
+        replaced = job.replaces()
         done = [output for output in job.outputs if is_done(job, output, staging)]
         kept = {output.name for output in done if is_intact(job, output, staging, workers)}
         with staging.alone():
-            if staging.published(sizes, job.index):  # by another task, since the look above
-                staging.abandon(())
-                return nothing_to_do
-            staging.discard(output.name for output in job.outputs if output.name not in kept)
+            settled = _settled(job, staging)  # by another task, or an earlier run that has been finished meanwhile
+            if settled is None:
+                staging.discard(output.name for output in job.outputs if output.name not in kept)
+        if settled is not None:
+            staging.abandon(())
+            return settled
         report = _fill(job, staging, kept, workers, limits, progress)
         with staging.alone():
-            complete = all(is_done(job, output, staging) for output in everything.values())
-            if complete:
-                _publish(job, everything, staging, target)
-        return Report(*report, complete or staging.published(sizes, job.index))
+            complete = _publish(job, staging, replaced)
+        return Report(*report, complete)
     except BaseException:
         staging.abandon(output.name for output in job.outputs)
         raise
@@ -96,19 +96,28 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         staging.close()
 
 
-def _publish(job: Job, outputs: Mapping[str, Output], staging: Staging, target: str) -> None:
-    told = ((name, _digests(staging, name)) for name in sorted(outputs)) if job.digests else ()
-    held = {name: digests for name, digests in told if digests.known}
-    manifest = renewed(target, held, (*outputs, *job.replaces))
-    beside = {MANIFEST_NAME: manifest.to_json()} if manifest.files else {}
-    replaces = (*job.replaces, MANIFEST_NAME, *take_off_record(target, (*outputs, *job.replaces)))
-    staging.publish(tuple(outputs), job.index, replaces, beside)
+def _settled(job: Job, staging: Staging) -> Optional[Report]:
+    """What there is to report when all that this task does is in place already."""
+    there, everything = published(job, staging), job.everything
+    mine = {output.name for output in job.outputs}
+    if not there >= mine or not (mine or there >= everything.keys()):
+        return None
+    complete = there >= everything.keys()
+    return Report(0, 0, 0, (), tuple(name for name in everything if complete or name in mine), complete)
 
 
-def _digests(staging: Staging, name: str) -> FileDigests:
-    held = noted(staging, name)
-    assert held is not None  # else the file is not complete
-    return held
+def _publish(job: Job, staging: Staging, replaced: Sequence[str]) -> bool:
+    """Publish what is complete, when all of it is; returns whether it was."""
+    there = published(job, staging)
+    waiting = [output.name for output in job.everything.values() if output.name not in there]
+    if not waiting:
+        return True
+    if not all(is_done(job, job.everything[name], staging) for name in waiting):
+        return False
+    told = ((name, noted(staging, name)) for name in sorted(waiting)) if job.digests else ()
+    digests = {name: held.to_json() for name, held in told if held is not None and held.known}
+    staging.publish(waiting, job.index, replaced, digests)
+    return True
 
 
 def _fill(

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
+from ms_ckpt_ext.engine.origin import Records
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats import discovery
-from ms_ckpt_ext.storage import remains
+from ms_ckpt_ext.storage.journal import is_unfinished
 
 _PARTS = {
     "mindspore": re.compile(r"^part\d+\.(safetensors|ckpt)$"),
@@ -42,7 +43,7 @@ def of_merge(target: str, naming: str) -> list[str]:
     if model and not _made_here(target, model, "huggingface"):
         raise _not_ours(target, model, _WHY[naming])
     if naming == "huggingface" and _SINGLE in there:
-        if not _is_ours(target, _SINGLE):
+        if not Records().holds(target, _SINGLE):
             raise _not_ours(target, [_SINGLE], "transformers takes it before the index of this merge")
         model.append(_SINGLE)
     parts = [name for name in there if _is_of(name, "mindspore")]
@@ -74,12 +75,11 @@ def _is_of(name: str, naming: str) -> bool:
 
 def _made_here(target: str, names: Sequence[str], naming: str) -> bool:
     """Whether this package published files of a naming, or was killed while it did."""
-    index = INDEXES[naming]
-    if remains.is_unfinished(Path(target, index)):
+    index, records = INDEXES[naming], Records()
+    if is_unfinished(Path(target, index)):
         return True
-    published = (*remains.recorded(Path(target)), *remains.unrecorded(Path(target)))
-    known = any(_PARTS[naming].match(name) for name in published)
-    return known and all(name == index or _is_ours(target, name) for name in names)
+    known = any(_PARTS[naming].match(name) for name in records.names(target))
+    return known and all(name == index or records.holds(target, name) for name in names)
 
 
 def of_recut(
@@ -95,31 +95,18 @@ def of_recut(
     if not os.path.isdir(target):
         return ()
     ranks = [int(match[1]) for match in map(_RANK_FOLDER.match, _names_in(target)) if match]
-    beyond = dict.fromkeys(map(file_name, ranks))
+    beyond, records = dict.fromkeys(map(file_name, ranks)), Records()
     gone = [
         name
-        for name in dict.fromkeys(each for named in (*names, *beyond) for each in _in_any_format(named))
+        for name in dict.fromkeys(each for named in (*names, *beyond) for each in in_any_format(named))
         if name not in names
         and os.path.isfile(os.path.join(target, name))
-        and ((every_rank and name in beyond) or _is_ours(target, name))
+        and ((every_rank and name in beyond) or records.holds(target, name))
     ]
     return tuple(gone)
 
 
-def _in_any_format(name: str) -> Iterator[str]:
+def in_any_format(name: str) -> Iterator[str]:
+    """What a file is called in each of the formats."""
     stem, _ = os.path.splitext(name)
     return (f"{stem}.{form}" for form in discovery.FORMATS)
-
-
-def _is_ours(target: str, name: str) -> bool:
-    """Whether a file is as this package published it: on record in its own folder, or in the one above.
-
-    Or moved there by a job that was killed before it wrote the record.
-    """
-    path = os.path.abspath(os.path.join(target, name))
-    folder, base = os.path.split(path)
-    above, below = os.path.split(folder)
-    return any(
-        remains.is_recorded(Path(home), known) or known in remains.unrecorded(Path(home))
-        for home, known in ((folder, base), (above, f"{below}/{base}"))
-    )

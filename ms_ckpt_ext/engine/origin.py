@@ -1,42 +1,41 @@
-"""Whether a file in a target is a result of this package, which the same job may replace, or somebody else's."""
+"""Whose a file in a target is: a result of this package, which another may replace, or somebody else's."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from pathlib import Path
 
-from ms_ckpt_ext.engine.manifest import load_manifest
-from ms_ckpt_ext.errors import CheckpointError
-from ms_ckpt_ext.storage import remains
+from ms_ckpt_ext.storage import journal
+from ms_ckpt_ext.storage.hidden import HiddenFolder
+from ms_ckpt_ext.storage.published import Published, places_of, read, state_of
 
 
-def foreign(target: str, names: Iterable[str]) -> list[str]:
-    """Those of these files (relative to the target) that are there and on no record of a result.
+class Records:
+    """What is on record as published by this package, in any folder; each record is read once.
 
-    On record is what a job into the target, the file's own folder or one between published last and nobody changed;
-    what a manifest of digests there lists with this size; and what a job that was interrupted was about to publish.
+    A record is that of the folder of a job's target, so a file is looked for in its own folder's and in those further
+    up. What an interrupted job was about to publish counts as well: whoever comes next finishes that.
     """
-    there = [name for name in names if os.path.lexists(os.path.join(target, name))]
-    return [name for name in there if not any(_on_record(folder, key) for folder, key in _places(target, name))]
 
+    def __init__(self) -> None:
+        self._read: dict[str, tuple[Published, set[str]]] = {}
 
-def _places(target: str, name: str) -> list[tuple[Path, str]]:
-    """(folder, the file's name from there), from the target down to the file's own folder."""
-    parts = Path(name).parts
-    return [(Path(target, *parts[:depth]), "/".join(parts[depth:])) for depth in range(len(parts))]
-
-
-def _on_record(folder: Path, name: str) -> bool:
-    if remains.is_recorded(folder, name):
-        return True
-    try:
-        size = (folder / name).stat().st_size
-    except OSError:  # a link to nowhere
+    def holds(self, folder: str, name: str) -> bool:
+        """Whether a file in a folder is as it was published."""
+        path = Path(folder, name)
+        state = state_of(path)
+        for above, begins in places_of(str(path.parent)):
+            published, begun = self._of(above)
+            if (state is not None and published.files.get(begins + path.name) == state) or begins + path.name in begun:
+                return True
         return False
-    try:
-        manifest = load_manifest(str(folder))
-    except CheckpointError:  # of which nothing can be told
-        manifest = None
-    held = None if manifest is None else manifest.files.get(name)
-    return (held is not None and held.size == size) or name in remains.claimed(folder)
+
+    def names(self, folder: str) -> set[str]:
+        """Files below a folder that are on its record, or about to be."""
+        published, begun = self._of(folder)
+        return published.files.keys() | begun
+
+    def _of(self, folder: str) -> tuple[Published, set[str]]:
+        if folder not in self._read:
+            begun = map(journal.read, HiddenFolder(Path(folder)).journals())
+            self._read[folder] = read(Path(folder)), {name for each in begun if each for name in each.files}
+        return self._read[folder]

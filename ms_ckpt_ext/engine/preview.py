@@ -7,7 +7,8 @@ from typing import Optional
 
 from ms_ckpt_ext.core.reads import Direct, Limits, Unit
 from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.engine.finished import is_done
+from ms_ckpt_ext.engine import manifest
+from ms_ckpt_ext.engine.finished import is_done, published
 from ms_ckpt_ext.engine.job import Job, check, fingerprint
 from ms_ckpt_ext.engine.offline import Report, in_rounds
 from ms_ckpt_ext.storage.staging import Staging, free_space
@@ -39,11 +40,12 @@ class Preview(Report):
 
 def preview(job: Job, target: str, workers: int, limits: Limits) -> Preview:
     """Tell what `execute` would do now. Raises as it does, but for what only writing can meet."""
-    check(job, target)
-    staging = Staging(target, fingerprint(job), job.task, job.sync)
-    sizes = {output.name: job.size(output) for output in (*job.outputs, *job.others)}
-    done = staging.published(sizes, job.index)
-    kept = [output.name for output in job.outputs if done or is_done(job, output, staging)]
+    replaced = tuple(check(job, target))
+    staging = Staging(target, fingerprint(job), manifest, job.task, job.sync)
+    sizes = {name: job.size(output) for name, output in job.everything.items()}
+    there = published(job, staging) | staging.begun().keys()
+    done = there >= sizes.keys()
+    kept = [output.name for output in job.outputs if output.name in there or is_done(job, output, staging)]
     todo = [output for output in job.outputs if output.name not in kept]
     sources: dict[str, int] = {}
     reads = 0
@@ -54,7 +56,7 @@ def preview(job: Job, target: str, workers: int, limits: Limits) -> Preview:
     names = tuple(output.name for output in todo)
     written = {name: sizes[name] for name in names}
     report = Report(sum(sources.values()), reads, sum(written.values()), names, tuple(kept), done)
-    return Preview(report, target, sources, written, job.replaces, free_space(target))
+    return Preview(report, target, sources, written, replaced, free_space(target))
 
 
 def _reads(units: Iterable[Unit]) -> Iterator[tuple[int, int, int]]:

@@ -9,7 +9,10 @@ writes the one file that says the checkpoint is complete. In the folder that hol
     ms_ckpt_ext/net-1_300.safetensors/strategy/stage_0.ckpt     layouts, by the first rank of every pipeline stage
     ms_ckpt_ext/net-1_300.safetensors/complete.json             all ranks' notes, once there are as many as ranks
 
-A checkpoint goes by the name its files have in common: where one holds `rank_N` with its own rank, N is left out.
+A checkpoint goes by the name its files have in common. A rank knows its own file's only, so the last `rank_N` of a name
+loses its N: in a rank folder whatever it is, for it is the rank's or, as in `lora_rank_8`, the same on all ranks;
+elsewhere where it is this rank's. Two saves that differ in such a number only share one place; a record says which file
+it is of.
 Folder names are those of the rank folders' parent, so a checkpoint can be moved or copied with its records.
 """
 
@@ -77,18 +80,25 @@ def home_of(path: str, rank: int) -> Home:
     Home(folder='/out', name='qwen_rank_-1_20.ckpt', file='rank_3/qwen_rank_3-1_20.ckpt')
     >>> home_of("/out/net.ckpt", 0)
     Home(folder='/out', name='net.ckpt', file='net.ckpt')
+    >>> home_of("/out/rank_8/lora_rank_8-1_20.ckpt", 8).name == home_of("/out/rank_3/lora_rank_8-1_20.ckpt", 3).name
+    True
     """
     folder, file = os.path.split(os.path.abspath(path))
     above, own = os.path.split(folder)
     in_rank_folder = _RANK_FOLDER.match(own) is not None
     return Home(
-        above if in_rank_folder else folder, shared_name(file, rank), f"{own}/{file}" if in_rank_folder else file
+        above if in_rank_folder else folder,
+        _shared_name(file, None if in_rank_folder else rank),
+        f"{own}/{file}" if in_rank_folder else file,
     )
 
 
-def shared_name(file: str, rank: int) -> str:
-    """What the name of a rank's file has in common with the other ranks'."""
-    return re.sub(rf"rank_{rank}(?!\d)", "rank_", file)
+def _shared_name(file: str, rank: Optional[int]) -> str:
+    """The name without the number of its last `rank_N`, which must be `rank` unless that is None."""
+    found = list(re.finditer(r"rank_(\d+)", file))
+    if not found or rank not in (None, int(found[-1][1])):
+        return file
+    return file[: found[-1].start(1)] + file[found[-1].end(1) :]
 
 
 def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bool:

@@ -33,36 +33,41 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
     """
     if candidate.whole:
         return None
-    mine = _layouts_near(folder, candidate) if probe else _Found([], "", "")
+    mine = _layouts_near(folder, candidate) if probe else _Found([], "", "", False)
     answers = [_Found(*unpack(answer)) for answer in transport.share(pack(mine))]
+    answers = [answer for answer in answers if answer.recorded and answer.items] or answers
     origin = next((answer.origin for answer in answers if answer.items), "")
     if not origin:
-        problem = next((answer.problem for answer in answers if answer.problem), "")
+        problem = next((answer.problem for answer in answers if answer.problem), "") or candidate.unlike
         if problem or len(candidate.files) > 1:
-            raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy")
+            raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy_filename")
         return None
     items = [_item(raw) for answer in answers for raw in answer.items]
     return Strategy.from_items(items, origin)
 
 
 class _Found(NamedTuple):
-    """Layouts on one host: entries as JSON, where they are from, and what was wrong."""
+    """Layouts on one host: entries as JSON, where they are from, what was wrong, and whether they were recorded."""
 
     items: list[Any]
     origin: str
     problem: str
+    recorded: bool
 
 
 def _layouts_near(folder: str, candidate: Candidate) -> _Found:
-    recorded = strategy_folder(folder, candidate.name)
-    folders = [recorded] if candidate.records else [os.path.join(folder, near) for near in _FOLDERS]
-    for place in folders:
-        if os.path.isdir(place):
-            try:
-                return _Found(_items_in(place), f"strategy directory {os.path.normpath(place)!r}", "")
-            except CheckpointError as error:
-                return _Found([], "", str(error))
-    return _Found([], "", "")
+    recorded = [strategy_folder(folder, home) for home in candidate.homes()] if candidate.job else []
+    beside = [] if candidate.records else [os.path.join(folder, near) for near in _FOLDERS]
+    noted = [*filter(os.path.isdir, recorded)]
+    places = noted or [*filter(os.path.isdir, beside)][:1]
+    items: dict[str, Any] = {}
+    try:
+        for place in places:
+            items.update((json.dumps(item), item) for item in _items_in(place))
+    except CheckpointError as error:
+        return _Found([], "", str(error), bool(noted))
+    origin = " and ".join(f"strategy directory {os.path.normpath(place)!r}" for place in places)
+    return _Found(list(items.values()), origin, "", bool(noted))
 
 
 def _items_in(folder: str) -> list[Any]:

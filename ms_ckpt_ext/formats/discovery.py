@@ -10,6 +10,7 @@ folders are `formats.unified`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,33 @@ def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> lis
         raise kind(f"no such checkpoint directory: {str(folder)!r}; check the path") from error
     except OSError as error:
         raise storage_error("look into", str(folder), error) from error
+
+
+def folders_in(directory: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
+    """Folders below a directory, in the order of names.
+
+    One that cannot be looked into and is no rank's, such as `lost+found` of a disk, is logged and passed over.
+
+    Raises as `inside`.
+    """
+    found = []
+    for folder in inside(directory, lambda path: path.is_dir() and wanted(path)):
+        reason = None if RANK_FOLDER.match(folder.name) else _closed(folder)
+        if reason is None:
+            found.append(folder)
+        else:
+            log.warning("%r is passed over: it cannot be looked into (%s)", str(folder), reason)
+    return found
+
+
+def _closed(folder: Path) -> Optional[str]:
+    """Why a folder cannot be listed or searched; None when it can."""
+    try:
+        with os.scandir(folder):
+            os.stat(os.path.join(folder, os.curdir))
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return None
 
 
 def is_sharded(directory: str) -> bool:

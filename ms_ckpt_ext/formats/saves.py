@@ -2,7 +2,7 @@
 
     {prefix}-{epoch}_{step}                 `ModelCheckpoint`; its later runs in a folder are `{prefix}_1`, …
     {prefix}_rank_{N}-{epoch}_{step}        MindFormers; its later runs are `{prefix}_rank_{N}_1`, …
-    {prefix}-{epoch}_{step}_breakpoint      `exception_save`; step counts from the start, and runs by breakpoints alone
+    {prefix}-{epoch}_{step}_breakpoint      `exception_save`, which counts runs by breakpoints alone
     {prefix}{N}, {prefix}{N}_part{stage}    `transform_checkpoints`
 
 1. Of every name the last two numbers are the save's, epoch and step, as MindSpore's own rule has it.

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.errors import DiscoveryError, FormatError
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, also
 from ms_ckpt_ext.formats.discovery import (
     FORMATS,
     HF_INDEX_NAME,
@@ -222,7 +222,7 @@ def _listed(
     missing = [name for name in wanted if name not in there or not name.endswith(f".{suffix}")]
     if missing:
         broken = [name for name in missing if os.path.islink(root / name)]
-        raise DiscoveryError(
+        raise also(DiscoveryError, FileNotFoundError)(
             f"{str(index)!r} names {_some(missing)}, which {str(root)!r} does not hold as .{suffix} files"
             + (f" ({broken[0]!r} is a link to what is not there)" if broken else "")
             + f"; {_restore(index)}"

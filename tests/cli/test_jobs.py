@@ -219,7 +219,7 @@ def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
     )
     staged = tmp_path / "out"
     deadline = time.monotonic() + 60
-    while not list(staged.glob(".ms_ckpt_ext-*/*")) and running.poll() is None and time.monotonic() < deadline:
+    while not list(staged.glob(".ms_ckpt_ext/*/*")) and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)

@@ -18,8 +18,9 @@ from ms_ckpt_ext.engine.manifest import (
     FileDigests,
     Manifest,
     load_manifest,
+    put_on,
     record_of,
-    take_off_record,
+    take_off,
     update_manifest,
     write_manifest,
 )
@@ -141,6 +142,45 @@ def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:
     assert json.loads((tmp_path / MANIFEST_NAME).read_bytes())["algorithm"] == "xxh3-128"
 
 
+def test_files_at_once_are_all_put_on_record(tmp_path: Path) -> None:
+    """Also while there is no manifest yet, and while others are taken off; a lock that a killed one left is free."""
+    names = [f"{number}.ckpt" for number in range(24)]
+    (tmp_path / f".{MANIFEST_NAME}.lock").touch()
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+
+    def note(name: str) -> None:
+        put_on(str(tmp_path), {name: FileDigests(1, {}).to_json()}, sync=False)
+        if name < "2":
+            take_off(str(tmp_path), [name], sync=False)
+        else:
+            update_manifest(str(tmp_path), {name: FileDigests(1, {"w": "0" * 32})})
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(note, names))
+    found = load_manifest(str(tmp_path))
+    assert found is not None and set(found.files) == {name for name in names if name >= "2"}
+    assert all(held.tensors for held in found.files.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, MANIFEST_NAME])
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 4])
+def test_what_is_replaced_is_off_the_record_everywhere(depth: int, tmp_path: Path) -> None:
+    """In its folder, and however far above it was recorded. With its last entry a manifest goes."""
+    inner = tmp_path.joinpath("a", "b", "c", "d")
+    inner.mkdir(parents=True)
+    for folder in (inner, *inner.parents[:4]):
+        begins = "".join(f"{part}/" for part in inner.relative_to(folder).parts)
+        more = {f"{begins}other.ckpt": FileDigests(1, {})} if folder == inner.parent else {}
+        write_manifest(str(folder), Manifest({f"{begins}net.ckpt": FileDigests(1, {}), **more}))
+    target = (inner, *inner.parents)[depth]
+    take_off(str(target), [(inner / "net.ckpt").relative_to(target).as_posix()], sync=False)
+    (left,) = tmp_path.rglob(MANIFEST_NAME)
+    assert left.parent == inner.parent
+    held = load_manifest(str(left.parent))
+    assert held is not None and set(held.files) == {"d/other.ckpt"}
+
+
 def test_ranks_at_once_take_their_own_files_off(tmp_path: Path) -> None:
     """Each reads, changes and replaces the one manifest above; none undoes what another did."""
     ranks = range(16)
@@ -149,7 +189,6 @@ def test_ranks_at_once_take_their_own_files_off(tmp_path: Path) -> None:
     held = {f"rank_{rank}/{name}": FileDigests(1, {}) for rank in ranks for name in ("net", "other")}
     write_manifest(str(tmp_path), Manifest(held))
     with ThreadPoolExecutor(len(ranks)) as pool:
-        found = list(pool.map(lambda rank: take_off_record(str(tmp_path / f"rank_{rank}"), ["net"]), ranks))
-    assert found == [[]] * len(ranks)
+        list(pool.map(lambda rank: take_off(str(tmp_path / f"rank_{rank}"), ["net"], sync=False), ranks))
     left = load_manifest(str(tmp_path))
     assert left is not None and set(left.files) == {f"rank_{rank}/other" for rank in ranks}

@@ -284,7 +284,7 @@ def test_what_an_interrupted_run_copied_is_compared_as_a_whole(
         patch.setattr(staging.Staging, "publish", lambda *_: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY)
-    (held,) = (tmp_path / "out").glob(".ms_ckpt_ext-*/a.ckpt")
+    (held,) = (tmp_path / "out").glob(".ms_ckpt_ext/*/a.ckpt")
     assert staging.Staging.publish is real
     raw = bytearray(held.read_bytes())
     at = raw.index(b"z.weight")

@@ -15,8 +15,8 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.engine.checkpoints import find_candidates
 from ms_ckpt_ext.engine.manifest import Manifest
+from ms_ckpt_ext.engine.sightings import look
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import (
     arrays,
@@ -81,7 +81,7 @@ def test_the_disk_refuses(code: int, call: str, tmp_path: Path, monkeypatch: pyt
             unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out")
         assert caught.value.errno == code
     assert_nothing_complete(tmp_path / "out")
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").glob(".ms_ckpt_ext-*"))
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").glob(".ms_ckpt_ext"))
     unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out")
     assert read_merged(tmp_path / "out")[0].keys() == arrays(0).keys()
 
@@ -108,7 +108,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         real = getattr(os, name)
 
         def refusing(path: Any = ".", real: Any = real) -> Any:
-            if os.fspath(path) == str(folder):
+            if not isinstance(path, int) and os.fspath(path) == str(folder):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             return real(path)
 
@@ -157,11 +157,37 @@ def test_a_tree_that_may_not_be_looked_into(where: str, tmp_path: Path, monkeypa
         lambda: ms_ckpt_ext.encrypt(shards, tmp_path / "out", enc_key=b"k" * 16),
         lambda: ms_ckpt_ext.inspect(shards),
         lambda: ms_ckpt_ext.verify(shards, manifest=True),
-        lambda: find_candidates(str(shards), None),
+        lambda: look(str(shards), None),
     ):
         with pytest.raises(errors.StorageError, match=f"cannot look into '.*{where or 'shards'}': Permission denied"):
             call()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_the_file_system_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the root of a disk lies `lost+found`, which root alone may look into."""
+    root = source(tmp_path / "src")
+    shards = root / "shards"
+    (shards / "lost+found").mkdir()
+    (shards / "ms_ckpt_ext.digests.json").write_bytes(Manifest({}).to_json())
+    refuse_to_list(monkeypatch, shards / "lost+found")
+    for call in (
+        lambda: unified_safetensors(shards, root / "strategy.ckpt", tmp_path / "merged"),
+        lambda: transform_checkpoints(shards, tmp_path / "cut", "net", root / "strategy.ckpt"),
+        lambda: ms_ckpt_ext.load(shards, root / "strategy.ckpt"),
+        lambda: ms_ckpt_ext.inspect(shards),
+        lambda: ms_ckpt_ext.verify(shards, strategy=root / "strategy.ckpt"),
+        lambda: look(str(shards), None),
+    ):
+        call()
+    assert [r.getMessage() for r in caplog.records if "lost+found' is passed over" in r.getMessage()] != []
+    caplog.clear()
+    assert len(ms_ckpt_ext.verify(shards, manifest=True).unlisted) == 4  # type: ignore[union-attr]
+    ms_ckpt_ext.convert(shards, tmp_path / "out", to="ckpt")
+    assert len(list((tmp_path / "out").glob("rank_*/*.ckpt"))) == 4
+    assert len([r for r in caplog.records if "lost+found' is passed over" in r.getMessage()]) == 2
 
 
 def test_a_merged_source_that_may_not_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,10 +285,12 @@ def test_a_disk_without_room_for_small_things(
     assert merge(root, target).published
 
 
-@pytest.mark.parametrize("length", [235, 300])
-def test_a_name_that_is_too_long(length: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [243, 300])
+def test_a_name_that_is_too_long(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before anything is written."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     known = root / "strategy.ckpt"
-    with pytest.raises(errors.StorageError, match="File name too long"):
+    monkeypatch.setattr(sink, "preallocate", None)
+    with pytest.raises(errors.StorageError, match=f"File name too long: it has {length + 13} bytes.*takes 255"):
         transform_checkpoints(root / "shards", target, "n" * length, known, known, output_format="safetensors")
     assert not target.exists()

@@ -144,7 +144,7 @@ def test_a_rerun_keeps_what_was_recorded(tmp_path: Path) -> None:
     """A finished part whose record is torn is written again."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(root, target, split_dst_file=(1, 2))
-    notes = sorted(target.glob(".ms_ckpt_ext-*/*.note"))
+    notes = sorted(target.glob(".ms_ckpt_ext/*/*.note"))
     assert len(notes) >= 2
     notes[0].write_bytes(notes[0].read_bytes()[:-1])
     report = merge(root, target, split_dst_file=(1, 2))
@@ -257,7 +257,7 @@ def test_what_an_interrupted_run_encrypted_is_compared(alter: bool, tmp_path: Pa
     root, target = source(tmp_path / "src"), tmp_path / "out"
     options = {"output_format": "ckpt", "enc_key": KEY, "enc_mode": "AES-CBC"}
     merge(root, target, split_dst_file=(1, 2), **options)
-    (folder,) = target.glob(".ms_ckpt_ext-*")
+    (folder,) = target.glob(".ms_ckpt_ext/*/")
     held = sorted(path for path in folder.iterdir() if path.name.endswith(".ckpt"))
     assert held
     notes = [path.read_bytes() for path in folder.iterdir() if path.name.startswith(held[0].name) and path not in held]

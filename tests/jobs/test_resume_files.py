@@ -25,7 +25,7 @@ def merge(root: Path, target: Path, share: Any = (), **more: Any) -> Any:
 
 
 def staged(target: Path) -> list[Path]:
-    return sorted(target.glob(".ms_ckpt_ext-*/part*.safetensors"))
+    return sorted(target.glob(".ms_ckpt_ext/*/part*.safetensors"))
 
 
 def assert_merged(target: Path) -> None:

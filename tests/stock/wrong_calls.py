@@ -205,6 +205,7 @@ CALLS: dict[str, Call] = {
     "load_distributed_checkpoint of a number": lambda m, p: merged(m, p, unified_safetensors_dir=5.5),
     "load_distributed_checkpoint of an empty folder": lambda m, p: merged(m, p, unified_safetensors_dir=p.at("empty")),
     "load_distributed_checkpoint of a folder": lambda m, p: merged(m, p, unified_safetensors_dir=p.at("folder_in_it")),
+    "load_distributed_checkpoint without a part": lambda m, p: merged(m, p, unified_safetensors_dir=p.at("part_gone")),
     "load_distributed_checkpoint without map": lambda m, p: merged(m, p, unified_safetensors_dir=p.at("without_map")),
     "load_distributed_checkpoint, both sources": lambda m, p: merged(m, p, checkpoint_filenames=[*p.files().values()]),
     "load_distributed_checkpoint into None": lambda m, p: saved(m, p, dst_safetensors_dir=None),

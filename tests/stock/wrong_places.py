@@ -83,6 +83,8 @@ def _trees(base: Path, good: Path) -> None:
     shutil.copytree(good / "merged", base / "without_map")
     (base / "without_map" / "param_name_map.json").unlink()
     shutil.copy(base / "without_map" / "part0.safetensors", base / "without_map" / "part1.safetensors")
+    listed = shutil.copytree(good / "merged", base / "part_gone") / "param_name_map.json"
+    listed.write_text(listed.read_text().replace("part0", "part1"))
     (base / "folder_in_it" / "part0.safetensors").mkdir(parents=True)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
-import time
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import numpy as np
 import pytest
@@ -17,63 +15,18 @@ from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.checkpoints import check_noted, find_candidates
-from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import update_manifest
-from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, read_records, write_record
-from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError, FormatError
+from ms_ckpt_ext.engine.checkpoints import candidates, check_noted
+from ms_ckpt_ext.engine.choose import Wanted, choose
+from ms_ckpt_ext.engine.newest import Order
+from ms_ckpt_ext.engine.sightings import look as look_at
+from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.support import arrays, cut, scalars, source
+from tests.together.saved import RANKS, look, note, save, step_of
 
-RANKS = 4
 Tear = Callable[[Path], None]
-
-
-def save(root: Path, step: int, noted: bool = True, prefix: str = "net") -> None:
-    """What 4 ranks leave at a step: `rank_N/net-1_STEP.safetensors`, and unless told otherwise their notes."""
-    made = source(root.parent / f"made_{step}", seed=step)
-    strategy = load_strategy(made / "strategy.ckpt")
-    for rank in range(RANKS):
-        path = root / f"rank_{rank}" / f"{prefix.format(rank=rank)}-1_{step}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(made / "shards" / f"rank_{rank}" / "net.safetensors", path)
-        if noted:
-            note(path, rank, step, strategy if rank == 0 else None)
-
-
-def note(path: Path, rank: int, step: int, strategy: Any, world: int = RANKS, sharded: bool = True) -> bool:
-    home = home_of(str(path), rank)
-    update_manifest(str(path.parent), {path.name: digest_file(read_index(str(path)))})
-    size = path.stat().st_size
-    record = Record(rank, world, home.file, size, time.time(), sharded, epoch=1, step=step, loss_scale=64.0)
-    return write_record(home, record, strategy)
-
-
-def look(
-    root: Path, ranks: int = RANKS, host: Callable[[int], str] = lambda rank: "one", **more: Any
-) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
-    """All ranks choose; they must come to the same answer."""
-    where = more.pop("where", lambda rank: root)
-
-    def rank(transport: LocalTransport) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
-        return choose(transport, Wanted(str(where(transport.rank)), host(transport.rank), **more))
-
-    answers = LocalWorld(ranks, timeout=20).run(rank)
-    for chosen, skipped in answers:
-        assert skipped == answers[0][1]
-        assert (chosen and chosen.candidate) == (answers[0][0] and answers[0][0].candidate)
-        assert (chosen and chosen.strategy) == (answers[0][0] and answers[0][0].strategy)
-    return answers[0]
-
-
-def step_of(chosen: Optional[Chosen]) -> Any:
-    assert chosen is not None
-    value = chosen.scalars["global_step"]
-    assert not isinstance(value, str)
-    return value.item() - 7  # see tests.jobs.support.scalars
 
 
 def test_the_newest_is_taken_by_all(tmp_path: Path) -> None:
@@ -109,6 +62,11 @@ def no_note(root: Path) -> None:
     folder = root / "ms_ckpt_ext" / "net-1_20.safetensors"
     (folder / "complete.json").unlink()
     (folder / "rank_3.json").unlink()
+
+
+def no_note_and_no_file(root: Path) -> None:
+    no_note(root)
+    (root / "rank_3" / "net-1_20.safetensors").unlink()
 
 
 def broken_note(root: Path) -> None:
@@ -155,7 +113,7 @@ def a_slice_is_nowhere(root: Path) -> None:
         (cut_short, "rank_2/net-1_20.safetensors.* bytes, and .* was saved with"),
         (cut_short_and_noted, "rank_2.*net-1_20.safetensors"),
         (no_file, "files of rank 1 are gone"),
-        (no_note, "rank 3 of 4 did not record"),
+        (no_note_and_no_file, "files of rank 3 are gone|files of rank 3 of 4 are missing"),
         (broken_note, "not a checkpoint's record"),
         (no_layouts, "no layouts"),
         (broken_layouts, "stage_0.ckpt"),
@@ -218,12 +176,13 @@ def test_given_layouts_win(tmp_path: Path) -> None:
     assert look(tmp_path / "c")[0] is None
 
 
-def test_newer_files_without_notes_were_cut_short(tmp_path: Path) -> None:
+def test_a_note_that_is_missing_is_no_missing_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path / "c", 3)
-    save(tmp_path / "c", 20, noted=False)
+    save(tmp_path / "c", 20)
+    no_note(tmp_path / "c")
     chosen, skipped = look(tmp_path / "c")
-    assert step_of(chosen) == 3
-    assert [(name, "cut short" in reason) for name, reason in skipped] == [("net-1_20.safetensors", True)]
+    assert step_of(chosen) == 20 and skipped == ()
+    assert "rank 3 did not record files of 'net-1_20.safetensors'" in caplog.text
 
 
 def test_the_order_is_that_of_saving_not_of_names(tmp_path: Path) -> None:
@@ -323,7 +282,7 @@ def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
     root.mkdir()
     for step in (2, 10):
         save_file({**arrays(step), **scalars(step)}, root / f"CKP-1_{step}.safetensors")
-    assert [c.title for c in find_candidates(str(root))] == ["CKP-1_10.safetensors", "CKP-1_2.safetensors"]
+    assert [c.title for c in Order(candidates([look_at(str(root))]))] == ["CKP-1_10.safetensors", "CKP-1_2.safetensors"]
     assert step_of(look(root)[0]) == 10
     merged = tmp_path / "m" / "release"
     shutil.copytree(golden / "full", merged)
@@ -379,58 +338,12 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert look(tmp_path) == (None, ())
 
 
-def test_complete_is_said_when_all_ranks_have_noted(tmp_path: Path) -> None:
-    strategy = load_strategy(source(tmp_path / "made", seed=1) / "strategy.ckpt")
-    cut(strategy, arrays(1), tmp_path / "c")
-    told = [
-        note(tmp_path / "c" / f"rank_{rank}" / "net.safetensors", rank, 5, strategy if rank == 0 else None)
-        for rank in (2, 0, 3, 1)
-    ]
-    assert told == [False, False, False, True]
-    assert [record.rank for record in read_records(str(tmp_path / "c"), "net.safetensors")] == [0, 1, 2, 3]
-    again = tmp_path / "c" / "rank_1" / "net.safetensors"
-    assert not note(again, 1, 6, None), "the others have not saved step 6"
-    assert not (tmp_path / "c" / "ms_ckpt_ext" / "net.safetensors" / "complete.json").exists()
-
-
-def test_records_of_deleted_checkpoints_go(tmp_path: Path) -> None:
-    save(tmp_path / "c", 3)
-    save(tmp_path / "c", 20)
-    os.unlink(tmp_path / "c" / "rank_1" / "net-1_3.safetensors")
-    forget_deleted(str(tmp_path / "c"), 0)
-    assert len(os.listdir(tmp_path / "c" / "ms_ckpt_ext")) == 2
-    forget_deleted(str(tmp_path / "c"), 1)
-    assert os.listdir(tmp_path / "c" / "ms_ckpt_ext") == ["net-1_20.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rank": 4},
-        {"file": "../../etc/passwd"},
-        {"file": "/etc/passwd"},
-        {"size": "1"},
-        {"surprise": 1},
-        {"world": None},
-    ],
-    ids=str,
-)
-def test_records_that_make_no_sense(change: dict[str, Any], tmp_path: Path) -> None:
-    save(tmp_path / "c", 3)
-    path = tmp_path / "c" / "ms_ckpt_ext" / "net-1_3.safetensors" / "complete.json"
-    content = json.loads(path.read_text())
-    content["ranks"][0].update(change)
-    path.write_text(json.dumps(content))
-    with pytest.raises(FormatError, match="not a checkpoint's record"):
-        read_records(str(tmp_path / "c"), "net-1_3.safetensors")
-
-
 def test_two_files_of_one_rank_are_no_checkpoint(tmp_path: Path) -> None:
     for folder in ("rank_0", "rank_1", "rank_01"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "net.safetensors").touch()
-    (candidate,) = find_candidates(str(tmp_path))
+    (candidate,) = candidates([look_at(str(tmp_path))])
     with pytest.raises(DiscoveryError, match="rank_0?1/net.safetensors' and 'rank_0?1/net.safetensors' are both of"):
         check_noted(candidate)
     shutil.rmtree(tmp_path / "rank_01")
-    check_noted(*find_candidates(str(tmp_path)))
+    check_noted(*candidates([look_at(str(tmp_path))]))

@@ -12,7 +12,7 @@ from ms_ckpt_ext.engine.choose import _faults
 from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access, read_index
-from tests.together.test_choose import save
+from tests.together.saved import save
 
 
 def test_sealed_digests_are_compared(tmp_path: Path) -> None:

@@ -1,0 +1,278 @@
+"""The right to write files: of two runs that would write one, one does, and the other is told.
+
+1. A task enters the hidden folder of its target, of those above and of the folders that it writes into, as far as there
+   are any, from the top down: so of two that meet somewhere, one comes first.
+2. What others had begun to publish there is finished (`storage.journal`).
+3. It locks a file of its own in its job's folder, looks at what others claim whose locks are held, and claims the names
+   that it is going to write. It is refused where one of them is another's, and where this very job is run by tasks that
+   share it out among another number, and would meet in the same files.
+4. What a job left unfinished that nobody runs, and which would write the same files here, is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Optional
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.errors import StorageError, storage_error
+from ms_ckpt_ext.storage import journal, locks
+from ms_ckpt_ext.storage.durable import sync_folder
+from ms_ckpt_ext.storage.hidden import HiddenFolder
+from ms_ckpt_ext.storage.published import places_of
+
+NOTE, PARTIAL = ".note", ".partial"
+"""Ends of names of what belongs to a file of a job, or is one that is not complete."""
+_NOT_FINISHED = (NOTE, PARTIAL, locks.SUFFIX)
+_TASK = re.compile(r"^task-\d+(-of-\d+)\.lock$")
+
+
+class _Place(NamedTuple):
+    """Where a job may run that writes some of the same files.
+
+    Attributes:
+        hidden: its hidden folder.
+        above, below: where its target is, seen from this one's: names begin with `above` there, or here with `below`.
+    """
+
+    hidden: HiddenFolder
+    above: str = ""
+    below: str = ""
+
+    def here(self, names: Collection[str]) -> set[str]:
+        """Names of files there, as they are called here, as far as they may be here."""
+        return {self.below + name[len(self.above) :] for name in names if name.startswith(self.above)}
+
+    def meets(self, mine: Collection[str], theirs: Collection[str]) -> set[str]:
+        """Names of files here that are meant by both."""
+        return self.here(theirs) & {*mine}
+
+
+class Claim:
+    """What a task claims in a target.
+
+    Args:
+        hidden: the hidden folder of the target.
+        job: the job.
+        task: the part of it that this process does.
+        sync: the names of folders that are made for the target are durable.
+        ledger: what is finished for others is put on record there.
+    """
+
+    def __init__(self, hidden: HiddenFolder, job: str, task: str, sync: bool, ledger: journal.Ledger) -> None:
+        self._hidden, self._target, self._job, self._task = hidden, hidden.target, job, task
+        self._folder = hidden.job(job)
+        self._sync, self._ledger = sync, ledger
+        self._lock: Optional[int] = None
+        self._made: list[Path] = []
+
+    def take(self, written: Collection[str], shunned: Collection[str] = ()) -> None:
+        """Claim files that are going to be written, and others that nobody else may write meanwhile.
+
+        By names relative to the target. The job's folder is there then.
+
+        Raises:
+            StorageError: another run writes one of them, or no file can have such a name; or there are no locks there.
+        """
+        above = (self._target, *self._target.parents)
+        self._made = [path for path in above if not os.path.lexists(path)]
+        try:
+            _refuse_long(self._target, next(filter(os.path.exists, above)), written)
+            while not self._take({*written, *shunned}):
+                pass
+            for made in self._made if self._sync else ():
+                sync_folder(made.parent)
+        except OSError as error:
+            self._leave()
+            if isinstance(error, StorageError):
+                raise
+            raise storage_error("write into", str(self._target), error) from error
+        except BaseException:
+            self.release()
+            raise
+
+    def _take(self, names: Collection[str]) -> bool:
+        """Claim files. False: a hidden folder has come up above that was not entered. Raises OSError, StorageError."""
+        places = self._around(names)
+        with contextlib.ExitStack() as entered:
+            there = []
+            for place in places:
+                if place.hidden is self._hidden:
+                    self._hidden.enter()
+                elif not place.hidden.enter_if_there():
+                    continue
+                entered.callback(place.hidden.leave)
+                there.append(place)
+            for place in there:
+                journal.finish_all(place.hidden, self._ledger, partial(place.meets, names))
+            self._take_lock()
+            self._look(there, names)
+            self._write(names)
+        return not any(place.hidden.is_there for place in places if place.above and place not in there)
+
+    def _around(self, names: Collection[str]) -> list[_Place]:
+        """The target, the folders above it, and those in it that the names are in: each once, from the top down."""
+        inner = {above.as_posix() for name in names for above in PurePosixPath(name).parents} - {"."}
+        above = ((HiddenFolder(Path(folder)), begins) for folder, begins in places_of(str(self._target)) if begins)
+        below = ((HiddenFolder(self._target / folder), f"{folder}/") for folder in inner)
+        places: dict[tuple[str, ...], _Place] = {}
+        for place in (
+            _Place(self._hidden),
+            *(_Place(hidden, above=begins) for hidden, begins in above),
+            *(_Place(hidden, below=begins) for hidden, begins in below if hidden.is_there),
+        ):
+            places.setdefault(Path(os.path.realpath(place.hidden.target)).parts, place)
+        return [place for _, place in sorted(places.items())]
+
+    def _take_lock(self) -> None:
+        """Lock this task's file."""
+        if self._lock is not None:
+            return
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / self._own_lock
+        descriptor = locks.open_lock(path)
+        try:
+            locked = locks.try_lock(descriptor, path)
+        except StorageError:  # no locks here, so nobody holds this one
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        if not locked:
+            os.close(descriptor)
+            raise _busy(self._target, "this very job is running")
+        self._lock = descriptor
+
+    @property
+    def _own_lock(self) -> str:
+        return f"{self._task}{locks.SUFFIX}"
+
+    def _look(self, places: Collection[_Place], names: Collection[str]) -> None:
+        """Refuse what another run claims, and remove here what nobody runs and would write the same."""
+        left = []
+        for place in places:
+            here = place.hidden is self._hidden
+            for job, claimed in _claims(place.hidden).items():
+                both, folder = place.meets(names, claimed), place.hidden.job(job)
+                if not both or (here and job == self._job) or not os.path.isdir(folder):
+                    continue
+                if any(locks.held(folder)):
+                    more = f" and {len(both) - 1} more files" if both - {min(both)} else ""
+                    raise _busy(place.hidden.target, f"both write {min(both)!r}{more}")
+                left += [folder] if here else []
+        if any(map(self._is_another_split, locks.held(self._folder, self._own_lock))):
+            raise _busy(self._target, "it shares out this very job among another number of tasks")
+        for folder in left:
+            self._drop(folder)
+
+    def _is_another_split(self, lock: str) -> bool:
+        """Whether a lock is that of a task that shares the work among another number than this one."""
+        task = _TASK.match(lock)
+        return task is not None and not self._task.endswith(task[1])
+
+    def _drop(self, other: Path) -> None:
+        """Remove the folder of another job."""
+        finished = sum(1 for path in unfinished(other) if not path.name.endswith(_NOT_FINISHED))
+        try:
+            shutil.rmtree(other)
+        except OSError as error:
+            raise StorageError(
+                error.errno,
+                f"cannot remove {str(other)!r}, which another job left unfinished, perhaps another user's "
+                f"({error.strerror}); have its owner remove it, or choose another target",
+            ) from error
+        if finished:
+            log.warning(
+                "the job into %s drops %d finished files of another that was not completed there: its source, layouts "
+                "or options were others (or it did not sync, and the machine was started anew), so they do not fit",
+                self._target,
+                finished,
+            )
+
+    def _write(self, names: Collection[str]) -> None:
+        """Claim the names. A line that a killed process left half written stays one."""
+        line = json.dumps({"job": self._job, "names": sorted(names)})
+        with open(locks.open_lock(self._hidden.claims), "wb") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(f"\n{line}\n".encode())
+
+    def seen(self) -> set[str]:
+        """Tasks of this job that have begun here, whatever became of them, as far as the job is unfinished."""
+        locked = (path.name for path in self._folder.glob(f"*{locks.SUFFIX}"))
+        return {name[: -len(locks.SUFFIX)] for name in locked}
+
+    def _leave(self) -> None:
+        """Go away without a trace, but for finished files of an earlier run."""
+        try:
+            with contextlib.suppress(OSError):
+                self.drop_if_empty()
+        finally:
+            self.release()
+
+    def drop_if_empty(self) -> None:
+        """Remove the folder unless there are files or another task runs; and a target made for it. Raises OSError."""
+        try:
+            besides = "" if self._lock is None else self._own_lock
+            with self._hidden.entered():
+                if not unfinished(self._folder) and not any(locks.held(self._folder, besides)):
+                    shutil.rmtree(self._folder, ignore_errors=True)
+        finally:
+            for made in self._made:
+                with contextlib.suppress(OSError):  # not empty
+                    made.rmdir()
+
+    def release(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
+    """Job -> what its tasks claimed, in the order in which they did. A line that was cut short counts for nothing."""
+    try:
+        lines = hidden.claims.read_bytes().splitlines()
+    except (FileNotFoundError, PermissionError):  # or it is another user's, above
+        return {}
+    found: dict[str, set[str]] = {}
+    for line in filter(None, lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            held = json.loads(line)
+            found.setdefault(held["job"], set()).update(held["names"])
+    return found
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What runs left in a job's folder, besides locks."""
+    walked = ((Path(inside), name) for inside, _, names in os.walk(folder) for name in names)
+    return [inside / name for inside, name in walked if not name.endswith(locks.SUFFIX)]
+
+
+def _busy(target: Path, why: str) -> StorageError:
+    return StorageError(
+        errno.EBUSY,
+        f"another run is writing into {str(target)!r} ({why}); wait for it to end, or choose another target",
+    )
+
+
+def _refuse_long(target: Path, there: Path, names: Collection[str]) -> None:
+    """Raise StorageError before anything is written where a name is longer than the file system takes."""
+    try:
+        most = os.pathconf(there, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return
+    for part in sorted({part for name in names for part in name.split("/")}):
+        length = len(os.fsencode(part))
+        if length > most > 0:
+            raise StorageError(
+                errno.ENAMETOOLONG,
+                f"cannot write {part!r} into {str(target)!r}: File name too long: it has {length} bytes, and the file "
+                f"system takes {most}; choose a shorter one",
+            )

@@ -1,0 +1,212 @@
+"""A result appears in a target whole: what a job has begun to publish is finished, by itself or by whoever comes next.
+
+1. When every file of a job is complete in its hidden folder, it notes in a journal all that is to be done: files to
+   move, files of an older result to remove, indexes to write, digests to put on record. From then on the result is the
+   new one: if this process is killed, whoever enters the hidden folder next finishes what the journal says.
+2. Meanwhile loaders refuse the target: indexes are replaced by ones that lead to an empty file, the old result is taken
+   away, the files are moved, and the true indexes come last.
+3. Of a job that does not sync, a journal is good until the machine is started anew. Then what was moved may have holes:
+   it is taken away. So is what was moved of a set of which a file was lost by other hands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional, Protocol
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.errors import StorageError
+from ms_ckpt_ext.storage import published
+from ms_ckpt_ext.storage.durable import sync_folder, write_atomically
+from ms_ckpt_ext.storage.hidden import HiddenFolder
+from ms_ckpt_ext.storage.linux import boot_id
+from ms_ckpt_ext.storage.published import State, state_of
+
+# Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.
+# While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
+OBSTACLE = "publishing-was-interrupted-run-the-job-again.safetensors"
+UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": OBSTACLE}}).encode()
+
+
+class Ledger(Protocol):
+    """Keeps digests of files, in a file of this name in their folder or one above. See `engine.manifest`."""
+
+    MANIFEST_NAME: str
+
+    def take_off(self, directory: str, names: Collection[str], sync: bool) -> None:
+        """Forget files, which are about to be removed or replaced. Raises StorageError."""
+
+    def put_on(self, directory: str, entries: Mapping[str, Any], sync: bool) -> None:
+        """Record files that are in place. Raises StorageError."""
+
+
+class Journal(NamedTuple):
+    """What is to be done to publish a result. Names are relative to the target.
+
+    Attributes:
+        job: whose files they are.
+        files: name of a file to move -> its state.
+        indexes: files that make the result loadable, written last: name -> text.
+        gone: files of an older result.
+        digests: file -> what the ledger is to keep of it.
+        missing: files of the set that other shares are to publish.
+        boot: of the machine, where the files are not synced: they are worth nothing after the next.
+    """
+
+    job: str
+    files: Mapping[str, State]
+    indexes: Mapping[str, str] = {}
+    gone: Collection[str] = ()
+    digests: Mapping[str, Any] = {}
+    missing: Collection[str] = ()
+    boot: Optional[str] = None
+
+    @property
+    def sync(self) -> bool:
+        """What is done is to be durable."""
+        return self.boot is None
+
+    @property
+    def names(self) -> set[str]:
+        """Every file that is written, or removed."""
+        return {*self.files, *self.indexes, *self.gone, *self.obstacles}
+
+    @property
+    def obstacles(self) -> set[str]:
+        """Files that keep loaders away meanwhile."""
+        return obstacles(self.indexes)
+
+
+def obstacles(indexes: Iterable[str]) -> set[str]:
+    """Files that keep loaders away while these indexes are not written: one beside each."""
+    return {os.path.join(os.path.dirname(name), OBSTACLE) for name in indexes}
+
+
+def this_boot() -> str:
+    """Tells this boot of the machine from others."""
+    return boot_id().hex()
+
+
+def publish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
+    """Publish the files of a job. For who has entered the hidden folder. Raises OSError, StorageError."""
+    write_atomically(hidden.journal(journal.job), json.dumps(journal._asdict()).encode(), journal.sync)
+    if journal.sync:
+        for folder in (hidden.job(journal.job), hidden.path, hidden.target):
+            sync_folder(folder)
+    _finish(hidden, journal, ledger)
+
+
+def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collection[str]], Collection[str]]) -> None:
+    """Finish what was interrupted: for who has entered the hidden folder.
+
+    Args:
+        needed: names -> those that must not be left as they are, so that it is an error when they cannot be finished.
+
+    Raises:
+        StorageError: such files cannot be finished.
+    """
+    for path in hidden.journals():
+        journal = read(path)
+        if journal is None:
+            path.unlink(missing_ok=True)  # half written, so nothing was done yet
+            continue
+        try:
+            if not hidden.is_entered:
+                raise PermissionError(None, "its folder is another user's")
+            log.info("finishing what an earlier job was publishing in %s when it was interrupted", hidden.target)
+            _finish(hidden, journal, ledger)
+        except OSError as error:
+            if needed(journal.names):
+                raise StorageError(
+                    error.errno,
+                    f"cannot finish what an earlier run was publishing in {str(hidden.target)!r} when it was "
+                    f"interrupted ({error.strerror or error}); run that job again, or have its owner do so",
+                ) from error
+            log.warning("what an earlier run was publishing in %s is still unfinished: %s", hidden.target, error)
+
+
+def read(path: Path) -> Optional[Journal]:
+    """A journal from its file; None when it is none."""
+    try:
+        held: dict[str, Any] = json.loads(path.read_bytes())
+        return Journal(**{**held, "files": {name: State(*state) for name, state in held["files"].items()}})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
+    target, folder = hidden.target, hidden.job(journal.job)
+    if not _is_done(target, journal):
+        places = ((state_of(folder / name), state_of(target / name)) for name in journal.files)
+        whole = all(state in found for state, found in zip(journal.files.values(), places))
+        if whole and journal.boot in (None, this_boot()):
+            _apply(target, folder, journal, ledger)
+        else:
+            _take_away(target, journal)
+    hidden.journal(journal.job).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_done(target: Path, journal: Journal) -> bool:
+    """Whether all is on record, which comes last. What has changed since is not this job's business."""
+    known = published.read(target)
+    return all((known.jobs.get(n), known.files.get(n)) == (journal.job, state) for n, state in journal.files.items())
+
+
+def _take_away(target: Path, journal: Journal) -> None:
+    """Remove what was moved; an older result that is still there stays, and so does what keeps loaders away."""
+    known = published.read(target).files
+    for name, state in journal.files.items():
+        found = state_of(target / name)
+        if found == state or (not journal.sync and found != known.get(name)):
+            (target / name).unlink(missing_ok=True)
+
+
+def _apply(target: Path, folder: Path, journal: Journal, ledger: Ledger) -> None:
+    sync, waiting = journal.sync, [name for name in journal.files if (folder / name).exists()]
+    for name in journal.obstacles:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target / name, b"", sync)
+    for name in journal.indexes:
+        write_atomically(target / name, UNFINISHED, sync)
+    ledger.take_off(str(target), (*journal.files, *journal.gone), sync)
+    for name in (*journal.gone, *waiting):
+        (target / name).unlink(missing_ok=True)
+    for emptied in {(target / name).parent for name in journal.gone} - {target}:
+        with contextlib.suppress(OSError):  # not empty
+            emptied.rmdir()
+    for name in waiting:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.rename(folder / name, target / name)
+    if sync:
+        for inner in {(target / name).parent for name in journal.files}:
+            sync_folder(inner)
+    for name in journal.obstacles:
+        if not _others_unfinished((target / name).parent, journal.indexes):
+            (target / name).unlink(missing_ok=True)
+    if journal.digests:
+        ledger.put_on(str(target), journal.digests, sync)
+    for name, text in journal.indexes.items():
+        write_atomically(target / name, text.encode(), sync)
+    published.put(target, journal.job, journal.files, journal.gone, journal.missing, sync)
+    if sync:
+        sync_folder(target)
+
+
+def is_unfinished(path: Path) -> bool:
+    """True when a file is the index that stands while files are moved."""
+    try:
+        return path.stat().st_size == len(UNFINISHED) and path.read_bytes() == UNFINISHED
+    except OSError:
+        return False
+
+
+def _others_unfinished(folder: Path, mine: Collection[str]) -> bool:
+    """Whether an unfinished index stands in a folder besides those of these names."""
+    names = {os.path.basename(name) for name in mine}
+    return any(path.name not in names and is_unfinished(path) for path in folder.glob("*.json"))
