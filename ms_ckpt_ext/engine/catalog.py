@@ -177,7 +177,7 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
         DiscoveryError: the names of the files speak of different steps.
         FormatError: a file holds slices of torch's distributed checkpoint.
     """
-    index_of = of_strategy(index_of, strategy)
+    index_of = of_strategy(index_of, strategy, access)
     refuse_slices(index_of.values())
     files_by_rank = {rank: index.path for rank, index in index_of.items()}
     _check_world(files_by_rank, strategy)

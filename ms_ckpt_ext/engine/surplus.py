@@ -1,29 +1,46 @@
 """Rank folders beyond those that a strategy speaks of: left over from a larger run, or a sign of the wrong strategy.
 
-Who trains on 8 ranks and then on 4 in the same directory has rank_4 … rank_7 of the first run beside the second's.
-They may be passed over, but only where it is plain that they are not of this save: the strategy of a part of the job
-would make a part of the model pass for all of it. So they must hold no parameter that the strategy lacks, and be of
-another step by their names, or older than every file that counts, or cut otherwise.
+Who trains on 8 ranks and then on 4 in the same directory has rank_4 … rank_7 of the first run beside the second's; who
+gives the strategy of one pipeline stage of a model whose parameters are all tied has the other stages' files there.
+Such files may be passed over, but only where that is plain: the strategy of a part of the job would make a part of the
+model pass for all of it. They must hold no parameter that the others lack, and either
+
+- be of another run: of another step by their names, much older than the others, or cut otherwise;
+- or repeat the others: stretches of what they hold are those of the rank in the same place, as with tied parameters,
+  and the strategy is right about which of the others are copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.errors import StrategyError, name_ranks
+from ms_ckpt_ext.errors import CheckpointError, StrategyError, name_ranks
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.formats.saves import step_of
 
+T = TypeVar("T")
 Indexes = Mapping[int, FileIndex]
+_NAMES, _RANKS, _STRETCH = 8, 16, 4096
+"""Parameters and ranks that are compared, at most, spread over all; bytes of each."""
 
 
-def of_strategy(index_of: Indexes, strategy: Strategy) -> Indexes:
+class _Pair(NamedTuple):
+    """Two ranks whose files should hold the same of a parameter."""
+
+    name: str
+    one: int
+    two: int
+
+
+def of_strategy(index_of: Indexes, strategy: Strategy, access: Access = PLAIN) -> Indexes:
     """The files, by rank, of the ranks that the strategy speaks of; others are logged.
 
     Raises:
-        StrategyError: there are others, and they may be of the same save.
+        StrategyError: there are others, and what they are is not plain.
     """
     own = {rank: index for rank, index in index_of.items() if rank < strategy.world}
     beyond = {rank: index for rank, index in index_of.items() if rank >= strategy.world}
@@ -31,23 +48,24 @@ def of_strategy(index_of: Indexes, strategy: Strategy) -> Indexes:
         return index_of
     known = {name: entry for index in own.values() for name, entry in index.tensors.items()}
     for index in beyond.values():
-        lacking = next((name for name in index.tensors if not _is_known(name, index, known, strategy)), None)
+        lacking = next((name for name in index.tensors if not _is_known(name, known, strategy)), None)
         if lacking is not None:
-            raise _beyond(index, strategy, f", which holds {lacking!r}, a parameter that the strategy does not list")
+            raise _refused(index, strategy, f", which holds {lacking!r}, a parameter that the strategy does not list")
     doubtful = next((index for index in beyond.values() if not own or not _is_other_run(index, own, known)), None)
-    if doubtful is not None:
-        raise _beyond(doubtful, strategy, ", and nothing tells it from the others: not its step, age or shapes")
+    if doubtful is not None and not (own and _repeats(own, beyond, strategy, access)):
+        raise _refused(doubtful, strategy, ", and nothing tells it from the others: not its step, age or shapes")
     log.warning(
-        "the files of %s, such as %r, are passed over: %s is for %d ranks, and they are not of the same save",
+        "the files of %s, such as %r, are passed over: %s is for %d ranks, and %s",
         name_ranks(list(beyond)),
         next(iter(beyond.values())).path,
         strategy.origin,
         strategy.world,
+        "they are not of the same save" if doubtful is None else "they repeat what these hold",
     )
     return own
 
 
-def _beyond(index: FileIndex, strategy: Strategy, why: str) -> StrategyError:
+def _refused(index: FileIndex, strategy: Strategy, why: str) -> StrategyError:
     return StrategyError(
         f"{strategy.origin} is for {strategy.world} ranks, but the checkpoint has {index.path!r}{why}; "
         "check that they belong together, and give the strategies of all pipeline stages (merged, or a directory); "
@@ -55,12 +73,8 @@ def _beyond(index: FileIndex, strategy: Strategy, why: str) -> StrategyError:
     )
 
 
-def _is_known(name: str, index: FileIndex, known: Mapping[str, TensorEntry], strategy: Strategy) -> bool:
-    """Whether what a file beyond the strategy's ranks calls so is in the files of these, too."""
-    if name in strategy.layouts or name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-        return True
-    here, there = index.tensors[name], known.get(name)
-    return there is not None and len(here.shape) < 2 and here[:2] == there[:2]  # a step, or a schedule
+def _is_known(name: str, known: Mapping[str, TensorEntry], strategy: Strategy) -> bool:
+    return name in strategy.layouts or name in known or name.startswith(ACCUMULATED_GRADIENT_PREFIX)
 
 
 def _is_other_run(index: FileIndex, own: Indexes, known: Mapping[str, TensorEntry]) -> bool:
@@ -71,3 +85,60 @@ def _is_other_run(index: FileIndex, own: Indexes, known: Mapping[str, TensorEntr
     if min(ages) - index.mtime_ns > max(ages) - min(ages):  # a copy's files have any order, but not such a gap
         return True
     return any(entry[:2] != known[name][:2] for name, entry in index.tensors.items() if name in known)
+
+
+def _repeats(own: Indexes, beyond: Indexes, strategy: Strategy, access: Access) -> bool:
+    """Whether the files beyond repeat the others, as far as stretches tell; False where they cannot be read here."""
+    files = {**own, **beyond}
+    pairs = [pair for pair in _pairs(own, beyond, strategy) if _both_have(pair, files)]
+    compared = {pair.two for pair in pairs}
+    if any(rank not in compared for rank in _spread(sorted(beyond), _RANKS)):
+        return False
+    from ms_ckpt_ext.engine.catalog import Catalog
+    from ms_ckpt_ext.engine.probes import Alone, Probe
+
+    numbers = {rank: number for number, rank in enumerate(files)}
+
+    def stretch(rank: int, name: str) -> Probe:
+        nbytes = files[rank].tensors[name].nbytes
+        start = max(0, (nbytes - _STRETCH) // 2 // 16 * 16)
+        return Probe(numbers[rank], name, start, min(_STRETCH, nbytes - start))
+
+    look = Alone(Catalog(tuple(files.values()), {}, {}, {}, access))
+    try:
+        ones = look([stretch(pair.one, pair.name) for pair in pairs])
+        twos = look([stretch(pair.two, pair.name) for pair in pairs])
+    except CheckpointError:
+        return False
+    return ones == twos and not all(seen.constant for seen in ones)
+
+
+def _both_have(pair: _Pair, files: Indexes) -> bool:
+    return all(rank in files and pair.name in files[rank].tensors for rank in (pair.one, pair.two))
+
+
+def _pairs(own: Indexes, beyond: Indexes, strategy: Strategy) -> Iterator[_Pair]:
+    """What is compared: of what is listed, and of matrices that are not, which then have to be the same everywhere."""
+    held = {name: entry for index in own.values() for name, entry in index.tensors.items()}
+    listed = _spread([name for name in held if name in strategy.layouts], _NAMES)
+    matrices = [name for name, entry in held.items() if name not in strategy.layouts and len(entry.shape) > 1]
+    others = _spread(matrices, _NAMES)
+    for rank in _spread(sorted(beyond), _RANKS):
+        for name in (*listed, *others):
+            yield _Pair(name, rank % strategy.world, rank)
+    for name in listed:
+        yield from (_Pair(name, *ranks[:2]) for ranks in _copies(name, strategy) if ranks[1:])
+    for name in others:
+        yield from (_Pair(name, min(own), rank) for rank in _spread(sorted(own), _RANKS))
+
+
+def _copies(name: str, strategy: Strategy) -> Iterator[Sequence[int]]:
+    """Ranks that hold the same slice, of some slices."""
+    for stage, layout in strategy.layouts[name].items():
+        base = stage * strategy.devices_per_stage
+        for ranks in _spread([*layout.holders.values()], _RANKS):
+            yield [base + rank for rank in ranks]
+
+
+def _spread(items: Sequence[T], most: int) -> Sequence[T]:
+    return items[:: max(1, -(-len(items) // most))]

@@ -14,7 +14,18 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors, load, load_distributed_checkpoint, transform_checkpoints
 from ms_ckpt_ext.core.layout import Layout
-from tests.jobs.support import arrays, assert_merged, assert_nothing_complete, cut, merge, scalars, source, strategy_of
+from tests.jobs.support import (
+    arrays,
+    assert_merged,
+    assert_nothing_complete,
+    cut,
+    merge,
+    read_file,
+    read_merged,
+    scalars,
+    source,
+    strategy_of,
+)
 
 NAMES = tuple(arrays(0))
 
@@ -74,8 +85,8 @@ def a_frozen_matrix(root: Path) -> dict[str, np.ndarray]:
     return {"frozen.w": np.zeros((8, 8), np.float32), **scalars(0)}
 
 
-def another_schedule(root: Path) -> dict[str, np.ndarray]:
-    return {"learning_rate": np.zeros(100, np.float32)}
+def another_state(root: Path) -> dict[str, np.ndarray]:
+    return {"loss_scale": np.zeros(1, np.float32), **scalars(0)}
 
 
 def the_same_again(root: Path) -> dict[str, np.ndarray]:
@@ -88,7 +99,7 @@ def the_same_again(root: Path) -> dict[str, np.ndarray]:
     [
         (another_stage, "'stage1.w', a parameter that the strategy does not list"),
         (a_frozen_matrix, "'frozen.w', a parameter that the strategy does not list"),
-        (another_schedule, "'learning_rate', a parameter that the strategy does not list"),
+        (another_state, "'loss_scale', a parameter that the strategy does not list"),
         (the_same_again, "nothing tells it from the others"),
     ],
 )
@@ -119,4 +130,67 @@ def test_only_what_was_left_is_no_checkpoint(tmp_path: Path) -> None:
     for rank in range(4):
         shutil.rmtree(root / "shards" / f"rank_{rank}")
     with pytest.raises(errors.StrategyError, match="is for 4 ranks, but the checkpoint has .*rank_4"):
+        merge(root, tmp_path / "out")
+
+
+def tied(root: Path, whole: Layout, frozen: bool = False) -> Path:
+    """Two pipeline stages of four ranks whose parameters are all tied, and the strategy of the first."""
+    strategy = strategy_of(dict.fromkeys(NAMES, whole), root / "strategy.ckpt")
+    extras = {**scalars(0), **({"frozen.w": np.ones((8, 8), np.float32)} if frozen else {})}
+    cut(strategy, arrays(0), root / "shards", extras)
+    copies(root)
+    return root
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout((4,), ((0,), ())), Layout((2, 2), ((1,), ()), 1, 2), Layout((2, 2), ((0,), ())), Layout((4,), ((), ()))],
+)
+def test_stages_that_repeat_the_first(
+    layout: Layout, frozen: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tied(tmp_path / "run", layout, frozen)
+    merge(root, tmp_path / "merged")
+    found, extras = read_merged(tmp_path / "merged")
+    assert {name: held.data for name, held in found.items()} == {n: a.tobytes() for n, a in arrays(0).items()}
+    assert ("frozen.w" in extras) is frozen
+    assert "they repeat what these hold" in caplog.text
+
+
+def other_bytes(root: Path) -> None:
+    """In the middle of one parameter of one rank."""
+    file = root / "shards" / "rank_6" / "net.safetensors"
+    held = {name: np.frombuffer(t.data, np.float32).copy() for name, t in read_file(file).items() if name in NAMES}
+    held["c.w"][len(held["c.w"]) // 2] += 1
+    save_file({name: array.reshape(-1, 32) for name, array in held.items()}, file)
+
+
+def zeros_only(root: Path) -> None:
+    for rank in range(8):
+        file = root / "shards" / f"rank_{rank}" / "net.safetensors"
+        save_file({name: np.zeros(t.shape, np.float32) for name, t in read_file(file).items() if name in NAMES}, file)
+
+
+def copies_that_differ(root: Path) -> None:
+    """Files of four slices, and a strategy of two slices on two ranks each."""
+    strategy_of(dict.fromkeys(NAMES, Layout((2, 2), ((0,), ()))), root / "strategy.ckpt")
+
+
+def frozen_ones_that_differ(root: Path) -> None:
+    for rank in range(8):
+        file = root / "shards" / f"rank_{rank}" / "net.safetensors"
+        held = {
+            name: np.frombuffer(t.data, np.float32).reshape(t.shape)
+            for name, t in read_file(file).items()
+            if name in NAMES
+        }
+        save_file({**held, "frozen.w": np.eye(8, dtype=np.float32) * (rank % 4)}, file)
+
+
+@pytest.mark.parametrize("change", [other_bytes, zeros_only, copies_that_differ, frozen_ones_that_differ])
+def test_what_does_not_repeat_the_others_is_refused(change: Callable[[Path], None], tmp_path: Path) -> None:
+    root = tied(tmp_path / "run", Layout((4,), ((0,), ())))
+    change(root)
+    with pytest.raises(errors.StrategyError, match="is for 4 ranks, but the checkpoint has .*rank_4.*nothing tells it"):
         merge(root, tmp_path / "out")
