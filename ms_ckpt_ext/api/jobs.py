@@ -31,7 +31,7 @@ from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
-from ms_ckpt_ext.engine.proven import ruled
+from ms_ckpt_ext.engine.proven import doubted, ruled
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 
@@ -114,7 +114,7 @@ def merge(
     catalog = ruled(source.slices(allow_equal_slices), weight_rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
-    catalog = called.of(compared(catalog))
+    catalog = called.of(doubted(compared(catalog)))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")

@@ -25,7 +25,7 @@ from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, merge_job, refuse_
 from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
-from ms_ckpt_ext.engine.proven import ruled
+from ms_ckpt_ext.engine.proven import doubted, ruled
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -121,7 +121,7 @@ def unified_safetensors(
     listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
     catalog = ruled(read_slices(listing, strategy, access, allow_equal_slices), weight_rules)
     refuse_empty(catalog)
-    catalog = called.of(compared(catalog))
+    catalog = called.of(doubted(compared(catalog)))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute(job, target, run, "merge")

@@ -32,6 +32,7 @@ from ms_ckpt_ext.engine.listing import list_files
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.offline import Report
 from ms_ckpt_ext.engine.order import of_ranks, of_transform
+from ms_ckpt_ext.engine.siblings import with_files_beside
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, name_ranks
 from ms_ckpt_ext.formats import discovery
@@ -165,7 +166,8 @@ def transform_checkpoint_by_rank(
     Args:
         rank_id: rank of the target.
         checkpoint_files_map: rank of the source -> its file, `.ckpt` or safetensors; those of
-            `rank_list_for_transform` suffice. Without a source strategy only rank 0 counts.
+            `rank_list_for_transform` suffice. Without a source strategy only rank 0 counts. What the strategies do not
+            list is compared with files of other ranks, if these lie where the names of the given ones say.
         save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. One call at a time per folder.
         src_strategy_file, dst_strategy_file: as in `transform_checkpoints`.
         buffer_bytes, max_process_num: buffer budget of each worker, and upper bound on their number.
@@ -199,7 +201,10 @@ def transform_checkpoint_by_rank(
     for rank, path in files.items():
         if os.path.isdir(path):
             raise UsageError(f"checkpoint_files_map gives rank {rank} the directory {path!r}; give the file in it")
-    catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
+    catalog = _catalog(files, trained, access, allow_equal_slices)
+    if trained is not None and (wanted is None or not same_cut(trained, wanted)):
+        catalog = with_files_beside(catalog, files)
+    catalog = naming.of(catalog)
     folder, name = os.path.split(target)
     folder = folder or os.curdir
     order = of_ranks(catalog, given)

@@ -28,7 +28,7 @@ from ms_ckpt_ext.engine.alike import SMALL, compared
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.naming import some
 from ms_ckpt_ext.engine.outside import Held, of_rank
-from ms_ckpt_ext.engine.proven import REMEDY, ranks_of, refuse_own, tell_accumulated, tell_unseen
+from ms_ckpt_ext.engine.proven import REMEDY, doubted, ranks_of, refuse_own, tell_accumulated
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 
@@ -65,14 +65,13 @@ class Keeping:
         self._listed = _listed(catalog, target) if target else frozenset()
         self._cut_by = _by_names(catalog)
         self._same = target is not None and self._cut_by is not None and same_cut(self._cut_by, target)
-        self.catalog = compared(catalog, self._to_compare(catalog) if self._same else None)
+        self.catalog = compared(catalog, self._to_compare(catalog)) if self._same else doubted(compared(catalog))
         tell_accumulated(catalog)
         left_out = set() if states or target is None else self._left_out(alone)
         self._tensors = {n: t for n, t in self._unlisted(self.catalog.tensors) if n not in left_out}
         if not self._same:
             refuse_own(self.catalog, self.catalog.own, "it cannot be cut for other ranks")
             self._refuse_cut()
-            tell_unseen(self.catalog)
         self._reach = {} if self._same else self._stages_by_stage()
         self._stages = self._stages_outside() if self._same else {}
 

@@ -42,12 +42,14 @@ class Held(NamedTuple):
         stored_name: its name in the files.
         files: rank -> number of the file that holds it, ranks ascending.
         groups: of what differs, the copies that were looked at; () while nothing is known to differ.
+        unseen: ranks whose files are not there, and would tell whether it differs.
     """
 
     name: str
     stored_name: str
     files: Mapping[int, int]
     groups: tuple[Group, ...] = ()
+    unseen: tuple[int, ...] = ()
 
     def entry(self, files: Sequence[FileIndex], rank: int) -> TensorEntry:
         """The tensor in the file of a rank that holds it."""

@@ -11,12 +11,13 @@ from math import prod
 from typing import TYPE_CHECKING, Callable
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.neighbours import axes_of, unseen_axes
+from ms_ckpt_ext.core.neighbours import axes_of, representatives, unseen_axes
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.engine.alike import SMALL, compared
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.naming import some
+from ms_ckpt_ext.engine.outside import Group, Held
 from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ def refuse_own(catalog: Catalog, names: Iterable[str], purpose: str) -> None:
     if differing:
         held, more = differing[0], f" (and {len(differing) - 1} more like it)" if differing[1:] else ""
         origin = catalog.strategy.origin if catalog.strategy else "the strategy"
+        why = f"the ranks' files differ in it: {held.told()}"
+        if held.unseen:
+            why = (
+                f"too few ranks' files are given to tell whether all hold the same of it: {held.told()}; give the file "
+                f"of {name_ranks(held.unseen)} as well"
+            )
         raise LayoutMismatchError(
-            f"parameter {held.name!r}{more} is not in {origin}, and the ranks' files differ in it: {held.told()}. "
-            f"So {purpose}: nothing tells which slice of it each rank has, if it is one. {REMEDY}"
+            f"parameter {held.name!r}{more} is not in {origin}, and {why}. So {purpose}: nothing tells which slice of "
+            f"it each rank has, if it is one. {REMEDY}"
         )
 
 
@@ -50,9 +57,8 @@ def merged(catalog: Catalog) -> Catalog:
         LayoutMismatchError: something differs by rank.
         FormatError, StorageError: a file cannot be read.
     """
-    found = compared(catalog)
+    found = doubted(compared(catalog))
     refuse_own(found, found.own, "it cannot be put together")
-    tell_unseen(found)
     tell_accumulated(found)
     return found
 
@@ -70,29 +76,72 @@ def tell_accumulated(catalog: Catalog) -> None:
         log.info("left out: %d accumulated gradients of %d bytes in a rank's file, zero between steps: %s", *told)
 
 
-def tell_unseen(catalog: Catalog) -> None:
-    """Warn of what is taken for alike though files of ranks that may hold another slice of it are not there."""
+def doubted(catalog: Catalog) -> Catalog:
+    """The catalog with what too few files are given of to tell whether all ranks hold the same among its `own`.
+
+    Who is not looked at because its file is not there may hold another slice. Single values, text and small tables with
+    one axis are taken for training scalars, of which one stands for all; a warning names the tables.
+    """
     strategy = catalog.strategy
     if strategy is None or len(catalog.ranks) == strategy.world:
-        return
-    axes = axes_of(strategy.layouts)
-    held = {name: ranks_of(tensor) for name, tensor in catalog.extras.items() if catalog.nbytes(tensor) > SMALL}
-    unseen = {
-        name: ranks
-        for name, ranks in held.items()
-        if not all(set(strategy.ranks_of(stage)) <= catalog.ranks.keys() for stage in map(strategy.stage_of, ranks))
-        and unseen_axes(ranks, strategy.devices_per_stage, axes)
+        return catalog
+    unseen = {name: tensor for name, tensor in catalog.extras.items() if unseen_ranks(catalog, ranks_of(tensor))}
+    _tell_unseen(catalog, [n for n, t in unseen.items() if _is_table(catalog, t) and not _is_single(catalog, n)])
+    own = {
+        name: _doubt(catalog, tensor)
+        for name, tensor in unseen.items()
+        if not _is_table(catalog, tensor) and not _is_single(catalog, name)
     }
-    if unseen:
+    return catalog._replace(
+        own={**catalog.own, **own}, extras={name: held for name, held in catalog.extras.items() if name not in own}
+    )
+
+
+def tell_unseen(catalog: Catalog) -> None:
+    """Warn of what is taken for alike though too few files are given to tell; for loads, where shapes tell the rest."""
+    found = (n for n, t in catalog.extras.items() if not _is_single(catalog, n))
+    _tell_unseen(catalog, [name for name in found if unseen_ranks(catalog, ranks_of(catalog.extras[name]))])
+
+
+def _tell_unseen(catalog: Catalog, names: Sequence[str]) -> None:
+    if names and catalog.strategy is not None:
         log.warning(
             "%d tensors of %d bytes are not in %s, and too few ranks' files are given to tell whether all ranks hold "
-            "the same; what %s holds is taken for all: %s",
-            len(unseen),
-            sum(catalog.nbytes(catalog.extras[name]) for name in unseen),
-            strategy.origin,
-            name_ranks(sorted({ranks[0] for ranks in unseen.values()})),
-            some(unseen),
+            "the same; what one holds is taken for all: %s",
+            len(names),
+            sum(catalog.nbytes(catalog.extras[name]) for name in names),
+            catalog.strategy.origin,
+            some(names),
         )
+
+
+def _is_table(catalog: Catalog, tensor: SourceTensor) -> bool:
+    return len(tensor.meta.shape) < 2 and catalog.nbytes(tensor) <= SMALL
+
+
+def _doubt(catalog: Catalog, tensor: SourceTensor) -> Held:
+    """A tensor that is alike as far as it is known, as one of which not all is known."""
+    ranks = ranks_of(tensor)
+    file = next(iter(tensor.placements[0].holders.values()))[0]
+    groups = (Group(f"{tensor.meta.dtype.name}{list(tensor.meta.shape)}", ranks),)
+    return Held(tensor.meta.name, tensor.stored_name, {ranks[0]: file}, groups, unseen_ranks(catalog, ranks))
+
+
+def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:
+    """Ranks without a file, of the stages of those that hold a tensor, one of which would tell more about it.
+
+    () when the holders differ in every device axis along which it could be cut, or all files of their stages are there.
+    """
+    strategy = catalog.strategy
+    if strategy is None:
+        return ()
+    stages = dict.fromkeys(map(strategy.stage_of, holders))
+    absent = [rank for stage in stages for rank in strategy.ranks_of(stage) if rank not in catalog.ranks]
+    if not absent or not unseen_axes(holders, strategy.devices_per_stage, axes_of(strategy.layouts)):
+        return ()
+    every = sorted({*holders, *absent})
+    standing = representatives(every, strategy.devices_per_stage, axes_of(strategy.layouts))
+    return tuple(rank for rank in standing.whole if rank not in catalog.ranks) or tuple(absent)
 
 
 def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) -> Catalog:
