@@ -20,7 +20,7 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.records import Record, home_of
+from ms_ckpt_ext.engine.records import Record, home_name
 from ms_ckpt_ext.engine.sightings import Noted, Place, Sight
 from ms_ckpt_ext.errors import DiscoveryError, name_ranks
 from ms_ckpt_ext.formats.discovery import RANK_FOLDER
@@ -92,7 +92,7 @@ class Candidate:
     def homes(self) -> list[str]:
         """Names under which notes of the job lie in its folder."""
         files = self.files if self.records or self.alike is None else self.alike.files
-        return list(dict.fromkeys(home_of(f"/{held.file}", rank).name for rank, held in files.items()))
+        return list(dict.fromkeys(home_name(held.file, rank) for rank, held in files.items()))
 
     def listing(self, directory: str, files: Mapping[int, Held], kind: Optional[str]) -> Listing:
         """Its files as this host sees them.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.errors import DiscoveryError, also
 from ms_ckpt_ext.formats import discovery, mindformers
@@ -54,6 +55,8 @@ def list_checkpoint(
         DiscoveryError: also when files of several ranks, or of another than rank 0, come without a strategy, or files
             of both kinds without `kind`.
     """
+    if strategy is None:
+        _warn_of_one_rank(path)
     if not require_sharded and os.path.isfile(path):
         return _list_file(path, strategy, kind)
     folder = None if require_sharded or strategy is not None else mindformers.find_folder(path)
@@ -82,6 +85,22 @@ def _list_file(path: str, strategy: Optional[Strategy], kind: Optional[str]) -> 
         error = also(DiscoveryError, NotADirectoryError)
         raise error(f"{path!r} is a file, and none of the format {kind!r} by its name; check path and format")
     return Listing({name if strategy is None else "0": path}, strategy is not None, None)
+
+
+def _warn_of_one_rank(path: str) -> None:
+    """Who gives the folder of one rank of several may have meant the folder above it."""
+    folder = os.path.abspath(os.path.dirname(path) if os.path.isfile(path) else path)
+    above, name = os.path.split(folder)
+    if discovery.RANK_FOLDER.match(name) and os.path.isdir(folder):
+        others = len(discovery.rank_folders(above)) - 1
+        if others:
+            log.warning(
+                "%r is of one rank, and beside it there are %d others: it is taken for the whole model, which is wrong "
+                "where the ranks hold slices; give %r and the strategy if they do",
+                path,
+                others,
+                above,
+            )
 
 
 def _has_map(directory: str) -> bool:

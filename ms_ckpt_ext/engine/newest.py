@@ -85,7 +85,7 @@ class Order:
         return (save.candidate for save in self._saves)
 
     def equals(self, candidate: Candidate) -> list[Candidate]:
-        """Candidates of other series that nothing tells from this one."""
+        """Candidates that nothing tells from this one."""
         one = self._by_title[candidate.title]
         return [save.candidate for save in self._saves if _is_as_new(save, one) and _rank(save) == _rank(one)]
 
@@ -190,9 +190,11 @@ def _preferred_first(ordered: Sequence[list[_Save]]) -> list[list[_Save]]:
 
 
 def _is_as_new(one: _Save, other: _Save) -> bool:
-    """Whether names do not tell which of two series' saves is newer, and their records do not either."""
-    if one.series == other.series or one.numbers != other.numbers:
+    """Whether names do not tell which of two saves is newer, and their records do not either."""
+    if one is other or one.numbers != other.numbers:
         return False
+    if one.series == other.series:
+        return _place(one) == _place(other)
     return None in (one.step, other.step) or one.step == other.step
 
 

@@ -38,6 +38,7 @@ STRATEGY_FOLDER = "strategy"
 COMPLETE = "complete.json"
 _FORMAT = "ms_ckpt_ext.record"
 _RANK_FOLDER = re.compile(r"^rank_(\d+)$")
+_LAST_RANK = re.compile(r"rank_(\d+)(?!.*rank_\d)")
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,22 @@ def home_of(path: str, rank: int) -> Home:
     """
     folder, file = os.path.split(os.path.abspath(path))
     above, own = os.path.split(folder)
-    in_rank_folder = _RANK_FOLDER.match(own) is not None
-    return Home(
-        above if in_rank_folder else folder,
-        _shared_name(file, None if in_rank_folder else rank),
-        f"{own}/{file}" if in_rank_folder else file,
-    )
+    if _RANK_FOLDER.match(own):
+        return Home(above, home_name(f"{own}/{file}", rank), f"{own}/{file}")
+    return Home(folder, home_name(file, rank), file)
 
 
-def _shared_name(file: str, rank: Optional[int]) -> str:
-    """The name without the number of its last `rank_N`, which must be `rank` unless that is None."""
-    found = list(re.finditer(r"rank_(\d+)", file))
-    if not found or rank not in (None, int(found[-1][1])):
-        return file
-    return file[: found[-1].start(1)] + file[found[-1].end(1) :]
+def home_name(file: str, rank: int) -> str:
+    """Under which name the notes of a file lie; `file` as a `Home` has it.
+
+    >>> home_name("rank_8/lora_rank_8-1_20.ckpt", 8), home_name("lora_rank_8-1_20.ckpt", 0)
+    ('lora_rank_-1_20.ckpt', 'lora_rank_8-1_20.ckpt')
+    """
+    owner, _, name = file.rpartition("/")
+    found = _LAST_RANK.search(name)
+    if found is None or not (owner or rank == int(found[1])):
+        return name
+    return name[: found.start(1)] + name[found.end(1) :]
 
 
 def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bool:

@@ -238,13 +238,13 @@ def _rivals(equal: Sequence[str], groups: Mapping[str, Mapping[int, str]]) -> tu
 
 
 def check_one_step(files: Mapping[int, str]) -> None:
-    """See that the files of ranks, as far as their names end in `-{epoch}_{step}`, are of one step.
+    """See that the files of ranks, as far as their names end in `-{epoch}_{step}`, are of one step and one saver.
 
     Stock MindSpore merges the newest file of every rank, whatever step it is of, when a save was cut short. Names
     whose last number is the rank's, as a prefix like `net-3_` makes them, tell no step.
 
     Raises:
-        DiscoveryError: they are of several steps.
+        DiscoveryError: they are of several steps, or of prefixes that differ in more than numbers.
     """
     steps = {rank: step for rank, path in sorted(files.items()) if (step := step_of(path)) is not None}
     if all(step == rank for rank, (_, step) in steps.items()):
@@ -258,6 +258,13 @@ def check_one_step(files: Mapping[int, str]) -> None:
         raise DiscoveryError(
             f"the files of {len(files)} ranks are of different epochs and steps: {', '.join(told[:4])}{more}; probably "
             "a save was cut short: name files of one step that every rank has (in rank folders, with file_suffix)"
+        )
+    savers = {re.sub(r"\d+", "#", save_of(os.path.basename(files[rank])).prefix): rank for rank in reversed(steps)}
+    if len(savers) > 1:
+        told = [f"{files[rank]!r} of rank {rank}" for rank in sorted(savers.values())]
+        raise DiscoveryError(
+            f"the files of {len(files)} ranks are of different prefixes: {', '.join(told[:4])}; probably a save was "
+            "cut short: name files of one save that every rank has (in rank folders, with file_suffix)"
         )
 
 

@@ -133,8 +133,9 @@ def _epoch_place(name: str, count: int) -> int:
 
 def _without(name: str, places: Sequence[int], rank: int) -> str:
     """A name without those of its numbers, at these places, that are the rank's."""
+    numbers = list(_NUMBERS.finditer(name)) if places else []
     for at in reversed(places):
-        number = list(_NUMBERS.finditer(name))[at]
+        number = numbers[at]
         if int(number[0]) == rank:
             name = name[: number.start()] + name[number.end() :]
     return name

@@ -76,6 +76,11 @@ def test_files_of_one_step() -> None:
         discovery.check_one_step({0: "a/net-1_15_breakpoint.ckpt", 1: "a/net-1_10.ckpt"})
     with pytest.raises(DiscoveryError, match=r"0_4 \(rank 3: '[^']*'\) and 95 more; probably a save was cut short"):
         discovery.check_one_step({rank: f"net-0_{rank + 1}.ckpt" for rank in range(99)})
+    with pytest.raises(
+        DiscoveryError, match=r"of different prefixes: 'a/ema-1_20.ckpt' of rank 0, 'b/net-1_20.ckpt' of"
+    ):
+        discovery.check_one_step({0: "a/ema-1_20.ckpt", 1: "b/net-1_20.ckpt", 2: "c/net-1_20.ckpt"})
+    discovery.check_one_step({rank: f"rank_{rank}/net_dev{rank}-1_20.ckpt" for rank in range(3)})
     mixed = {0: "a/net-1_20.safetensors", 1: "b/net-1_10.safetensors", 2: "c/net-1_20.safetensors"}
     with pytest.raises(DiscoveryError, match=r"1_20 \(ranks 0, 2: 'a/net-1_20.safetensors'\), 1_10 \(rank 1: 'b/net"):
         discovery.check_one_step(mixed)

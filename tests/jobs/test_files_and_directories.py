@@ -113,6 +113,19 @@ def test_the_file_of_one_rank_is_not_taken_for_the_whole(places: Places) -> None
     assert not places.out.exists()
 
 
+def test_the_folder_of_one_rank_is_a_model_of_which_nothing_else_is_known(
+    places: Places, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in (places.shards / "rank_0", next((places.shards / "rank_1").iterdir())):
+        caplog.clear()
+        mx.merge(path, places.root / f"merged {path.name}")
+        assert "beside it there are 3 others: it is taken for the whole model, which is wrong" in caplog.text
+        assert f"give {str(places.shards)!r} and the strategy" in caplog.text
+    caplog.clear()
+    mx.merge(places.file, places.out)
+    assert "of one rank" not in caplog.text
+
+
 Call = Callable[[Places], Any]
 TOLD: dict[str, tuple[Call, str]] = {
     "unified_safetensors": (

@@ -10,7 +10,7 @@ import pytest
 
 from ms_ckpt_ext.engine.checkpoints import Candidate, candidates
 from ms_ckpt_ext.engine.newest import Order, prefix_of
-from ms_ckpt_ext.engine.records import Record, home_of
+from ms_ckpt_ext.engine.records import Record, home_name
 from ms_ckpt_ext.engine.sightings import Noted, Place, Sight, from_json, to_json
 
 Notes = Mapping[str, tuple[float, Optional[int]]]
@@ -27,7 +27,7 @@ def seen(files: Sequence[str], notes: Optional[Notes] = None, sizes: Optional[Ma
             rank = int(file[len("rank_") : file.index("/")]) if "/" in file else 0
             world = len({f for f in files if f.split("/")[-1] == file.split("/")[-1]})
             saved, step = (notes or {})[path]
-            home = home_of(f"/{file}", rank).name
+            home = home_name(file, rank)
             record = Record(rank, world, file, 100, saved, world > 1, 1, step)
             noted[home] = Noted((*noted.get(home, Noted((), "")).records, record), "")
     return [Place(folder, tuple(sights), "", 0.0, noted, "") for folder, (sights, noted) in places.items()]
@@ -121,6 +121,8 @@ def test_the_order_of_records(files: list[str], notes: Notes, expected: str) -> 
         (["net-1_5.ckpt", "net-1_5.safetensors"], {}, True),
         (["a//net-1_5.ckpt", "b//net-1_5.ckpt"], {}, True),
         (["best.ckpt", "last.ckpt"], {}, True),
+        (["net-1_5.ckpt", "net-01_05.ckpt"], {}, True),
+        (["net-1_5.ckpt", "net-1_5 (copy).ckpt"], {}, True),
         (["lora_rank_8-1_5.ckpt", "lora_rank_16-1_5.ckpt"], {}, True),
         (["rank_0/net-1_5.ckpt", "rank_0/ema-1_5.ckpt"], {}, True),
         (["ema-1_5.ckpt", "net-1_5.ckpt"], {"ema-1_5.ckpt": (1.0, 5), "net-1_5.ckpt": (2.0, 5)}, True),
