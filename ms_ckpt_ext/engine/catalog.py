@@ -403,7 +403,9 @@ def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder
     indexes = tuple(index_of.values())
     refuse_slices(indexes)
     found = folder_contents(index_of, folder)
-    return Catalog(indexes, found.tensors, {}, _notes(indexes), access, found.absent)
+    extras, own, unproven = found.outside
+    told = _notes(indexes), access, found.absent, own, unproven, found.strategy, found.ranks
+    return Catalog(indexes, found.tensors, extras, *told)
 
 
 def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:

@@ -5,21 +5,33 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Cell
 from ms_ckpt_ext.core.plan import Placement, SourceTensor, TensorMeta, stored_whole
-from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX
-from ms_ckpt_ext.errors import LayoutMismatchError
+from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
+from ms_ckpt_ext.engine.outside import Outside, outside_of
+from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.mindformers import METADATA_NAME, Cut, Folder
+from ms_ckpt_ext.formats.mindformers import METADATA_NAME, Cut, Folder, file_name
 
 
 class Contents(NamedTuple):
-    """Parameters that are there with all their slices, and where the others should be: see `catalog.Catalog`."""
+    """What a folder holds; see `catalog.Catalog` for the words.
+
+    Attributes:
+        tensors: parameters that are there with all their slices.
+        absent: where the others should be.
+        outside: what the files hold beside the parameters that the metadata lists.
+        strategy: the layouts of those; None where every file holds whole parameters.
+        ranks: rank -> number of its file.
+    """
 
     tensors: dict[str, SourceTensor]
     absent: dict[str, str]
+    outside: Outside
+    strategy: Optional[Strategy]
+    ranks: dict[int, int]
 
 
 def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> Contents:
@@ -28,18 +40,43 @@ def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> Conten
     Raises:
         LayoutMismatchError: a slice's shape or dtype contradicts the metadata, or two files hold a whole parameter.
     """
+    indexes = tuple(index_of.values())
     if folder.cuts is None:
-        return Contents(_whole_tensors(tuple(index_of.values()), folder), {})
-    found = Contents({}, {})
+        return Contents(_whole_tensors(indexes, folder), {}, Outside({}, {}, {}), None, {})
     numbers = {file: number for number, file in enumerate(index_of)}
+    tensors: dict[str, SourceTensor] = {}
+    absent: dict[str, str] = {}
     for name, cut in folder.cuts.items():
-        holders = _holders(name, cut, numbers, tuple(index_of.values()))
+        holders = _holders(name, cut, numbers, indexes)
         lacking = _lacking(cut, holders, numbers)
         if lacking:
-            found.absent[name] = f"{lacking}: restore it, or use another iteration than {folder.path!r}"
+            absent[name] = f"{lacking}: restore it, or use another iteration than {folder.path!r}"
         else:
-            found.tensors[name] = _cut_tensor(name, cut, holders, tuple(index_of.values()))
-    return found
+            tensors[name] = _cut_tensor(name, cut, holders, indexes)
+    strategy = _strategy(folder)
+    if strategy is None:
+        return Contents(tensors, absent, Outside({}, {}, {}), None, {})
+    weights, states = _of_kind("model", numbers), _of_kind("opt", numbers)
+    parts = [outside_of(indexes, ranks, folder.cuts.keys()) for ranks in (weights, states)]
+    outside = Outside(*({**one, **other} for one, other in zip(*parts)))  # an optimizer's file leaves out the network's
+    return Contents(tensors, absent, outside, strategy, weights or states)
+
+
+def _of_kind(kind: str, numbers: Mapping[str, int]) -> dict[int, int]:
+    """Rank -> number of its file of this kind. Only saves with replicas hold what no metadata lists, and number so."""
+    told = ((file_name(file), number) for file, number in numbers.items())
+    return {name.number: number for name, number in told if name is not None and name.kind == kind}
+
+
+def _strategy(folder: Folder) -> Optional[Strategy]:
+    """The layouts of a folder as a strategy; None where there is none, or stages of several sizes."""
+    items = [
+        LayoutItem(name, cut.stage, cut.layout) for name, cut in (folder.cuts or {}).items() if cut.stage is not None
+    ]
+    try:
+        return Strategy.from_items(items, f"{METADATA_NAME} of {folder.path!r}")
+    except StrategyError:
+        return None
 
 
 def _whole_tensors(indexes: tuple[FileIndex, ...], folder: Folder) -> dict[str, SourceTensor]:

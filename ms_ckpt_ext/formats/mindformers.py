@@ -24,7 +24,17 @@ from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.mindformers_metadata import Cut, file_name, layout_of, read_cuts
 
-__all__ = ["COMMON_NAME", "METADATA_NAME", "Cut", "Folder", "find_folder", "layout_of", "read_common", "read_cuts"]
+__all__ = [
+    "COMMON_NAME",
+    "METADATA_NAME",
+    "Cut",
+    "Folder",
+    "file_name",
+    "find_folder",
+    "layout_of",
+    "read_common",
+    "read_cuts",
+]
 METADATA_NAME = "metadata.json"
 COMMON_NAME = "common.json"
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -38,7 +48,8 @@ class Folder(NamedTuple):
 
     Attributes:
         path: the folder of one iteration.
-        files: name -> path of every safetensors file that belongs to it and is there.
+        files: name -> path of every safetensors file that belongs to it and is there: those that the metadata names,
+            and others of MindFormers, which hold what no metadata lists.
         cuts: parameter -> how it lies in the files; None when every file holds whole parameters.
     """
 
@@ -74,7 +85,17 @@ def find_folder(directory: str) -> Optional[Folder]:
             f"{str(root / METADATA_NAME)!r} {told}, and {str(root)!r} holds none of these: the save did not finish, or "
             "files were moved; use another iteration"
         )
-    return Folder(str(root), held, cuts)
+    prefixes = {_prefix(name) for name in held} - {None}
+    beside = {name: path for name, path in files.items() if _prefix(name) in prefixes}
+    aside = sorted(files.keys() - held.keys() - beside.keys())
+    if aside:
+        log.warning("%r has files that no %s names, such as %r: left aside", str(root), METADATA_NAME, aside[0])
+    return Folder(str(root), dict(sorted({**held, **beside}.items())), cuts)
+
+
+def _prefix(file: str) -> Optional[str]:
+    told = file_name(file)
+    return None if told is None else told.prefix
 
 
 def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
@@ -83,6 +104,12 @@ def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
     totals = sorted({name.total for name in told.values() if name is not None})
     if not files or None in told.values():
         return None
+    prefixes = sorted({name.prefix for name in told.values() if name is not None})
+    if prefixes[1:]:
+        raise DiscoveryError(
+            f"{str(root)!r} holds files of several checkpoints, {prefixes[0]!r} and {prefixes[1]!r} by their names; "
+            "move those that are not meant away"
+        )
     if totals != [1]:
         raise DiscoveryError(
             f"{str(root)!r} holds files of {totals[-1]} ranks, such as {next(iter(files))!r}, and no {METADATA_NAME} "

@@ -33,16 +33,21 @@ _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxErro
 
 
 class Cut(NamedTuple):
-    """One parameter of a folder: its full shape, how it is cut, and which files (by name) hold the slices listed."""
+    """One parameter of a folder: its full shape, how it is cut, and which files (by name) hold the slices listed.
+
+    `stage` is the pipeline stage of its layout; None where none is told, and the parameter is whole.
+    """
 
     shape: Shape
     layout: Layout
     holders: Mapping[Cell, tuple[str, ...]]
+    stage: Optional[int]
 
 
 class FileName(NamedTuple):
-    """What a file's name says: `{prefix}-{kind}-{number}-{total}.safetensors`."""
+    """What a file's name says: `{prefix}-{kind}-{number}-{total}.safetensors`, or without a prefix."""
 
+    prefix: str
     kind: str
     number: int
     total: int
@@ -66,10 +71,10 @@ def file_name(file: str) -> Optional[FileName]:
     """What a file's name says, None when it is not MindFormers'.
 
     >>> file_name("qwen3-opt-0000001-0000004.safetensors")
-    FileName(kind='opt', number=1, total=4)
+    FileName(prefix='qwen3', kind='opt', number=1, total=4)
     """
     found = _FILE.search(file)
-    return None if found is None else FileName(found[1], int(found[2]), int(found[3]))
+    return None if found is None else FileName(file[: found.start()], found[1], int(found[2]), int(found[3]))
 
 
 def read_cuts(path: str) -> Optional[dict[str, Cut]]:
@@ -199,7 +204,8 @@ def _cut(name: str, entry: Mapping[str, Any], places: Mapping[int, tuple[_Place,
         raise wrong(f"has a slice {beyond[0]}, but its layout cuts it into {count}, numbered from 0")
     _check_places({number: places.get(number, ()) for number in listed}, layout, wrong)
     files = {number: tuple(place.file for place in places.get(number, ())) for number in listed}
-    return Cut(shape, layout, {_cell(number, layout.parts): held for number, held in files.items()})
+    stage = None if entry["layout"] is None else entry["layout"]["rank_list"][0] // layout.devices
+    return Cut(shape, layout, {_cell(number, layout.parts): held for number, held in files.items()}, stage)
 
 
 def _listed(chunks: Iterable[Mapping[str, Any]], shape: Shape, layout: Layout, wrong: _Wrong) -> list[int]:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any, Callable
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -241,6 +243,47 @@ def test_a_file_that_holds_another_slice_than_told(tmp_path: Path) -> None:
         merged(folder, tmp_path / "out")
 
 
+def _beside(folder: Path, kind: str, **arrays: Callable[[int], np.ndarray]) -> None:
+    """Tensors in every rank's file that no metadata lists."""
+    for rank in range(4):
+        file = folder / f"toy-{kind}-{rank:07d}-0000004.safetensors"
+        save_file({**load_file(file), **{name: array(rank) for name, array in arrays.items()}}, file)
+
+
+def test_what_no_metadata_lists_is_kept_where_it_is_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = saved(tmp_path / "c")
+    frozen = np.arange(5000, dtype=np.float32)
+    _beside(folder, "model", frozen=lambda rank: frozen)
+    _beside(folder, "opt", global_step=lambda rank: np.array([10], np.int32))
+    for rank in range(4):
+        others = {"global_step": np.zeros(1, np.int32), "adam_m.rows": np.zeros((2, 6), np.float32)}
+        save_file(others, folder / f"other-opt-{rank:07d}-0000004.safetensors")
+        save_file(others, folder / f"zeta-opt-{rank:07d}-0000004.safetensors")
+    want = {name: array.tobytes() for name, array in {**WHOLE, **STATES}.items()}
+    with caplog.at_level(logging.WARNING, "ms_ckpt_ext"):
+        assert merged(folder, tmp_path / "out") == want
+    assert "'other-opt-0000000-0000004.safetensors': left aside" in caplog.text
+    held = {n: a.tobytes() for n, a in load_file(tmp_path / "out/hyper_param.safetensors").items()}
+    assert {name: held[name] for name in ("frozen", "global_step")} == {
+        "frozen": frozen.tobytes(),
+        "global_step": np.array([10], np.int32).tobytes(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["model", "opt"])
+@pytest.mark.parametrize("nbytes", [4, 40_000])
+def test_what_no_metadata_lists_and_differs_is_an_error_by_name(kind: str, nbytes: int, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "c")
+    _beside(folder, kind, frozen=lambda rank: np.full(nbytes // 4, rank % 2, np.float32))
+    with pytest.raises(
+        LayoutMismatchError, match="'frozen' is not in metadata.json of .*, and the ranks' files differ"
+    ):
+        merged(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    want = {name: array.tobytes() for name, array in {**WHOLE, **STATES}.items()}
+    assert merged(folder, tmp_path / "out", exclude=["frozen"]) == want
+
+
 @pytest.mark.parametrize("count", [4, 1])
 def test_files_of_several_ranks_without_metadata(count: int, tmp_path: Path) -> None:
     """The first rank's file alone looks like a whole model, but its name says that there are more."""
@@ -258,6 +301,13 @@ def test_what_one_device_saved_without_a_prefix(tmp_path: Path) -> None:
     save_file(STATES, tmp_path / "opt-0000000-0000001.safetensors")
     want = {name: array.tobytes() for name, array in {**WHOLE, **STATES}.items()}
     assert merged(tmp_path, tmp_path / "out") == want
+
+
+def test_what_two_prefixes_saved_is_not_one_checkpoint(tmp_path: Path) -> None:
+    save_file(WHOLE, tmp_path / "model-0000000-0000001.safetensors")
+    save_file(STATES, tmp_path / "net-opt-0000000-0000001.safetensors")
+    with pytest.raises(DiscoveryError, match="files of several checkpoints, '' and 'net'"):
+        merged(tmp_path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.rules import Rule
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
 from ms_ckpt_ext.engine.catalog import read_listing
-from ms_ckpt_ext.engine.listing import list_checkpoint
+from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.naming import Naming
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.errors import StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.mindformers import find_folder, layout_of, read_common
@@ -181,20 +182,27 @@ def _fill(
     mode = "cooperative" if balanced and options.way == "auto" else options.way
     limits = Limits()
     look = partial(list_checkpoint, directory, None)
+    naming = _listed(look())
     rank = live.own_rank() if target is not None else 0
     if target is None or (mode == "direct" and options.verify == "none"):
-        catalog = read_listing(look(), None).ruled(rules)
+        catalog = naming.of(read_listing(look(), None).ruled(rules))
         missing, unused = live.fill(cell, catalog, target, rank, False, options.workers, limits, by_suffix=False)
     else:
         settings = LoadOptions(
             mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify
         )
-        source = Source(look, None, rules=rules)
+        source = Source(look, None, rules=rules, naming=naming)
         missing, unused = fill_together(
             cell, source, target, rank, False, settings, options.workers, limits, by_suffix=False
         )
     log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, unused or "nothing")
     return missing
+
+
+def _listed(listing: Listing) -> Naming:
+    """Only what a `metadata.json` lists: MindFormers loads nothing else, such as an old learning rate."""
+    cuts = None if listing.folder is None else listing.folder.cuts
+    return Naming() if cuts is None else Naming(cuts.__contains__)
 
 
 def _step(directory: str, given: Optional[int]) -> int:
