@@ -10,7 +10,8 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt
-from ms_ckpt_ext.engine.checkpoints import find_candidates
+from ms_ckpt_ext.engine.checkpoints import candidates
+from ms_ckpt_ext.engine.sightings import look
 from ms_ckpt_ext.errors import DiscoveryError, UsageError
 from tests.jobs.support import merge, source, tree
 from tests.jobs.test_convert import KEY, write_ckpt
@@ -72,10 +73,10 @@ def test_among_files(tmp_path: Path) -> None:
         (root / f"shards/rank_{rank}/net-9_9.ckpt").mkdir()
         (root / f"shards/rank_{rank}/log.safetensors").mkdir()
     merge(root, tmp_path / "out")
-    assert [c.name for c in find_candidates(str(root / "shards"))] == ["net.safetensors"]
+    assert [c.name for c in candidates([look(str(root / "shards"))])] == ["net.safetensors"]
     assert ms_ckpt_ext.inspect(root / "shards").kind != "strategy"
     (root / "only/x.ckpt").mkdir(parents=True)
-    assert find_candidates(str(root / "only")) == []
+    assert candidates([look(str(root / "only"))]) == []
     with pytest.raises(DiscoveryError):
         ms_ckpt_ext.inspect(root / "only")
 
