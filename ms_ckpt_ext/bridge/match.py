@@ -81,7 +81,7 @@ def offer_of(catalog: Catalog, takes: Takes) -> Offer:
     tensor, region, layout, full, is_open, doubt = takes
     packed = catalog.notes.get(tensor.stored_name) == INT4
     dtype = ms.qint4x2 if packed else _mindspore_dtype(tensor.meta.dtype)
-    return Offer(tensor, region, region.shape if region else full, dtype, layout, full, is_open, doubt)
+    return Offer(tensor, region, region.shape if region else tensor.meta.shape, dtype, layout, full, is_open, doubt)
 
 
 _ATTRIBUTES = {"Bool": "bool_", "Float8E4M3FN": "float8_e4m3fn", "Float8E5M2": "float8_e5m2"}

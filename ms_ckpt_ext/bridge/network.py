@@ -121,6 +121,7 @@ def parameter_dict(
     taking = Taking(catalog, strategy, rank, world_size())
     catalog = compared(catalog, taking.needs_comparing([*catalog.unproven]))
     taking = Taking(catalog, strategy, rank, world_size())
+    taking.refuse_others(catalog.own)
     own = {name: offer_of(catalog, taking.require_own(name)) for name in (*catalog.own, *catalog.unproven)}
     offers = {**offers_to(taking), **own}
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}

@@ -74,6 +74,7 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
     """
     found = _of_this_stage(network, found, taking)
     _require(found, manner)
+    taking.refuse_others(match.name for match in found.matches)
     known = offers_to(taking)
     matches = []
     for each in found.matches:

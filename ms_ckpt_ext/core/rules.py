@@ -252,10 +252,27 @@ def apply_rules(tensors: Mapping[str, SourceTensor], rules: Iterable[Rule]) -> d
             flat = _flat(members)
             if len(flat) > 1 and any(tensor.recipe is not None for tensor in flat):
                 raise UsageError(f"the rule for {name!r} needs stored tensors, but some are made by another rule")
-            made[name] = rule.make(name, members)
+            made[name] = _made(rule, name, members)
             used.update(tensor.meta.name for tensor in flat)
     kept = {name: tensor for name, tensor in tensors.items() if name not in used and name not in made}
     return {**made, **kept}
+
+
+def _made(rule: Rule, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+    """`rule.make`, whose errors name the sources."""
+    flat = _flat(members)
+    empty = [tensor for tensor in flat if not all(tensor.meta.shape)]
+    if empty and not isinstance(rule, Rename):
+        raise LayoutMismatchError(
+            f"{name!r} is made of {_shapes(empty)}, which has no elements: such a parameter can only be renamed; "
+            "check the names of the rule, or leave this one out"
+        )
+    try:
+        return rule.make(name, members)
+    except LayoutMismatchError as error:
+        if any(repr(tensor.meta.name) in str(error) for tensor in flat):
+            raise
+        raise LayoutMismatchError(f"{error}; it is made of {_shapes(flat)}") from error
 
 
 def sources_among(names: Iterable[str], rules: Iterable[Rule]) -> list[str]:

@@ -22,7 +22,7 @@ from ms_ckpt_ext.engine import older
 from ms_ckpt_ext.engine.apart import check_apart
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.job import Job, Output, Wanted
-from ms_ckpt_ext.engine.keeping import Box, Keeping
+from ms_ckpt_ext.engine.keeping import Box, Keeping, slice_of
 from ms_ckpt_ext.engine.order import Files, arranged
 from ms_ckpt_ext.engine.proven import merged, refuse_own
 from ms_ckpt_ext.engine.sealing import Seal
@@ -308,7 +308,7 @@ def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> lis
     for name in names:
         tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-            found.append(Box(name, tensor, _box(name, tensor, strategy, rank)))
+            found.append(_box(name, tensor, strategy, rank))
     if not found:
         raise UsageError(
             f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "
@@ -317,12 +317,10 @@ def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> lis
     return found
 
 
-def _box(name: str, tensor: SourceTensor, strategy: Strategy, rank: int) -> Optional[Region]:
+def _box(name: str, tensor: SourceTensor, strategy: Strategy, rank: int) -> Box:
     layout = strategy.layout(name, rank)
     assert layout is not None  # names_of() says so
-    if not all(tensor.meta.shape):
-        return None
     try:
-        return layout.over(len(tensor.meta.shape)).region(rank % strategy.devices_per_stage, tensor.meta.shape)
+        return slice_of(name, tensor, layout, rank % strategy.devices_per_stage)
     except LayoutMismatchError as error:
         raise LayoutMismatchError(f"parameter {name!r} under {strategy.origin}: {error}") from error

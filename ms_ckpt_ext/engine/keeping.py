@@ -20,6 +20,7 @@ from typing import NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.groups import STATES, group_of
+from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.plan import SourceTensor, whole_box
 from ms_ckpt_ext.core.ranks import same_cut
 from ms_ckpt_ext.core.region import Region
@@ -39,6 +40,18 @@ class Box(NamedTuple):
     name: str
     tensor: SourceTensor
     region: Optional[Region]
+
+
+def slice_of(name: str, tensor: SourceTensor, layout: Layout, local: int) -> Box:
+    """What a rank has of a parameter, by its number within the stage. Without elements, the slice has its shape only.
+
+    Raises LayoutMismatchError: the parameter cannot be cut so.
+    """
+    shape = tensor.meta.shape
+    layout = layout.over(len(shape))
+    if all(shape):
+        return Box(name, tensor, layout.region(local, shape))
+    return Box(name, tensor._replace(meta=tensor.meta._replace(shape=layout.slice_shape(shape))), None)
 
 
 class Keeping:
@@ -177,11 +190,9 @@ class Keeping:
         assert self._target is not None and self._cut_by is not None
         for name, tensor in self._tensors.items():
             layout = self._cut_by.layout(name, rank)
-            if layout is not None and all(tensor.meta.shape):
-                shape = tensor.meta.shape
-                region = layout.over(len(shape)).region(rank % self._target.devices_per_stage, shape)
-                yield Box(name, tensor, region)
-            elif layout is not None or tensor.recipe is not None:
+            if layout is not None:
+                yield slice_of(name, tensor, layout, rank % self._target.devices_per_stage)
+            elif tensor.recipe is not None:
                 yield Box(name, tensor, whole_box(tensor))
         for name, tensor in self._unlisted(self.catalog.extras):
             if rank in ranks_of(tensor) or self._from_another(rank, tensor):

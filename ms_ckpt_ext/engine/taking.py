@@ -11,7 +11,7 @@ The network says what is wanted, so nothing is compared before that is known.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.layout import Layout, whole
@@ -20,7 +20,7 @@ from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog
 from ms_ckpt_ext.engine.jobs import rank_boxes
-from ms_ckpt_ext.engine.keeping import Box, is_cut
+from ms_ckpt_ext.engine.keeping import Box, is_cut, slice_of
 from ms_ckpt_ext.engine.naming import called
 from ms_ckpt_ext.engine.outside import Held, of_rank, side_by_side
 from ms_ckpt_ext.engine.proven import refuse_own
@@ -93,6 +93,13 @@ class Taking:
         found = _whole(of_rank(held, self.catalog.files, self._rank), doubt=_OWN)
         return found._replace(full=self._full(name, found.full))
 
+    def refuse_others(self, names: Iterable[str]) -> None:
+        """Raise LayoutMismatchError for what differs by rank, the largest first, unless the rank stands as it stood."""
+        if not self.stands:
+            own = [name for name in names if name in self.catalog.own]
+            own.sort(key=lambda name: -self.catalog.nbytes(self.catalog.own[name]))
+            refuse_own(self.catalog, own, "no rank of this job can take it")
+
     def one_of(self, name: str) -> Takes:
         """`own`, as a box of one parameter that holds what all ranks have side by side.
 
@@ -101,8 +108,7 @@ class Taking:
             CoverageError: the rank's own file lacks it.
         """
         held = self.catalog.own[name]
-        if not self.stands:
-            refuse_own(self.catalog, [name], "no rank of this job can take it")
+        self.refuse_others([name])
         if self._rank not in held.files:
             raise self._lacks(held)
         for tensor in all_side_by_side(self.catalog, name, self._world).values():
@@ -118,7 +124,7 @@ class Taking:
         """`own`, or raise as `one_of`."""
         found = self.own(name)
         if found is None:
-            refuse_own(self.catalog, [] if self.stands else [name], "no rank of this job can take it")
+            self.refuse_others([name])
             raise self._lacks(self.catalog.own[name])
         return found
 
@@ -154,7 +160,8 @@ class Taking:
     def _listed(self, box: Box) -> Takes:
         layout = self._target.layout(box.name, self._rank) if self._target else None
         ndim = len(box.tensor.meta.shape)
-        return Takes(box.tensor, box.region, layout.over(ndim) if layout else whole(ndim), box.tensor.meta.shape)
+        full = (self.catalog.tensors.get(box.name) or self.catalog.extras[box.name]).meta.shape
+        return Takes(box.tensor, box.region, layout.over(ndim) if layout else whole(ndim), full)
 
     def _unlisted(self) -> Iterator[tuple[str, Takes]]:
         """Parameters that the source's strategy lists, and the target's does not."""
@@ -166,11 +173,10 @@ class Taking:
                 continue
             source = self.catalog.strategy
             layout = source.layout(tensor.stored_name, self._rank) if source and self.stands else None
-            if layout is not None and all(tensor.meta.shape):
-                layout = layout.over(len(tensor.meta.shape))
-                region = layout.region(self._rank % target.devices_per_stage, tensor.meta.shape)
-                yield name, Takes(tensor, region, layout, tensor.meta.shape)
-            elif not self.partial and (layout is not None or not self.stands or tensor.recipe is not None):
+            if layout is not None:
+                box = slice_of(name, tensor, layout, self._rank % target.devices_per_stage)
+                yield name, Takes(box.tensor, box.region, layout.over(len(tensor.meta.shape)), tensor.meta.shape)
+            elif not self.partial and (not self.stands or tensor.recipe is not None):
                 yield name, _whole(tensor, doubt=_UNLISTED if is_cut(tensor) else "")
 
     def _extras(self) -> Iterator[tuple[str, Takes]]:

@@ -20,14 +20,14 @@ WORKER = Path(__file__).with_name("fault_worker.py")
 RANKS, VICTIM = 4, 1
 ENDED = {"LoadError"}
 FAULTS: dict[str, tuple[set[str], str]] = {
-    "gone before": ({"StorageError", "PeerError"}, "No such file or directory"),
+    "gone before": ({"FileNotFoundReadError", "PeerError"}, "No such file or directory"),
     "gone": (ENDED, "No such file or directory"),
     "gone, direct": (ENDED, "No such file or directory"),
     "truncated": ({"TruncatedFileError", "PeerError"}, "rank_3/net.safetensors': the tensors end at byte"),
     "flipped": ({"ChecksumError"}, "parameter 'layers.0.wqkv.weight' in"),
     "flipped, direct": ({"ChecksumError"}, "parameter 'layers.0.wqkv.weight' in"),
     "no digests": ({"UsageError", "PeerError"}, "ms_ckpt_ext.digests.json"),
-    "no strategy file": ({"StrategyError", "PeerError"}, "nowhere.ckpt"),
+    "no strategy file": ({"FileNotFoundStrategyError", "PeerError"}, "nowhere.ckpt"),
     "another training strategy": ({"LayoutMismatchError", "StrategyError", "PeerError"}, "full shape [192, 24]"),
     "another target": ({"LayoutMismatchError", "PeerError"}, "check predict_strategy"),
     "another mode": ({"DisagreementError"}, "'mode' on rank 1"),

@@ -18,6 +18,7 @@ from tests.harness.chosen import long_one
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
 from tests.jobs.formats import KEY, format_of, key_of, make_source
+from tests.jobs.outside import Content, listed, slices, source
 from tests.jobs.support import cut, read_file, scalars, shard, strategy_of
 from tests.live.shards import Full, write
 
@@ -89,7 +90,34 @@ def in_all_modes(golden: Path, tmp_path: Path) -> list[dict[str, Any]]:
     for mode in ("direct", "cooperative", "auto"):
         cases += [golden_case(golden, source, target, mode=mode) for source, target in PAIRS]
         cases.append({**dedup, "name": f"dedup {mode}", "mode": mode})
-    return [*cases, *bit_patterns(tmp_path / "bits")]
+    return [*cases, *bit_patterns(tmp_path / "bits"), *frozen(tmp_path / "frozen")]
+
+
+def frozen(root: Path) -> list[dict[str, Any]]:
+    """A frozen matrix that is cut, and a state of each rank's own, which no strategy lists: the same ranks take their
+    own, and others are told."""
+    matrix = np.arange(64 * 96, dtype=np.float32).reshape(64, 96)
+    held: dict[str, Content] = {
+        "dense.weight": slices(Layout((2, 2), ((0,), ())), matrix, 4),
+        "seed": lambda rank: np.array([rank + 5], np.int64),
+        "global_step": np.array([7], np.int32),
+    }
+    root.mkdir()
+    made = source(root / "shards", listed(4, matrices=[(2, 2)]), held)
+    turned = source(root / "turned", listed(4, matrices=[(4, 1)]), held)
+    case = {"source": made.shards, "trained": made.strategy, "predicted": made.strategy, "expected": made.shards}
+    other = {**case, "predicted": turned.strategy, "expected": turned.shards}
+    return [
+        {**case, "name": "frozen direct", "mode": "direct"},
+        {**case, "name": "frozen direct replicas", "mode": "direct", "options": {"verify": "replicas"}},
+        {**case, "name": "frozen cooperative", "mode": "cooperative", "options": {"verify": "replicas"}},
+        {**case, "name": "frozen auto", "mode": "auto"},
+        *(
+            {**other, "name": f"frozen, other slices, {mode}", "mode": mode, "error": "LayoutMismatchError"}
+            | {"says": ["'dense.weight'", "ranks", "only_trainable_params"]}
+            for mode in ("direct", "cooperative")
+        ),
+    ]
 
 
 def bit_patterns(root: Path) -> list[dict[str, Any]]:
@@ -175,7 +203,7 @@ def test_four_ranks(golden: Path, tmp_path: Path) -> None:
                     ("safetensors_chunked", "direct"),
                 )
             ),
-            {**wide, "mode": "direct", "counted": True},
+            {**wide, "mode": "direct", "counted": 2 * 4096 + 8 * 8},
             cooperative(golden, "dp2_tp2_pp2_zero", "dp2_tp2", bucket_bytes=16384),
             *local_disks(golden, tmp_path),
         ],
@@ -260,7 +288,7 @@ def test_two_ranks(golden: Path, tmp_path: Path) -> None:
             {**golden_case(golden, "dp2_tp4_zero", "tp4"), **to_tp2},
             {**golden_case(golden, "dp3_tp8", "tp4", mode="direct"), **to_tp2},
             {"name": "merged", "source": tmp_path / "merged", "trained": None, **to_tp2},
-            {**wide, "mode": "direct", "counted": True},
+            {**wide, "mode": "direct", "counted": 2 * 4096 + 8 * 8},
             {**wide, "name": "wide, as it likes"},
         ],
         2,

@@ -32,7 +32,7 @@ from ms_ckpt_ext.formats.strategy_file import load_strategy
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport
 from tests.core.strategies import pairs
-from tests.jobs.outside import Content, Source, listed, slices, source
+from tests.jobs.outside import Content, Source, listed, slices, source, whole
 from tests.together.support import Load, Loaded, golden_load
 
 # To 8 and 24 ranks, from more, fewer and as many; stages, optimizer shards, replicas, one merged file.
@@ -247,7 +247,7 @@ def test_what_ranks_have_of_their_own_is_planned_as_their_own(tmp_path: Path) ->
     made = outside(tmp_path / "src")
     strategy = load_strategy(str(made.strategy))
     done = dry_run(dryrun.of_catalog(made.catalog(), strategy), strategy, LoadOptions())
-    own, everybodys, listed_ = 4 * 6000 * 4 + 8, 50 * 50 * 4, 24 * 2 * 4
+    own, everybodys, listed_ = 4 * 6000 * 4 + 8, 50 * 50 * 4, whole("w0.0").nbytes // 2
     assert done.tally.wanted.tolist() == [own + everybodys + listed_ + 12 * (rank + 1) for rank in range(4)]
 
 

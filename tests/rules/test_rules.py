@@ -14,7 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from ms_ckpt_ext.core.dtype import DTYPES
 from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.plan import TensorMeta, stored_whole
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region
 from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose, apply_rules
@@ -276,3 +278,30 @@ def test_a_transposed_matrix_in_many_tiles(tmp_path: Path) -> None:
         pump.run(units, readers, [sink], 2, lambda *_: None)
         assert readers.count.nbytes == whole.nbytes
     assert sink.bytes.tobytes() == whole.T.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Concat(["h.{i}.q", "h.{i}.k"], "g.{i}"),
+        QKV(["h.{i}.q", "h.{i}.k", "h.{i}.v"], "g.{i}", groups=2),
+        Interleave(["h.{i}.q", "h.{i}.k"], "g.{i}"),
+        Stack("h.{i}.q", "g"),
+        Transpose("h.{i}.q", "g.{i}"),
+        Experts(["h.{i}.q", "h.{i}.k"], "g"),
+        Part("h.{i}.q", "g.{i}", 0, 2),
+    ],
+)
+def test_sources_without_elements_are_refused_by_name(rule: Rule, shape: tuple[int, ...]) -> None:
+    held = {n: stored_whole(TensorMeta(n, DTYPES["F32"], shape), (0,)) for n in ("h.0.q", "h.0.k", "h.0.v")}
+    with pytest.raises(LayoutMismatchError, match="'h.0.q' .* which has no elements"):
+        apply_rules(held, [rule])
+    renamed = apply_rules(held, [Rename("h.{i}.q", "g.{i}")])
+    assert renamed["g.0"].meta.shape == shape
+
+
+def test_an_error_about_values_without_axes_names_them() -> None:
+    held = {n: stored_whole(TensorMeta(n, DTYPES["F32"], ()), (0,)) for n in ("h.0.q", "h.0.k")}
+    with pytest.raises(LayoutMismatchError, match=r"no axis 0 among 0; it is made of 'h.0.q' \[\], 'h.0.k' \[\]"):
+        apply_rules(held, [Concat(["h.{i}.q", "h.{i}.k"], "g.{i}")])

@@ -90,7 +90,7 @@ def test_each_rank_takes_its_own(mode: str, tmp_path: Path) -> None:
     assert_own(got, src, NAMES)
     assert all(filled.missing == [] and filled.unused == [] for filled in got)
     for rank, filled in enumerate(got):
-        box = TARGET.layouts["w0.0"][0].region(rank, (48, 2))
+        box = TARGET.layouts["w0.0"][0].region(rank, whole("w0.0").shape)
         assert filled.held["w0.0"].tobytes() == whole("w0.0")[box.slices].tobytes()
 
 
