@@ -41,6 +41,19 @@ def test_a_load_beside_other_work(ms: Any, tmp_path: Path) -> None:
         ms_ckpt_ext.load_checkpoint_async(5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_parameters_come_in_mindspores_order(form: str, ms: Any, tmp_path: Path) -> None:
+    values = {"z": np.float32([1, 2]), "a": np.int32(3), "m.w": np.ones((3, 2), np.float16), "b": np.int64([4])}
+    saved = [{"name": name, "data": ms.Parameter(ms.Tensor(value))} for name, value in values.items()]
+    path = str(tmp_path / f"net.{form}")
+    ms.save_checkpoint(saved, path, append_dict={"epoch": 3}, format=form)
+    stock, ours = ms.load_checkpoint(path, format=form), ms_ckpt_ext.load_checkpoint(path, format=form)
+    assert list(ours) == list(stock)
+    for package, found in (("stock", stock), ("ours", ours)):
+        ms.save_checkpoint(found, str(tmp_path / f"{package}.ckpt"))
+    assert (tmp_path / "ours.ckpt").read_bytes() == (tmp_path / "stock.ckpt").read_bytes()
+
+
 def in_memory(ms: Any, root: Path) -> tuple[Any, dict[str, Any]]:
     ms.save_checkpoint(ms.nn.Dense(3, 4), str(root / "net.safetensors"), format="safetensors")
     return BytesIO((root / "net.safetensors").read_bytes()), {"format": "safetensors"}
