@@ -80,8 +80,9 @@ def merge(
         rules: weight rules (`ms_ckpt_ext.rules`), applied first.
         naming: "mindspore" or "huggingface", for names of files and the index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
-        share: (i, n): write share i of n, from 1; whoever completes the set publishes it. "auto" takes i and n from the
-            launcher's environment.
+        share: (i, n): write share i of n, from 1, on any hosts. Shares that have begun in one directory appear
+            together; one that sees no other there publishes what it has, and the report and the log say what is
+            missing. "auto" takes i and n from the launcher's environment.
         to: "safetensors" or "ckpt".
         file_suffix, format: which file of a rank folder, and of which format; by default the newest, and what is there.
         dec_key, dec_mode: of an encrypted source; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.

@@ -76,8 +76,10 @@ def unified_safetensors(
         file_suffix: which file of a rank folder, see `formats.discovery`; None for the newest.
         max_process_num: upper bound on worker threads, never more than the cores this process may use; None for these.
         choice_func: parameter name -> True (keep), False (drop) or a str (new name).
-        split_dst_file: (i, n): write share i of n, from 1; shares run independently, on any hosts that see `dst_dir`;
-            whoever completes the set publishes it. "auto" takes i and n from the launcher's environment.
+        split_dst_file: (i, n): write share i of n, from 1, on any hosts. Shares that have begun in one `dst_dir` appear
+            together; one that sees no other there publishes what it has, and the report and the log say what is
+            missing: gathered from several disks, their files are the whole result. "auto" takes i and n from the
+            launcher's environment.
         naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
@@ -101,7 +103,7 @@ def unified_safetensors(
             makes such by writing whole parameters into every rank's file; see `engine.whole_slices`.
 
     Returns:
-        What was read and written. `published` is False while other shares are missing.
+        What was read and written. `published` is False while files of other shares are `missing`.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.

@@ -168,7 +168,7 @@ def transform_checkpoint_by_rank(
         checkpoint_files_map: rank of the source -> its file, `.ckpt` or safetensors; those of
             `rank_list_for_transform` suffice. Without a source strategy only rank 0 counts. What the strategies do not
             list is compared with files of other ranks, if these lie where the names of the given ones say.
-        save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. One call at a time per folder.
+        save_checkpoint_file_name: the file to write, `.ckpt` or `.safetensors`. Several ranks may do so at once.
         src_strategy_file, dst_strategy_file: as in `transform_checkpoints`.
         buffer_bytes, max_process_num: buffer budget of each worker, and upper bound on their number.
         dec_key, dec_mode, crc_check, crc, enc_key, enc_mode, digests, sync, choice_func, name_map, allow_equal_slices:

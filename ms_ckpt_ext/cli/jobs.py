@@ -122,6 +122,7 @@ def answer(job: Callable[[], Report]) -> Answer:
 def _data(report: Report) -> dict[str, Any]:
     return {
         "published": report.published,
+        "missing": list(report.missing),
         "bytes_read": report.bytes_read,
         "reads": report.reads,
         "bytes_written": report.bytes_written,
@@ -151,7 +152,11 @@ def _done(report: Report, seconds: float) -> Iterator[str]:
     else:
         yield _written(report, seconds)
     if not report.published:
-        yield "Not complete yet: other shares are missing; the last one to finish publishes the result"
+        more = f" and {len(report.missing) - 1} more" if report.missing[1:] else ""
+        yield (
+            f"Not complete yet: {report.missing[0]!r}{more} of other shares "
+            f"{'are' if more else 'is'} missing; run those into this directory, or put their files into it"
+        )
 
 
 def _written(report: Report, seconds: float) -> str:

@@ -152,7 +152,11 @@ def _merge(values: Mapping[str, Any], dry_run: bool) -> int:
         print(f"ms_ckpt_ext.unified_safetensors({', '.join(f'{name}={value!r}' for name, value in named.items())})")
         return 0
     report = unified_safetensors(**named)
-    done = f"complete in {values['target']}" if report.published else "its share; other hosts are still at theirs"
+    done = (
+        f"complete in {values['target']}"
+        if report.published
+        else f"a share of it in {values['target']}; complete with that of the other hosts"
+    )
     print(f"merged: {report.bytes_read:,} bytes read in {report.reads:,} reads, {done}")
     return 0
 

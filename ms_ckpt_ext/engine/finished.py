@@ -8,7 +8,7 @@ from typing import Optional
 
 from ms_ckpt_ext.engine.digests import digest_file
 from ms_ckpt_ext.engine.job import Job, Output
-from ms_ckpt_ext.engine.manifest import FileDigests, listed
+from ms_ckpt_ext.engine.manifest import FileDigests
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.storage.staging import Staging
 
@@ -22,12 +22,10 @@ def noted(staging: Staging, name: str) -> Optional[FileDigests]:
 
 
 def published(job: Job, staging: Staging) -> set[str]:
-    """Files of this very job that are in place, untouched, with its index and their digests."""
+    """Files of this very job that are in place, untouched, with its index."""
     sizes = {name: job.size(output) for name, output in job.everything.items()}
-    there = {name: state.size for name, state in staging.published().items() if sizes.get(name) == state.size}
-    if not there or not staging.is_at(job.index):
-        return set()
-    return {*there} if not job.digests else {*there} & listed(str(staging.target), there)
+    there = {name for name, state in staging.published().items() if sizes.get(name) == state.size}
+    return there if there and staging.is_at(job.index) else set()
 
 
 def is_done(job: Job, output: Output, staging: Staging) -> bool:

@@ -233,16 +233,6 @@ def update_manifest(directory: str, files: Mapping[str, FileDigests]) -> None:
         write_manifest(directory, _renewed(directory, files))
 
 
-def listed(directory: str, sizes: Mapping[str, int]) -> set[str]:
-    """Those of these files that a folder's manifest lists with these sizes."""
-    try:
-        known = load_manifest(directory)
-    except (FormatError, StorageError):
-        known = None
-    held = {} if known is None else known.files
-    return {name for name, size in sizes.items() if name in held and held[name].size == size}
-
-
 def put_on(directory: str, entries: Mapping[str, Any], sync: bool) -> None:
     """Put files on record in a folder's manifest, as `update_manifest` does.
 

@@ -5,7 +5,8 @@
 3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
    Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
    after the next boot nothing of such a job is taken for done.
-4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.manifest`) with it.
+4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.manifest`) with it. A
+   share of a job publishes what is complete where no other is to be seen.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 
 
 class Report:
-    """What a job did: counts in bytes and calls."""
+    """What a job did: counts in bytes and calls.
+
+    `published` says whether the whole result is in place; else `missing` are files that other shares have to write yet.
+    """
 
     def __init__(
         self,
@@ -48,9 +52,11 @@ class Report:
         files_written: tuple[str, ...],
         files_kept: tuple[str, ...],
         published: bool,
+        missing: tuple[str, ...] = (),
     ) -> None:
         self.bytes_read, self.reads, self.bytes_written = bytes_read, reads, bytes_written
         self.files_written, self.files_kept, self.published = files_written, files_kept, published
+        self.missing = missing
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
@@ -75,9 +81,10 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         return settled
     staging.open((*job.everything, *job.index, *obstacles(job.index)), shunned)
     try:
-        replaced = job.replaces()
-        done = [output for output in job.outputs if is_done(job, output, staging)]
+        replaced, there = job.replaces(), published(job, staging)
+        done = [output for output in job.outputs if output.name not in there and is_done(job, output, staging)]
         kept = {output.name for output in done if is_intact(job, output, staging, workers)}
+        kept |= {output.name for output in job.outputs} & there
         with staging.alone():
             settled = _settled(job, staging)  # by another task, or an earlier run that has been finished meanwhile
             if settled is None:
@@ -87,8 +94,8 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
             return settled
         report = _fill(job, staging, kept, workers, limits, progress)
         with staging.alone():
-            complete = _publish(job, staging, replaced)
-        return Report(*report, complete)
+            missing = _publish(job, staging, replaced)
+        return Report(*report, not missing, missing)
     except BaseException:
         staging.abandon(output.name for output in job.outputs)
         raise
@@ -102,22 +109,38 @@ def _settled(job: Job, staging: Staging) -> Optional[Report]:
     mine = {output.name for output in job.outputs}
     if not there >= mine or not (mine or there >= everything.keys()):
         return None
-    complete = there >= everything.keys()
-    return Report(0, 0, 0, (), tuple(name for name in everything if complete or name in mine), complete)
+    missing = tuple(name for name in everything if name not in there)
+    return Report(0, 0, 0, (), tuple(name for name in everything if name in mine or not missing), not missing, missing)
 
 
-def _publish(job: Job, staging: Staging, replaced: Sequence[str]) -> bool:
-    """Publish what is complete, when all of it is; returns whether it was."""
-    there = published(job, staging)
-    waiting = [output.name for output in job.everything.values() if output.name not in there]
-    if not waiting:
-        return True
-    if not all(is_done(job, job.everything[name], staging) for name in waiting):
-        return False
+def _publish(job: Job, staging: Staging, replaced: Sequence[str]) -> tuple[str, ...]:
+    """Publish what is complete of a job; gives what is missing, of other shares.
+
+    Shares that see each other appear together: one that has begun in this target and is not done publishes for all, as
+    the last of them. What none has begun here may be done elsewhere, or later: the indexes name what is missing, so no
+    reader takes the rest for a checkpoint.
+    """
+    there, everything = published(job, staging), job.everything
+    waiting = [name for name, each in everything.items() if name not in there and is_done(job, each, staging)]
+    missing = tuple(name for name in everything if name not in there and name not in waiting)
+    late = {task for task, outputs in job.shares.items() if any(output.name in missing for output in outputs)}
+    if not waiting or late & staging.seen():
+        if missing:
+            log.info("this share is complete, and waits in %s for %s", staging.target, ", ".join(sorted(late)))
+        return missing
     told = ((name, noted(staging, name)) for name in sorted(waiting)) if job.digests else ()
     digests = {name: held.to_json() for name, held in told if held is not None and held.known}
-    staging.publish(waiting, job.index, replaced, digests)
-    return True
+    staging.publish(waiting, job.index, (*replaced, *missing), digests, missing)
+    if missing:
+        log.warning(
+            "%s holds %d of the %d files of this result, for no other share has begun there: it is complete with %s. "
+            "Run the other shares into that directory, or put their files into it",
+            staging.target,
+            len(everything) - len(missing),
+            len(everything),
+            ", ".join(missing),
+        )
+    return missing
 
 
 def _fill(

@@ -25,7 +25,7 @@ class Records:
         state = state_of(path)
         for above, begins in places_of(str(path.parent)):
             published, begun = self._of(above)
-            if (state is not None and published.files.get(begins + path.name) == state) or begins + path.name in begun:
+            if published.is_as_published(begins + path.name, state) or begins + path.name in begun:
                 return True
         return False
 

@@ -236,7 +236,7 @@ def _listed(
 
 def _restore(index: Path) -> str:
     if index.name == MAP_NAME:
-        return "restore them"
+        return "restore them, or, of a merge in shares, put those of the other shares there"
     return "fetch them: a download that was cut short leaves such a folder"
 
 

@@ -25,7 +25,7 @@ from ms_ckpt_ext.storage import published
 from ms_ckpt_ext.storage.durable import sync_folder, write_atomically
 from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.linux import boot_id
-from ms_ckpt_ext.storage.published import State, state_of
+from ms_ckpt_ext.storage.published import Entry, State, state_of
 
 # Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.
 # While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
@@ -154,16 +154,16 @@ def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
 
 def _is_done(target: Path, journal: Journal) -> bool:
     """Whether all is on record, which comes last. What has changed since is not this job's business."""
-    known = published.read(target)
-    return all((known.jobs.get(n), known.files.get(n)) == (journal.job, state) for n, state in journal.files.items())
+    known = published.read(target).files
+    return all(name in known and known[name][:2] == (state, journal.job) for name, state in journal.files.items())
 
 
 def _take_away(target: Path, journal: Journal) -> None:
     """Remove what was moved; an older result that is still there stays, and so does what keeps loaders away."""
-    known = published.read(target).files
+    known = published.read(target)
     for name, state in journal.files.items():
         found = state_of(target / name)
-        if found == state or (not journal.sync and found != known.get(name)):
+        if found == state or not (journal.sync or known.is_as_published(name, found)):
             (target / name).unlink(missing_ok=True)
 
 
@@ -193,7 +193,8 @@ def _apply(target: Path, folder: Path, journal: Journal, ledger: Ledger) -> None
         ledger.put_on(str(target), journal.digests, sync)
     for name, text in journal.indexes.items():
         write_atomically(target / name, text.encode(), sync)
-    published.put(target, journal.job, journal.files, journal.gone, journal.missing, sync)
+    entries = {name: Entry(state, journal.job, name in journal.digests) for name, state in journal.files.items()}
+    published.put(target, entries, journal.gone, journal.missing, sync)
     if sync:
         sync_folder(target)
 

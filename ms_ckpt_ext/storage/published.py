@@ -25,18 +25,28 @@ class State(NamedTuple):
     mtime_ns: int
 
 
+class Entry(NamedTuple):
+    """What is on record of a file: how it was published last, by which job, and whether its digests were recorded."""
+
+    state: State
+    job: Optional[str]
+    digested: bool = False
+
+
 class Published(NamedTuple):
     """What is on record in a folder.
 
     Attributes:
-        files: name -> its state when it was published last.
-        jobs: name -> the job that did.
+        files: name -> what is known of it.
         missing: job -> files of it that its other shares are to publish, here or elsewhere.
     """
 
-    files: Mapping[str, State] = {}
-    jobs: Mapping[str, str] = {}
+    files: Mapping[str, Entry] = {}
     missing: Mapping[str, Collection[str]] = {}
+
+    def is_as_published(self, name: str, state: Optional[State]) -> bool:
+        """Whether a file that is like this is on record so."""
+        return name in self.files and self.files[name].state == state
 
 
 def state_of(path: Path) -> Optional[State]:
@@ -52,24 +62,26 @@ def read(folder: Path) -> Published:
     """What is on record in a folder; nothing, where there is no record or it cannot be understood."""
     try:
         held: Any = json.loads((folder / RECORD).read_bytes())
-        everywhere = held.get("job")  # as records had it when they were of one job each
-        files = {name: State(*entry[:2]) for name, entry in held["files"].items()}
-        jobs = {name: (*entry, everywhere)[2] for name, entry in held["files"].items()}
-        return Published(files, jobs, held.get("missing", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        of_one_job = (held.get("job"), True)  # as records were when they were of one job each
+        entries = ((name, (*entry, *of_one_job)[:4]) for name, entry in held["files"].items())
+        files = {name: Entry(State(size, mtime), job, bool(digested)) for name, (size, mtime, job, digested) in entries}
+        return Published(files, held.get("missing", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Published()
 
 
-def put(
-    folder: Path, job: str, files: Mapping[str, State], gone: Collection[str], missing: Collection[str], sync: bool
-) -> None:
+def put(folder: Path, files: Mapping[str, Entry], gone: Collection[str], missing: Collection[str], sync: bool) -> None:
     """Put files of a job on record, and take others off it. For one at a time. Raises OSError."""
     known = read(folder)
-    kept = {name: (*state, known.jobs[name]) for name, state in known.files.items() if name not in {*files, *gone}}
-    entries = {**kept, **{name: (*state, job) for name, state in files.items()}}
-    lacking = {other: names for other, names in known.missing.items() if other in known.jobs.values() and other != job}
-    lacking.update({job: sorted(missing)} if missing else {})
-    lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items())
+    kept = {name: entry for name, entry in known.files.items() if name not in gone}
+    entries = {**kept, **files}
+    mine, jobs = {entry.job for entry in files.values()}, {entry.job for entry in entries.values()}
+    lacking = {job: names for job, names in known.missing.items() if job in jobs - mine}
+    lacking.update({str(job): sorted(missing) for job in mine if missing})
+    lines = ",\n  ".join(
+        f"{json.dumps(name)}: {json.dumps([*entry.state, entry.job, entry.digested])}"
+        for name, entry in entries.items()
+    )
     text = f'{{"version": 2, "missing": {json.dumps(lacking)}, "files": {{\n  {lines}\n}}}}\n'
     write_atomically(folder / RECORD, text.encode(), sync)
 

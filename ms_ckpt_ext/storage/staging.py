@@ -120,10 +120,10 @@ class Staging:
         return _matches(self.folder / name, size, literals, opener)
 
     def published(self) -> dict[str, State]:
-        """Files that this very job has published here, and nobody touched."""
-        known = published.read(self.target)
-        mine = ((name, known.files[name]) for name, job in known.jobs.items() if job == self.job)
-        return {name: state for name, state in mine if state_of(self.target / name) == state}
+        """Files that this very job has published here, and nobody touched; nor lost where their digests were."""
+        digests = (self.target / self._ledger.MANIFEST_NAME).exists()
+        mine = {n: e for n, e in published.read(self.target).files.items() if e.job == self.job}
+        return {n: e.state for n, e in mine.items() if state_of(self.target / n) == e.state and e.digested <= digests}
 
     def begun(self) -> dict[str, State]:
         """Files that this very job was publishing when it was interrupted: `open` finishes that."""

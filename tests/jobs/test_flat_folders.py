@@ -82,7 +82,7 @@ def assert_all_on_record(target: Path, key: Any = None) -> None:
     assert check(str(target), held) == []
     known = published.read(target)
     assert known.files.keys() == files
-    assert all(published.state_of(target / name) == state for name, state in known.files.items())
+    assert all(published.state_of(target / name) == entry.state for name, entry in known.files.items())
     extra = {p.name for p in target.iterdir() if p.name.startswith(".")}
     assert extra == {published.RECORD}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +13,127 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.engine import offline
-from ms_ckpt_ext.errors import UsageError
-from tests.jobs.support import assert_merged, merge, read_merged, source, tree
+from ms_ckpt_ext.engine.digests import check
+from ms_ckpt_ext.engine.manifest import load_manifest
+from ms_ckpt_ext.errors import CheckpointError, UsageError
+from ms_ckpt_ext.storage import published
+from tests.jobs.support import assert_merged, begun, merge, read_merged, source, tree
+
+SMALL = {"part_bytes": 8192}
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4])
 def test_shares_in_any_order_give_the_same_files(tasks: int, tmp_path: Path) -> None:
+    """Before the last, what is there does not load, and the error names what is missing."""
     root = source(tmp_path / "src")
-    merge(root, tmp_path / "whole", part_bytes=8192, split_dst_file=())
+    merge(root, tmp_path / "whole", split_dst_file=(), **SMALL)
     for order in itertools.islice(itertools.permutations(range(1, tasks + 1)), 0, None, max(1, tasks)):
         target = tmp_path / "-".join(map(str, order))
-        reports = [merge(root, target, part_bytes=8192, split_dst_file=(n, tasks)) for n in order]
-        assert [report.published for report in reports] == [False] * (tasks - 1) + [True]
-        assert sum((report.files_written for report in reports), ()) and all(r.files_kept == () for r in reports)
+        for n in order:
+            report = merge(root, target, split_dst_file=(n, tasks), **SMALL)
+            assert report.files_written and report.files_kept == ()
+            assert report.published is (n == order[-1]) is not bool(report.missing)
+            assert tree(target).items() <= tree(tmp_path / "whole").items()
+            for name in report.missing:
+                assert not (target / name).exists()
+                with pytest.raises(CheckpointError, match="part|hyper" if "hyper" in name else name):
+                    ms_ckpt_ext.load(target)
         assert tree(target) == tree(tmp_path / "whole")
-        again = merge(root, target, part_bytes=8192, split_dst_file=(order[0], tasks))
+        assert load_manifest(str(target)) == load_manifest(str(tmp_path / "whole"))
+        again = merge(root, target, split_dst_file=(order[0], tasks), **SMALL)
         assert again.published and again.bytes_written == 0 and again.bytes_read == 0
-        assert not list(target.glob(".ms_ckpt_ext"))
+        assert not (target / ".ms_ckpt_ext").exists()
 
 
-def test_before_the_last_share_nothing_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "naming"), [("safetensors", "mindspore"), ("safetensors", "huggingface"), ("ckpt", "mindspore")]
+)
+def test_shares_on_disks_of_their_own(form: str, naming: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each publishes what it has, says what is missing, and does not load by itself; gathered they are the whole."""
     root = source(tmp_path / "src")
-    for share in (3, 1):
-        merge(root, tmp_path / "out", part_bytes=8192, split_dst_file=(share, 3))
-        assert tree(tmp_path / "out") == {}
+    options: dict[str, Any] = {"output_format": form, "naming": naming, **SMALL}
+    merge(root, tmp_path / "whole", **options)
+    for n in (1, 2, 3):
+        disk = tmp_path / f"disk{n}"
+        with caplog.at_level("WARNING", "ms_ckpt_ext"):
+            report = merge(root, disk, split_dst_file=(n, 3), **options)
+        assert not report.published and {*report.missing} == tree(tmp_path / "whole").keys() - tree(disk).keys()
+        assert f"it is complete with {', '.join(report.missing)}" in caplog.text
+        assert [*published.read(disk).missing.values()] == [sorted(report.missing)]
+        assert tree(disk).items() <= tree(tmp_path / "whole").items() and report.files_written
+        with pytest.raises(CheckpointError, match=re.escape(next(m for m in report.missing if "hyper" not in m))):
+            ms_ckpt_ext.load(disk)
+        held = load_manifest(str(disk))
+        assert held is not None and check(str(disk), held) == [] and {*held.files} == {*report.files_written}
+        again = merge(root, disk, split_dst_file=(n, 3), **options)
+        assert (again.bytes_written, again.published, again.missing) == (0, False, report.missing)
+        assert not (disk / ".ms_ckpt_ext").exists()
+        shutil.copytree(disk, tmp_path / "gathered", ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
+    assert tree(tmp_path / "gathered") == tree(tmp_path / "whole")
+    found, expected = ms_ckpt_ext.load(tmp_path / "gathered"), ms_ckpt_ext.load(tmp_path / "whole")
+    assert {n: found[n][...].tobytes() for n in found} == {n: expected[n][...].tobytes() for n in expected}
+
+
+def test_gathered_where_one_share_is(tmp_path: Path) -> None:
+    """What was put beside a share stays when its command is run again, which has nothing to do."""
+    root, one, two = source(tmp_path / "src"), tmp_path / "one", tmp_path / "two"
+    for n, disk in ((1, one), (2, two)):
+        merge(root, disk, split_dst_file=(n, 2), **SMALL)
+    for path in two.glob("[!.]*"):
+        shutil.copy(path, one)
+    assert_merged(one)
+    assert merge(root, one, split_dst_file=(1, 2), **SMALL).bytes_written == 0
+    assert_merged(one)
+    assert merge(root, one, split_dst_file=(2, 2), **SMALL).published
+    assert_merged(one)
+    assert load_manifest(str(one)) is not None
+
+
+def test_two_of_three_on_one_disk(tmp_path: Path) -> None:
+    root, one, two = source(tmp_path / "src"), tmp_path / "one", tmp_path / "two"
+    for n, disk in ((3, one), (2, two), (1, one)):
+        report = merge(root, disk, split_dst_file=(n, 3), **SMALL)
+    assert not report.published and report.missing
+    shutil.copytree(two, one, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    assert_merged(one)
+
+
+def test_shares_that_see_each_other_appear_together(tmp_path: Path) -> None:
+    """One that died is waited for; until it is done again, the older result is there."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(source(tmp_path / "old", 1), target)
+    before = tree(target)
+    begun(lambda: merge(root, target, split_dst_file=(1, 2), **SMALL))
+    report = merge(root, target, split_dst_file=(2, 2), **SMALL)
+    assert not report.published and report.missing and tree(target) == before
+    assert_merged(target, 1)
+    report = merge(root, target, split_dst_file=(1, 2), **SMALL)
+    assert report.published and report.files_kept
+    assert_merged(target)
+
+
+def test_a_share_alone_over_an_older_result(tmp_path: Path) -> None:
+    """Nothing of that is left to be taken for a part of the new one, also under names of parts that are missing."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(source(tmp_path / "old", 1), target, **SMALL)
+    report = merge(root, target, split_dst_file=(1, 2), **SMALL)
+    assert not report.published and not {*tree(target)} & {*report.missing}
+    with pytest.raises(CheckpointError, match=report.missing[0]):
+        ms_ckpt_ext.load(target)
+    assert merge(root, target, split_dst_file=(2, 2), **SMALL).published
+    assert_merged(target)
+
+
+def test_a_share_of_another_source(tmp_path: Path) -> None:
+    """Shares of two checkpoints are never put together."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    merge(source(tmp_path / "old", 1), target, split_dst_file=(1, 2), **SMALL)
+    report = merge(root, target, split_dst_file=(2, 2), **SMALL)
+    assert not report.published
+    with pytest.raises(CheckpointError, match="part0"):
+        ms_ckpt_ext.load(target)
+    merge(root, target, split_dst_file=(1, 2), **SMALL)
+    assert_merged(target)
 
 
 def test_more_shares_than_parameters(tmp_path: Path) -> None:
@@ -104,16 +203,17 @@ def test_no_launcher_or_a_strange_one(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_finished_share_again_while_the_last_one_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It finds the result there, and leaves nothing of its own."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    merge(root, target, part_bytes=8192, split_dst_file=(1, 2))
+    begun(lambda: merge(root, target, split_dst_file=(2, 2), **SMALL))
+    merge(root, target, split_dst_file=(1, 2), **SMALL)
     real = offline.is_done
 
     def is_done(*args: Any) -> bool:
         monkeypatch.setattr(offline, "is_done", real)
-        assert merge(root, target, part_bytes=8192, split_dst_file=(2, 2)).published
+        assert merge(root, target, split_dst_file=(2, 2), **SMALL).published
         return False
 
     monkeypatch.setattr(offline, "is_done", is_done)
-    again = merge(root, target, part_bytes=8192, split_dst_file=(1, 2))
+    again = merge(root, target, split_dst_file=(1, 2), **SMALL)
     assert again.published and again.bytes_written == 0
     assert_merged(target)
     assert not list(target.glob(".ms_ckpt_ext"))
@@ -121,16 +221,31 @@ def test_a_finished_share_again_while_the_last_one_publishes(tmp_path: Path, mon
 
 def test_what_a_share_writes_again_is_published_by_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    merge(root, target, part_bytes=8192, split_dst_file=(1, 2))
+    begun(lambda: merge(root, target, split_dst_file=(2, 2), **SMALL))
+    merge(root, target, split_dst_file=(1, 2), **SMALL)
     (damaged,) = target.glob(".ms_ckpt_ext/*/part0.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
     real = offline._fill
 
     def fill(*args: Any) -> Any:
         monkeypatch.setattr(offline, "_fill", real)
-        assert not merge(root, target, part_bytes=8192, split_dst_file=(2, 2)).published
+        assert not merge(root, target, split_dst_file=(2, 2), **SMALL).published
         return real(*args)
 
     monkeypatch.setattr(offline, "_fill", fill)
-    assert merge(root, target, part_bytes=8192, split_dst_file=(1, 2)).published
+    assert merge(root, target, split_dst_file=(1, 2), **SMALL).published
+    assert_merged(target)
+
+
+def test_a_published_part_that_was_changed(tmp_path: Path) -> None:
+    """It alone is written again; of the share's own, and of the other's, which only that can."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    for n in (1, 2):
+        report = merge(root, target, split_dst_file=(n, 2), **SMALL)
+    part = target / report.files_written[0]
+    part.write_bytes(part.read_bytes()[:-1] + b"?")
+    one = merge(root, target, split_dst_file=(1, 2), **SMALL)
+    assert (one.bytes_written, one.published, one.missing) == (0, False, (part.name,))
+    two = merge(root, target, split_dst_file=(2, 2), **SMALL)
+    assert two.files_written == (part.name,) and two.published
     assert_merged(target)

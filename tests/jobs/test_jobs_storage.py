@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from ms_ckpt_ext.engine import manifest, offline, pump
 from ms_ckpt_ext.storage import sink
 from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
-from tests.jobs.support import assert_merged, merge, read_merged, source, strategy_of, tree
+from tests.jobs.support import assert_merged, begun, merge, read_merged, source, strategy_of, tree
 
 ROWS = 1 << 14  # slices of 512 KiB and more: long enough for direct copies
 
@@ -283,14 +284,16 @@ def test_a_sink_writes_anywhere_and_closes_once(tmp_path: Path) -> None:
 
 def test_a_finished_part_that_was_damaged_is_written_again(tmp_path: Path) -> None:
     """What the killed run left is checked: length and header."""
-    root = source(tmp_path / "src")
-    merge(root, tmp_path / "out", part_bytes=9000, split_dst_file=(1, 2))
-    (part, other) = sorted(p for p in (tmp_path / "out").glob(".ms_ckpt_ext/*/part*.safetensors"))
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    begun(lambda: merge(root, target, part_bytes=9000, max_process_num=1))
+    (part,) = target.glob(".ms_ckpt_ext/*/part*.safetensors")
     part.write_bytes(part.read_bytes()[:-1])
-    report = merge(root, tmp_path / "out", part_bytes=9000, split_dst_file=(1, 2))
-    assert report.files_written == (part.name,) and other.name in report.files_kept
-    assert merge(root, tmp_path / "out", part_bytes=9000, split_dst_file=(2, 2)).published
-    assert_merged(tmp_path / "out")
+    report = merge(root, target, part_bytes=9000)
+    assert part.name in report.files_written and report.published
+    assert_merged(target)
+    shutil.rmtree(target)
+    begun(lambda: merge(root, target, part_bytes=9000, max_process_num=1))
+    assert merge(root, target, part_bytes=9000).files_kept == (part.name,)
 
 
 def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
