@@ -111,7 +111,7 @@ def test_reports_where_stock_says_nothing(title: str, ms: Any, held: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "more", [{"mode": "direct"}, {"verify": "replicas"}, {"prefetch": 2}, {"choice_func": lambda _: True}], ids=str
+    "more", [{"mode": "direct"}, {"verify": "replicas"}, {"prefetch": 2}, {"choice_func": lambda _: True}], ids=" ".join
 )
 def test_calls_of_our_own_tell_what_went_where(more: dict[str, Any], ms: Any, held: Path) -> None:
     """Also those of forms that MindSpore does not take."""
