@@ -227,7 +227,7 @@ def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe:
     seen, catalog, listing = _read_headers(transport, wanted, look, strategy)
     if wanted.digests:
         _compare_digests(transport, wanted, seen)
-    scalars = read_scalars(transport, catalog, seen.by_number)
+    scalars = read_scalars(transport, catalog, seen.by_number, seen.sharded)
     return Chosen(candidate, listing, strategy, {**_common(transport, listing), **scalars.alike}, scalars.own, catalog)
 
 

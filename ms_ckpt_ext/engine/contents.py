@@ -92,7 +92,7 @@ def decode_text(contents: bytes) -> str:
 
 def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
     """One small tensor, read in one go."""
-    (file,) = next(iter(tensor.placements[0].holders.values()))
+    file = next(iter(tensor.placements[0].holders.values()))[0]
     data = b""
     for offset, length in catalog.stored(file, tensor.stored_name):
         part = bytearray(length)

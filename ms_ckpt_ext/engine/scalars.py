@@ -30,17 +30,19 @@ class Scalars(NamedTuple):
     own: Mapping[str, Mapping[int, Value]]
 
 
-def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Sees) -> Scalars:
+def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Sees, sharded: bool) -> Scalars:
     """Compare and read; collective.
 
     Args:
-        catalog: as headers tell it. Of one without layouts, parameters of a single element are scalars as well.
+        catalog: as headers tell it.
+        sharded: its files are those of ranks, and without layouts of a single one; where nothing is cut by layouts of
+            ranks, parameters of a single element are scalars as well.
         sees: file number -> ranks that can open it; None when all see all.
 
     Raises:
         FormatError, StorageError: a file cannot be read; PeerError on the ranks that did not read it.
     """
-    whole = {} if catalog.strategy is not None else catalog.tensors
+    whole = {} if sharded and catalog.strategy is not None else catalog.tensors
     names = [name for name, held in catalog.unproven.items() if _small(catalog, held)]
     catalog = compared(catalog, names, Together(transport, catalog, sees))
     wanted = list(_wanted(catalog, whole))
@@ -89,7 +91,7 @@ def _small(catalog: Catalog, held: Union[SourceTensor, Held]) -> bool:
 
 def _reader(tensor: SourceTensor, world: int, sees: Sees) -> int:
     """Which rank reads it: of those that see its file one by the file's number."""
-    (file,) = next(iter(tensor.placements[0].holders.values()))
+    file = next(iter(tensor.placements[0].holders.values()))[0]
     able = range(world) if sees is None else sorted(sees[file])
     return able[file % len(able)]
 
