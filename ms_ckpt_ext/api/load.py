@@ -82,7 +82,8 @@ def load_distributed_checkpoint(
     Args:
         network: the `Cell` to fill, or None.
         checkpoint_filenames: with format="ckpt": the file of every rank of the job that saved, in the order of ranks;
-            or a directory, as `unified_safetensors_dir`.
+            or a directory, as `unified_safetensors_dir`. Of a list of files what the strategies list is loaded and no
+            more, as in MindSpore: learning rates, counters and frozen parameters stay as the network has them.
         predict_strategy: layouts of the target: a strategy file or directory, the dict of
             `build_searched_strategy`, `Cell.parameter_layout_dict` or `Model.infer_predict_layout()`, or None for one
             device.
@@ -163,6 +164,7 @@ def load_distributed_checkpoint(
         if return_param_dict and verify != "none":
             raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
         alone = return_param_dict or (options.mode == "direct" and verify == "none")
+        listed = isinstance(checkpoint_filenames, (list, tuple))
         rank = live.own_rank()
         try:
             trained = _trained(train_strategy_filename, checkpoint_filenames, network)
@@ -179,11 +181,11 @@ def load_distributed_checkpoint(
             catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
             if return_param_dict:
                 return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
-            found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits)
+            found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits, listed=listed)
             return mindspores or found
         from ms_ckpt_ext.bridge.together import Source, fill_together
 
-        shared = Source(look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices)
+        shared = Source(look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices, listed)
         found = fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
         return mindspores or found
     _refuse_live(options, mode)

@@ -43,7 +43,8 @@ class Restored:
         epoch, step, loss_scale: of the training when it was saved, from the records, else from the file; None where
             neither says. Without a checkpoint, epoch and step are 0.
         scalars: what the file holds outside the strategy: name -> numpy array of one element, or text.
-        not_loaded: Parameters that got nothing (only with `allow_missing`).
+        not_loaded: Parameters that got nothing: with `allow_missing`, or learning rates of another shape, which are of
+            another schedule and stay as the network has them.
         unused: names in the checkpoint that went nowhere.
         skipped: newer checkpoints that are not complete, newest first, and others that might be taken for newer:
             (name, reason).

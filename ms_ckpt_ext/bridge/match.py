@@ -211,12 +211,10 @@ def is_parallel(network: Any) -> bool:
 def check_fit(match: Match, strict: bool) -> None:
     """Raise LayoutMismatchError unless the slice fits its Parameter in shape and dtype, casts included."""
     parameter, offer = match.parameter, match.offer
-    shape = tuple(parameter.shape)
-    trimmed = offer.shape[: len(shape)] if set(offer.shape[len(shape) :]) <= {1} else offer.shape
-    if shape != trimmed and not _takes_slice(match):
+    if not same_shape(match) and not _takes_slice(match):
         raise LayoutMismatchError(
-            f"parameter {parameter.name!r} has shape {list(shape)} in the network, but this rank's slice of it in the "
-            f"checkpoint is {list(offer.shape)} (full shape {list(offer.full)}); "
+            f"parameter {parameter.name!r} has shape {list(parameter.shape)} in the network, but this rank's slice of "
+            f"it in the checkpoint is {list(offer.shape)} (full shape {list(offer.full)}); "
             + (f"{offer.doubt}; " if offer.doubt else "")
             + "check predict_strategy, and compile the network before loading if it is parallel"
         )
@@ -230,6 +228,12 @@ def check_fit(match: Match, strict: bool) -> None:
             f"parameter {parameter.name!r} is {parameter.dtype} in the network and {offer.dtype} in the checkpoint; "
             + ("strict_load forbids a cast" if strict else "MindSpore casts within floats and within ints only")
         )
+
+
+def same_shape(match: Match) -> bool:
+    """Whether the slice has the Parameter's shape, axes of one element at its end aside."""
+    shape, stored = tuple(match.parameter.shape), match.offer.shape
+    return shape == (stored[: len(shape)] if set(stored[len(shape) :]) <= {1} else stored)
 
 
 def castable(one: Any, other: Any) -> bool:

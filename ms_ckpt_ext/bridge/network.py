@@ -48,6 +48,7 @@ from ms_ckpt_ext.transport.base import Bytes
 
 __all__ = ["fill", "own_rank", "parameter_dict", "world_size"]
 log = logging.getLogger("ms_ckpt_ext")
+_SHOWN = 20
 
 
 def fill(
@@ -59,10 +60,13 @@ def fill(
     workers: int,
     limits: Limits,
     by_suffix: bool = True,
+    listed: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Fill the Parameters of `network` with this rank's slices.
 
-    `by_suffix`: unless strict, match names by suffix, see `core.suffixes`.
+    Args:
+        by_suffix: unless strict, match names by suffix, see `core.suffixes`.
+        listed: see `settle.Manner`.
 
     Returns:
         (Parameters that got nothing, checkpoint names that went nowhere), as `load_param_into_net` gives them.
@@ -72,12 +76,12 @@ def fill(
         LayoutMismatchError: shapes or dtypes do not fit; nothing was changed.
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
     """
-    catalog, found = _settled(network, catalog, strategy, rank, Manner(strict, strict or not by_suffix))
+    catalog, found = _settled(network, catalog, strategy, rank, Manner(strict, strict or not by_suffix, listed=listed))
     prove_matches(found.matches, catalog, workers, limits)
     with catalog.readers() as readers:
         fill_matches(found.matches, catalog, readers, workers, limits)
         readers.verify()
-    warn_missing(found)
+    tell_loaded(found, catalog)
     return found.missing, found.unused
 
 
@@ -93,8 +97,12 @@ def _settled(
     return catalog, boxes(network, found, taking, taking.require_own, manner)
 
 
-def warn_missing(found: Matches) -> None:
-    """Log which Parameters got nothing."""
+def tell_loaded(found: Matches, catalog: Catalog) -> None:
+    """Log which Parameters got something from outside the strategy, and which got nothing."""
+    outside = sorted(match.parameter.name for match in found.matches if match.name not in catalog.tensors)
+    if outside:
+        more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
+        log.info("loaded as well, from outside the strategy: %s%s", outside[:_SHOWN], more)
     if found.missing:
         log.warning(
             "%d parameters of the network are not in the checkpoint and were not loaded: %s%s",

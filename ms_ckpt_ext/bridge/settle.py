@@ -8,9 +8,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, Callable, NamedTuple
 
 from ms_ckpt_ext.bridge.match import (
+    Match,
     Matches,
     check_cell,
     check_fit,
@@ -18,6 +20,7 @@ from ms_ckpt_ext.bridge.match import (
     match_parameters,
     offer_of,
     offers_to,
+    same_shape,
     told_passed,
 )
 from ms_ckpt_ext.engine.taking import Takes, Taking
@@ -33,11 +36,13 @@ class Manner(NamedTuple):
         strict: no casts.
         exact: no names by suffix.
         require_all: a Parameter that the checkpoint has nothing for is an error.
+        listed: only what both strategies list, or a map names, is taken, as MindSpore does with `checkpoint_filenames`.
     """
 
     strict: bool
     exact: bool
     require_all: bool = False
+    listed: bool = False
 
 
 def matched(network: Any, taking: Taking, manner: Manner) -> Matches:
@@ -49,8 +54,33 @@ def matched(network: Any, taking: Taking, manner: Manner) -> Matches:
     """
     check_cell(network)
     found = match_parameters(network, taking.catalog, offers_to(taking), manner.exact)
+    if manner.listed:
+        found = _listed(found, taking)
     _require(found, manner)
     return found
+
+
+def _listed(found: Matches, taking: Taking) -> Matches:
+    """Without what one of the strategies does not list; the log names it."""
+
+    def is_listed(match: Match) -> bool:
+        renamed = match.offer.tensor.stored_name != match.name
+        return renamed or any(map(taking.lists, (match.name, match.parameter.name)))
+
+    kept = [match for match in found.matches if is_listed(match)]
+    left = [match for match in found.matches if not is_listed(match)]
+    if left:
+        log.warning(
+            "%d parameters keep the network's values, as the strategies do not list them: %s; resume takes them, "
+            "and so does this function with unified_safetensors_dir",
+            len(left),
+            [match.parameter.name for match in left],
+        )
+    return found._replace(
+        matches=kept,
+        missing=[*found.missing, *(match.parameter.name for match in left)],
+        unused=[*found.unused, *(match.name for match in left)],
+    )
 
 
 def _require(found: Matches, manner: Manner) -> None:
@@ -74,6 +104,7 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
     """
     found = _of_this_stage(network, found, taking)
     _require(found, manner)
+    found = _without_schedules(found)
     taking.refuse_others(match.name for match in found.matches)
     known = offers_to(taking)
     matches = []
@@ -83,6 +114,28 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
         matches.append(each._replace(offer=offer))
         check_fit(matches[-1], manner.strict)
     return found._replace(matches=matches)
+
+
+_SCHEDULE = re.compile(r"(?:.*\.)?learning_rate(?:_group_\d+)?")
+"""What MindSpore's optimizers call a learning rate: a number, or a table with one for every step."""
+
+
+def _without_schedules(found: Matches) -> Matches:
+    """Without learning rates of another shape: the job has a new schedule, and the rest of its state is wanted."""
+    other = {m.name: m for m in found.matches if _SCHEDULE.fullmatch(m.parameter.name) and not same_shape(m)}
+    for match in other.values():
+        log.warning(
+            "parameter %r keeps the network's value: the checkpoint has one of shape %s, for another schedule, and the "
+            "network's is %s",
+            match.parameter.name,
+            list(match.offer.shape),
+            list(match.parameter.shape),
+        )
+    return found._replace(
+        matches=[match for match in found.matches if match.name not in other],
+        missing=[*found.missing, *(match.parameter.name for match in other.values())],
+        unused=[*found.unused, *other],
+    )
 
 
 def _of_this_stage(network: Any, found: Matches, taking: Taking) -> Matches:

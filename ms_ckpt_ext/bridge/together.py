@@ -16,7 +16,7 @@ from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
 from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import ParameterSink
-from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, warn_missing
+from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, tell_loaded
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.core.layout import whole
 from ms_ckpt_ext.core.reads import Limits
@@ -63,6 +63,7 @@ class Source(NamedTuple):
         naming: how these are called in the network.
         expected: files that were named one by one, by key: some host must see each.
         allow_equal_slices: slices that are all equal are meant, see `engine.whole_slices`.
+        listed: see `settle.Manner`.
     """
 
     look: Callable[[], Listing]
@@ -72,6 +73,7 @@ class Source(NamedTuple):
     naming: Naming = Naming()
     expected: Mapping[str, str] = MappingProxyType({})
     allow_equal_slices: bool = False
+    listed: bool = False
 
     def named(self, stored: Catalog, compare: Compare = compared) -> Catalog:
         """What is stored, with the rules applied, by its names in the network; `compare` as in `proven.ruled`."""
@@ -138,7 +140,7 @@ def fill_together(
             return _compared(transport, held, list(names), look, seen)
 
         catalog = _on_all(transport, lambda: source.named(stored, compare))
-        manner = Manner(strict, strict or not by_suffix, require_all)
+        manner = Manner(strict, strict or not by_suffix, require_all, source.listed)
         found = _on_all(transport, lambda: matched(network, Taking(catalog, target, rank, transport.size), manner))
         shared = transport.share(pack(open_names(found)))
         wanted = sorted({name for names in shared for name in unpack(names)})
@@ -159,7 +161,7 @@ def fill_together(
             observe(report)
     finally:
         transport.close()
-    warn_missing(found)
+    tell_loaded(found, catalog)
     return found.missing, found.unused
 
 

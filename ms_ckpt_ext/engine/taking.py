@@ -78,6 +78,10 @@ class Taking:
             found.setdefault(name, takes)
         return found
 
+    def lists(self, name: str) -> bool:
+        """Whether both strategies list a parameter, the target's where there is one."""
+        return name in self.catalog.tensors and (self._target is None or name in self._target.layouts)
+
     def needs_comparing(self, names: Collection[str]) -> list[str]:
         """Of some names, those that are open, for a rank that reads its own file alone.
 

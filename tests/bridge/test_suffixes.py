@@ -107,12 +107,12 @@ def test_a_lost_weight_is_an_error_where_all_are_needed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["direct", "cooperative", "inference"])
 @pytest.mark.parametrize("other", ["zeta__net__d__b", "text__d__b"])
 def test_what_a_map_lists_and_no_file_has_is_no_other_ones(way: str, other: str, tmp_path: Path) -> None:
-    write(tmp_path / "part0.safetensors", net__d__w=1.0, **{other: 9.0})
+    write(tmp_path / "part0.safetensors", net__d__w=1.0, net__e__w=2.0, **{other: 9.0})
     write(tmp_path / "part1.safetensors", x=1.0)
-    parts = {"net.d.w": 0, "net.d.b": 0, other.replace("__", "."): 0, "x": 1}
+    parts = {"net.d.w": 0, "net.e.w": 0, "net.d.b": 0, other.replace("__", "."): 0, "x": 1}
     named = {name: f"part{number}.safetensors" for name, number in parts.items()}
     (tmp_path / "param_name_map.json").write_text(json.dumps(named))
-    network = Network("d.w d.b", "float32 float32")
+    network = Network("d.w e.w d.b", "float32 float32 float32")
     with pytest.raises((CoverageError, DiscoveryError), match=r"'net.d.b' should be in .*part0.safetensors"):
         WAYS[way](network, tmp_path / "part0.safetensors")
     assert set(network.held.values()) == {-7.0}
