@@ -25,6 +25,7 @@ from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.options import LoadOptions
 from ms_ckpt_ext.engine.scalars import Value
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats.unified import instead
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.rules import Rule
@@ -214,7 +215,11 @@ def _nothing(directory: str, required: bool, skipped: tuple[Skipped, ...]) -> Re
     if required:
         raise DiscoveryError(
             f"{directory!r} holds no complete checkpoint; "
-            + (f"these were skipped:{told}" if told else "nothing there looks like one: check the path")
+            + (
+                f"these were skipped:{told}"
+                if told
+                else f"nothing there looks like one{instead(directory)}: check the path"
+            )
         )
     log.warning("no complete checkpoint in %r: training starts anew%s", directory, told)
     return Restored(None, skipped=skipped)

@@ -135,12 +135,12 @@ def _in_folder(places: list[Place]) -> Iterator[Candidate]:
         if not in_ranks:
             return  # the files beside the map are its parts
     noted = _together(places)
+    alone = [file for file in files if "/" not in file]
     if places[0].named:
-        alone: Iterable[Candidate] = [Candidate(folder, file, {0: Held(file, 0)}, 0.0) for file in files]
+        found = [Candidate(folder, file, {0: Held(file, 0)}, 0.0) for file in alone]
     else:
-        alone = _flat(folder, list(files))
-    for found in _by_ranks(folder, in_ranks) if in_ranks else alone:
-        yield _noted(_measured(found, files, torn), noted)
+        found = [*_by_ranks(folder, in_ranks), *(_flat(folder, alone, bool(in_ranks)) if mapped is None else ())]
+    yield from (_noted(_measured(candidate, files, torn), noted) for candidate in found)
 
 
 def _by_ranks(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
@@ -163,11 +163,12 @@ def _by_ranks(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
         yield Candidate(folder, shared, held, 0.0, trouble=trouble)
 
 
-def _flat(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
-    """What lies in one folder without a map."""
+def _flat(folder: str, files: Iterable[str], beside: bool) -> Iterator[Candidate]:
+    """What lies in one folder without a map, `beside` rank folders or not."""
     for name, found in loose(files).items():
         held = {number: Held(file, 0) for number, file in found.files.items()}
-        yield Candidate(folder, name, held, 0.0, trouble=found.fault, parts=found.parts)
+        title = f"./{name}" if beside else name
+        yield Candidate(folder, title, held, 0.0, trouble=found.fault, parts=found.parts)
 
 
 def _measured(found: Candidate, seen: Mapping[str, Sight], torn: set[str]) -> Candidate:

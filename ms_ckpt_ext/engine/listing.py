@@ -65,7 +65,7 @@ def list_checkpoint(
     if require_sharded or (discovery.is_sharded(path) and not (strategy is None and _has_map(path))):
         world = None if strategy is None else strategy.world
         return _of_ranks(discovery.rank_files(path, kind, file_suffix, world), strategy, path)
-    found = unified_files(path, kind, file_suffix)
+    found = unified_files(path, kind, file_suffix, ranked=strategy is not None and strategy.world > 1)
     if found.ranks:
         return _of_ranks(found.ranks, strategy, path)
     hyper = {} if found.hyper is None else {os.path.basename(found.hyper): found.hyper}

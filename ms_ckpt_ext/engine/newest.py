@@ -58,7 +58,7 @@ def prefix_of(name: str) -> str:
     >>> prefix_of("net_1-1_50.ckpt"), prefix_of("qwen_rank_-1_20.ckpt"), prefix_of("best.ckpt")
     ('net', 'qwen', 'best')
     """
-    return _RANK.sub("", save_of(name).prefix)
+    return _RANK.sub("", save_of(os.path.basename(name)).prefix)
 
 
 class Remark(NamedTuple):

@@ -110,14 +110,18 @@ def rank_folders(directory: str) -> dict[int, Path]:
 
 
 def checkpoint_names(folder: Path, suffixes: Iterable[str], known: Optional[dict[str, str]] = None) -> list[str]:
-    """Names of the files in a folder that are checkpoints of these formats, in order.
+    """Names of the files in a folder that are checkpoints of these formats, in order; hidden ones are not.
 
     Args:
         known: kinds of `.ckpt` files by their names without numbers: one file of a family is looked into, for the
             others are written by the same code. Without it every one is.
     """
     endings = tuple(f".{suffix}" for suffix in suffixes)
-    names = [path.name for path in inside(folder, lambda path: path.name.endswith(endings) and not path.is_dir())]
+
+    def may_be(path: Path) -> bool:
+        return path.name.endswith(endings) and not path.name.startswith(".") and not path.is_dir()
+
+    names = [path.name for path in inside(folder, may_be)]
     return [name for name in names if _kind(folder, name, known) == CHECKPOINT]
 
 

@@ -141,10 +141,16 @@ def _without(name: str, places: Sequence[int], rank: int) -> str:
     return name
 
 
-def grouped_flat(names: Iterable[str]) -> dict[str, dict[int, str]]:
+def names_rank(name: str) -> bool:
+    """Whether a name tells a rank, or looks as if it did."""
+    return _RANK.search(name) is not None
+
+
+def grouped_flat(names: Iterable[str], ranked: bool = False) -> dict[str, dict[int, str]]:
     """The files of one folder, where only names tell ranks: shared name -> rank -> file.
 
-    `_rank_N` is a rank where 0 or several consecutive ones are there; else it is the prefix's, as in `lora_rank_8`.
+    `_rank_N` is a rank where 0 or several consecutive ones are there, or where it is known that ranks saved (`ranked`);
+    else it is the prefix's, as in `lora_rank_8`.
     """
     families: dict[str, dict[int, str]] = {}
     found: dict[str, dict[int, str]] = {}
@@ -160,7 +166,7 @@ def grouped_flat(names: Iterable[str]) -> dict[str, dict[int, str]]:
         family[int(matches[-1][1])] = name
     for shared, family in families.items():
         ranks = sorted(family)
-        if 0 in family or (len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1):
+        if ranked or 0 in family or (len(ranks) > 1 and ranks[-1] - ranks[0] == len(ranks) - 1):
             found[shared] = family
         else:
             found.update({name: {0: name} for name in family.values()})

@@ -30,13 +30,15 @@ from ms_ckpt_ext.formats.discovery import (
     MAP_NAME,
     by_suffix,
     checkpoint_names,
+    folders_in,
     inside,
+    is_sharded,
     newest_of,
     only_kind,
     or_suffixes,
 )
-from ms_ckpt_ext.formats.kind import pointer_fault
-from ms_ckpt_ext.formats.saves import grouped_flat, is_step
+from ms_ckpt_ext.formats.kind import FOREIGN, STRATEGY, kind_of, pointer_fault
+from ms_ckpt_ext.formats.saves import grouped_flat, is_step, names_rank
 from ms_ckpt_ext.formats.torch_slices import JOIN, is_of_a_rank
 
 _INDEX = re.compile(r".\.safetensors\.index(?:\.[\w-]+)?\.json$")
@@ -88,7 +90,11 @@ def is_map(name: str) -> bool:
 
 
 def unified_files(
-    directory: str, suffix: Optional[str] = None, file_suffix: Optional[str] = None, index: Optional[str] = None
+    directory: str,
+    suffix: Optional[str] = None,
+    file_suffix: Optional[str] = None,
+    index: Optional[str] = None,
+    ranked: bool = False,
 ) -> UnifiedFiles:
     """The files of the checkpoint in a folder: those of a map, a whole model's, or the newest save's.
 
@@ -97,13 +103,14 @@ def unified_files(
         suffix: "safetensors", "ckpt", or None for whichever the map names or is there.
         file_suffix: which of several saves, see `formats.discovery`.
         index: name of the map that counts; None for the one that is there.
+        ranked: several ranks saved, as their strategy says, so `_rank_N` in a name is one, even if it is alone.
 
     Raises:
         DiscoveryError: no such directory, no file, several that nothing relates, a part of a model, or both formats.
         FormatError: the map is not what it should be.
     """
     root = Path(directory)
-    there = [path.name for path in inside(root, Path.is_file)]
+    there = [path.name for path in inside(root, lambda path: path.is_file() and not path.name.startswith("."))]
     if index is None:
         path, names = _map_of(root, [name for name in there if is_map(name)])
     else:
@@ -116,15 +123,16 @@ def unified_files(
     )
     if suffix is None or not held:
         raise DiscoveryError(
-            f"{directory!r} holds no {or_suffixes(suffix)} file{_instead(root, there)}; check the path and the format"
+            f"{directory!r} holds no {or_suffixes(suffix)} file{instead(directory)}; check the path and the format"
         )
     if file_suffix is not None:
         held = [name for name in held if name.endswith(f"{file_suffix}.{suffix}")] or [
             by_suffix(held, suffix, file_suffix, directory)
         ]
-    chosen = _choose(loose(held), directory, suffix)
+    chosen = _choose(loose(held, ranked), directory, suffix)
     paths = {number: str(root / name) for number, name in sorted(chosen.files.items())}
-    if chosen.parts or len(paths) == 1:
+    of_ranks = len(paths) > 1 or (ranked and names_rank(next(iter(chosen.files.values()))))
+    if chosen.parts or not of_ranks:
         return UnifiedFiles({os.path.basename(path): path for path in paths.values()})
     return UnifiedFiles({}, ranks=paths)
 
@@ -150,7 +158,7 @@ def _choose(found: Mapping[str, Loose], directory: str, suffix: str) -> Loose:
     return next(iter(found.values()))
 
 
-def loose(names: Iterable[str]) -> dict[str, Loose]:
+def loose(names: Iterable[str], ranked: bool = False) -> dict[str, Loose]:
     """What may be a checkpoint among the files of a folder without a map.
 
     Returns:
@@ -164,7 +172,9 @@ def loose(names: Iterable[str]) -> dict[str, Loose]:
     lone = len(merged) == 1 and not hyper and merged[0].startswith("part0.")
     rest = [name for name in held if name not in (*hyper, *adapters, *parts, *(() if lone else merged))]
     beside = _beside(hyper, adapters)
-    found = {name: Loose(files, fault="" if is_step(name) else beside) for name, files in grouped_flat(rest).items()}
+    found = {
+        name: Loose(files, fault="" if is_step(name) else beside) for name, files in grouped_flat(rest, ranked).items()
+    }
     for name, files in _models(parts).items():
         found[name] = files._replace(fault=files.fault or beside)
     if hyper or (merged and not lone):
@@ -294,14 +304,24 @@ def _read_map(path: Path) -> dict[str, str]:
     return dict(names)
 
 
-def _instead(root: Path, there: Sequence[str]) -> str:
-    """What a folder without a checkpoint holds instead, where that explains it."""
+def instead(directory: str) -> str:
+    """What a folder without a checkpoint holds instead, as `, but …`; "" where nothing explains it."""
+    root = Path(directory)
+    there = [path.name for path in inside(root, Path.is_file)] if root.is_dir() else []
     other = [name for name in there if name.endswith(_NOT_READ)]
+    other += [name for name in there if name.endswith(".ckpt") and kind_of(str(root / name)) == FOREIGN]
     if other:
         return f", but {_some(other)}, of formats that are not read"
+    if any(name.endswith(".ckpt") and kind_of(str(root / name)) == STRATEGY for name in there):
+        return ", but strategy files, which are no checkpoints"
     if (root / "snapshots").is_dir():
         return ", but the snapshots of a download, which are such folders: give the path of one of them"
-    return ""
+    below = [folder.name for folder in folders_in(root) if _is_model(folder)]
+    return f", but its folders {_some(below)} do: give the path of one of them" if below else ""
+
+
+def _is_model(folder: Path) -> bool:
+    return bool(checkpoint_names(folder, FORMATS, {})) or is_sharded(str(folder))
 
 
 def _some(names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 import ms_ckpt_ext
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError
 from ms_ckpt_ext.formats.unified import is_map, unified_files
+from tests.jobs.support import source
 
 TWO = ("-00001-of-00002", "-00002-of-00002")
 
@@ -85,6 +87,7 @@ def test_an_index_goes_along_with_a_conversion(tmp_path: Path) -> None:
 
 
 def other(root: Path, *names: str) -> None:
+    root.mkdir(exist_ok=True)
     for name in names:
         save_file({"other": np.zeros(2, np.float32)}, root / name)
 
@@ -141,13 +144,48 @@ def test_several_indexes(tmp_path: Path) -> None:
     ("beside", "message"),
     [
         ("pytorch_model.bin", "'pytorch_model.bin', of formats that are not read"),
-        ("snapshots/", "snapshots of a download"),
+        ("snapshots/a/config.json", "snapshots of a download"),
+        ("v1-5.ckpt", "'v1-5.ckpt', of formats that are not read"),
+        ("strategy.ckpt", "but strategy files, which are no checkpoints"),
+        ("unet/model.safetensors", "but its folders 'unet' do: give the path of one of them"),
+        ("checkpoint/rank_0/net.ckpt", "but its folders 'checkpoint' do"),
+        ("strategy/strategy.ckpt", "file; check the path"),
     ],
 )
 def test_what_lies_there_instead_of_a_model(beside: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / beside).mkdir() if beside.endswith("/") else (tmp_path / beside).touch()
+    path = tmp_path / beside
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes({"v1-5.ckpt": b"PK\x03\x04", "strategy.ckpt": bytes.fromhex("08021204")}.get(path.name, b""))
     with pytest.raises(DiscoveryError, match=message):
         ms_ckpt_ext.load(tmp_path)
+
+
+def test_hidden_files_are_nobody_s(tmp_path: Path) -> None:
+    """What macOS leaves beside every file on disks of other systems."""
+    root = model(tmp_path / "hub")
+    for path in list(root.iterdir()):
+        (root / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07")
+    assert sorted(ms_ckpt_ext.load(root)) == ["p0", "p1"]
+    other(tmp_path / "one", "model.safetensors")
+    (tmp_path / "one" / "._model.safetensors").write_bytes(b"\x00\x05\x16\x07")
+    assert sorted(ms_ckpt_ext.load(tmp_path / "one")) == ["other"]
+
+
+def test_ranks_in_one_folder(tmp_path: Path) -> None:
+    made = source(tmp_path / "run")
+    for rank in range(4):
+        (held,) = (made / "shards" / f"rank_{rank}").iterdir()
+        for step in (5, 10):
+            shutil.copy(held, tmp_path / f"net_rank_{rank}-1_{step}.safetensors")
+    whole = ms_ckpt_ext.load(made / "shards", made / "strategy.ckpt")
+    flat = ms_ckpt_ext.load(tmp_path, made / "strategy.ckpt")
+    assert {n: flat[n].numpy().tobytes() for n in whole} == {n: whole[n].numpy().tobytes() for n in whole}
+    with pytest.raises(DiscoveryError, match="holds the files of 4 ranks, so the strategy that cut them is needed"):
+        ms_ckpt_ext.load(tmp_path)
+    for path in tmp_path.glob("net_rank_[023]*"):
+        path.unlink()
+    with pytest.raises(CoverageError, match="in the file of rank 0"):
+        ms_ckpt_ext.load(tmp_path, made / "strategy.ckpt").arrays()
 
 
 def test_a_link_of_a_download_that_was_cut_short(tmp_path: Path) -> None:

@@ -214,6 +214,18 @@ def test_one_file_is_a_directory_of_one(tmp_path: Path) -> None:
         look(tmp_path / "net-1_5.safetensors", ranks=2, kind="ckpt")
 
 
+def test_what_one_process_saved_beside_rank_folders_is_seen(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    whole(tmp_path / "c" / "net-1_3.safetensors", 9)
+    chosen, skipped = look(tmp_path / "c")
+    assert step_of(chosen) == 3, "the recorded one of two that are equally new"
+    assert [each.name for each in skipped] == ["./net-1_3.safetensors"]
+    whole(tmp_path / "c" / "net-1_9.safetensors", 9)
+    chosen, skipped = look(tmp_path / "c")
+    assert step_of(chosen) == 9 and [each.name for each in skipped] == ["net-1_3.safetensors"]
+    assert chosen is not None and list(chosen.listing.files.values()) == [str(tmp_path / "c" / "net-1_9.safetensors")]
+
+
 def test_a_slice_alone_is_no_model(tmp_path: Path) -> None:
     save(tmp_path / "c", 3, noted=False)
     for rank in (0, 1, 2):

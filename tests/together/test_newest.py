@@ -191,6 +191,14 @@ def test_what_transform_writes_is_one_checkpoint() -> None:
     assert found.title == "net.ckpt" and sorted(found.files) == [0, 1, 2]
 
 
+def test_files_beside_rank_folders_are_seen() -> None:
+    """A single device goes on in the directory of a job of three."""
+    found = order([*ranks("net-1_5.ckpt"), "net-1_9.ckpt", "net-1_5.ckpt"])
+    assert [candidate.title for candidate in found] == ["./net-1_9.ckpt", "./net-1_5.ckpt", "net-1_5.ckpt"]
+    assert [len(candidate.files) for candidate in found] == [1, 1, 3]
+    assert prefix_of("./net-1_9.ckpt") == "net"
+
+
 def test_ranks_in_one_folder_on_two_hosts() -> None:
     """Each sees its own; what a number means shows when both are together."""
     places = [seen([f"net_rank_{rank}-1_5.ckpt" for rank in half]) for half in ((0, 1), (2, 3))]
