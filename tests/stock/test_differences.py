@@ -574,3 +574,34 @@ def test_whole_parameters_that_the_target_does_not_list(tmp_path: Path) -> None:
     assert arrays(tmp_path / "stock/rank_1/net.safetensors").keys() == {"a"}
     mine = arrays(tmp_path / "ours/rank_1/net.safetensors")
     assert np.array_equal(mine["a"], numbers(4, 2)[2:]) and np.array_equal(mine["frozen"], numbers(3))
+
+
+def test_slices_in_memory(ms: Any, tmp_path: Path) -> None:
+    """`merge_sliced_parameter`: stock makes float32 of bfloat16, and leaves optimizer shards out."""
+    layouts = {"w": Layout((2, 2), ((0,), ()), 2, -1), "b": ROWS}
+    for name, layout in layouts.items():
+        strategy_of({name: layout}, tmp_path / f"{name}.ckpt")
+    shard = [np.array(numbers(8, 2)[2 * row : 2 * row + 2]) for row in (0, 2, 1, 3)]
+    slices = {
+        "w": [ms.Parameter(ms.Tensor(each), name="w") for each in shard],
+        "b": [ms.Parameter(ms.Tensor(numbers(2, 2), ms.bfloat16), name="b") for _ in range(2)],
+    }
+    found = {}
+    for name in layouts:
+        strategy = ms_ckpt_ext.build_searched_strategy(tmp_path / f"{name}.ckpt")
+        theirs, _ = by_stock("merge_sliced_parameter", slices[name], strategy)
+        found[name] = theirs, ms_ckpt_ext.merge_sliced_parameter(slices[name], strategy)
+    assert found["w"][0].shape == (4, 2)
+    assert np.array_equal(found["w"][1].asnumpy(), numbers(8, 2))
+    assert [each.dtype for each in found["b"]] == [ms.float32, ms.bfloat16]
+
+
+def test_no_strategy_for_one_file(ms: Any, tmp_path: Path) -> None:
+    """One whole `.ckpt` file needs no strategy."""
+    save_file({"w": numbers(4)}, tmp_path / "net.safetensors")
+    ms_ckpt_ext.safetensors_to_ckpt(tmp_path / "net.safetensors")
+    pair = [network(ms, {"w": (4,)}) for _ in range(2)]
+    with pytest.raises(ValueError, match="no such strategy file"):
+        by_stock("load_distributed_checkpoint", pair[0], [str(tmp_path / "net.ckpt")])
+    ms_ckpt_ext.load_distributed_checkpoint(pair[1], [str(tmp_path / "net.ckpt")])
+    assert np.array_equal(held(pair[1])["w"], numbers(4))

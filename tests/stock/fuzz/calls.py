@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Callable
 
-from tests.stock.fuzz import converting, cutting, loading, merging
+from tests.stock.fuzz import converting, cutting, family, loading, merging
 from tests.stock.fuzz.cases import Case
 from tests.stock.fuzz.mistakes import mistaken
 
@@ -20,7 +20,10 @@ BUILDERS: dict[str, tuple[Callable[[Random, Path], Case], int]] = {
     "into_network": (loading.into_network, 3),
     "ckpt_into_network": (loading.ckpt_into_network, 2),
     "strategies": (merging.strategies, 1),
-    "searched": (merging.searched, 1),
+    "searched": (family.searched, 1),
+    "sliced": (family.sliced, 2),
+    "group_info": (family.group_info, 1),
+    "path_of_a_rank": (family.path_of_a_rank, 1),
     "convert_file": (converting.convert_file, 1),
     "convert_tree": (converting.convert_tree, 1),
     "load_file": (loading.load_file, 2),

@@ -29,6 +29,19 @@ class Network(NamedTuple):
     parameters: Mapping[str, Array]
 
 
+class Slices(NamedTuple):
+    """An argument that is a list of Parameters of one name."""
+
+    name: str
+    arrays: tuple[Array, ...]
+
+
+class Layouts(NamedTuple):
+    """An argument that is what `build_searched_strategy` gives."""
+
+    cuts: Mapping[str, Cut]
+
+
 class Case(NamedTuple):
     """One call.
 
@@ -114,8 +127,13 @@ def _keepers(rng: Random, model: Model) -> dict[tuple[str, int], bool]:
     return found
 
 
-def write_merged(rng: Random, model: Model, root: Path, names: Mapping[str, str]) -> dict[str, Array]:
-    """A merged checkpoint as MindSpore writes it, by other `names` where there are any; returns what it holds."""
+def write_merged(
+    rng: Random, model: Model, root: Path, names: Mapping[str, str], wrapped: bool = False
+) -> dict[str, Array]:
+    """A merged checkpoint as MindSpore writes it, by other `names` where there are any; returns what it holds.
+
+    `wrapped`: names differ by a prefix, which no name map tells.
+    """
     folder = "merged"
     held = {names.get(n, n): a for n, a in model.parameters.items() if not n.startswith("accu_grads")}
     count = rng.choice([1, 1, 2, 3])
@@ -125,7 +143,7 @@ def write_merged(rng: Random, model: Model, root: Path, names: Mapping[str, str]
     if model.extras:
         write(root / folder / "hyper_param.safetensors", model.extras)
     size = sum(len(array.data) for array in held.values())
-    if names and rng.random() < 0.7:  # as MindFormers has it: the map has the names of the network
+    if names and not wrapped and rng.random() < 0.7:  # as MindFormers has it: the map has the names of the network
         weights = {n: weights[names.get(n, n)] for n in model.parameters if names.get(n, n) in weights}
     (root / folder / "param_name_map.json").write_text(
         json.dumps({"metadata": {"total_size": size}, "weight_map": weights}, indent=4)

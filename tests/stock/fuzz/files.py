@@ -143,7 +143,7 @@ def fill_layouts(layouts: Any, cut: Cut) -> None:
         for group in cut.tensor_map:
             layouts.tensor_map.add().dim.extend(group or [-1])
     else:
-        layouts.tensor_map.add().dim.extend(_flat(cut))
+        layouts.tensor_map.add().dim.extend(flat(cut))
     layouts.param_split_shape.add()
     layouts.indices_offset.add()
     layouts.field = 0
@@ -151,7 +151,8 @@ def fill_layouts(layouts: Any, cut: Cut) -> None:
     layouts.opt_weight_shard_size = cut.size
 
 
-def _flat(cut: Cut) -> list[int]:
+def flat(cut: Cut) -> list[int]:
+    """The tensor map where no tensor axis has several device axes."""
     return [group[0] if group else -1 for group in cut.tensor_map]
 
 
@@ -160,7 +161,7 @@ def _as_json(items: Mapping[str, Cut], stages: list[int], current: int) -> dict[
     layouts = {
         name: {
             "dev_matrix": list(cut.dev_matrix),
-            "tensor_map": [list(g) or [-1] for g in cut.tensor_map] if cut.nested else _flat(cut),
+            "tensor_map": [list(g) or [-1] for g in cut.tensor_map] if cut.nested else flat(cut),
             "param_split_shape": [],
             "indices_offset": [],
             "field": 0,

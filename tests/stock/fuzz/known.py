@@ -181,12 +181,19 @@ def _shards_in_loads(found: Found) -> bool:
 
 
 def _by_suffix(found: Found) -> bool:
-    """A weight that is absent, filled from its moment: stock matches by the ends of names."""
-    return (
-        found.case.function in ("load_checkpoint", "load_distributed_checkpoint")
-        and (found.stock_says("cannot reshape array", "should have the same shape") or found.kind("bytes", "value"))
-        and any("choice_func" in n or "prefix" in n for n in found.case.named)
-    )
+    """A weight that the file does not have, or a choice or strategy leaves out, filled from its moment."""
+    if found.case.function not in ("load_checkpoint", "load_distributed_checkpoint"):
+        return False
+    names = {**found.case.model.parameters, **found.case.model.extras}
+    ends = {name for name in names for other in names if other.endswith(f".{name}")}
+    if found.kind("bytes") and found.difference.right == "unknown":
+        return found.name in ends and found.difference.where[0] == "network"
+    return bool(ends) and found.stock_says("cannot reshape array", "should have the same shape as")
+
+
+def _no_strategy(found: Found) -> bool:
+    """One whole `.ckpt` file into a network, and no strategy."""
+    return found.stock_says("no such strategy file: .") and found.case.model.source.world == 1
 
 
 def _sealed_with_checksum(found: Found) -> bool:
@@ -245,6 +252,16 @@ def _dedup_nested(found: Found) -> bool:
         and not found.case.named.get("merge_with_redundancy", True)
         and (found.stock_says("should be in set()", "max() arg is an empty") or found.kind("bytes"))
         and found.difference.right != "stock"
+    )
+
+
+def _slices(found: Found) -> bool:
+    """Slices in memory: bfloat16 becomes float32, and optimizer shards are not put together."""
+    if found.case.function != "merge_sliced_parameter":
+        return False
+    sharded = any(cut.shards > 1 or cut.nested for cut in found.cuts) and found.kind("shape", "bytes", "served")
+    return (
+        (sharded and found.difference.right != "stock") or found.kind("dtype") or found.stock_says("'list' and 'int'")
     )
 
 
@@ -315,6 +332,7 @@ RULES: Mapping[str, Callable[[Found], bool]] = {
     "several device axes in loads of .ckpt": _nested_ckpt,
     "a lone axis under several device axes": _lone_axis,
     "names by suffix": _by_suffix,
+    "no strategy for one file": _no_strategy,
     "a checksum under encryption": _sealed_with_checksum,
     "name_map and the parameter map": _renamed,
     "total_size": _total_size,
@@ -330,6 +348,7 @@ RULES: Mapping[str, Callable[[Found], bool]] = {
     "whole parameters that the target does not list": _whole_elsewhere,
     "files that are missing": _missing_files,
     "deduplicated slices": _dedup_nested,
+    "slices in memory": _slices,
     "no number of processes": _none_processes,
     "every rank's own": _own,
     "the order of safetensors in .ckpt": _arbitrary_order,

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.stock.fuzz.cases import Case, Network, Place, one_device, recut, write_merged, write_source
 from tests.stock.fuzz.cutting import target_strategy
-from tests.stock.fuzz.files import write, write_by_mindspore
+from tests.stock.fuzz.files import flat, write, write_by_mindspore
 from tests.stock.fuzz.model import Array, Wishes, random_model
 
 KEY = b"0123456789ABCDEF"
@@ -21,12 +21,15 @@ _OTHERS = {"F32": "F16", "F16": "F32", "BF16": "F32", "I32": "I64", "I64": "I32"
 def into_network(rng: Random, root: Path) -> Case:
     """load_distributed_checkpoint of a merged checkpoint into a network"""
     model = one_device(random_model(rng, Wishes(own=False)))
-    write_merged(rng, model, root, {})
+    wrapped = rng.random() < 0.1
+    write_merged(rng, model, root, {n: f"backbone.{n}" for n in model.parameters} if wrapped else {}, wrapped)
     named: dict[str, Any] = {"format": "safetensors", "unified_safetensors_dir": Place("merged")}
     rank = 0
-    if model.target is not None:
+    if model.target is not None and not wrapped:
         named["predict_strategy"] = target_strategy(rng, model.target, root)
         rank = rng.randrange(model.target.world)
+    if wrapped:
+        model = model._replace(target=None)
     listed = model.target.listed if model.target else frozenset(model.parameters)
     held = recut(model, [rank]).held[rank]
     tensors = {n: a for n, a in held.items() if n in listed or n in model.extras}
@@ -34,7 +37,7 @@ def into_network(rng: Random, root: Path) -> Case:
     wanted = {name: array for name, array in tensors.items() if rng.random() < 0.92}
     if rng.random() < 0.2:
         wanted["unknown.weight"] = Array("F32", np.zeros((2, 2), np.uint32))
-    if rng.random() < 0.1:
+    if not wrapped and rng.random() < 0.1:
         named["return_param_dict"] = True
         tags.add("param_dict")
     expected = {"network": {n: a for n, a in wanted.items() if n in tensors}}
@@ -63,15 +66,23 @@ def _empty(dtype: str, shape: tuple[int, ...]) -> Array:
 
 def ckpt_into_network(rng: Random, root: Path) -> Case:
     """load_distributed_checkpoint of .ckpt files into a network"""
-    model = random_model(rng, Wishes(stages=False, target=False))
+    cut_too = rng.random() < 0.4
+    model = random_model(rng, Wishes(stages=False, target=cut_too, nested=not cut_too, shards=not cut_too))
     source = write_source(rng, model, root, "ckpt", tidy=True)
     files = [Place(f"src/rank_{r}/{source.stem.format(r)}.ckpt") for r in range(model.source.world)]
     named: dict[str, Any] = {"train_strategy_filename": Place(source.strategy)}
-    wanted = {n: a for n, a in {**model.parameters, **model.extras}.items() if rng.random() < 0.9}
-    expected = {n: a for n, a in wanted.items() if n in model.source.listed}
+    held, rank, target = {**model.parameters, **model.extras}, 0, model.target
+    if target is not None:
+        rank = rng.randrange(target.world)
+        cuts = {n: target.cuts[n][0] for n in sorted(target.listed & model.source.listed)}
+        named["predict_strategy"] = {n: [list(c.dev_matrix), flat(c), [], 0, True, ""] for n, c in cuts.items()}
+        held.update({n: piece for n in cuts if (piece := target.slice(n, rank, model.parameters[n]))})
+    wanted = {n: a for n, a in held.items() if rng.random() < 0.9}
+    expected = {n: a for n, a in wanted.items() if n in model.source.listed and (target is None or n in cuts)}
     return Case(
-        "load_distributed_checkpoint", (Network(wanted), files), named, model, {"network": expected}, only=False
-    )
+        "load_distributed_checkpoint", (Network(wanted), files), named, model, {"network": expected},
+        only=False, rank=rank,
+    )  # fmt: skip
 
 
 def load_file(rng: Random, root: Path) -> Case:

@@ -81,11 +81,3 @@ def strategies(rng: Random, root: Path) -> Case:
         for local in range(job.devices if every else 1):
             write_strategy(root / "strategies" / f"s_rank_{stage * job.devices + local}.{form}", job, stage, form)
     return Case("merge_pipeline_strategys", (Place("strategies"), Place(f"merged_strategy.{form}")), {}, model, {})
-
-
-def searched(rng: Random, root: Path) -> Case:
-    """build_searched_strategy"""
-    model = random_model(rng, Wishes(target=False))
-    form = strategy_form(rng, model.source)
-    write_strategy(root / f"strategy.{form}", model.source, form=form)
-    return Case("build_searched_strategy", (Place(f"strategy.{form}"),), {}, model, {})

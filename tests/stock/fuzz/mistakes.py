@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.stock.fuzz.cases import Case, Place
 
-_VALUES: list[Any] = [None, 3, -1, "no_such_thing", b"bytes", [], {}, 1.5, (), True, np.int64(1), ""]
+_VALUES: list[Any] = [None, 3, -1, "no_such_thing", b"bytes", [], {}, 1.5, True, np.int64(1), ""]
 _BY_NAME: dict[str, list[Any]] = {
     "output_format": ["npz", None],
     "format": ["npz", None, "safetensors", "ckpt"],

@@ -19,8 +19,8 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
-from tests.stock.fuzz.cases import Case, Network, Place
-from tests.stock.fuzz.files import read
+from tests.stock.fuzz.cases import Case, Layouts, Network, Place, Slices
+from tests.stock.fuzz.files import as_tensor, fill_layouts, read
 from tests.stock.fuzz.model import Array
 
 _TYPES = {
@@ -63,6 +63,8 @@ def run(case: Case, side: str, root: Path) -> Outcome:
     tensors = {name: held for name, held in tensors.items() if held is not None}
     for network in networks:
         tensors["network"] = {p.name: array_of(p) for p in network.get_parameters()}
+    if type(value).__name__ == "Parameter":
+        tensors["returned"] = {value.name: array_of(value)}
     if isinstance(value, dict) and "param_dict" in case.tags:
         tensors["returned"] = {name: array_of(p) for name, p in value.items()}
     return Outcome(error, normal(value, root), files, tensors, tuple(silent))
@@ -91,11 +93,26 @@ def _resolve(value: Any, root: Path, networks: list[Any]) -> Any:
     if isinstance(value, Network):
         networks.append(_network(value))
         return networks[-1]
+    if isinstance(value, Slices):
+        import mindspore as ms
+
+        return [ms.Parameter(as_tensor(array), name=value.name) for array in value.arrays]
+    if isinstance(value, Layouts):
+        return _messages(value)
     if isinstance(value, dict):
         return {key: _resolve(each, root, networks) for key, each in value.items()}
     if isinstance(value, list):
         return [_resolve(each, root, networks) for each in value]
     return value
+
+
+def _messages(value: Layouts) -> dict[str, Any]:
+    from mindspore.train.node_strategy_pb2 import ParallelLayouts
+
+    found = {name: ParallelLayouts() for name in value.cuts}
+    for name, cut in value.cuts.items():
+        fill_layouts(found[name], cut)
+    return found
 
 
 def _network(value: Network) -> Any:
@@ -217,18 +234,21 @@ def ours(installed: bool) -> Iterator[Callable[[str], Any]]:
 @contextlib.contextmanager
 def ranked(rank: int) -> Iterator[None]:
     """This process is rank `rank`, for stock as for ours."""
+    import mindspore.parallel._utils as utils
     import mindspore.parallel.checkpoint_transform as transform
+    import mindspore.train.serialization as serialization
 
     from ms_ckpt_ext.bridge import world
 
-    kept = [(module, module.get_rank) for module in (transform, world)]
-    for module, _ in kept:
-        module.get_rank = lambda *_: rank
+    places = [(transform, "get_rank"), (serialization, "get_rank"), (world, "get_rank"), (utils, "_get_global_rank")]
+    kept = [(module, name, getattr(module, name)) for module, name in places]
+    for module, name in places:
+        setattr(module, name, lambda *_: rank)
     try:
         yield
     finally:
-        for module, get_rank in kept:
-            module.get_rank = get_rank
+        for module, name, function in kept:
+            setattr(module, name, function)
 
 
 @contextlib.contextmanager
