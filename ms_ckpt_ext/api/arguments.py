@@ -168,6 +168,8 @@ def _of_several(values: Sequence[Any], rank: int, argument: str) -> Optional[Str
 
 
 def _part(value: Any, argument: str) -> Part:
+    if isinstance(value, Strategy):
+        return value
     if isinstance(value, Mapping):
         return ByName(layouts_by_name(value, _group_size, argument), argument)
     if value is None or isinstance(value, (list, tuple)):

@@ -10,6 +10,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import network, restore, together
 from ms_ckpt_ext.core.reads import Limits
 from ms_ckpt_ext.core.strategy import Strategy
@@ -64,6 +65,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(together, "choose", lambda timeout: _Lasting(HERE.transport))
     monkeypatch.setattr(restore.select, "choose", lambda timeout: _Lasting(HERE.transport))
     monkeypatch.setattr(restore, "own_rank", lambda: HERE.transport.rank)
+    monkeypatch.setattr(network, "own_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(network, "world_size", lambda: HERE.transport.size)
 
 
@@ -75,6 +77,20 @@ def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Fille
         return work(transport)
 
     return LocalWorld(ranks, timeout=20.0).run(rank)
+
+
+def load(wanted: Callable[[int], Mapping[str, Any]], ranks: int, **arguments: Any) -> list[Filled]:
+    """`load_distributed_checkpoint` into a Cell on every rank."""
+
+    def work(transport: LocalTransport) -> Filled:
+        made = cell(wanted(transport.rank))
+        try:
+            missing, unused = load_distributed_checkpoint(made, **{"format": "safetensors", **arguments})
+        except Exception as error:
+            return Filled(held_by(made), [], [], None, error)
+        return Filled(held_by(made), missing, unused, None, None)
+
+    return on_ranks(ranks, work)
 
 
 def fill(

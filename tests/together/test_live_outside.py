@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ms_ckpt_ext import convert, encrypt, load_distributed_checkpoint
+from ms_ckpt_ext.bridge import together as bridge
 from ms_ckpt_ext.bridge.together import Source as Together
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine import dealt
 from ms_ckpt_ext.engine.digests import digest_file
 from ms_ckpt_ext.engine.listing import list_checkpoint
 from ms_ckpt_ext.engine.manifest import Manifest, write_manifest
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, PeerError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.storage import memory
 from tests.jobs.outside import Content, Source, listed, slices, source, whole
-from tests.together.cells import POISON, Filled, fill, threads
+from tests.together.cells import HERE, POISON, Filled, cell, fill, load, threads
 
 __all__ = ["threads"]
 pytestmark = pytest.mark.usefixtures("threads")
@@ -219,12 +223,7 @@ def test_hosts_with_disks_of_their_own(mode: str, tmp_path: Path) -> None:
         listing = list_checkpoint(str(src.shards), strategy)
         return listing._replace(files={k: p for k, p in listing.files.items() if int(k) // 2 == host})
 
-    import threading
-
-    from tests.together.cells import HERE
-
     seen = Together(lambda: look_of(HERE.transport.rank // 2), strategy)
-    assert threading
     how = MODES[mode] if mode != "direct" else ("auto", "replicas")
     got = fill(seen, TARGET, wanting(src, NAMES, TARGET), 4, *how, host=lambda rank: f"host{rank // 2}")
     assert_own(got, src, NAMES)
@@ -237,3 +236,127 @@ def test_a_rank_whose_own_file_is_gone(tmp_path: Path) -> None:
     got = fill(together(src), TARGET, wanting(src, ("frozen",), TARGET), 4)
     assert all(isinstance(filled.error, (CoverageError, PeerError)) for filled in got)
     assert any("'frozen'" in str(filled.error) and "rank 3" in str(filled.error) for filled in got)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ckpt": {"to": "ckpt"},
+    "ckpt, AES-CBC": {"to": "ckpt", "enc_key": b"0123456789ABCDEF", "enc_mode": "AES-CBC"},
+    "safetensors, encrypted": {"to": "safetensors", "enc_key": b"0123456789ABCDEF"},
+}
+
+
+@pytest.mark.parametrize("mode", ["direct", "cooperative"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_formats_and_encryption(kind: str, mode: str, tmp_path: Path) -> None:
+    """By the function that users call; `return_param_dict` gives the same."""
+    held: dict[str, Content] = {name: OUTSIDE[name] for name in NAMES if name not in ("none", "ragged")}
+    src = source(tmp_path / "src", TARGET, held)
+    how = KINDS[kind]
+    if how["to"] == "ckpt":
+        convert(src.shards, tmp_path / "made", **how)
+    else:
+        encrypt(src.shards, tmp_path / "made", enc_key=how["enc_key"])
+    arguments = {
+        "format": how["to"], "unified_safetensors_dir": tmp_path / "made", "train_strategy_filename": src.strategy,
+        "predict_strategy": src.strategy, "dec_key": how.get("enc_key"), "dec_mode": how.get("enc_mode", "AES-GCM"),
+    }  # fmt: skip
+    wanted = wanting(src, tuple(held), TARGET)
+    verify = "none" if mode == "direct" else "replicas"
+    assert_own(load(wanted, 4, mode=mode, verify=verify, **arguments), src, tuple(held))
+    if mode == "direct":
+        for rank in range(4):
+            HERE.transport = type("Rank", (), {"rank": rank, "size": 4})
+            told = load_distributed_checkpoint(cell({}), return_param_dict=True, **arguments)
+            for name in held:
+                assert told[name].asnumpy().tobytes() == np.ascontiguousarray(src.held[rank][name]).tobytes()
+    other = {**arguments, "predict_strategy": listed(2)}
+    got = load(lambda rank: {"frozen": np.zeros((4, 6), np.float32)}, 2, mode=mode, **other)
+    assert all(isinstance(filled.error, LayoutMismatchError) and "'frozen'" in str(filled.error) for filled in got)
+
+
+@pytest.mark.parametrize("mode", ["direct", "cooperative"])
+@pytest.mark.parametrize(
+    "supplied",
+    [
+        {"frozen": ((2, 2), (0, -1))},
+        {"frozen": Layout((2, 2), ((0,), ()))},
+        Strategy.from_items([LayoutItem("frozen", 0, Layout((2, 2), ((0,), ())))], "more"),
+    ],
+)
+def test_layouts_that_are_supplied(mode: str, supplied: Any, tmp_path: Path) -> None:
+    """Beside the strategy file, on either side: then it is cut as anything else is."""
+    src = source(tmp_path / "src", TARGET, {"frozen": OUTSIDE["frozen"]})
+    arguments = {
+        "unified_safetensors_dir": src.shards, "train_strategy_filename": [src.strategy, supplied], "mode": mode,
+        "predict_strategy": [listed(2), {"frozen": ((2,), (-1, 0))}],
+    }  # fmt: skip
+    got = load(lambda rank: {"frozen": FROZEN[:, 3 * rank :][:, :3]}, 2, **arguments)
+    for rank, filled in enumerate(got):
+        assert filled.error is None, filled.error
+        assert filled.held["frozen"].tobytes() == np.ascontiguousarray(FROZEN[:, 3 * rank :][:, :3]).tobytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_names_that_begin_like_accumulated_gradients(mode: str, tmp_path: Path) -> None:
+    """`accu_grads.w` is MindSpore's, and nobody's; what is only spelt alike is a parameter, listed or not."""
+    layouts = {"accu_gradsX.v": {0: Layout((2,), ((0,), ()))}, "accu_grads.w0.0": {0: Layout((2,), ((0,), ()))}}
+    target = listed(2)._replace(layouts={**listed(2).layouts, **layouts})
+    held: dict[str, Content] = {
+        "accu_gradsX.w": lambda rank: np.full(4, rank, np.float32),
+        "accu_grads_scale": np.full(3, 5, np.float32),
+        "accu_grads.other": lambda rank: np.zeros(2, np.float32),
+    }
+    src = recorded(source(tmp_path / "src", target, held))
+
+    def wanted(rank: int) -> Mapping[str, Any]:
+        mine = {n: src.held[rank][n] for n in ("accu_gradsX.w", "accu_grads_scale")}
+        return {**mine, "accu_gradsX.v": whole("accu_gradsX.v")[24 * rank :][:24], "accu_grads.w0.0": FROZEN}
+
+    for rank, filled in enumerate(fill(together(src), target, wanted, 2, *MODES[mode])):
+        assert filled.error is None, filled.error
+        expected = {**wanted(rank), "accu_grads.w0.0": np.full((8, 6), POISON, np.float32)}
+        assert all(filled.held[name].tobytes() == array.tobytes() for name, array in expected.items())
+        assert filled.missing == []
+
+
+@pytest.mark.parametrize("ranks", [4, 16])
+def test_what_the_comparison_reads_does_not_grow_with_the_ranks(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples of what is cut; of what is alike besides one copy for every device axis and one more; all ranks together,
+    which share it. Buffers are of a MiB at most. Of a scalar all copies, by the rank that opens the file."""
+    grid = (2, ranks // 2)
+    big = np.random.default_rng(0).random((ranks, 150_000)).astype(np.float32)
+    strategy = listed(ranks, matrices=[grid])
+    held: dict[str, Content] = {
+        "cut": slices(Layout(grid, ((1, 0), ())), big, ranks),
+        "alike": big[:1],
+        "global_step": np.array([7], np.int32),
+    }
+    src = source(tmp_path / "src", strategy, held)
+    looks: list[Any] = []
+    sizes: list[int] = []
+
+    class Counted(dealt.Together):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            looks.append(self)
+
+    real = memory.scratch
+
+    def scratch(nbytes: int) -> memoryview:
+        sizes.append(nbytes)
+        return real(nbytes)
+
+    monkeypatch.setattr(bridge, "Together", Counted)
+    monkeypatch.setattr(memory, "scratch", scratch)
+    names = ("cut", "alike", "global_step")
+    got = fill(together(src), strategy, wanting(src, names, strategy), ranks)
+    assert_own(got, src, names)
+    n, samples = 150_000 * 4, 16 * 4096
+    heads, scalars = whole("w0.0").nbytes, 4 * ranks  # two slices, which are smaller than 4 KiB
+    read = [look.count.nbytes for look in looks]
+    standing = {4: 3, 16: 3 + 2}[ranks]
+    assert sum(read) == heads + scalars + 2 * standing * samples + 3 * n
+    assert max(read) <= sum(read) // 2 and max(sizes) <= 1 << 20
+    assert sum(look.count.reads for look in looks) < 2 + ranks + 2 * standing * 16 + 3 * 2
