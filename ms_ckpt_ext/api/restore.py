@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"
 STRATEGY_VARIABLE = "MS_CKPT_EXT_TRAIN_STRATEGY"
+PREFIX_VARIABLE = "MS_CKPT_EXT_PREFIX"
 CHECKS = ("headers", "digests")
 
 
@@ -111,7 +112,7 @@ def resume(
             `load_distributed_checkpoint` this is the default: a training goes on exactly as it was, or not at all.
         format: "safetensors" or "ckpt", where a directory holds both.
         prefix: of the saves that count, as `ModelCheckpoint` was given it, where several savers share a directory. Its
-            later runs (`net_1`, …) are meant, too.
+            later runs (`net_1`, …) are meant, too. Default: MS_CKPT_EXT_PREFIX, else all.
         choice_func, name_map: as in `load_distributed_checkpoint`: name in the checkpoint -> True (take it), False
             (leave it) or a str (new name); then name in the network -> name after that.
         rules: weight rules (`ms_ckpt_ext.rules`), as in `load_distributed_checkpoint`.
@@ -154,7 +155,15 @@ def resume(
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
         live.give_up(error, timeout)
-    wanted = Wanted(directory, live.host_name(options), trained, format, access, check == "digests", prefix)
+    wanted = Wanted(
+        directory,
+        live.host_name(options),
+        trained,
+        format,
+        access,
+        check == "digests",
+        prefix or os.environ.get(PREFIX_VARIABLE) or None,
+    )
     filled, skipped = live.fill_newest(
         cell,
         wanted,

@@ -3,7 +3,7 @@
     python -m ms_ckpt_ext.cli.launch {resume,infer,merge} [--config FILE] [--dry-run] [options]
 
 On several hosts the same command runs on each of them, with `--host-rank`. `resume` and `infer` start MindSpore's
-msrun; the script that it runs finds checkpoint_dir, train_strategy and mode in its environment, where
+msrun; the script that it runs finds checkpoint_dir, train_strategy, prefix and mode in its environment, where
 `ms_ckpt_ext.resume()` and `load_for_inference()` look. `merge` needs no MindSpore: each host writes its share.
 """
 
@@ -31,6 +31,7 @@ _SUMMARY = {
 _VARIABLES = {
     "checkpoint_dir": "MS_CKPT_EXT_CHECKPOINT_DIR",
     "train_strategy": "MS_CKPT_EXT_TRAIN_STRATEGY",
+    "prefix": "MS_CKPT_EXT_PREFIX",
     "mode": "MS_CKPT_EXT_MODE",
 }
 _TAIL = 15

@@ -55,6 +55,7 @@ SETTINGS = (
     Setting("launch", "start_timeout", int, 600, "seconds that the ranks wait for each other at the start"),
     Setting("load", "checkpoint_dir", str, None, "where the checkpoints are; the newest complete one is taken"),
     Setting("load", "train_strategy", str, "", "layouts of the job that saved; default: recorded or found with them"),
+    Setting("load", "prefix", str, "", "of the saves that count, where several savers share the directory"),
     Setting("load", "mode", ("auto", "direct", "cooperative"), "auto", "who reads: see docs/training-resume.md"),
     Setting("merge", "source", str, None, "the sharded checkpoint: holds rank_0, rank_1, …", MERGE),
     Setting("merge", "strategy", str, "", "layouts of the job that saved: a file, or a directory of stages", MERGE),

@@ -73,13 +73,14 @@ def test_a_run_without_a_recorder_follows_one_with_it(tmp_path: Path) -> None:
     assert "is of a later run" in state.skipped[0].reason
 
 
-def test_two_savers_in_one_directory(tmp_path: Path) -> None:
+def test_two_savers_in_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path, [saver(tmp_path), saver(tmp_path, "ema"), CheckpointRecorder()])
     for call in (resume, load_for_inference):
         with pytest.raises(DiscoveryError, match=r"'ema-1_3.ckpt'.* are whole and equally new"):
             call(network(), checkpoint_dir=tmp_path, required=False)
     assert resumed(tmp_path, prefix="net")[1].checkpoint == str(tmp_path / "net-1_3.ckpt")
-    state = load_for_inference(network(), tmp_path, prefix="ema")
+    monkeypatch.setenv("MS_CKPT_EXT_PREFIX", "ema")
+    state = load_for_inference(network(), tmp_path)
     assert state.checkpoint == str(tmp_path / "ema-1_3.ckpt")
     with pytest.raises(ArgumentTypeError, match="prefix must be a str"):
         resume(network(), None, tmp_path, prefix=3)  # type: ignore[arg-type]
