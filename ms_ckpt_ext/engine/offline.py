@@ -78,6 +78,8 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
     staging = Staging(target, fingerprint(job), manifest, job.task, job.sync)
     settled = _settled(job, staging)
     if settled is not None:
+        if settled.published:
+            staging.tidy()
         return settled
     staging.open((*job.everything, *job.index, *obstacles(job.index)), shunned)
     try:

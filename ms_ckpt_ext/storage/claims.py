@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Optional
@@ -25,7 +25,7 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import journal, locks
-from ms_ckpt_ext.storage.durable import sync_folder
+from ms_ckpt_ext.storage.durable import sync_path
 from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.published import places_of
 
@@ -51,9 +51,9 @@ class _Place(NamedTuple):
         """Names of files there, as they are called here, as far as they may be here."""
         return {self.below + name[len(self.above) :] for name in names if name.startswith(self.above)}
 
-    def meets(self, mine: Collection[str], theirs: Collection[str]) -> set[str]:
+    def meets(self, mine: Set[str], theirs: Collection[str]) -> set[str]:
         """Names of files here that are meant by both."""
-        return self.here(theirs) & {*mine}
+        return self.here(theirs) & mine
 
 
 class Claim:
@@ -89,7 +89,7 @@ class Claim:
             while not self._take({*written, *shunned}):
                 pass
             for made in self._made if self._sync else ():
-                sync_folder(made.parent)
+                sync_path(made.parent)
         except OSError as error:
             self._leave()
             if isinstance(error, StorageError):
@@ -99,7 +99,7 @@ class Claim:
             self.release()
             raise
 
-    def _take(self, names: Collection[str]) -> bool:
+    def _take(self, names: Set[str]) -> bool:
         """Claim files. False: a hidden folder has come up above that was not entered. Raises OSError, StorageError."""
         places = self._around(names)
         with contextlib.ExitStack() as entered:
@@ -154,7 +154,7 @@ class Claim:
     def _own_lock(self) -> str:
         return f"{self._task}{locks.SUFFIX}"
 
-    def _look(self, places: Collection[_Place], names: Collection[str]) -> None:
+    def _look(self, places: Collection[_Place], names: Set[str]) -> None:
         """Refuse what another run claims, and remove here what nobody runs and would write the same."""
         left = []
         for place in places:

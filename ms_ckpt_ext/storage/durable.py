@@ -49,9 +49,9 @@ def write_atomically(path: Union[str, Path], contents: bytes, sync: bool = True)
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names that were given or taken away in a folder durable. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make durable what is in a file, or names that were given or taken away in a folder. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import published
-from ms_ckpt_ext.storage.durable import sync_folder, write_atomically
+from ms_ckpt_ext.storage.durable import derived, sync_path, write_atomically
 from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.linux import boot_id
 from ms_ckpt_ext.storage.published import Entry, State, state_of
@@ -96,8 +97,9 @@ def publish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
     """Publish the files of a job. For who has entered the hidden folder. Raises OSError, StorageError."""
     write_atomically(hidden.journal(journal.job), json.dumps(journal._asdict()).encode(), journal.sync)
     if journal.sync:
-        for folder in (hidden.job(journal.job), hidden.path, hidden.target):
-            sync_folder(folder)
+        folders = {(hidden.job(journal.job) / name).parent for name in journal.files}
+        for folder in (*sorted(folders), hidden.path, hidden.target):
+            sync_path(folder)
     _finish(hidden, journal, ledger)
 
 
@@ -182,10 +184,10 @@ def _apply(target: Path, folder: Path, journal: Journal, ledger: Ledger) -> None
             emptied.rmdir()
     for name in waiting:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(folder / name, target / name)
+        _move(folder / name, target / name, sync)
     if sync:
         for inner in {(target / name).parent for name in journal.files}:
-            sync_folder(inner)
+            sync_path(inner)
     for name in journal.obstacles:
         if not _others_unfinished((target / name).parent, journal.indexes):
             (target / name).unlink(missing_ok=True)
@@ -196,7 +198,22 @@ def _apply(target: Path, folder: Path, journal: Journal, ledger: Ledger) -> None
     entries = {name: Entry(state, journal.job, name in journal.digests) for name, state in journal.files.items()}
     published.put(target, entries, journal.gone, journal.missing, sync)
     if sync:
-        sync_folder(target)
+        sync_path(target)
+
+
+def _move(old: Path, new: Path, sync: bool) -> None:
+    """Rename a file; or copy it, where a folder of the target is on another file system."""
+    try:
+        os.rename(old, new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        partial = derived(new, ".partial")
+        shutil.copy2(old, partial)  # with its time: it is the same file
+        if sync:
+            sync_path(partial)
+        os.replace(partial, new)
+        os.unlink(old)
 
 
 def is_unfinished(path: Path) -> bool:

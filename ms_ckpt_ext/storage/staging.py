@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
-from ms_ckpt_ext.storage import journal, published
+from ms_ckpt_ext.storage import journal, locks, published
 from ms_ckpt_ext.storage.claims import NOTE, PARTIAL, Claim
 from ms_ckpt_ext.storage.durable import derived
 from ms_ckpt_ext.storage.hidden import HiddenFolder
@@ -136,6 +136,17 @@ class Staging:
             return all((self.target / name).read_bytes() == contents for name, contents in index.items())
         except OSError:
             return False
+
+    def tidy(self) -> None:
+        """Remove what is left of a job that is all in place, as far as that may be: a run was killed just then."""
+        with contextlib.suppress(OSError):
+            if self._hidden.enter_if_there():
+                try:
+                    journal.finish_all(self._hidden, self._ledger, lambda _: ())
+                    if not any(locks.held(self.folder)):
+                        shutil.rmtree(self.folder, ignore_errors=True)
+                finally:
+                    self._hidden.leave()
 
     def seen(self) -> set[str]:
         """Tasks of this job that have begun in this target, as far as the job is unfinished."""

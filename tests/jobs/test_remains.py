@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -243,6 +244,70 @@ def test_a_recut_that_was_half_moved(tmp_path: Path, monkeypatch: pytest.MonkeyP
             cut(root, target)
         there = {os.path.normpath(os.path.join(following, "r1.safetensors"))} - {"../r1.safetensors"}
         assert set(tree(target)) == {f"rank_{rank}/net.safetensors" for rank in range(4)} | there
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_folders_on_other_file_systems(sync: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank's folder may be a link to another disk: there files are copied, also when that is interrupted."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    strategy = root / "strategy.ckpt"
+    for rank in range(4):
+        (tmp_path / f"disk{rank}").mkdir()
+        target.mkdir(exist_ok=True)
+        (target / f"rank_{rank}").symlink_to(tmp_path / f"disk{rank}")
+    real, copied = os.rename, []
+
+    def rename(old: Path, new: Path) -> None:
+        if ".ms_ckpt_ext" not in str(new):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(old, new)
+
+    def copy(old: Path, new: Path) -> None:
+        copied.append(new)
+        if len(copied) == 2:
+            Path(new).write_bytes(Path(old).read_bytes()[:9])
+            raise Killed
+        shutil.copyfile(old, new)
+        shutil.copystat(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(journal.shutil, "copy2", copy)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(staging.Staging, "abandon", lambda *_: None)
+        reshard(root / "shards", target, strategy=strategy, to_strategy=strategy, sync=sync)
+    report = reshard(root / "shards", target, strategy=strategy, to_strategy=strategy, sync=sync)
+    assert report.bytes_written == 0 and len(copied) == 5
+    cut(root, tmp_path / "expected")
+    found = {
+        f"rank_{rank}/{path.name}": path.read_bytes()
+        for rank in range(4)
+        for path in (tmp_path / f"disk{rank}").iterdir()
+    }
+    assert found == tree(tmp_path / "expected")
+    assert not (target / ".ms_ckpt_ext").exists()
+
+
+@pytest.mark.parametrize("stop_at", ["journal", "folder", "claims"])
+def test_killed_when_all_was_in_place(stop_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same job has nothing to do, and leaves nothing of it."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    real = Path.unlink
+
+    def unlink(path: Path, *args: Any, **more: Any) -> None:
+        if path.name.endswith({"journal": ".journal", "claims": "claims"}.get(stop_at, "?")):
+            raise Killed
+        real(path, *args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if stop_at == "folder":
+            patch.setattr(journal.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+        patch.setattr(Path, "unlink", unlink)
+        patch.setattr(staging.Staging, "abandon", lambda *_: None)
+        merge(root, target)
+    assert (target / ".ms_ckpt_ext").exists()
+    assert merge(root, target).bytes_written == 0
+    assert not (target / ".ms_ckpt_ext").exists()
+    assert_merged(target)
 
 
 @pytest.mark.parametrize("needed", [True, False])
