@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, offers_of
-from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together, give_up
+from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together, give_up, meeting
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.reads import Limits
@@ -25,8 +25,6 @@ from ms_ckpt_ext.engine.scalars import Value
 from ms_ckpt_ext.engine.session import LoadReport
 from ms_ckpt_ext.engine.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
-from ms_ckpt_ext.transport import select
-from ms_ckpt_ext.transport.agree import share_status
 
 log = logging.getLogger("ms_ckpt_ext")
 __all__ = ["Filled", "both", "fill_newest", "give_up", "host_name", "layouts_of", "own_rank"]
@@ -130,37 +128,29 @@ def fill_newest(
         What was loaded, None when there is no complete checkpoint; and those that were skipped.
     """
     wanted = replace(wanted, lacks=partial(_lacks, network, target, rank, naming, rules, strict))
-    transport = select.choose(timeout=options.timeout)
-    try:
-        share_status(transport)  # a rank whose arguments were refused says so here, see together.give_up
+    with meeting(options.timeout) as transport:
         chosen, skipped = choose(transport, wanted)
-        world = transport.size
-    finally:
-        transport.close()
-    if chosen is None:
-        return None, skipped
-    if chosen.own:
-        stands = Taking(naming.of(chosen.catalog), target, rank, world).stands
-        chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, rank, stands)})
-    reports: list[LoadReport] = []
-    listing = chosen.listing
-    missing, unused = fill_together(
-        network,
-        Source(
-            lambda: listing,
-            chosen.strategy,
-            wanted.access,
-            rules,
-            naming,
-            allow_equal_slices=allow_equal_slices,
-        ),
-        target,
-        rank,
-        strict,
-        options,
-        workers,
-        limits,
-        observe=reports.append,
-        require_all=not allow_missing,
-    )
+        if chosen is None:
+            return None, skipped
+        if chosen.own:
+            stands = Taking(naming.of(chosen.catalog), target, rank, transport.size).stands
+            chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, rank, stands)})
+        reports: list[LoadReport] = []
+        listing = chosen.listing
+        source = Source(
+            lambda: listing, chosen.strategy, wanted.access, rules, naming, allow_equal_slices=allow_equal_slices
+        )
+        missing, unused = fill_together(
+            network,
+            source,
+            target,
+            rank,
+            strict,
+            options,
+            workers,
+            limits,
+            observe=reports.append,
+            require_all=not allow_missing,
+            transport=transport,
+        )
     return Filled(chosen, missing, unused, reports[0]), skipped

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
@@ -112,6 +113,7 @@ def fill_together(
     observe: Optional[Callable[[LoadReport], None]] = None,
     by_suffix: bool = True,
     require_all: bool = False,
+    transport: Optional[Transport[Any]] = None,
 ) -> tuple[list[str], list[str]]:
     """Fill the networks of all ranks.
 
@@ -119,6 +121,7 @@ def fill_together(
         observe: is given the report of this rank.
         by_suffix: unless strict, match names by suffix, see `core.suffixes`.
         require_all: a Parameter that the checkpoint has nothing for is a LayoutMismatchError, before any is changed.
+        transport: where all ranks have met, see `meeting`; by default they meet here.
 
     Returns:
         (Parameters that got nothing, checkpoint names that went nowhere), of this rank.
@@ -127,9 +130,7 @@ def fill_together(
         DisagreementError, PeerError, TransportError: see `errors`.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
-    transport = choose(timeout=options.timeout)
-    try:
-        share_status(transport)  # a rank whose arguments were refused says so here, see give_up
+    with meeting(options.timeout) if transport is None else nullcontext(transport) as transport:
         host = options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
         seen = survey(transport, source.look, partial(read_index, access=source.access), host)
         stored = _on_all(transport, lambda: source.stored(seen))
@@ -159,8 +160,6 @@ def fill_together(
         report = _load(transport, ready, matches, options, workers, limits)
         if observe is not None:
             observe(report)
-    finally:
-        transport.close()
     tell_loaded(found, catalog)
     return found.missing, found.unused
 
@@ -177,14 +176,28 @@ def _compared(
     return catalog
 
 
-def give_up(error: CheckpointError, timeout: float) -> NoReturn:
-    """Instead of `fill_together`, on a rank that cannot take part: the others are told why. Raises `error`."""
+@contextmanager
+def meeting(timeout: float, refused: Optional[CheckpointError] = None) -> Iterator[Transport[Any]]:
+    """All ranks meet, and leave together.
+
+    Args:
+        timeout: seconds to wait for who does not come, here and in every exchange.
+        refused: why this rank cannot take part: raised on it, and told to the others, who raise PeerError.
+
+    Raises PeerError, TransportError, or what was refused.
+    """
     transport = choose(timeout=timeout)
     try:
-        share_status(transport, error)
+        share_status(transport, refused)
+        yield transport
     finally:
         transport.close()
-    raise error
+
+
+def give_up(error: CheckpointError, timeout: float) -> NoReturn:
+    """Instead of `fill_together`, on a rank that cannot take part: the others are told why. Raises `error`."""
+    with meeting(timeout, error):
+        raise error
 
 
 def _on_all(transport: Transport[Any], step: Callable[[], T]) -> T:

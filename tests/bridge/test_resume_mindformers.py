@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint, load_for_inference, resume
+from ms_ckpt_ext.bridge import restore, together
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError
+from ms_ckpt_ext.transport.local import LocalTransport
 from tests.formats.mindformers_folder import STATES, WHOLE, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -168,3 +171,29 @@ def test_what_a_killed_first_start_left_does_not_block_a_first_start(left: str, 
     assert (restored.checkpoint, restored.epoch, restored.step) == (None, 0, 0)
     with pytest.raises(DiscoveryError, match="holds no complete checkpoint"):
         resume(network, checkpoint_dir=tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_meet_once_to_choose_and_to_load(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that fails between the two leaves the meeting, and nobody waits for it at another."""
+    iterations(tmp_path, 10)
+    met: list[LocalTransport] = []
+    left: list[LocalTransport] = []
+
+    class Transport(LocalTransport):
+        def __init__(self) -> None:
+            super().__init__()
+            met.append(self)
+
+        def close(self) -> None:
+            left.append(self)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(together, "choose", lambda timeout: Transport())
+    if fails:
+        monkeypatch.setattr(restore, "fill_together", refuse)
+    with pytest.raises(MemoryError) if fails else nullcontext():
+        resume(Network(trains=True), checkpoint_dir=tmp_path)
+    assert len(met) == 1 and left == met
