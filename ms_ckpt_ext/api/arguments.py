@@ -64,6 +64,13 @@ def checked_format(value: Any, argument: str, optional: bool = False) -> None:
         raise UsageError(f"{argument} must be one of {allowed}; got {value!r}")
 
 
+def checked_flags(**flags: Any) -> None:
+    """Raise ArgumentTypeError for one that is neither True nor False, numpy's included."""
+    for argument, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise ArgumentTypeError(f"{argument} must be True or False, got {value!r:.60}")
+
+
 def checked_name_map(
     name_map: Optional[Mapping[str, str]],
     direction: str = "names (str) in the network to names (str) in the checkpoint",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import PathLike, path_of
-from ms_ckpt_ext.api.parameters import Prefix, load_checkpoint
+from ms_ckpt_ext.api.parameters import load_checkpoint
+from ms_ckpt_ext.api.prefixes import Prefix
 from ms_ckpt_ext.api.unserved import refuse_what_is_no_file
 from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.formats.crypto import KeyLike

@@ -14,19 +14,21 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     any_mode,
     as_strategy,
+    checked_flags,
     checked_format,
     checked_naming,
     limits_of,
     path_of,
     workers_of,
 )
+from ms_ckpt_ext.api.prefixes import Prefix, as_stock
 from ms_ckpt_ext.api.unserved import file_without_tables, refuse_what_is_no_file
 from ms_ckpt_ext.engine.audit import audit_alone
 from ms_ckpt_ext.engine.catalog import Catalog, file_catalog, files_catalog
 from ms_ckpt_ext.engine.digests import digest_tensors
 from ms_ckpt_ext.engine.lazy import Parameters
 from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.engine.naming import Choice, Naming
+from ms_ckpt_ext.engine.naming import Choice
 from ms_ckpt_ext.engine.outside import alike
 from ms_ckpt_ext.engine.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
@@ -36,8 +38,6 @@ from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 from ms_ckpt_ext.formats.unified import is_map
-
-Prefix = Union[str, list[str], tuple[str, ...], None]
 
 
 def load(
@@ -191,7 +191,8 @@ def load_checkpoint(
         )
     if not source.endswith(f".{format}"):
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
-    naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
+    checked_flags(strict_load=strict_load, crc_check=crc_check, remove_redundancy=remove_redundancy)
+    naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     _require_file(source)
     with _held(naming.of(file_without_tables(source, access)), full) as held:
@@ -236,7 +237,7 @@ def load_segmented_checkpoints(
     paths = [path for path in sorted(Path(folder).glob("*.ckpt")) if kind_of(str(path)) != STRATEGY]
     if not paths:
         raise DiscoveryError(f"{folder!r} holds no .ckpt checkpoint; check the path")
-    naming = _as_stock(specify_prefix, filter_prefix, choice_func, name_map)
+    naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     catalog = files_catalog(list(map(str, paths)), access)
     chosen = naming.of(catalog)
@@ -290,12 +291,6 @@ def _only(catalog: Catalog, wanted: set[str]) -> Catalog:
     return catalog._replace(tensors=tensors, extras=extras, unproven=unproven, own=own, absent=absent)
 
 
-def _as_stock(
-    specify: Prefix, filters: Prefix, choice_func: Optional[Choice], name_map: Optional[Mapping[str, str]]
-) -> Naming:
-    return checked_naming(_prefixes(specify, filters) or choice_func, name_map, truthy=True)
-
-
 def _catalog(
     path: str, strategy: Any, access: Access, kind: Optional[str], file_suffix: Optional[str], allow_equal: bool
 ) -> Catalog:
@@ -336,22 +331,3 @@ def _wanted(stored: Iterable[str], patterns: Optional[list[str]]) -> set[str]:
             f"{', '.join(map(repr, names[:3])) or 'none at all'}; globs are of whole names, e.g. '*.bias'"
         )
     return set().union(*found.values())
-
-
-def _prefixes(specify: Prefix, filters: Prefix) -> Optional[Choice]:
-    """MindSpore's deprecated arguments as a choice function; None when neither is given."""
-    keep, drop = _prefix(specify, "specify_prefix"), _prefix(filters, "filter_prefix")
-    if not keep and not drop:
-        return None
-    return lambda name: (not keep or name.startswith(keep)) and not name.startswith(drop or ("\0",))
-
-
-def _prefix(value: Prefix, argument: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, (str, list, tuple)) or not all(isinstance(each, str) for each in value):
-        raise ArgumentTypeError(f"{argument} must be a str, or a list or tuple of them, got {value!r}")
-    listed = (value,) if isinstance(value, str) else tuple(value)
-    if not listed or "" in listed:
-        raise UsageError(f"{argument} must not be empty nor hold an empty str; pass None for no condition")
-    return listed
