@@ -167,7 +167,7 @@ def _of_several(values: Sequence[Any], rank: int, argument: str) -> Optional[Str
     named = [f"{argument}[{number}]" for number in range(len(values))]
     parts = [_part(value, name) for value, name in zip(values, named) if value != {}]
     if not parts:
-        raise UsageError(f"{argument} is an empty list: give a strategy, or None for one device")
+        raise ArgumentTypeError(f"{argument} is an empty list: give a strategy, or None for one device")
     if isinstance(parts[0], Strategy) and len(parts) == 1:
         return parts[0]
     first = next((layout for part in parts if isinstance(part, ByName) for layout in part.layouts.values()), None)

@@ -156,8 +156,8 @@ def reshard(
         rank: write this rank's folder only, so that several hosts can do their ranks at the same time.
         choice_func: name in the source -> True (keep), False (leave out) or a str (new name); of scalars as well.
         name_map: name in the result -> name in the source (as `choice_func` left it). It comes before a parameter that
-            has the name by itself; several names may share a source, which keeps its own, too: to rename, use
-            `choice_func`.
+            has the name by itself; several names may share a source, which keeps its own where `to_strategy` lists it,
+            or is None: to rename, use `choice_func`.
 
     The other arguments, the result and the errors are those of `merge`. UsageError also when there is no such rank.
     """

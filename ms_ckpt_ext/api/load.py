@@ -103,7 +103,7 @@ def load_distributed_checkpoint(
         rank_id: rank of save mode; None for all.
         name_map: name in the network (or target strategy) -> name in the checkpoint (as `choice_func` left it). What it
             names comes before a parameter that has the name by itself; several names may share a source, and a source
-            keeps its own name, too.
+            keeps its own name, too; in save mode, where `predict_strategy` lists it.
         max_process_num: upper bound on worker threads; None for as many as help.
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix: which file of a rank folder of a sharded source; None for the newest.

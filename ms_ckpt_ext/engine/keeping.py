@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.groups import STATES, group_of
@@ -75,7 +75,8 @@ class Keeping:
 
     def __init__(self, catalog: Catalog, target: Optional[Strategy], states: bool = True, alone: bool = False) -> None:
         self._target = target
-        self._listed = _listed(catalog, target) if target else frozenset()
+        # What a name map gave another name is kept under that one.
+        self._listed = frozenset({*target.layouts, *catalog.mapped}) if target else frozenset()
         self._cut_by = _by_names(catalog)
         self._same = target is not None and self._cut_by is not None and same_cut(self._cut_by, target)
         self.catalog = compared(catalog, self._to_compare(catalog)) if self._same else doubted(compared(catalog))
@@ -233,24 +234,6 @@ class Keeping:
             f"parameter {name!r} is not in {origin}, so rank {rank} keeps what its own file holds of it, and no "
             f"file of rank {rank} is given that holds it: give that file as well. {REMEDY}"
         )
-
-
-def _listed(catalog: Catalog, target: Strategy) -> frozenset[str]:
-    """The names that a target lists, and those of which it lists the contents under another name, by a name map."""
-    named: dict[str, Union[SourceTensor, Held]] = {
-        **catalog.extras,
-        **catalog.unproven,
-        **catalog.own,
-        **catalog.tensors,
-    }
-    contents = {name: _contents(held) for name, held in named.items()}
-    taken = {contents[name] for name in target.layouts if name in contents}
-    return frozenset({*target.layouts, *(name for name in catalog.mapped if contents.get(name) in taken)})
-
-
-def _contents(held: Union[SourceTensor, Held]) -> tuple[str, int]:
-    """The same for two names of the same contents."""
-    return held.stored_name, 0 if isinstance(held, Held) else id(held.recipe)
 
 
 def is_cut(tensor: SourceTensor) -> bool:

@@ -153,7 +153,7 @@ def test_a_name_map_gives_every_rank_its_own(recut: Recut, tmp_path: Path) -> No
     target = recut(held, tmp_path / "out", held.strategy, name_map={"base": "frozen"})
     for rank in range(4):
         found = held_by(target, rank)
-        assert found["base"] == found["frozen"] == held.held[rank]["frozen"].tobytes()
+        assert found["base"] == held.held[rank]["frozen"].tobytes() and "frozen" not in found
 
 
 @pytest.mark.parametrize("number", range(6))
