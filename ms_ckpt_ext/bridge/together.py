@@ -39,6 +39,7 @@ from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_repl
 from ms_ckpt_ext.engine.session import LoadReport, Prepared
 from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.taking import Taking, all_side_by_side
+from ms_ckpt_ext.engine.tied import warn_unlike
 from ms_ckpt_ext.engine.whole_slices import refuse_gathered
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
 from ms_ckpt_ext.formats.mindformers import Folder
@@ -136,6 +137,7 @@ def fill_together(
         stored = _on_all(transport, lambda: source.stored(seen))
         look = Together(transport, stored, seen.by_number)
         refuse_gathered(stored, look, source.allow_equal_slices)
+        warn_unlike(stored, look, tell=transport.rank == 0)
 
         def compare(held: Catalog, names: Iterable[str]) -> Catalog:
             return _compared(transport, held, list(names), look, seen)

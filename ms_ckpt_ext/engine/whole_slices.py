@@ -26,6 +26,7 @@ from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.listing import Listing
 from ms_ckpt_ext.engine.probes import Alone, Look, Probe
+from ms_ckpt_ext.engine.tied import warn_unlike
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 
@@ -92,9 +93,13 @@ class _Row(NamedTuple):
 def read_slices(
     listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN, allow_equal_slices: bool = False
 ) -> Catalog:
-    """A checkpoint from its listing, whose slices are slices. Raises as `read_listing` and `refuse_gathered`."""
+    """A checkpoint from its listing, whose slices are slices; warns of copies that differ (`tied`).
+
+    Raises as `read_listing` and `refuse_gathered`.
+    """
     catalog = read_listing(listing, strategy, access)
     refuse_gathered(catalog, Alone(catalog), allow_equal_slices)
+    warn_unlike(catalog, Alone(catalog))
     return catalog
 
 

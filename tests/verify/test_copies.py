@@ -13,9 +13,12 @@ from safetensors.numpy import load_file, save_file
 from ms_ckpt_ext import merge, verify
 from ms_ckpt_ext.core.layout import Layout
 from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.catalog import open_catalog
 from ms_ckpt_ext.engine.compare import Comparison, Place
 from ms_ckpt_ext.engine.health import Health, Unequal
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.engine.probes import Alone
+from ms_ckpt_ext.engine.tied import warn_unlike
+from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
 from tests.cli.support import as_json, run
 from tests.jobs.support import cut
 
@@ -85,6 +88,23 @@ def test_one_copy_that_differs(cuts: str, stage: int, tmp_path: Path) -> None:
         result = compared(shards, tmp_path / target, strategy=strategy)
         assert not result.ok and {difference.name for difference in result.differences} == {"embed"}
         assert not compared(tmp_path / target, shards, strategy_b=strategy).ok
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_merge_warns_of_copies_that_differ(cuts: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And of no others; 16 rows of what two cuts have in common are read of each, if there are so many."""
+    shards, strategy, devices = tied(tmp_path, CUTS[cuts])
+    merge(shards, tmp_path / "before", strategy=strategy)
+    assert caplog.messages == []
+    last = CUTS[cuts][1]
+    for rank in range(devices, 2 * devices):
+        if last.cells[rank % devices] == last.cells[0]:
+            change(shards, rank, at=(0, 0))
+    merge(shards, tmp_path / "after", strategy=strategy)
+    assert [message for message in caplog.messages if "'embed'" in message and "not that of ranks" in message]
+    look = Alone(open_catalog(str(shards), load_strategy(str(strategy))))
+    warn_unlike(look._catalog, look)
+    assert look.count.nbytes <= EMBED.nbytes * 2 * (3 if cuts == "three stages" else 1)
 
 
 def test_what_is_told(tmp_path: Path) -> None:

@@ -158,3 +158,18 @@ def test_inspect_tells_what_differs_by_rank(tmp_path: Path) -> None:
     assert ran.code == 0 and "each rank's own" in ran.out and "outside the strategy, by rank" in ran.out
     plain = {p["name"]: p["differs"] for p in as_json(*words)["parameters"]}
     assert plain["ragged"] == told["ragged"].differs and plain["alike"] == ""
+
+
+def test_names_that_begin_like_accumulated_gradients(tmp_path: Path) -> None:
+    """MindSpore's `accu_grads.*` are zero between steps and nobody's; what is only spelt alike is compared."""
+    held: dict[str, Content] = {
+        "accu_gradsX.w": lambda rank: np.full(4, rank, np.float32),
+        "accu_grads.w": lambda rank: np.full(4, rank, np.float32),
+        "accu_grads_scale": np.ones(3, np.float32),
+    }
+    src = made(tmp_path, held)
+    found = checked(src)
+    assert found.outside == ("accu_gradsX.w",) and found.parameters == 4
+    assert {p.name for p in inspect(src.shards, strategy=src.strategy).parameters} == {
+        "w0.0", "global_step", "accu_gradsX.w", "accu_grads_scale",
+    }  # fmt: skip
