@@ -129,6 +129,7 @@ def parameter_dict(
     taking = Taking(catalog, strategy, rank, world_size())
     catalog = compared(catalog, taking.needs_comparing([*catalog.unproven]))
     taking = Taking(catalog, strategy, rank, world_size())
+    taking.require_common()
     taking.refuse_others(catalog.own)
     own = {name: offer_of(catalog, taking.require_own(name)) for name in (*catalog.own, *catalog.unproven)}
     offers = {**offers_to(taking), **own}

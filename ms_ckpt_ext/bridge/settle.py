@@ -54,6 +54,7 @@ def matched(network: Any, taking: Taking, manner: Manner) -> Matches:
     """
     check_cell(network)
     found = match_parameters(network, taking.catalog, offers_to(taking), manner.exact)
+    taking.require_common(match.parameter.name for match in found.matches)
     if manner.listed:
         found = _listed(found, taking)
     _require(found, manner)
@@ -65,7 +66,7 @@ def _listed(found: Matches, taking: Taking) -> Matches:
 
     def is_listed(match: Match) -> bool:
         renamed = match.offer.tensor.stored_name != match.name
-        return renamed or any(map(taking.lists, (match.name, match.parameter.name)))
+        return renamed or taking.lists(match.name, match.parameter.name)
 
     kept = [match for match in found.matches if is_listed(match)]
     left = [match for match in found.matches if not is_listed(match)]
@@ -110,7 +111,8 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
     matches = []
     for each in found.matches:
         settled = each.offer.open and each.name not in taking.catalog.extras
-        offer = offer_of(taking.catalog, own(each.name)) if settled else known[each.name]
+        takes = own(each.name) if settled else taking.renamed(each.name, each.parameter.name)
+        offer = known[each.name] if takes is None else offer_of(taking.catalog, takes)
         matches.append(each._replace(offer=offer))
         check_fit(matches[-1], manner.strict)
     return found._replace(matches=matches)

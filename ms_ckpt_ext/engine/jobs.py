@@ -300,6 +300,22 @@ def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> lis
     Raises:
         LayoutMismatchError, UsageError: as `recut_job`.
     """
+    found = listed_boxes(catalog, strategy, rank)
+    if strategy is not None and not found:
+        raise nothing_listed(strategy, rank)
+    return found
+
+
+def nothing_listed(strategy: Strategy, rank: int) -> UsageError:
+    """The error of a strategy that has nothing in common with a checkpoint."""
+    return UsageError(
+        f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "
+        "check that strategy and checkpoint belong to the same model, and name_map if you use one"
+    )
+
+
+def listed_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
+    """`rank_boxes`, where that may be nothing."""
     if strategy is None:
         return [Box(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
@@ -308,18 +324,14 @@ def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> lis
     for name in names:
         tensor = catalog.tensors.get(name) or catalog.extras.get(name)
         if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-            found.append(_box(name, tensor, strategy, rank))
-    if not found:
-        raise UsageError(
-            f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "
-            "check that strategy and checkpoint belong to the same model, and name_map if you use one"
-        )
+            found.append(box_under(strategy, rank, name, tensor))
     return found
 
 
-def _box(name: str, tensor: SourceTensor, strategy: Strategy, rank: int) -> Box:
+def box_under(strategy: Strategy, rank: int, name: str, tensor: SourceTensor) -> Box:
+    """What a rank has of a parameter by the layout of a name. Raises LayoutMismatchError: it cannot be cut so."""
     layout = strategy.layout(name, rank)
-    assert layout is not None  # names_of() says so
+    assert layout is not None  # the strategy gives the rank this name
     try:
         return slice_of(name, tensor, layout, rank % strategy.devices_per_stage)
     except LayoutMismatchError as error:

@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.plan import SourceTensor, whole_box
 from ms_ckpt_ext.core.region import Region, Shape
 from ms_ckpt_ext.core.strategy import Strategy
 from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.jobs import rank_boxes
+from ms_ckpt_ext.engine.jobs import box_under, listed_boxes, nothing_listed
 from ms_ckpt_ext.engine.keeping import Box, is_cut, slice_of
 from ms_ckpt_ext.engine.naming import called
 from ms_ckpt_ext.engine.outside import Held, of_rank, side_by_side
@@ -70,17 +70,35 @@ class Taking:
     def all(self) -> dict[str, Takes]:
         """Everything there is for this rank, by name.
 
-        Raises UsageError, LayoutMismatchError: as `rank_boxes`.
+        Raises LayoutMismatchError: as `rank_boxes`.
         """
         known = self.catalog._replace(own={}, unproven={})
-        found = {box.name: self._listed(box) for box in rank_boxes(known, self._target, self._rank)}
+        found = {box.name: self._listed(box, box.name) for box in listed_boxes(known, self._target, self._rank)}
         for name, takes in (*self._unlisted(), *self._extras(), *self._open()):
             found.setdefault(name, takes)
         return found
 
-    def lists(self, name: str) -> bool:
-        """Whether both strategies list a parameter, the target's where there is one."""
-        return name in self.catalog.tensors and (self._target is None or name in self._target.layouts)
+    def require_common(self, wanted: Iterable[str] = ()) -> None:
+        """Raise UsageError where the target lists nothing that there is, nor what goes by other names there."""
+        if self._target is None:
+            return
+        listed = self._target.names_of(self._rank)
+        there = (self.catalog.tensors, self.catalog.extras, self.catalog.own, self.catalog.unproven)
+        if not any(name in held for name in listed for held in there) and not set(wanted) & set(listed):
+            raise nothing_listed(self._target, self._rank)
+
+    def renamed(self, name: str, wanted: str) -> Optional[Takes]:
+        """A parameter that is `wanted` in the network, by the target's layout of that; None where it lists the name."""
+        tensor = self.catalog.tensors.get(name) or self.catalog.extras.get(name)
+        target = self._target
+        if target is None or tensor is None or name in target.layouts or target.layout(wanted, self._rank) is None:
+            return None
+        return self._listed(box_under(target, self._rank, wanted, tensor), name)
+
+    def lists(self, name: str, wanted: str) -> bool:
+        """Whether both strategies list a parameter, the target's, where there is one, by its name in the network."""
+        listed = self._target is None or name in self._target.layouts or wanted in self._target.layouts
+        return name in self.catalog.tensors and listed
 
     def needs_comparing(self, names: Collection[str]) -> list[str]:
         """Of some names, those that are open, for a rank that reads its own file alone.
@@ -161,10 +179,10 @@ class Taking:
         layout = layout.over(len(shape)) if layout else None
         return shape if layout is None or len(layout.parts) != len(shape) else layout.full_shape(shape)
 
-    def _listed(self, box: Box) -> Takes:
+    def _listed(self, box: Box, stored: str) -> Takes:
         layout = self._target.layout(box.name, self._rank) if self._target else None
         ndim = len(box.tensor.meta.shape)
-        full = (self.catalog.tensors.get(box.name) or self.catalog.extras[box.name]).meta.shape
+        full = (self.catalog.tensors.get(stored) or self.catalog.extras[stored]).meta.shape
         return Takes(box.tensor, box.region, layout.over(ndim) if layout else whole(ndim), full)
 
     def _unlisted(self) -> Iterator[tuple[str, Takes]]:

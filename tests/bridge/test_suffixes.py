@@ -13,7 +13,9 @@ import pytest
 from mindspore import nn
 
 import ms_ckpt_ext
-from ms_ckpt_ext.errors import CoverageError, DiscoveryError, LayoutMismatchError
+from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.errors import CoverageError, DiscoveryError, LayoutMismatchError, UsageError
+from tests.jobs.support import cut, strategy_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Stored = dict[str, Any]
@@ -196,6 +198,60 @@ def test_where_names_have_one_reading_stock_does_the_same(way: str, form: str, s
     ours, theirs = Network(), stock(path, Network())
     WAYS[way](ours, path)
     assert ours.held == theirs.held
+
+
+WHOLE = {"net.d.w": np.arange(24, dtype=np.float32).reshape(4, 6), "net.d.b": np.arange(4, dtype=np.float32)}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four ranks trained the network in a wrapper, cut by columns; two serve it alone, cut by rows."""
+    root = tmp_path_factory.mktemp("halves")
+    columns = {"net.d.w": Layout((2, 2), ((), (0,))), "net.d.b": Layout((2, 2), ((1,),))}
+    trained = strategy_of({f"{p}{n}": each for p in ("", "adam_m.") for n, each in columns.items()}, root / "t.ckpt")
+    cut(trained, {**WHOLE, **{f"adam_m.{name}": -array for name, array in WHOLE.items()}}, root / "shards")
+    ms_ckpt_ext.unified_safetensors(root / "shards", root / "t.ckpt", root / "merged")
+    strategy_of({"d.w": Layout((2,), ((0,), ())), "d.b": Layout((2,), ((0,),))}, root / "p.ckpt")
+    strategy_of({"x.y": Layout((2,), ((0,), ()))}, root / "other.ckpt")
+    return root
+
+
+def served(rows: int = 2) -> nn.Cell:
+    cell = nn.Cell()
+    for name, shape in (("d.w", (rows, 6)), ("d.b", (rows,))):
+        parameter = ms.Parameter(ms.Tensor(np.full(shape, -7, np.float32)), name=name)
+        cell.insert_param_to_cell(name.replace(".", ""), parameter, False)
+    return cell
+
+
+@pytest.mark.parametrize("mode", ["direct", "cooperative"])
+@pytest.mark.parametrize("source", ["shards", "merged"])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_layout_is_that_of_the_name_in_the_network(mode: str, source: str, rows: int, halves: Path) -> None:
+    """Sliced already or not: the rows that `predict_strategy` gives this rank of the network's own names."""
+    trained = {"train_strategy_filename": halves / "t.ckpt"} if source == "shards" else {}
+    for load in (
+        lambda cell: ms_ckpt_ext.load_for_inference(
+            cell, halves / source, predict_strategy=halves / "p.ckpt", mode=mode, **trained
+        ),
+        lambda cell: ms_ckpt_ext.load_distributed_checkpoint(
+            cell, None, halves / "p.ckpt", format="safetensors", unified_safetensors_dir=halves / source, mode=mode,
+            **trained,
+        ),
+    ):  # fmt: skip
+        cell = served(rows)
+        load(cell)
+        held = {name: parameter.asnumpy().tobytes() for name, parameter in cell.parameters_dict().items()}
+        assert held == {name: WHOLE[f"net.{name}"][:2].tobytes() for name in ("d.w", "d.b")}
+
+
+@pytest.mark.parametrize("mode", ["direct", "cooperative"])
+def test_a_strategy_of_another_model_is_an_error_still(mode: str, halves: Path) -> None:
+    with pytest.raises(UsageError, match="gives rank 0 no parameter that the checkpoint holds"):
+        ms_ckpt_ext.load_distributed_checkpoint(
+            served(), None, halves / "other.ckpt", format="safetensors", unified_safetensors_dir=halves / "merged",
+            mode=mode,
+        )  # fmt: skip
 
 
 def test_a_cast_that_mindspore_does_not_make_is_its_error(tmp_path: Path) -> None:
