@@ -605,3 +605,26 @@ def test_no_strategy_for_one_file(ms: Any, tmp_path: Path) -> None:
         by_stock("load_distributed_checkpoint", pair[0], [str(tmp_path / "net.ckpt")])
     ms_ckpt_ext.load_distributed_checkpoint(pair[1], [str(tmp_path / "net.ckpt")])
     assert np.array_equal(held(pair[1])["w"], numbers(4))
+
+
+def test_names_loaded_by_their_ends(ms: Any, tmp_path: Path) -> None:
+    """A wrapper's prefix before every name: loaded by both; stock tells of the same names that they went nowhere."""
+    (tmp_path / "merged").mkdir()
+    save_file({"backbone.a": numbers(4), "backbone.b": numbers(4)}, tmp_path / "merged/part0.safetensors")
+    told = {"format": "safetensors", "unified_safetensors_dir": tmp_path / "merged"}
+    pair = [network(ms, {"a": (4,), "b": (4,)}) for _ in range(2)]
+    theirs, _ = by_stock("load_distributed_checkpoint", pair[0], **told)
+    mine = ms_ckpt_ext.load_distributed_checkpoint(pair[1], **told)
+    assert (theirs, mine) == (([], ["backbone.a", "backbone.b"]), ([], []))
+    assert all(np.array_equal(held(cell)["b"], numbers(4)) for cell in pair)
+
+
+def test_empty_layouts(ms: Any, tmp_path: Path) -> None:
+    """The layouts of a network that is not compiled are an empty dictionary: one device, in save mode too."""
+    (tmp_path / "merged").mkdir()
+    save_file({"a": numbers(4)}, tmp_path / "merged/part0.safetensors")
+    told = {"format": "safetensors", "unified_safetensors_dir": tmp_path / "merged"}
+    with pytest.raises(TypeError, match="should be string, but got <class 'dict'>"):
+        by_stock("load_distributed_checkpoint", None, None, {}, **told, dst_safetensors_dir=tmp_path / "stock")
+    ms_ckpt_ext.load_distributed_checkpoint(None, None, {}, **told, dst_safetensors_dir=tmp_path / "ours")
+    assert np.array_equal(arrays(tmp_path / "ours/rank_0/net.safetensors")["a"], numbers(4))

@@ -100,6 +100,9 @@ def _silent(stock: Outcome) -> list[Difference]:
 def _values(case: Case, stock: Outcome, ours: Outcome) -> list[Difference]:
     if stock.value is None or stock.value == ours.value or _unordered(stock.value) == _unordered(ours.value):
         return []
+    if isinstance(stock.value, dict) and isinstance(ours.value, dict):  # which names they have is told elsewhere
+        both = stock.value.keys() & ours.value.keys()
+        stock, ours = (each._replace(value={n: each.value[n] for n in both}) for each in (stock, ours))
     if _unnamed(stock.value) == _unnamed(ours.value):
         told = f"stock: {stock.value!r:.300}; ours: {ours.value!r:.300}"
         return [Difference("parameter names", (case.function,), "ours", told)]

@@ -33,7 +33,7 @@ def into_network(rng: Random, root: Path) -> Case:
     listed = model.target.listed if model.target else frozenset(model.parameters)
     held = recut(model, [rank]).held[rank]
     tensors = {n: a for n, a in held.items() if n in listed or n in model.extras}
-    tags: set[str] = set()
+    tags = {"wrapped"} if wrapped else set()
     wanted = {name: array for name, array in tensors.items() if rng.random() < 0.92}
     if rng.random() < 0.2:
         wanted["unknown.weight"] = Array("F32", np.zeros((2, 2), np.uint32))
