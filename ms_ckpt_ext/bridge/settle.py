@@ -107,6 +107,7 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
     _require(found, manner)
     found = _without_schedules(found)
     taking.refuse_others(match.name for match in found.matches)
+    taking.refuse_unseen(match.name for match in found.matches)
     known = offers_to(taking)
     matches = []
     for each in found.matches:

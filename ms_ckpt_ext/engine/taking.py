@@ -23,7 +23,7 @@ from ms_ckpt_ext.engine.jobs import box_under, listed_boxes, nothing_listed
 from ms_ckpt_ext.engine.keeping import Box, is_cut, slice_of
 from ms_ckpt_ext.engine.naming import called
 from ms_ckpt_ext.engine.outside import Held, of_rank, side_by_side
-from ms_ckpt_ext.engine.proven import refuse_own
+from ms_ckpt_ext.engine.proven import doubted, ranks_of, refuse_own
 from ms_ckpt_ext.errors import CoverageError
 
 
@@ -121,6 +121,16 @@ class Taking:
             own = [name for name in names if name in self.catalog.own]
             own.sort(key=lambda name: -self.catalog.nbytes(self.catalog.own[name]))
             refuse_own(self.catalog, own, "no rank of this job can take it")
+
+    def refuse_unseen(self, names: Iterable[str]) -> None:
+        """Raise LayoutMismatchError for what is alike as far as files are there, where the rank's own is not among
+        them and no other tells. In a job of one rank the Parameter's shape tells."""
+        if self._world == 1:
+            return
+        doubts = doubted(self.catalog)
+        lost = [name for name in names if name in doubts.own and name in self.catalog.extras]
+        mine = [name for name in lost if self.stands and self._rank in ranks_of(self.catalog.extras[name])]
+        refuse_own(doubts, [name for name in lost if name not in mine], "no rank of this job can take it")
 
     def one_of(self, name: str) -> Takes:
         """`own`, as a box of one parameter that holds what all ranks have side by side.

@@ -63,7 +63,6 @@ class _Lasting:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of a load is that of its thread, and so are rank and world."""
     monkeypatch.setattr(together, "choose", lambda timeout: _Lasting(HERE.transport))
-    monkeypatch.setattr(restore.select, "choose", lambda timeout: _Lasting(HERE.transport))
     monkeypatch.setattr(restore, "own_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(network, "own_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(network, "world_size", lambda: HERE.transport.size)

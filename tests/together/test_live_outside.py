@@ -360,3 +360,33 @@ def test_what_the_comparison_reads_does_not_grow_with_the_ranks(
     assert sum(read) == heads + scalars + 2 * standing * samples + 3 * n
     assert max(read) <= sum(read) // 2 and max(sizes) <= 1 << 20
     assert sum(look.count.reads for look in looks) < 2 + ranks + 2 * standing * 16 + 3 * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("target", [listed(2), listed(2)._replace(layouts={"w0.0": {0: Layout((2,), ((), (0,)))}})])
+def test_files_that_are_not_there(mode: str, target: Strategy, tmp_path: Path) -> None:
+    """One of two ranks' files: the rank that it is of takes what it holds, and no other rank is given that."""
+    src = source(tmp_path / "src", listed(2), {"frozen": slices(Layout((2,), ((0,), ())), FROZEN, 2)})
+    src.file(1).unlink()
+    src.file(1).parent.rmdir()
+    got = fill(together(src), target, lambda rank: {"frozen": src.held[rank]["frozen"]}, 2, *MODES[mode])
+    same = target == listed(2)
+    alone = mode == "alone" and same
+    for rank, filled in enumerate(got):
+        if alone and rank == 0:
+            assert filled.error is None and filled.held["frozen"].tobytes() == src.held[0]["frozen"].tobytes()
+        else:
+            assert isinstance(filled.error, CheckpointError) and (filled.held["frozen"] == POISON).all()
+    assert any("'frozen'" in str(f.error) and "give the file of rank 1 as well" in str(f.error) for f in got)
+
+
+def test_one_rank_is_told_by_its_shapes(tmp_path: Path) -> None:
+    """A job of one rank that finds the file of one of two: what is whole there is whole, and half does not fit."""
+    held: dict[str, Content] = {"frozen": slices(Layout((2,), ((0,), ())), FROZEN, 2), "whole": FROZEN}
+    src = source(tmp_path / "src", listed(2), held)
+    src.file(1).unlink()
+    src.file(1).parent.rmdir()
+    (got,) = fill(together(src), None, lambda rank: {"whole": FROZEN}, 1, "alone")
+    assert got.error is None and got.held["whole"].tobytes() == FROZEN.tobytes()
+    (got,) = fill(together(src), None, lambda rank: {"frozen": FROZEN}, 1, "alone")
+    assert isinstance(got.error, LayoutMismatchError) and "'frozen' has shape [8, 6]" in str(got.error)
