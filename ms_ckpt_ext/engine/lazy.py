@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.plan import SourceTensor
 from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.region import Region, Shape
@@ -73,11 +74,12 @@ def _axis(extent: int, key: Any) -> tuple[int, int, Union[int, slice]]:
             return 0, 0, slice(None)
         low, high = min(wanted[0], wanted[-1]), max(wanted[0], wanted[-1]) + 1
         return low, high, slice(None, None, wanted.step) if wanted.step != 1 else slice(None)
-    if isinstance(key, bool) or not isinstance(key, (int, np.integer)):
+    try:
+        number = range(extent)[integer(key, "an index")]
+    except ArgumentTypeError:
         raise UsageError(
             f"a parameter is indexed by whole numbers, slices and '...', not by {type(key).__name__}; read it first"
-        )
-    number = range(extent)[key]
+        ) from None
     return number, number + 1, 0
 
 

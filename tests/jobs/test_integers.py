@@ -56,6 +56,8 @@ def test_every_number_of_every_function(kind: Callable[[int], Any], tmp_path: Pa
             buffer_bytes=1 << 16,
         )
     assert (out / "c" / "param_name_map.json").exists()
+    with ms_ckpt_ext.load(shards, strategy) as held:
+        assert held["a.w"][kind(3)].tobytes() == held["a.w"][3].tobytes()
     assert LoadOptions(bucket_bytes=4096, prefetch=kind(0), threads=kind(2)).threads == 2
 
 
