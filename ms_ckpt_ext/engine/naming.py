@@ -101,8 +101,14 @@ class Naming(NamedTuple):
 
 
 def chosen_name(choice: Optional[Choice], name: str, truthy: bool = False) -> Optional[str]:
-    """The name that a choice function gives a parameter; None when it drops it. Raises ArgumentTypeError."""
-    chosen: Any = True if choice is None else choice(name)
+    """The name that a choice function gives a parameter; None when it drops it.
+
+    Raises ArgumentTypeError when it gives something else, or fails.
+    """
+    try:
+        chosen: Any = True if choice is None else choice(name)
+    except Exception as error:
+        raise ArgumentTypeError(f"choice_func fails at {name!r}: {type(error).__name__}: {error}") from error
     if not isinstance(chosen, (bool, str)) and not truthy and chosen is not None and not _is_numpy_bool(chosen):
         raise ArgumentTypeError(
             f"choice_func must return a bool (keep or drop) or a str (the new name), but returned "

@@ -215,6 +215,22 @@ def test_choice_func(returned: Any, error: type[Exception], message: str, golden
     assert not case.target.exists()
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (lambda name: name.startswith(123), "choice_func fails at '.*': TypeError: startswith first arg must be str"),
+        (lambda name: {}[name], "choice_func fails at '.*': KeyError"),
+        (lambda: True, "choice_func fails at '.*': TypeError: .*takes 0 positional arguments"),
+    ],
+)
+def test_a_choice_func_that_fails(choice: Any, message: str, golden: Path, tmp_path: Path) -> None:
+    case = Case(golden, "dp2_tp4", tmp_path)
+    for call in (lambda: case.merge(choice_func=choice), lambda: ms_ckpt_ext.load(case.file(0), choice_func=choice)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not case.target.exists()
+
+
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
 def test_a_name_that_is_not_unicode(form: str, tmp_path: Path) -> None:
     root = source(tmp_path / "src")

@@ -138,6 +138,7 @@ def test_a_parameter_in_two_segments(ms: Any, tmp_path: Path) -> None:
         lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), format="safetensors"),
         lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), format="onnx"),
         lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), choice_func=lambda _: False),
+        lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), choice_func=lambda name: name.startswith(123)),
         lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), specify_prefix=[]),
         lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), filter_prefix=5),
         lambda m, p: m.load_checkpoint(str(p / "net.ckpt"), dec_key="text"),
