@@ -98,3 +98,58 @@ def test_stock_verifies_our_checksums(kind: str, ms: Any, source: Path, tmp_path
     for module in (ms, ms_ckpt_ext):
         with pytest.raises(ValueError):
             module.load_checkpoint(str(path), format=kind, crc_check=True)
+
+
+FORMS = [("ckpt", "ckpt_to_safetensors", "safetensors"), ("safetensors", "safetensors_to_ckpt", "ckpt")]
+
+
+def saved(ms: Any, path: Path, form: str, value: float = 1.0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ms.save_checkpoint(
+        [{"name": "lin.weight", "data": ms.Tensor(np.full((2, 3), value, np.float32))}], str(path), format=form
+    )
+
+
+@pytest.mark.parametrize(("form", "name", "to"), FORMS)
+def test_the_examples_in_their_order(form: str, name: str, to: str, ms: Any, tmp_path: Path) -> None:
+    """As the docstrings of stock have them: the tree, one file of it, that file elsewhere; also after stock."""
+    expected = {}
+    for who, modules in (("stock", [ms]), ("ours", [ms_ckpt_ext]), ("ours after stock", [ms, ms_ckpt_ext])):
+        root = tmp_path / who
+        saved(ms, root / f"rank0/checkpoint_0.{form}", form)
+        for module in modules:
+            call, file = getattr(module, name), str(root / f"rank0/checkpoint_0.{form}")
+            call(str(root))
+            call(file)
+            call(file, str(root / "new_path") + "/")
+            call(file, str(root / "new_path") + "/", {"lin.weight": "new_name"})
+        found = tree(root)
+        assert found == (expected or found) and len(found) == 3
+        expected = found
+
+
+@pytest.mark.parametrize(("form", "name", "to"), FORMS)
+def test_a_tree_with_both_formats(form: str, name: str, to: str, ms: Any, tmp_path: Path) -> None:
+    """The function's name says which is the input; what is there in the other format stays as it is."""
+    for who, module in (("stock", ms), ("ours", ms_ckpt_ext)):
+        root = tmp_path / who
+        for rank in range(2):
+            saved(ms, root / f"in/rank_{rank}/net.{form}", form, rank)
+        saved(ms, root / f"in/rank_0/other.{to}", to, 7)
+        saved(ms, root / f"in/rank_2/another.{to}", to, 8)
+        for target in (None, str(root / "out")):
+            getattr(module, name)(str(root / "in"), target)
+    assert tree(tmp_path / "ours") == tree(tmp_path / "stock")
+    assert len(tree(tmp_path / "ours" / "in")) == 6
+
+
+@pytest.mark.parametrize(("form", "name", "to"), FORMS)
+def test_an_input_that_was_saved_again(form: str, name: str, to: str, ms: Any, tmp_path: Path) -> None:
+    """The result that stock made of what it was before is replaced."""
+    saved(ms, tmp_path / f"rank_0/net.{form}", form)
+    getattr(ms, name)(str(tmp_path))
+    saved(ms, tmp_path / f"rank_0/net.{form}", form, 2.0)
+    getattr(ms_ckpt_ext, name)(str(tmp_path))
+    ours = (tmp_path / f"rank_0/net.{to}").read_bytes()
+    getattr(ms, name)(str(tmp_path))
+    assert (tmp_path / f"rank_0/net.{to}").read_bytes() == ours
