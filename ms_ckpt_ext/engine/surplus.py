@@ -5,7 +5,7 @@ gives the strategy of one pipeline stage of a model whose parameters are all tie
 Such files may be passed over, but only where that is plain: the strategy of a part of the job would make a part of the
 model pass for all of it. They must hold no parameter that the others lack, and either
 
-- be of another run: of another step by their names, much older than the others, or cut otherwise;
+- be of another run: of another step by their names or by their counters, much older than the others, or cut otherwise;
 - or repeat the others: stretches of what they hold are those of the rank in the same place, as with tied parameters,
   and the strategy is right about which of the others are copies.
 """
@@ -13,7 +13,7 @@ model pass for all of it. They must hold no parameter that the others lack, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, TypeVar
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
@@ -22,10 +22,17 @@ from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.formats.saves import step_of
 
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.probes import Seen
+
+    Look = Callable[[Sequence[tuple[int, str]]], list[Seen]]
+
 T = TypeVar("T")
 Indexes = Mapping[int, FileIndex]
 _NAMES, _RANKS, _STRETCH = 8, 16, 4096
 """Parameters and ranks that are compared, at most, spread over all; bytes of each."""
+_COUNTERS = ("global_step", "step_num", "epoch_num")
+"""Training scalars that are the same on all ranks of a save."""
 
 
 class _Pair(NamedTuple):
@@ -51,16 +58,18 @@ def of_strategy(index_of: Indexes, strategy: Strategy, access: Access = PLAIN) -
         lacking = next((name for name in index.tensors if not _is_known(name, known, strategy)), None)
         if lacking is not None:
             raise _refused(index, strategy, f", which holds {lacking!r}, a parameter that the strategy does not list")
-    doubtful = next((index for index in beyond.values() if not own or not _is_other_run(index, own, known)), None)
-    if doubtful is not None and not (own and _repeats(own, beyond, strategy, access)):
-        raise _refused(doubtful, strategy, ", and nothing tells it from the others: not its step, age or shapes")
+    doubtful = {rank: index for rank, index in beyond.items() if not own or not _is_other_run(index, own, known)}
+    repeated = _repeated(own, doubtful, strategy, access) if own and doubtful else {*doubtful}
+    if repeated is None or not own:
+        held = next(iter(doubtful.values()))
+        raise _refused(held, strategy, ", and nothing tells it from the others: not its step, age or shapes")
     log.warning(
         "the files of %s, such as %r, are passed over: %s is for %d ranks, and %s",
         name_ranks(list(beyond)),
         next(iter(beyond.values())).path,
         strategy.origin,
         strategy.world,
-        "they are not of the same save" if doubtful is None else "they repeat what these hold",
+        "they repeat what these hold" if repeated else "they are not of the same save",
     )
     return own
 
@@ -87,29 +96,52 @@ def _is_other_run(index: FileIndex, own: Indexes, known: Mapping[str, TensorEntr
     return any(entry[:2] != known[name][:2] for name, entry in index.tensors.items() if name in known)
 
 
-def _repeats(own: Indexes, beyond: Indexes, strategy: Strategy, access: Access) -> bool:
-    """Whether the files beyond repeat the others, as far as stretches tell; False where they cannot be read here."""
-    files = {**own, **beyond}
-    pairs = [pair for pair in _pairs(own, beyond, strategy) if _both_have(pair, files)]
-    compared = {pair.two for pair in pairs}
-    if any(rank not in compared for rank in _spread(sorted(beyond), _RANKS)):
-        return False
+def _repeated(own: Indexes, doubtful: Indexes, strategy: Strategy, access: Access) -> Optional[set[int]]:
+    """Of these ranks, those that are not at another step: all of them repeat the others. None where they do not.
+
+    As far as stretches tell; None as well where they cannot be read here.
+    """
+    look = _looking({**own, **doubtful}, access)
+    try:
+        left = {rank: index for rank, index in doubtful.items() if not _counts_otherwise(rank, index, own, look)}
+        return {*left} if not left or _repeats(own, left, strategy, look) else None
+    except CheckpointError:
+        return None
+
+
+def _looking(files: Indexes, access: Access) -> Look:
+    """What sees a stretch in the middle of a rank's parameter."""
     from ms_ckpt_ext.engine.catalog import Catalog
     from ms_ckpt_ext.engine.probes import Alone, Probe
 
     numbers = {rank: number for number, rank in enumerate(files)}
+    alone = Alone(Catalog(tuple(files.values()), {}, {}, {}, access))
 
     def stretch(rank: int, name: str) -> Probe:
         nbytes = files[rank].tensors[name].nbytes
         start = max(0, (nbytes - _STRETCH) // 2 // 16 * 16)
         return Probe(numbers[rank], name, start, min(_STRETCH, nbytes - start))
 
-    look = Alone(Catalog(tuple(files.values()), {}, {}, {}, access))
-    try:
-        ones = look([stretch(pair.one, pair.name) for pair in pairs])
-        twos = look([stretch(pair.two, pair.name) for pair in pairs])
-    except CheckpointError:
+    return lambda wanted: alone([stretch(rank, name) for rank, name in wanted])
+
+
+def _counts_otherwise(rank: int, index: FileIndex, own: Indexes, look: Look) -> bool:
+    """Whether a counter of steps stands elsewhere than in all the others."""
+    for name in (name for name in _COUNTERS if name in index.tensors):
+        holders = [other for other, held in own.items() if name in held.tensors]
+        there, *others = look([(rank, name), *((other, name) for other in _spread(holders, _RANKS))])
+        if others and there not in others:
+            return True
+    return False
+
+
+def _repeats(own: Indexes, beyond: Indexes, strategy: Strategy, look: Look) -> bool:
+    files = {**own, **beyond}
+    pairs = [pair for pair in _pairs(own, beyond, strategy) if _both_have(pair, files)]
+    compared = {pair.two for pair in pairs}
+    if any(rank not in compared for rank in _spread(sorted(beyond), _RANKS)):
         return False
+    ones, twos = look([(pair.one, pair.name) for pair in pairs]), look([(pair.two, pair.name) for pair in pairs])
     return ones == twos and not all(seen.constant for seen in ones)
 
 

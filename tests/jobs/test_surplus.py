@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors, load, load_distributed_checkpoint, transform_checkpoints
 from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.formats.strategy_file import load_strategy
 from tests.jobs.support import (
     arrays,
     assert_merged,
@@ -55,12 +56,20 @@ def older(root: Path) -> None:
         os.utime(root / "shards" / f"rank_{rank}" / "net.safetensors", (1e9, 1e9))
 
 
+def at_another_step(root: Path) -> None:
+    """By what they count alone: of the same shapes and names, and newer."""
+    strategy = load_strategy(root / "strategy.ckpt")
+    cut(strategy, arrays(1), root / "old", scalars(1))
+    for rank in range(4):
+        shutil.move(root / "old" / f"rank_{rank}", root / "shards" / f"rank_{rank + 4}")
+
+
 def copies(root: Path) -> None:
     for rank in range(4):
         shutil.copytree(root / "shards" / f"rank_{rank}", root / "shards" / f"rank_{rank + 4}")
 
 
-@pytest.mark.parametrize("left", [cut_otherwise, of_another_step, older])
+@pytest.mark.parametrize("left", [cut_otherwise, of_another_step, older, at_another_step])
 def test_what_a_larger_run_left_is_passed_over(
     left: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
