@@ -11,6 +11,16 @@
 
 from __future__ import annotations
 
-from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose
+from ms_ckpt_ext.core.planning.weight_rules import (
+    QKV,
+    Concat,
+    Experts,
+    Interleave,
+    Part,
+    Rename,
+    Rule,
+    Stack,
+    Transpose,
+)
 
 __all__ = ["QKV", "Concat", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose"]

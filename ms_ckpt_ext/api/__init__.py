@@ -1,1 +1,14 @@
-"""The functions users call: MindSpore's names and signatures, and what this package adds to them."""
+"""The functions users call.
+
+mindspore/    MindSpore's names and signatures
+dry_run/      the plan of a load
+arguments     what users may pass, checked once; `source` a checkpoint by any name, `inputs` of a conversion,
+              `share` of a job
+jobs          merge and reshard
+convert       between formats; encrypt and decrypt
+resume        go on training, or serve
+scalars       training scalars
+inspect       what is in a checkpoint, told as an `inspection`
+diff          what changes between two strategies
+verify        proof that a checkpoint is what it should be
+"""

@@ -8,28 +8,28 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log, progress
-from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.strategy import (
+from ms_ckpt_ext.core.geometry.strategy import (
     Strategy,
     layouts_by_name,
     strategy_from_layout_dict,
     strategy_from_messages,
 )
-from ms_ckpt_ext.core.supplement import ByName, Part, put_together
-from ms_ckpt_ext.engine import offline
-from ms_ckpt_ext.engine.job import Job
-from ms_ckpt_ext.engine.naming import Choice, Naming
-from ms_ckpt_ext.engine.offline import Report
-from ms_ckpt_ext.engine.sealing import Seal
+from ms_ckpt_ext.core.geometry.supplement import ByName, Part, put_together
+from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.files import execution
+from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+from ms_ckpt_ext.engine.files.execution import Report
+from ms_ckpt_ext.engine.files.job import Job
+from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats import crypto
-from ms_ckpt_ext.formats.discovery import FORMATS
+from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.rules import Rule
+    from ms_ckpt_ext.core.planning.weight_rules import Rule
 
 PathLike = Union[str, "os.PathLike[str]"]
 BUFFER_BYTES = 64 << 20
@@ -104,7 +104,7 @@ def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **mo
 def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     if isinstance(rules, (list, tuple)) and not rules:
         return ()
-    from ms_ckpt_ext.core.rules import Rule  # a dozen classes, which most calls do without
+    from ms_ckpt_ext.core.planning.weight_rules import Rule  # a dozen classes, which most calls do without
 
     if isinstance(rules, (list, tuple)) and all(isinstance(rule, Rule) for rule in rules):
         return tuple(rules)
@@ -135,7 +135,7 @@ def as_strategy(value: Any, rank: int = 0, argument: str = "a strategy") -> Opti
     An empty dict is the layouts of a network that is not compiled, and None, as in MindSpore. A list is of several of
     these forms, put together: MindSpore's strategy files list trainable parameters only, and what they lack may be
     given beside them, by another file or by name: `[file, {"dense.weight": (dev_matrix, tensor_map)}]`, see
-    `core.supplement`.
+    `core.geometry.supplement`.
 
     Args:
         rank: whose network a layout dict is of.
@@ -257,11 +257,11 @@ def execute(job: Job, target: str, run: Running, title: str) -> Report:
     """
     job, workers, limits = job.synced(run.sync), run.workers, run.limits
     if run.dry_run:
-        from ms_ckpt_ext.engine.preview import preview
+        from ms_ckpt_ext.engine.files.dry_run import preview
 
         return preview(job, target, workers, limits)
     total = sum(entry.nbytes for output in job.outputs for entry in output.layout.tensors.values())
     with progress.bar(title, total) as advance:
-        report = offline.execute(job, target, workers, limits, advance)
+        report = execution.execute(job, target, workers, limits, advance)
     log.info("%s into %s: read %d bytes in %d reads, wrote %s", title, target, report.bytes_read, report.reads, report)
     return report

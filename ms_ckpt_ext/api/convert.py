@@ -26,11 +26,11 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.api.inputs import Inputs, find, find_in_ranks, other_suffix
-from ms_ckpt_ext.engine.beside import settle
-from ms_ckpt_ext.engine.conversion import Rename, convert_job, copy_job, renamed_map
-from ms_ckpt_ext.engine.naming import Choice, chosen_name, warn_unknown
-from ms_ckpt_ext.engine.offline import Job, Report
-from ms_ckpt_ext.engine.sealing import Seal
+from ms_ckpt_ext.engine.files.beside import settle
+from ms_ckpt_ext.engine.files.convert import Rename, convert_job, copy_job, renamed_map
+from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+from ms_ckpt_ext.engine.files.execution import Job, Report
+from ms_ckpt_ext.engine.source.renaming import Choice, chosen_name, warn_unknown
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
@@ -117,8 +117,8 @@ def convert(
             "AES-GCM", in this package's chunked container (docs/encryption.md).
         crc_check: verify the checksum of every input that has one, before anything is written.
         crc: give every result a checksum.
-        digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see `engine.manifest`;
-            of encrypted results they are encrypted, too.
+        digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see
+            `engine.integrity.manifest`; of encrypted results they are encrypted, too.
         max_process_num: upper bound on worker threads.
         buffer_bytes: buffer budget of each worker.
         sync: the results are on disk when this returns; False as in `merge`.

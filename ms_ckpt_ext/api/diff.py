@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.api.arguments import as_strategy, path_of
 from ms_ckpt_ext.api.source import Filter, Globs
-from ms_ckpt_ext.core.describe import LayoutInfo, StrategyInfo, describe, describe_strategy
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.region import Shape
-from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo, describe, describe_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.errors import FormatError, LayoutMismatchError, UsageError, storage_error
 
 

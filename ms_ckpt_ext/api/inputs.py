@@ -9,9 +9,9 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, UsageError, also, storage_error
-from ms_ckpt_ext.formats import discovery
-from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
-from ms_ckpt_ext.formats.unified import is_map
+from ms_ckpt_ext.formats.discovery import rank_folders
+from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
+from ms_ckpt_ext.formats.discovery.whole_models import is_map
 
 
 class Inputs(NamedTuple):
@@ -73,12 +73,14 @@ def find_in_ranks(source: str, target: str, to: str, pattern: Optional[re.Patter
     if os.path.isfile(source):
         return _single(source, target, to, None)
     _refuse_absent(source)
-    below = discovery.inside(Path(source), Path.is_dir)
+    below = rank_folders.inside(Path(source), Path.is_dir)
     folders = [child.name for child in below if child.name.startswith("rank")]
     if not folders:
         raise DiscoveryError(f"{source!r} holds no folder whose name starts with 'rank'; check the path")
     names = [
-        f"{folder}/{child.name}" for folder in folders for child in discovery.inside(Path(source, folder), Path.is_file)
+        f"{folder}/{child.name}"
+        for folder in folders
+        for child in rank_folders.inside(Path(source, folder), Path.is_file)
     ]
     suffix = other_suffix(to)
     return _inputs(source, target, _checkpoints(source, sorted(names), (suffix,), pattern), to, kind=suffix)
@@ -111,7 +113,7 @@ def _is_new_path(target: str) -> bool:
     return target.endswith(_SUFFIXES) and not os.path.isdir(target)
 
 
-_SUFFIXES = tuple(f".{kind}" for kind in discovery.FORMATS)
+_SUFFIXES = tuple(f".{kind}" for kind in rank_folders.FORMATS)
 _base = os.path.basename
 _LOST = "lost+found"
 """A folder of the file system's own at the root of a disk, which no checkpoint is in."""

@@ -17,26 +17,27 @@ import numpy as np
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
 from ms_ckpt_ext.api.source import Filter, Globs, Source, find
-from ms_ckpt_ext.core.describe import LayoutInfo, describe, describe_strategy
-from ms_ckpt_ext.core.groups import GROUPS, SCALARS, group_of, natural
-from ms_ckpt_ext.core.plan import SourceTensor
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.region import Region
-from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.engine.alike import Depth, compared
-from ms_ckpt_ext.engine.bits import to_python
-from ms_ckpt_ext.engine.catalog import Catalog, whole_tensor
-from ms_ckpt_ext.engine.contents import TEXT, decode_text
-from ms_ckpt_ext.engine.outside import Held, of_rank
-from ms_ckpt_ext.engine.pump import Assembler
+from ms_ckpt_ext.core.geometry.describe import LayoutInfo, describe, describe_strategy
+from ms_ckpt_ext.core.geometry.groups import GROUPS, SCALARS, group_of, natural
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.engine.copying.worker import Assembler
+from ms_ckpt_ext.engine.integrity.numerics import to_python
+from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
+from ms_ckpt_ext.engine.source.outside import Held, of_rank
+from ms_ckpt_ext.engine.source.values import TEXT, decode_text
+from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
 from ms_ckpt_ext.errors import FormatError
-from ms_ckpt_ext.formats import crypto, discovery
+from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.discovery import rank_folders
+from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
+from ms_ckpt_ext.formats.discovery.whole_models import is_map
 from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.kind import STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, read_indexes
-from ms_ckpt_ext.formats.strategy_file import load_strategy
-from ms_ckpt_ext.formats.unified import is_map
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 
 _MOST_ELEMENTS = 64
@@ -84,9 +85,9 @@ def inspect(
 def _is_strategy(path: str) -> bool:
     """Whether a path is a strategy file, or a directory with nothing but strategy files of stages."""
     if os.path.isdir(path):
-        named = discovery.inside(Path(path), Path.is_file)
+        named = rank_folders.inside(Path(path), Path.is_file)
         files = [str(child) for child in named if child.suffix in (".ckpt", ".json")]
-        return bool(files) and not discovery.is_sharded(path) and all(map(_is_strategy, files))
+        return bool(files) and not rank_folders.is_sharded(path) and all(map(_is_strategy, files))
     return path.endswith((".ckpt", ".json")) and kind_of(path) == STRATEGY
 
 
@@ -115,23 +116,23 @@ def _layouts(stages: Mapping[int, Any]) -> tuple[LayoutInfo, ...]:
 
 def _loose_files(directory: str, file_suffix: Optional[str], format: Optional[str]) -> dict[str, str]:
     """Files whose slices nothing relates to each other: several rank folders, or several files without a map."""
-    if discovery.is_sharded(directory):
-        if os.path.isfile(os.path.join(directory, discovery.MAP_NAME)):
+    if rank_folders.is_sharded(directory):
+        if os.path.isfile(os.path.join(directory, rank_folders.MAP_NAME)):
             return {}
-        files = discovery.rank_files(directory, format, file_suffix)
+        files = rank_folders.rank_files(directory, format, file_suffix)
         return {str(rank): path for rank, path in files.items()} if len(files) > 1 else {}
-    if any(is_map(child.name) for child in discovery.inside(Path(directory), Path.is_file)):
+    if any(is_map(child.name) for child in rank_folders.inside(Path(directory), Path.is_file)):
         return {}
-    kinds = discovery.FORMATS if format is None else (format,)
+    kinds = rank_folders.FORMATS if format is None else (format,)
     suffixes = tuple(f".{kind}" for kind in kinds)
-    paths = {child.name: str(child) for child in discovery.inside(Path(directory)) if child.suffix in suffixes}
+    paths = {child.name: str(child) for child in rank_folders.inside(Path(directory)) if child.suffix in suffixes}
     files_ = {n: p for n, p in paths.items() if os.path.isfile(p) and not _is_strategy(p)}
     return files_ if len(files_) > 1 else {}
 
 
 def _of_loose(path: str, files: Mapping[str, str], access: Access, wanted: Filter) -> Inspection:
     indexes = read_indexes(files.values(), access)
-    sharded = discovery.is_sharded(path)
+    sharded = rank_folders.is_sharded(path)
     held: dict[str, list[FileIndex]] = {}
     for index in indexes:
         for name in filter(wanted, index.tensors):

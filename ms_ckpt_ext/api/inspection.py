@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.core.describe import LayoutInfo, StrategyInfo
-from ms_ckpt_ext.core.region import Shape
+from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo
+from ms_ckpt_ext.core.geometry.region import Shape
 
 
 class FileInfo(NamedTuple):

@@ -24,19 +24,19 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.alike import compared
-from ms_ckpt_ext.engine.apart import check_apart
-from ms_ckpt_ext.engine.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
-from ms_ckpt_ext.engine.naming import Choice
-from ms_ckpt_ext.engine.offline import Report
-from ms_ckpt_ext.engine.proven import doubted, ruled
+from ms_ckpt_ext.engine.files.apart import check_apart
+from ms_ckpt_ext.engine.files.execution import Report
+from ms_ckpt_ext.engine.files.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
+from ms_ckpt_ext.engine.source.renaming import Choice
+from ms_ckpt_ext.engine.unlisted.alike import compared
+from ms_ckpt_ext.engine.unlisted.proven import doubted, ruled
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.rules import Rule
+    from ms_ckpt_ext.core.planning.weight_rules import Rule
 
 
 def merge(
@@ -88,13 +88,13 @@ def merge(
         dec_key, dec_mode: of an encrypted source; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
         enc_key, enc_mode: encrypt the result; by default with the key in MS_CKPT_EXT_ENC_KEY, if there is one.
         crc_check, crc: verify checksums of the source; give one to every file that is written.
-        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.manifest`.
+        digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.integrity.manifest`.
         max_process_num, buffer_bytes: upper bound on worker threads, and the buffer budget of each.
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
             for the disk either. Being killed harms no result in either case. Not with shares.
         dry_run: only tell what would be read and written.
         allow_equal_slices: slices that are all equal are meant. Else they are an error, for `integrated_save=True`
-            makes such by writing whole parameters into every rank's file; see `engine.whole_slices`.
+            makes such by writing whole parameters into every rank's file; see `engine.unlisted.whole_slices`.
 
     Returns:
         What was read and written; of a dry run, a `Preview`.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Optional
 
 from ms_ckpt_ext.api.arguments import PathLike, access_of, as_strategy, path_of
-from ms_ckpt_ext.engine.contents import read_extras
+from ms_ckpt_ext.engine.source.values import read_extras
 from ms_ckpt_ext.formats.crypto import KeyLike
 
 

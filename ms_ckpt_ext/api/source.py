@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Catalog, read_listing
-from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.whole_slices import read_slices
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.engine.source.catalog import Catalog, read_listing
+from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.registry import Access
 
@@ -28,11 +28,11 @@ class Source(NamedTuple):
     access: Access
 
     def open(self) -> Catalog:
-        """Read the headers. Raises as `engine.catalog.catalog_of`."""
+        """Read the headers. Raises as `engine.source.catalog.catalog_of`."""
         return read_listing(self.listing, self.strategy, self.access)
 
     def slices(self, allow_equal_slices: bool) -> Catalog:
-        """Read the headers, and that slices are slices. Raises as `engine.whole_slices.read_slices`."""
+        """Read the headers, and that slices are slices. Raises as `engine.unlisted.whole_slices.read_slices`."""
         return read_slices(self.listing, self.strategy, self.access, allow_equal_slices)
 
 

@@ -11,19 +11,19 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
 from ms_ckpt_ext.api.source import Filter, Globs, find
-from ms_ckpt_ext.engine import health
-from ms_ckpt_ext.engine.alike import Depth, compared
-from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.compare import Comparison, compare
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.health import Health
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Fault, FileDigests, load_manifest, opened
-from ms_ckpt_ext.engine.naming import Choice, Naming
-from ms_ckpt_ext.engine.pairing import Kept, everything, pair_up
-from ms_ckpt_ext.engine.proof import prove_file
+from ms_ckpt_ext.engine.integrity import soundness
+from ms_ckpt_ext.engine.integrity.authenticate import prove_file
+from ms_ckpt_ext.engine.integrity.compare import Comparison, compare
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Fault, FileDigests, load_manifest, opened
+from ms_ckpt_ext.engine.integrity.pairing import Kept, everything, pair_up
+from ms_ckpt_ext.engine.integrity.soundness import Health
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.renaming import Choice, Naming
+from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, StorageError, UsageError
-from ms_ckpt_ext.formats import discovery
 from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import Access, crc_fault, open_reader, read_index
 from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.storage.threads import in_order
@@ -105,7 +105,8 @@ def verify(
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
         dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
         max_process_num: upper bound on worker threads.
-        allow_equal_slices: without `b`: slices that are all equal are meant, and no fault; see `engine.whole_slices`.
+        allow_equal_slices: without `b`: slices that are all equal are meant, and no fault; see
+            `engine.unlisted.whole_slices`.
 
     Returns:
         What was compared and what was found; its `ok` says whether all is as it should be.
@@ -158,15 +159,15 @@ def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, al
     outside = {**catalog.extras, **catalog.unproven, **catalog.own}
     wanted.check((*catalog.tensors, *outside, *(strategy.layouts if strategy else ())))
     tensors = wanted.of(catalog.tensors)
-    with progress.bar("verify", health.bytes_to_read(catalog, tensors, wanted)) as advance:
-        return health.check(catalog, tensors, strategy, wanted, workers, advance, allow_equal)
+    with progress.bar("verify", soundness.bytes_to_read(catalog, tensors, wanted)) as advance:
+        return soundness.check(catalog, tensors, strategy, wanted, workers, advance, allow_equal)
 
 
 def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
     if not os.path.isdir(path):
         what = "is a file" if os.path.isfile(path) else "does not exist"
         raise DiscoveryError(f"{path!r} {what}; a manifest lies in a directory, beside the files: give that")
-    folders = [path, *map(str, discovery.folders_in(Path(path)))]
+    folders = [path, *map(str, rank_folders.folders_in(Path(path)))]
     found = {folder: held for folder in folders if (held := load_manifest(folder)) is not None}
     if not found:
         raise DiscoveryError(
@@ -238,7 +239,7 @@ def _checksums(folder: str, names: list[str], access: Access, workers: int) -> l
 
 
 def _unlisted(folders: list[str], listed: set[str]) -> list[str]:
-    files = (str(path) for folder in folders for path in discovery.inside(Path(folder)))
+    files = (str(path) for folder in folders for path in rank_folders.inside(Path(folder)))
     kinds = (".safetensors", ".ckpt")
     return [f for f in map(os.path.normpath, files) if f.endswith(kinds) and os.path.isfile(f) and f not in listed]
 

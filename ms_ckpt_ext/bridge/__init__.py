@@ -1,1 +1,15 @@
-"""Where MindSpore comes in: layouts and Parameters of Cells. Importing a module here imports mindspore."""
+"""Where MindSpore comes in: layouts and Parameters of Cells. Importing a module here imports mindspore.
+
+world         this process's place among the ranks
+match         which Parameter takes what; `settle` all of a network
+memory        Parameters as memory on the CPU
+ascend        Parameters on the NPU
+network       a direct load
+together      a load of all ranks
+restore       the newest complete checkpoint into networks
+parameters    Parameters outside any network; `slices` put together
+callback      notes at a save
+names         MindSpore's functions under all their names
+messages      layouts as MindSpore's messages
+mindformers/  MindFormers
+"""

@@ -15,11 +15,11 @@ from mindspore import mint
 from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import contents_of, mark_loaded
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.dtype import DType
-from ms_ckpt_ext.core.region import Region, Shape
-from ms_ckpt_ext.core.strided import byte_box
-from ms_ckpt_ext.core.view import View, nests
-from ms_ckpt_ext.engine.replicas import Contents
+from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.strided import byte_box
+from ms_ckpt_ext.core.geometry.view import View, nests
+from ms_ckpt_ext.engine.load.replicas import Contents
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}

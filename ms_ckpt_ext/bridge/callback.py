@@ -6,7 +6,7 @@
 
 It follows every callback that saves (`ModelCheckpoint`, and what derives from it, as MindFormers' does), waits for
 asynchronous saves without holding up the training, digests the file in a thread and leaves the notes of
-`engine.records` beside it. No rank speaks to another: that all are done shows in the files.
+`engine.resume.records` beside it. No rank speaks to another: that all are done shows in the files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.strategy import Strategy, strategy_from_layout_dict
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import FileDigests, update_manifest
-from ms_ckpt_ext.engine.records import Record, forget_deleted, home_of, write_record
+from ms_ckpt_ext.core.geometry.strategy import Strategy, strategy_from_layout_dict
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import FileDigests, update_manifest
+from ms_ckpt_ext.engine.resume.records import Record, forget_deleted, home_of, write_record
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, storage_error
 from ms_ckpt_ext.formats.registry import read_index
 

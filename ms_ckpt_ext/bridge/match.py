@@ -2,7 +2,7 @@
 
 The rules are those of `mindspore.load_param_into_net`: by name, then (unless strict) by suffix; casts within floats and
 within ints; Parameters that pipeline stages share are filled by their owner. What a suffix may mean is stricter here,
-see `core.suffixes`: stock takes the first name that ends so, be it a moment.
+see `core.planning.suffixes`: stock takes the first name that ends so, be it a moment.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.dtype import DType
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.plan import SourceTensor
-from ms_ckpt_ext.core.region import Region, Shape
-from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.core.suffixes import Suffixes, match_suffixes
-from ms_ckpt_ext.engine.catalog import INT4, Catalog
-from ms_ckpt_ext.engine.taking import Takes, Taking
+from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.suffixes import Suffixes, match_suffixes
+from ms_ckpt_ext.engine.source.catalog import INT4, Catalog
+from ms_ckpt_ext.engine.unlisted.taking import Takes, Taking
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
 
 log = logging.getLogger("ms_ckpt_ext")
@@ -37,7 +37,7 @@ class Offer(NamedTuple):
     """What the checkpoint has for one name on this rank.
 
     Attributes:
-        tensor, region, layout, full, open, doubt: see `engine.taking.Takes`.
+        tensor, region, layout, full, open, doubt: see `engine.unlisted.taking.Takes`.
         shape: of the region.
         dtype: MindSpore's, packed int4 included.
     """

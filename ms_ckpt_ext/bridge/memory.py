@@ -18,13 +18,13 @@ from mindspore.common import np_dtype
 
 from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.dtype import BY_MINDSPORE, DType
-from ms_ckpt_ext.core.region import Region, Shape
-from ms_ckpt_ext.core.strided import copy_box
-from ms_ckpt_ext.core.view import View
-from ms_ckpt_ext.engine.live import HostSink
-from ms_ckpt_ext.engine.replicas import Contents
-from ms_ckpt_ext.engine.strides import copy_strided
+from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DType
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.strided import copy_box
+from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.engine.copying.strides import copy_strided
+from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.load.run_exchange import HostSink
 from ms_ckpt_ext.transport.base import Bytes
 
 log = logging.getLogger("ms_ckpt_ext")
@@ -150,7 +150,7 @@ class ParameterSink:
     def place(
         self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
     ) -> None:
-        """See `engine.live.Sink`."""
+        """See `engine.load.run_exchange.Sink`."""
         self._sink.place(source, offset, shape, box, region, view)
 
     def finish(self) -> None:

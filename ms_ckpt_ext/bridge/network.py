@@ -31,16 +31,17 @@ from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank, world_size
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
-from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import proof, pump
-from ms_ckpt_ext.engine.alike import compared
-from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.contents import TEXT, decode_text
-from ms_ckpt_ext.engine.proven import tell_unseen
-from ms_ckpt_ext.engine.replicas import Contents
-from ms_ckpt_ext.engine.taking import Taking
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.integrity import authenticate
+from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.values import TEXT, decode_text
+from ms_ckpt_ext.engine.unlisted.alike import compared
+from ms_ckpt_ext.engine.unlisted.proven import tell_unseen
+from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import LoadError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
@@ -65,7 +66,7 @@ def fill(
     """Fill the Parameters of `network` with this rank's slices.
 
     Args:
-        by_suffix: unless strict, match names by suffix, see `core.suffixes`.
+        by_suffix: unless strict, match names by suffix, see `core.planning.suffixes`.
         listed: see `settle.Manner`.
 
     Returns:
@@ -148,7 +149,7 @@ def _parameter(name: str, contents: Bytes, offer: Offer) -> Any:
 
 def prove_matches(matches: Sequence[Match], catalog: Catalog, workers: int, limits: Limits) -> None:
     """Decrypt what the matches want, for its tags only. Raises as `proof.prove_tasks`."""
-    proof.prove_tasks(_tasks([match.offer for match in matches]), len(matches), catalog, workers, limits)
+    authenticate.prove_tasks(_tasks([match.offer for match in matches]), len(matches), catalog, workers, limits)
 
 
 def fill_matches(
@@ -249,7 +250,7 @@ def _read(
             whole(number)
 
     tasks = _tasks([offer for offer, _ in wanted])
-    pump.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, landed)
+    worker.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, landed)
 
 
 def _tasks(offers: Sequence[Offer]) -> list[Task]:

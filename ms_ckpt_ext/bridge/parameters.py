@@ -9,8 +9,8 @@ from typing import Any
 from ms_ckpt_ext.bridge.match import Offer, castable, check_cell, offers_of, sort_parameters, tell_suffixes
 from ms_ckpt_ext.bridge.memory import tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.suffixes import match_suffixes
-from ms_ckpt_ext.engine.lazy import LazyTensor, Parameters
+from ms_ckpt_ext.core.planning.suffixes import match_suffixes
+from ms_ckpt_ext.engine.source.lazy import LazyTensor, Parameters
 from ms_ckpt_ext.errors import UsageError
 
 log = logging.getLogger("ms_ckpt_ext")

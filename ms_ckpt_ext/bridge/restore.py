@@ -14,16 +14,16 @@ from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, 
 from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together, give_up, meeting
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.rules import Rule
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
-from ms_ckpt_ext.engine.naming import Naming
-from ms_ckpt_ext.engine.options import LoadOptions
-from ms_ckpt_ext.engine.scalars import Value
-from ms_ckpt_ext.engine.session import LoadReport
-from ms_ckpt_ext.engine.taking import Taking
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.core.planning.weight_rules import Rule
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.session import LoadReport
+from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.resume.scalars import Value
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.renaming import Naming
+from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
 
 log = logging.getLogger("ms_ckpt_ext")
@@ -122,7 +122,7 @@ def fill_newest(
     limits: Limits,
     allow_equal_slices: bool = False,
 ) -> tuple[Optional[Filled], tuple[Skipped, ...]]:
-    """Choose and load, together; see `engine.choose` and `together.fill_together`.
+    """Choose and load, together; see `engine.resume.newest` and `together.fill_together`.
 
     Returns:
         What was loaded, None when there is no complete checkpoint; and those that were skipped.

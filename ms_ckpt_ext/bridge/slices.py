@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import layout_item
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import layout_item
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, MissingNameError, StrategyError, UsageError
 
 Array = NDArray[Any]
 
 
 def merge(slices: Sequence[Any], strategy: Mapping[str, Any]) -> Any:
-    """A Parameter with the first slice's name and flags, and its dtype; see `api.family.merge_sliced_parameter`."""
+    """A Parameter with the first slice's name and flags, and its dtype; see `merge_sliced_parameter`."""
     arrays = _checked(slices)
     first = slices[0]
     if not strategy:

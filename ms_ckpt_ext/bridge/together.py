@@ -19,30 +19,30 @@ from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, tell_loaded
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
-from ms_ckpt_ext.core.layout import whole
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.rules import Rule
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import profiles, session
-from ms_ckpt_ext.engine.alike import compared
-from ms_ckpt_ext.engine.audit import audit, settled
-from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, folder_catalog
-from ms_ckpt_ext.engine.dealt import Together, on_record_together
-from ms_ckpt_ext.engine.demand import Want
-from ms_ckpt_ext.engine.listing import Listing
-from ms_ckpt_ext.engine.live import HostMover
-from ms_ckpt_ext.engine.naming import Naming
-from ms_ckpt_ext.engine.options import LoadOptions
-from ms_ckpt_ext.engine.proof import prove_chunks
-from ms_ckpt_ext.engine.proven import Compare, ruled, tell_unseen
-from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
-from ms_ckpt_ext.engine.session import LoadReport, Prepared
-from ms_ckpt_ext.engine.survey import Survey, pack, survey, unpack
-from ms_ckpt_ext.engine.taking import Taking, all_side_by_side
-from ms_ckpt_ext.engine.tied import warn_unlike
-from ms_ckpt_ext.engine.whole_slices import refuse_gathered
+from ms_ckpt_ext.core.geometry.layout import whole
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.core.planning.weight_rules import Rule
+from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
+from ms_ckpt_ext.engine.integrity.recorded import audit, settled
+from ms_ckpt_ext.engine.load import profiles, session
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.replicas import Contents, Digest, Digester, compare_replicas
+from ms_ckpt_ext.engine.load.run_exchange import HostMover
+from ms_ckpt_ext.engine.load.session import LoadReport, Prepared
+from ms_ckpt_ext.engine.load.survey import Survey, pack, survey, unpack
+from ms_ckpt_ext.engine.load.wants import Want
+from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, folder_catalog
+from ms_ckpt_ext.engine.source.listing import Listing
+from ms_ckpt_ext.engine.source.renaming import Naming
+from ms_ckpt_ext.engine.unlisted.alike import compared
+from ms_ckpt_ext.engine.unlisted.dealt import Together, on_record_together
+from ms_ckpt_ext.engine.unlisted.proven import Compare, ruled, tell_unseen
+from ms_ckpt_ext.engine.unlisted.taking import Taking, all_side_by_side
+from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
+from ms_ckpt_ext.engine.unlisted.whole_slices import refuse_gathered
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
-from ms_ckpt_ext.formats.mindformers import Folder
+from ms_ckpt_ext.formats.discovery.mindformers import Folder
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
@@ -64,7 +64,7 @@ class Source(NamedTuple):
         rules: weight rules that make the network's parameters of what the files hold.
         naming: how these are called in the network.
         expected: files that were named one by one, by key: some host must see each.
-        allow_equal_slices: slices that are all equal are meant, see `engine.whole_slices`.
+        allow_equal_slices: slices that are all equal are meant, see `engine.unlisted.whole_slices`.
         listed: see `settle.Manner`.
     """
 
@@ -120,7 +120,7 @@ def fill_together(
 
     Args:
         observe: is given the report of this rank.
-        by_suffix: unless strict, match names by suffix, see `core.suffixes`.
+        by_suffix: unless strict, match names by suffix, see `core.planning.suffixes`.
         require_all: a Parameter that the checkpoint has nothing for is a LayoutMismatchError, before any is changed.
         transport: where all ranks have met, see `meeting`; by default they meet here.
 

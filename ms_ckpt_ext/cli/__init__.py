@@ -1,1 +1,10 @@
-"""`ms-ckpt`: the functions of `ms_ckpt_ext` as commands. What is here is words; the work is done by `api`."""
+"""`ms-ckpt`: the functions of `ms_ckpt_ext` as commands. What is here is words; the work is done by `api`.
+
+main        from a command line to an exit code
+command     what a command is
+commands/   one module each
+options     options that several commands have
+jobs        what the commands that write files have in common
+words       numbers, tables and emphasis; `tree` parameters as a tree; `records` values as JSON
+launch      behind scripts/*.sh, told by `settings`
+"""

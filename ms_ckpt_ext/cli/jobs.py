@@ -12,8 +12,8 @@ from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, takes_path
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.engine.offline import Report
-    from ms_ckpt_ext.engine.preview import Preview
+    from ms_ckpt_ext.engine.files.dry_run import Preview
+    from ms_ckpt_ext.engine.files.execution import Report
 
 FORMATS = ("safetensors", "ckpt")
 
@@ -110,7 +110,7 @@ def encryption(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def answer(job: Callable[[], Report]) -> Answer:
     """Run a job, and tell what it did or would do."""
-    from ms_ckpt_ext.engine.preview import Preview
+    from ms_ckpt_ext.engine.files.dry_run import Preview
 
     begin = time.monotonic()
     report = job()

@@ -137,7 +137,7 @@ def _free_port() -> int:
 
 
 def _merge(values: Mapping[str, Any], dry_run: bool) -> int:
-    from ms_ckpt_ext.api.merge import unified_safetensors
+    from ms_ckpt_ext.api.mindspore.merge import unified_safetensors
 
     several = values["hosts"] > 1
     named = {

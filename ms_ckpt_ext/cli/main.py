@@ -58,7 +58,7 @@ _CODES = (
 
 def commands() -> list[Command]:
     """Every subcommand."""
-    return [importlib.import_module(f"{__package__}.{name}").COMMAND for name in COMMANDS]
+    return [importlib.import_module(f"{__package__}.commands.{name}").COMMAND for name in COMMANDS]
 
 
 def parser() -> argparse.ArgumentParser:

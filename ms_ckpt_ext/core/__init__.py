@@ -1,1 +1,7 @@
-"""Pure geometry and planning: values in, values out. No I/O, no mindspore, no clocks."""
+"""Pure geometry and planning: values in, values out. No I/O, no mindspore, no clocks.
+
+geometry/   boxes, and where MindSpore's layouts put each rank's
+planning/   from boxes to pieces, and from pieces to reads
+exchange/   who reads what and sends what to whom, when all ranks of a job load together
+integer     integers as callers give them
+"""

@@ -1,1 +1,10 @@
-"""Runs plans: catalog of a source, file-to-file jobs, and loads into memory."""
+"""Runs plans: a checkpoint as a source, files into files, and the load of a whole job.
+
+source/      what a checkpoint is: its files, its parameters, their names
+unlisted/    what no strategy lists: compared, kept, taken
+copying/     threads that read, cut and write
+files/       file to file: merge, reshard, convert
+load/        ranks to Parameters, together
+integrity/   is it what was written
+resume/      which checkpoint a training goes on from
+"""

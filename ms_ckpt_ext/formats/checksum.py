@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple, Union
 
-from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.storage import memory
+from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.reader import ByteReader
 
 
@@ -42,7 +42,7 @@ _ALL = 2**32 - 1
 
 def crc_of(reader: ByteReader, parts: Iterable[Part], piece: int = PIECE) -> int:
     """CRC-32 of parts of a file one after another, read `piece` bytes at a time."""
-    buffer = memory.scratch(0)
+    buffer = buffers.scratch(0)
     crc = 0
     for part in parts:
         if isinstance(part, bytes):
@@ -54,7 +54,7 @@ def crc_of(reader: ByteReader, parts: Iterable[Part], piece: int = PIECE) -> int
             crc = part.extend(crc, bytes(contents))
             continue
         if len(buffer) < min(piece, part.length):
-            buffer = memory.scratch(min(piece, part.length))
+            buffer = buffers.scratch(min(piece, part.length))
         for done in range(0, part.length, piece):
             read = buffer[: min(piece, part.length - done)]
             reader.read_into(part.offset + done, read)

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Optional
 
-from ms_ckpt_ext.core.dtype import DType
-from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4
 from ms_ckpt_ext.formats.index import Checksum, FileLayout, TensorEntry, TensorSpec

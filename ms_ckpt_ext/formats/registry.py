@@ -16,8 +16,8 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
 from ms_ckpt_ext.formats.ckpt import CRC_NUM
+from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
-from ms_ckpt_ext.formats.kind import pointer_fault
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.threads import in_order
 

@@ -18,12 +18,11 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from ms_ckpt_ext.core.dtype import DTYPES, FILE_ORDER, DType
-from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.core.region import Shape
+from ms_ckpt_ext.core.geometry.dtype import DTYPES, FILE_ORDER, DType
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
-from ms_ckpt_ext.formats.header import METADATA, HeaderError, Member, read_header, read_texts
 from ms_ckpt_ext.formats.index import (
     MAX_RANK,
     Checksum,
@@ -33,6 +32,7 @@ from ms_ckpt_ext.formats.index import (
     TensorSpec,
     countable,
 )
+from ms_ckpt_ext.formats.safetensors_header import METADATA, HeaderError, Member, read_header, read_texts
 from ms_ckpt_ext.storage.reader import ByteReader
 
 MAX_HEADER = 100_000_000

@@ -1,1 +1,4 @@
-"""Modules that frameworks load by themselves, named in their own configuration. Each file stands alone."""
+"""Modules that frameworks load by themselves, named in their own configuration. Each file stands alone.
+
+`mindformers_plugin` is MindFormers'.
+"""

@@ -17,7 +17,7 @@ from typing import Any
 
 from mindspore.train.callback import Callback
 
-from ms_ckpt_ext.api.install import install
+from ms_ckpt_ext.api.mindspore.install import install
 from ms_ckpt_ext.bridge.mindformers import seam
 from ms_ckpt_ext.bridge.mindformers.options import Options
 

@@ -24,14 +24,14 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError, storage_error
-from ms_ckpt_ext.storage import journal, locks
-from ms_ckpt_ext.storage.durable import sync_path
+from ms_ckpt_ext.storage import flock, journal
+from ms_ckpt_ext.storage.atomic import sync_path
 from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.published import places_of
 
 NOTE, PARTIAL = ".note", ".partial"
 """Ends of names of what belongs to a file of a job, or is one that is not complete."""
-_NOT_FINISHED = (NOTE, PARTIAL, locks.SUFFIX)
+_NOT_FINISHED = (NOTE, PARTIAL, flock.SUFFIX)
 _TASK = re.compile(r"^task-\d+(-of-\d+)\.lock$")
 
 
@@ -138,9 +138,9 @@ class Claim:
             return
         self._folder.mkdir(exist_ok=True)
         path = self._folder / self._own_lock
-        descriptor = locks.open_lock(path)
+        descriptor = flock.open_lock(path)
         try:
-            locked = locks.try_lock(descriptor, path)
+            locked = flock.try_lock(descriptor, path)
         except StorageError:  # no locks here, so nobody holds this one
             path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -152,7 +152,7 @@ class Claim:
 
     @property
     def _own_lock(self) -> str:
-        return f"{self._task}{locks.SUFFIX}"
+        return f"{self._task}{flock.SUFFIX}"
 
     def _look(self, places: Collection[_Place], names: Set[str]) -> None:
         """Refuse what another run claims, and remove here what nobody runs and would write the same."""
@@ -163,11 +163,11 @@ class Claim:
                 both, folder = place.meets(names, claimed), place.hidden.job(job)
                 if not both or (here and job == self._job) or not os.path.isdir(folder):
                     continue
-                if any(locks.held(folder)):
+                if any(flock.held(folder)):
                     more = f" and {len(both) - 1} more files" if both - {min(both)} else ""
                     raise _busy(place.hidden.target, f"both write {min(both)!r}{more}")
                 left += [folder] if here else []
-        if any(map(self._is_another_split, locks.held(self._folder, self._own_lock))):
+        if any(map(self._is_another_split, flock.held(self._folder, self._own_lock))):
             raise _busy(self._target, "it shares out this very job among another number of tasks")
         for folder in left:
             self._drop(folder)
@@ -199,14 +199,14 @@ class Claim:
     def _write(self, names: Collection[str]) -> None:
         """Claim the names. A line that a killed process left half written stays one."""
         line = json.dumps({"job": self._job, "names": sorted(names)})
-        with open(locks.open_lock(self._hidden.claims), "wb") as file:
+        with open(flock.open_lock(self._hidden.claims), "wb") as file:
             file.seek(0, os.SEEK_END)
             file.write(f"\n{line}\n".encode())
 
     def seen(self) -> set[str]:
         """Tasks of this job that have begun here, whatever became of them, as far as the job is unfinished."""
-        locked = (path.name for path in self._folder.glob(f"*{locks.SUFFIX}"))
-        return {name[: -len(locks.SUFFIX)] for name in locked}
+        locked = (path.name for path in self._folder.glob(f"*{flock.SUFFIX}"))
+        return {name[: -len(flock.SUFFIX)] for name in locked}
 
     def _leave(self) -> None:
         """Go away without a trace, but for finished files of an earlier run."""
@@ -221,7 +221,7 @@ class Claim:
         try:
             besides = "" if self._lock is None else self._own_lock
             with self._hidden.entered():
-                if not unfinished(self._folder) and not any(locks.held(self._folder, besides)):
+                if not unfinished(self._folder) and not any(flock.held(self._folder, besides)):
                     shutil.rmtree(self._folder, ignore_errors=True)
         finally:
             for made in self._made:
@@ -252,7 +252,7 @@ def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
 def unfinished(folder: Path) -> list[Path]:
     """What runs left in a job's folder, besides locks."""
     walked = ((Path(inside), name) for inside, _, names in os.walk(folder) for name in names)
-    return [inside / name for inside, name in walked if not name.endswith(locks.SUFFIX)]
+    return [inside / name for inside, name in walked if not name.endswith(flock.SUFFIX)]
 
 
 def _busy(target: Path, why: str) -> StorageError:

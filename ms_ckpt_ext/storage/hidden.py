@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage import locks
+from ms_ckpt_ext.storage import flock
 
 FOLDER = ".ms_ckpt_ext"
-_LOCK = locks.SUFFIX
+_LOCK = flock.SUFFIX
 _JOURNAL = ".journal"
 
 
@@ -60,7 +60,7 @@ class HiddenFolder:
         while self._lock < 0:
             _make_like(self.path, self.target)
             try:
-                self._lock = locks.wait_for_lock(self.path / _LOCK)
+                self._lock = flock.wait_for_lock(self.path / _LOCK)
             except FileNotFoundError:  # who was in it has just removed it
                 continue
             except StorageError:
@@ -70,7 +70,7 @@ class HiddenFolder:
     def enter_if_there(self) -> bool:
         """Enter it, or one that cannot be entered, look at it; False when there is none."""
         try:
-            self._lock = locks.wait_for_lock(self.path / _LOCK)
+            self._lock = flock.wait_for_lock(self.path / _LOCK)
         except OSError:  # above, others may be at home
             return self.is_there
         return True
@@ -87,7 +87,7 @@ class HiddenFolder:
                     for name in names:
                         (self.path / name).unlink(missing_ok=True)
         finally:
-            locks.let_go(lock, self.path / _LOCK)
+            flock.let_go(lock, self.path / _LOCK)
         with contextlib.suppress(OSError):  # not empty
             self.path.rmdir()
 

@@ -23,7 +23,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import published
-from ms_ckpt_ext.storage.durable import derived, sync_path, write_atomically
+from ms_ckpt_ext.storage.atomic import derived, sync_path, write_atomically
 from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.linux import boot_id
 from ms_ckpt_ext.storage.published import Entry, State, state_of
@@ -35,7 +35,7 @@ UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": OBSTA
 
 
 class Ledger(Protocol):
-    """Keeps digests of files, in a file of this name in their folder or one above. See `engine.manifest`."""
+    """Keeps digests of files, in a file of this name in their folder or one above. See `engine.integrity.manifest`."""
 
     MANIFEST_NAME: str
 

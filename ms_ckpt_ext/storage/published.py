@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.storage.durable import write_atomically
+from ms_ckpt_ext.storage.atomic import write_atomically
 
 RECORD = ".ms_ckpt_ext.json"
 

@@ -22,7 +22,7 @@ class Sink(Protocol):
     """Something of known size that takes bytes at any offset, from any thread, each byte once.
 
     Bytes that are written may turn out not to be authentic: then the job fails, and nothing of them appears anywhere.
-    A `MemorySink` may be a Parameter: what fills it was proved before, see `engine.proof`.
+    A `MemorySink` may be a Parameter: what fills it was proved before, see `engine.integrity.authenticate`.
 
     Attributes:
         path: what messages call it.

@@ -20,9 +20,9 @@ from types import MappingProxyType
 from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
-from ms_ckpt_ext.storage import journal, locks, published
+from ms_ckpt_ext.storage import flock, journal, published
+from ms_ckpt_ext.storage.atomic import derived
 from ms_ckpt_ext.storage.claims import NOTE, PARTIAL, Claim
-from ms_ckpt_ext.storage.durable import derived
 from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.journal import Journal, Ledger
 from ms_ckpt_ext.storage.published import RECORD, State, state_of
@@ -143,7 +143,7 @@ class Staging:
             if self._hidden.enter_if_there():
                 try:
                     journal.finish_all(self._hidden, self._ledger, lambda _: ())
-                    if not any(locks.held(self.folder)):
+                    if not any(flock.held(self.folder)):
                         shutil.rmtree(self.folder, ignore_errors=True)
                 finally:
                     self._hidden.leave()

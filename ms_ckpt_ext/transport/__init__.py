@@ -1,10 +1,12 @@
 """Exchanging bytes between ranks. Importing this room does not import mindspore; `mccl` and `hccl` do.
 
-base     the Transport protocol, and what every transport checks
-agree    one answer on all ranks: same inputs? did anybody fail?
-local    ranks are threads of this process, or this process alone
-mccl     ranks of a MindSpore job on the CPU
-hccl     ranks of a MindSpore job on Ascend
-control  small messages between the processes of a job, and who of them is still alive (used by mccl and hccl)
-select   which of them fits here
+base      the Transport protocol, and what every transport checks
+agree     one answer on all ranks: same inputs? did anybody fail?
+local     ranks are threads of this process, or this process alone
+mccl      ranks of a MindSpore job on the CPU
+hccl      ranks of a MindSpore job on Ascend
+control   small messages between the processes of a job, and who of them is still alive (used by mccl and hccl)
+gate      all ranks of a host, before any calls the backend for the first time
+hub       where ranks meet; `line` a process's connection to it
+select    which transport fits here
 """

@@ -92,7 +92,7 @@ def one_cipher(work: Path, cipher: str, length: int, container: str, size: int, 
 def encrypt(plain: Path, key: bytes, container: str, threads: int) -> None:
     import numpy as np
 
-    from ms_ckpt_ext.engine.sealing import Seal
+    from ms_ckpt_ext.engine.files.encrypted_sink import Seal
     from ms_ckpt_ext.formats.crypto import Key
     from ms_ckpt_ext.storage.reader import PlainReader
 

@@ -64,9 +64,9 @@ def _parameters(stages: int, layers: int) -> Listed:
 
 
 def _strategy(listed: Listed, path: Path, data: int, tensor: int, sharded: bool) -> Path:
-    from ms_ckpt_ext.core.layout import Layout
-    from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-    from ms_ckpt_ext.formats.strategy_file import save_strategy
+    from ms_ckpt_ext.core.geometry.layout import Layout
+    from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+    from ms_ckpt_ext.formats.strategies.file import save_strategy
 
     items = []
     for name, stage, shape, cut in listed:

@@ -86,7 +86,7 @@ def _make_source(root: Path, size: float) -> dict[str, Any]:
     from ms_ckpt_ext.formats import safetensors
     from ms_ckpt_ext.formats.index import TensorSpec
     from ms_ckpt_ext.formats.registry import read_index
-    from ms_ckpt_ext.formats.strategy_file import load_strategy
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
 
     strategy = load_strategy(GOLDEN / SOURCE / "strategy.ckpt")
     full = read_index(str(GOLDEN / "full" / "model.safetensors"))

@@ -32,7 +32,7 @@ def make_source(case: str, size: float, root: Path) -> Path:
     from ms_ckpt_ext.formats import safetensors
     from ms_ckpt_ext.formats.index import TensorSpec
     from ms_ckpt_ext.formats.registry import read_index
-    from ms_ckpt_ext.formats.strategy_file import load_strategy
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
 
     golden = GOLDEN / case
     strategy = load_strategy(golden / "strategy.ckpt")

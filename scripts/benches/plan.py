@@ -17,12 +17,12 @@ PARAMETERS = 600
 PLANNING = """
 import time, sys
 begin = time.perf_counter()
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-from ms_ckpt_ext.engine.job import tasks_of
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.engine.source.catalog import open_catalog
+from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.job import tasks_of
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 source, strategy = sys.argv[1:]
 imported = time.perf_counter()
 strategy = load_strategy(strategy)
@@ -56,12 +56,12 @@ def make_source(copies: int, root: Path) -> tuple[int, int]:
     """A checkpoint of dp`copies` tp8 pp8; returns (ranks, distinct slices)."""
     import numpy as np
 
-    from ms_ckpt_ext.core.dtype import DTYPES
-    from ms_ckpt_ext.core.layout import Layout
-    from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+    from ms_ckpt_ext.core.geometry.dtype import DTYPES
+    from ms_ckpt_ext.core.geometry.layout import Layout
+    from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
     from ms_ckpt_ext.formats import safetensors
     from ms_ckpt_ext.formats.index import TensorSpec
-    from ms_ckpt_ext.formats.strategy_file import save_strategy
+    from ms_ckpt_ext.formats.strategies.file import save_strategy
 
     layouts = [Layout((copies, 8), ((0,), ()), 8, -1), Layout((copies, 8), ((), (0,)), 8, -1)]
     kinds = ("", "adam_m.", "adam_v.")

@@ -13,7 +13,7 @@ import mindspore.train
 import numpy as np
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.jobs.formats import contents
 from tests.jobs.support import cut, strategy_of
 

@@ -21,7 +21,7 @@ import mindspore.train.serialization
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.api import install as installer
+from ms_ckpt_ext.api.mindspore import install as installer
 from ms_ckpt_ext.bridge import names
 from ms_ckpt_ext.errors import UnsupportedError, UsageError
 from tests.jobs.support import read_file, read_merged
@@ -185,7 +185,7 @@ def test_what_only_stock_takes_goes_to_stock(monkeypatch: pytest.MonkeyPatch, ca
 def test_a_value_that_ours_refuses_goes_to_stock(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from ms_ckpt_ext.api import load
+    from ms_ckpt_ext.api.mindspore import load
 
     def refuses(network: Any, format: str = "ckpt", *, mode: str = "auto") -> None:
         raise UnsupportedError("format must be another", "format")

@@ -15,9 +15,9 @@ from mindspore import nn
 from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 
 from ms_ckpt_ext import CheckpointRecorder, load_for_inference, resume, unified_safetensors
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.manifest import load_manifest
-from ms_ckpt_ext.engine.records import read_records
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import load_manifest
+from ms_ckpt_ext.engine.resume.records import read_records
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, StrategyError, UsageError
 from tests.jobs.support import read_file
 

@@ -16,7 +16,7 @@ import pytest
 from mindspore.train.serialization import load_checkpoint
 
 import ms_ckpt_ext
-from ms_ckpt_ext.api import install as installer
+from ms_ckpt_ext.api.mindspore import install as installer
 from tests.bridge import family
 
 pytestmark = pytest.mark.stock

@@ -13,7 +13,7 @@ import pytest
 from mindspore import nn
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, LayoutMismatchError, UsageError
 from tests.jobs.support import cut, strategy_of
 

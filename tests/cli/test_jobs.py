@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.engine.preview import Preview
+from ms_ckpt_ext.engine.files.dry_run import Preview
 from ms_ckpt_ext.errors import UsageError
 from tests.cli.support import as_json, environment, fine, run, run_script, script
 from tests.jobs.support import shard, source, tree

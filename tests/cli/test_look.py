@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import unified_safetensors
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import update_manifest
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import update_manifest
 from ms_ckpt_ext.formats.registry import read_index
 from tests.cli.support import as_json, fine, run, run_script
 from tests.formats.test_ckpt_reader import value

@@ -6,8 +6,8 @@ from math import prod
 
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import StrategyError
 
 dtypes = st.sampled_from([DTYPES[name] for name in ("F32", "BF16", "U8", "I64")])

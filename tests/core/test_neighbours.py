@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.neighbours import Axis, axes_of, representatives
-from ms_ckpt_ext.core.ranks import same_cut
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.neighbours import Axis, axes_of, representatives
+from ms_ckpt_ext.core.geometry.ranks import same_cut
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from tests.core.strategies import layouts
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.ranks import needed_for_whole, needed_ranks
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.ranks import needed_for_whole, needed_ranks
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import StrategyError
 
 ROWS, COLUMNS, WHOLE = Layout((4,), ((0,), ())), Layout((4,), ((), (0,))), Layout((4,), ((), ()))

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.dtype import DTYPES, DType
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.plan import Piece, Placement, SourceTensor, TensorMeta, locate, pieces
-from ms_ckpt_ext.core.reads import Batch, Direct, Extent, Landing, Limits, Target, Task
-from ms_ckpt_ext.core.region import Region
-from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.core.strided import StridedCopy, strided_copy
-from ms_ckpt_ext.engine.strides import copy_strided
+from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.strided import StridedCopy, strided_copy
+from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.pieces import Piece, Placement, SourceTensor, TensorMeta, locate, pieces
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
 
 from .strategies import dtypes, pairs

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import (
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import (
     LayoutItem,
     Strategy,
     nested_tensor_map,

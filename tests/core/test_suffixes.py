@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.suffixes import match_suffixes
+from ms_ckpt_ext.core.planning.suffixes import match_suffixes
 from ms_ckpt_ext.errors import LayoutMismatchError
 
 STATES = [

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.region import Region, Shape
-from ms_ckpt_ext.core.view import View, frames, nests, split_axes
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.view import View, frames, nests, split_axes
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.engine.sealing import Seal
+from ms_ckpt_ext.engine.files.encrypted_sink import Seal
 from ms_ckpt_ext.errors import ArgumentTypeError, MissingDependencyError, StorageError, UsageError
 from ms_ckpt_ext.formats.crypto import Key, backend, is_encrypted, load_key, sniff
 from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS, as_key

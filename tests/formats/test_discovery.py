@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ms_ckpt_ext.errors import DiscoveryError
-from ms_ckpt_ext.formats import discovery
+from ms_ckpt_ext.formats.discovery import rank_folders
 
 NAMES = ["net_rank_0-3_1200", "net_rank_0-3_600", "net_rank_0-2_1800", "net_rank_0_1-3_1200", "other_77"]
 
@@ -20,7 +20,7 @@ def folder(root: Path, names: list[str], rank: int = 0) -> Path:
 
 
 def pick(root: Path, suffix: str | None) -> str:
-    return Path(discovery.rank_files(str(root), "safetensors", suffix)[0]).stem
+    return Path(rank_folders.rank_files(str(root), "safetensors", suffix)[0]).stem
 
 
 @pytest.mark.parametrize(
@@ -69,36 +69,36 @@ def test_no_guessing(names: list[str], suffix: str | None, message: str, tmp_pat
 
 
 def test_files_of_one_step() -> None:
-    discovery.check_one_step({0: "a/net_0-1_20.ckpt", 1: "b/net_1-1_20.ckpt", 2: "c/net.ckpt", 3: "c/net_4.ckpt"})
-    discovery.check_one_step({0: "a/net-3_0.ckpt", 1: "a/net-3_1.ckpt"})  # a prefix and the rank
-    discovery.check_one_step({0: "a/net-1_20.ckpt", 1: "a/net-01_20_breakpoint.ckpt"})
+    rank_folders.check_one_step({0: "a/net_0-1_20.ckpt", 1: "b/net_1-1_20.ckpt", 2: "c/net.ckpt", 3: "c/net_4.ckpt"})
+    rank_folders.check_one_step({0: "a/net-3_0.ckpt", 1: "a/net-3_1.ckpt"})  # a prefix and the rank
+    rank_folders.check_one_step({0: "a/net-1_20.ckpt", 1: "a/net-01_20_breakpoint.ckpt"})
     with pytest.raises(DiscoveryError, match=r"1_15 \(rank 0: 'a/net-1_15_breakpoint.ckpt'\), 1_10 \(rank 1: "):
-        discovery.check_one_step({0: "a/net-1_15_breakpoint.ckpt", 1: "a/net-1_10.ckpt"})
+        rank_folders.check_one_step({0: "a/net-1_15_breakpoint.ckpt", 1: "a/net-1_10.ckpt"})
     with pytest.raises(DiscoveryError, match=r"0_4 \(rank 3: '[^']*'\) and 95 more; probably a save was cut short"):
-        discovery.check_one_step({rank: f"net-0_{rank + 1}.ckpt" for rank in range(99)})
+        rank_folders.check_one_step({rank: f"net-0_{rank + 1}.ckpt" for rank in range(99)})
     with pytest.raises(
         DiscoveryError, match=r"of different prefixes: 'a/ema-1_20.ckpt' of rank 0, 'b/net-1_20.ckpt' of"
     ):
-        discovery.check_one_step({0: "a/ema-1_20.ckpt", 1: "b/net-1_20.ckpt", 2: "c/net-1_20.ckpt"})
-    discovery.check_one_step({rank: f"rank_{rank}/net_dev{rank}-1_20.ckpt" for rank in range(3)})
+        rank_folders.check_one_step({0: "a/ema-1_20.ckpt", 1: "b/net-1_20.ckpt", 2: "c/net-1_20.ckpt"})
+    rank_folders.check_one_step({rank: f"rank_{rank}/net_dev{rank}-1_20.ckpt" for rank in range(3)})
     mixed = {0: "a/net-1_20.safetensors", 1: "b/net-1_10.safetensors", 2: "c/net-1_20.safetensors"}
     with pytest.raises(DiscoveryError, match=r"1_20 \(ranks 0, 2: 'a/net-1_20.safetensors'\), 1_10 \(rank 1: 'b/net"):
-        discovery.check_one_step(mixed)
+        rank_folders.check_one_step(mixed)
 
 
 def test_folders(tmp_path: Path) -> None:
     with pytest.raises(DiscoveryError, match="no such checkpoint directory"):
-        discovery.rank_files(str(tmp_path / "absent"))
+        rank_folders.rank_files(str(tmp_path / "absent"))
     with pytest.raises(DiscoveryError, match="holds no rank_0, rank_1"):
-        discovery.rank_files(str(tmp_path))
+        rank_folders.rank_files(str(tmp_path))
     for rank in (10, 2, 0):
         folder(tmp_path, ["net"], rank)
     (tmp_path / "rank_x").mkdir()
     (tmp_path / "rank_3").touch()
     (tmp_path / "rank_7").mkdir()
-    assert list(discovery.rank_files(str(tmp_path))) == [0, 2, 10]
+    assert list(rank_folders.rank_files(str(tmp_path))) == [0, 2, 10]
     with pytest.raises(DiscoveryError, match=r"none of the 4 rank folders .* holds a \*\.ckpt file"):
-        discovery.rank_files(str(tmp_path), "ckpt")
+        rank_folders.rank_files(str(tmp_path), "ckpt")
 
 
 @pytest.mark.parametrize(("one", "other"), [("rank_2", "rank_02"), ("rank_0", "rank_00"), ("rank_02", "rank_002")])
@@ -106,12 +106,12 @@ def test_two_folders_of_one_rank(one: str, other: str, tmp_path: Path) -> None:
     for name in ("rank_1", one):
         (tmp_path / name).mkdir()
         (tmp_path / name / "net.safetensors").touch()
-    assert len(discovery.rank_files(str(tmp_path))) == 2
+    assert len(rank_folders.rank_files(str(tmp_path))) == 2
     (tmp_path / other).touch()  # no folder
-    assert len(discovery.rank_files(str(tmp_path))) == 2
+    assert len(rank_folders.rank_files(str(tmp_path))) == 2
     (tmp_path / other).unlink()
     (tmp_path / other).mkdir()
-    for find in (discovery.rank_files, discovery.is_sharded, discovery.kinds):
+    for find in (rank_folders.rank_files, rank_folders.is_sharded, rank_folders.kinds):
         with pytest.raises(DiscoveryError, match=rf"two folders of rank \d, '({one}|{other})' and '({one}|{other})'"):
             find(str(tmp_path))
 
@@ -121,8 +121,10 @@ def test_strategies_and_archives_in_rank_folders_are_no_checkpoints(tmp_path: Pa
         folder(tmp_path, ["net-1_10"], rank)
         (tmp_path / f"rank_{rank}" / "strategy.ckpt").write_bytes(bytes.fromhex("08021204"))
         (tmp_path / f"rank_{rank}" / "torch-9_99.ckpt").write_bytes(b"PK\x03\x04")
-    assert discovery.kinds(str(tmp_path)) == {"safetensors"}
-    assert {Path(path).name for path in discovery.rank_files(str(tmp_path), None).values()} == {"net-1_10.safetensors"}
+    assert rank_folders.kinds(str(tmp_path)) == {"safetensors"}
+    assert {Path(path).name for path in rank_folders.rank_files(str(tmp_path), None).values()} == {
+        "net-1_10.safetensors"
+    }
 
 
 def test_one_file_of_a_family_tells_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +133,8 @@ def test_one_file_of_a_family_tells_its_kind(tmp_path: Path, monkeypatch: pytest
         for step in range(9):
             (tmp_path / f"rank_{rank}" / f"net_rank_{rank}-1_{step}.ckpt").write_bytes(bytes.fromhex("0a0a"))
     looked: list[str] = []
-    monkeypatch.setattr(discovery, "kind_of", lambda path: looked.append(path) or "checkpoint")
-    assert len(discovery.rank_files(str(tmp_path), None)) == 8
+    monkeypatch.setattr(rank_folders, "kind_of", lambda path: looked.append(path) or "checkpoint")
+    assert len(rank_folders.rank_files(str(tmp_path), None)) == 8
     assert len(looked) == 1
 
 
@@ -151,7 +153,7 @@ def test_no_file_of_another_save_fills_a_gap(names: tuple[list[str], ...], messa
     for rank, held in enumerate(names):
         folder(tmp_path, held, rank)
     with pytest.raises(DiscoveryError, match=message):
-        discovery.rank_files(str(tmp_path))
+        rank_folders.rank_files(str(tmp_path))
 
 
 def test_what_lies_beyond_the_world_is_listed_as_it_is(tmp_path: Path) -> None:
@@ -159,6 +161,6 @@ def test_what_lies_beyond_the_world_is_listed_as_it_is(tmp_path: Path) -> None:
         folder(tmp_path, ["step_400"] if rank < 2 else ["step_300"], rank)
         folder(tmp_path, ["init"], rank)
     with pytest.raises(DiscoveryError, match="rank 2 has no file"):
-        discovery.rank_files(str(tmp_path))
-    found = discovery.rank_files(str(tmp_path), world=2)
+        rank_folders.rank_files(str(tmp_path))
+    found = rank_folders.rank_files(str(tmp_path), world=2)
     assert [Path(path).stem for path in found.values()] == ["step_400", "step_400", "step_300", "step_300"]

@@ -14,17 +14,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.digests import check, digest_file
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, opened
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.integrity.digests import check, digest_file
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, opened
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats import crypto, safetensors
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, decrypting_reader
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.formats.damage import BUDGET, edits, lies, memory_limit, mutate, survives, time_limit
 from tests.formats.memory import MemoryReader
 

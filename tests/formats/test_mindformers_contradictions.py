@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, DiscoveryError, FormatError, LayoutMismatchError
-from ms_ckpt_ext.formats.mindformers import find_folder, read_cuts
+from ms_ckpt_ext.formats.discovery.mindformers import find_folder, read_cuts
 from tests.formats.mindformers_folder import STATES, WHOLE, saved
 
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.engine.catalog import open_catalog
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError, LayoutMismatchError, StrategyError
-from ms_ckpt_ext.formats.mindformers import find_folder, layout_of, read_cuts
+from ms_ckpt_ext.formats.discovery.mindformers import find_folder, layout_of, read_cuts
 
 
 def described(**changes: Any) -> dict[str, Any]:

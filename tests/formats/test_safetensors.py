@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext.core.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.errors import CheckpointError, FormatError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats import header, safetensors
+from ms_ckpt_ext.formats import safetensors, safetensors_header
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
 from tests.formats.damage import memory_limit, time_limit
@@ -234,7 +234,7 @@ def framed(header: bytes) -> bytes:
 
 def items(piece: str) -> str:
     """An entry that is as long as one may be."""
-    return f'{{"x":{{"shape":[{",".join([piece] * (header.MAX_MEMBER // (len(piece) + 1) - 9))}]}}}}'
+    return f'{{"x":{{"shape":[{",".join([piece] * (safetensors_header.MAX_MEMBER // (len(piece) + 1) - 9))}]}}}}'
 
 
 def keys(value: str) -> str:
@@ -265,12 +265,12 @@ DENSE |= {
 def test_a_header_becomes_no_more_than_the_file_justifies(text: str) -> None:
     """Ten times its text, and for one member, which is parsed alone, what JSON of its length may become."""
     data = framed(text.encode())
-    with time_limit(), memory_limit(10 * len(data) + 40 * header.MAX_MEMBER), suppress(FormatError):
+    with time_limit(), memory_limit(10 * len(data) + 40 * safetensors_header.MAX_MEMBER), suppress(FormatError):
         safetensors.read_index(MemoryReader(data))
 
 
 def test_notes_are_no_more_than_tensors_could_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(header, "MAX_NOTES", 10)
+    monkeypatch.setattr(safetensors_header, "MAX_NOTES", 10)
     for count in (10, 11):
         data = framed(json.dumps({"__metadata__": {str(n): "Int4" for n in range(count)}}).encode())
         if count == 10:

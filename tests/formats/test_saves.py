@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ms_ckpt_ext.formats.saves import Newest, grouped, grouped_flat, newest, save_of, step_of
+from ms_ckpt_ext.formats.discovery.saves import Newest, grouped, grouped_flat, newest, save_of, step_of
 
 LORA = {rank: ["lora_rank_8-1_10.ckpt", "lora_rank_8-1_20.ckpt"] for rank in range(10)}
 

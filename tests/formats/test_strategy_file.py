@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import CheckpointError, StorageError, StrategyError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
-from ms_ckpt_ext.formats.strategy_merge import merge_strategy_files
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
+from ms_ckpt_ext.formats.strategies.merging import merge_strategy_files
 from tests.jobs.support import CASES, FULL, read_file
 
 
@@ -133,7 +133,7 @@ def test_names_with_dashes_keep_them(tmp_path: Path) -> None:
 def test_no_collision_with_mindspores_own_messages(golden: Path) -> None:
     """In one process, whoever comes first."""
     path = str(golden / "dp2_tp4" / "strategy.ckpt")
-    ours = f"from ms_ckpt_ext.formats.strategy_file import load_strategy; s = load_strategy({path!r}).layouts; "
+    ours = f"from ms_ckpt_ext.formats.strategies.file import load_strategy; s = load_strategy({path!r}).layouts; "
     theirs = f"from mindspore.parallel import build_searched_strategy as b; t = b({path!r}); "
     check = "from ms_ckpt_ext import as_strategy; assert s == as_strategy(t).layouts and len(s) == 42"
     for code in (ours + theirs + check, theirs + ours + check):

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import StrategyError
-from ms_ckpt_ext.formats.strategy_file import load_strategy, read_map
-from ms_ckpt_ext.formats.strategy_merge import merge_strategy_files
+from ms_ckpt_ext.formats.strategies.file import load_strategy, read_map
+from ms_ckpt_ext.formats.strategies.merging import merge_strategy_files
 
 LAYOUT = {"dev_matrix": [2, 4], "tensor_map": [0, -1], "field": 0, "opt_weight_shard_size": 0}
 

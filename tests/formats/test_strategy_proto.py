@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.formats import strategy_proto as proto
-from ms_ckpt_ext.formats.strategy_proto import Rows
+from ms_ckpt_ext.formats.strategies import messages as proto
+from ms_ckpt_ext.formats.strategies.messages import Rows
 from tests.jobs.support import CASES
 
 UNSIGNED, SMALL, WIDE = (0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**63), 2**63 - 1)
@@ -23,7 +23,7 @@ def test_the_declaration_is_mindspores() -> None:
     code = """
 from google.protobuf.descriptor_pb2 import DescriptorProto
 from mindspore.train import node_strategy_pb2 as theirs
-from ms_ckpt_ext.formats.strategy_proto import MESSAGES
+from ms_ckpt_ext.formats.strategies.messages import MESSAGES
 rules = {1: "optional", 2: "required", 3: "repeated"}
 kinds = {3: "int64", 5: "int32", 9: "string", 13: "uint32"}
 found = {}

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, encrypt, load, load_distributed_checkpoint, unified_safetensors, verify
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, FormatError
 from tests.jobs.support import assert_nothing_complete, strategy_of
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError
-from ms_ckpt_ext.formats.unified import is_map, unified_files
+from ms_ckpt_ext.formats.discovery.whole_models import is_map, unified_files
 from tests.jobs.support import source
 
 TWO = ("-00001-of-00002", "-00002-of-00002")

@@ -8,7 +8,7 @@ from typing import Optional
 
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import Stored, read_file, shard
 
 KEY = b"0123456789ABCDEF"

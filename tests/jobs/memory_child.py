@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from ms_ckpt_ext.api.load import load_distributed_checkpoint
-from ms_ckpt_ext.api.merge import unified_safetensors
+from ms_ckpt_ext.api.mindspore.load import load_distributed_checkpoint
+from ms_ckpt_ext.api.mindspore.merge import unified_safetensors
 from ms_ckpt_ext.storage.pool import ReaderPool
 
 

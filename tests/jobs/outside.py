@@ -9,11 +9,11 @@ from typing import Callable, NamedTuple, Union
 import numpy as np
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.catalog import Catalog, catalog_of
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.formats.registry import read_indexes
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.formats.strategies.file import save_strategy
 
 Content = Union[np.ndarray, Sequence[np.ndarray], Callable[[int], np.ndarray]]
 """What every rank holds: the same, or one for each, or by rank."""
@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
     def catalog(self) -> Catalog:
         """As headers tell it, nothing compared."""
-        from ms_ckpt_ext.formats.strategy_file import load_strategy
+        from ms_ckpt_ext.formats.strategies.file import load_strategy
 
         keys = {str(rank): str(self.file(rank)) for rank in self.held if self.file(rank).exists()}
         indexes = dict(zip(keys, read_indexes(keys.values())))

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.formats.strategies.file import save_strategy
 from ms_ckpt_ext.storage.staging import Staging
 
 FULL = {

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.plan import locate
-from ms_ckpt_ext.core.region import Region
-from ms_ckpt_ext.engine.alike import SAMPLE, SAMPLES, SMALL, compared, recorded, samples
-from ms_ckpt_ext.engine.outside import of_rank, side_by_side
-from ms_ckpt_ext.engine.probes import Alone
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.planning.pieces import locate
+from ms_ckpt_ext.engine.source.outside import of_rank, side_by_side
+from ms_ckpt_ext.engine.unlisted.alike import SAMPLE, SAMPLES, SMALL, compared, recorded, samples
+from ms_ckpt_ext.engine.unlisted.probes import Alone
 from tests.core.strategies import layouts
 from tests.jobs.outside import Source, listed, slices, source
 
@@ -114,8 +114,8 @@ def test_bytes_do_not_grow_with_ranks(ranks: int, tmp_path: Path) -> None:
 
 def record(held: Source) -> None:
     """Digests of every rank's file on record, as a recorder leaves them."""
-    from ms_ckpt_ext.engine.digests import digest_file
-    from ms_ckpt_ext.engine.manifest import update_manifest
+    from ms_ckpt_ext.engine.integrity.digests import digest_file
+    from ms_ckpt_ext.engine.integrity.manifest import update_manifest
     from ms_ckpt_ext.formats.registry import read_index
 
     files = {f"rank_{rank}/net.safetensors": digest_file(read_index(str(held.file(rank)))) for rank in held.held}

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, reshard, safetensors_to_ckpt
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.manifest import load_manifest
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import DiscoveryError
 from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.crypto import Key

@@ -13,8 +13,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.reads import Extent
-from ms_ckpt_ext.storage.digesting import DigestingSink, streams_of
+from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from ms_ckpt_ext.storage.sink import FileSink
 
 # "b" lies in two stretches, as a long tensor of a .ckpt does; 60..63 are framing.

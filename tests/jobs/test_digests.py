@@ -12,8 +12,8 @@ import xxhash
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors
-from ms_ckpt_ext.engine import digests
-from ms_ckpt_ext.engine.manifest import (
+from ms_ckpt_ext.engine.integrity import digests
+from ms_ckpt_ext.engine.integrity.manifest import (
     MANIFEST_NAME,
     FileDigests,
     Manifest,

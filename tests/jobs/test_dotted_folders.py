@@ -10,8 +10,8 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt
-from ms_ckpt_ext.engine.checkpoints import candidates
-from ms_ckpt_ext.engine.sightings import look
+from ms_ckpt_ext.engine.resume.candidates import candidates
+from ms_ckpt_ext.engine.resume.sightings import look
 from ms_ckpt_ext.errors import DiscoveryError, UsageError
 from tests.jobs.support import merge, source, tree
 from tests.jobs.test_convert import KEY, write_ckpt

@@ -13,16 +13,17 @@ import pytest
 import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.engine import conversion, sealing
-from ms_ckpt_ext.engine.digests import check, digest_file
-from ms_ckpt_ext.engine.manifest import Manifest, load_manifest
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.engine.files import convert as conversion
+from ms_ckpt_ext.engine.files import encrypted_sink
+from ms_ckpt_ext.engine.integrity.digests import check, digest_file
+from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.crypto import blocks
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
-from ms_ckpt_ext.storage import digesting, staging
+from ms_ckpt_ext.storage import digest_sink, staging
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.jobs.formats import encrypt as encrypt_file
 from tests.jobs.support import assert_nothing_complete, tree
@@ -213,8 +214,8 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("mode", MODES)
 def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the tensors in a file, in whatever pieces it was copied; encrypted beside an encrypted one."""
-    monkeypatch.setattr(sealing, "CHUNK", 64)
-    monkeypatch.setattr("ms_ckpt_ext.engine.pump._COPY", 64)
+    monkeypatch.setattr(encrypted_sink, "CHUNK", 64)
+    monkeypatch.setattr("ms_ckpt_ext.engine.copying.worker._COPY", 64)
     source, options = write_ckpt(tmp_path / "net.ckpt", crc=True), {"max_process_num": workers}
     truth = digest_file(read_index(str(source)))
     assert dict(truth.tensors) == {
@@ -324,15 +325,15 @@ def test_only_files_under_way_are_digested(tmp_path: Path, monkeypatch: pytest.M
         write_ckpt(tmp_path / f"src/{number}/net.ckpt")
     made: list[weakref.ref[Any]] = []
     most = [0]
-    real = digesting._Stream.__init__
+    real = digest_sink._Stream.__init__
 
-    class Stream(digesting._Stream):
+    class Stream(digest_sink._Stream):
         def __init__(self, *arguments: Any) -> None:
             made.append(weakref.ref(self))
             most[0] = max(most[0], sum(each() is not None for each in made))
             real(self, *arguments)
 
-    monkeypatch.setattr(digesting, "_Stream", Stream)
+    monkeypatch.setattr(digest_sink, "_Stream", Stream)
     tensors = len(contents(tmp_path / "src/0/net.ckpt"))
     encrypt(tmp_path / "src", tmp_path / "out", enc_key=KEY, sync=False)
     assert len(made) == 12 * (tensors + 1)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext as mx
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import CheckpointError, CoverageError
 from tests.jobs.support import source, strategy_of
 

@@ -20,8 +20,8 @@ from ms_ckpt_ext import (
     transform_checkpoint_by_rank,
     transform_checkpoints,
 )
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, load_manifest
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest
 from ms_ckpt_ext.storage import published
 from tests.jobs.support import merge, source, tree
 from tests.jobs.test_convert import KEY, contents, write_ckpt

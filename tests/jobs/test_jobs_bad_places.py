@@ -15,8 +15,8 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.engine.manifest import Manifest
-from ms_ckpt_ext.engine.sightings import look
+from ms_ckpt_ext.engine.integrity.manifest import Manifest
+from ms_ckpt_ext.engine.resume.sightings import look
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import (
     arrays,

@@ -12,9 +12,9 @@ from typing import Optional
 import pytest
 
 from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.manifest import load_manifest
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
 from tests.jobs import crash_child

@@ -17,9 +17,10 @@ from ms_ckpt_ext import (
     transform_checkpoints,
     unified_safetensors,
 )
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine import digests, pump
-from ms_ckpt_ext.engine.manifest import (
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.integrity import digests
+from ms_ckpt_ext.engine.integrity.manifest import (
     MANIFEST_NAME,
     FileDigests,
     Manifest,
@@ -98,7 +99,7 @@ def test_of_many_arrays_each_worker_takes_whole_ones(
     read_again: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of those that are longer than what is plenty, and that fill their last tile: eight of 16 KiB."""
-    monkeypatch.setattr(pump, "PLENTY", 4096)
+    monkeypatch.setattr(worker, "PLENTY", 4096)
     root = source(tmp_path / "src", rows=1 << 10, names=tuple("abcdefghijklmnopqrst"))
     merge(root, tmp_path / "out", max_process_num=2, buffer_bytes=1 << 16)
     assert_true(tmp_path / "out")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars, unified_safetensors
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.jobs.support import CASES, FULL, PAIRS, read_file, read_merged, shard, tree
 
 SCALARS = ("epoch_num", "global_step", "learning_rate", "loss_scale", "scale_sense", "step_num")

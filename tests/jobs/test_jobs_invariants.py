@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine import catalog
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.source import catalog
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from tests.jobs.support import cut, read_file, source, strategy_of
 
@@ -44,7 +44,9 @@ def test_a_merge_reads_every_byte_once(tmp_path: Path, counts: list[ReadCount]) 
     scalars = 4 + 4
     assert report.bytes_read == counts[-1].nbytes == 4 * 512 * 32 * 4 + scalars
     assert len(counts[-1].files) == 4
-    heads = counts[0]  # of two slices, which show that they are no copies of the whole: see engine.whole_slices
+    heads = counts[
+        0
+    ]  # of two slices, which show that they are no copies of the whole: see engine.unlisted.whole_slices
     assert (heads.reads, heads.nbytes, len(heads.files)) == (2, 2 * 4096, 2)
 
 

@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import UsageError
 from tests.jobs.support import (
     arrays,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.engine import jobs
+from ms_ckpt_ext.engine.files import jobs
 
 
 def one_by_one(sizes: Mapping[str, int], count: int) -> list[list[str]]:

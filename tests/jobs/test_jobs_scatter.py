@@ -19,15 +19,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_ckpt_ext import encrypt, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.reads import ReadCopy
-from ms_ckpt_ext.core.strided import StridedCopy
-from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine import strides as strides_module
-from ms_ckpt_ext.engine.strides import copy_strided, scattered
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strided import StridedCopy
+from ms_ckpt_ext.core.planning.io_units import ReadCopy
+from ms_ckpt_ext.engine.copying import strides as strides_module
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
 from ms_ckpt_ext.storage import linux, reader
-from ms_ckpt_ext.storage.memory import address_of
+from ms_ckpt_ext.storage.buffers import address_of
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.jobs.support import FULL, cut, read_file, read_merged, strategy_of, tree
 from tests.jobs.test_jobs_golden import assert_is, recut
@@ -189,7 +189,7 @@ def test_golden_files(
 ) -> None:
     made: list[object] = []
     monkeypatch.setattr(linux, "can_scatter", lambda: able)
-    monkeypatch.setattr(pump, "scattered", lambda *read: made.append(scattered(*read)) or made[-1])
+    monkeypatch.setattr(worker, "scattered", lambda *read: made.append(scattered(*read)) or made[-1])
     shards, strategy = golden / case / "shards", golden / case / "strategy.ckpt"
     unified_safetensors(shards, strategy, tmp_path / "merged")
     assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL[case] / "model.safetensors")

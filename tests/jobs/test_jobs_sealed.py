@@ -18,22 +18,22 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors, load_distributed_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.engine import offline, sealing
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.digests import digest_framing, streams
-from ms_ckpt_ext.engine.job import Job
-from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job, recut_job
-from ms_ckpt_ext.engine.sealing import Seal, SealedSink, Tally
-from ms_ckpt_ext.engine.summing import SummingSink
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.files import encrypted_sink, execution
+from ms_ckpt_ext.engine.files.crc_sink import SummingSink
+from ms_ckpt_ext.engine.files.encrypted_sink import Seal, SealedSink, Tally
+from ms_ckpt_ext.engine.files.job import Job
+from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job, recut_job
+from ms_ckpt_ext.engine.integrity.digests import digest_framing, streams
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats import checksum
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access, lay_out, open_reader, read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
-from ms_ckpt_ext.storage.digesting import DigestingSink
+from ms_ckpt_ext.formats.strategies.file import load_strategy
+from ms_ckpt_ext.storage.digest_sink import DigestingSink
 from ms_ckpt_ext.storage.sink import FileSink
 from tests.jobs.formats import KEY, WRONG, contents, scalars_of
 from tests.jobs.support import Stored, cut, read_file, shard, source, strategy_of, tree
@@ -79,7 +79,7 @@ def test_mindspore_reads_it(mode: Optional[str], crc: bool, golden: Path, tmp_pa
     catalog = open_catalog(str(golden / CASE / "ckpt"), load_strategy(golden / CASE / "strategy.ckpt"))
     seal = None if mode is None else Seal(Key(KEY), mode, block=4096)
     job = merge_job(catalog, str(tmp_path), MergeOptions(format="ckpt", crc=crc, seal=seal))
-    offline.execute(job, str(tmp_path), 2, Limits())
+    execution.execute(job, str(tmp_path), 2, Limits())
     told = {} if mode is None else {"dec_key": KEY, "dec_mode": mode}
     found = ms.load_checkpoint(str(tmp_path / "part0.ckpt"), crc_check=crc, **told)
     expected = read_file(golden / "full/model.safetensors")
@@ -130,8 +130,8 @@ def test_memory_is_bounded_by_the_budget(
     form: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Six times the budget of plaintext goes through; what waits at any time is counted."""
-    monkeypatch.setattr(sealing, "ROUND_BYTES", 128 << 10)
-    monkeypatch.setattr(sealing, "BUDGET_BYTES", 512 << 10)
+    monkeypatch.setattr(encrypted_sink, "ROUND_BYTES", 128 << 10)
+    monkeypatch.setattr(encrypted_sink, "BUDGET_BYTES", 512 << 10)
     shards, strategy, full = many(tmp_path / "src")
     catalog = open_catalog(str(shards), load_strategy(strategy))
     seal = Seal(Key(KEY), "chunked", chunk=16 << 10)
@@ -141,7 +141,7 @@ def test_memory_is_bounded_by_the_budget(
         catalog, load_strategy(strategy), range(4), lambda rank: f"rank_{rank}/net.{form}", crc=True, seal=seal
     )
     for job, target in ((merge, "merged"), (recut, "cut")):
-        report = offline.execute(job, str(tmp_path / target), workers, Limits(tile=64 << 10))
+        report = execution.execute(job, str(tmp_path / target), workers, Limits(tile=64 << 10))
         assert report.bytes_written > 3 << 20 and len(report.files_written) >= 4
         assert 0 < seal.tally.peak <= 512 << 10
         assert seal.tally.held == 0
@@ -189,7 +189,7 @@ class Stop(Exception):
 def interrupted(job: Job, target: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Run a job that ends, as by a crash, when so many files are complete."""
     count, lock = [0], threading.Lock()
-    real = offline.Staging.accept
+    real = execution.Staging.accept
 
     def accept(self: Any, name: str) -> None:
         with lock:
@@ -199,10 +199,10 @@ def interrupted(job: Job, target: Path, monkeypatch: pytest.MonkeyPatch, after: 
         real(self, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(offline.Staging, "accept", accept)
-        patch.setattr(offline.Staging, "abandon", lambda *_: None)
+        patch.setattr(execution.Staging, "accept", accept)
+        patch.setattr(execution.Staging, "abandon", lambda *_: None)
         with pytest.raises(Stop):
-            offline.execute(job, str(target), 1, Limits())
+            execution.execute(job, str(target), 1, Limits())
 
 
 @pytest.mark.parametrize("form, mode", SEALS)
@@ -220,14 +220,14 @@ def test_a_rerun_keeps_finished_files_of_the_same_key_only(
     target = tmp_path / "out"
     interrupted(job(KEY), target, monkeypatch, after=2)
     assert tree(target) == {}
-    report = offline.execute(job(KEY), str(target), 1, Limits())
+    report = execution.execute(job(KEY), str(target), 1, Limits())
     assert (len(report.files_kept), len(report.files_written), report.published) == (2, 2, True)
     before = tree(target)
-    assert offline.execute(job(KEY), str(target), 1, Limits()).files_written == ()
+    assert execution.execute(job(KEY), str(target), 1, Limits()).files_written == ()
     assert tree(target) == before
     in_blocks = form == "ckpt" and mode != "chunked"  # these have a checksum in any case
     for other, written in ((job(OTHER), 4), (job(OTHER, crc=True), 0 if in_blocks else 4)):
-        assert len(offline.execute(other, str(target), 1, Limits()).files_written) == written
+        assert len(execution.execute(other, str(target), 1, Limits()).files_written) == written
     for rank in range(4):
         file = target / f"rank_{rank}/net.{form}"
         assert contents(file, Access(Key(OTHER))) == read_file(root / f"shards/rank_{rank}/net.safetensors")
@@ -246,7 +246,7 @@ def test_finished_files_that_another_key_wrote_are_not_taken(tmp_path: Path, mon
         for key in (KEY, WRONG)
     ]
     interrupted(jobs[0], tmp_path / "out", monkeypatch, after=3)
-    report = offline.execute(jobs[1], str(tmp_path / "out"), 1, Limits())
+    report = execution.execute(jobs[1], str(tmp_path / "out"), 1, Limits())
     assert report.files_kept == ()
 
 

@@ -12,9 +12,9 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.api.share import share_of
-from ms_ckpt_ext.engine import offline
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.manifest import load_manifest
+from ms_ckpt_ext.engine.files import execution
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
 from ms_ckpt_ext.storage import published
 from tests.jobs.support import assert_merged, begun, merge, read_merged, source, tree
@@ -205,14 +205,14 @@ def test_a_finished_share_again_while_the_last_one_publishes(tmp_path: Path, mon
     root, target = source(tmp_path / "src"), tmp_path / "out"
     begun(lambda: merge(root, target, split_dst_file=(2, 2), **SMALL))
     merge(root, target, split_dst_file=(1, 2), **SMALL)
-    real = offline.is_done
+    real = execution.is_done
 
     def is_done(*args: Any) -> bool:
-        monkeypatch.setattr(offline, "is_done", real)
+        monkeypatch.setattr(execution, "is_done", real)
         assert merge(root, target, split_dst_file=(2, 2), **SMALL).published
         return False
 
-    monkeypatch.setattr(offline, "is_done", is_done)
+    monkeypatch.setattr(execution, "is_done", is_done)
     again = merge(root, target, split_dst_file=(1, 2), **SMALL)
     assert again.published and again.bytes_written == 0
     assert_merged(target)
@@ -225,14 +225,14 @@ def test_what_a_share_writes_again_is_published_by_no_other(tmp_path: Path, monk
     merge(root, target, split_dst_file=(1, 2), **SMALL)
     (damaged,) = target.glob(".ms_ckpt_ext/*/part0.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
-    real = offline._fill
+    real = execution._fill
 
     def fill(*args: Any) -> Any:
-        monkeypatch.setattr(offline, "_fill", real)
+        monkeypatch.setattr(execution, "_fill", real)
         assert not merge(root, target, split_dst_file=(2, 2), **SMALL).published
         return real(*args)
 
-    monkeypatch.setattr(offline, "_fill", fill)
+    monkeypatch.setattr(execution, "_fill", fill)
     assert merge(root, target, split_dst_file=(1, 2), **SMALL).published
     assert_merged(target)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext import errors, load_distributed_checkpoint, transform_checkpoints, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.jobs.support import FULL, Case, assert_nothing_complete, read_file, read_merged, shard, strategy_of
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import convert, load, load_distributed_checkpoint, transform_checkpoints, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import DiscoveryError
 from tests.jobs.support import cut, read_merged, strategy_of
 

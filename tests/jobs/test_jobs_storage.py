@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import errors, load_distributed_checkpoint
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine import manifest, offline, pump
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.files import execution
+from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage import sink
 from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
@@ -129,13 +131,16 @@ def test_a_source_that_changes_during_the_run(large: Path, tmp_path: Path, monke
 
         return wrapper
 
-    real = pump.run
+    real = worker.run
 
     def run_then_touch(*args: Any) -> None:
         real(*args)
         os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns + 5))
 
-    for module, name, changed in ((offline, "schedule", touch_then(offline.schedule)), (pump, "run", run_then_touch)):
+    for module, name, changed in (
+        (execution, "schedule", touch_then(execution.schedule)),
+        (worker, "run", run_then_touch),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, changed)
             with pytest.raises(errors.StorageError, match="rank_2.*changed since its header was read.*at rest"):

@@ -14,9 +14,10 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.reads import Direct, Unit
-from ms_ckpt_ext.engine import offline, pump
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.planning.io_units import Direct, Unit
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.files import execution
 from ms_ckpt_ext.formats.registry import open_reader, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import PlainReader, Traits
@@ -95,7 +96,7 @@ def test_an_error_of_the_plan_is_raised_and_ends_all_threads(workers: int, tmp_p
     with pool_of(source(tmp_path / "src")) as pool:
         sink = MemorySink(np.zeros(8, np.uint8))
         with pytest.raises(RuntimeError, match="planning failed at unit 50"):
-            pump.run(units(100, fail_at=50), pool, [sink], workers, lambda *_: None)
+            worker.run(units(100, fail_at=50), pool, [sink], workers, lambda *_: None)
     assert not [t for t in threading.enumerate() if t.name.startswith("pump-")]
 
 
@@ -112,7 +113,7 @@ def test_an_error_of_a_worker_stops_the_others(workers: int, error: BaseExceptio
     with pool_of(source(tmp_path / "src")) as pool:
         sink = MemorySink(np.zeros(8, np.uint8))
         with pytest.raises(type(error)):
-            pump.run(units(100_000), pool, [sink], workers, landed)
+            worker.run(units(100_000), pool, [sink], workers, landed)
     assert len(done) < 1000
     assert not [t for t in threading.enumerate() if t.name.startswith("pump-")]
 
@@ -134,15 +135,15 @@ def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(threading.Thread, "join", join)
     with pool_of(source(tmp_path / "src")) as pool, pytest.raises(KeyboardInterrupt):
-        pump.run(units(2000), pool, [MemorySink(np.zeros(8, np.uint8))], 2, landed)
+        worker.run(units(2000), pool, [MemorySink(np.zeros(8, np.uint8))], 2, landed)
     assert interrupted and not interrupted[0].is_alive()
 
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path: Path) -> None:
-    from ms_ckpt_ext.core.reads import Limits
-    from ms_ckpt_ext.engine.catalog import open_catalog
-    from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-    from ms_ckpt_ext.formats.strategy_file import load_strategy
+    from ms_ckpt_ext.core.planning.io_units import Limits
+    from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+    from ms_ckpt_ext.engine.source.catalog import open_catalog
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
 
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
@@ -150,7 +151,7 @@ def test_an_interrupted_merge_leaves_nothing(tmp_path: Path) -> None:
     root = source(tmp_path / "src")
     catalog = open_catalog(str(root / "shards"), load_strategy(root / "strategy.ckpt"))
     with pytest.raises(KeyboardInterrupt):
-        offline.execute(
+        execution.execute(
             merge_job(catalog, str(tmp_path / "out"), MergeOptions()), str(tmp_path / "out"), 2, Limits(), interrupt
         )
     assert tree(tmp_path / "out") == {} if (tmp_path / "out").exists() else True

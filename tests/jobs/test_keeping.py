@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext import load, load_distributed_checkpoint, rank_list_for_transform, transform_checkpoints
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
 from tests.jobs.outside import Source, layouts_file, slices
 from tests.jobs.test_outside import held_by, reshard, reshard_by_rank, save, transform

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load, load_distributed_checkpoint, plan, transform_checkpoint_by_rank, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import cut, read_file, read_merged, strategy_of
 
 LAYOUTS = {

@@ -21,9 +21,9 @@ from ms_ckpt_ext import (
     transform_checkpoint_by_rank,
     transform_checkpoints,
 )
-from ms_ckpt_ext.engine.records import Record, home_of, read_records, write_record
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
-from ms_ckpt_ext.storage.durable import derived
+from ms_ckpt_ext.engine.resume.records import Record, home_of, read_records, write_record
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
+from ms_ckpt_ext.storage.atomic import derived
 from tests.jobs.support import source, tree
 from tests.jobs.test_convert import KEY, contents, stopped, write_ckpt
 

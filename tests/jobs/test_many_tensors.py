@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ms_ckpt_ext import convert, load, load_distributed_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import safetensors
 from tests.jobs.support import assert_nothing_complete, cut, read_merged, strategy_of, tree

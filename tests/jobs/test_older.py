@@ -10,7 +10,7 @@ import pytest
 
 from ms_ckpt_ext import errors, transform_checkpoint_by_rank, transform_checkpoints
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.jobs.support import merge, source, strategy_of, tree
 
 

@@ -17,10 +17,10 @@ from ms_ckpt_ext import (
     transform_checkpoints,
     unified_safetensors,
 )
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.formats.strategies.file import save_strategy
 from tests.jobs.outside import Source, listed, slices, source
 from tests.jobs.support import read_file, tree
 
@@ -53,7 +53,7 @@ def transform(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
 
 
 def by_rank(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    from ms_ckpt_ext.formats.strategy_file import load_strategy
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
 
     files = {rank: source.file(rank) for rank in source.held}
     for rank in range(load_strategy(str(wanted)).world):
@@ -68,7 +68,7 @@ def reshard(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
 
 
 def reshard_by_rank(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    from ms_ckpt_ext.formats.strategy_file import load_strategy
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
 
     for rank in range(load_strategy(str(wanted)).world):
         ms_ckpt_ext.reshard(source.shards, target, strategy=source.strategy, to_strategy=wanted, rank=rank, **more)

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext import load, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.ranks import same_cut
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.ranks import same_cut
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import LayoutMismatchError
 from tests.core.strategies import layouts
 from tests.jobs.outside import Source, slices, source

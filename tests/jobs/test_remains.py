@@ -13,8 +13,8 @@ import pytest
 
 from ms_ckpt_ext import CheckpointError, convert, training_scalars, transform_checkpoint_by_rank, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.engine.digests import check
-from ms_ckpt_ext.engine.manifest import load_manifest
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import journal, published, staging
 from ms_ckpt_ext.storage.journal import OBSTACLE, is_unfinished

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from ms_ckpt_ext import unified_safetensors
-from ms_ckpt_ext.engine import finished
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.job import fingerprint
-from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.engine.files import resume_point
+from ms_ckpt_ext.engine.files.job import fingerprint
+from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.source.catalog import open_catalog
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import arrays, begun, read_merged, source
 
 
@@ -36,13 +36,13 @@ def assert_merged(target: Path) -> None:
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read to be compared."""
     seen: list[str] = []
-    real = finished.digest_file
+    real = resume_point.digest_file
 
     def counted(index: Any, *args: Any, **more: Any) -> Any:
         seen.append(os.path.basename(index.path))
         return real(index, *args, **more)
 
-    monkeypatch.setattr(finished, "digest_file", counted)
+    monkeypatch.setattr(resume_point, "digest_file", counted)
     return seen
 
 

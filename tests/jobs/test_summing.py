@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext import convert, decrypt, encrypt
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.engine.summing import SummingSink
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.engine.files.crc_sink import SummingSink
 from ms_ckpt_ext.formats import ckpt_writer, registry, safetensors
 from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.index import TensorSpec
@@ -78,7 +78,7 @@ def test_nothing_that_was_written_is_read_again(tmp_path: Path, monkeypatch: pyt
                 read.append(len(buffer))
             super().read_into(offset, buffer)
 
-    for module in ("engine.offline", "engine.job"):
+    for module in ("engine.files.execution", "engine.files.job"):
         monkeypatch.setattr(f"ms_ckpt_ext.{module}.PlainReader", Counting)
     monkeypatch.setattr(registry, "PlainReader", Counting)
     convert(tmp_path / "net.ckpt", tmp_path / "out", to="safetensors", crc=True)

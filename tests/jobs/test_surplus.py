@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors, load, load_distributed_checkpoint, transform_checkpoints
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import (
     arrays,
     assert_merged,

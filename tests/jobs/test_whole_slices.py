@@ -12,16 +12,16 @@ import pytest
 from safetensors.numpy import save_file
 
 import ms_ckpt_ext as mx
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import whole_slices
-from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
-from ms_ckpt_ext.engine.dealt import Together
-from ms_ckpt_ext.engine.health import Health
-from ms_ckpt_ext.engine.probes import Alone, Probe
-from ms_ckpt_ext.engine.whole_slices import HEAD_BYTES, Gathered, find_gathered, refuse_gathered
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.engine.integrity.soundness import Health
+from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
+from ms_ckpt_ext.engine.unlisted import whole_slices
+from ms_ckpt_ext.engine.unlisted.dealt import Together
+from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe
+from ms_ckpt_ext.engine.unlisted.whole_slices import HEAD_BYTES, Gathered, find_gathered, refuse_gathered
 from ms_ckpt_ext.errors import LayoutMismatchError
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.cli.support import as_json, run
 from tests.jobs.support import cut, read_merged, strategy_of

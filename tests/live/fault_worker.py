@@ -23,7 +23,7 @@ from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together
-from ms_ckpt_ext.engine import catalog
+from ms_ckpt_ext.engine.source import catalog
 from ms_ckpt_ext.errors import CheckpointError, LoadError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, reopen

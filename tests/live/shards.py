@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import TensorSpec
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import Manifest, write_manifest
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import Manifest, write_manifest
 from ms_ckpt_ext.formats.registry import read_index
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.harness.chosen import long_one
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import convert, encrypt
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
 from tests.jobs.support import strategy_of

@@ -23,15 +23,15 @@ from mindformers.utils import load_checkpoint_utils as legacy
 from mindspore import Parameter, Tensor, nn
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext.api.install import install, uninstall
+from ms_ckpt_ext.api.mindspore.install import install, uninstall
 from ms_ckpt_ext.bridge.mindformers import seam
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.legacy import NOTE_NAME
 from ms_ckpt_ext.bridge.mindformers.options import Options
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-from ms_ckpt_ext.engine.offline import execute
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.source.catalog import open_catalog
+from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.errors import UnsupportedError
 
 golden, scratch = Path(sys.argv[1]), Path(sys.argv[2])

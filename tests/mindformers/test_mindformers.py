@@ -20,10 +20,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-from ms_ckpt_ext.engine.offline import execute
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.files.execution import execute
+from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from tests.docs.test_pages import blocks
 from tests.harness.msrun import run_msrun
 

@@ -13,22 +13,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext import plan
-from ms_ckpt_ext.core.collective import rank_round
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.exchange import ExchangePlan, plan_exchange
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.plan import TensorMeta
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
-from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.core.tally import Tally
-from ms_ckpt_ext.engine import dryrun, pump
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.dryrun import DryRun, dry_run
-from ms_ckpt_ext.engine.jobs import rank_boxes
-from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.core.exchange.one_rank import rank_round
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
+from ms_ckpt_ext.core.exchange.totals import Tally
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.pieces import TensorMeta
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.files.jobs import rank_boxes
+from ms_ckpt_ext.engine.load import estimate
+from ms_ckpt_ext.engine.load.estimate import DryRun, dry_run
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport
 from tests.core.strategies import pairs
@@ -68,7 +69,7 @@ class Watched(Load):
 def predict(load: Load) -> DryRun:
     """The dry run of a load."""
     catalog = open_catalog(str(load.source), load.trained)
-    return dry_run(dryrun.of_catalog(catalog), load.target, load.options)
+    return dry_run(estimate.of_catalog(catalog), load.target, load.options)
 
 
 @pytest.mark.parametrize("bucket", [1 << 20, 16384])
@@ -99,7 +100,7 @@ def read_directly(load: Load, rank: int) -> int:
     tasks = [Task(tensor, (target,)) for (tensor, _), target in zip(boxes, targets)]
     sinks = [MemorySink(np.zeros(size, np.uint8)) for size in sizes]
     with catalog.readers() as readers:
-        pump.run(schedule(tasks, catalog.stored, Limits()), readers, sinks, 1, lambda *_: None)
+        worker.run(schedule(tasks, catalog.stored, Limits()), readers, sinks, 1, lambda *_: None)
     return readers.count.nbytes
 
 
@@ -137,7 +138,7 @@ def test_tallies_equal_the_plans_own_sums(
     if prod(shape) > 50_000:
         return
     metas = [TensorMeta(f"w{n}", DTYPES[dtype], shape) for n in range(count)]
-    source = dryrun.of_shapes(metas, strategy_of([a] * count, [0] * count))
+    source = estimate.of_shapes(metas, strategy_of([a] * count, [0] * count))
     target = strategy_of([b] * count, [0] * count)
     done = dry_run(source, target, LoadOptions(bucket_bytes=bucket))
     plan = plan_exchange(done.table.demands, b.devices, source.located, done.limits)
@@ -159,7 +160,7 @@ def test_shapes_and_headers_give_the_same_totals(golden: Path) -> None:
     catalog = open_catalog(str(load.source), load.trained)
     metas = [tensor.meta for tensor in catalog.tensors.values()]
     from_headers = predict(load)
-    from_shapes = dry_run(dryrun.of_shapes(metas, load.trained), load.target, load.options)
+    from_shapes = dry_run(estimate.of_shapes(metas, load.trained), load.target, load.options)
     for name in ("wanted", "read"):
         columns = [getattr(run.tally, name) for run in (from_headers, from_shapes)]
         assert columns[0].sum() == columns[1].sum()
@@ -199,7 +200,7 @@ def test_thousands_of_ranks() -> None:
     """Invariants at a size that nothing here could run: every byte read once, evenly, within the memory allowed."""
     metas, trained = layered(64, 8, 4, 32, True)
     _, target = layered(128, 4, 4, 32, True)
-    done = dry_run(dryrun.of_shapes(metas, trained), target, LoadOptions())
+    done = dry_run(estimate.of_shapes(metas, trained), target, LoadOptions())
     tally = done.tally
     total = sum(meta.dtype.nbytes(prod(meta.shape)) for meta in metas)
     assert (len(tally.read), tally.read.sum()) == (2048, total)
@@ -215,18 +216,18 @@ def test_what_does_not_fit_is_told() -> None:
     metas, trained = layered(2, 2, 1, 1, False)
     other = [TensorMeta(f"other.{meta.name}", meta.dtype, meta.shape) for meta in metas]
     with pytest.raises(UsageError, match="lists none of the 9 parameters"):
-        dryrun.of_shapes(other, trained)
+        estimate.of_shapes(other, trained)
     with pytest.raises(LayoutMismatchError, match=r"'0\.up': axis 0 of shape \[3, 1024\] cannot be cut"):
-        dryrun.of_shapes([metas[0]._replace(shape=(3, 1024))], trained)
+        estimate.of_shapes([metas[0]._replace(shape=(3, 1024))], trained)
     with pytest.raises(StrategyError, match="no parameter of the checkpoint"):
-        dryrun.demands_under(dryrun.of_shapes(other, None), trained)
+        estimate.demands_under(estimate.of_shapes(other, None), trained)
 
 
 def test_last_rounds_may_begin_no_chunk() -> None:
     """A chunk is read once, and may go out in more rounds than one: with nothing left to read in the last."""
     metas = [TensorMeta("w0", DTYPES["F32"], (1024,)), TensorMeta("w1", DTYPES["F32"], (1024,))]
     everywhere = strategy_of([Layout((8, 2), ((0,),))] * 2, [0, 0])
-    done = dry_run(dryrun.of_shapes(metas, None), everywhere, LoadOptions(bucket_bytes=4096))
+    done = dry_run(estimate.of_shapes(metas, None), everywhere, LoadOptions(bucket_bytes=4096))
     assert done.tally.rounds[-1].read == 0
     assert sum(r.read for r in done.tally.rounds) == done.tally.read.sum() == 8192
 
@@ -246,7 +247,7 @@ def outside(root: Path, ranks: int = 4) -> Source:
 def test_what_ranks_have_of_their_own_is_planned_as_their_own(tmp_path: Path) -> None:
     made = outside(tmp_path / "src")
     strategy = load_strategy(str(made.strategy))
-    done = dry_run(dryrun.of_catalog(made.catalog(), strategy), strategy, LoadOptions())
+    done = dry_run(estimate.of_catalog(made.catalog(), strategy), strategy, LoadOptions())
     own, everybodys, listed_ = 4 * 6000 * 4 + 8, 50 * 50 * 4, whole("w0.0").nbytes // 2
     assert done.tally.wanted.tolist() == [own + everybodys + listed_ + 12 * (rank + 1) for rank in range(4)]
 

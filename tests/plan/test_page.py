@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.api.plan import plan
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.api.dry_run.plan import plan
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from tests.harness.browser import chromium, open_page
 
 needs_browser = pytest.mark.skipif(chromium() is None, reason="needs Chromium (apt-get install chromium)")

@@ -11,10 +11,10 @@ import pytest
 
 from ms_ckpt_ext import plan
 from ms_ckpt_ext.api.convert import encrypt
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.cli.support import as_json, fine, run, run_script
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.core.cost import Hardware, cooperates, cooperative_seconds, direct_seconds
-from ms_ckpt_ext.engine import profiles
+from ms_ckpt_ext.core.exchange.cost import Hardware, cooperates, cooperative_seconds, direct_seconds
+from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.errors import UsageError
 
 SHARED = Hardware(storage=100.0, shared=True, ranks_per_host=2, link=10.0, latency=1.0, host=80.0)

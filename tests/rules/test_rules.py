@@ -14,18 +14,29 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.plan import TensorMeta, stored_whole
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
-from ms_ckpt_ext.core.region import Region
-from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose, apply_rules
-from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine import pump
-from ms_ckpt_ext.engine.catalog import Catalog, catalog_of, open_catalog
-from ms_ckpt_ext.engine.jobs import MergeOptions, merge_job
-from ms_ckpt_ext.engine.offline import execute
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.core.planning.weight_rules import (
+    QKV,
+    Concat,
+    Experts,
+    Interleave,
+    Part,
+    Rename,
+    Rule,
+    Stack,
+    Transpose,
+    apply_rules,
+)
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.files.execution import execute
+from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, open_catalog
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -155,7 +166,7 @@ def test_a_rank_reads_its_bytes_and_they_are_right(case: Case, data: st.DataObje
             sink = MemorySink(np.full(nbytes, 0xAA, np.uint8))
             task = Task(tensor, (Target(region, (Landing(0, (Extent(0, nbytes),)),)),))
             with ReaderPool(catalog.files, open_reader) as readers:
-                pump.run(schedule([task], catalog.stored, limits), readers, [sink], 1, lambda *_: None)
+                worker.run(schedule([task], catalog.stored, limits), readers, [sink], 1, lambda *_: None)
                 assert nbytes <= readers.count.nbytes <= 1.25 * nbytes
             assert sink.bytes.tobytes() == case.expected[region.slices].tobytes()
 
@@ -275,7 +286,7 @@ def test_a_transposed_matrix_in_many_tiles(tmp_path: Path) -> None:
     task = Task(catalog.tensors["t"], (Target(Region.whole((4096, 512)), (Landing(0, (Extent(0, whole.nbytes),)),)),))
     with ReaderPool(catalog.files, open_reader) as readers:
         units = schedule([task], catalog.stored, Limits(tile=256 << 10))
-        pump.run(units, readers, [sink], 2, lambda *_: None)
+        worker.run(units, readers, [sink], 2, lambda *_: None)
         assert readers.count.nbytes == whole.nbytes
     assert sink.bytes.tobytes() == whole.T.tobytes()
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError
 from ms_ckpt_ext.rules import QKV, Part, Rename, Transpose
 from tests.jobs.support import cut, strategy_of

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
 from tests.jobs.support import cut, strategy_of

@@ -12,7 +12,7 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext import convert, errors
-from ms_ckpt_ext.engine.sealing import Seal
+from ms_ckpt_ext.engine.files.encrypted_sink import Seal
 from ms_ckpt_ext.formats import ckpt, registry
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access

@@ -16,10 +16,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import LayoutMismatchError
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.formats.strategies.file import save_strategy
 from tests.jobs.formats import contents
 from tests.jobs.support import cut, read_file, strategy_of
 from tests.stock.fuzz import sides

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, LoadError, UsageError
 from tests.jobs.support import Stored, read_file
 
@@ -282,7 +282,7 @@ def test_packed_int4_keeps_its_mark(ms: Any, tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    from ms_ckpt_ext.core.layout import Layout
+    from ms_ckpt_ext.core.geometry.layout import Layout
     from tests.jobs.support import strategy_of
 
     packed = np.arange(-32, 32, dtype=np.int8).reshape(8, 8)

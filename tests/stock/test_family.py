@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import ms_ckpt_ext
 from ms_ckpt_ext import errors
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.formats.strategies.file import save_strategy
 from tests.jobs.support import CASES, strategy_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]

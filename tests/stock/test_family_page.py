@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.api import install as installer
+from ms_ckpt_ext.api.mindspore import install as installer
 
 pytestmark = pytest.mark.stock
 DOCS = Path(__file__).resolve().parents[2] / "docs"

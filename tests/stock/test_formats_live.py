@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, LoadError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.formats import KEY, KINDS, WRONG, format_of, key_of, make_source, scalars_of
 from tests.jobs.support import Stored, read_file, shard
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
 from tests.jobs.formats import contents
 from tests.jobs.outside import layouts_file, slices

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
 from tests.jobs.support import cut, strategy_of
 

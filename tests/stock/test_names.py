@@ -12,7 +12,7 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext import convert, load_distributed_checkpoint
-from ms_ckpt_ext.core.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import DiscoveryError, UsageError
 from tests.jobs.support import read_file, strategy_of
 

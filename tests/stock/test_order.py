@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.formats.strategy_file import save_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.formats.strategies.file import save_strategy
 from tests.jobs.formats import contents
 from tests.jobs.support import tree
 

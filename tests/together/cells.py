@@ -12,10 +12,10 @@ import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import network, restore, together
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine.options import LoadOptions
-from ms_ckpt_ext.engine.session import LoadReport
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.session import LoadReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
 POISON = 77
@@ -125,6 +125,6 @@ def fill(
 
 
 def _alone(source: together.Source) -> Any:
-    from ms_ckpt_ext.engine.whole_slices import read_slices
+    from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 
     return read_slices(source.look(), source.strategy, source.access)

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from ms_ckpt_ext.engine.choose import Chosen, Skipped, Wanted, choose
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import update_manifest
-from ms_ckpt_ext.engine.records import Record, home_of, write_record
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import update_manifest
+from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.resume.records import Record, home_of, write_record
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.support import source
 

@@ -12,23 +12,24 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.core.exchange import ExchangePlan
-from ms_ckpt_ext.core.layout import Layout, whole
-from ms_ckpt_ext.core.reads import Extent, Landing, Limits, Target, Task
-from ms_ckpt_ext.core.schedule import schedule
-from ms_ckpt_ext.core.strategy import Strategy
-from ms_ckpt_ext.engine import profiles, pump, session
-from ms_ckpt_ext.engine.catalog import Catalog, catalog_of
-from ms_ckpt_ext.engine.demand import Want
-from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.engine.live import HostMover, HostSink
-from ms_ckpt_ext.engine.options import LoadOptions
-from ms_ckpt_ext.engine.replicas import Digester, compare_replicas
-from ms_ckpt_ext.engine.session import LoadReport, Prepared
-from ms_ckpt_ext.engine.survey import Survey, survey
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan
+from ms_ckpt_ext.core.geometry.layout import Layout, whole
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.load import profiles, session
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
+from ms_ckpt_ext.engine.load.run_exchange import HostMover, HostSink
+from ms_ckpt_ext.engine.load.session import LoadReport, Prepared
+from ms_ckpt_ext.engine.load.survey import Survey, survey
+from ms_ckpt_ext.engine.load.wants import Want
+from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.registry import PLAIN, read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
@@ -141,7 +142,7 @@ def read_alone(
         box = layout.region(rank % layout.devices, demand.tensor.meta.shape)
         tasks.append(Task(demand.tensor, (Target(box, (landing,)),)))
     units = schedule(tasks, ready.catalog.stored, Limits())
-    pump.run(units, readers, [MemorySink(array) for array in memory.values()], 1, lambda *_: None)
+    worker.run(units, readers, [MemorySink(array) for array in memory.values()], 1, lambda *_: None)
     return LoadReport("direct", readers.count)
 
 

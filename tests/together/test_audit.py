@@ -9,16 +9,16 @@ from typing import Any, Optional
 
 import pytest
 
-from ms_ckpt_ext.core.rules import Rename, Transpose, apply_rules
-from ms_ckpt_ext.engine import audit as audit_module
-from ms_ckpt_ext.engine.audit import Sees, audit, settled
-from ms_ckpt_ext.engine.catalog import Catalog, open_catalog
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
+from ms_ckpt_ext.core.planning.weight_rules import Rename, Transpose, apply_rules
+from ms_ckpt_ext.engine.integrity import recorded as audit_module
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
+from ms_ckpt_ext.engine.integrity.recorded import Sees, audit, settled
+from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalWorld
 
 RANKS = 4

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.checkpoints import candidates, check_noted
-from ms_ckpt_ext.engine.choose import Wanted, choose
-from ms_ckpt_ext.engine.newest import Order
-from ms_ckpt_ext.engine.sightings import look as look_at
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.resume.candidates import candidates, check_noted
+from ms_ckpt_ext.engine.resume.newest import Wanted, choose
+from ms_ckpt_ext.engine.resume.sightings import look as look_at
+from ms_ckpt_ext.engine.resume.trial_order import Order
 from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.support import arrays, cut, scalars, source
 from tests.together.saved import RANKS, look, note, save, step_of

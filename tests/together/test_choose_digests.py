@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ms_ckpt_ext import convert
-from ms_ckpt_ext.engine.choose import _faults
+from ms_ckpt_ext.engine.resume.newest import _faults
 from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access, read_index

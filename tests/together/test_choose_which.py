@@ -92,7 +92,7 @@ def test_one_that_is_torn_is_skipped_for_what_it_lacks(
 
 
 def test_layouts_that_are_given_are_all_that_is_needed(tmp_path: Path) -> None:
-    from ms_ckpt_ext.formats.strategy_file import load_strategy
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
 
     save(tmp_path / "c", 3)
     save(tmp_path / "c", 20, noted=False, prefix="more")
@@ -247,8 +247,8 @@ def test_a_file_that_lacks_what_other_ranks_hold_is_no_model(tmp_path: Path) -> 
 
 def test_a_prefix_with_a_rank_in_it(tmp_path: Path) -> None:
     """Ten ranks: rank 8's file says `rank_8` as all others do."""
-    from ms_ckpt_ext.core.layout import Layout
-    from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
+    from ms_ckpt_ext.core.geometry.layout import Layout
+    from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
     from tests.jobs.support import cut
 
     items = [LayoutItem("w", 0, Layout((10,), ((0,), ())))]

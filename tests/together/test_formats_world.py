@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.engine.catalog import catalog_of
-from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.engine.proof import prove_chunks
+from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
+from ms_ckpt_ext.engine.source.catalog import catalog_of
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, PeerError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access, read_indexes
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.formats import KEY, KINDS, WRONG, key_of, make_source, scalars_of
 from tests.together.support import Load, assert_shards, needed_once
 

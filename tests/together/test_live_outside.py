@@ -13,16 +13,16 @@ import pytest
 from ms_ckpt_ext import convert, encrypt, load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together as bridge
 from ms_ckpt_ext.bridge.together import Source as Together
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine import dealt
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.engine.manifest import Manifest, write_manifest
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import Manifest, write_manifest
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
+from ms_ckpt_ext.engine.unlisted import dealt
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, PeerError
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
-from ms_ckpt_ext.storage import memory
+from ms_ckpt_ext.formats.strategies.file import load_strategy
+from ms_ckpt_ext.storage import buffers
 from tests.jobs.outside import Content, Source, listed, slices, source, whole
 from tests.together.cells import HERE, POISON, Filled, cell, fill, load, threads
 
@@ -342,14 +342,14 @@ def test_what_the_comparison_reads_does_not_grow_with_the_ranks(
             super().__init__(*arguments)
             looks.append(self)
 
-    real = memory.scratch
+    real = buffers.scratch
 
     def scratch(nbytes: int) -> memoryview:
         sizes.append(nbytes)
         return real(nbytes)
 
     monkeypatch.setattr(bridge, "Together", Counted)
-    monkeypatch.setattr(memory, "scratch", scratch)
+    monkeypatch.setattr(buffers, "scratch", scratch)
     names = ("cut", "alike", "global_step")
     got = fill(together(src), strategy, wanting(src, names, strategy), ranks)
     assert_own(got, src, names)

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.core.collective import rank_round
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.core.exchange import ExchangePlan
-from ms_ckpt_ext.core.layout import Layout, cell_region
-from ms_ckpt_ext.core.region import Region
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine import session
-from ms_ckpt_ext.engine.live import HostMover
-from ms_ckpt_ext.engine.replicas import Contents
+from ms_ckpt_ext.core.exchange.one_rank import rank_round
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.layout import Layout, cell_region
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.load import session
+from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.load.run_exchange import HostMover
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.live import HostSink
+from ms_ckpt_ext.engine.load.run_exchange import HostSink
+from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import (
     CheckpointError,
     ChecksumError,
@@ -16,7 +16,7 @@ from ms_ckpt_ext.errors import (
     TruncatedFileError,
 )
 from ms_ckpt_ext.formats.registry import open_reader
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 from tests.together.support import Load, golden_load
 

@@ -15,18 +15,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.collective import rank_round
-from ms_ckpt_ext.core.exchange import ExchangePlan
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine.catalog import Catalog
-from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.engine.survey import survey
+from ms_ckpt_ext.core.exchange.one_rank import rank_round
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.load.survey import survey
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.errors import (
     CoverageError,
     LayoutMismatchError,
 )
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.local import LocalWorld
 from tests.core.strategies import pairs

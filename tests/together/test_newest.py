@@ -8,10 +8,10 @@ from typing import Any, Optional
 
 import pytest
 
-from ms_ckpt_ext.engine.checkpoints import Candidate, candidates
-from ms_ckpt_ext.engine.newest import Order, prefix_of
-from ms_ckpt_ext.engine.records import Record, home_name
-from ms_ckpt_ext.engine.sightings import Noted, Place, Sight, from_json, to_json
+from ms_ckpt_ext.engine.resume.candidates import Candidate, candidates
+from ms_ckpt_ext.engine.resume.records import Record, home_name
+from ms_ckpt_ext.engine.resume.sightings import Noted, Place, Sight, from_json, to_json
+from ms_ckpt_ext.engine.resume.trial_order import Order, prefix_of
 
 Notes = Mapping[str, tuple[float, Optional[int]]]
 

@@ -11,10 +11,10 @@ import pytest
 
 from ms_ckpt_ext import load, merge, reshard
 from ms_ckpt_ext.bridge.together import Source
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine.listing import list_checkpoint
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.errors import LayoutMismatchError
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import cut, read_file, strategy_of
 from tests.together.cells import fill, threads
 

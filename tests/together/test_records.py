@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.engine.records import forget_deleted, read_records
+from ms_ckpt_ext.engine.resume.records import forget_deleted, read_records
 from ms_ckpt_ext.errors import FormatError
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import arrays, cut, source
 from tests.together.saved import note, save
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import xxhash
 
-from ms_ckpt_ext.core.demand import Demand, Grid
-from ms_ckpt_ext.core.dtype import BY_MINDSPORE
-from ms_ckpt_ext.core.plan import TensorMeta, stored_whole
-from ms_ckpt_ext.engine.replicas import Contents, Digest, Digester, compare_replicas
+from ms_ckpt_ext.core.exchange.demand import Demand, Grid
+from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE
+from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
+from ms_ckpt_ext.engine.load.replicas import Contents, Digest, Digester, compare_replicas
 from ms_ckpt_ext.errors import ChecksumError
 from ms_ckpt_ext.transport.local import LocalWorld
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.api.restore import Restored
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import Strategy
+from ms_ckpt_ext.api.resume import Restored
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import CheckpointError, LayoutMismatchError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.jobs.outside import Source, listed, slices, source, whole

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.dtype import DTYPES
-from ms_ckpt_ext.engine.bits import SAME, Odd, Spot, differences, odd_numbers, to_python, values
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.engine.integrity.numerics import SAME, Odd, Spot, differences, odd_numbers, to_python, values
 
 NAN_A, NAN_B = 0x7FC00001, 0x7FC00002
 

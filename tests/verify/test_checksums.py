@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import convert, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
-from ms_ckpt_ext.engine.health import Health
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
+from ms_ckpt_ext.engine.integrity.soundness import Health
 
 KEY = b"0123456789abcdef"
 

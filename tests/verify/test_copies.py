@@ -11,14 +11,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import merge, verify
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.compare import Comparison, Place
-from ms_ckpt_ext.engine.health import Health, Unequal
-from ms_ckpt_ext.engine.probes import Alone
-from ms_ckpt_ext.engine.tied import warn_unlike
-from ms_ckpt_ext.formats.strategy_file import load_strategy, save_strategy
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.integrity.compare import Comparison, Place
+from ms_ckpt_ext.engine.integrity.soundness import Health, Unequal
+from ms_ckpt_ext.engine.source.catalog import open_catalog
+from ms_ckpt_ext.engine.unlisted.probes import Alone
+from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
+from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.cli.support import as_json, run
 from tests.jobs.support import cut
 

@@ -11,11 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import inspect, verify
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine.alike import compared as standing
-from ms_ckpt_ext.engine.compare import Comparison
-from ms_ckpt_ext.engine.health import Health
-from ms_ckpt_ext.engine.pairing import Mismatch
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.integrity.compare import Comparison
+from ms_ckpt_ext.engine.integrity.pairing import Mismatch
+from ms_ckpt_ext.engine.integrity.soundness import Health
+from ms_ckpt_ext.engine.unlisted.alike import compared as standing
 from tests.cli.support import as_json, run
 from tests.jobs.outside import Content, Source, listed, slices, source, whole
 

@@ -12,8 +12,8 @@ import pytest
 from ms_ckpt_ext import convert, encrypt, load, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
-from ms_ckpt_ext.engine.audit import _why
-from ms_ckpt_ext.engine.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
+from ms_ckpt_ext.engine.integrity.recorded import _why
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, StorageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
@@ -191,8 +191,8 @@ def test_an_older_file_of_another_size_is_found(mode: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("fault", ["none", "altered", "another key"])
 def test_a_load_compares_what_is_encrypted(mode: str, fault: str, tmp_path: Path) -> None:
     """`verify="full"`, as every rank does it; the load itself is in tests/live."""
-    from ms_ckpt_ext.engine import audit
-    from ms_ckpt_ext.engine.catalog import files_catalog
+    from ms_ckpt_ext.engine.integrity import recorded
+    from ms_ckpt_ext.engine.source.catalog import files_catalog
     from ms_ckpt_ext.formats.crypto import Key
 
     one, two = two_files(tmp_path, mode)
@@ -206,9 +206,9 @@ def test_a_load_compares_what_is_encrypted(mode: str, fault: str, tmp_path: Path
         other = held.sealed_by(Key(b"x" * 16), "rank_0/net.ckpt")
         write_manifest(str(tmp_path / "sealed"), Manifest({"rank_0/net.ckpt": other}))
         with pytest.raises(DecryptionError, match="sealed digests of 'rank_0/net.ckpt'"):
-            audit._differences(catalog, 0, ["w"], 1)
+            recorded._differences(catalog, 0, ["w"], 1)
         return
-    faults = audit._differences(catalog, 0, ["w"], 1)
+    faults = recorded._differences(catalog, 0, ["w"], 1)
     assert [each.tensor for each in faults] == ([] if fault == "none" else ["w"])
 
 

@@ -14,16 +14,16 @@ from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import load, unified_safetensors, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.engine.catalog import open_catalog
-from ms_ckpt_ext.engine.compare import Comparison, Place, compare
-from ms_ckpt_ext.engine.digests import digest_file
-from ms_ckpt_ext.engine.health import Gap, Health, NotFinite, Unequal
-from ms_ckpt_ext.engine.manifest import update_manifest
-from ms_ckpt_ext.engine.pairing import Mismatch, pair_up
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.engine.integrity.compare import Comparison, Place, compare
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.manifest import update_manifest
+from ms_ckpt_ext.engine.integrity.pairing import Mismatch, pair_up
+from ms_ckpt_ext.engine.integrity.soundness import Gap, Health, NotFinite, Unequal
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.jobs.support import CASES, FULL, cut, scalars, source, strategy_of
 
 KEY = b"0123456789ABCDEF"

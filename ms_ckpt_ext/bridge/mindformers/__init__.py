@@ -1,1 +1,9 @@
-"""MindFormers' checkpoint loading, served by this package: `seam` puts it there, a plugin asks for it from YAML."""
+"""MindFormers' checkpoint loading, served by this package.
+
+seam         puts it there, by identity, under all its names; a plugin asks for it from YAML
+options      what the YAML entry says
+loader       its newer way: load_checkpoint, load_hf_checkpoint
+converters   its conversion templates as weight rules
+legacy       its legacy way, from rank folders
+single       the same from whole files
+"""

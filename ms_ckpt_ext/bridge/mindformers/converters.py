@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable
 
-from ms_ckpt_ext.core.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack
+from ms_ckpt_ext.core.planning.weight_rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack
 from ms_ckpt_ext.errors import UnsupportedError
 
 _HOME = "mindformers.checkpoint.converter"

@@ -21,10 +21,10 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.engine.contents import read_extras
-from ms_ckpt_ext.engine.listing import list_checkpoint
-from ms_ckpt_ext.formats.discovery import HYPER_NAMES
-from ms_ckpt_ext.formats.strategy_file import load_strategy
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
+from ms_ckpt_ext.engine.source.values import read_extras
+from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 
 log = logging.getLogger("ms_ckpt_ext")
 NOTE_NAME = "ms_ckpt_ext_source.json"

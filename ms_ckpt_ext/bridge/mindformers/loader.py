@@ -20,16 +20,16 @@ from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.together import Source, fill_together
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.layout import Layout
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.core.rules import Rule
-from ms_ckpt_ext.core.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
-from ms_ckpt_ext.engine.catalog import read_listing
-from ms_ckpt_ext.engine.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.naming import Naming
-from ms_ckpt_ext.engine.options import LoadOptions
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.core.planning.weight_rules import Rule
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.source.catalog import read_listing
+from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.errors import StrategyError, UnsupportedError
-from ms_ckpt_ext.formats.mindformers import find_folder, layout_of, read_common
+from ms_ckpt_ext.formats.discovery.mindformers import find_folder, layout_of, read_common
 
 log = logging.getLogger("ms_ckpt_ext")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Options(NamedTuple):
-    """How to load; see `engine.options.LoadOptions`. `workers` are reading threads of a rank."""
+    """How to load; see `engine.load.options.LoadOptions`. `workers` are reading threads of a rank."""
 
     mode: str = "auto"
     verify: str = "none"

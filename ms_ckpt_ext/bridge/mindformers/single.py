@@ -18,9 +18,9 @@ import numpy as np
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.loader import Both, set_step
 from ms_ckpt_ext.bridge.mindformers.options import Options
-from ms_ckpt_ext.core.reads import Limits
-from ms_ckpt_ext.engine.catalog import Catalog, files_catalog
-from ms_ckpt_ext.engine.contents import read_whole
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
+from ms_ckpt_ext.engine.source.values import read_whole
 
 log = logging.getLogger("ms_ckpt_ext")
 _STEP = "global_step"

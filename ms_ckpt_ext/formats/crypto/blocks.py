@@ -34,7 +34,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.reads import Extent
+from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import combine, crc_of
 from ms_ckpt_ext.formats.crypto import backend

@@ -1,0 +1,136 @@
+"""The dry run of a load: what every rank would read, send, receive and hold, and how long that takes on a machine."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, any_mode, as_strategy, checked_naming, path_of
+from ms_ckpt_ext.api.dry_run.page import write_page
+from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
+from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
+from ms_ckpt_ext.core.planning.pieces import TensorMeta
+from ms_ckpt_ext.engine.load import estimate, profiles
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.source.catalog import open_catalog
+from ms_ckpt_ext.engine.source.renaming import Choice, Naming
+from ms_ckpt_ext.errors import ArgumentTypeError, FormatError, UsageError, storage_error
+
+Shapes = Mapping[str, Mapping[str, Any]]
+
+
+def plan(
+    src: Optional[PathLike],
+    dst_strategy: Any,
+    *,
+    src_strategy: Any = None,
+    shapes: Union[PathLike, Shapes, None] = None,
+    hardware: Optional[Iterable[str]] = None,
+    mode: str = "auto",
+    bucket_bytes: int = BUFFER_BYTES,
+    prefetch: int = 1,
+    html: Optional[PathLike] = None,
+    file_suffix: Optional[str] = None,
+    format: Optional[str] = None,
+    choice_func: Optional[Choice] = None,
+    name_map: Optional[Mapping[str, str]] = None,
+    dec_key: Any = None,
+    dec_mode: Optional[str] = None,
+) -> PlanReport:
+    """Plan a load of every rank of a job without making it; needs neither NPU nor MindSpore.
+
+    Reads headers, and samples of what the strategy of the job that saved does not list: each rank takes its own of what
+    differs by rank, as in the load, or it is an error as there.
+
+    The plan is the one that the job's ranks would make, so bytes, messages, rounds and memory are exact; times are
+    those of a small model of the machine (`core.exchange.cost`).
+
+    Args:
+        src: the checkpoint's directory; None with `shapes`.
+        dst_strategy: layouts of the job that loads, in any form that `load_distributed_checkpoint` takes; None for one
+            device.
+        src_strategy: layouts of the job that saved; None for a merged checkpoint.
+        shapes: instead of a checkpoint, its parameters: `{name: {"dtype": "F32", "shape": [..]}}` with full shapes, or
+            a JSON file of that.
+        hardware: names of profiles or paths of profile files, see `engine.load.profiles`; None for all that come along.
+        mode: what the job will ask for; only told in the report, which has both modes.
+        bucket_bytes, prefetch: as the job's.
+        html: write a page there as well.
+        file_suffix: which file of a rank folder; None for the newest.
+        format: "safetensors" or "ckpt", where both lie in the rank folders.
+        choice_func, name_map: as the load will have them; not with `shapes`, which have the names that are loaded.
+        dec_key, dec_mode: of encrypted files, as in `inspect`; their headers are encrypted too.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments, or a file of shapes that is not one.
+        DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: as for the load.
+        StorageError: a file cannot be read, or the page not written.
+    """
+    options = LoadOptions(mode=mode, bucket_bytes=bucket_bytes, prefetch=prefetch)
+    machines = [profiles.profile(name) for name in (profiles.names() if hardware is None else hardware)]
+    saved, target, naming = as_strategy(src_strategy), as_strategy(dst_strategy), checked_naming(choice_func, name_map)
+    if shapes is not None:
+        if naming != Naming():
+            raise UsageError("choice_func and name_map are for a checkpoint: give shapes by the names that are loaded")
+        source = estimate.of_shapes(_metas(shapes), saved)
+        origin = (
+            f"{_told(shapes, 'shapes')} cut by {_told(src_strategy, 'a strategy')}"
+            if saved
+            else _told(shapes, "shapes")
+        )
+    else:
+        directory, access = path_of(src, "src"), any_mode(dec_key, dec_mode)
+        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format))
+        source = estimate.of_catalog(held, target)
+        origin = directory
+    done = estimate.dry_run(source, target, options)
+    report = report_of(
+        done, source, machines, mode, origin, _told(dst_strategy, "a strategy") if target else "one device"
+    )
+    if html is not None:
+        write_page(path_of(html, "html"), report, done)
+    return report
+
+
+def _told(value: Any, otherwise: str) -> str:
+    return os.fspath(value) if isinstance(value, (str, os.PathLike)) else otherwise
+
+
+def _metas(shapes: Union[PathLike, Shapes]) -> list[TensorMeta]:
+    where = "shapes"
+    if isinstance(shapes, (str, os.PathLike)):
+        path = os.fspath(shapes)
+        where = f"{path!r}"
+        try:
+            shapes = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise storage_error("read shapes", path, error) from error
+        except ValueError as error:
+            raise FormatError(f"{path!r} is not JSON: {error}") from error
+    if not isinstance(shapes, Mapping):
+        raise ArgumentTypeError(f'{where} must map names to {{"dtype": "F32", "shape": [..]}}, got {shapes!r:.60}')
+    metas = [_meta(name, entry, where) for name, entry in shapes.items()]
+    kept = [meta for meta in metas if not meta.name.startswith(ACCUMULATED_GRADIENT_PREFIX)]
+    if not kept:
+        raise UsageError(f"{where} lists no parameters")
+    return kept
+
+
+def _is_extent(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool) and bool(value >= 0)
+
+
+def _meta(name: str, entry: Any, where: str) -> TensorMeta:
+    dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, Mapping) else (None, None)
+    known = DTYPES.get(str(dtype)) or BY_MINDSPORE.get(str(dtype))
+    if known is None or not isinstance(shape, (list, tuple)) or not all(map(_is_extent, shape)):
+        raise UsageError(
+            f'{where}: parameter {name!r} must be like {{"dtype": "F32", "shape": [4096, 1024]}}, got {entry!r:.80}; '
+            f"dtypes are {', '.join(list(DTYPES)[:4])}, … as in safetensors, or MindSpore's names"
+        )
+    return TensorMeta(name, known, tuple(map(operator.index, shape)))

@@ -1,0 +1,12 @@
+"""MindSpore's names and signatures: each checks its arguments and calls what the package has.
+
+load         load_distributed_checkpoint
+merge        unified_safetensors, merge_pipeline_strategys
+transform    transform_checkpoints and its relatives
+parameters   load_checkpoint, load_segmented_checkpoints; and `load`, which is ours
+background   load_checkpoint_async
+family       what else there is
+install      all of them under MindSpore's own names
+prefixes     which names a prefix keeps or leaves out
+unserved     what only MindSpore's own load_checkpoint serves
+"""

@@ -1,0 +1,308 @@
+"""A checkpoint into a network under another strategy, or cut anew into files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Callable, Optional, Union
+
+from ms_ckpt_ext.api.arguments import (
+    BUFFER_BYTES,
+    PathLike,
+    access_of,
+    as_strategy,
+    checked_format,
+    checked_naming,
+    checked_rules,
+    execute,
+    path_of,
+    running,
+    seal_of,
+)
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.engine.files.jobs import folders_job
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
+from ms_ckpt_ext.engine.source.renaming import Choice
+from ms_ckpt_ext.engine.unlisted.proven import ruled
+from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also
+from ms_ckpt_ext.formats.crypto import KeyLike
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.weight_rules import Rule
+
+
+def load_distributed_checkpoint(
+    network: Any,
+    checkpoint_filenames: Optional[Union[Sequence[PathLike], PathLike]] = None,
+    predict_strategy: Any = None,
+    train_strategy_filename: Any = None,
+    strict_load: bool = False,
+    dec_key: Optional[KeyLike] = None,
+    dec_mode: str = "AES-GCM",
+    format: str = "ckpt",
+    unified_safetensors_dir: Optional[PathLike] = None,
+    dst_safetensors_dir: Optional[PathLike] = None,
+    rank_id: Optional[int] = None,
+    output_format: str = "safetensors",
+    name_map: Optional[Mapping[str, str]] = None,
+    max_process_num: Optional[int] = 64,
+    return_param_dict: bool = False,
+    *,
+    file_suffix: Optional[str] = None,
+    buffer_bytes: int = BUFFER_BYTES,
+    digests: bool = True,
+    sync: bool = True,
+    mode: Optional[str] = None,
+    bucket_bytes: int = BUFFER_BYTES,
+    prefetch: int = 1,
+    verify: str = "none",
+    trace: Optional[PathLike] = None,
+    timeout: float = 600.0,
+    crc_check: bool = False,
+    crc: bool = False,
+    enc_key: Optional[KeyLike] = None,
+    enc_mode: str = "AES-GCM",
+    rules: Sequence[Rule] = (),
+    choice_func: Optional[Choice] = None,
+    allow_equal_slices: bool = False,
+) -> Any:
+    """Load a checkpoint into a network under another strategy, or cut it anew into files.
+
+    Drop-in for `mindspore.load_distributed_checkpoint`; the arguments up to `return_param_dict` are MindSpore's.
+
+    With a network, this is a collective call: either each rank reads just the bytes of its own slices, straight into
+    its Parameters, or all ranks together read every byte once and exchange (see `mode`). With
+    `network=None` (save mode) the slices of `rank_id`, or of every rank, go to
+    `dst_safetensors_dir/rank_{N}/net.{output_format}`.
+
+    Args:
+        network: the `Cell` to fill, or None.
+        checkpoint_filenames: with format="ckpt": the file of every rank of the job that saved, in the order of ranks;
+            or a directory, as `unified_safetensors_dir`. Of a list of files what the strategies list is loaded and no
+            more, as in MindSpore: learning rates, counters and frozen parameters stay as the network has them.
+        predict_strategy: layouts of the target: a strategy file or directory, the dict of
+            `build_searched_strategy`, `Cell.parameter_layout_dict` or `Model.infer_predict_layout()`, or None for one
+            device.
+        train_strategy_filename: strategy that cut the source, in any form that `as_strategy` takes, also a list of a
+            file and what it lacks; needed when that is sharded. With
+            `checkpoint_filenames` the default is the one that `AutoParallel` or the context names.
+        strict_load: refuse to cast between dtypes of a family and to match names by suffix. By suffix: where names
+            differ by a wrapper's prefix; never an optimizer's state, and never one of several readings, see
+            `core.planning.suffixes`.
+        dec_key: key of an encrypted source, of either format: bytes, or what `load_key` gives. Default: the
+            environment variable MS_CKPT_EXT_DEC_KEY.
+        dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
+        format: "ckpt" or "safetensors".
+        unified_safetensors_dir: a merged checkpoint, or a sharded one (`rank_{N}/…`): no merge is needed first.
+        dst_safetensors_dir: target of save mode.
+        output_format: of save mode: "safetensors" or "ckpt".
+        rank_id: rank of save mode; None for all.
+        name_map: name in the network (or target strategy) -> name in the checkpoint (as `choice_func` left it). What it
+            names comes before a parameter that has the name by itself; several names may share a source, and a source
+            keeps its own name, too; in save mode, where `predict_strategy` lists it.
+        max_process_num: upper bound on worker threads; None for as many as help.
+        return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
+        file_suffix: which file of a rank folder of a sharded source; None for the newest.
+        buffer_bytes: buffer budget of each worker.
+        digests: in save mode: write `ms_ckpt_ext.digests.json` beside the files, see `engine.integrity.manifest`.
+        sync: in save mode: the files are on disk when this returns; False as in `unified_safetensors`.
+        mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
+            checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.
+            Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
+        bucket_bytes: staging memory of a rank for one round of a cooperative load.
+        prefetch: rounds that are read ahead.
+        verify: "none"; "replicas": compare digests, made meanwhile, of the same region on several ranks; "full": also
+            compare what is stored with the digests in `ms_ckpt_ext.digests.json`, before anything is changed, at the
+            cost of one more read of every wanted byte over all ranks together.
+        trace: write a Chrome trace of a cooperative load there.
+        timeout: seconds that one exchange between ranks may last.
+        crc_check: verify the checksum of every source file that has one, before anything is changed.
+        crc: save mode: give a checksum to every file that is written.
+        enc_key: save mode: encrypt what is written. Default: the environment variable MS_CKPT_EXT_ENC_KEY.
+        enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
+            "AES-GCM", in this package's chunked container. See docs/encryption.md.
+        rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters of the checkpoint's: renamed,
+            joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
+        choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
+        allow_equal_slices: as in `unified_safetensors`.
+
+    Returns:
+        `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode,
+        and where MindSpore serves the same call with `checkpoint_filenames`: the log tells what is missing.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments, also those of a load into a network in save mode; nothing was
+            changed.
+        DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
+            LayoutMismatchError also for names that suffixes match in several ways.
+        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or has gone.
+        ChecksumError: verify="full", and the files are not what they were; nothing was changed.
+        LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
+    """
+    mindspores = _is_mindspores(locals())
+    checked_format(format, "format")
+    checked_format(output_format, "output_format")
+    access = access_of(dec_key, dec_mode, crc_check)
+    seal = seal_of(enc_key, enc_mode)
+    naming, weight_rules = checked_naming(choice_func, name_map), checked_rules(rules)
+    run = running(max_process_num, buffer_bytes, sync=sync, least=1 if network is None and rank_id is None else 0)
+    options = LoadOptions(
+        mode=mode or (network is not None and os.environ.get("MS_CKPT_EXT_MODE")) or "auto",
+        bucket_bytes=bucket_bytes,
+        prefetch=prefetch,
+        verify=verify,
+        trace="" if trace is None else path_of(trace, "trace"),
+        timeout=timeout,
+    )
+    if network is not None:
+        from ms_ckpt_ext.bridge import network as live
+
+        if return_param_dict and verify != "none":
+            raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
+        alone = return_param_dict or (options.mode == "direct" and verify == "none")
+        listed = isinstance(checkpoint_filenames, (list, tuple))
+        rank = live.own_rank()
+        try:
+            trained = _trained(train_strategy_filename, checkpoint_filenames, network)
+            look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
+            strategy = as_strategy(predict_strategy, rank)
+        except CheckpointError as error:
+            if alone:
+                raise
+            from ms_ckpt_ext.bridge.together import give_up
+
+            give_up(error, timeout)
+        if alone:
+            _require_all(look, live.world_size())
+            catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
+            if return_param_dict:
+                return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
+            found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits, listed=listed)
+            return mindspores or found
+        from ms_ckpt_ext.bridge.together import Source, fill_together
+
+        shared = Source(look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices, listed)
+        found = fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
+        return mindspores or found
+    _refuse_live(options, mode)
+    trained = _trained(train_strategy_filename, None, None)
+    look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
+    target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
+    rank_id = None if rank_id is None else integer(rank_id, "rank_id", 0, "an int or None")
+    strategy = as_strategy(predict_strategy, rank_id or 0)
+    ranks = _ranks_of(rank_id, strategy)
+    _require_all(look, 1)
+    catalog = naming.of(ruled(read_slices(look(), trained, access, allow_equal_slices), weight_rules))
+    alone = rank_id is not None
+    job, target = folders_job(
+        catalog, strategy, ranks, alone, target, output_format, crc=crc, seal=seal, digests=digests
+    )
+    execute(job, target, run, "reshard")
+    return True
+
+
+def _is_mindspores(given: Mapping[str, Any]) -> bool:
+    """Whether a call names files one by one and has nothing that MindSpore does not take: its answer is True."""
+    own: Mapping[str, Any] = load_distributed_checkpoint.__kwdefaults__ or {}
+    trained, wanted = given["train_strategy_filename"], given["predict_strategy"]
+    return (
+        isinstance(given["checkpoint_filenames"], (list, tuple))
+        and all(given[name] == default for name, default in own.items())
+        and (trained is None or (isinstance(trained, str) and not os.path.isdir(trained)))
+        and (wanted is None or isinstance(wanted, Mapping))
+    )
+
+
+_INSTEAD = {
+    "verify": "check the source with ms_ckpt_ext.verify before, or the result after; crc_check=True verifies checksums",
+    "mode": "a job without a network is always read directly",
+    "bucket_bytes": "buffer_bytes and max_process_num bound the memory of a job that writes files",
+    "prefetch": "max_process_num says how many reads are under way",
+    "trace": "the report of ms_ckpt_ext.reshard tells what was read and written",
+    "timeout": "ranks that write files do not wait for each other",
+}
+"""Arguments of this package that only mean something to a load into a network, and what to do in save mode."""
+
+
+def _refuse_live(options: LoadOptions, mode: Optional[str]) -> None:
+    """Raise UsageError for what save mode would ignore: who asks for a check must not believe that it was made."""
+    plain = LoadOptions()
+    given = {name: getattr(options, name) != getattr(plain, name) for name in _INSTEAD if name != "mode"}
+    given["mode"] = mode is not None
+    for name, asked in given.items():
+        if asked:
+            raise UsageError(f"{name} is for loads into a network, and there is none (save mode): {_INSTEAD[name]}")
+
+
+def _trained(filename: Any, checkpoint_filenames: Any, network: Any) -> Optional[Strategy]:
+    """The strategy that cut the source. `checkpoint_filenames` without one come from the network's own training job."""
+    if filename is None and network is not None and checkpoint_filenames is not None:
+        from ms_ckpt_ext.bridge.world import training_strategy_file
+
+        filename = training_strategy_file(network)
+    return as_strategy(filename, argument="train_strategy_filename")
+
+
+def _lister(
+    format: str, filenames: Any, directory: Optional[PathLike], trained: Optional[Strategy], file_suffix: Optional[str]
+) -> Callable[[], Listing]:
+    """What lists the files of the source on this host."""
+    if filenames is None:
+        source = path_of(directory, "unified_safetensors_dir")
+        return partial(list_checkpoint, source, trained, file_suffix, kind=format)
+    if format != "ckpt" or directory is not None:
+        raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
+    if isinstance(filenames, (str, os.PathLike)):
+        return partial(list_checkpoint, path_of(filenames, "checkpoint_filenames"), trained, file_suffix, kind=format)
+    if not isinstance(filenames, (list, tuple)):
+        raise ArgumentTypeError(
+            f"checkpoint_filenames must be a list of paths in the order of ranks, got {type(filenames).__name__}"
+        )
+    paths = [path_of(name, "every item of checkpoint_filenames") for name in filenames]
+    world = 1 if trained is None else trained.world
+    if len(paths) != world:
+        raise UsageError(
+            f"checkpoint_filenames has {len(paths)} files, but the training strategy is for {world} ranks: "
+            "give the file of every rank, in the order of ranks, and train_strategy_filename"
+        )
+    return partial(_list_existing, paths, trained)
+
+
+def _named_files(look: Callable[[], Listing]) -> dict[str, str]:
+    """Rank as text -> path, where the files were named one by one."""
+    named = look.args[0] if isinstance(look, partial) and look.func is _list_existing else ()
+    return {str(rank): path for rank, path in enumerate(named)}
+
+
+def _require_all(look: Callable[[], Listing], world: int) -> None:
+    """Raise DiscoveryError for a named file that is not there, unless another host may have it."""
+    for rank, path in _named_files(look).items() if world == 1 else ():
+        if not os.path.isfile(path):
+            what = "is a directory" if os.path.isdir(path) else "does not exist"
+            raise also(DiscoveryError, FileNotFoundError)(
+                f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it"
+            )
+
+
+def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing:
+    """The files that this host sees: hosts with local disks need not see those of others."""
+    found = {rank: path for rank, path in enumerate(paths) if os.path.isfile(path)}
+    if not found:
+        raise also(DiscoveryError, FileNotFoundError)(
+            f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths"
+        )
+    return list_files(found, trained)
+
+
+def _ranks_of(rank_id: Optional[int], strategy: Optional[Strategy]) -> list[int]:
+    if rank_id is None:
+        if strategy is not None:
+            strategy.check_complete()
+        return list(range(strategy.world if strategy else 1))
+    if strategy is not None and rank_id >= strategy.world:
+        raise UsageError(f"rank_id must be between 0 and {strategy.world - 1} under predict_strategy, got {rank_id}")
+    return [rank_id]

@@ -1,0 +1,253 @@
+"""Go on training, or serve, from whatever a training job left in a directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Optional
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.api.arguments import (
+    BUFFER_BYTES,
+    PathLike,
+    access_of,
+    as_strategy,
+    checked_format,
+    checked_naming,
+    checked_rules,
+    limits_of,
+    path_of,
+    workers_of,
+)
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted
+from ms_ckpt_ext.engine.resume.scalars import Value
+from ms_ckpt_ext.engine.source.renaming import Choice
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
+from ms_ckpt_ext.formats.discovery.whole_models import instead
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.weight_rules import Rule
+
+DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"
+STRATEGY_VARIABLE = "MS_CKPT_EXT_TRAIN_STRATEGY"
+PREFIX_VARIABLE = "MS_CKPT_EXT_PREFIX"
+CHECKS = ("headers", "digests")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was loaded.
+
+    Attributes:
+        checkpoint: path of the chosen one: its folder, and what its files' names share; None if there was none.
+        epoch, step, loss_scale: of the training when it was saved, from the records, else from the file; None where
+            neither says. Without a checkpoint, epoch and step are 0.
+        scalars: what the file holds outside the strategy: name -> numpy array of one element, or text.
+        not_loaded: Parameters that got nothing: with `allow_missing`, or learning rates of another shape, which are of
+            another schedule and stay as the network has them.
+        unused: names in the checkpoint that went nowhere.
+        skipped: newer checkpoints that are not complete, newest first, and others that might be taken for newer:
+            (name, reason).
+        mode: "direct" or "cooperative".
+        bytes_read: from storage by this rank, tables of contents aside.
+    """
+
+    checkpoint: Optional[str]
+    epoch: Optional[int] = 0
+    step: Optional[int] = 0
+    loss_scale: Optional[float] = None
+    scalars: Mapping[str, Value] = field(default_factory=dict)
+    not_loaded: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    mode: str = ""
+    bytes_read: int = 0
+
+
+def resume(
+    network: Any,
+    optimizer: Any = None,
+    checkpoint_dir: Optional[PathLike] = None,
+    *,
+    predict_strategy: Any = None,
+    train_strategy_filename: Any = None,
+    required: bool = True,
+    allow_missing: bool = False,
+    strict_load: bool = True,
+    format: Optional[str] = None,
+    prefix: Optional[str] = None,
+    choice_func: Optional[Choice] = None,
+    name_map: Optional[Mapping[str, str]] = None,
+    rules: Sequence[Rule] = (),
+    dec_key: Any = None,
+    dec_mode: str = "AES-GCM",
+    check: str = "headers",
+    mode: Optional[str] = None,
+    bucket_bytes: int = BUFFER_BYTES,
+    prefetch: int = 1,
+    verify: str = "none",
+    max_process_num: int = 64,
+    timeout: float = 600.0,
+    allow_equal_slices: bool = False,
+) -> Restored:
+    """Load the newest complete checkpoint of a directory, saved under any strategy, and say where the training was.
+
+    Collective: all ranks call it and take the same checkpoint. One that is not complete is skipped, and the log says
+    why: files of ranks missing or cut short, layouts missing or of another job, records that do not fit.
+
+    Args:
+        network: the train cell, compiled where it is parallel.
+        optimizer: if its states are not in `network`.
+        checkpoint_dir: see `engine.resume.candidates` for what is found there; or one file, or the index of a model in
+            parts.
+            Default: MS_CKPT_EXT_CHECKPOINT_DIR.
+        predict_strategy: layouts of this job, in any form that `load_distributed_checkpoint` takes. Default:
+            `network.parameter_layout_dict`.
+        train_strategy_filename: layouts of the job that saved. Default: MS_CKPT_EXT_TRAIN_STRATEGY, else those that
+            `CheckpointRecorder` noted, else what lies in `strategy/` in or beside the checkpoint's folder.
+        required: raise when there is no complete checkpoint; else start anew, from what the network holds.
+        allow_missing: Parameters that the checkpoint lacks keep their values; else they are an error.
+        strict_load: refuse to cast between dtypes of a family and to match names by suffix. Unlike in
+            `load_distributed_checkpoint` this is the default: a training goes on exactly as it was, or not at all.
+        format: "safetensors" or "ckpt", where a directory holds both.
+        prefix: of the saves that count, as `ModelCheckpoint` was given it, where several savers share a directory. Its
+            later runs (`net_1`, …) are meant, too. Default: MS_CKPT_EXT_PREFIX, else all.
+        choice_func, name_map: as in `load_distributed_checkpoint`: name in the checkpoint -> True (take it), False
+            (leave it) or a str (new name); then name in the network -> name after that.
+        rules: weight rules (`ms_ckpt_ext.rules`), as in `load_distributed_checkpoint`.
+        dec_key, dec_mode: of encrypted files, as in `load_distributed_checkpoint`.
+        check: "headers": all files are there and long enough. "digests": also every tensor is as it was saved, where
+            digests were recorded; reads the checkpoint once more.
+        mode, bucket_bytes, prefetch, verify, max_process_num, timeout, allow_equal_slices: as in
+            `load_distributed_checkpoint`.
+
+    Raises:
+        UsageError, ArgumentTypeError: wrong arguments.
+        DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why. Or several whole
+            ones are equally new, of other prefixes, formats or folders, and nothing tells which is meant.
+        DisagreementError: ranks look into different directories, or for different things.
+        LayoutMismatchError, CoverageError, LoadError, PeerError, TransportError: as in `load_distributed_checkpoint`.
+    """
+    if isinstance(optimizer, (str, os.PathLike)):
+        raise ArgumentTypeError("optimizer must be a Cell or None; give the directory as checkpoint_dir=…")
+    from ms_ckpt_ext.bridge import restore as live
+
+    directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
+    checked_format(format, "format", optional=True)
+    if not isinstance(prefix, (str, type(None))):
+        raise ArgumentTypeError(f"prefix must be a str or None, got {type(prefix).__name__}")
+    if check not in CHECKS:
+        raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
+    naming = checked_naming(choice_func, name_map)
+    options = LoadOptions(
+        mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
+        bucket_bytes=bucket_bytes,
+        prefetch=prefetch,
+        verify=verify,
+        timeout=timeout,
+    )
+    given = train_strategy_filename or os.environ.get(STRATEGY_VARIABLE) or None
+    access, weight_rules, rank = access_of(dec_key, dec_mode), checked_rules(rules), live.own_rank()
+    try:
+        cell = live.both(network, optimizer)
+        trained = as_strategy(given, argument="train_strategy_filename")
+        target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
+    except CheckpointError as error:
+        live.give_up(error, timeout)
+    wanted = Wanted(
+        directory,
+        live.host_name(options),
+        trained,
+        format,
+        access,
+        check == "digests",
+        prefix or os.environ.get(PREFIX_VARIABLE) or None,
+    )
+    filled, skipped = live.fill_newest(
+        cell,
+        wanted,
+        target,
+        rank,
+        naming,
+        weight_rules,
+        strict_load,
+        allow_missing,
+        options,
+        workers_of(max_process_num),
+        limits_of(BUFFER_BYTES),
+        allow_equal_slices,
+    )
+    if filled is None:
+        return _nothing(directory, required, skipped)
+    report = filled.report
+    restored = Restored(
+        directory
+        if os.path.isfile(directory)
+        else os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
+        *_progress(filled.chosen),
+        filled.chosen.scalars,
+        tuple(filled.missing),
+        tuple(filled.unused),
+        skipped,
+        report.mode,
+        report.reads.nbytes,
+    )
+    log.info("resumed from %s: epoch %s, step %s", restored.checkpoint, restored.epoch, restored.step)
+    return restored
+
+
+def load_for_inference(
+    network: Any, checkpoint_dir: Optional[PathLike] = None, *, strict_load: bool = False, **options: Any
+) -> Restored:
+    """Fill a network that has no optimizer from a training job's checkpoint, a merged one or a Hugging Face directory.
+
+    As `resume`, and with the same keywords. What the network has no Parameter for is not read: of a training
+    checkpoint the weights leave the storage, and the optimizer states, mostly two thirds of it, do not. With
+    data-parallel replicas every byte is read by one rank and exchanged, unless reading is the cheaper way (see `mode`).
+
+    Args:
+        network: the network to serve, compiled where it is parallel.
+        checkpoint_dir: as in `resume`.
+        strict_load: as in `resume`. By default dtypes are cast (a float32 training, a bfloat16 network), and names
+            matched by suffix where the training wrapped the network (see `core.planning.suffixes`).
+        **options: the other keywords of `resume`, above all `predict_strategy`, `name_map` and `rules`.
+
+    Raises:
+        as `resume`; a Parameter that got nothing is an error unless `allow_missing` is set.
+    """
+    return resume(network, None, checkpoint_dir, strict_load=strict_load, **options)
+
+
+def _nothing(directory: str, required: bool, skipped: tuple[Skipped, ...]) -> Restored:
+    told = "".join(f"\n  {name}: {reason}" for name, reason in skipped)
+    if required:
+        raise DiscoveryError(
+            f"{directory!r} holds no complete checkpoint; "
+            + (
+                f"these were skipped:{told}"
+                if told
+                else f"nothing there looks like one{instead(directory)}: check the path"
+            )
+        )
+    log.warning("no complete checkpoint in %r: training starts anew%s", directory, told)
+    return Restored(None, skipped=skipped)
+
+
+def _progress(chosen: Chosen) -> tuple[Optional[int], Optional[int], Optional[float]]:
+    """(epoch, step, loss scale): as recorded, else as MindSpore and MindFormers keep them among the parameters."""
+    record = chosen.candidate.records[0] if chosen.candidate.records else None
+
+    def told(noted: Any, *names: str) -> Any:
+        kept = (chosen.scalars[name] for name in names if name in chosen.scalars)
+        return noted if noted is not None else next((v.item() for v in kept if not isinstance(v, str)), None)
+
+    epoch = told(record and record.epoch, "epoch_num")
+    step = told(record and record.step, "step_num", "global_step")
+    scale = told(record and record.loss_scale, "loss_scale", "scale_sense")
+    return (
+        None if epoch is None else int(epoch),
+        None if step is None else int(step),
+        None if scale is None else float(scale),
+    )

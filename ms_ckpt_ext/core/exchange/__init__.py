@@ -1,0 +1,13 @@
+"""Who reads what and sends what to whom, when all ranks of a job load together. Read in this order:
+
+demand     what the ranks want, and the sizes that bound the exchange
+cuts       what is needed of one source slice, in boxes that travel as they are
+parts      which sets of ranks want which cut
+chunks     the long reads that bring the parts, and who makes them
+rounds     which parts travel together
+plan       all of it put together
+one_rank   what one rank packs, sends, receives and unpacks in a round
+ragged     rows of different lengths in flat arrays
+totals     what a plan costs every rank
+cost       how long that takes
+"""

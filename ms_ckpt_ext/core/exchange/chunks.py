@@ -1,0 +1,162 @@
+"""Long reads and who makes them.
+
+1. Neighbouring parts of a file that the same ranks want, several MiB together, are one *chunk*: one read.
+2. A chunk is read by exactly one rank: of those that need (most of) it and see its file, the one with the least to
+   read so far. The least flexible chunks choose first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
+from ms_ckpt_ext.core.exchange.parts import Parts
+from ms_ckpt_ext.core.exchange.ragged import BLOCK, Ints, joined, narrow, sums
+
+Sees = Mapping[int, frozenset[int]]
+"""File -> ranks that can open it."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Columns.
+
+    Attributes:
+        parts: all parts; a chunk is a run of them.
+        start: first part of every chunk, and one more.
+        nbytes, file, reader: of every chunk.
+    """
+
+    parts: Parts
+    start: Ints
+    nbytes: Ints
+    file: Ints
+    reader: Ints
+
+    @property
+    def of_part(self) -> Ints:
+        """The chunk of every part."""
+        return np.repeat(np.arange(len(self.nbytes), dtype=self.start.dtype), np.diff(self.start))
+
+
+def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[Sees]) -> Chunks:
+    """Join parts into chunks and choose their readers; `sees` is None when all ranks see all files."""
+    found = [_cut(parts, low, high, limits.read) for low, high in _whole_files(parts.file)]
+    start = joined([*(first for first, _ in found), np.array([len(parts.row)])], narrow(len(parts.row)))
+    longest = max((int(nbytes.max()) for _, nbytes in found), default=0)
+    nbytes = joined([nbytes for _, nbytes in found], narrow(longest))
+    del found
+    file = parts.file[start[:-1]]
+    return Chunks(parts, start, nbytes, file, _readers(parts, parts.row[start[:-1]], nbytes, file, world, sees))
+
+
+def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:
+    """The parts of some files at a time, about `BLOCK` of them."""
+    low = 0
+    while low < len(file):
+        high = int(np.searchsorted(file, file[min(low + BLOCK, len(file)) - 1], side="right"))
+        yield low, high
+        low = high
+
+
+def _cut(parts: Parts, low: int, high: int, most: int) -> tuple[Ints, Ints]:
+    """Of the parts `low` .. `high` those that begin a chunk, by number, and the bytes of every chunk."""
+    row, file, offset = parts.row[low:high], parts.file[low:high], parts.offset[low:high].astype(np.int64)
+    stops = np.cumsum(parts.rows.nbytes[row], dtype=np.int64)
+    before = np.append(0, stops)
+    interest = parts.rows.interest[row]
+    begins = np.ones(high - low, bool)
+    begins[1:] = (file[1:] != file[:-1]) | (interest[1:] != interest[:-1])
+    begins[1:] |= np.diff(offset) != np.diff(before)[:-1]
+    for number in parts.scattered:
+        if low <= number < high:
+            begins[number - low : number - low + 2] = True
+    runs = np.append(np.flatnonzero(begins), len(begins))
+    at, stop = runs[:-1], runs[1:]
+    while len(at):  # every run at once: fill a chunk, go on with what is left
+        longer = before[stop] - before[at] > most
+        at, stop = at[longer], stop[longer]
+        at = np.maximum(np.searchsorted(before, before[at] + most, side="right") - 1, at + 1)
+        at, stop = at[at < stop], stop[at < stop]
+        begins[at] = True
+    first = np.flatnonzero(begins)
+    nbytes = np.diff(before[np.append(first, len(begins))])
+    kind = narrow(len(parts.row))
+    return (first + low).astype(kind), nbytes.astype(narrow(int(nbytes.max())))
+
+
+def _readers(parts: Parts, row: Ints, nbytes: Ints, file: Ints, world: int, sees: Optional[Sees]) -> Ints:
+    combination = parts.rows.interest[row]
+    if sees is not None:
+        views = _views(file, sees)
+        combination = combination.astype(np.int64) * (int(views.max(initial=0)) + 1) + views
+        combination = np.unique(combination, return_inverse=True)[1]
+    example = np.zeros(int(combination.max(initial=-1)) + 1, np.int64)
+    example[combination] = np.arange(len(row), dtype=np.int32)  # any will do
+    everyone = range(world)
+    candidates = [
+        _candidates(parts, int(row[n]), everyone if sees is None else sorted(sees[int(file[n])])) for n in example
+    ]
+    flexible = np.array([len(c) for c in candidates], narrow(world))[combination]
+    reader: Ints = np.array([c[0] for c in candidates], narrow(world))[combination]
+    settled = flexible == 1
+    load = sums(reader[settled], nbytes[settled], world).tolist()
+    rest = np.flatnonzero(~settled)
+    rest = rest[np.lexsort((-nbytes[rest], flexible[rest]))]
+    least = _LeastLoaded(candidates, load)
+    for low in range(0, len(rest), 1 << 16):
+        numbers = rest[low : low + (1 << 16)]
+        chosen = map(least.take, combination[numbers].tolist(), nbytes[numbers].tolist())
+        reader[numbers] = np.fromiter(chosen, reader.dtype, len(numbers))
+    return reader
+
+
+def _views(file: Ints, sees: Sees) -> Ints:
+    """A number for the set of ranks that see each file."""
+    numbers: dict[frozenset[int], int] = {}
+    by_file = {number: numbers.setdefault(ranks, len(numbers)) for number, ranks in sees.items()}
+    return np.array([by_file[int(number)] for number in file], np.int64)
+
+
+def _candidates(parts: Parts, row: int, able: range | list[int]) -> tuple[int, ...]:
+    """The ranks that want most of a row and see its file; if none does, all that see it."""
+    rows = parts.rows
+    seen = None if isinstance(able, range) else frozenset(able)
+    wanting = []
+    for entry in range(rows.start[row], rows.start[row + 1]):
+        members = parts.sets.members[rows.ranks[entry]]
+        wanting.append((rows.moved[entry], members if seen is None else tuple(filter(seen.__contains__, members))))
+    most = max((moved for moved, ranks in wanting if ranks), default=0)
+    keen = {rank for moved, ranks in wanting if 2 * moved >= most for rank in ranks}
+    return tuple(sorted(keen)) or tuple(able)
+
+
+class _LeastLoaded:
+    """Chooses the candidate with the least to read; of equals the lowest."""
+
+    def __init__(self, candidates: list[tuple[int, ...]], load: list[int]) -> None:
+        self._candidates, self._load = candidates, load
+        self._heaps: dict[int, list[tuple[int, int]]] = {}
+
+    def take(self, which: int, nbytes: int) -> int:
+        """The reader of a chunk of `nbytes` with candidates number `which`."""
+        load, ranks = self._load, self._candidates[which]
+        if len(ranks) <= 4:
+            rank = min(ranks, key=load.__getitem__)
+            load[rank] += nbytes
+            return rank
+        heap = self._heaps.get(which)
+        if heap is None:
+            heap = self._heaps[which] = [(load[rank], rank) for rank in ranks]
+            heapq.heapify(heap)
+        while heap[0][0] != load[heap[0][1]]:  # read for others meanwhile
+            heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
+        rank = heap[0][1]
+        load[rank] += nbytes
+        heapq.heapreplace(heap, (load[rank], rank))
+        return rank

@@ -1,0 +1,52 @@
+"""What the ranks of a cooperative load want, and the sizes that bound it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+
+ALIGNMENT = 16
+"""Blocks of a collective start at multiples of this (the widest element); pieces inside go widest element first."""
+
+
+class Grid(NamedTuple):
+    """How a set of ranks wants one parameter: a number of slices on every axis, and the ranks of every cell."""
+
+    parts: Shape
+    ranks: Mapping[Cell, tuple[int, ...]]
+
+
+class Demand(NamedTuple):
+    """A parameter and everything the ranks want of it; a rank stands in at most one grid."""
+
+    name: str
+    tensor: SourceTensor
+    grids: tuple[Grid, ...]
+
+
+@dataclass(frozen=True)
+class ExchangeLimits:
+    """Sizes in bytes.
+
+    Attributes:
+        bucket: staging memory of a rank for one round, all buffers together.
+        chunk: aim for reads of this length.
+    """
+
+    bucket: int = 64 << 20
+    chunk: int = 4 << 20
+
+    @property
+    def quarter(self) -> int:
+        """Most a rank reads, and most it sends, in one round; it receives up to twice that."""
+        return max(self.bucket // 4, ALIGNMENT)
+
+    @property
+    def read(self) -> int:
+        """Most that several parts read in one go may have together."""
+        return min(self.chunk, self.quarter)

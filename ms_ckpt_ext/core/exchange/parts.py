@@ -1,0 +1,299 @@
+"""The parts of an exchange: what is cut out of which source slice, and which sets of ranks want what of it.
+
+1. *Geometry.* Every distinct target box is located in the source; what lands where is grouped by source slice, and the
+   needed rows of a slice are cut into parts. This depends on shapes only, so it is computed once for all parameters
+   that share them, and once for all slices that are cut alike.
+2. *Rows.* A geometry with the sets of ranks that want it: shared by all parameters of a pipeline stage that are alike.
+3. *Parts.* One for every row of every parameter: the row, and where its bytes lie. Replicas of a slice are
+   alternatives; consecutive parts stay with one of them for four chunks, so reads stay long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+
+from ms_ckpt_ext.core.exchange.cuts import Cut, cuts_of
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
+from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
+from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.core.planning.io_units import Extent, Stored, ranges
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+
+Located = Union[Stored, Mapping[str, Extent]]
+"""Where stored tensors lie: a function of file and name, or, where all files are alike, name -> its one stretch."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows in use, one after another.
+
+    Attributes:
+        cuts: the box of every row.
+        nbytes, gathered: of it, as columns.
+        start: its deliveries, as a ragged table.
+        ranks: for every delivery the number of the set of ranks that get it.
+        moved: for every delivery its bytes.
+        interest: rows with the same number are wanted by the same sets of ranks, and most of all by the same.
+    """
+
+    cuts: Sequence[Cut]
+    nbytes: Ints
+    gathered: Ints
+    start: Ints
+    ranks: Ints
+    moved: Ints
+    interest: Ints
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All parts, as columns, in the order of file and offset.
+
+    Attributes:
+        demand: number of the parameter in the list of demands.
+        row: number of its row.
+        file: number of the file it is read from.
+        offset: where it begins in that file.
+        scattered: number of a part -> its extents, where it does not lie in one stretch.
+        rows: the rows.
+        sets: the sets of ranks.
+    """
+
+    demand: Ints
+    row: Ints
+    file: Ints
+    offset: Ints
+    scattered: Mapping[int, tuple[Extent, ...]]
+    rows: Rows
+    sets: Sets
+
+
+def parts_of(demands: Sequence[Demand], world: int, stored: Located, limits: ExchangeLimits) -> Parts:
+    """Cut everything that is wanted.
+
+    Raises:
+        CoverageError: a region that a rank needs is in no file.
+    """
+    return _Builder(world, stored, limits).build(demands)
+
+
+class _Need(NamedTuple):
+    """What lands where, of one source slice; `target` is the number of a cell among those of all grids."""
+
+    target: int
+    receivers: int
+    in_source: Region
+    in_target: Region
+    target_shape: Shape
+    view: Optional[View]
+
+
+class _Slot(NamedTuple):
+    """A source slice: its tensor's name in the files, shape, cell, and the files that hold it."""
+
+    name: str
+    shape: Shape
+    cell: Cell
+    files: tuple[int, ...]
+
+
+class _Geometry(NamedTuple):
+    """How a demand is cut. `slot`, `cuts`, `offset` and `nbytes` by row; `start`, `target` and `moved`: deliveries."""
+
+    slots: tuple[_Slot, ...]
+    slot: Ints
+    cuts: tuple[Cut, ...]
+    offset: Ints
+    nbytes: Ints
+    start: Ints
+    target: Ints
+    moved: Ints
+
+
+class _Made(NamedTuple):
+    """A demand, cut: number of its unit of rows, for every slot the number of its set of files."""
+
+    geometry: _Geometry
+    unit: int
+    replicas: Ints
+    names: tuple[str, ...]
+    """The stored name of every slot, or of all."""
+
+
+class _Builder:
+    def __init__(self, world: int, stored: Located, limits: ExchangeLimits) -> None:
+        self._world, self._stored, self._limits = world, stored, limits
+        self._keys: dict[Hashable, int] = {}
+        self._key_of: dict[int, int] = {}
+        self._geometries: dict[Hashable, _Geometry] = {}
+        self._sets, self._replicas = Sets(), Sets()
+        self._set_numbers: dict[int, Ints] = {}
+        self._files_of: dict[Hashable, Ints] = {}
+        self._units: dict[Hashable, int] = {}
+        self._unit_list: list[tuple[_Geometry, Ints]] = []
+        self._unit_start = [0]
+
+    def build(self, demands: Sequence[Demand]) -> Parts:
+        made = [self._demand(number, demand) for number, demand in enumerate(demands)]
+        rows, start = self._rows(), starts(len(m.geometry.cuts) for m in made)
+        row_type = narrow(self._unit_start[-1])
+        spans = ((self._unit_start[m.unit], self._unit_start[m.unit + 1]) for m in made)
+        row = joined([np.arange(first, stop, dtype=row_type) for first, stop in spans], row_type)
+        file = self._choose(made, rows.nbytes, row)
+        offset, scattered = self._offsets(made, start, file)
+        order = np.lexsort((offset, file)).astype(np.int32)
+        row, file, offset = row[order], file[order], offset[order]
+        demand = np.repeat(np.arange(len(demands), dtype=narrow(len(demands))), np.diff(start))[order]
+        back = {int(number): at for at, number in enumerate(order)} if scattered else {}
+        scattered = {back[number]: extents for number, extents in scattered.items()}
+        return Parts(demand, row, file, offset, scattered, rows, self._sets)
+
+    def _demand(self, number: int, demand: Demand) -> _Made:
+        tensor = demand.tensor
+        key: Hashable = number
+        if tensor.recipe is None:
+            placements = tuple((p.parts, self._number(p.holders, tuple(p.holders))) for p in tensor.placements)
+            grids = tuple((g.parts, self._number(g.ranks, _sizes(g))) for g in demand.grids)
+            key = (tensor.meta.dtype.name, tensor.meta.shape, placements, grids)
+        geometry = self._geometries.get(key)
+        if geometry is None:
+            geometry = self._geometries[key] = _geometry(demand, self._world, self._limits)
+        replicas = self._files(key, geometry, tensor)
+        names = (tensor.stored_name,) if tensor.recipe is None else tuple(slot.name for slot in geometry.slots)
+        return _Made(geometry, self._unit(key, geometry, demand.grids), replicas, names)
+
+    def _number(self, mapping: object, content: Hashable) -> int:
+        """A number for the content of a mapping."""
+        found = self._key_of.get(id(mapping))
+        if found is None:
+            found = self._key_of[id(mapping)] = self._keys.setdefault(content, len(self._keys))
+        return found
+
+    def _unit(self, key: Hashable, geometry: _Geometry, grids: Sequence[Grid]) -> int:
+        """The number of the rows that this geometry has with these ranks."""
+        wanted = joined([self._numbers_of(grid) for grid in grids])
+        unit = self._units.setdefault((key, wanted.tobytes()), len(self._unit_list))
+        if unit == len(self._unit_list):
+            self._unit_list.append((geometry, wanted[geometry.target].astype(np.int32)))
+            self._unit_start.append(self._unit_start[-1] + len(geometry.cuts))
+        return unit
+
+    def _numbers_of(self, grid: Grid) -> Ints:
+        found = self._set_numbers.get(id(grid.ranks))
+        if found is None:
+            found = self._set_numbers[id(grid.ranks)] = self._sets.numbers(grid.ranks.values())
+        return found
+
+    def _files(self, key: Hashable, geometry: _Geometry, tensor: SourceTensor) -> Ints:
+        """For every slot the number of the set of files that hold it."""
+        where = (key, *(id(placement.holders) for placement in tensor.placements))
+        found = self._files_of.get(where)
+        if found is None:
+            by_shape = {slice_shape(tensor.meta.shape, p.parts): p.holders for p in tensor.placements}
+            made = tensor.recipe is not None
+            holders = (slot.files if made else by_shape[slot.shape][slot.cell] for slot in geometry.slots)
+            found = self._files_of[where] = self._replicas.numbers(holders).astype(np.int32)
+        return found
+
+    def _rows(self) -> Rows:
+        cuts = [cut for geometry, _ in self._unit_list for cut in geometry.cuts]
+        start = starts(np.concatenate([[0], *(np.diff(geometry.start) for geometry, _ in self._unit_list)])[1:])
+        ranks = joined([ranks for _, ranks in self._unit_list], np.int32)
+        moved = joined([geometry.moved for geometry, _ in self._unit_list])
+        longest = max((int(geometry.nbytes.max(initial=0)) for geometry, _ in self._unit_list), default=0)
+        nbytes = joined([geometry.nbytes for geometry, _ in self._unit_list], narrow(longest))
+        gathered = np.fromiter((cut.gathered for cut in cuts), bool, len(cuts))
+        return Rows(cuts, nbytes, gathered, start, ranks, moved, _interest(start, ranks, moved))
+
+    def _choose(self, made: Sequence[_Made], nbytes: Ints, row: Ints) -> Ints:
+        """A file for every part: those with the same alternatives take them in turns of four chunks."""
+        members = self._replicas.members
+        replicas = joined([m.replicas[m.geometry.slot] for m in made], narrow(len(members)))
+        most = max(map(max, members), default=0)
+        file = np.array([files[0] for files in members], narrow(most))[replicas]
+        several = np.flatnonzero(np.array([len(files) > 1 for files in members], bool)[replicas])
+        order = several[np.argsort(replicas[several], kind="stable")]
+        for group in np.split(order, np.flatnonzero(np.diff(replicas[order])) + 1):
+            if len(group):
+                files = np.array(members[replicas[group[0]]], file.dtype)
+                before = np.cumsum(nbytes[row[group]]) - nbytes[row[group]]
+                file[group] = files[before // (4 * self._limits.chunk) % len(files)]
+        return file
+
+    def _offsets(self, made: Sequence[_Made], start: Ints, file: Ints) -> tuple[Ints, Mapping[int, tuple[Extent, ...]]]:
+        """Where every part begins in its file, and the extents of those that do not lie in one stretch."""
+        offset = joined([m.geometry.offset for m in made], self._offset_type(made))
+        scattered: dict[int, tuple[Extent, ...]] = {}
+        for one, low, high in zip(made, start.tolist(), start[1:].tolist()):
+            if isinstance(self._stored, Mapping):
+                offset[low:high] += self._stored[one.names[0]].offset
+                continue
+            known: dict[tuple[int, int], tuple[Extent, ...]] = {}
+            for number, (slot, where) in enumerate(zip(one.geometry.slot.tolist(), file[low:high].tolist()), low):
+                at = (slot if len(one.names) > 1 else 0, where)
+                extents = known.get(at) or known.setdefault(at, self._stored(where, one.names[at[0]]))
+                if len(extents) == 1:
+                    offset[number] += extents[0].offset
+                    continue
+                cut = one.geometry.cuts[number - low]
+                lying = tuple(ranges(extents, cut.offset, cut.nbytes))
+                offset[number] = lying[0].offset
+                if len(lying) > 1:
+                    scattered[number] = lying
+        return offset, scattered
+
+    def _offset_type(self, made: Sequence[_Made]) -> Any:
+        if not isinstance(self._stored, Mapping):
+            return np.int64
+        ends = (self._stored[m.names[0]].offset + m.geometry.offset.max(initial=0) for m in made)
+        return narrow(max(ends, default=0))
+
+
+def _sizes(grid: Grid) -> Hashable:
+    return tuple(grid.ranks), tuple(map(len, grid.ranks.values()))
+
+
+def _interest(start: Ints, ranks: Ints, moved: Ints) -> Ints:
+    """Rows wanted by the same sets of ranks, and mostly by the same of them, get the same number."""
+    if len(start) == 1:
+        return np.empty(0, np.int64)
+    most = np.repeat(np.maximum.reduceat(moved, start[:-1]), np.diff(start))
+    wanted = mixed(ranks)
+    content = wanted + np.where(2 * moved >= most, mixed(wanted), np.uint64(0))
+    distinct, interest = np.unique(np.add.reduceat(content, start[:-1]), return_inverse=True)
+    narrowed: Ints = interest.astype(narrow(len(distinct)))
+    return narrowed
+
+
+def _geometry(demand: Demand, world: int, limits: ExchangeLimits) -> _Geometry:
+    slices: dict[_Slot, list[_Need]] = {}
+    shape, target_number = demand.tensor.meta.shape, 0
+    for grid in demand.grids:
+        for cell, ranks in grid.ranks.items():
+            target = cell_region(cell, grid.parts, shape)
+            for piece, files, name in locate(demand.tensor, target):
+                needs = slices.setdefault(_Slot(name, piece.source_shape, piece.cell, files), [])
+                where = (piece.in_source, piece.in_target, target.shape, piece.view)
+                needs.append(_Need(target_number, len(ranks), *where))
+            target_number += 1
+    dtype = demand.tensor.meta.dtype
+    slot, cuts, counts, targets, moved = [], [], [], [], []
+    for number, (source, needs) in enumerate(slices.items()):
+        receivers = sum(need.receivers for need in needs)
+        placings = tuple(need[2:] for need in needs)
+        for cut in cuts_of(source.shape, placings, receivers, receivers == world, dtype, limits):
+            slot.append(number)
+            cuts.append(cut)
+            counts.append(len(cut.shares))
+            targets += [needs[share.need].target for share in cut.shares]
+            moved += [share.nbytes for share in cut.shares]
+    offset = np.array([cut.offset for cut in cuts], np.int64)
+    nbytes = np.array([cut.nbytes for cut in cuts], np.int64)
+    columns = (np.array(slot, np.int64), tuple(cuts), offset, nbytes, starts(counts))
+    return _Geometry(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))

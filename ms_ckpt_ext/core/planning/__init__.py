@@ -1,0 +1,10 @@
+"""From boxes to pieces, and from pieces to reads. Read in this order:
+
+pieces         which part of which source slice lands where in a target box
+weight_rules   parameters made of others: renamed, joined, interleaved, stacked
+recipes        what a rule makes, as a source like any other
+name_patterns  names with placeholders
+suffixes       names that differ by a wrapper's prefix
+io_units       the vocabulary of file I/O: tasks, batches, reads, copies
+schedule       pieces as bounded batches of long reads
+"""

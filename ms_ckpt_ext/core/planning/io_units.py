@@ -1,0 +1,169 @@
+"""The vocabulary of file I/O as values: what is wanted, and the units of work that bring it.
+
+Files and sinks are numbers, offsets are bytes. Every read carries its copies, so the reads of a batch may finish in any
+order; the batch is complete when all have. `core.planning.schedule` turns what is wanted into units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Callable, NamedTuple, Union
+
+from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.strided import StridedCopy
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+
+
+class Extent(NamedTuple):
+    """A stretch of a file: byte offset from its start, and length in bytes.
+
+    For an encrypted file both are those of the decrypted bytes; its reader translates.
+    """
+
+    offset: int
+    length: int
+
+
+class Landing(NamedTuple):
+    """Where a target array's bytes go: a sink's number, and the extents that they fill one after another."""
+
+    sink: int
+    extents: tuple[Extent, ...]
+
+
+class Target(NamedTuple):
+    """A box of a parameter that is wanted, row-major, at every one of `landings`."""
+
+    region: Region
+    landings: tuple[Landing, ...]
+
+
+class Task(NamedTuple):
+    """A source parameter and the boxes that are wanted of it."""
+
+    tensor: SourceTensor
+    targets: tuple[Target, ...]
+
+
+class Limits(NamedTuple):
+    """Sizes in bytes that shape the I/O.
+
+    Attributes:
+        tile: the most a batch assembles before it writes; bounds memory per worker at about twice this.
+        gap: gaps up to this are read over.
+        direct: runs from this length on are copied without a buffer.
+        chunk: the longest single direct copy, so that workers share a long one: a block of MindSpore's encryption.
+    """
+
+    tile: int = 8 << 20
+    gap: int = 4096
+    direct: int = 256 << 10
+    chunk: int = 64 << 20
+
+
+class Direct(NamedTuple):
+    """Copy `length` bytes from a file to a sink, no buffer needed; `last` as in `Batch`."""
+
+    file: int
+    source: int
+    sink: int
+    target: int
+    length: int
+    last: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that land."""
+        return self.length
+
+
+class ReadCopy(NamedTuple):
+    """Part of a read that lands in a stretch: `copy.source` counts from the read, `copy.target` from the stretch."""
+
+    stretch: int
+    copy: StridedCopy
+
+
+class Read(NamedTuple):
+    """Fill one buffer with `extents` of a file, one after another, then make the copies."""
+
+    file: int
+    extents: tuple[Extent, ...]
+    copies: tuple[ReadCopy, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read."""
+        return sum(extent.length for extent in self.extents)
+
+
+class Place(NamedTuple):
+    """`length` bytes of a stretch, from `skip` on, go to `offset` of a sink."""
+
+    sink: int
+    offset: int
+    skip: int
+    length: int
+
+
+class Stretch(NamedTuple):
+    """Contiguous bytes that a batch assembles, and every place where they go."""
+
+    nbytes: int
+    places: tuple[Place, ...]
+
+
+class Batch(NamedTuple):
+    """Reads that together fill stretches completely.
+
+    Attributes:
+        last: a target array ends with this unit, so the next one may well go to another worker. Until then, a worker
+            that takes units one after another fills an array from front to back.
+    """
+
+    reads: tuple[Read, ...]
+    stretches: tuple[Stretch, ...]
+    last: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are assembled."""
+        return sum(stretch.nbytes for stretch in self.stretches)
+
+
+Unit = Union[Direct, Batch]
+Stored = Callable[[int, str], tuple[Extent, ...]]
+"""(file number, stored name) -> where the tensor's bytes lie in that file."""
+
+
+def ranges(extents: tuple[Extent, ...], offset: int, length: int) -> Iterator[Extent]:
+    """Where bytes `offset .. offset + length` of an array lie, when the array fills `extents` one after another."""
+    for extent in extents:
+        if length <= 0:
+            return
+        if offset < extent.length:
+            take = min(length, extent.length - offset)
+            yield Extent(extent.offset + offset, take)
+            offset, length = 0, length - take
+        else:
+            offset -= extent.length
+
+
+def cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
+    shape = box.shape
+    if axis == len(shape) or dtype.nbytes(box.size) <= tile:
+        yield box
+        return
+    row = dtype.nbytes(prod(shape[axis + 1 :]))
+    step = max(1, tile // row)
+    if axis == len(shape) - 1 and dtype.bits % 8:
+        step = max(8, step // 8 * 8)  # a packed type is cut between bytes
+    for low in range(box.start[axis], box.stop[axis], step):
+        high = min(low + step, box.stop[axis])
+        part = Region((*box.start[:axis], low, *box.start[axis + 1 :]), (*box.stop[:axis], high, *box.stop[axis + 1 :]))
+        if row > tile and axis + 1 < len(shape):
+            yield from cut(part, axis + 1, dtype, tile)
+        else:
+            yield part

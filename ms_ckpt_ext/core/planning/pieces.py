@@ -1,0 +1,242 @@
+"""From two grids of slices to pieces: which part of which source slice lands in which part of a target box.
+
+1. A source parameter lies in files under one or more *placements*: a grid of cells, and for every cell the files
+   that hold it (replicas are alternatives).
+2. A target is any box of the parameter. The cells it touches follow from division, axis by axis; no search.
+3. Every touched cell gives one *piece*: the common box, once as it lies in the source slice and once as it lands in
+   the target. The pieces of a target are disjoint and cover it, or planning fails by name.
+4. A parameter may be *made* of others (fused, stacked, transposed: `core.planning.recipes`). Its pieces come from
+   several stored tensors, and where one lands is a box of a view of the target: axes split, interleaved or permuted.
+
+The geometry depends on shapes only, so it is computed once for all parameters that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple, Optional
+
+from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.view import View, frames
+from ms_ckpt_ext.errors import CoverageError
+
+
+class TensorMeta(NamedTuple):
+    """A parameter as the model knows it: unsharded."""
+
+    name: str
+    dtype: DType
+    shape: Shape
+
+
+class Placement(NamedTuple):
+    """One way in which a parameter's slices lie over files.
+
+    Attributes:
+        parts: number of slices along every axis.
+        holders: cell -> numbers of the files that hold it, any of which will do; a cell may be absent.
+        expected: cell -> ranks that should hold it, for messages.
+    """
+
+    parts: Shape
+    holders: Mapping[Cell, tuple[int, ...]]
+    expected: Mapping[Cell, tuple[int, ...]]
+
+
+class Block(NamedTuple):
+    """A box of a source tensor that is a box of the view of a parameter made of several.
+
+    Attributes:
+        tensor: the source; its shape is the one it is seen in.
+        region: the box of it that is used.
+        axes: for every axis of the source the axis of the view along which it runs; strictly one to one.
+        start: corner of its box in the view; the box is one thick along axes that `axes` does not name.
+    """
+
+    tensor: SourceTensor
+    region: Region
+    axes: tuple[int, ...]
+    start: Shape
+
+    @property
+    def box(self) -> Region:
+        """Its box in the view."""
+        thick = dict(zip(self.axes, self.region.shape))
+        return Region(self.start, tuple(low + thick.get(axis, 1) for axis, low in enumerate(self.start)))
+
+
+class Recipe(NamedTuple):
+    """How a parameter is made: `view` is its shape with axes split further; the blocks fill the view exactly once."""
+
+    view: Shape
+    blocks: tuple[Block, ...]
+
+
+class SourceTensor(NamedTuple):
+    """A parameter and where its bytes are.
+
+    Attributes:
+        stored_name: its name inside the files; "" when it is made of others.
+        placements: how its slices lie over files; () when it is made of others.
+        recipe: how it is made of other tensors; None when it is stored.
+    """
+
+    meta: TensorMeta
+    stored_name: str
+    placements: tuple[Placement, ...]
+    recipe: Optional[Recipe] = None
+
+
+def stored_whole(meta: TensorMeta, files: tuple[int, ...]) -> SourceTensor:
+    """A parameter that each of these files holds whole, under its own name."""
+    cell = (0,) * len(meta.shape)
+    return SourceTensor(meta, meta.name, (Placement((1,) * len(meta.shape), {cell: files}, {cell: (0,)}),))
+
+
+def whole_box(tensor: SourceTensor) -> Optional[Region]:
+    """All of a parameter as a box; None when it has no elements."""
+    return Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
+
+
+class _Projections(NamedTuple):
+    cell: Cell
+    source_shape: Shape
+    in_source: Region
+    in_target: Region
+    view: Optional[View] = None
+
+
+class Piece(_Projections):
+    """One region of a parameter, as it lies in a source slice and as it lands in a target box.
+
+    Attributes:
+        cell: the source slice's place in its grid.
+        source_shape: shape of the source slice.
+        in_source: the region, relative to the source slice.
+        in_target: the same region, relative to the target box.
+        view: how the target box is seen when `in_target` is not a box of it as it is; None when it is.
+
+    Raises:
+        ValueError: at birth, when the two projections have different shapes.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, cell: Cell, source_shape: Shape, in_source: Region, in_target: Region, view: Optional[View] = None
+    ) -> Piece:
+        if in_source.shape != in_target.shape:
+            raise ValueError(f"projections of different shape: {in_source} and {in_target}")
+        return super().__new__(cls, cell, source_shape, in_source, in_target, view)
+
+
+class Sourced(NamedTuple):
+    """A piece, the files that can serve it, and the name of its tensor inside them."""
+
+    piece: Piece
+    files: tuple[int, ...]
+    stored_name: str
+
+
+@lru_cache(maxsize=8192)
+def pieces(shape: Shape, parts: Shape, target: Region) -> tuple[Piece, ...]:
+    """Cut `target`, a box of an array of `shape`, along the grid of `parts`.
+
+    Raises LayoutMismatchError when the shape cannot be cut that way.
+    """
+    extents = slice_shape(shape, parts)
+    spans = [range(low // e, (high - 1) // e + 1) for low, high, e in zip(target.start, target.stop, extents)]
+    found = []
+    for cell in product(*spans):
+        source = cell_region(cell, parts, shape)
+        common = source.intersect(target)
+        assert common is not None  # by the division above
+        found.append(Piece(cell, extents, common.relative_to(source.start), common.relative_to(target.start)))
+    return tuple(found)
+
+
+def locate(tensor: SourceTensor, target: Region) -> list[Sourced]:
+    """The pieces that cover `target` exactly once, each with the files that can serve it.
+
+    Placements are tried in order; what one lacks is looked for in the next.
+
+    Raises:
+        CoverageError: no placement holds some region; names parameter, region and the ranks that should hold it.
+    """
+    if tensor.recipe is not None:
+        return list(_made(tensor.meta.shape, tensor.recipe, target))
+    found: list[Sourced] = []
+    missing = _locate(tensor, target, target, 0, found)
+    if missing is not None:
+        ranks = sorted({rank for p in tensor.placements for rank in p.expected.get(_cell_at(p, missing, tensor), ())})
+        raise CoverageError(
+            f"parameter {tensor.meta.name!r}: no file holds region {missing} of its shape "
+            f"{list(tensor.meta.shape)}; it should be in the file of "
+            f"{'rank' if len(ranks) == 1 else 'one of the ranks'} {', '.join(map(str, ranks)) or '(unknown)'}: "
+            "check that every rank's file is there and complete, and that the strategy belongs to this checkpoint"
+        )
+    return found
+
+
+def _locate(tensor: SourceTensor, target: Region, rest: Region, first: int, found: list[Sourced]) -> Region | None:
+    """Cover `rest`, a part of `target`, from placement `first` on; return a region that nothing holds."""
+    if first == len(tensor.placements):
+        return rest
+    placement = tensor.placements[first]
+    inside_all = rest is target
+    for piece in pieces(tensor.meta.shape, placement.parts, rest):
+        files = placement.holders.get(piece.cell, ())
+        if files:
+            found.append(Sourced(piece if inside_all else _shift(piece, rest, target), files, tensor.stored_name))
+            continue
+        start = tuple(a + b for a, b in zip(rest.start, piece.in_target.start))
+        gap = Region(start, tuple(a + b for a, b in zip(start, piece.in_target.shape)))
+        missing = _locate(tensor, target, gap, first + 1, found)
+        if missing is not None:
+            return missing
+    return None
+
+
+def _shift(piece: Piece, rest: Region, target: Region) -> Piece:
+    """Re-express a piece found for `rest` relative to `target`."""
+    offset = tuple(a - b for a, b in zip(rest.start, target.start))
+    start = tuple(a + b for a, b in zip(piece.in_target.start, offset))
+    stop = tuple(a + b for a, b in zip(piece.in_target.stop, offset))
+    return Piece(piece.cell, piece.source_shape, piece.in_source, Region(start, stop))
+
+
+def _cell_at(placement: Placement, region: Region, tensor: SourceTensor) -> Cell:
+    return pieces(tensor.meta.shape, placement.parts, region)[0].cell
+
+
+def _made(shape: Shape, recipe: Recipe, target: Region) -> Iterator[Sourced]:
+    """The pieces of a parameter that is made of others."""
+    for frame in frames(shape, recipe.view, target):
+        first, last = (frame.box.start[0], frame.box.stop[0]) if recipe.view else (0, 1)
+        for block in recipe.blocks:
+            if block.start and (block.start[0] >= last or block.box.stop[0] <= first):
+                continue  # most of them, when experts are stacked
+            common = block.box.intersect(frame.box)
+            if common is None:
+                continue
+            shift = [(axis, low - block.start[axis]) for axis, low in zip(block.axes, block.region.start)]
+            wanted = Region(
+                tuple(common.start[axis] + by for axis, by in shift),
+                tuple(common.stop[axis] + by for axis, by in shift),
+            )
+            inside = common.relative_to(frame.box.start).start
+            offset = frame.offset + sum(low * stride for low, stride in zip(inside, frame.strides))
+            view = View(offset, tuple(frame.strides[axis] for axis in block.axes))
+            for piece, files, stored_name in locate(block.tensor, wanted):
+                yield Sourced(_viewed(piece, view), files, stored_name)
+
+
+def _viewed(piece: Piece, view: View) -> Piece:
+    """A piece of a box, as a piece of a target that sees the box through `view`."""
+    if piece.view is not None:
+        raise ValueError("a tensor that is made of others cannot be part of another one")
+    return Piece(piece.cell, piece.source_shape, piece.in_source, piece.in_target, view)

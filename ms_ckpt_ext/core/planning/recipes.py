@@ -1,0 +1,100 @@
+"""Parameters made of others: what a rule says about shapes, turned into a source that planning can locate.
+
+A rule sees every source tensor in some shape (its axes split or joined), lays it as a box into a view of the target,
+and permutes axes on the way. Slices of a source that is itself sharded are seen in that shape too, as long as the cuts
+fall between its rows there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.view import split_axes
+from ms_ckpt_ext.core.planning.pieces import Block, Placement, Recipe, SourceTensor, TensorMeta
+from ms_ckpt_ext.errors import LayoutMismatchError
+
+
+def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:
+    """A stored tensor in another shape of the same row-major order: its axes split, or neighbours joined.
+
+    Raises:
+        LayoutMismatchError: the shapes have different sizes, or a slice of the tensor is not a box in the new shape.
+    """
+    shape = tensor.meta.shape
+    if prod(shape) != prod(view):
+        raise LayoutMismatchError(f"{tensor.meta.name!r} of shape {list(shape)} cannot be seen as {list(view)}")
+    placements = tuple(_seen(tensor, placement, view) for placement in tensor.placements)
+    return SourceTensor(tensor.meta._replace(shape=view), tensor.stored_name, placements)
+
+
+def _seen(tensor: SourceTensor, placement: Placement, view: Shape) -> Placement:
+    shape, parts = tensor.meta.shape, placement.parts
+    if shape == view:
+        return placement
+    if all(count == 1 for count in parts):
+        only, all_of_it = (0,) * len(shape), (0,) * len(view)
+        return Placement(
+            (1,) * len(view),
+            {all_of_it: placement.holders[only]} if only in placement.holders else {},
+            {all_of_it: placement.expected[only]} if only in placement.expected else {},
+        )
+    try:
+        cuts = [_split(count, group) for count, group in zip(parts, split_axes(shape, view))]
+    except ValueError as error:
+        raise LayoutMismatchError(
+            f"{tensor.meta.name!r} of shape {list(shape)} lies in slices {list(parts)} and is to be seen as "
+            f"{list(view)}, where these are no boxes ({error}): merge the checkpoint first, then apply the rules"
+        ) from error
+
+    def move(cell: Cell) -> Cell:
+        return tuple(index for number, cut in zip(cell, cuts) for index in _digits(number, cut))
+
+    return Placement(
+        tuple(count for cut in cuts for count in cut),
+        {move(cell): files for cell, files in placement.holders.items()},
+        {move(cell): ranks for cell, ranks in placement.expected.items()},
+    )
+
+
+def _split(count: int, extents: Shape) -> Shape:
+    """Cuts of the axes that `extents` split, when the axis as a whole is cut into `count`."""
+    cuts = []
+    for extent in extents:
+        here = count if extent % count == 0 else extent
+        if count % here:
+            raise ValueError(f"{count} slices do not fall between {list(extents)}")
+        cuts.append(here)
+        count //= here
+    return tuple(cuts)
+
+
+def _digits(number: int, radices: Shape) -> Cell:
+    digits = []
+    for radix in reversed(radices):
+        number, digit = divmod(number, radix)
+        digits.append(digit)
+    return tuple(reversed(digits))
+
+
+def made_of(name: str, shape: Shape, view: Shape, blocks: Sequence[Block]) -> SourceTensor:
+    """A parameter of `shape` whose `view` the blocks fill.
+
+    Raises:
+        LayoutMismatchError: the sources have different dtypes, or do not fill the parameter exactly.
+    """
+    dtypes = {block.tensor.meta.dtype.name: block.tensor.meta.name for block in blocks}
+    if len(dtypes) > 1:
+        told = ", ".join(f"{source!r} is {dtype}" for dtype, source in dtypes.items())
+        raise LayoutMismatchError(f"{name!r} is made of tensors of different dtypes: {told}; convert one of them first")
+    inside = all(high <= extent for block in blocks for high, extent in zip(block.box.stop, view))
+    if not inside or sum(block.box.size for block in blocks) != prod(view):
+        sources = ", ".join(f"{block.tensor.meta.name!r} {list(block.tensor.meta.shape)}" for block in blocks[:4])
+        raise LayoutMismatchError(
+            f"{name!r} of shape {list(shape)} is not filled exactly by its {len(blocks)} sources ({sources}, ...): "
+            "check the rule's numbers of heads, groups and experts against the checkpoint"
+        )
+    split_axes(shape, view)
+    return SourceTensor(TensorMeta(name, blocks[0].tensor.meta.dtype, shape), "", (), Recipe(view, tuple(blocks)))

@@ -1,0 +1,283 @@
+"""File-to-file jobs: merge, re-cut, convert. All differ only in the list of files they want.
+
+1. The job has every output file laid out (`engine.files.job`), so every offset is known before a byte moves.
+2. What an interrupted run finished is kept, when it is still what was written (`engine.files.resume_point`).
+3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
+   Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
+   after the next boot nothing of such a job is taken for done.
+4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.integrity.manifest`)
+   with it. A share of a job publishes what is complete where no other is to be seen.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Callable, Optional, Union
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.core.planning.io_units import Limits, Task
+from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.engine.files.crc_sink import SummingSink
+from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink, rounds
+from ms_ckpt_ext.engine.files.job import Job, Output, check, fingerprint, tasks_of
+from ms_ckpt_ext.engine.files.resume_point import is_done, is_intact, noted, published
+from ms_ckpt_ext.engine.integrity import manifest
+from ms_ckpt_ext.engine.integrity.digests import digest_file, streams
+from ms_ckpt_ext.engine.integrity.manifest import FileDigests
+from ms_ckpt_ext.errors import FormatError
+from ms_ckpt_ext.storage.digest_sink import DigestingSink
+from ms_ckpt_ext.storage.journal import obstacles
+from ms_ckpt_ext.storage.linux import allow_open_files
+from ms_ckpt_ext.storage.reader import PlainReader
+from ms_ckpt_ext.storage.sink import FileSink, Sink
+from ms_ckpt_ext.storage.staging import Staging
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+
+class Report:
+    """What a job did: counts in bytes and calls.
+
+    `published` says whether the whole result is in place; else `missing` are files that other shares have to write yet.
+    """
+
+    def __init__(
+        self,
+        bytes_read: int,
+        reads: int,
+        bytes_written: int,
+        files_written: tuple[str, ...],
+        files_kept: tuple[str, ...],
+        published: bool,
+        missing: tuple[str, ...] = (),
+    ) -> None:
+        self.bytes_read, self.reads, self.bytes_written = bytes_read, reads, bytes_written
+        self.files_written, self.files_kept, self.published = files_written, files_kept, published
+        self.missing = missing
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
+Progress = Callable[[int], None]
+"""Told the number of bytes that have landed since the last call."""
+
+
+def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progress = lambda _: None) -> Report:
+    """Run a job into `target`.
+
+    Raises:
+        CoverageError, LayoutMismatchError: planning failed; nothing was written.
+        UsageError: an output file would replace a file of the source.
+        StorageError: no space, no permission, another run writes one of the files; finished ones are kept for a rerun.
+    """
+    shunned = (*job.shuns, *check(job, target))
+    staging = Staging(target, fingerprint(job), manifest, job.task, job.sync)
+    settled = _settled(job, staging)
+    if settled is not None:
+        if settled.published:
+            staging.tidy()
+        return settled
+    staging.open((*job.everything, *job.index, *obstacles(job.index)), shunned)
+    try:
+        replaced, there = job.replaces(), published(job, staging)
+        done = [output for output in job.outputs if output.name not in there and is_done(job, output, staging)]
+        kept = {output.name for output in done if is_intact(job, output, staging, workers)}
+        kept |= {output.name for output in job.outputs} & there
+        with staging.alone():
+            settled = _settled(job, staging)  # by another task, or an earlier run that has been finished meanwhile
+            if settled is None:
+                staging.discard(output.name for output in job.outputs if output.name not in kept)
+        if settled is not None:
+            staging.abandon(())
+            return settled
+        report = _fill(job, staging, kept, workers, limits, progress)
+        with staging.alone():
+            missing = _publish(job, staging, replaced)
+        return Report(*report, not missing, missing)
+    except BaseException:
+        staging.abandon(output.name for output in job.outputs)
+        raise
+    finally:
+        staging.close()
+
+
+def _settled(job: Job, staging: Staging) -> Optional[Report]:
+    """What there is to report when all that this task does is in place already."""
+    there, everything = published(job, staging), job.everything
+    mine = {output.name for output in job.outputs}
+    if not there >= mine or not (mine or there >= everything.keys()):
+        return None
+    missing = tuple(name for name in everything if name not in there)
+    return Report(0, 0, 0, (), tuple(name for name in everything if name in mine or not missing), not missing, missing)
+
+
+def _publish(job: Job, staging: Staging, replaced: Sequence[str]) -> tuple[str, ...]:
+    """Publish what is complete of a job; gives what is missing, of other shares.
+
+    Shares that see each other appear together: one that has begun in this target and is not done publishes for all, as
+    the last of them. What none has begun here may be done elsewhere, or later: the indexes name what is missing, so no
+    reader takes the rest for a checkpoint.
+    """
+    there, everything = published(job, staging), job.everything
+    waiting = [name for name, each in everything.items() if name not in there and is_done(job, each, staging)]
+    missing = tuple(name for name in everything if name not in there and name not in waiting)
+    late = {task for task, outputs in job.shares.items() if any(output.name in missing for output in outputs)}
+    if not waiting or late & staging.seen():
+        if missing:
+            log.info("this share is complete, and waits in %s for %s", staging.target, ", ".join(sorted(late)))
+        return missing
+    told = ((name, noted(staging, name)) for name in sorted(waiting)) if job.digests else ()
+    digests = {name: held.to_json() for name, held in told if held is not None and held.known}
+    staging.publish(waiting, job.index, (*replaced, *missing), digests, missing)
+    if missing:
+        log.warning(
+            "%s holds %d of the %d files of this result, for no other share has begun there: it is complete with %s. "
+            "Run the other shares into that directory, or put their files into it",
+            staging.target,
+            len(everything) - len(missing),
+            len(everything),
+            ", ".join(missing),
+        )
+    return missing
+
+
+def _fill(
+    job: Job, staging: Staging, kept: set[str], workers: int, limits: Limits, progress: Progress
+) -> tuple[int, int, int, tuple[str, ...], tuple[str, ...]]:
+    todo = [output for output in job.outputs if output.name not in kept]
+    written = sum(map(job.size, todo))
+    staging.check_space(written)
+    allow_open_files(len(todo) + len(job.source.files))
+    with job.source.readers() as readers, _Files(todo, staging, job, workers) as files:
+
+        def landed(sink: int, nbytes: int) -> None:
+            files.landed(sink, nbytes)
+            progress(nbytes)
+
+        for tasks in in_rounds(job, todo, workers):
+            units = schedule(tasks, job.source.stored, limits)
+            worker.run(units, readers, files.sinks, workers, landed, _plenty(job, written, workers))
+        files.settle()
+        readers.verify()
+        return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
+
+
+def _plenty(job: Job, nbytes: int, workers: int) -> int:
+    """Bytes of an array that one worker takes at once.
+
+    Most arrays whole, for what two workers bring of one is read back to be digested; but no worker shall be left with
+    more than an eighth of its share while the others have nothing to do. Of what was encrypted in large blocks a block,
+    or what lies in it: parts of one block then meet in the block that a reader keeps.
+    """
+    return 0 if job.source.authenticated else max(worker.PLENTY, nbytes // (8 * workers))
+
+
+def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:
+    """All the work at once, unless it must be done in order to encrypt in bounded memory.
+
+    What was encrypted in large blocks is read in the order of the source, lest a block be decrypted for every tensor.
+    """
+    tasks = tasks_of(todo)
+    if job.seal is not None:
+        return rounds(tasks, [output.name for output in todo], job.seal, workers)
+    return [sorted(tasks, key=job.source.position) if job.source.authenticated else tasks]
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Where files are synced, while others are written. A job that does not sync need not import what that takes."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
+
+
+class _Files:
+    """The files being written: each is synced and accepted when its last byte has landed."""
+
+    def __init__(self, outputs: Sequence[Output], staging: Staging, job: Job, workers: int) -> None:
+        self._outputs, self._staging, self._job, self._workers = outputs, staging, job, workers
+        self._lock = threading.Lock()
+        self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
+        self._syncs = _pool() if job.sync else None
+        self._accepted: list[Future[None]] = []
+        self._digesting: dict[int, DigestingSink] = {}
+        self.sinks: list[Sink] = []
+
+    def __enter__(self) -> _Files:
+        try:
+            for number, output in enumerate(self._outputs):
+                self._open(number, output)
+                if self._left[number] == 0:
+                    self._accept(number)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _open(self, number: int, output: Output) -> None:
+        path, layout, seal = self._staging.partial(output.name), output.layout, self._job.seal
+        holds = output.holds
+        file: Union[FileSink, SealedSink]
+        if seal is None:
+            file = FileSink(path, layout.size, self._job.sync)
+        else:
+            file = SealedSink(path, output.name, layout, seal, self._job.sync)
+        self.sinks.append(file)  # it is closed, whatever happens now
+        if seal is None:
+            for offset, literal in layout.literals:
+                file.write(offset, memoryview(literal))
+        sink: Sink = file
+        if self._job.digests and holds is not None:
+            sink = DigestingSink(file, lambda: streams(holds(), layout.size), layout.fixed)
+            self._digesting[number] = sink
+        self.sinks[number] = sink if layout.checksum is None else SummingSink(sink, layout)
+
+    def landed(self, sink: int, nbytes: int) -> None:
+        with self._lock:
+            self._left[sink] -= nbytes
+            complete = self._left[sink] == 0
+        if complete:
+            self._accept(sink)
+
+    def _accept(self, number: int) -> None:
+        if self._syncs is None:
+            self._finish(number)
+        else:
+            self._accepted.append(self._syncs.submit(self._finish, number))
+
+    def _finish(self, number: int) -> None:
+        self.sinks[number].finish()
+        output, seal = self._outputs[number], self._job.seal
+        if self._job.digests:
+            held = self._digested(number, output)
+            held = held if seal is None else held.sealed_by(seal.key, output.name)
+            self._staging.keep(output.name, json.dumps(held.to_json()).encode())
+        self._staging.accept(output.name)
+
+    def _digested(self, number: int, output: Output) -> FileDigests:
+        """What the manifest is to say about a file that was written, before it is sealed."""
+        size = self._job.size(output)
+        if number in self._digesting:
+            found = self._digesting.pop(number).digests()
+            return FileDigests(size, {n: d for n, d in found.items() if n is not None}, found[None])
+        try:
+            index = self._job.contents(output, self._staging.partial(output.name))
+        except FormatError:
+            log.warning("no digests of %r are recorded, for what it holds is nothing that can be listed", output.name)
+            return FileDigests(size, {})
+        return digest_file(index, self._workers, PlainReader)
+
+    def settle(self) -> None:
+        """Wait until every file is on disk. Raises the first error of a sync."""
+        for future in self._accepted:
+            future.result()
+
+    def __exit__(self, *_: object) -> None:
+        if self._syncs is not None:
+            self._syncs.shutdown(wait=True)
+        for sink in self.sinks:
+            sink.close()

@@ -1,0 +1,207 @@
+"""A file-to-file job as a value: the files it wants, laid out, and what fills each.
+
+Every output file is laid out first: names, dtypes, shapes, so every offset is known before a byte moves. What each
+file wants of each parameter becomes one task per parameter, so that bytes wanted by several files are read once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Callable, NamedTuple, Optional
+
+import xxhash
+
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry
+from ms_ckpt_ext.formats.registry import index_through, open_reader
+from ms_ckpt_ext.storage.linux import boot_id
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.staging import ONE_TASK
+
+_PLAN_VERSION = b"1"
+"""Part of every job's fingerprint: raised when the same inputs would give other bytes."""
+
+
+class Wanted(NamedTuple):
+    """One tensor of an output file: its name there, and the box of a source parameter it holds."""
+
+    name: str
+    tensor: SourceTensor
+    region: Optional[Region]
+    """None for a tensor without elements."""
+
+
+Contents = Callable[[], Mapping[str, TensorEntry]]
+"""Lists the tensors of a file."""
+
+
+class Output(NamedTuple):
+    """One file to write: its name relative to the target, its layout, and what fills it.
+
+    `holds` lists the tensors that are digested: those of the layout, or of the file that is copied as it is. None when
+    they are known when it is written, and not before.
+    """
+
+    name: str
+    layout: FileLayout
+    wanted: tuple[Wanted, ...]
+    holds: Optional[Contents]
+
+
+class Job:
+    """A set of output files that belong together.
+
+    Attributes:
+        source: where the bytes come from.
+        outputs: the files this task writes.
+        others: the files that other tasks of the same job write, by the names of the tasks.
+        index: files that make the set loadable, published last: name -> contents.
+        replaces: lists files of an older result in the target, as it is now, that must not survive.
+        task: name of this task, unique within the job.
+        seal: how the outputs are encrypted; None when they are not.
+        digests: write a manifest of digests beside the outputs.
+        sync: the result is on disk when the job ends.
+        shuns: files that nobody else may write meanwhile, besides these.
+
+    Raises:
+        UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
+    """
+
+    def __init__(
+        self,
+        source: Catalog,
+        outputs: tuple[Output, ...],
+        others: Mapping[str, tuple[Output, ...]] = MappingProxyType({}),
+        index: Mapping[str, bytes] = MappingProxyType({}),
+        replaces: Callable[[], Sequence[str]] = tuple,
+        task: str = ONE_TASK,
+        seal: Optional[Seal] = None,
+        digests: bool = True,
+        sync: bool = True,
+        shuns: Sequence[str] = (),
+    ) -> None:
+        if not sync and task != ONE_TASK:
+            raise UsageError(
+                "sync=False is for a result that one task writes; leave it out, or the share (split_dst_file)"
+            )
+        self.source, self.outputs, self.others, self.index = source, outputs, others, index
+        self.replaces, self.task, self.seal, self.digests, self.sync = replaces, task, seal, digests, sync
+        self.shuns = shuns
+
+    @property
+    def shares(self) -> dict[str, tuple[Output, ...]]:
+        """Every file of the job, by the task that writes it."""
+        return {**self.others, self.task: self.outputs}
+
+    @property
+    def everything(self) -> dict[str, Output]:
+        """Every file of the job, by name."""
+        return {output.name: output for outputs in self.shares.values() for output in outputs}
+
+    def synced(self, sync: bool) -> Job:
+        """The same job, whose result is on disk when it ends, or need not be. Raises UsageError as at birth."""
+        return Job(**{**vars(self), "sync": sync})
+
+    def size(self, output: Output) -> int:
+        """Bytes of an output as it lies on disk."""
+        size = output.layout.size
+        return size if self.seal is None else self.seal.units(output.name, size).stored_size
+
+    def open(self, output: Output, path: str) -> ByteReader:
+        """The plaintext of an output that was written."""
+        return PlainReader(path) if self.seal is None else open_reader(path, self.seal.access(output.name))
+
+    def contents(self, output: Output, path: str) -> FileIndex:
+        """The tensors of an output that was written. Raises FormatError: it is a copy of what is no checkpoint."""
+        if output.holds is not None:
+            return FileIndex(path, output.layout.size, 0, output.holds())
+        with self.open(output, path) as reader:
+            return index_through(reader, output.name)
+
+
+def check(job: Job, target: str) -> Sequence[str]:
+    """Find what is wrong before anything is written. Gives the files that the result replaces, as `Job.replaces`."""
+    for task in tasks_of(job.outputs):
+        for wanted in task.targets:
+            locate(task.tensor, wanted.region)
+    replaced = job.replaces()
+    _refuse_overwrite(job, target, replaced)
+    return replaced
+
+
+def _refuse_overwrite(job: Job, target: str, replaced: Sequence[str]) -> None:
+    """A source must outlive the run that reads it: a killed run could not be finished without it."""
+    sources = {os.path.realpath(file.path) for file in job.source.files}
+    for name in (*job.everything, *replaced):
+        if os.path.realpath(os.path.join(target, name)) in sources:
+            raise UsageError(
+                f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
+            )
+
+
+def tasks_of(outputs: Sequence[Output]) -> list[Task]:
+    """One task per source parameter, with every box that any output wants of it, in the order of the files' bytes."""
+    wanted: dict[int, tuple[SourceTensor, dict[Region, list[Landing]]]] = {}
+    for number, output in enumerate(outputs):
+        placed = sorted(output.wanted, key=lambda wanted: output.layout.tensors[wanted.name].extents[:1])
+        for name, tensor, region in placed:
+            if region is None:
+                continue
+            landing = Landing(number, output.layout.tensors[name].extents)
+            wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
+    return [
+        Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))
+        for tensor, regions in wanted.values()
+    ]
+
+
+def fingerprint(job: Job) -> str:
+    """Everything that decides the result: source files as they are, output layouts, and what goes where."""
+    digest = xxhash.xxh3_64(_PLAN_VERSION)
+    digest.update(b"" if job.seal is None else job.seal.identity().encode())
+    digest.update(b"digests" if job.digests else b"")
+    digest.update(b"" if job.sync else boot_id())
+    for name, file in zip(_names_of_files([file.path for file in job.source.files]), job.source.files):
+        digest.update(_encoded(f"{name}|{file.size}|{file.mtime_ns}\n"))
+    everybodys = {**job.source.tensors, **job.source.extras}
+    known = set(map(id, everybodys.values()))
+
+    def where(tensor: SourceTensor) -> str:
+        """What a rank has of its own is told by the file."""
+        return "" if id(tensor) in known else f"|{[tuple(p.holders.items()) for p in tensor.placements]}"
+
+    for _, output in sorted(job.everything.items()):
+        digest.update(_encoded(f"{output.name}|{output.layout.size}\n"))
+        for offset, literal in output.layout.literals:
+            digest.update(offset.to_bytes(8, "little") + literal)
+        for name, tensor, region in output.wanted:
+            corner = None if region is None else (region.start, region.stop)
+            digest.update(_encoded(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}{where(tensor)}\n"))
+    for name in sorted(job.index):
+        digest.update(name.encode() + job.index[name])
+    for name, tensor in sorted(everybodys.items()):
+        cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
+        digest.update(repr((name, tensor.meta.shape, cuts)).encode())
+    return digest.hexdigest()
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8, whatever the text: names of files need not be Unicode."""
+    return text.encode(errors="surrogatepass")
+
+
+def _names_of_files(paths: Sequence[str]) -> Iterator[str]:
+    """What source files are called below the folder they share: alike however that is spelled or mounted.
+
+    One file shares its folder with nobody, and goes by its whole path.
+    """
+    real = [os.path.realpath(path) for path in paths]
+    root = os.path.commonpath(map(os.path.dirname, real)) if len(set(real)) > 1 else os.sep
+    return (os.path.relpath(path, root) for path in real)

@@ -1,0 +1,331 @@
+"""Is one checkpoint whole and sound? Every stored byte is read once; of files with a checksum, once more.
+
+1. Every cell of every parameter must be in some file, and every parameter of the strategy in some cell.
+2. Every stored slice is digested (xxh3-128) while it streams through a small buffer; files that hold the same cell
+   must have the same digest, and so must what several ranks hold outside the strategy. Where pipeline stages cut a
+   parameter differently (tied embeddings), what their slices have in common is compared byte for byte.
+3. Of every distinct cell what is NaN or infinite is counted on the way.
+4. Slices that should differ must not all be equal (`whole_slices`).
+5. Files that carry a checksum of their own are read from end to end and compared with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+import xxhash
+
+from ms_ckpt_ext.core.geometry.groups import natural
+from ms_ckpt_ext.core.geometry.layout import Cell, cell_region
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.planning.io_units import ranges
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, locate
+from ms_ckpt_ext.engine.integrity.compare import tallies
+from ms_ckpt_ext.engine.integrity.copies import Overlap, overlaps
+from ms_ckpt_ext.engine.integrity.numerics import Odd, odd_numbers
+from ms_ckpt_ext.engine.integrity.pairing import Pair
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.unlisted.probes import Alone
+from ms_ckpt_ext.engine.unlisted.whole_slices import Gathered, find_gathered
+from ms_ckpt_ext.errors import CoverageError
+from ms_ckpt_ext.formats.ckpt import CRC_NUM
+from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.registry import crc_fault
+from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.threads import in_order, spread
+
+_BUFFER = 1 << 20  # stays in a core's cache between read, digest and count
+
+
+class Gap(NamedTuple):
+    """A part of a parameter that no file holds; `ranks` are those whose files should."""
+
+    name: str
+    region: str
+    ranks: tuple[int, ...]
+
+
+class Unequal(NamedTuple):
+    """Files that should hold the same bytes and do not: `groups` of files that agree, the largest first."""
+
+    name: str
+    region: str
+    groups: tuple[tuple[str, ...], ...]
+
+
+class NotFinite(NamedTuple):
+    """A parameter with elements that are NaN or infinite."""
+
+    name: str
+    nans: int
+    infinities: int
+
+
+class Damaged(NamedTuple):
+    """A file whose contents are not what its own checksum says."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """What was found in one checkpoint.
+
+    Attributes:
+        parameters, files: how many there are.
+        nbytes: bytes read of slices.
+        copies_compared: slices that were compared with another copy of them.
+        absent: parameters of the strategy that no file holds.
+        gaps: parts of parameters that no file holds.
+        unequal: copies that differ: of one slice, or of what several ranks hold outside the strategy.
+        outside: names of those that the strategy does not list: frozen parameters, training scalars, states of random
+            generators. Whether they are cut, or each rank's own, or damaged, nothing tells.
+        not_finite: parameters with NaN or infinities.
+        checksums: files that carry a checksum, which was verified.
+        damaged: those of them whose contents it does not fit.
+        gathered: slices that should differ and are all equal, as `integrated_save=True` makes them.
+    """
+
+    parameters: int
+    files: int
+    nbytes: int
+    copies_compared: int
+    absent: tuple[str, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+    unequal: tuple[Unequal, ...] = ()
+    not_finite: tuple[NotFinite, ...] = ()
+    checksums: int = 0
+    damaged: tuple[Damaged, ...] = ()
+    gathered: Optional[Gathered] = None
+    outside: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is missing or damaged and copies, but not slices, are equal. NaN may be meant."""
+        return not (self.absent or self.gaps or self.unequal or self.damaged or self.gathered)
+
+
+class _Slice(NamedTuple):
+    """A stored tensor of one file, and the cell of its parameter that it is; `first` of the files that hold it."""
+
+    name: str
+    cell: Optional[tuple[int, Cell]]
+    file: int
+    entry: TensorEntry
+    first: bool
+
+
+class _Told(NamedTuple):
+    digest: str
+    odd: Odd
+
+
+def check(
+    catalog: Catalog,
+    tensors: Mapping[str, SourceTensor],
+    strategy: Optional[Strategy],
+    wanted: Callable[[str], bool],
+    workers: int,
+    progress: Callable[[int], None] = lambda _: None,
+    allow_equal_slices: bool = False,
+) -> Health:
+    """Read all of a checkpoint and tell what is wrong with it.
+
+    Args:
+        catalog: the checkpoint.
+        tensors: those of its parameters that are to be looked at.
+        strategy: of the job that saved it; what it lists must be there.
+        wanted: whether a name is to be looked at, for what the checkpoint lacks and what lies outside the strategy.
+        workers: threads, each with a buffer of 1 MiB.
+        progress: told the bytes read since its last call, from any thread.
+        allow_equal_slices: do not ask whether the slices are slices.
+
+    Raises:
+        FormatError, StorageError: a file cannot be read.
+    """
+    slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
+    with catalog.readers() as readers:
+        told: dict[int, _Told] = {}
+
+        def worker(_: Callable[[], bool]) -> Callable[[int], None]:
+            buffer = np.empty(_BUFFER, np.uint8)
+
+            def look(number: int) -> None:
+                told[number] = _look(slices[number], readers, buffer, progress)
+
+            return look
+
+        spread(iter(range(len(slices))), workers, worker)
+        readers.verify()
+        nbytes = readers.count.nbytes
+    checked = _with_checksum(catalog, slices)
+    held = {s.name for s in slices}
+    listed = () if strategy is None else strategy.layouts
+    absent = [n for n in listed if n not in held and not n.startswith(ACCUMULATED_GRADIENT_PREFIX) and wanted(n)]
+    unequal, compared = _compared(catalog, tensors, slices, told)
+    meeting = _meeting(tensors)
+    unequal += _unlike(catalog, meeting, workers, progress)
+    compared += len({(name, files[0]) for name, both in meeting for files in both.files if len(files) == 1})
+    return Health(
+        len(held),
+        len(catalog.files),
+        nbytes,
+        compared,
+        tuple(sorted(absent)),
+        tuple(_gaps(tensors)),
+        tuple(unequal),
+        tuple(_not_finite(slices, told)),
+        len(checked),
+        tuple(_damaged(catalog, checked, workers, progress)),
+        None if allow_equal_slices else _gathered(catalog, tensors),
+        tuple(each.name for each in unequal if each.name not in tensors),
+    )
+
+
+def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Optional[Gathered]:
+    found = find_gathered(catalog, tensors, Alone(catalog))
+    return None if found is None or found.constant else found
+
+
+def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:
+    """How much `check` reads."""
+    slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
+    overlapping = sum(_pair(name, both).nbytes for name, both in _meeting(tensors))
+    return sum(s.entry.nbytes for s in slices) + overlapping + sum(i.size for i in _with_checksum(catalog, slices))
+
+
+def _with_checksum(catalog: Catalog, slices: Sequence[_Slice]) -> list[FileIndex]:
+    """Files with a checksum that hold a slice, or nothing at all."""
+    looked_at = {item.file for item in slices}
+    return [
+        index
+        for number, index in enumerate(catalog.files)
+        if CRC_NUM in index.metadata and (number in looked_at or not index.tensors)
+    ]
+
+
+def _damaged(
+    catalog: Catalog, files: Sequence[FileIndex], workers: int, progress: Callable[[int], None]
+) -> Iterator[Damaged]:
+    def look(index: FileIndex) -> Optional[str]:
+        fault = crc_fault(index, catalog.access)
+        progress(index.size)
+        return fault
+
+    for index, fault in zip(files, in_order(look, files, workers)):
+        if fault is not None:
+            yield Damaged(index.path, fault)
+
+
+def _slices(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Iterator[_Slice]:
+    for name, tensor in tensors.items():
+        for number, placement in enumerate(tensor.placements):
+            for cell, files in placement.holders.items():
+                for file in files:
+                    entry = catalog.files[file].tensors[tensor.stored_name]
+                    yield _Slice(name, (number, cell), file, entry, file == files[0])
+
+
+def _outside(catalog: Catalog, wanted: Callable[[str], bool]) -> Iterator[_Slice]:
+    """What lies outside the strategy, in every file that has it."""
+    for name in filter(wanted, sorted({**catalog.extras, **catalog.unproven, **catalog.own})):
+        files = [number for number, index in enumerate(catalog.files) if name in index.tensors]
+        for file in files:
+            yield _Slice(name, None, file, catalog.files[file].tensors[name], file == files[0])
+
+
+def _look(item: _Slice, readers: ReaderPool, buffer: np.ndarray, progress: Callable[[int], None]) -> _Told:
+    state, nans, infinities = xxhash.xxh3_128(), 0, 0
+    for start in range(0, item.entry.nbytes, _BUFFER):
+        part = buffer[: min(_BUFFER, item.entry.nbytes - start)]
+        at = 0
+        for offset, length in ranges(item.entry.extents, start, part.size):
+            readers.read_into(item.file, offset, memoryview(part[at : at + length]))
+            at += length
+        state.update(part)
+        if item.first:
+            odd = odd_numbers(part, item.entry.dtype)
+            nans, infinities = nans + odd.nans, infinities + odd.infinities
+        progress(part.size)
+    return _Told(state.hexdigest(), Odd(nans, infinities))
+
+
+def _gaps(tensors: Mapping[str, SourceTensor]) -> Iterator[Gap]:
+    for name, tensor in tensors.items():
+        if not all(tensor.meta.shape):
+            continue
+        try:
+            locate(tensor, Region.whole(tensor.meta.shape))
+        except CoverageError:
+            yield from _missing(name, tensor)
+
+
+def _missing(name: str, tensor: SourceTensor) -> Iterator[Gap]:
+    """Cells that the first placement lacks, and no other makes up for."""
+    for placement in tensor.placements[:1]:
+        for cell, ranks in sorted(placement.expected.items()):
+            region = cell_region(cell, placement.parts, tensor.meta.shape)
+            try:
+                locate(tensor, region)
+            except CoverageError:
+                yield Gap(name, str(region), ranks)
+
+
+def _compared(
+    catalog: Catalog, tensors: Mapping[str, SourceTensor], slices: list[_Slice], told: Mapping[int, _Told]
+) -> tuple[list[Unequal], int]:
+    """(copies that differ, how many were compared)."""
+    copies: dict[tuple[str, Optional[tuple[int, Cell]]], dict[tuple[object, ...], list[int]]] = {}
+    for number, item in enumerate(slices):
+        held = item.entry.dtype, item.entry.shape, told[number].digest
+        copies.setdefault((item.name, item.cell), {}).setdefault(held, []).append(item.file)
+    unequal, compared = [], 0
+    for (name, cell), groups in copies.items():
+        holders = sum(map(len, groups.values()))
+        compared += holders if holders > 1 else 0
+        if len(groups) > 1:
+            files = sorted(groups.values(), key=lambda numbers: (-len(numbers), numbers))
+            paths = tuple(tuple(catalog.files[number].path for number in group) for group in files)
+            unequal.append(Unequal(name, _region(tensors[name], *cell) if cell else "whole", paths))
+    return unequal, compared
+
+
+def _meeting(tensors: Mapping[str, SourceTensor]) -> list[tuple[str, Overlap]]:
+    """Where slices of different cuts have something in common."""
+    return [(name, both) for name, tensor in tensors.items() for both in overlaps(tensor)]
+
+
+def _pair(name: str, both: Overlap) -> Pair:
+    return Pair(name, both.one, both.other, (both.region,))
+
+
+def _unlike(
+    catalog: Catalog, meeting: Sequence[tuple[str, Overlap]], workers: int, progress: Callable[[int], None]
+) -> Iterator[Unequal]:
+    """Where such slices differ."""
+    pairs = [_pair(name, both) for name, both in meeting]
+    for number in sorted(tallies(pairs, catalog, catalog, workers, progress=progress)):
+        name, both = meeting[number]
+        groups = tuple(tuple(catalog.files[file].path for file in files) for files in both.files)
+        yield Unequal(name, str(both.region), groups)
+
+
+def _region(tensor: SourceTensor, number: int, cell: Cell) -> str:
+    placement: Placement = tensor.placements[number]
+    return str(cell_region(cell, placement.parts, tensor.meta.shape)) if math.prod(tensor.meta.shape) else "empty"
+
+
+def _not_finite(slices: list[_Slice], told: Mapping[int, _Told]) -> Iterator[NotFinite]:
+    counts: dict[str, tuple[int, int]] = {}
+    for number, item in enumerate(slices):
+        nans, infinities = counts.get(item.name, (0, 0))
+        counts[item.name] = (nans + told[number].odd.nans, infinities + told[number].odd.infinities)
+    for name, (nans, infinities) in sorted(counts.items(), key=lambda item: natural(item[0])):
+        if nans or infinities:
+            yield NotFinite(name, nans, infinities)

@@ -1,0 +1,12 @@
+"""Ranks to Parameters, together. Read in this order:
+
+options        how a load is to be made
+survey         who sees which file, and what is in it
+wants          what all ranks want, known to all
+session        agree, plan, choose the mode, exchange
+run_exchange   the rounds of one rank: read, exchange, place
+replicas       do ranks that hold the same region hold the same bytes?
+trace          what happened when
+estimate       the same load on paper
+profiles       named hardware for the cost model
+"""

@@ -1,0 +1,87 @@
+"""Named hardware for the cost model: JSON files beside this module (`configs/hardware` in a checkout) or a user's own.
+
+Every figure says where it comes from. They are orders of magnitude: good for choosing a mode and for seeing what
+dominates, not for promising seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ms_ckpt_ext.core.exchange.cost import Hardware
+from ms_ckpt_ext.errors import UsageError, storage_error
+
+FOLDER = Path(__file__).resolve().parent / "hardware"
+CPU, ASCEND = "cpu", "atlas-800t-a2"
+"""What mode "auto" assumes, by where the Parameters are."""
+
+
+class Profile(NamedTuple):
+    """A machine.
+
+    Attributes:
+        name: how it is asked for.
+        title: what it is, in words.
+        hardware: its figures.
+        origins: figure -> where it comes from.
+    """
+
+    name: str
+    title: str
+    hardware: Hardware
+    origins: Mapping[str, str]
+
+
+def names() -> list[str]:
+    """The profiles that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def profile(name: str) -> Profile:
+    """A profile by its name, or by the path of a JSON file.
+
+    Raises:
+        UsageError: no such profile, or a file that is not one; says what is wrong.
+        StorageError: the file cannot be read.
+    """
+    path = FOLDER / f"{name}.json" if name in names() else Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        raise UsageError(
+            f"no hardware profile {name!r}: it is neither one of {', '.join(names())} nor the path of a .json file "
+            f"(copy one of those in {os.fspath(FOLDER)!r} to begin with)"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise storage_error("read hardware profile", os.fspath(path), error) from error
+    except ValueError as error:
+        raise UsageError(f"hardware profile {os.fspath(path)!r} is not JSON: {error}") from error
+    return _from_json(path, content)
+
+
+def _from_json(path: Path, content: Any) -> Profile:
+    def figure(*keys: str, default: Any = None) -> Any:
+        found = content
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        found = default if found is None else found
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+            raise UsageError(
+                f"hardware profile {os.fspath(path)!r}: {'.'.join(keys)} must be a number above 0, got {found!r}"
+            )
+        return found
+
+    hardware = Hardware(
+        storage=float(figure("storage", "bytes_per_second")),
+        shared=bool(content["storage"].get("shared", False)),
+        ranks_per_host=int(figure("ranks_per_host")),
+        link=float(figure("link", "bytes_per_second")),
+        latency=float(figure("latency", "seconds")),
+        host=float(figure("host", "bytes_per_second", default=float("inf"))),
+    )
+    told = {key: value.get("from", "not said") for key, value in content.items() if isinstance(value, dict)}
+    return Profile(path.stem, str(content.get("title", path.stem)), hardware, told)

@@ -1,0 +1,327 @@
+"""The newest checkpoint that is whole, chosen by all ranks together.
+
+1. One rank per host looks at the directory; what they see is put together, so all ranks have the same list.
+2. Newest first (`engine.resume.trial_order`): the records must hold, the layouts be known and every rank's file be
+   there. Each header is read by one rank. What is wrong with a checkpoint is said on all ranks alike, and the next one
+   is tried.
+3. One that is whole, and that nothing tells from another whole one, is not taken: which is meant must be said.
+4. The training scalars are read by one rank each and shared.
+
+Collective: all ranks call it, and all return the same or raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Callable, NamedTuple, Optional
+
+import numpy as np
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.manifest import Load, Manifest, load_manifest, record_of
+from ms_ckpt_ext.engine.load.survey import Survey, pack, survey, unpack
+from ms_ckpt_ext.engine.resume import candidates, sightings
+from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
+from ms_ckpt_ext.engine.resume.layouts import entries, find_layouts
+from ms_ckpt_ext.engine.resume.scalars import Value, read_scalars
+from ms_ckpt_ext.engine.resume.trial_order import Order, prefix_of
+from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, folder_catalog
+from ms_ckpt_ext.engine.source.listing import Listing
+from ms_ckpt_ext.errors import (
+    CheckpointError,
+    DisagreementError,
+    DiscoveryError,
+    FormatError,
+    PeerError,
+    TransportError,
+    name_ranks,
+    storage_error,
+)
+from ms_ckpt_ext.formats.discovery.mindformers import read_common
+from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
+from ms_ckpt_ext.transport.agree import agree, share_status
+from ms_ckpt_ext.transport.base import Transport
+
+
+class Skipped(NamedTuple):
+    """A checkpoint that was newer than the chosen one, and why it was not taken."""
+
+    name: str
+    reason: str
+
+
+def first_absent(catalog: Catalog) -> str:
+    """Where the first parameter should be that no file holds; "" when there is none."""
+    return next((f"parameter {name!r} should be in {where}" for name, where in catalog.absent.items()), "")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Where to look, and for what.
+
+    Attributes:
+        directory: on this host.
+        host: this rank's.
+        strategy: layouts of the job that saved, if they were given; None to find them with the checkpoint.
+        kind: "safetensors", "ckpt" or None.
+        access: how files are opened.
+        digests: compare every tensor with the digests on record: reads everything once.
+        prefix: of the saves that count; None for all.
+        lacks: what the load wants of a checkpoint and its files do not hold, in words; "" if nothing. Ranks may differ.
+    """
+
+    directory: str
+    host: str
+    strategy: Optional[Strategy] = None
+    kind: Optional[str] = None
+    access: Access = PLAIN
+    digests: bool = False
+    prefix: Optional[str] = None
+    lacks: Callable[[Catalog], str] = first_absent
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A checkpoint that all ranks agree on.
+
+    Attributes:
+        candidate: which it is.
+        listing: its files on this host.
+        strategy: the layouts that cut it; None for whole parameters.
+        scalars: what it holds outside the strategy, single values and texts.
+        own: those of them that differ between ranks, by name and rank.
+        catalog: as headers tell it.
+    """
+
+    candidate: Candidate
+    listing: Listing
+    strategy: Optional[Strategy]
+    scalars: Mapping[str, Value]
+    own: Mapping[str, Mapping[int, Value]]
+    catalog: Catalog
+
+
+def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
+    """The newest complete checkpoint, None when there is none; and what was skipped.
+
+    Raises:
+        DiscoveryError: several whole checkpoints are equally new.
+        DisagreementError: ranks look for different things, or ranks of one host in different directories.
+        PeerError, TransportError: another rank failed, or has gone.
+    """
+    asked = {"format": wanted.kind, "digests": wanted.digests, "prefix": wanted.prefix}
+    agree(transport, {**{name: repr(value) for name, value in asked.items()}, "strategy": _text(wanted.strategy)})
+    probe = _agree_on_directories(transport, wanted)
+    order = _look_together(transport, wanted, probe)
+    skipped: dict[str, Skipped] = {}
+
+    def whole(candidate: Candidate) -> Optional[Chosen]:
+        if candidate.title in skipped:
+            return None
+        try:
+            return _try(transport, wanted, candidate, probe)
+        except _Unfit as unfit:
+            _skip(transport, wanted, skipped, candidate.title, str(unfit))
+            return None
+
+    for candidate in order:
+        chosen = whole(candidate)
+        if chosen is None:
+            continue
+        rivals = [rival.title for rival in order.equals(candidate) if whole(rival) is not None]
+        if rivals:
+            raise DiscoveryError(
+                f"{', '.join(map(repr, [candidate.title, *rivals]))} in {wanted.directory!r} are whole and equally "
+                "new, and nothing tells which is meant: give prefix, format or the folder in it, or move the others "
+                "away"
+            )
+        for title, reason in order.remarks(candidate):
+            _skip(transport, wanted, skipped, title, reason)
+        _tell_unnoted(transport, candidate)
+        return chosen, tuple(skipped.values())
+    return None, tuple(skipped.values())
+
+
+def _skip(transport: Transport[Any], wanted: Wanted, skipped: dict[str, Skipped], title: str, reason: str) -> None:
+    if title not in skipped:
+        skipped[title] = Skipped(title, reason)
+        if transport.rank == 0:
+            log.warning("checkpoint %r in %r is skipped: %s", title, wanted.directory, reason)
+
+
+def _tell_unnoted(transport: Transport[Any], candidate: Candidate) -> None:
+    silent = candidates.unnoted(candidate)
+    if silent and transport.rank == 0:
+        log.warning(
+            "%s did not record files of %r; these are whole by their headers", name_ranks(silent), candidate.title
+        )
+    if candidate.alike is not None and transport.rank == 0:
+        log.warning(
+            "%r has no records, and is whole by its headers; the job is taken to be that of %r",
+            candidate.title,
+            candidate.alike.title,
+        )
+
+
+class _Unfit(Exception):
+    """Why a checkpoint cannot be taken; on all ranks the same."""
+
+
+def _agree_on_directories(transport: Transport[Any], wanted: Wanted) -> bool:
+    """Whether this rank is the one that looks for its host."""
+    places = [json.loads(p) for p in transport.share(json.dumps([wanted.host, _real(wanted.directory)]).encode())]
+    for host in dict.fromkeys(host for host, _ in places):
+        ranks = [rank for rank, place in enumerate(places) if place[0] == host]
+        odd = [rank for rank in ranks if places[rank] != places[ranks[0]]]
+        if odd:
+            raise DisagreementError(
+                f"the ranks were started with different inputs: on host {host!r}, checkpoint_dir of {name_ranks(odd)} "
+                f"is {places[odd[0]][1]!r}, that of rank {ranks[0]} is {places[ranks[0]][1]!r}; "
+                "give all ranks of a host the same directory"
+            )
+    return [host for host, _ in places].index(wanted.host) == transport.rank
+
+
+def _real(directory: str) -> str:
+    return os.path.realpath(directory)
+
+
+def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> Order:
+    seen: list[Any] = []
+    error: Optional[BaseException] = None
+    try:
+        if probe:
+            seen = [sightings.to_json(place) for place in sightings.look(wanted.directory, wanted.kind)]
+    except CheckpointError as problem:
+        error = problem
+    except OSError as problem:
+        error = storage_error("look for checkpoints in", wanted.directory, problem)
+    share_status(transport, error)
+    found = candidates.candidates(
+        [sightings.from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
+    )
+    return Order(c for c in found if wanted.prefix is None or (not c.merged and prefix_of(c.name) == wanted.prefix))
+
+
+def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe: bool) -> Chosen:
+    try:
+        check_noted(candidate)
+        given = None if candidate.whole else wanted.strategy
+        strategy = given or find_layouts(transport, candidate, candidate.place(wanted.directory), probe)
+        files = check_ranks(candidate, strategy)
+    except CheckpointError as error:
+        if isinstance(error, TransportError):
+            raise
+        raise _Unfit(str(error)) from error
+
+    def look() -> Listing:
+        return candidate.listing(wanted.directory, files, wanted.kind)
+
+    seen, catalog, listing = _read_headers(transport, wanted, look, strategy)
+    if wanted.digests:
+        _compare_digests(transport, wanted, seen)
+    scalars = read_scalars(transport, catalog, seen.by_number, seen.sharded)
+    return Chosen(candidate, listing, strategy, {**_common(transport, listing), **scalars.alike}, scalars.own, catalog)
+
+
+def _text(strategy: Optional[Strategy]) -> str:
+    return "" if strategy is None else json.dumps(sorted(entries(strategy)))
+
+
+def _read_headers(
+    transport: Transport[Any], wanted: Wanted, look: Callable[[], Listing], strategy: Optional[Strategy]
+) -> tuple[Survey, Catalog, Listing]:
+    """Tables of contents of all files, that they fit the layouts, and that nothing is missing."""
+    problem, result = "", None
+    try:
+        seen = survey(transport, look, partial(read_index, access=wanted.access), wanted.host)
+        listing = _here(look)
+        if listing.folder is not None:
+            catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
+        else:
+            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
+        problem = wanted.lacks(catalog) or _uncovered(catalog)
+        result = seen, catalog, listing
+    except PeerError:
+        pass  # the peer tells below; if it is gone, that shows below too
+    except TransportError:
+        raise
+    except CheckpointError as error:
+        problem = str(error)
+    told = [answer.decode() for answer in transport.share(problem.encode())]
+    if result is None or any(told):
+        raise _Unfit(next(filter(None, told), "its headers could not be read"))
+    return result
+
+
+def _here(look: Callable[[], Listing]) -> Listing:
+    """What this host sees of it, which may be nothing."""
+    try:
+        return look()
+    except DiscoveryError:
+        return Listing({}, False, None)
+
+
+def _uncovered(catalog: Catalog) -> str:
+    """The first parameter that lacks a slice in every place where it could be whole; "" when there is none."""
+    for name, tensor in catalog.tensors.items():
+        lacking = [[cell for cell in p.expected if not p.holders.get(cell)] for p in tensor.placements]
+        if lacking and all(lacking):
+            ranks = sorted(rank for cell in lacking[0] for rank in tensor.placements[0].expected[cell])
+            return f"no file holds the slices of parameter {name!r} that {name_ranks(ranks)} should have saved"
+    return ""
+
+
+def _common(transport: Transport[Any], listing: Listing) -> dict[str, Value]:
+    """The training scalars of a MindFormers folder."""
+    mine: dict[str, Any] = {}
+    if listing.folder is not None:
+        with contextlib.suppress(FormatError):  # of one that is chosen it was readable a moment ago
+            mine = dict(read_common(listing.folder.path))
+    told: dict[str, Any] = next(filter(None, map(unpack, transport.share(pack(mine)))), {})
+    return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
+
+
+def _compare_digests(transport: Transport[Any], wanted: Wanted, seen: Survey) -> None:
+    """Every file with its manifest, each on one rank that sees it. A file that is on no manifest passes."""
+    problem, load = "", cache(load_manifest)  # one may list thousands of files
+    for index in _dealt(transport, seen).values():
+        try:
+            problem = problem or _faults(index, wanted.access, load)
+        except CheckpointError as error:
+            problem = str(error)
+    told = [answer.decode() for answer in transport.share(problem.encode())]
+    if any(told):
+        raise _Unfit(next(filter(None, told)))
+
+
+def _dealt(transport: Transport[Any], seen: Survey) -> dict[str, FileIndex]:
+    """This rank's share of the files: those that it is the one to look into."""
+    ranks = range(transport.size)
+    able = {key: sorted(ranks if seen.sees is None else seen.sees[key]) for key in seen.indexes}
+    chosen = {key: able[key][number % len(able[key])] for number, key in enumerate(seen.indexes)}
+    return {key: index for key, index in seen.indexes.items() if chosen[key] == transport.rank}
+
+
+def _faults(index: FileIndex, access: Access, load: Load = load_manifest) -> str:
+    found = record_of(index.path, access.key, load)
+    if found is None:
+        return ""
+    folder, name, held = found
+    faults = check(
+        folder,
+        Manifest({name: held}),
+        [name],
+        1,
+        partial(read_index, access=access),
+        partial(open_reader, access=access),
+    )
+    return "; ".join(map(str, faults[:3]))

@@ -1,0 +1,107 @@
+"""Training scalars of a checkpoint, read by all ranks together: single values and texts outside the layouts.
+
+Those that several ranks hold are compared, all copies of them. What is alike is one value for all; of what differs, the
+state of a generator or a cursor in the data, every rank is told every rank's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.outside import Held, of_rank
+from ms_ckpt_ext.engine.source.values import TEXT, read_whole
+from ms_ckpt_ext.engine.unlisted.alike import compared
+from ms_ckpt_ext.engine.unlisted.dealt import Sees, Together, told_by_all
+from ms_ckpt_ext.transport.base import Transport
+
+Value = Union[np.ndarray, str]
+
+
+class Scalars(NamedTuple):
+    """What is alike on all ranks that hold it, by name; and what differs, by name and rank."""
+
+    alike: Mapping[str, Value]
+    own: Mapping[str, Mapping[int, Value]]
+
+
+def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Sees, sharded: bool) -> Scalars:
+    """Compare and read; collective.
+
+    Args:
+        catalog: as headers tell it.
+        sharded: its files are those of ranks, and without layouts of a single one; where nothing is cut by layouts of
+            ranks, parameters of a single element are scalars as well.
+        sees: file number -> ranks that can open it; None when all see all.
+
+    Raises:
+        FormatError, StorageError: a file cannot be read; PeerError on the ranks that did not read it.
+    """
+    whole = {} if sharded and catalog.strategy is not None else catalog.tensors
+    names = [name for name, held in catalog.unproven.items() if _small(catalog, held)]
+    catalog = compared(catalog, names, Together(transport, catalog, sees))
+    wanted = list(_wanted(catalog, whole))
+
+    def read() -> list[tuple[int, Any]]:
+        with catalog.readers() as readers:
+            return [
+                (number, _told(read_whole(catalog, readers, tensor)))
+                for number, (_, _, tensor) in enumerate(wanted)
+                if _reader(tensor, transport.size, sees) == transport.rank
+            ]
+
+    values = {number: _heard(raw) for answer in told_by_all(transport, read) for number, raw in answer}
+    alike: dict[str, Value] = {}
+    own: dict[str, dict[int, Value]] = {}
+    for number, (name, rank, _) in enumerate(wanted):
+        if rank is None:
+            alike[name] = values[number]
+        else:
+            own.setdefault(name, {})[rank] = values[number]
+    return Scalars(alike, own)
+
+
+class _Scalar(NamedTuple):
+    """A name, and whose it is; None where it is everybody's."""
+
+    name: str
+    rank: Optional[int]
+    tensor: SourceTensor
+
+
+def _wanted(catalog: Catalog, whole: Mapping[str, SourceTensor]) -> Iterator[_Scalar]:
+    for name, tensor in {**whole, **catalog.extras}.items():
+        if _small(catalog, tensor):
+            yield _Scalar(name, None, tensor)
+    for name, held in catalog.own.items():
+        each = {rank: of_rank(held, catalog.files, rank) for rank in held.files}
+        if all(_small(catalog, tensor) for tensor in each.values()):
+            yield from (_Scalar(name, rank, tensor) for rank, tensor in each.items())
+
+
+def _small(catalog: Catalog, held: Union[SourceTensor, Held]) -> bool:
+    dtype, shape = catalog.kind(held)
+    return dtype.name == TEXT or math.prod(shape) == 1
+
+
+def _reader(tensor: SourceTensor, world: int, sees: Sees) -> int:
+    """Which rank reads it: of those that see its file one by the file's number."""
+    file = next(iter(tensor.placements[0].holders.values()))[0]
+    able = range(world) if sees is None else sorted(sees[file])
+    return able[file % len(able)]
+
+
+def _told(value: Value) -> Any:
+    return value if isinstance(value, str) else [value.dtype.str, value.shape, value.tobytes().hex()]
+
+
+def _heard(raw: Any) -> Value:
+    if isinstance(raw, str):
+        return raw
+    dtype, shape, data = raw
+    return np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape)

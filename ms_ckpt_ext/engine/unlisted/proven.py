@@ -1,0 +1,179 @@
+"""A checkpoint of which one copy stands for all: what no strategy lists is compared, and what differs is refused.
+
+Merges need all of it alike, rules what they take, a dictionary what is read of it, and re-cuts for other ranks what
+they keep (`engine.unlisted.keeping`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Callable
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.core.geometry.neighbours import axes_of, representatives, unseen_axes
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.outside import Group, Held
+from ms_ckpt_ext.engine.source.renaming import some
+from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
+from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.weight_rules import Rule
+
+Compare = Callable[[Catalog, Iterable[str]], Catalog]
+"""Compares names that are unproven, as `engine.unlisted.alike.compared` does."""
+REMEDY = (
+    "Give its layout: a strategy saved with strategy_ckpt_config={'only_trainable_params': False} or after "
+    "AutoParallel.disable_strategy_file_only_for_trainable_params(), or, beside the strategy file, the network's "
+    "layouts by name (a list: [file, layouts]). Or leave it out by choice_func"
+)
+
+
+def refuse_own(catalog: Catalog, names: Iterable[str], purpose: str) -> None:
+    """Raise LayoutMismatchError when ranks hold different things under one of these names."""
+    differing = [catalog.own[name] for name in names if name in catalog.own]
+    if differing:
+        held, more = differing[0], f" (and {len(differing) - 1} more like it)" if differing[1:] else ""
+        origin = catalog.strategy.origin if catalog.strategy else "the strategy"
+        why = f"the ranks' files differ in it: {held.told()}"
+        if held.unseen:
+            why = (
+                f"too few ranks' files are given to tell whether all hold the same of it: {held.told()}; give the file "
+                f"of {name_ranks(held.unseen)} as well"
+            )
+        raise LayoutMismatchError(
+            f"parameter {held.name!r}{more} is not in {origin}, and {why}. So {purpose}: nothing tells which slice of "
+            f"it each rank has, if it is one. {REMEDY}"
+        )
+
+
+def merged(catalog: Catalog) -> Catalog:
+    """A catalog in which all that lies outside the strategy is proven to be alike.
+
+    Raises:
+        LayoutMismatchError: something differs by rank.
+        FormatError, StorageError: a file cannot be read.
+    """
+    found = doubted(compared(catalog))
+    refuse_own(found, found.own, "it cannot be put together")
+    tell_accumulated(found)
+    return found
+
+
+def tell_accumulated(catalog: Catalog) -> None:
+    """Log which accumulated gradients no job takes along: they are zero between steps."""
+    found = {
+        name: entry.nbytes
+        for index in catalog.files
+        for name, entry in index.tensors.items()
+        if name.startswith(ACCUMULATED_GRADIENT_PREFIX)
+    }
+    if found:
+        told = len(found), sum(found.values()), some(sorted(found))
+        log.info("left out: %d accumulated gradients of %d bytes in a rank's file, zero between steps: %s", *told)
+
+
+def doubted(catalog: Catalog) -> Catalog:
+    """The catalog with what too few files are given of to tell whether all ranks hold the same among its `own`.
+
+    Who is not looked at because its file is not there may hold another slice. Single values, text and small tables with
+    one axis are taken for training scalars, of which one stands for all; a warning names the tables.
+    """
+    strategy = catalog.strategy
+    if strategy is None or len(catalog.ranks) == strategy.world:
+        return catalog
+    unseen = {name: tensor for name, tensor in catalog.extras.items() if unseen_ranks(catalog, ranks_of(tensor))}
+    _tell_unseen(catalog, [n for n, t in unseen.items() if _is_table(catalog, t) and not _is_single(catalog, n)])
+    own = {
+        name: _doubt(catalog, tensor)
+        for name, tensor in unseen.items()
+        if not _is_table(catalog, tensor) and not _is_single(catalog, name)
+    }
+    return catalog._replace(
+        own={**catalog.own, **own}, extras={name: held for name, held in catalog.extras.items() if name not in own}
+    )
+
+
+def tell_unseen(catalog: Catalog) -> None:
+    """Warn of what is taken for alike though too few files are given to tell; for loads, where shapes tell the rest."""
+    found = (n for n, t in catalog.extras.items() if not _is_single(catalog, n))
+    _tell_unseen(catalog, [name for name in found if unseen_ranks(catalog, ranks_of(catalog.extras[name]))])
+
+
+def _tell_unseen(catalog: Catalog, names: Sequence[str]) -> None:
+    if names and catalog.strategy is not None:
+        log.warning(
+            "%d tensors of %d bytes are not in %s, and too few ranks' files are given to tell whether all ranks hold "
+            "the same; what one holds is taken for all: %s",
+            len(names),
+            sum(catalog.nbytes(catalog.extras[name]) for name in names),
+            catalog.strategy.origin,
+            some(names),
+        )
+
+
+def _is_table(catalog: Catalog, tensor: SourceTensor) -> bool:
+    return len(tensor.meta.shape) < 2 and catalog.nbytes(tensor) <= SMALL
+
+
+def _doubt(catalog: Catalog, tensor: SourceTensor) -> Held:
+    """A tensor that is alike as far as it is known, as one of which not all is known."""
+    ranks = ranks_of(tensor)
+    file = next(iter(tensor.placements[0].holders.values()))[0]
+    groups = (Group(f"{tensor.meta.dtype.name}{list(tensor.meta.shape)}", ranks),)
+    return Held(tensor.meta.name, tensor.stored_name, {ranks[0]: file}, groups, unseen_ranks(catalog, ranks))
+
+
+def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:
+    """Ranks without a file, of the stages of those that hold a tensor, one of which would tell more about it.
+
+    () when the holders differ in every device axis along which it could be cut, or all files of their stages are there.
+    """
+    strategy = catalog.strategy
+    if strategy is None:
+        return ()
+    stages = dict.fromkeys(map(strategy.stage_of, holders))
+    absent = [rank for stage in stages for rank in strategy.ranks_of(stage) if rank not in catalog.ranks]
+    if not absent or not unseen_axes(holders, strategy.devices_per_stage, axes_of(strategy.layouts)):
+        return ()
+    every = sorted({*holders, *absent})
+    standing = representatives(every, strategy.devices_per_stage, axes_of(strategy.layouts))
+    return tuple(rank for rank in standing.whole if rank not in catalog.ranks) or tuple(absent)
+
+
+def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) -> Catalog:
+    """The checkpoint as weight rules present it: `Catalog.ruled`, also of parameters that the strategy does not list.
+
+    Single values and text outside the strategy keep their names.
+
+    Args:
+        compare: `engine.unlisted.alike.compared`, or one that ranks share.
+
+    Raises:
+        LayoutMismatchError: a parameter that a rule takes differs by rank.
+        others: as `Catalog.ruled`, and FormatError and StorageError when a file cannot be read.
+    """
+    if not rules or not catalog.outside:
+        return catalog.ruled(rules)
+    from ms_ckpt_ext.core.planning.weight_rules import sources_among
+
+    taken = [name for name in sources_among(catalog.outside, rules) if not _is_single(catalog, name)]
+    catalog = compare(catalog, taken)
+    refuse_own(catalog, taken, "no rule can take it")
+    tensors = {**catalog.tensors, **{name: catalog.extras[name] for name in taken}}
+    extras = {name: tensor for name, tensor in catalog.extras.items() if name not in tensors}
+    return catalog._replace(tensors=tensors, extras=extras).ruled(rules)
+
+
+def _is_single(catalog: Catalog, name: str) -> bool:
+    held = catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own[name]
+    dtype, shape = catalog.kind(held)
+    return dtype.name == "STR" or prod(shape) == 1
+
+
+def ranks_of(tensor: SourceTensor) -> tuple[int, ...]:
+    """The ranks that hold a tensor which is whole wherever it is."""
+    return next(iter(tensor.placements[0].expected.values()))

@@ -1,0 +1,177 @@
+"""MindFormers' own checkpoint folders: `iteration_00000010/` with `metadata.json`, `common.json` and safetensors.
+
+    root/latest_checkpointed_iteration.txt         the number of the newest one
+    root/iteration_%08d/{prefix}-model-{file:07d}-{files:07d}.safetensors     parameters of one or more ranks
+    root/iteration_%08d/{prefix}-opt-{file:07d}-{files:07d}.safetensors       optimizer states
+    root/iteration_%08d/metadata.json              who holds which slice; absent when one device saved everything whole
+    root/iteration_%08d/common.json                training scalars, and whether the training was healthy
+
+Files that the metadata names and that are not there are missed by who wants their parameters: the optimizer's are often
+deleted to save space, and weights load without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional, Union
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
+from ms_ckpt_ext.formats.discovery import rank_folders
+from ms_ckpt_ext.formats.discovery.mindformers_metadata import Cut, file_name, layout_of, read_cuts
+
+__all__ = [
+    "COMMON_NAME",
+    "METADATA_NAME",
+    "Cut",
+    "Folder",
+    "file_name",
+    "find_folder",
+    "layout_of",
+    "read_common",
+    "read_cuts",
+]
+METADATA_NAME = "metadata.json"
+COMMON_NAME = "common.json"
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+_ITERATION = re.compile(r"[0-9]{1,18}")
+_COUNTS = ("epoch_num", "step_num", "global_step", "global_batch_size")
+HEALTHY = 0
+
+
+class Folder(NamedTuple):
+    """A checkpoint folder.
+
+    Attributes:
+        path: the folder of one iteration.
+        files: name -> path of every safetensors file that belongs to it and is there: those that the metadata names,
+            and others of MindFormers, which hold what no metadata lists.
+        cuts: parameter -> how it lies in the files; None when every file holds whole parameters.
+    """
+
+    path: str
+    files: dict[str, str]
+    cuts: Optional[dict[str, Cut]]
+
+
+def find_folder(directory: str) -> Optional[Folder]:
+    """The checkpoint in `directory`, an iteration's folder or the root above it; None when it is no such directory.
+
+    Raises:
+        DiscoveryError: no file that the metadata names is there, or the newest iteration is gone; or the files are
+            those of several ranks, and nothing says how they are cut.
+        FormatError, StrategyError: as `read_cuts`; or the newest iteration is no number.
+    """
+    root = Path(directory)
+    tracker = root / TRACKER_NAME
+    if os.path.isfile(tracker):
+        root = _newest(tracker)
+    names = [path.name for path in rank_folders.inside(root, Path.is_file)] if os.path.isdir(root) else []
+    files = {name: str(root / name) for name in names if name.endswith(".safetensors")}
+    if METADATA_NAME not in names:
+        return _whole(root, files)
+    cuts = read_cuts(str(root / METADATA_NAME))
+    if cuts is None:
+        return None
+    named = sorted({file for cut in cuts.values() for holders in cut.holders.values() for file in holders})
+    held = {name: files[name] for name in named if name in files}
+    if not held:
+        told = f"names {len(named)} files, {named[0]!r} and so on" if named else "names no file"
+        raise DiscoveryError(
+            f"{str(root / METADATA_NAME)!r} {told}, and {str(root)!r} holds none of these: the save did not finish, or "
+            "files were moved; use another iteration"
+        )
+    prefixes = {_prefix(name) for name in held} - {None}
+    beside = {name: path for name, path in files.items() if _prefix(name) in prefixes}
+    aside = sorted(files.keys() - held.keys() - beside.keys())
+    if aside:
+        log.warning("%r has files that no %s names, such as %r: left aside", str(root), METADATA_NAME, aside[0])
+    return Folder(str(root), dict(sorted({**held, **beside}.items())), cuts)
+
+
+def _prefix(file: str) -> Optional[str]:
+    told = file_name(file)
+    return None if told is None else told.prefix
+
+
+def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
+    """What one device saved; None when the files are not MindFormers'."""
+    told = {name: file_name(name) for name in files}
+    totals = sorted({name.total for name in told.values() if name is not None})
+    if not files or None in told.values():
+        return None
+    prefixes = sorted({name.prefix for name in told.values() if name is not None})
+    if prefixes[1:]:
+        raise DiscoveryError(
+            f"{str(root)!r} holds files of several checkpoints, {prefixes[0]!r} and {prefixes[1]!r} by their names; "
+            "move those that are not meant away"
+        )
+    if totals != [1]:
+        raise DiscoveryError(
+            f"{str(root)!r} holds files of {totals[-1]} ranks, such as {next(iter(files))!r}, and no {METADATA_NAME} "
+            "that says how they are cut: the save did not finish, or it was lost; restore it, or use another iteration"
+        )
+    return Folder(str(root), files, None)
+
+
+def _newest(tracker: Path) -> Path:
+    try:
+        text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise storage_error("read", str(tracker), error) from error
+    if not _ITERATION.fullmatch(text):
+        raise FormatError(
+            f"{str(tracker)!r} should hold the number of the newest iteration, and holds {text!r}: restore it, or give "
+            "the folder of an iteration"
+        )
+    folder = tracker.parent / f"iteration_{int(text):08d}"
+    if not folder.is_dir():
+        raise DiscoveryError(
+            f"{str(tracker)!r} says the newest iteration is {text!r}, but there is no {folder.name!r} beside it; "
+            "give the folder of an iteration that is there"
+        )
+    if complaint(str(folder)):
+        log.warning("%r is the newest iteration, and taken, but %s", str(folder), complaint(str(folder)))
+    return folder
+
+
+def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
+    """The training scalars of an iteration's `common.json`, without those that are null; empty when there is no file.
+
+    Raises:
+        FormatError: it is not JSON, or what should be a number is none.
+    """
+    path = os.path.join(folder, COMMON_NAME)
+    if not os.path.isfile(path):
+        return {}
+    try:
+        held: Any = json.loads(Path(path).read_bytes())
+        told = {name: value for name, value in held.items() if value is not None}
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise FormatError(f"{path!r} is not what MindFormers writes ({error}); use another iteration") from error
+    for name, value in told.items():
+        counts = name in _COUNTS and not (type(value) is int and 0 <= value < 1 << 63)
+        if counts or (name in ("loss_scale", "ckpt_status") and not isinstance(value, (int, float))):
+            raise FormatError(f"{path!r} says that {name} is {value!r}, which it cannot be; use another iteration")
+    return {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
+
+
+def complaint(folder: str) -> str:
+    """Why an iteration's `common.json` speaks against using it; "" when it does not.
+
+    MindFormers' health monitor notes 0 for a healthy checkpoint, and null where it did not look.
+    """
+    try:
+        status = read_common(folder).get("ckpt_status", HEALTHY)
+    except FormatError as error:
+        return str(error)
+    if status == HEALTHY:
+        return ""
+    return (
+        f"its {COMMON_NAME} says ckpt_status {status!r}: MindFormers judged the training unhealthy when it was saved "
+        "(0 is healthy)"
+    )

@@ -1,0 +1,32 @@
+"""MindSpore's file of communication groups (`GROUP_INFO_FILE`): which ranks save what this rank saves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ms_ckpt_ext.errors import FormatError, ReadError, storage_error
+from ms_ckpt_ext.formats.strategies.messages import decode_groups
+
+
+def restore_ranks(path: str) -> list[int]:
+    """The ranks whose checkpoints hold what the checkpoint of the rank holds that wrote this file, in its order.
+
+    Raises:
+        FormatError: it is no such file, or lists none.
+        StorageError: it cannot be read.
+    """
+    try:
+        found = list(decode_groups(Path(path).read_bytes()).ckpt_restore_rank_list.dim)
+    except OSError as error:
+        raise storage_error("read group file", path, error, ReadError) from error
+    except ValueError as error:
+        raise FormatError(
+            f"{path!r} is no file of groups ({error}); give the one that GROUP_INFO_FILE named"
+        ) from error
+    if not found:
+        raise FormatError(
+            f"{os.path.basename(path)!r} lists no ranks to restore from; give the file that GROUP_INFO_FILE named when "
+            f"the job was compiled (here: {path!r})"
+        )
+    return found
