@@ -37,26 +37,36 @@ def parameter_dict(held: Parameters, names: Iterable[str]) -> dict[str, Any]:
     return {name: made.get(name, value) for name, value in values.items()}
 
 
-def load_into(network: Any, parameters: Mapping[str, Any], strict_load: bool, remove_redundancy: bool) -> None:
+def load_into(
+    network: Any,
+    parameters: Mapping[str, Any],
+    stored: Mapping[str, str],
+    strict_load: bool,
+    remove_redundancy: bool,
+) -> None:
     """MindSpore's own `load_param_into_net`, but for the names that it would match by order.
+
+    Args:
+        stored: name of a parameter -> the name of the file's that it is.
 
     Raises LayoutMismatchError where a suffix has several readings; nothing was changed.
     """
     check_cell(network)
     given = dict(parameters)
     if not strict_load:
-        given = _settled(network, given)
+        given = _settled(network, given, stored)
     # What strict means beyond this, no search for suffixes and no cast, is done.
     ms.load_param_into_net(network, given, True, remove_redundancy)
 
 
-def _settled(network: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _settled(network: Any, parameters: Mapping[str, Any], stored: Mapping[str, str]) -> dict[str, Any]:
     """The parameters under their names in the network, in its dtypes as far as MindSpore casts."""
     named, missing = sort_parameters(network, parameters)
-    identities = {name: id(value) for name, value in parameters.items()}
-    found = match_suffixes([p.name for p in missing], [p.name for p in named], identities)
+    names = [parameter.name for parameter in named]
+    mapped = [name for name in names if stored[name] != name]
+    found = match_suffixes([parameter.name for parameter in missing], names, stored, mapped)
     tell_suffixes(found)
-    given = {**parameters, **{name: parameters[stored] for name, stored in found.found.items()}}
+    given = {**parameters, **{name: parameters[source] for name, source in found.found.items()}}
     for parameter in (*named, *missing):
         if parameter.name in given:
             given[parameter.name] = _cast(given[parameter.name], parameter)

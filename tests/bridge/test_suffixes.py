@@ -200,6 +200,29 @@ def test_where_names_have_one_reading_stock_does_the_same(way: str, form: str, s
     assert ours.held == theirs.held
 
 
+@pytest.mark.parametrize("way", ["direct", "load_checkpoint"])
+def test_what_a_map_gives_another_name_makes_no_group(way: str, tmp_path: Path) -> None:
+    """`d.w` is `old.d.w` itself, so `old.` holds no states, and its other names are as good as ever."""
+    write(tmp_path / "net.ckpt", old__d__w=1.0, old__d__b=2.0, old__e__w=3.0)
+    network, names = Network("d.w d.b e.w", "float32 float32 float32"), {"d.w": "old.d.w"}
+    if way == "direct":
+        ms_ckpt_ext.load_distributed_checkpoint(
+            network, format="ckpt", unified_safetensors_dir=tmp_path, name_map=names, mode="direct"
+        )
+    else:
+        ms_ckpt_ext.load_checkpoint(tmp_path / "net.ckpt", network, name_map=names)
+    assert network.held == {"d.w": 1.0, "d.b": 2.0, "e.w": 3.0}
+
+
+def test_segments_are_matched_together(tmp_path: Path) -> None:
+    """Weights in one file, states in another, which stock takes in the order of the directory."""
+    write(tmp_path / "a.ckpt", adam_m__net__d__w=9.0, adam_m__net__d__b=9.0, net__e__w=3.0)
+    write(tmp_path / "b.ckpt", net__d__w=1.0, net__d__b=2.0, net__s=4.0)
+    network = Network()
+    ms_ckpt_ext.load_segmented_checkpoints(tmp_path, network)
+    assert network.held == {"d.w": 1.0, "d.b": 2.0, "e.w": 3.0, "s": 4.0}
+
+
 WHOLE = {"net.d.w": np.arange(24, dtype=np.float32).reshape(4, 6), "net.d.b": np.arange(4, dtype=np.float32)}
 
 

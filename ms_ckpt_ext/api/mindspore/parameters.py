@@ -203,7 +203,13 @@ def load_checkpoint(
     if net is not None:
         from ms_ckpt_ext.bridge.parameters import load_into
 
-        load_into(net, found, strict_load, {"True": True, "False": False}.get(redundancy or "", remove_redundancy))
+        load_into(
+            net,
+            found,
+            _sources(held),
+            strict_load,
+            {"True": True, "False": False}.get(redundancy or "", remove_redundancy),
+        )
     return found
 
 
@@ -249,8 +255,13 @@ def load_segmented_checkpoints(
     if net is not None:
         from ms_ckpt_ext.bridge.parameters import load_into
 
-        load_into(net, found, strict_load, False)
+        load_into(net, found, _sources(held), strict_load, False)
     return found
+
+
+def _sources(held: Parameters) -> dict[str, str]:
+    """Name of a parameter -> the one it is stored under: two names of one source are one parameter."""
+    return {name: tensor.stored_name for name, tensor in held.catalog.tensors.items()}
 
 
 def _held(catalog: Catalog, full: bool) -> Parameters:
