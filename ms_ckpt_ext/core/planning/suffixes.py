@@ -4,7 +4,8 @@
    another Parameter takes under its own name stands for no other.
 2. States of an optimizer end as the weights do that they belong to. They are told by the word that optimizers put
    first (`adam_m.`), or by their form: where `P` + `t` and `t` are both stored and end in the same name of the
-   network, everything below `P` belongs to what lies beside it. No state stands for a weight.
+   network, for half of what is below `P` or more, all below `P` belongs to what lies beside it. No state stands for a
+   weight. Where it is so for less than half, weights may be lost, or some names be alike by chance: an error.
 3. The one prefix under which every name is found is the wrapper's. Another prefix that serves as many as half of the
    names is another reading of the same checkpoint, and an error.
 4. Where no prefix serves all, each name must have a single reading, and the names of one Cell, or of the numbered
@@ -28,6 +29,8 @@ _STATE = re.compile(
 )
 """What the optimizers of MindSpore 2.10 and MindFormers put before a weight's name, where no Cell is likely to be
 called so; `linear`, `prev`, `stat` and `ax` are told by their form alone."""
+_RUN_IN = ("mu_", "eta_")
+"""Words of ASGD's states, which run into a weight's name: told where that is there."""
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+\.")
 _DEEPEST = 99
 """Most dots of a stored name that is looked at: no Cell lies so deep."""
@@ -65,19 +68,23 @@ def match_suffixes(
     {'0.w': 'backbone.0.w'}
     """
     readings = _readings({*missing, *named}, held)
-    states = _state_prefixes(readings, held)
+    states, doubtful = _mirrors(readings, held)
     used = {held[name] for name in named}
     usable: dict[str, list[str]] = {}
     passed: dict[str, str] = {}
     is_state = lru_cache(None)(partial(_is_state, states=states))
     for name in missing:
         prefixes = [stored[: -len(name)] for stored in readings.get(name, ()) if held[stored] not in used]
-        weights = [prefix for prefix in prefixes if not is_state(prefix)]
+        weights = [prefix for prefix in prefixes if not is_state(prefix) and not _runs_in(prefix + name, held)]
         if weights:
             usable[name] = weights
         elif prefixes:
             passed[name] = prefixes[0] + name
     found = _under_one(usable) or _under_several(usable)
+    for name, stored in found.items():
+        for head in _heads(stored[: -len(name)]):
+            if head in doubtful:
+                raise _doubted(name, stored, head, doubtful[head])
     cells = {_cell(name) for name in named if name not in mapped} - {""}
     strays = {name: stored for name, stored in found.items() if _cell(name) in cells}
     return Suffixes({n: s for n, s in found.items() if n not in strays}, {**passed, **strays})
@@ -106,21 +113,44 @@ def _tails(name: str, most: int = _DEEPEST) -> Iterator[str]:
         yield name[at + 1 :]
 
 
-def _state_prefixes(readings: Mapping[str, Sequence[str]], held: Mapping[str, Hashable]) -> set[str]:
-    """`P` of every pair (`P` + `t`, `t`) of stored names that may stand for the same name of the network."""
-    return {
-        stored[: -len(tail)]
-        for name, found in readings.items()
-        for stored in found
-        for tail in _tails(stored)
-        if len(tail) >= len(name) and tail in held and held[tail] != held[stored]
-    }
+def _mirrors(readings: Mapping[str, Sequence[str]], held: Mapping[str, Hashable]) -> tuple[set[str], dict[str, str]]:
+    """Prefixes of which half of what is below, or more, is there without them too; and those of which less is, each
+    with one that is."""
+    shortest: dict[str, int] = {}
+    for name, found in readings.items():
+        for stored in found:
+            shortest[stored] = min(len(name), shortest.get(stored, len(name)))
+    mirrored, below, example = Counter[str](), Counter[str](), dict[str, str]()
+    for stored, prefix, tail in _splits(shortest):
+        if tail in held and held[tail] != held[stored]:
+            mirrored[prefix] += 1
+            example[prefix] = tail
+    for _, prefix, _ in _splits(shortest) if mirrored else ():
+        if prefix in mirrored:
+            below[prefix] += 1
+    states = {prefix for prefix, count in mirrored.items() if count * 2 >= below[prefix]}
+    return states, {prefix: tail for prefix, tail in example.items() if prefix not in states}
+
+
+def _splits(shortest: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    """(stored name, prefix, tail) at every dot that leaves a tail as long as a name of the network, or longer."""
+    for stored, least in shortest.items():
+        for tail in _tails(stored):
+            if len(tail) >= least:
+                yield stored, stored[: -len(tail)], tail
 
 
 def _is_state(prefix: str, states: Collection[str]) -> bool:
-    words = prefix.split(".")[:-1]
-    heads = (prefix[: match.end()] for match in re.finditer(r"\.", prefix))
-    return any(map(_STATE.fullmatch, words)) or any(head in states for head in heads)
+    return any(map(_STATE.fullmatch, prefix.split(".")[:-1])) or any(head in states for head in _heads(prefix))
+
+
+def _runs_in(stored: str, held: Mapping[str, Hashable]) -> bool:
+    return any(stored.startswith(word) and stored[len(word) :] in held for word in _RUN_IN)
+
+
+def _heads(prefix: str) -> Iterator[str]:
+    """Up to each of its dots."""
+    return (prefix[: match.end()] for match in re.finditer(r"\.", prefix))
 
 
 def _under_one(usable: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -177,6 +207,14 @@ def _several(name: str, prefixes: Sequence[str]) -> LayoutMismatchError:
     return LayoutMismatchError(
         f"the checkpoint has no parameter {name!r} but several that end so, and which one is meant is not clear: "
         f"{listed}{more}. {_remedy(name, prefixes[0] + name)}"
+    )
+
+
+def _doubted(name: str, stored: str, prefix: str, tail: str) -> LayoutMismatchError:
+    return LayoutMismatchError(
+        f"parameter {name!r} would be {stored!r} of the checkpoint, but that has both {tail!r} and {prefix + tail!r}: "
+        f"whether what begins with {prefix!r} are the weights, copies or states of them is not clear. "
+        f"{_remedy(name, stored)}"
     )
 
 
