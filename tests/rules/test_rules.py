@@ -37,6 +37,7 @@ from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, open_catalog
+from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -177,7 +178,7 @@ class Ruled(Load):
     rules: Sequence[Rule] = ()
 
     def catalog(self, seen: Any) -> Catalog:
-        return ruled(catalog_of(seen.indexes, seen.sharded, seen.names, self.trained).taken_as_alike(), self.rules)
+        return ruled(compared(catalog_of(seen.indexes, seen.sharded, seen.names, self.trained)), self.rules)
 
 
 @given(cases(), st.data())

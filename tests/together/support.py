@@ -27,6 +27,7 @@ from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.load.wants import Want
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
+from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.registry import PLAIN, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
@@ -75,7 +76,7 @@ class Load:
         return catalog.readers()
 
     def catalog(self, seen: Survey) -> Catalog:
-        return catalog_of(seen.indexes, seen.sharded, seen.names, self.trained, self.access).taken_as_alike()
+        return compared(catalog_of(seen.indexes, seen.sharded, seen.names, self.trained, self.access))
 
     def wants(self, rank: int, catalog: Catalog) -> dict[str, Want]:
         wants = {n: Want(n, whole(len(t.meta.shape))) for n, t in catalog.extras.items()}

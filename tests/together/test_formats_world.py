@@ -10,6 +10,7 @@ import pytest
 from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
 from ms_ckpt_ext.engine.source.catalog import catalog_of
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
+from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, PeerError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access, read_indexes
@@ -74,7 +75,7 @@ def test_an_altered_chunk_is_found_by_the_rank_that_reads_it(kind: str, golden: 
             read_indexes(listing.files.values(), load.access)
         return
     indexes = dict(zip(listing.files, read_indexes(listing.files.values(), load.access)))
-    catalog = catalog_of(indexes, listing.sharded, listing.names, load.trained, load.access).taken_as_alike()
+    catalog = compared(catalog_of(indexes, listing.sharded, listing.names, load.trained, load.access))
     found: list[CheckpointError] = []
     for rank in range(4):
         try:

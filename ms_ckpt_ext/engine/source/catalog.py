@@ -21,7 +21,7 @@ from ms_ckpt_ext.core.planning.io_units import Extent, Task
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.engine.source.folders import folder_contents
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.source.outside import Held, alike, outside_of
+from ms_ckpt_ext.engine.source.outside import Held, outside_of
 from ms_ckpt_ext.engine.source.surplus import of_strategy
 from ms_ckpt_ext.errors import (
     CoverageError,
@@ -85,19 +85,6 @@ class Catalog(NamedTuple):
     def outside(self) -> list[str]:
         """All names outside the strategy."""
         return sorted({**self.extras, **self.unproven, **self.own}) if self.ranks else list(self.extras)
-
-    def taken_as_alike(self) -> Catalog:
-        """The checkpoint with what is unproven among its extras, as if it had been compared and found alike.
-
-        Raises LayoutMismatchError: something outside the strategy is known to differ.
-        """
-        for held in self.own.values():
-            raise LayoutMismatchError(
-                f"parameter {held.name!r} is outside the strategy, and its copies differ: {held.told()}; check "
-                "that the files come from one save and that the strategy belongs to them"
-            )
-        same = {name: alike(held, self.files) for name, held in self.unproven.items()}
-        return self._replace(extras=dict(sorted({**self.extras, **same}.items())), unproven={})
 
     def require(self, names: Iterable[str]) -> None:
         """Raise CoverageError when one of these names is absent."""

@@ -85,9 +85,10 @@ class Keeping:
         self._tensors = {n: t for n, t in self._unlisted(self.catalog.tensors) if n not in left_out}
         if not self._same:
             refuse_own(self.catalog, self.catalog.own, "it cannot be cut for other ranks")
-            self._refuse_cut()
+        self._refuse_cut()
         self._reach = {} if self._same else self._stages_by_stage()
         self._stages = self._stages_outside() if self._same else {}
+        self._boxes: dict[int, list[Box]] = {}
 
     def _unlisted(self, held: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
         return ((name, tensor) for name, tensor in held.items() if name not in self._listed)
@@ -131,7 +132,8 @@ class Keeping:
     def _refuse_cut(self) -> None:
         if self._target is None or self._target.devices_per_stage == 1:
             return  # one device takes everything whole
-        cut = [name for name, tensor in self._tensors.items() if is_cut(tensor)]
+        kept = self._tensors.items()  # what rules make is nobody's own
+        cut = [name for name, tensor in kept if is_cut(tensor) and (not self._same or tensor.recipe is not None)]
         if cut:
             origin = self.catalog.strategy.origin if self.catalog.strategy else "the source"
             more = f" (and {len(cut) - 1} more like it)" if cut[1:] else ""
@@ -148,7 +150,12 @@ class Keeping:
         """
         if self._target is None:
             return [Box(name, tensor, whole_box(tensor)) for name, tensor in self.catalog.extras.items()]
-        return [*self._own(rank)] if self._same else [*self._for_stage(self._target.stage_of(rank))]
+        if self._same:
+            return [*self._own(rank)]
+        stage = self._target.stage_of(rank)
+        if stage not in self._boxes:
+            self._boxes[stage] = [*self._for_stage(stage)]
+        return self._boxes[stage]
 
     def _for_stage(self, stage: int) -> Iterator[Box]:
         for group in (self._tensors, self.catalog.extras):
