@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
@@ -13,6 +12,7 @@ from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo, describ
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import FormatError, LayoutMismatchError, UsageError, storage_error
 
 
@@ -162,7 +162,7 @@ def _shapes(value: Any) -> dict[str, Shape]:
     path = path_of(value, "shapes")
     try:
         with open(path, "rb") as file:
-            content = json.load(file)
+            content = from_json(file.read())
     except OSError as error:
         raise storage_error("read shapes from", path, error) from error
     except ValueError as error:

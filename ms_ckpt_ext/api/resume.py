@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import (
@@ -30,6 +30,7 @@ from ms_ckpt_ext.formats.discovery.whole_models import instead
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.weight_rules import Rule
 
+N = TypeVar("N", int, float)
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"
 STRATEGY_VARIABLE = "MS_CKPT_EXT_TRAIN_STRATEGY"
 PREFIX_VARIABLE = "MS_CKPT_EXT_PREFIX"
@@ -243,11 +244,17 @@ def _progress(chosen: Chosen) -> tuple[Optional[int], Optional[int], Optional[fl
         kept = (chosen.scalars[name] for name in names if name in chosen.scalars)
         return noted if noted is not None else next((v.item() for v in kept if not isinstance(v, str)), None)
 
-    epoch = told(record and record.epoch, "epoch_num")
-    step = told(record and record.step, "step_num", "global_step")
-    scale = told(record and record.loss_scale, "loss_scale", "scale_sense")
     return (
-        None if epoch is None else int(epoch),
-        None if step is None else int(step),
-        None if scale is None else float(scale),
+        _number(int, "epoch", told(record and record.epoch, "epoch_num")),
+        _number(int, "step", told(record and record.step, "step_num", "global_step")),
+        _number(float, "loss scale", told(record and record.loss_scale, "loss_scale", "scale_sense")),
     )
+
+
+def _number(kind: Callable[[Any], N], what: str, value: Any) -> Optional[N]:
+    """A number of a checkpoint; None, with a warning, for what is none, as an infinite step."""
+    try:
+        return None if value is None else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        log.warning("the checkpoint has %r for the %s, which is none", value, what)
+        return None

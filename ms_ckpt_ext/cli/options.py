@@ -97,13 +97,12 @@ def name_map(arguments: Namespace) -> Any:
     """The contents of the file that `add_name_map` asked for. Raises FormatError or StorageError."""
     if arguments.name_map is None:
         return None
-    import json
-
+    from ms_ckpt_ext.core.parsing import from_json
     from ms_ckpt_ext.errors import FormatError, storage_error
 
     try:
         with open(arguments.name_map, "rb") as file:
-            return json.load(file)
+            return from_json(file.read())
     except OSError as error:
         raise storage_error("read the name map", arguments.name_map, error) from error
     except ValueError as error:

@@ -8,6 +8,7 @@ wins. Relative paths count from the directory where the script is called.
 from __future__ import annotations
 
 import configparser
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ms_ckpt_ext.errors import UsageError
 
 ENVIRONMENT = "environment"
 """The section of variables for the ranks; any names."""
+_WHOLE = re.compile(r"[0-9]{1,18}")
 LOADERS, MERGE = ("resume", "infer"), ("merge",)
 
 
@@ -113,8 +115,8 @@ def value_of(setting: Setting, text: str, where: str) -> Any:
         raise UsageError(f"{where} must be one of {', '.join(setting.kind)}; got {text!r}")
     if setting.kind is not int:
         return text
-    if not text.isdigit():
-        raise UsageError(f"{where} must be a whole number from 0, got {text!r}")
+    if not _WHOLE.fullmatch(text):
+        raise UsageError(f"{where} must be a whole number from 0, got {text!r:.60}")
     return int(text)
 
 

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import flock, journal
 from ms_ckpt_ext.storage.atomic import sync_path
@@ -244,7 +245,7 @@ def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for line in filter(None, lines):
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            held = json.loads(line)
+            held = from_json(line)
             found.setdefault(held["job"], set()).update(held["names"])
     return found
 

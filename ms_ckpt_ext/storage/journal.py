@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import published
 from ms_ckpt_ext.storage.atomic import derived, sync_path, write_atomically
@@ -135,10 +136,19 @@ def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collectio
 def read(path: Path) -> Optional[Journal]:
     """A journal from its file; None when it is none."""
     try:
-        held: dict[str, Any] = json.loads(path.read_bytes())
-        return Journal(**{**held, "files": {name: State(*state) for name, state in held["files"].items()}})
+        held: dict[str, Any] = from_json(path.read_bytes())
+        found = Journal(**{**held, "files": {name: State(*state) for name, state in held["files"].items()}})
+        lists, maps = (found.gone, found.missing), (found.indexes, found.digests)
+        if not all(isinstance(each, (list, tuple)) for each in lists) or not all(isinstance(m, dict) for m in maps):
+            return None
+        texts = [found.job, *found.gone, *found.missing, *found.indexes.values(), found.boot or ""]
+        numbers = [number for state in found.files.values() for number in state]
+        if any(os.path.isabs(name) or ".." in name.split("/") for name in (*found.files, *found.indexes, *found.gone)):
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
+    return found if sound else None
 
 
 def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.storage.atomic import write_atomically
 
 RECORD = ".ms_ckpt_ext.json"
@@ -61,13 +62,18 @@ def state_of(path: Path) -> Optional[State]:
 def read(folder: Path) -> Published:
     """What is on record in a folder; nothing, where there is no record or it cannot be understood."""
     try:
-        held: Any = json.loads((folder / RECORD).read_bytes())
+        held: Any = from_json((folder / RECORD).read_bytes())
         of_one_job = (held.get("job"), True)  # as records were when they were of one job each
         entries = ((name, (*entry, *of_one_job)[:4]) for name, entry in held["files"].items())
         files = {name: Entry(State(size, mtime), job, bool(digested)) for name, (size, mtime, job, digested) in entries}
-        return Published(files, held.get("missing", {}))
+        missing = {job: [*map(str, names)] for job, names in held.get("missing", {}).items()}
+        return Published(files, missing) if all(map(_is_sound, files.values())) else Published()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Published()
+
+
+def _is_sound(entry: Entry) -> bool:
+    return type(entry.state.size) is type(entry.state.mtime_ns) is int and isinstance(entry.job, (str, type(None)))
 
 
 def put(folder: Path, files: Mapping[str, Entry], gone: Collection[str], missing: Collection[str], sync: bool) -> None:

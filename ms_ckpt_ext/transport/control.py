@@ -235,7 +235,8 @@ def unpack_cell(cell: Bytes) -> bytes:
 def reachable_host() -> str:
     """This host's address as the job sees it: that of the interface which leads to MindSpore's scheduler."""
     scheduler = os.environ.get("MS_SCHED_HOST", "127.0.0.1")
-    port = int(os.environ.get("MS_SCHED_PORT", "8118"))
+    told = os.environ.get("MS_SCHED_PORT", "")
+    port = int(told) if told.isdecimal() and len(told) < 6 else 8118
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(scheduler, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -41,6 +42,44 @@ def mutate(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
             data = data[:at] + data[at : at + what] + data[at:]
     return data
 
+
+_NUMBERS = st.sampled_from([0, -1, 1, 2, 7, 1 << 31, 1 << 63, 10**30, 1.5, -0.0, 1e308, float("inf"), float("nan")])
+_LEAVES = st.none() | st.booleans() | _NUMBERS | st.sampled_from(["", "..", "/", "a/b", "\ud800", "\0", "7", "x" * 300])
+_JUNK = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, document: Any) -> Any:
+    """A JSON document in which values, one to three, anywhere, are replaced, taken away, doubled or moved."""
+    told = {"": copy.deepcopy(document)}
+    for _ in range(draw(st.integers(1, 3))):
+        place: Any = told
+        while True:
+            key = draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+            inner = place[key]
+            if not isinstance(inner, (dict, list)) or not inner or not draw(st.integers(0, 4)):
+                break
+            place = inner
+        kind = draw(st.sampled_from(["junk", "junk", "gone", "twice", "else"]))
+        if kind == "junk" or place is told:
+            place[key] = draw(_JUNK)
+        elif kind == "gone":
+            del place[key]
+        elif isinstance(place, dict):
+            place[draw(st.text(max_size=3)) if kind == "twice" else key] = copy.deepcopy(
+                draw(st.sampled_from([*place.values()]))
+            )
+        else:
+            place.insert(key, copy.deepcopy(draw(st.sampled_from(place))))
+        if not isinstance(told[""], (dict, list)) or not told[""]:
+            break
+    return told[""]
+
+
+HOPELESS = (b"", b"null", b"[]", b"{}", b"7", b'"x"', b"\xff\xfe{}", b"\x00", b"[" * 200_000, b'{"":' * 100_000, b"NaN")
+"""What no document is, and what takes more of a parser than it has."""
 
 LIES = tuple(bytes.fromhex(text) for text in ("ffffffffffffffff7f", "ffffff7f", "ffffffff0f", "0000008000000000"))
 """Huge numbers as varints and as little-endian words."""

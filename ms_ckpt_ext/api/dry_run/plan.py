@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,7 @@ from ms_ckpt_ext.api.dry_run.page import write_page
 from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.core.planning.pieces import TensorMeta
 from ms_ckpt_ext.engine.load import estimate, profiles
 from ms_ckpt_ext.engine.load.options import LoadOptions
@@ -107,7 +107,7 @@ def _metas(shapes: Union[PathLike, Shapes]) -> list[TensorMeta]:
         path = os.fspath(shapes)
         where = f"{path!r}"
         try:
-            shapes = json.loads(Path(path).read_text(encoding="utf-8"))
+            shapes = from_json(Path(path).read_bytes())
         except OSError as error:
             raise storage_error("read shapes", path, error) from error
         except ValueError as error:

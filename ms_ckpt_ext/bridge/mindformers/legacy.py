@@ -21,13 +21,16 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.values import read_extras
+from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 
 log = logging.getLogger("ms_ckpt_ext")
 NOTE_NAME = "ms_ckpt_ext_source.json"
+_SAID = {"unified_safetensors_dir", "train_strategy_filename", "file_suffix"}
 _MODULE = "mindformers.utils.load_checkpoint_utils"
 _stock: dict[str, Any] = {}
 """Name in MindFormers' module -> what stood there; empty while nothing is replaced."""
@@ -75,8 +78,7 @@ class _Redirected(ModuleType):
         """As `mindspore.load_distributed_checkpoint`, of the folder itself or of the note's source."""
         note = os.path.join(str(named.get("unified_safetensors_dir")), NOTE_NAME)
         if os.path.isfile(note):
-            with open(note, encoding="utf-8") as file:
-                named.update(json.load(file))
+            named.update(_read_note(note))
             options = self._options
             named.update(mode=options.way, verify=options.verify, bucket_bytes=options.bucket_bytes)
             log.info("loading %s straight from the rank folders", named["unified_safetensors_dir"])
@@ -110,6 +112,18 @@ def unify_safetensors(
         from mindspore.communication.comm_func import barrier
 
         barrier()
+
+
+def _read_note(path: str) -> dict[str, Any]:
+    """Which source is meant. Raises FormatError when the note is not one of ours."""
+    try:
+        with open(path, "rb") as file:
+            said = dict(from_json(file.read()))
+    except (OSError, ValueError, TypeError) as error:
+        raise FormatError(f"{path!r} is no note of where the checkpoint is ({error}); start the job again") from error
+    if said.keys() != _SAID or not all(value is None or isinstance(value, str) for value in said.values()):
+        raise FormatError(f"{path!r} is no note of where the checkpoint is: it has {sorted(said)}; start the job again")
+    return said
 
 
 def _leave_note(source: str, strategy_path: str, target: str, file_suffix: Optional[str]) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
@@ -180,10 +181,10 @@ def renamed_map(path: str, files: Mapping[str, str], rename: Rename) -> bytes:
     """
     try:
         with open(path, "rb") as file:
-            content: Any = json.load(file)
+            content: Any = from_json(file.read())
         listed = content.get("weight_map", content)
         named = {rename(name): files.get(file, file) for name, file in listed.items()}
         named.pop(None, None)
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise FormatError(f"{path!r} is not a parameter map ({error}); restore it, or move it away") from error
     return json.dumps({**content, "weight_map": named} if listed is not content else named, indent=4).encode()

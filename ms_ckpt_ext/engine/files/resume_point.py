@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Optional
 
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.engine.files.job import Job, Output
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests
@@ -16,7 +16,7 @@ from ms_ckpt_ext.storage.staging import Staging
 def noted(staging: Staging, name: str) -> Optional[FileDigests]:
     """What the manifest is to say of a complete file, as it was noted when it was written; None where that is lost."""
     try:
-        return FileDigests.from_json(json.loads(staging.note(name) or b"null"))
+        return FileDigests.from_json(from_json(staging.note(name) or b"null"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 

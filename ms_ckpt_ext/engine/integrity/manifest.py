@@ -30,6 +30,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.storage import flock
@@ -103,7 +104,7 @@ class FileDigests(NamedTuple):
 
         try:
             wrapped = base64.b64decode(self.sealed, validate=True)
-            held = json.loads(envelope.unwrap(key, wrapped, _about(name, self.size)))
+            held = from_json(envelope.unwrap(key, wrapped, _about(name, self.size)))
             return FileDigests.from_json({"size": self.size, **held})
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # DecryptionError is a ValueError
             raise DecryptionError(
@@ -165,8 +166,8 @@ def load_manifest(directory: str) -> Optional[Manifest]:
     except OSError as error:
         raise storage_error("read the digests in", path, error) from error
     try:
-        return _parse(json.loads(raw))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return _parse(from_json(raw))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
             f"{path!r} is not a manifest of digests ({error!r}); remove it, or restore the checkpoint's own"
         ) from error
@@ -237,12 +238,15 @@ def put_on(directory: str, entries: Mapping[str, Any], sync: bool) -> None:
     """Put files on record in a folder's manifest, as `update_manifest` does.
 
     Args:
-        entries: file -> its entry, as `FileDigests.to_json` gives it.
+        entries: file -> its entry, as `FileDigests.to_json` gives it; what is none is left out.
         sync: the manifest is durable.
 
     Raises StorageError.
     """
-    files = {name: FileDigests.from_json(entry) for name, entry in entries.items()}
+    files = {}
+    for name, entry in entries.items():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            files[name] = FileDigests.from_json(entry)
     with _alone(directory):
         write_manifest(directory, _renewed(directory, files), sync)
 

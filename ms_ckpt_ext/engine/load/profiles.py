@@ -6,16 +6,19 @@ dominates, not for promising seconds.
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import UsageError, storage_error
 
 FOLDER = Path(__file__).resolve().parent / "hardware"
+_MOST = 1e30
+"""Above what any figure can be."""
 CPU, ASCEND = "cpu", "atlas-800t-a2"
 """What mode "auto" assumes, by where the Parameters are."""
 
@@ -55,7 +58,7 @@ def profile(name: str) -> Profile:
             f"(copy one of those in {os.fspath(FOLDER)!r} to begin with)"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_bytes())
     except OSError as error:
         raise storage_error("read hardware profile", os.fspath(path), error) from error
     except ValueError as error:
@@ -68,17 +71,18 @@ def _from_json(path: Path, content: Any) -> Profile:
         found = content
         for key in keys:
             found = found.get(key) if isinstance(found, dict) else None
-        found = default if found is None else found
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0:
+        if found is None and default is not None:
+            return default
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < _MOST:
             raise UsageError(
-                f"hardware profile {os.fspath(path)!r}: {'.'.join(keys)} must be a number above 0, got {found!r}"
+                f"hardware profile {os.fspath(path)!r}: {'.'.join(keys)} must be a number above 0, got {found!r:.60}"
             )
         return found
 
     hardware = Hardware(
         storage=float(figure("storage", "bytes_per_second")),
         shared=bool(content["storage"].get("shared", False)),
-        ranks_per_host=int(figure("ranks_per_host")),
+        ranks_per_host=math.ceil(figure("ranks_per_host")),
         link=float(figure("link", "bytes_per_second")),
         latency=float(figure("latency", "seconds")),
         host=float(figure("host", "bytes_per_second", default=float("inf"))),

@@ -19,6 +19,7 @@ Folder names are those of the rank folders' parent, so a checkpoint can be moved
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.layout import MAX_RANKS
 from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import FormatError, storage_error
 from ms_ckpt_ext.formats.strategies.file import save_strategy
 from ms_ckpt_ext.storage.atomic import write_atomically
@@ -178,28 +181,39 @@ def _parse(paths: Iterable[Path]) -> list[Record]:
 
 def _read(path: Path) -> list[Record]:
     try:
-        content: Any = json.loads(path.read_bytes())
+        content: Any = from_json(path.read_bytes())
         if (content["format"], content["version"]) != (_FORMAT, 1):
             raise ValueError(f"version {content['version']!r}")
         return [record_of(held) for held in content["ranks"]]
     except OSError as error:
         raise storage_error("read the record", str(path), error) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{str(path)!r} is not a checkpoint's record ({error!r}); remove it") from error
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "world": (int,),
+    "file": (str,),
+    "size": (int,),
+    "saved": (int, float),
+    "sharded": (bool,),
+    "epoch": (int, type(None)),
+    "step": (int, type(None)),
+    "loss_scale": (int, float, type(None)),
+}
 
 
 def record_of(held: Mapping[str, Any]) -> Record:
     """A record from its JSON. Raises TypeError, KeyError or ValueError."""
     record = Record(**held)
-    kinds: dict[str, Any] = {
-        "rank": int,
-        "world": int,
-        "file": str,
-        "size": int,
-        "saved": (int, float),
-        "sharded": bool,
-    }
-    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(record, name), kind)]
-    if wrong or not 0 <= record.rank < record.world or ".." in record.file.split("/") or os.path.isabs(record.file):
-        raise ValueError(f"bad {', '.join(wrong) or 'rank or file'}")
+    wrong = [name for name, kinds in _KINDS.items() if type(getattr(record, name)) not in kinds]
+    if not wrong and not 0 <= record.rank < record.world <= MAX_RANKS:
+        wrong = ["rank or world"]
+    if not wrong and not math.isfinite(record.saved):
+        wrong = ["time"]
+    if not wrong and (".." in record.file.split("/") or os.path.isabs(record.file) or "\0" in record.file):
+        wrong = ["file"]
+    if wrong:
+        raise ValueError(f"bad {', '.join(wrong)}")
     return record

@@ -12,7 +12,6 @@ deleted to save space, and weights load without them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.discovery.mindformers_metadata import Cut, file_name, layout_of, read_cuts
@@ -149,9 +149,9 @@ def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
     if not os.path.isfile(path):
         return {}
     try:
-        held: Any = json.loads(Path(path).read_bytes())
+        held: Any = from_json(Path(path).read_bytes())
         told = {name: value for name, value in held.items() if value is not None}
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise FormatError(f"{path!r} is not what MindFormers writes ({error}); use another iteration") from error
     for name, value in told.items():
         counts = name in _COUNTS and not (type(value) is int and 0 <= value < 1 << 63)

@@ -13,7 +13,6 @@ Read with MindFormers 2.0 and 2.1 at hand; both write the same.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, whole
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StrategyError, name_ranks
 
 _FILE = re.compile(r"(?:^|-)(model|opt)-(\d{7,})-(\d{7,})\.safetensors$")
@@ -85,8 +85,8 @@ def read_cuts(path: str) -> Optional[dict[str, Cut]]:
         StrategyError: a layout that this package does not know how to cut, such as an interleaved one; names it too.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = from_json(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path!r} is not readable JSON ({error}); use another iteration") from error
     if not isinstance(content, dict) or not {"state_dict_metadata", "storage_data"} <= content.keys():
         return None

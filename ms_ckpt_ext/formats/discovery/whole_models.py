@@ -12,7 +12,6 @@ training scalars alone. The message fits whoever downloaded the folder, or ran t
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from types import MappingProxyType
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, also
 from ms_ckpt_ext.formats.discovery.kinds import FOREIGN, STRATEGY, kind_of, pointer_fault
 from ms_ckpt_ext.formats.discovery.rank_folders import (
@@ -290,7 +290,7 @@ def _read_map(path: Path) -> dict[str, str]:
         fault = pointer_fault(str(path), raw)
         if fault is not None:
             raise FormatError(fault)
-        content = json.loads(raw)
+        content = from_json(raw)
         names = content.get("weight_map", content)
     except FormatError:
         raise

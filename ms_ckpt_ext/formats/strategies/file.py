@@ -11,6 +11,7 @@ from typing import Any, Union
 
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy, layout_item, split_stage
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, also, storage_error
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.strategies import messages as proto
@@ -142,13 +143,13 @@ def _parse_protobuf(path: str, data: bytes) -> Any:
 def _parse_json(path: str, data: bytes) -> Any:
     content = proto.strategy_map()
     try:
-        said = json.loads(data)
+        said = from_json(data)
         for name, held in said.get("parallel_strategy_item", {}).items():
             proto.add_operator(content, name, int(held.get("stage", 0)), _cuts(held.get("parallel_strategy")))
         for name, held in said.get("parallel_layout_item", {}).items():
             rows = [_rows(held.get(field) or []) for field in proto.ROWS]
             proto.add_parameter(content, name, rows, [int(held.get(field) or 0) for field in proto.NUMBERS])
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise StrategyError(
             f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}; "
             "save it again from the training job"

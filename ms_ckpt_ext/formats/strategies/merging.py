@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.geometry.strategy import split_stage
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, UsageError
 from ms_ckpt_ext.formats.strategies import messages as proto
 from ms_ckpt_ext.formats.strategies.file import MERGED, PathLike, read_bytes, read_map, stage_files, write
@@ -92,7 +93,7 @@ def _parsed(file: str) -> dict[str, Any]:
     data = read_bytes(file)
     if data.lstrip()[:1] != b"{":
         raise StrategyError(f"strategy file {file!r} is not JSON, as its name says; name it .ckpt, with the others")
-    parsed: dict[str, Any] = json.loads(data)
+    parsed: dict[str, Any] = from_json(data)
     return parsed
 
 
