@@ -211,7 +211,7 @@ def is_parallel(network: Any) -> bool:
 def check_fit(match: Match, strict: bool) -> None:
     """Raise LayoutMismatchError unless the slice fits its Parameter in shape and dtype, casts included."""
     parameter, offer = match.parameter, match.offer
-    if not same_shape(match) and not _takes_slice(match):
+    if not fits(match):
         raise LayoutMismatchError(
             f"parameter {parameter.name!r} has shape {list(parameter.shape)} in the network, but this rank's slice of "
             f"it in the checkpoint is {list(offer.shape)} (full shape {list(offer.full)}); "
@@ -228,6 +228,11 @@ def check_fit(match: Match, strict: bool) -> None:
             f"parameter {parameter.name!r} is {parameter.dtype} in the network and {offer.dtype} in the checkpoint; "
             + ("strict_load forbids a cast" if strict else "MindSpore casts within floats and within ints only")
         )
+
+
+def fits(match: Match) -> bool:
+    """Whether a Parameter takes the slice, in shape: as it is, or because it is not cut yet."""
+    return same_shape(match) or _takes_slice(match)
 
 
 def same_shape(match: Match) -> bool:

@@ -16,6 +16,7 @@ from ms_ckpt_ext.bridge.match import (
     Matches,
     check_cell,
     check_fit,
+    fits,
     is_parallel,
     match_parameters,
     offer_of,
@@ -113,8 +114,9 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
     for each in found.matches:
         settled = each.offer.open and each.name not in taking.catalog.extras
         takes = own(each.name) if settled else taking.renamed(each.name, each.parameter.name)
-        offer = known[each.name] if takes is None else offer_of(taking.catalog, takes)
-        matches.append(each._replace(offer=offer))
+        match = each._replace(offer=known[each.name] if takes is None else offer_of(taking.catalog, takes))
+        mine = taking.alike_own(each.name) if each.offer.open and not fits(match) else None
+        matches.append(match if mine is None else each._replace(offer=offer_of(taking.catalog, mine)))
         check_fit(matches[-1], manner.strict)
     return found._replace(matches=matches)
 

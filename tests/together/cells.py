@@ -32,12 +32,17 @@ class Filled(NamedTuple):
     error: Optional[BaseException]
 
 
-def cell(shapes: Mapping[str, Any]) -> Any:
-    """A Cell with Parameters of these names, with the shape and dtype of each array, all values wrong."""
+def cell(shapes: Mapping[str, Any], cut: bool = False) -> Any:
+    """A Cell with Parameters of these names, with the shape and dtype of each array, all values wrong.
+
+    `cut`: MindSpore has cut them already.
+    """
     made = ms.nn.Cell()
     for number, (name, like) in enumerate(shapes.items()):
         data = ms.Tensor(np.full(np.shape(like), POISON, np.asarray(like).dtype))
-        made.insert_param_to_cell(f"p{number}", ms.Parameter(data, name=name), check_name_contain_dot=False)
+        parameter = ms.Parameter(data, name=name)
+        parameter.sliced = cut
+        made.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
     return made
 
 
@@ -100,12 +105,13 @@ def fill(
     mode: str = "cooperative",
     verify: str = "none",
     host: Callable[[int], str] = lambda rank: "one",
+    cut: bool = False,
 ) -> list[Filled]:
     """Load into a Cell on every rank. `target`: a strategy, or one by rank; mode "alone" is `network.fill`."""
 
     def work(transport: LocalTransport) -> Filled:
         rank = transport.rank
-        made = cell(wanted(rank))
+        made = cell(wanted(rank), cut)
         strategy: Optional[Strategy] = target(rank) if callable(target) else target
         reports: list[LoadReport] = []
         try:

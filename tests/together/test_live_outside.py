@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, encrypt, load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together as bridge
@@ -390,3 +391,37 @@ def test_one_rank_is_told_by_its_shapes(tmp_path: Path) -> None:
     assert got.error is None and got.held["whole"].tobytes() == FROZEN.tobytes()
     (got,) = fill(together(src), None, lambda rank: {"frozen": FROZEN}, 1, "alone")
     assert isinstance(got.error, LayoutMismatchError) and "'frozen' has shape [8, 6]" in str(got.error)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_slices_that_are_equal_by_chance(mode: str, tmp_path: Path) -> None:
+    """Zeros on all ranks, which the network's layouts cut: each has its slice already, or a whole that is cut."""
+    half, full = np.zeros((4, 6), np.float32), np.arange(48, dtype=np.float32).reshape(8, 6)
+    src = recorded(source(tmp_path / "src", listed(2), {"zeros": half, "whole": full}))
+    layouts = {name: {0: Layout((2,), ((0,), ()))} for name in ("zeros", "whole")}
+    target = listed(2)._replace(layouts={**listed(2).layouts, **layouts})
+    got = fill(together(src), target, lambda r: {"zeros": half, "whole": full[4 * r :][:4]}, 2, *MODES[mode], cut=True)
+    for rank, filled in enumerate(got):
+        assert filled.error is None, filled.error
+        assert filled.held["zeros"].tobytes() == half.tobytes()
+        assert filled.held["whole"].tobytes() == full[4 * rank :][:4].tobytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_parameters_in_every_file_are_refused(mode: str, tmp_path: Path) -> None:
+    """`integrated_save=True`: before anything changes, on all ranks; `allow_equal_slices` takes them as they are."""
+    src = recorded(source(tmp_path / "src", listed(2), {}))
+    for rank in range(2):
+        save_file({"w0.0": whole("w0.0")}, src.file(rank), {"format": "ms"})
+    wanted = lambda rank: {"w0.0": whole("w0.0")}  # noqa: E731
+    how, verify = MODES[mode]
+    arguments = {
+        "unified_safetensors_dir": src.shards, "train_strategy_filename": src.strategy, "verify": "none",
+        "predict_strategy": src.strategy, "mode": "direct" if how == "alone" else how,
+    }  # fmt: skip
+    for filled in load(wanted, 2, **arguments):
+        assert isinstance(filled.error, LayoutMismatchError) and "integrated_save=False" in str(filled.error)
+        assert "'w0.0'" in str(filled.error) and (filled.held["w0.0"] == POISON).all()
+    for filled in load(wanted, 2, **arguments, allow_equal_slices=True):
+        assert filled.error is None and filled.held["w0.0"].tobytes() == whole("w0.0").tobytes()
+    assert verify in ("none", "replicas", "full")

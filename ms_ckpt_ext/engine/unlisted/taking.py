@@ -160,6 +160,16 @@ class Taking:
             raise self._lacks(self.catalog.own[name])
         return found
 
+    def alike_own(self, name: str) -> Optional[Takes]:
+        """What is alike on all ranks, for a rank that stands where it stood and whose own file has it.
+
+        It may be a slice that equals the others by chance, such as zeros, which is not to be cut once more.
+        """
+        tensor = self.catalog.extras.get(name)
+        if tensor is None or not self.stands or self._rank not in ranks_of(tensor):
+            return None
+        return _whole(tensor, doubt=_OWN)
+
     def elsewhere(self, name: str) -> bool:
         """Whether something that differs by rank is of other pipeline stages than that of a rank which stands where it
         stood."""
