@@ -122,6 +122,11 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     return True
 
 
+def value_bytes(tag: str, axes: int, kind: str) -> int:
+    """Bytes of objects that a value becomes, of which a table may have as many as its file, and `BUDGET`."""
+    return _PER_VALUE + _PER_AXIS * axes + sys.getsizeof(tag) + sys.getsizeof(kind)
+
+
 def _values(cursor: Cursor) -> Iterator[Value]:
     """Every value of the file in order; stops at the checksum tail or the end.
 
@@ -134,7 +139,7 @@ def _values(cursor: Cursor) -> Iterator[Value]:
             raise _unknown(cursor, field, "Checkpoint")
         cursor.pos = field.value
         value = _value(cursor, field)
-        memory += _PER_VALUE + _PER_AXIS * len(value.dims) + sys.getsizeof(value.tag) + sys.getsizeof(value.type)
+        memory += value_bytes(value.tag, len(value.dims), value.type)
         if memory > cursor.size + BUDGET:
             raise FormatError(
                 f"{cursor.path!r}: its table of contents up to byte {field.stop} takes {memory >> 20} MiB of memory, "

@@ -17,8 +17,8 @@ from typing import Optional
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4
-from ms_ckpt_ext.formats.index import Checksum, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4, MAX_TEXT, value_bytes
+from ms_ckpt_ext.formats.index import BUDGET, Checksum, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.wire import BYTES, encode_bytes, encode_number, encode_varint
 
 PIECE = 512 << 20
@@ -37,22 +37,34 @@ def layout(
         piece: most bytes of one value; other than the default only in tests.
 
     Raises:
-        UsageError: a name stands twice, or a dtype has no name in MindSpore.
+        UsageError: a name stands twice or is too long, a dtype has no name in MindSpore, or the tensors are too many.
     """
     notes = metadata or {}
+    memory = 0
     literals: list[tuple[int, bytes]] = []
     tensors: dict[str, TensorEntry] = {}
     offset = 0
     for spec in specs:
         if spec.name in tensors:
             raise UsageError(f"parameter {spec.name!r} is to be written twice into one file; pass each name once")
+        if len(spec.name.encode()) > MAX_TEXT:
+            raise UsageError(
+                f"the name {spec.name[:64]!r}… has {len(spec.name.encode())} bytes, and readers of .ckpt take "
+                f"{MAX_TEXT}: give it another one (choice_func)"
+            )
         extents = []
         for length in _pieces(spec.dtype.nbytes(prod(spec.shape)), piece):
             framing = _framing(spec, length, spec.dtype.name == "I8" and notes.get(spec.name) == INT4)
             literals.append((offset, framing))
             extents.append(Extent(offset + len(framing), length))
             offset += len(framing) + length
+            memory += value_bytes(spec.name, len(spec.shape), spec.dtype.mindspore)
         tensors[spec.name] = TensorEntry(spec.dtype, spec.shape, tuple(extents))
+    if memory > offset + BUDGET:
+        raise UsageError(
+            f"{len(specs)} tensors in one .ckpt are more than its reader takes in so few bytes: the table of a file of "
+            f"{offset} bytes would take {memory >> 20} MiB of memory; write several files, or leave parameters out"
+        )
     checksum = None
     if crc:
         checksum = Checksum((Extent(0, offset),), offset, crc_tail)

@@ -19,8 +19,8 @@ from typing import Any, Callable, NamedTuple, Optional
 METADATA = "__metadata__"
 MAX_MEMBER = 1 << 16
 """Most bytes of one tensor's member; a usual one has a hundred."""
-MAX_NOTES = 1 << 20
-"""Most pairs of `__metadata__`: one for every tensor of the largest header."""
+MAX_NOTES = 1 << 21
+"""Most pairs of `__metadata__`: more than one for every tensor of the longest header."""
 _SPACE = rb"[ \t\n\r]*"
 _TEXT, _NUMBER = rb'"([^"\\\x00-\x1f]*)"', rb"(0|[1-9][0-9]{0,19})"
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats import ckpt
+from ms_ckpt_ext.errors import FormatError, UsageError
+from ms_ckpt_ext.formats import ckpt, ckpt_writer
 from ms_ckpt_ext.formats.ckpt_writer import PIECE, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import PlainReader
@@ -67,6 +67,32 @@ def test_refusals() -> None:
         layout([TensorSpec("w", DTYPES["F32"], ())] * 2)
     with pytest.raises(UsageError, match="'w' has dtype F4.*safetensors"):
         layout([TensorSpec("w", DTYPES["F4"], (2,))])
+
+
+@pytest.mark.parametrize("name", ["n" * (ckpt.MAX_TEXT + 1), "\u4e2d" * (ckpt.MAX_TEXT // 3 + 1)])
+def test_a_name_is_no_longer_than_it_can_be_read(name: str) -> None:
+    for held, length in ((name[:-1], None), (name, len(name.encode()))):
+        specs = [TensorSpec(held, DTYPES["I8"], ())]
+        if length is None:
+            raw = layout(specs).literals[0][1] + b"x"
+            assert list(ckpt.read_index(MemoryReader(raw)).tensors) == [held]
+        else:
+            with pytest.raises(UsageError, match=f"has {length} bytes, and readers of .ckpt take {ckpt.MAX_TEXT}"):
+                layout(specs)
+
+
+def test_a_table_is_no_larger_than_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reader and writer count alike, so one more tensor is refused by both."""
+    many = [TensorSpec(f"w{n:06d}", DTYPES["I8"], (1,)) for n in range(101)]
+    framed = {count: b"".join(each + b"x" for _, each in layout(many[:count]).literals) for count in (100, 101)}
+    monkeypatch.setattr(ckpt, "BUDGET", 100 * ckpt.value_bytes("w000000", 1, "Int8") - len(framed[100]))
+    monkeypatch.setattr(ckpt_writer, "BUDGET", ckpt.BUDGET)
+    assert layout(many[:100]).size == len(framed[100])
+    assert len(ckpt.read_index(MemoryReader(framed[100])).tensors) == 100
+    with pytest.raises(UsageError, match="101 tensors in one .ckpt are more than its reader takes"):
+        layout(many)
+    with pytest.raises(FormatError, match="save it in several files"):
+        ckpt.read_index(MemoryReader(framed[101]))
 
 
 def test_checksum(tmp_path: Path) -> None:
