@@ -29,7 +29,8 @@ from ms_ckpt_ext.api.inputs import Inputs, find, find_in_ranks, other_suffix
 from ms_ckpt_ext.engine.files.beside import settle
 from ms_ckpt_ext.engine.files.convert import Rename, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
-from ms_ckpt_ext.engine.files.execution import Job, Report
+from ms_ckpt_ext.engine.files.execution import Report
+from ms_ckpt_ext.engine.files.job import Job
 from ms_ckpt_ext.engine.source.renaming import Choice, chosen_name, warn_unknown
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import numpy.typing as npt
 
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
@@ -301,7 +302,7 @@ def _contents(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> An
     return _text(data) if dtype.name == TEXT else to_python(data, dtype, shape)
 
 
-def _text(data: np.ndarray) -> Optional[str]:
+def _text(data: npt.NDArray[Any]) -> Optional[str]:
     """Text as `load` gives it; None for a damaged one, for the rest of a checkpoint can be told in spite of it."""
     try:
         return decode_text(data.tobytes())

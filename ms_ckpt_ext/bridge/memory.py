@@ -60,7 +60,8 @@ def own_memory(parameter: Any, elements: int) -> Optional[Bytes]:
     host = parameter.asnumpy()
     if not host.flags.writeable or not host.flags.c_contiguous or host.ctypes.data != parameter.asnumpy().ctypes.data:
         return None
-    return host.reshape(-1).view(np.uint8)
+    memory: Bytes = host.reshape(-1).view(np.uint8)
+    return memory
 
 
 def tensor_of(buffer: Bytes, offer: Offer) -> Any:

@@ -101,4 +101,5 @@ def _of_fields(arrays: Sequence[Array], name: str, fields: int) -> Array:
         raise LayoutMismatchError(
             f"the slices of {name!r} have {len(arrays[0])} rows, not a multiple of {fields} fields"
         )
-    return np.concatenate([array.reshape(fields, -1, *rest) for array in arrays], axis=1).reshape(-1, *rest)
+    by_field: Array = np.concatenate([array.reshape(fields, -1, *rest) for array in arrays], axis=1)
+    return by_field.reshape(-1, *rest)

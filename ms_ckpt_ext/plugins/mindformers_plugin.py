@@ -22,7 +22,7 @@ from ms_ckpt_ext.bridge.mindformers import seam
 from ms_ckpt_ext.bridge.mindformers.options import Options
 
 
-class Resharding(Callback):  # type: ignore[misc] # mindspore is not typed
+class Resharding(Callback):
     """Puts the loaders in place when it is made.
 
     Args:

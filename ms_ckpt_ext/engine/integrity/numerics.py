@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, Optional, TypeVar, Union
+from typing import Any, NamedTuple, Optional, TypeVar, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +126,7 @@ def _tally(a: Bytes, b: Bytes, dtype: DType, start: int, spots: int) -> Tally:
     return Tally(elements.size, first, _integers(one[lanes], two[lanes], dtype))
 
 
-def _floats(a: np.ndarray, b: np.ndarray, name: str, count: int, first: tuple[Spot, ...]) -> Tally:
+def _floats(a: npt.NDArray[Any], b: npt.NDArray[Any], name: str, count: int, first: tuple[Spot, ...]) -> Tally:
     x, y = values(a, name), values(b, name)
     nan = np.isnan(x) | np.isnan(y)
     finite = np.isfinite(x) & np.isfinite(y)
@@ -136,37 +136,40 @@ def _floats(a: np.ndarray, b: np.ndarray, name: str, count: int, first: tuple[Sp
     return Tally(count, first, max_abs, int(steps.max()) if steps.size else None, int(nan.sum()))
 
 
-def _ulps(a: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
+def _ulps(a: npt.NDArray[Any], b: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     """Steps between numbers of one format: numbers of one sign are in the order of their bits."""
     if _FLOATS[name].special == "e8m0":
-        return np.maximum(a, b) - np.minimum(a, b)
+        apart: npt.NDArray[Any] = np.maximum(a, b) - np.minimum(a, b)
+        return apart
     sign = 1 << (a.dtype.itemsize * 8 - 1)
     one, two = (bits.astype(np.uint64) & np.uint64(sign - 1) for bits in (a, b))
     same = (a ^ b) < sign
     return np.where(same, np.maximum(one, two) - np.minimum(one, two), one + two)
 
 
-def _integers(a: np.ndarray, b: np.ndarray, dtype: DType) -> int:
+def _integers(a: npt.NDArray[Any], b: npt.NDArray[Any], dtype: DType) -> int:
     """Exact also where a difference is beyond the type: flipping the sign bit puts signed numbers in order."""
     flip = np.array(1 << (dtype.bits - 1) if dtype.family == "int" else 0, a.dtype)
     one, two = a ^ flip, b ^ flip
     return int((np.maximum(one, two) - np.minimum(one, two)).max())
 
 
-def values(bits: np.ndarray, name: str) -> np.ndarray:
+def values(bits: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     """Floats of a format, given as unsigned integers, as float64."""
     if name in ("F64", "F32", "F16"):
         floats = bits.view(f"f{bits.dtype.itemsize}")
     elif name == "BF16":
         floats = (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     else:
-        return _decoded(name)[bits]
+        numbers: npt.NDArray[Any] = _decoded(name)[bits]
+        return numbers
     with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one, which is fine here
-        return floats.astype(np.float64)
+        wide: npt.NDArray[Any] = floats.astype(np.float64)
+        return wide
 
 
 @cache
-def _decoded(name: str) -> np.ndarray:
+def _decoded(name: str) -> npt.NDArray[Any]:
     """The 256 numbers of a format of one byte."""
     return np.array([_decode(byte, _FLOATS[name]) for byte in range(256)])
 
@@ -187,14 +190,14 @@ def _decode(byte: int, form: _Float) -> float:
     return sign * (1 + fraction) * 2.0 ** (exponent - form.bias)
 
 
-def _text(lanes: np.ndarray, index: int, per: int, dtype: DType) -> str:
+def _text(lanes: npt.NDArray[Any], index: int, per: int, dtype: DType) -> str:
     if per > 1:
         part = _PARTS[dtype.name]
         return " + ".join(_number(lanes[per * index + n], part) + "i" * n for n in range(per))
     return _number(lanes[index], dtype.name)
 
 
-def _number(bits: np.unsignedinteger, name: str) -> str:
+def _number(bits: np.unsignedinteger[Any], name: str) -> str:
     if name in _FLOATS:
         value = float(values(np.array([bits]), name)[0])
         short = (

@@ -22,10 +22,10 @@ from typing import Any, Optional
 from ms_ckpt_ext.core.planning.pieces import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.integrity.digests import digest_tensors, framing_faults
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Fault, FileDigests, Load, load_manifest, record_of
-from ms_ckpt_ext.engine.source.catalog import AUTHENTICATED, Catalog
+from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import ChecksumError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.registry import reopen
+from ms_ckpt_ext.formats.registry import AUTHENTICATED, reopen
 from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport

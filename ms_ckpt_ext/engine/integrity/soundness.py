@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from ms_ckpt_ext.core.geometry.groups import natural
@@ -240,7 +241,7 @@ def _outside(catalog: Catalog, wanted: Callable[[str], bool]) -> Iterator[_Slice
             yield _Slice(name, None, file, catalog.files[file].tensors[name], file == files[0])
 
 
-def _look(item: _Slice, readers: ReaderPool, buffer: np.ndarray, progress: Callable[[int], None]) -> _Told:
+def _look(item: _Slice, readers: ReaderPool, buffer: npt.NDArray[Any], progress: Callable[[int], None]) -> _Told:
     state, nans, infinities = xxhash.xxh3_128(), 0, 0
     for start in range(0, item.entry.nbytes, _BUFFER):
         part = buffer[: min(_BUFFER, item.entry.nbytes - start)]

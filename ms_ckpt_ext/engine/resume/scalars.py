@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
+import numpy.typing as npt
 
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
@@ -20,7 +21,7 @@ from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.engine.unlisted.dealt import Sees, Together, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
-Value = Union[np.ndarray, str]
+Value = Union[npt.NDArray[Any], str]
 
 
 class Scalars(NamedTuple):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
+import numpy.typing as npt
 
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.integer import integer
@@ -106,7 +107,7 @@ class LazyTensor:
         """Bytes of the whole parameter."""
         return self.source.meta.dtype.nbytes(math.prod(self.shape))
 
-    def __getitem__(self, index: Any) -> np.ndarray:
+    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
         """Read a box: `tensor[10:20]`, `tensor[..., 3]`, `tensor[::2]` (reads the rows between as well), `tensor[...]`.
 
         Returns a numpy array: BF16 as its bit patterns in uint16, 8-bit floats as theirs in uint8, packed int4 as int8.
@@ -129,11 +130,11 @@ class LazyTensor:
         # As in numpy, an index with `...` gives an array, one of numbers alone a scalar.
         return box[(..., *chosen.then)] if any(key is Ellipsis for key in keys) else box[chosen.then]
 
-    def numpy(self) -> np.ndarray:
+    def numpy(self) -> npt.NDArray[Any]:
         """All of it."""
         return self[...]
 
-    def __array__(self, dtype: Any = None, copy: Optional[bool] = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: Optional[bool] = None) -> npt.NDArray[Any]:
         array = np.asarray(self.numpy())
         return array if dtype is None else array.astype(dtype)
 
@@ -205,7 +206,7 @@ class Parameters(Mapping[str, Union[LazyTensor, str]]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, wanted: Sequence[tuple[SourceTensor, Optional[Region], Shape]]) -> list[np.ndarray]:
+    def read(self, wanted: Sequence[tuple[SourceTensor, Optional[Region], Shape]]) -> list[npt.NDArray[Any]]:
         """Read boxes, all at once: the flat bytes of each, in order. Raises as `LazyTensor.__getitem__`."""
         if not self._close.alive:
             raise UsageError("this checkpoint was closed; load it again, or read what is needed before")
@@ -221,7 +222,7 @@ class Parameters(Mapping[str, Union[LazyTensor, str]]):
         self._readers.verify()
         return buffers
 
-    def arrays(self, names: Optional[Iterable[str]] = None) -> dict[str, Union[np.ndarray, str]]:
+    def arrays(self, names: Optional[Iterable[str]] = None) -> dict[str, Union[npt.NDArray[Any], str]]:
         """Several of them (None: all), read together: name -> array or text. Raises as `LazyTensor.__getitem__`."""
         held = {name: self[name] for name in (self if names is None else names)}
         lazy = [value for value in held.values() if isinstance(value, LazyTensor)]
@@ -243,7 +244,7 @@ class Parameters(Mapping[str, Union[LazyTensor, str]]):
         return f"Parameters({len(self)} of {sorted({index.path for index in self.catalog.files})})"
 
 
-def _shaped(tensor: LazyTensor, flats: Iterator[np.ndarray]) -> np.ndarray:
+def _shaped(tensor: LazyTensor, flats: Iterator[npt.NDArray[Any]]) -> npt.NDArray[Any]:
     flat = next(flats)
     if tensor.source.meta.dtype.bits < 8:
         return flat

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
+import numpy.typing as npt
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -41,7 +42,7 @@ def read_extras(
     file_suffix: Optional[str] = None,
     access: Access = PLAIN,
     kind: Optional[str] = None,
-) -> dict[str, Union[np.ndarray, str]]:
+) -> dict[str, Union[npt.NDArray[Any], str]]:
     """The contents of every training scalar: text, and what has no more than one axis, outside the strategy.
 
     Without a strategy, every text and single-element parameter. What differs between ranks is nobody's: a warning names
@@ -90,7 +91,7 @@ def decode_text(contents: bytes) -> str:
         raise FormatError(f"a text of {len(contents)} bytes is not UTF-32 ({error.reason}): it is damaged") from error
 
 
-def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[np.ndarray, str]:
+def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[npt.NDArray[Any], str]:
     """One small tensor, read in one go."""
     file = next(iter(tensor.placements[0].holders.values()))[0]
     data = b""
