@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy, strategy_from_layout_dict
+from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests, update_manifest
 from ms_ckpt_ext.engine.resume.records import Record, forget_deleted, home_of, write_record
@@ -94,9 +95,13 @@ class CheckpointRecorder(ms.train.Callback):
             True on the rank that came last, for then the checkpoint is complete.
 
         Raises:
+            ArgumentTypeError: epoch or step is no integer.
             StorageError, FormatError: the file cannot be read, or the notes not be written.
         """
-        return self._note(path, network.parameter_layout_dict, epoch, step, loss_scale)
+        epoch = None if epoch is None else integer(epoch, "epoch")
+        step = None if step is None else integer(step, "step")
+        scale = None if loss_scale is None else float(loss_scale)
+        return self._note(path, network.parameter_layout_dict, epoch, step, scale)
 
     def _look(self, told: Any) -> None:
         for saver in told.list_callback:

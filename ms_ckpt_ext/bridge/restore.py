@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Optional
@@ -22,7 +22,9 @@ from ms_ckpt_ext.engine.load.session import LoadReport
 from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted, choose
 from ms_ckpt_ext.engine.resume.scalars import Value
 from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.outside import alike
 from ms_ckpt_ext.engine.source.renaming import Naming
+from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
 
@@ -89,13 +91,19 @@ def _lacks(
     if not catalog.absent:
         return ""
     try:
-        named = naming.of(catalog.ruled(rules))
+        named = naming.of(ruled(catalog, rules, _uncompared))
         match_parameters(network, named, offers_of(named, target, rank), strict)
     except CoverageError as error:
         return str(error)
     except CheckpointError:
         return ""  # of the call, not of the files: the load will say it
     return ""
+
+
+def _uncompared(catalog: Catalog, _names: Iterable[str]) -> Catalog:
+    """What several files hold outside the strategy as if it were alike: whether it is there is all that is asked."""
+    copies = {name: alike(held, catalog.files) for name, held in catalog.unproven.items()}
+    return catalog._replace(extras={**catalog.extras, **copies}, unproven={})
 
 
 def _own_scalars(chosen: Chosen, rank: int, stands: bool) -> dict[str, Value]:

@@ -236,3 +236,20 @@ def test_a_network_of_another_dtype_is_cast_for_inference_only(tmp_path: Path) -
     load_for_inference(half, tmp_path)
     expected = {p.name: p.asnumpy().astype(np.float16).tobytes() for p in net.get_parameters()}
     assert contents(half) == expected
+
+
+@pytest.mark.parametrize(("step", "scale"), [(np.int64(7), np.float32(2.0)), (np.uint8(7), 2), (7, None)])
+def test_a_recorder_takes_numbers_of_any_kind(step: Any, scale: Any, tmp_path: Path) -> None:
+    net = network()
+    ms.save_checkpoint(net, str(tmp_path / "net.ckpt"))
+    assert CheckpointRecorder().record(str(tmp_path / "net.ckpt"), net, epoch=step, step=step, loss_scale=scale)
+    restored = resume(network(1), checkpoint_dir=tmp_path)
+    assert (restored.epoch, restored.step, restored.loss_scale) == (7, 7, scale)
+
+
+@pytest.mark.parametrize("step", [7.0, "7", True])
+def test_a_recorder_takes_no_other_step(step: Any, tmp_path: Path) -> None:
+    net = network()
+    ms.save_checkpoint(net, str(tmp_path / "net.ckpt"))
+    with pytest.raises(ArgumentTypeError, match="step must be an int"):
+        CheckpointRecorder().record(str(tmp_path / "net.ckpt"), net, step=step)

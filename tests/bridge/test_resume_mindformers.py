@@ -12,6 +12,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, load_for_inference, resume
 from ms_ckpt_ext.bridge import restore, together
@@ -197,3 +198,18 @@ def test_ranks_meet_once_to_choose_and_to_load(fails: bool, tmp_path: Path, monk
     with pytest.raises(MemoryError) if fails else nullcontext():
         resume(Network(trains=True), checkpoint_dir=tmp_path)
     assert len(met) == 1 and left == met
+
+
+def test_what_common_json_and_the_files_tell_differently_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = iterations(tmp_path, 10)[10]
+    for rank in range(4):
+        file = folder / OPTIMIZER[rank]
+        save_file({**load_file(file), "global_step": np.array([10], np.int32)}, file)
+    with caplog.at_level(logging.WARNING, "ms_ckpt_ext"):
+        assert resume(Network(trains=True), checkpoint_dir=tmp_path).step == 10
+        assert "common.json says" not in caplog.text
+        told(folder, global_step=20)
+        assert resume(Network(trains=True), checkpoint_dir=tmp_path).step == 10
+    assert "common.json says that global_step is 20, and the files, which count, hold [10]" in caplog.text

@@ -178,7 +178,7 @@ def load_distributed_checkpoint(
             give_up(error, timeout)
         if alone:
             _require_all(look, live.world_size())
-            catalog = naming.of(read_slices(look(), trained, access, allow_equal_slices).ruled(weight_rules))
+            catalog = naming.of(ruled(read_slices(look(), trained, access, allow_equal_slices), weight_rules))
             if return_param_dict:
                 return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
             found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits, listed=listed)

@@ -24,7 +24,7 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.values import read_extras
-from ms_ckpt_ext.errors import FormatError
+from ms_ckpt_ext.errors import CheckpointError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 
@@ -107,7 +107,12 @@ def unify_safetensors(
     from mindformers.tools.utils import is_main_rank
 
     if is_main_rank():
-        _leave_note(src_checkpoint, src_strategy_path, unified_path, file_suffix)
+        try:
+            _leave_note(src_checkpoint, src_strategy_path, unified_path, file_suffix)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise storage_error("leave a note in", unified_path, error) from error
     if use_parallel:
         from mindspore.communication.comm_func import barrier
 

@@ -21,6 +21,7 @@ from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
 from ms_ckpt_ext.engine.source.values import read_whole
+from ms_ckpt_ext.errors import FormatError
 
 log = logging.getLogger("ms_ckpt_ext")
 _STEP = "global_step"
@@ -135,7 +136,12 @@ def _step(config: Any, catalog: Catalog) -> Optional[int]:
         return None
     with catalog.readers() as readers:
         value = read_whole(catalog, readers, catalog.tensors[_STEP])
-    return int(np.asarray(value).item() * scale)
+    try:
+        return int(np.asarray(value).item() * scale)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise FormatError(
+            f"{catalog.files[0].path!r} has {value!r:.80} for {_STEP}, which is no number of steps; restore the file"
+        ) from error
 
 
 def _fill(cells: Iterable[Any], catalog: Catalog, options: Options, step: Optional[int]) -> None:

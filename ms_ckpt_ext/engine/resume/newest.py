@@ -229,7 +229,19 @@ def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe:
     if wanted.digests:
         _compare_digests(transport, wanted, seen)
     scalars = read_scalars(transport, catalog, seen.by_number, seen.sharded)
-    return Chosen(candidate, listing, strategy, {**_common(transport, listing), **scalars.alike}, scalars.own, catalog)
+    common = _common(transport, listing)
+    _tell_apart(transport, candidate, common, scalars.alike)
+    return Chosen(candidate, listing, strategy, {**common, **scalars.alike}, scalars.own, catalog)
+
+
+def _tell_apart(
+    transport: Transport[Any], candidate: Candidate, common: Mapping[str, Value], held: Mapping[str, Value]
+) -> None:
+    """Warn of what MindFormers' `common.json` and the files tell differently; the files count, as there."""
+    for name in common.keys() & held.keys() if transport.rank == 0 else ():
+        if not np.array_equal(np.asarray(common[name]), np.asarray(held[name]).reshape(())):
+            told = candidate.title, name, common[name], held[name]
+            log.warning("%r: common.json says that %s is %s, and the files, which count, hold %s", *told)
 
 
 def _text(strategy: Optional[Strategy]) -> str:
