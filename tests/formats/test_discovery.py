@@ -147,6 +147,10 @@ def test_one_file_of_a_family_tells_its_kind(tmp_path: Path, monkeypatch: pytest
         ),
         ((["step_400", "step_300"], ["step_300"]), "rank 1 has no file of the newest save"),
         ((["net-1_20", "ema-1_15"], ["ema-1_20", "ema-1_15"]), "'ema-1_20.*equally new|equally new.*'ema-1_20"),
+        ((["a", "b"], ["b"]), "are equally new"),
+        ((["step_300"], ["step_400"]), "rank 0 has no file of the newest save"),
+        ((["net-1_9_breakpoint"], ["net-1_9", "net-1_9_breakpoint"]), "rank 0 has no file of the newest save"),
+        ((["net_1-1_9", "net-1_9_breakpoint"], ["net-1_9_breakpoint"]), "rank 1 has no file of the newest save"),
     ],
 )
 def test_no_file_of_another_save_fills_a_gap(names: tuple[list[str], ...], message: str, tmp_path: Path) -> None:
@@ -154,6 +158,14 @@ def test_no_file_of_another_save_fills_a_gap(names: tuple[list[str], ...], messa
         folder(tmp_path, held, rank)
     with pytest.raises(DiscoveryError, match=message):
         rank_folders.rank_files(str(tmp_path))
+
+
+def test_every_folder_s_only_file_may_be_meant(tmp_path: Path) -> None:
+    for rank, name in enumerate(["net_20240101_120001", "net_20240101_120003"]):
+        folder(tmp_path, [name], rank)
+    with pytest.raises(DiscoveryError, match="if every folder's only file is meant, with file_suffix=''"):
+        rank_folders.rank_files(str(tmp_path))
+    assert len(rank_folders.rank_files(str(tmp_path), file_suffix="")) == 2
 
 
 def test_what_lies_beyond_the_world_is_listed_as_it_is(tmp_path: Path) -> None:

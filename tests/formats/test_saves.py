@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ms_ckpt_ext.formats.discovery.saves import Newest, grouped, grouped_flat, newest, save_of, step_of
+from ms_ckpt_ext.formats.discovery.saves import Newest, grouped, grouped_flat, newest, save_of, step_of, unlike
 
 LORA = {rank: ["lora_rank_8-1_10.ckpt", "lora_rank_8-1_20.ckpt"] for rank in range(10)}
 
@@ -63,7 +63,16 @@ def test_what_a_name_says(name: str, expected: tuple[object, ...]) -> None:
             ["net-0_5.ckpt", "net-1_5.ckpt"],
             id="epochs like ranks",
         ),
-        pytest.param({0: ["a.ckpt"], 1: ["b.ckpt"]}, ["a.ckpt"], id="one file each"),
+        pytest.param(
+            {rank: [f"net{rank}.ckpt", "net.ckpt"] for rank in range(3)},
+            ["net*.ckpt", "net.ckpt"],
+            id="one name for two",
+        ),
+        pytest.param(
+            {rank: [f"net_stage{rank // 2}-1_{step}.ckpt" for step in (5, 10)] for rank in range(4)},
+            ["net_stage0-1_10.ckpt", "net_stage0-1_5.ckpt"],
+            id="pipeline stages",
+        ),
         pytest.param({0: ["qwen_rank_0-1_5.ckpt"]}, ["qwen_rank_0-1_5.ckpt"], id="one rank"),
     ],
 )
@@ -72,6 +81,24 @@ def test_files_of_one_save(files: dict[int, list[str]], expected: list[str]) -> 
     assert sorted(groups) == expected
     assert all(sorted(group) == sorted(files) for group in groups.values())
     assert sum(map(len, groups.values())) == sum(map(len, files.values()))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("a.ckpt", "net-1_5.ckpt"), ("step_300.ckpt", "step_400.ckpt"), ("net-1_10.ckpt", "net-1_10_breakpoint.ckpt"),
+     ("ema-1_5.ckpt", "net-1_5.ckpt"), ("net-1_5.ckpt", "net_1-1_5.ckpt"), ("net-1_5.ckpt", "net-1_9.ckpt")],
+)  # fmt: skip
+def test_files_of_several_saves(names: tuple[str, str]) -> None:
+    """Also where every rank has one only: a save was cut short, or the names mean something that nobody knows."""
+    assert len(grouped({0: [names[0]], 1: [names[1]], 2: [names[1]]})) == 2
+
+
+def test_only_files_without_numbers_are_one_save_whatever_their_names() -> None:
+    files = {0: "net.ckpt", 1: "net.ckpt", 2: "net\udcff.ckpt"}
+    assert list(grouped({rank: [name] for rank, name in files.items()}).values()) == [files]
+    assert unlike(files) == ("net.ckpt", "net\udcff.ckpt")
+    assert unlike({rank: f"net{rank}.ckpt" for rank in range(3)}) is None
+    assert len(grouped({0: ["a.ckpt", "b.ckpt"], 1: ["a.ckpt"]})) == 2
 
 
 def test_a_stray_copy_of_another_rank_joins_no_save() -> None:
@@ -108,6 +135,7 @@ def test_ranks_in_one_folder(names: list[str], expected: dict[str, list[int]]) -
         (["a-1_5", "b-1_5"], (("a-1_5", "b-1_5"), None, ("b-1_5",))),
         (["ema-1_10", "net-1_10", "net-1_15"], (("net-1_15",), None, ("ema-1_10",))),
         (["net-1_12", "net-1_12_breakpoint"], (("net-1_12",), None, ())),
+        (["ema-1_12", "net-1_12_breakpoint"], (("ema-1_12", "net-1_12_breakpoint"), None, ("net-1_12_breakpoint",))),
         (["net-1_10", "net-1_12_breakpoint"], (("net-1_12_breakpoint",), None, ())),
         (["net-1_900", "net_1-1_50", "net_1-1_40"], (("net-1_900",), "net_1-1_50", ())),
         (["net-1_900", "net_1-1_50_breakpoint"], (("net-1_900",), None, ())),

@@ -45,6 +45,7 @@ from ms_ckpt_ext.errors import (
     storage_error,
 )
 from ms_ckpt_ext.formats.discovery.mindformers import read_common
+from ms_ckpt_ext.formats.discovery.saves import unlike
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.transport.agree import agree, share_status
@@ -145,7 +146,8 @@ def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen],
             )
         for title, reason in order.remarks(candidate):
             _skip(transport, wanted, skipped, title, reason)
-        _tell_unnoted(transport, candidate)
+        if transport.rank == 0:
+            _tell(candidate)
         return chosen, tuple(skipped.values())
     return None, tuple(skipped.values())
 
@@ -157,18 +159,19 @@ def _skip(transport: Transport[Any], wanted: Wanted, skipped: dict[str, Skipped]
             log.warning("checkpoint %r in %r is skipped: %s", title, wanted.directory, reason)
 
 
-def _tell_unnoted(transport: Transport[Any], candidate: Candidate) -> None:
+def _tell(candidate: Candidate) -> None:
+    """What was taken for granted about a checkpoint that is chosen."""
+    names = {} if candidate.parts else {number: held.file for number, held in candidate.files.items()}
+    differing = unlike(names) if names else None
+    if differing is not None:
+        log.warning("%r and %r of different ranks are taken for files of one save", *differing)
     silent = candidates.unnoted(candidate)
-    if silent and transport.rank == 0:
-        log.warning(
-            "%s did not record files of %r; these are whole by their headers", name_ranks(silent), candidate.title
-        )
-    if candidate.alike is not None and transport.rank == 0:
-        log.warning(
-            "%r has no records, and is whole by its headers; the job is taken to be that of %r",
-            candidate.title,
-            candidate.alike.title,
-        )
+    if silent:
+        told = name_ranks(silent)
+        log.warning("%s did not record files of %r; these are whole by their headers", told, candidate.title)
+    if candidate.alike is not None:
+        told = "%r has no records, and is whole by its headers; the job is taken to be that of %r"
+        log.warning(told, candidate.title, candidate.alike.title)
 
 
 class _Unfit(Exception):

@@ -77,7 +77,7 @@ class Order:
             series.setdefault(save.series, []).append(save)
         ordered = [_related(sorted(_with_runs(saves), key=_place, reverse=True)) for saves in series.values()]
         by = _measure([saves[0] for saves in ordered])
-        ordered.sort(key=lambda saves: (_is_dated(saves[0]), *by(saves[0]), saves[0].candidate.title), reverse=True)
+        ordered.sort(key=lambda saves: (_is_dated(saves[0]), by(saves[0]), saves[0].candidate.title), reverse=True)
         self._saves = [save for saves in _preferred_first(ordered) for save in saves]
         self._by_title = {save.candidate.title: save for save in self._saves}
 

@@ -19,7 +19,7 @@ from typing import Callable, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, also, name_ranks, storage_error
 from ms_ckpt_ext.formats.discovery.kinds import CHECKPOINT, kind_of
-from ms_ckpt_ext.formats.discovery.saves import grouped, is_step, newest, save_of, step_of
+from ms_ckpt_ext.formats.discovery.saves import grouped, newest, save_of, step_of, unlike
 
 FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
@@ -193,13 +193,17 @@ def _newest(names: Mapping[int, Sequence[str]], folders: Mapping[int, Path], wor
         for rank, held in rest.items()
     }
     for rank, name in own.items():
-        if (world is None or rank < world) and not (is_step(name) and is_step(best)):  # else the steps are compared
+        known, wanted = step_of(name), step_of(best)
+        if (world is None or rank < world) and (None in (known, wanted) or known == wanted):  # else the steps tell
             first = next(iter(groups[best]))
             raise DiscoveryError(
                 f"rank {rank} has no file of the newest save: {str(folders[rank])!r} holds {list(rest[rank])}, but "
                 f"rank {first} has {groups[best][first]!r}; probably a save was cut short: name files of one save that "
-                "every rank has, with file_suffix"
+                "every rank has, with file_suffix; if every folder's only file is meant, with file_suffix=''"
             )
+    differing = unlike(groups[best])
+    if differing is not None:
+        log.warning("%r and %r of different ranks are taken for files of one save", *differing)
     return {**groups[best], **own}
 
 

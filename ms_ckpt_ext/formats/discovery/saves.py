@@ -23,6 +23,8 @@ _RANK = re.compile(r"(?<![^\W_])rank_(\d+)")
 _STEP = re.compile(r"-(\d+)_(\d+)$")
 _RUN = re.compile(r"(?<!rank)_(\d+)$")
 _BREAKPOINT = "_breakpoint"
+_OWN = "*"
+"""In place of a rank's own number; left out of what is shown unless two names would be one."""
 _SUFFIX = re.compile(r"\.(?:safetensors|ckpt)$")
 
 
@@ -79,23 +81,47 @@ def grouped(files: Mapping[int, Iterable[str]]) -> dict[str, dict[int, str]]:
         files: rank -> names of the files in its folder.
 
     Returns:
-        shared name -> rank -> file. Where every folder holds one file, these are one checkpoint whatever their names.
+        shared name -> rank -> file. Names of one step that differ in another number, as pipeline stages' may, and that
+        no rank has two of, share the first one's. So do the only files of all folders if no name holds a number.
     """
     held = {rank: sorted(names) for rank, names in files.items() if names}
-    if len(held) > 1 and all(len(names) == 1 for names in held.values()):
-        only = {rank: name for rank, (name,) in held.items()}
-        return {next(iter(_shared(held).values())): only}
-    found: dict[str, dict[int, str]] = {}
+    marked: dict[str, dict[int, str]] = {}
     for (rank, name), shared in _shared(held).items():
-        group = found.setdefault(shared, {})
-        if rank in group:  # a second file of the rank by this name, which only its own name tells apart
-            group = found.setdefault(name, {})
-        group[rank] = name
+        marked.setdefault(shared, {})[rank] = name
+    marked = _joined(marked)
+    if all(len(names) == 1 for names in held.values()) and not any(save_of(name).step for name in marked):
+        marked = {name: {rank: only for rank, (only,) in held.items()} for name in [*marked][:1]}
+    found: dict[str, dict[int, str]] = {}
+    for shared, group in marked.items():
+        plain = shared.replace(_OWN, "")
+        found[shared if plain in found or (plain != shared and plain in marked) else plain] = group
+    return found
+
+
+def unlike(files: Mapping[int, str]) -> Optional[tuple[str, str]]:
+    """Two names of ranks' files that differ in more than numbers; None when there are none."""
+    first = next(iter(files.values()))
+    other = next((name for name in files.values() if _NUMBERS.sub("", name) != _NUMBERS.sub("", first)), None)
+    return None if other is None else (first, other)
+
+
+def _joined(groups: Mapping[str, dict[int, str]]) -> dict[str, dict[int, str]]:
+    """Groups of one step whose names differ in numbers only, as one where no rank has two of them."""
+    alike: dict[tuple[str, Optional[tuple[int, int]]], list[str]] = {}
+    for name in groups:
+        alike.setdefault((_NUMBERS.sub("#", name), step_of(name)), []).append(name)
+    found: dict[str, dict[int, str]] = {}
+    for (_, step), names in alike.items():
+        ranks = [rank for name in names for rank in groups[name]]
+        if step is None or len(set(ranks)) < len(ranks):
+            found.update((name, groups[name]) for name in names)
+        else:
+            found[names[0]] = {rank: file for name in names for rank, file in groups[name].items()}
     return found
 
 
 def _shared(held: Mapping[int, Sequence[str]]) -> dict[tuple[int, str], str]:
-    """(rank, file) -> its name without the numbers that are the rank's."""
+    """(rank, file) -> its name with a mark for the numbers that are the rank's."""
     patterns: dict[str, list[tuple[int, str]]] = {}
     for rank, names in held.items():
         for name in names:
@@ -132,12 +158,12 @@ def _epoch_place(name: str, count: int) -> int:
 
 
 def _without(name: str, places: Sequence[int], rank: int) -> str:
-    """A name without those of its numbers, at these places, that are the rank's."""
+    """A name with a mark for those of its numbers, at these places, that are the rank's."""
     numbers = list(_NUMBERS.finditer(name)) if places else []
     for at in reversed(places):
         number = numbers[at]
         if int(number[0]) == rank:
-            name = name[: number.start()] + name[number.end() :]
+            name = name[: number.start()] + _OWN + name[number.end() :]
     return name
 
 
@@ -202,8 +228,10 @@ def newest(names: Iterable[str]) -> Newest:
         if (saves[name].prefix, saves[name].regular) == (best.prefix, True) and saves[name].run > best.run
     ]
     others = {saves[name].prefix: name for name in reversed(ordered) if saves[name].prefix != best.prefix}
+    top = [name for name in ordered if saves[name].step == best.step]
+    due = {saves[name].prefix for name in top if saves[name].regular}
     return Newest(
-        tuple(name for name in ordered if order(name) == order(ordered[0])),
+        tuple(name for name in top if saves[name].regular or saves[name].prefix not in due),
         max(later, key=lambda name: saves[name].run, default=None),
         tuple(reversed(others.values())),
     )
