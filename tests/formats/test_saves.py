@@ -140,6 +140,8 @@ def test_ranks_in_one_folder(names: list[str], expected: dict[str, list[int]]) -
         (["net-1_900", "net_1-1_50", "net_1-1_40"], (("net-1_900",), "net_1-1_50", ())),
         (["net-1_900", "net_1-1_50_breakpoint"], (("net-1_900",), None, ())),
         (["net-1_50_breakpoint", "net_1-1_40"], (("net-1_50_breakpoint",), "net_1-1_40", ())),
+        (["net-1_900", "llama_7b"], (("net-1_900", "llama_7b"), None, ("llama_7b",))),
+        (["step_300", "step_400"], (("step_400",), None, ())),
         (["last", "best"], (("last", "best"), None, ("best",))),
     ],
     ids=str,

@@ -69,6 +69,11 @@ def titles(found: Any) -> list[str]:
         pytest.param(["step_9//net", "step_10//net"], "step_10/net step_9/net", id="folders"),
         pytest.param(["run_2//net-1_5", "run_1//net-1_90"], "run_2/net-1_5 run_1/net-1_90", id="folders come first"),
         pytest.param(["net-1_5", "last"], "net-1_5 last", id="those without numbers come last"),
+        pytest.param(["net-1_5", "llama_7b"], "net-1_5 llama_7b", id="other numbers are no epoch and step"),
+        pytest.param(["net-1_5", "qwen2//net"], "net-1_5 qwen2/net", id="nor are those of folders"),
+        pytest.param(
+            ["step_300", "step_400", "last"], "step_400 step_300 last", id="they will do where there are no others"
+        ),
         pytest.param(["net-1_5", "old//net-1_5"], "net-1_5 old/net-1_5", id="the directory itself before a folder"),
     ],
 )
@@ -153,6 +158,7 @@ def test_what_is_as_new(files: list[str], notes: Notes, equal: bool) -> None:
         (["more-1_5", "net-1_10"], {"more-1_5": (9.0, 5)}, {"more-1_5": "is taken for newer"}),
         (["old//net-1_5", "net-1_15"], {}, {}),
         (["net-1_15", "new//net-1_5"], {}, {"new/net-1_5": "is taken for newer"}),
+        (["net-1_15", "llama_7b"], {}, {"llama_7b": "is taken for newer"}),
         (["net-1_5", "copy//net-1_5"], {"net-1_5": (0.0, 5)}, {"copy/net-1_5": "as new by its name .* recorded"}),
         (["net-1_5", "copy//net-1_5"], {}, {"copy/net-1_5": "as new by its name .* directory itself"}),
     ],

@@ -4,9 +4,10 @@
    numbers only (`step_100/`, `step_200/`; `iteration_00000010/`). Inside it folders come first, then the run (MindSpore
    numbers the prefix of every further one), then epoch and step. A breakpoint belongs to the run that saved last before
    it. Time has no say here: one clock that is ahead would make an old step the newest.
-2. Series follow each other by their newest saves: those without numbers in their names last; then by time where any is
-   recorded (as recorded, if all are; else as the files were modified), else by epoch and step. So when the newest is
-   torn, the next older one of the same saver follows, not another's.
+2. Series follow each other by their newest saves: those whose names tell an epoch and step, or that are recorded,
+   before those with other numbers (`llama_7b`, `step_400`) and without any; then by time where any is recorded (as
+   recorded, if all are; else as the files were modified), else by their numbers. So when the newest is torn, the next
+   older one of the same saver follows, not another's.
 3. Two series whose newest saves have the same epoch and step are told apart by nothing but chance. The recorded one
    comes first, else the one in the directory itself; if that does not help, it is an error, unless one of them is torn.
 4. Where run, numbers and time disagree, or another prefix is passed over, both are named.
@@ -22,9 +23,10 @@ from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.engine.resume.candidates import Candidate
 from ms_ckpt_ext.errors import name_ranks
-from ms_ckpt_ext.formats.discovery.saves import Save, save_of
+from ms_ckpt_ext.formats.discovery.saves import NUMBERS, STEP, Save, dated, save_of
 
 _NUMBERS = re.compile(r"\d+")
+_ITERATION = re.compile(r"^iteration_\d+$")
 _RANK = re.compile(r"_?rank_\d*$")
 
 
@@ -77,7 +79,7 @@ class Order:
             series.setdefault(save.series, []).append(save)
         ordered = [_related(sorted(_with_runs(saves), key=_place, reverse=True)) for saves in series.values()]
         by = _measure([saves[0] for saves in ordered])
-        ordered.sort(key=lambda saves: (_is_dated(saves[0]), by(saves[0]), saves[0].candidate.title), reverse=True)
+        ordered.sort(key=lambda saves: (_dated(saves[0]), by(saves[0]), saves[0].candidate.title), reverse=True)
         self._saves = [save for saves in _preferred_first(ordered) for save in saves]
         self._by_title = {save.candidate.title: save for save in self._saves}
 
@@ -160,16 +162,20 @@ def _sizes(candidate: Candidate) -> dict[int, int]:
     return {rank: held.size for rank, held in candidate.files.items()}
 
 
-def _is_dated(save: _Save) -> bool:
-    return bool(save.numbers) or bool(save.candidate.records)
+def _dated(save: _Save) -> int:
+    """How it is known when it was saved: from epoch and step, or a record, or other numbers; or not at all."""
+    if save.candidate.records or _ITERATION.match(os.path.basename(save.candidate.folder)):
+        return STEP
+    by_name = dated(save.candidate.name) if save.save.step else 0
+    return by_name or (NUMBERS if save.folders else 0)
 
 
 def _measure(leaders: Sequence[_Save]) -> Callable[[_Save], tuple[float, ...]]:
     """By what the newest of several series are compared: time where any is recorded, else their numbers."""
-    dated = [save for save in leaders if _is_dated(save)]
-    if dated and all(save.saved is not None for save in dated):
+    known = [save for save in leaders if _dated(save) == STEP]
+    if known and all(save.saved is not None for save in known):
         return lambda save: (save.saved or 0.0,)
-    if any(save.candidate.records for save in dated):
+    if any(save.candidate.records for save in known):
         return lambda save: (save.candidate.modified,)
     return lambda save: save.numbers
 
@@ -223,7 +229,8 @@ def _passed_over(save: _Save, one: _Save) -> str:
     if _is_as_new(save, one):
         why = "it is recorded" if _rank(one)[0] > _rank(save)[0] else "it lies in the directory itself"
         return f"it is as new by its name as {mine.title!r}, which is taken because {why}"
-    newer = _is_dated(save) and (save.numbers > one.numbers or theirs.modified > mine.modified)
-    if newer or (theirs.folder == mine.folder and _is_dated(save) and not theirs.merged):
+    told = _dated(save) > 0
+    newer = told and (save.numbers > one.numbers or theirs.modified > mine.modified)
+    if newer or (told and theirs.folder == mine.folder and not theirs.merged):
         return f"{mine.title!r} is taken for newer; if this one is meant, give its prefix, format or folder"
     return ""

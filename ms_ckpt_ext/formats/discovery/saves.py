@@ -9,7 +9,8 @@
 2. A number that is the rank's own in every rank folder is no part of the name: what is left is shared by the ranks. One
    that is the same in all folders is the prefix's, as in `lora_rank_8`; inside a rank folder the rank is known.
 3. The newest save has the largest numbers. Two that are equally new are told apart by nothing, and so is a save of a
-   later run with smaller numbers: who chooses must ask. A breakpoint of the very step of a save gives way to it.
+   later run with smaller numbers, or one whose numbers are no epoch and step beside one whose are: who chooses must
+   ask. A breakpoint of the very step of a save gives way to it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _RANK = re.compile(r"(?<![^\W_])rank_(\d+)")
 _STEP = re.compile(r"-(\d+)_(\d+)$")
 _RUN = re.compile(r"(?<!rank)_(\d+)$")
 _BREAKPOINT = "_breakpoint"
+STEP, NUMBERS = 2, 1
+"""How a name tells when a save was made: by epoch and step, or by numbers that may mean anything."""
 _OWN = "*"
 """In place of a rank's own number; left out of what is shown unless two names would be one."""
 _SUFFIX = re.compile(r"\.(?:safetensors|ckpt)$")
@@ -214,11 +217,14 @@ class Newest(NamedTuple):
 
 
 def newest(names: Iterable[str]) -> Newest:
-    """Tell the newest of saves by the names that ranks share, of which there is at least one."""
+    """Tell the newest of saves by the names that ranks share, of which there is at least one.
+
+    Epoch and step are not compared with other numbers, such as those of `step_400` or `llama_7b`.
+    """
     saves = {name: save_of(name) for name in names}
 
-    def order(name: str) -> tuple[tuple[int, ...], bool]:
-        return saves[name].step, saves[name].regular
+    def order(name: str) -> tuple[int, tuple[int, ...], bool]:
+        return dated(name), saves[name].step, saves[name].regular
 
     ordered = sorted(saves, key=order, reverse=True)
     best = saves[ordered[0]]
@@ -228,13 +234,19 @@ def newest(names: Iterable[str]) -> Newest:
         if (saves[name].prefix, saves[name].regular) == (best.prefix, True) and saves[name].run > best.run
     ]
     others = {saves[name].prefix: name for name in reversed(ordered) if saves[name].prefix != best.prefix}
-    top = [name for name in ordered if saves[name].step == best.step]
+    top = [name for name in ordered if order(name)[:2] == order(ordered[0])[:2]]
+    top += [name for name in ordered if dated(name) == NUMBERS][:1] if is_step(ordered[0]) else []
     due = {saves[name].prefix for name in top if saves[name].regular}
     return Newest(
         tuple(name for name in top if saves[name].regular or saves[name].prefix not in due),
         max(later, key=lambda name: saves[name].run, default=None),
         tuple(reversed(others.values())),
     )
+
+
+def dated(name: str) -> int:
+    """What a name says of the time of a save: `STEP`, other `NUMBERS`, or nothing, 0."""
+    return STEP if is_step(name) else NUMBERS if save_of(name).step else 0
 
 
 def is_step(name: str) -> bool:
