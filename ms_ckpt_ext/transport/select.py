@@ -18,6 +18,10 @@ DEFAULT_TIMEOUT = 600.0
 longer than the slowest rank's read of one round from a loaded file system."""
 
 
+_LONGEST = 1e7
+"""Seconds, a third of a year: who waits longer waits for ever, and the operating system's clocks have an end."""
+
+
 def choose(
     device_target: Optional[str] = None,
     override: Optional[str] = None,
@@ -40,6 +44,7 @@ def choose(
         TransportError: a backend was asked for whose communication is not initialized; or a rank did not come in time.
         PeerError: a rank has gone while the others waited for more.
     """
+    timeout = min(timeout, _LONGEST)
     name = override or os.environ.get(ENVIRONMENT) or _fitting(device_target)
     if name not in NAMES:
         source = "override" if override else ENVIRONMENT

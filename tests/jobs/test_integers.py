@@ -72,6 +72,17 @@ def test_what_is_no_integer(bad: Any, tmp_path: Path) -> None:
     assert tree(tmp_path) == {}
 
 
+@pytest.mark.parametrize("bad", [None, "600", True, [600], 0, -1.5, float("nan")], ids=repr)
+def test_what_is_no_timeout(bad: Any) -> None:
+    with pytest.raises(UsageError, match="timeout must be"):
+        LoadOptions(timeout=bad)
+
+
+@pytest.mark.parametrize("good", [1, 0.5, 10**400, float("inf"), np.float64(3), np.float32(3), np.int8(3)], ids=repr)
+def test_timeouts_of_any_kind(good: Any) -> None:
+    assert LoadOptions(timeout=good).timeout == min(good, 1e300)
+
+
 def test_bounds_are_told_by_name() -> None:
     assert integer(np.int8(3), "x", 3) == 3 and type(integer(np.int8(3), "x", 3)) is int
     with pytest.raises(UsageError, match="x must be at least 4, got 3"):

@@ -18,7 +18,7 @@ from typing import Any, Callable, Optional
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.options import Options
-from ms_ckpt_ext.bridge.together import Source, fill_together
+from ms_ckpt_ext.bridge.together import Source, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
@@ -28,7 +28,7 @@ from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.catalog import read_listing
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Naming
-from ms_ckpt_ext.errors import StrategyError, UnsupportedError
+from ms_ckpt_ext.errors import CheckpointError, StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.discovery.mindformers import find_folder, layout_of, read_common
 
 log = logging.getLogger("ms_ckpt_ext")
@@ -89,9 +89,9 @@ def load_checkpoint(
     def wanted(name: str) -> bool:
         return not name.startswith(ACCUMULATED_GRADIENT_PREFIX) and (names is None or name in names)
 
-    target = _target(network, optimizer, wanted)
+    target = partial(_target, network, optimizer, wanted)
     cells = [network] if optimizer is None else [network, optimizer]
-    missing = _fill(Both(cells), directory, (), target, options, balanced_load)
+    missing = _fill(cells, directory, (), target, options, balanced_load)
     if optimizer is not None and "global_step" in missing:
         set_step(optimizer, _step(directory, global_step))
 
@@ -119,8 +119,8 @@ def load_hf_checkpoint(
         stock()
         return
     names = set(network.parameters_dict())
-    target = _target(network, None, lambda name: name in names)
-    _fill(Both([network]), pretrained_model_dir, rules, target, options, balanced_load)
+    target = partial(_target, network, None, lambda name: name in names)
+    _fill([network], pretrained_model_dir, rules, target, options, balanced_load)
 
 
 def _stranger(network: Any, more: Mapping[str, Any]) -> bool:
@@ -171,29 +171,32 @@ def _target(network: Any, optimizer: Any, wanted: Callable[[str], bool]) -> Opti
 
 
 def _fill(
-    cell: Any,
+    cells: list[Any],
     directory: str,
     rules: tuple[Rule, ...],
-    target: Optional[Strategy],
+    target: Callable[[], Optional[Strategy]],
     options: Options,
     balanced: bool,
 ) -> list[str]:
     """Fill the Parameters; returns the names of those that got nothing."""
     mode = "cooperative" if balanced and options.way == "auto" else options.way
-    limits = Limits()
+    settings = LoadOptions(mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify)
+    alone = live.world_size() == 1 or (mode == "direct" and options.verify == "none")
     look = partial(list_checkpoint, directory, None)
-    naming = _listed(look())
-    rank = live.own_rank() if target is not None else 0
-    if target is None or (mode == "direct" and options.verify == "none"):
+    try:
+        naming, wanted = _listed(look()), target()
+    except CheckpointError as error:
+        if alone:
+            raise
+        give_up(error, settings.timeout)
+    cell, limits, rank = Both(cells), Limits(), live.own_rank() if wanted is not None else 0
+    if alone or wanted is None:
         catalog = naming.of(read_listing(look(), None).ruled(rules))
-        missing, unused = live.fill(cell, catalog, target, rank, False, options.workers, limits, by_suffix=False)
+        missing, unused = live.fill(cell, catalog, wanted, rank, False, options.workers, limits, by_suffix=False)
     else:
-        settings = LoadOptions(
-            mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify
-        )
         source = Source(look, None, rules=rules, naming=naming)
         missing, unused = fill_together(
-            cell, source, target, rank, False, settings, options.workers, limits, by_suffix=False
+            cell, source, wanted, rank, False, settings, options.workers, limits, by_suffix=False
         )
     log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, unused or "nothing")
     return missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 MODES = ("auto", "direct", "cooperative")
 VERIFY = ("none", "replicas", "full")
@@ -44,11 +44,15 @@ class LoadOptions:
         for name, value, allowed in (("mode", mode, MODES), ("verify", verify, VERIFY)):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-        if timeout <= 0:
+        if type(timeout).__name__ in ("bool", "bool_") or not hasattr(timeout, "__float__"):
+            raise ArgumentTypeError(
+                f"timeout must be a number of seconds, got {type(timeout).__name__} {timeout!r:.60}"
+            )
+        if not timeout > 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
         self.mode, self.verify, self.trace, self.host = mode, verify, trace, host
         self.bucket_bytes, self.prefetch = integer(bucket_bytes, "bucket_bytes", 4096), integer(prefetch, "prefetch", 0)
-        self.threads, self.timeout = integer(threads, "threads", 1), timeout
+        self.threads, self.timeout = integer(threads, "threads", 1), float(min(timeout, 1e300))
 
     def facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""
