@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, offers_of
-from ms_ckpt_ext.bridge.together import HOST_VARIABLE, Source, fill_together, give_up, meeting
+from ms_ckpt_ext.bridge.together import Source, fill_together, give_up, meeting
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -27,6 +27,7 @@ from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
+from ms_ckpt_ext.transport.select import HOST_VARIABLE
 
 log = logging.getLogger("ms_ckpt_ext")
 __all__ = ["Filled", "both", "fill_newest", "give_up", "host_name", "layouts_of", "own_rank"]

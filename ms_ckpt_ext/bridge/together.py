@@ -47,11 +47,10 @@ from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport
-from ms_ckpt_ext.transport.select import choose
+from ms_ckpt_ext.transport.select import HOST_VARIABLE, choose
 
 T = TypeVar("T")
 log = logging.getLogger("ms_ckpt_ext")
-HOST_VARIABLE = "MS_CKPT_EXT_HOST"
 
 
 class Source(NamedTuple):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.transport import select
 from ms_ckpt_ext.transport.local import LocalTransport
 from ms_ckpt_ext.transport.select import ENVIRONMENT, choose
 
@@ -36,3 +41,21 @@ def test_unknown_names_are_refused_with_their_source(monkeypatch: pytest.MonkeyP
 def test_a_group_needs_hccl() -> None:
     with pytest.raises(UsageError, match="group='stage_1' needs the hccl transport"):
         choose(group="stage_1")
+
+
+@pytest.mark.parametrize(("told", "met"), [("", [(1, 2, 5.0, False)]), ("a container", [])])
+def test_ranks_of_a_host_meet_where_its_name_tells_who_they_are(
+    told: str, met: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MindSpore counts the ranks of a host name; where several hosts have it, that is told by a variable."""
+    communication = SimpleNamespace(
+        get_local_rank=lambda: 1, get_local_rank_size=lambda: 2, get_group_size=lambda: 4, is_initialized=lambda: True
+    )
+    mint = SimpleNamespace(distributed=communication)
+    monkeypatch.setitem(sys.modules, "mindspore", SimpleNamespace(communication=communication, mint=mint))
+    monkeypatch.setitem(sys.modules, "ms_ckpt_ext.transport.mccl", SimpleNamespace(Mccl=lambda timeout: timeout))
+    monkeypatch.setenv(select.HOST_VARIABLE, told)
+    found: list[Any] = []
+    monkeypatch.setattr(select.gate, "meet", lambda *where: found.append(where))
+    assert choose(override="mccl", timeout=5.0) == 5.0
+    assert found == met
