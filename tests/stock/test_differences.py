@@ -468,7 +468,9 @@ def test_nothing_to_convert(tmp_path: Path) -> None:
     (tmp_path / "src/rank_0").mkdir(parents=True)
     save_file({"a": numbers(4)}, tmp_path / "src/rank_0/net.safetensors")
     by_stock("safetensors_to_ckpt", tmp_path / "src", tmp_path / "stock", file_name_regex="other")
-    with pytest.raises(ms_ckpt_ext.CheckpointError, match="no checkpoint file to convert"):
+    with pytest.raises(
+        ms_ckpt_ext.CheckpointError, match=r"no \.safetensors file to convert; check the path and file_name_regex"
+    ):
         ms_ckpt_ext.safetensors_to_ckpt(tmp_path / "src", tmp_path / "ours", file_name_regex="other")
 
 

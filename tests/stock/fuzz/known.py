@@ -6,6 +6,7 @@ A rule says as narrowly as it can which differences are its own; what no rule ta
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Callable, NamedTuple, Optional
 
@@ -241,7 +242,7 @@ def _shorter_list(found: Found) -> bool:
 
 
 def _nothing_to_convert(found: Found) -> bool:
-    return found.kind("refused") and "holds no checkpoint file to convert" in str(found.ours.error)
+    return found.kind("refused") and bool(re.search(r"holds no \S+ file to convert", str(found.ours.error)))
 
 
 def _uncut(found: Found) -> bool:
