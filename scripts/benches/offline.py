@@ -39,8 +39,8 @@ def make_source(case: str, size: float, root: Path) -> Path:
     full = read_index(str(GOLDEN / json.loads((golden / "case.json").read_text())["full"] / "model.safetensors"))
     held = sum(entry.nbytes for entry in full.tensors.values())
     factor = max(1, round(math.sqrt(size / held)))
-    noise = np.random.default_rng(0).bytes(8 << 20)
     for rank in range(strategy.world):
+        noise = np.random.default_rng(rank).bytes(8 << 20)  # slices that are all equal are refused
         specs = []
         for name in strategy.names_of(rank):
             entry = full.tensors.get(name)
