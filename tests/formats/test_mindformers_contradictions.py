@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import ms_ckpt_ext
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, DiscoveryError, FormatError, LayoutMismatchError
-from ms_ckpt_ext.formats.discovery.mindformers import find_folder, read_cuts
+from ms_ckpt_ext.formats.discovery.mindformers import find_folder, read_common, read_cuts
 from tests.formats.mindformers_folder import STATES, WHOLE, saved
 
 
@@ -382,3 +382,21 @@ def test_damaged_metadata_is_refused_or_right(folder: Path) -> None:
         assert found.keys() == {name for name in want if name in listed}
 
     check()
+
+
+@pytest.mark.parametrize("key", ["both", "(1, 2)", "('x')", "f(1)", "('w', 0, 1)", "(" * 300, ""])
+def test_a_key_that_names_no_slice_is_told_as_it_stands(key: str, tmp_path: Path) -> None:
+    """The same text on every rank and in every process."""
+    folder = saved(tmp_path / "c")
+    edited(folder, lambda told: told["storage_data"].update({key: []}))
+    with pytest.raises(FormatError) as caught:
+        ms_ckpt_ext.load(folder)
+    assert f"{key!r} names no slice of a parameter" in str(caught.value)
+    assert " at 0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "7", '"text"', "null"])
+def test_common_json_that_is_no_dictionary(content: str, tmp_path: Path) -> None:
+    (saved(tmp_path / "c") / "common.json").write_text(content)
+    with pytest.raises(FormatError, match="a dictionary is expected"):
+        read_common(str(tmp_path / "c" / "iteration_00000010"))

@@ -131,6 +131,14 @@ def test_an_index_with_a_missing_part(missing: str, tmp_path: Path) -> None:
         ms_ckpt_ext.load(root)
 
 
+@pytest.mark.parametrize("content", ["[]", "7", "null", '"text"', "{}", '{"weight_map": []}'])
+def test_an_index_of_another_form(content: str, tmp_path: Path) -> None:
+    save_file({"w": np.ones(2, np.float32)}, tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(FormatError, match="must map parameter names to file names|a dictionary is expected"):
+        ms_ckpt_ext.load(tmp_path)
+
+
 def test_several_indexes(tmp_path: Path) -> None:
     root = model(model(tmp_path / "hub", "unet"), "vae")
     with pytest.raises(

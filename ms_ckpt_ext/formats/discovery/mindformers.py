@@ -150,9 +150,11 @@ def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
         return {}
     try:
         held: Any = from_json(Path(path).read_bytes())
-        told = {name: value for name, value in held.items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
+        if not isinstance(held, dict):
+            raise ValueError(f"a dictionary is expected, and it holds a {type(held).__name__}")
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path!r} is not what MindFormers writes ({error}); use another iteration") from error
+    told = {name: value for name, value in held.items() if value is not None}
     for name, value in told.items():
         counts = name in _COUNTS and not (type(value) is int and 0 <= value < 1 << 63)
         if counts or (name in ("loss_scale", "ckpt_status") and not isinstance(value, (int, float))):

@@ -116,19 +116,28 @@ def _cuts(entries: Mapping[str, Mapping[str, Any]], places: _Places, path: str) 
 
 
 def _places(storage: Mapping[str, Any]) -> _Places:
-    from ast import literal_eval  # here, for few folders are MindFormers'
-
     found: _Places = {}
     for key, held in storage.items():
-        name, offset = literal_eval(key)
-        if not isinstance(name, str):
-            raise TypeError(f"{key} names no parameter")
+        name, offset = _slice_named(key)
         slices = found.setdefault(name, {})
         number = _number(offset)
         if number in slices:
             raise ValueError(f"{key} stands twice")
         slices[number] = tuple(dict.fromkeys(_place(key, entry) for entry in held))
     return found
+
+
+def _slice_named(key: str) -> tuple[str, Any]:
+    """The parameter and the number of its slice, out of the text of a tuple of them."""
+    from ast import literal_eval  # here, for few folders are MindFormers'
+
+    try:
+        name, offset = literal_eval(key)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # their texts hold addresses
+        name, offset = None, None
+    if not isinstance(name, str):
+        raise ValueError(f"{key!r} names no slice of a parameter, such as \"('w', (0,))\"")
+    return name, offset
 
 
 def _place(key: str, entry: Mapping[str, Any]) -> _Place:

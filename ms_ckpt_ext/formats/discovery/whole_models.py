@@ -291,11 +291,13 @@ def _read_map(path: Path) -> dict[str, str]:
         if fault is not None:
             raise FormatError(fault)
         content = from_json(raw)
-        names = content.get("weight_map", content)
+        if not isinstance(content, dict):
+            raise ValueError(f"a dictionary is expected, and it holds a {type(content).__name__}")
     except FormatError:
         raise
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise FormatError(f"{str(path)!r} is not a parameter map ({error}); {advice}") from error
+    names = content.get("weight_map", content)
     ok = isinstance(names, dict) and all(
         isinstance(v, str) and os.path.basename(v) == v and v not in ("", ".", "..") for v in names.values()
     )
