@@ -17,6 +17,7 @@ from ms_ckpt_ext.engine.integrity.digests import check
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
 from ms_ckpt_ext.storage import published
+from ms_ckpt_ext.storage.staging import Staging
 from tests.jobs.support import assert_merged, begun, merge, read_merged, source, tree
 
 SMALL = {"part_bytes": 8192}
@@ -225,14 +226,15 @@ def test_what_a_share_writes_again_is_published_by_no_other(tmp_path: Path, monk
     merge(root, target, split_dst_file=(1, 2), **SMALL)
     (damaged,) = target.glob(".ms_ckpt_ext/*/part0.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
-    real = execution._fill
+    real = Staging.check_space
 
-    def fill(*args: Any) -> Any:
-        monkeypatch.setattr(execution, "_fill", real)
+    def check_space(staging: Staging, nbytes: int) -> None:
+        """Before the first byte is written: another share comes to its end."""
+        monkeypatch.setattr(Staging, "check_space", real)
         assert not merge(root, target, split_dst_file=(2, 2), **SMALL).published
-        return real(*args)
+        real(staging, nbytes)
 
-    monkeypatch.setattr(execution, "_fill", fill)
+    monkeypatch.setattr(Staging, "check_space", check_space)
     assert merge(root, target, split_dst_file=(1, 2), **SMALL).published
     assert_merged(target)
 

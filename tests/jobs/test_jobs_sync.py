@@ -19,9 +19,10 @@ from ms_ckpt_ext import (
     transform_checkpoints,
     unified_safetensors,
 )
-from ms_ckpt_ext.engine.files import execution, job
+from ms_ckpt_ext.engine.files import job
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage import linux, sink
+from ms_ckpt_ext.storage.staging import Staging
 from tests.jobs.support import source, tree
 
 KEY = bytes(range(32))
@@ -93,7 +94,7 @@ def test_nothing_of_an_earlier_boot_is_taken_for_done(
     boot(monkeypatch, b"before")
     with monkeypatch.context() as patched:
         if not published:
-            patched.setattr(execution, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patched.setattr(Staging, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(root, target, sync=False)
         else:
