@@ -14,17 +14,16 @@ import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.engine.files import convert as conversion
 from ms_ckpt_ext.engine.files import encrypted_sink
 from ms_ckpt_ext.engine.integrity.digests import check, digest_file
 from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.crypto import blocks
-from ms_ckpt_ext.formats.index import TensorSpec
+from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
 from ms_ckpt_ext.storage import digest_sink, staging
-from ms_ckpt_ext.storage.reader import PlainReader
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from tests.jobs.formats import encrypt as encrypt_file
 from tests.jobs.support import assert_nothing_complete, tree
 from tests.jobs.test_convert import CASE, KEY, contents, write_ckpt
@@ -304,15 +303,16 @@ def test_a_file_that_is_replaced_before_its_turn_is_told(
     """The first look at it was for its size, the second lists its tensors."""
     source = write_ckpt(tmp_path / "net.ckpt")
     raw = source.read_bytes()
-    real = conversion._holds
+    real = registry.index_through
 
-    def replaced(index: Any, reader: Any) -> Any:
-        found = real(index, reader)
+    def replaced(reader: ByteReader, name: str) -> FileIndex:
+        monkeypatch.setattr(registry, "index_through", real)
+        found = real(reader, name)
         source.unlink()
         source.write_bytes(raw + raw.replace(b"weight", b"height") if size == "larger" else raw[: len(raw) // 2])
         return found
 
-    monkeypatch.setattr(conversion, "_holds", replaced)
+    monkeypatch.setattr(registry, "index_through", replaced)
     with pytest.raises(CheckpointError):
         encrypt(source, tmp_path / "out", enc_key=KEY)
     assert_nothing_complete(tmp_path / "out")
