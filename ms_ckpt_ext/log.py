@@ -19,6 +19,13 @@ def info(message: str, *values: object) -> None:
         logging.getLogger(NAME).info(message, *values, stacklevel=2)
 
 
+def error(message: str, *values: object) -> None:
+    """Tell what went wrong and is not raised. Arguments as of `logging.Logger.error`."""
+    import logging
+
+    logging.getLogger(NAME).error(message, *values, stacklevel=2)
+
+
 def warning(message: str, *values: object) -> None:
     """Tell what may not be what was meant. Arguments as of `logging.Logger.warning`."""
     import logging

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 MAY_IMPORT = {
     "cli": ["api", "bridge", "engine", "formats", "storage", "transport", "core", "errors", "log", "progress"],
     "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "log", "progress"],
-    "bridge": ["engine", "formats", "storage", "transport", "core", "errors"],
+    "bridge": ["engine", "formats", "storage", "transport", "core", "errors", "log"],
     "engine": ["formats", "storage", "transport", "core", "errors", "log"],
     "formats": ["storage.reader", "storage.buffers", "storage.atomic", "storage.threads", "core", "errors", "log"],
     "storage": ["core", "errors", "log"],

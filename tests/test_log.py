@@ -15,9 +15,10 @@ def test_a_record_names_the_caller(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     log.warning("%d apples", 3)
     log.info("and %s", "pears")
+    log.error("no %s", "plums")
     told = [(record.name, record.funcName, record.levelname, record.getMessage()) for record in caplog.records]
-    here = "test_a_record_names_the_caller"
-    assert told == [("ms_ckpt_ext", here, "WARNING", "3 apples"), ("ms_ckpt_ext", here, "INFO", "and pears")]
+    here = ("ms_ckpt_ext", "test_a_record_names_the_caller")
+    assert told == [(*here, "WARNING", "3 apples"), (*here, "INFO", "and pears"), (*here, "ERROR", "no plums")]
 
 
 def test_information_for_nobody_imports_nothing() -> None:

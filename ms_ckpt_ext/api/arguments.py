@@ -14,7 +14,7 @@ from ms_ckpt_ext.core.geometry.strategy import (
     strategy_from_layout_dict,
     strategy_from_messages,
 )
-from ms_ckpt_ext.core.geometry.supplement import ByName, Part, put_together
+from ms_ckpt_ext.core.geometry.supplement import ByName, StrategyPart, put_together
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files import execution
@@ -174,7 +174,7 @@ def _of_several(values: Sequence[Any], rank: int, argument: str) -> Optional[Str
     return put_together(parts, 0 if first is None else rank // first.devices)
 
 
-def _part(value: Any, argument: str) -> Part:
+def _part(value: Any, argument: str) -> StrategyPart:
     if isinstance(value, Strategy):
         return value
     if isinstance(value, Mapping):
@@ -250,7 +250,7 @@ def running(
     return Running(workers_of(max_process_num, argument, least), limits_of(buffer_bytes), bool(sync), bool(dry_run))
 
 
-def execute(job: Job, target: str, run: Running, title: str) -> Report:
+def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Report:
     """Run a job with a progress bar; or only tell what it would do, as a `Preview`, which is a report too.
 
     Raises UsageError when one of several tasks is not to sync, and whatever the job raises.

@@ -20,14 +20,14 @@ from ms_ckpt_ext.api.arguments import (
     checked_choice,
     checked_format,
     checked_name_map,
-    execute,
+    execute_with_progress,
     path_of,
     running,
     seal_of,
 )
-from ms_ckpt_ext.api.inputs import Inputs, find, find_in_ranks, other_suffix
+from ms_ckpt_ext.api.inputs import Inputs, find_in_ranks, find_inputs, other_suffix
 from ms_ckpt_ext.engine.files.beside import settle
-from ms_ckpt_ext.engine.files.convert import Rename, convert_job, copy_job, renamed_map
+from ms_ckpt_ext.engine.files.convert import RenameFunction, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
 from ms_ckpt_ext.engine.files.execution import Report
 from ms_ckpt_ext.engine.files.job import Job
@@ -137,7 +137,7 @@ def convert(
     checked_format(to, "to", optional=True)
     access, seal = any_mode(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
-    found = find(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
+    found = find_inputs(path_of(src, "src"), path_of(dst, "dst"), to, _pattern(file_name_regex))
     rename = _rename(name_map, choice_func)
     maps = {name: renamed_map(os.path.join(found.source, name), found.renamed_in(name), rename) for name in found.maps}
     job = convert_job(found.inputs, access, rename, crc, maps, seal, digests)
@@ -211,10 +211,10 @@ def _copy(
     run: Running,
 ) -> Report:
     """Every file with the plaintext it has."""
-    found = find(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
+    found = find_inputs(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
     maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
     job = copy_job(found.inputs, access, maps, seal, digests)
-    return execute(job, found.target, run, title)
+    return execute_with_progress(job, found.target, run, title)
 
 
 def _as_mindspore(
@@ -252,7 +252,7 @@ def _convert(found: Inputs, job: Job, run: Running) -> Report:
         job, same = settle(job, found.target)
     if same:
         log.info("left in %s as they are, for they hold what would be written: %s", found.target, ", ".join(same))
-    report = execute(job, found.target, run, "convert")
+    report = execute_with_progress(job, found.target, run, "convert")
     report.files_kept = (*same, *report.files_kept)
     return report
 
@@ -272,7 +272,7 @@ def _warn_idle(name_map: Optional[Mapping[str, str]], choice: Optional[Choice], 
         warn_unknown(name_map, filter(None, (chosen_name(choice, name) for name in stored)), "the input")
 
 
-def _rename(name_map: Optional[Mapping[str, str]], choice: Optional[Choice]) -> Rename:
+def _rename(name_map: Optional[Mapping[str, str]], choice: Optional[Choice]) -> RenameFunction:
     names = checked_name_map(name_map, _DIRECTION)
     checked_choice(choice)
 

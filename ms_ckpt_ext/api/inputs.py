@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
         return {os.path.basename(old): os.path.basename(new) for old, new in mine.items()}
 
 
-def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]]) -> Inputs:
+def find_inputs(source: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]]) -> Inputs:
     """The files of a conversion.
 
     Args:
@@ -68,7 +68,7 @@ def find(source: str, target: str, to: Optional[str], pattern: Optional[re.Patte
 def find_in_ranks(source: str, target: str, to: str, pattern: Optional[re.Pattern[str]]) -> Inputs:
     """The files of a conversion as MindSpore chooses them: one, or those in the folders `rank*` of a directory.
 
-    They are those of the other format than `to`, whatever else is there. Arguments and errors are those of `find`.
+    They are those of the other format than `to`, whatever else is there. Arguments and errors as of `find_inputs`.
     """
     if os.path.isfile(source):
         return _single(source, target, to, None)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
-from ms_ckpt_ext.api.source import Filter, Globs, Source, find
+from ms_ckpt_ext.api.source import Filter, Globs, Source, find_source
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, describe, describe_strategy
 from ms_ckpt_ext.core.geometry.groups import GROUPS, SCALARS, group_of, natural
 from ms_ckpt_ext.core.geometry.region import Region
@@ -80,7 +80,7 @@ def inspect(
         loose = _loose_files(source, file_suffix, format)
         if loose:
             return _of_loose(source, loose, access, wanted)
-    return _of_catalog(find(source, known, file_suffix, access, format), wanted)
+    return _of_catalog(find_source(source, known, file_suffix, access, format), wanted)
 
 
 def _is_strategy(path: str) -> bool:
@@ -261,7 +261,7 @@ def _file(index: FileIndex, rank: Optional[int]) -> FileInfo:
     encryption = None
     if index.reader != "plain":
         with open(index.path, "rb") as file:
-            encryption = crypto.sniff(file.read(crypto.HEAD_BYTES))
+            encryption = crypto.sniff(file.read(crypto.SNIFF_BYTES))
     return FileInfo(index.path, index.size, rank, len(index.tensors), encryption)
 
 

@@ -17,13 +17,13 @@ from ms_ckpt_ext.api.arguments import (
     checked_format,
     checked_naming,
     checked_rules,
-    execute,
+    execute_with_progress,
     path_of,
     running,
     seal_of,
 )
 from ms_ckpt_ext.api.share import share_of
-from ms_ckpt_ext.api.source import Filter, Globs, find
+from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.engine.files.apart import check_apart
@@ -111,14 +111,14 @@ def merge(
     options = MergeOptions(task, tasks, naming, part_bytes, to, crc, seal_of(enc_key, enc_mode), digests)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
-    source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
+    source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     catalog = ruled(source.slices(allow_equal_slices), weight_rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
     catalog = called.of(doubted(compared(catalog)))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
-    return execute(job, target, run, "merge")
+    return execute_with_progress(job, target, run, "merge")
 
 
 def reshard(
@@ -166,13 +166,13 @@ def reshard(
     seal = seal_of(enc_key, enc_mode)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
-    source = find(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
+    source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
     ranks = _ranks(layout, rank)
     catalog = naming.of(ruled(source.slices(allow_equal_slices), weight_rules))
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
-    return execute(job, target, run, "reshard")
+    return execute_with_progress(job, target, run, "reshard")
 
 
 def _choice(wanted: Filter, choice: Optional[Choice]) -> Optional[Choice]:

@@ -21,7 +21,7 @@ from ms_ckpt_ext.api.arguments import (
     workers_of,
 )
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted
+from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
 from ms_ckpt_ext.engine.resume.scalars import Value
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
@@ -157,7 +157,7 @@ def resume(
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
         live.give_up(error, timeout)
-    wanted = Wanted(
+    wanted = ResumeRequest(
         directory,
         live.host_name(options),
         trained,

@@ -36,7 +36,7 @@ class Source(NamedTuple):
         return read_slices(self.listing, self.strategy, self.access, allow_equal_slices)
 
 
-def find(
+def find_source(
     path: Any,
     strategy: Any = None,
     file_suffix: Optional[str] = None,

@@ -10,11 +10,11 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
-from ms_ckpt_ext.api.source import Filter, Globs, find
+from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.engine.integrity import soundness
 from ms_ckpt_ext.engine.integrity.authenticate import prove_file
 from ms_ckpt_ext.engine.integrity.compare import Comparison, compare
-from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Fault, FileDigests, load_manifest, opened
 from ms_ckpt_ext.engine.integrity.pairing import Kept, everything, pair_up
 from ms_ckpt_ext.engine.integrity.soundness import Health
@@ -125,10 +125,10 @@ def verify(
         if b is not None or strategy is not None or wanted:
             raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
         return _by_manifest(path_of(a, "a"), access, workers)
-    first = find(a, strategy, file_suffix, access, argument="a")
+    first = find_source(a, strategy, file_suffix, access, argument="a")
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
-    second = find(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
+    second = find_source(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
     one, two = naming.of(first.open()), second.open()
     one = compared(one, filter(wanted, one.unproven), depth=Depth.ALL)
     two = compared(two, [name for name in two.unproven if wanted(names.get(name, name))], depth=Depth.ALL)
@@ -160,7 +160,7 @@ def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, al
     wanted.check((*catalog.tensors, *outside, *(strategy.layouts if strategy else ())))
     tensors = wanted.of(catalog.tensors)
     with progress.bar("verify", soundness.bytes_to_read(catalog, tensors, wanted)) as advance:
-        return soundness.check(catalog, tensors, strategy, wanted, workers, advance, allow_equal)
+        return soundness.check_values(catalog, tensors, strategy, wanted, workers, advance, allow_equal)
 
 
 def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
@@ -187,7 +187,9 @@ def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
             prefix = os.path.relpath(folder, path)
             readable, closed = opened(held, access.key)
             tensors += sum(len(entry.tensors) for entry in readable.files.values())
-            told = closed + check(folder, readable, None, workers, lambda file: read_index(file, access), opener)
+            told = closed + check_digests(
+                folder, readable, None, workers, lambda file: read_index(file, access), opener
+            )
             damaged = {fault.file for fault in told}
             rest = {name: entry for name, entry in readable.files.items() if name not in damaged}
             proved, open_ = _prove(

@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import byte_box
 from ms_ckpt_ext.core.geometry.view import View, nests
-from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
@@ -98,7 +98,7 @@ class DeviceSink:
         """All pieces have landed."""
         mark_loaded(self._parameter)
 
-    def contents(self) -> Contents:
+    def contents(self) -> SliceBytes:
         """What the Parameter holds, cast where it was."""
         return contents_of(self._parameter)
 

@@ -11,13 +11,13 @@ asynchronous saves without holding up the training, digests the file in a thread
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy, strategy_from_layout_dict
@@ -28,7 +28,6 @@ from ms_ckpt_ext.engine.resume.records import Record, forget_deleted, home_of, w
 from ms_ckpt_ext.errors import CheckpointError, DecryptionError, storage_error
 from ms_ckpt_ext.formats.registry import read_index
 
-log = logging.getLogger("ms_ckpt_ext")
 _LOSS_SCALES = ("scale_sense", "loss_scale")
 
 

@@ -7,24 +7,22 @@ see `core.planning.suffixes`: stock takes the first name that ends so, be it a m
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.dtype import INT4, DType
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.suffixes import Suffixes, match_suffixes
-from ms_ckpt_ext.engine.source.catalog import INT4, Catalog
+from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.taking import Takes, Taking
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
-
-log = logging.getLogger("ms_ckpt_ext")
 
 _FAMILIES = (
     {ms.float16, ms.float32, ms.float64, ms.bfloat16},

@@ -6,7 +6,6 @@ Bytes written to `Parameter.asnumpy()` are in the Parameter; that this holds is 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional, Union
@@ -16,6 +15,7 @@ from mindspore import mint
 from mindspore._c_expression import TensorPy
 from mindspore.common import np_dtype
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DType
@@ -23,11 +23,10 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.engine.load.run_exchange import HostSink
 from ms_ckpt_ext.transport.base import Bytes
 
-log = logging.getLogger("ms_ckpt_ext")
 _COPY = 4 << 20
 """Bytes that come down from a device at once."""
 _NUMPY: Mapping[str, Any] = {
@@ -94,11 +93,11 @@ def mark_loaded(parameter: Any) -> None:
         parameter.init_param = True
 
 
-def contents_of(parameter: Any) -> Contents:
+def contents_of(parameter: Any) -> SliceBytes:
     """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another."""
     if ms.context.get_context("device_target") == "CPU":
-        return Contents(str(parameter.dtype), iter((parameter.asnumpy().reshape(-1).view(np.uint8),)))
-    return Contents(str(parameter.dtype), _copies(parameter), copied=True)
+        return SliceBytes(str(parameter.dtype), iter((parameter.asnumpy().reshape(-1).view(np.uint8),)))
+    return SliceBytes(str(parameter.dtype), _copies(parameter), copied=True)
 
 
 def _copies(parameter: Any) -> Iterator[Bytes]:
@@ -151,7 +150,7 @@ class ParameterSink:
     def place(
         self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
     ) -> None:
-        """See `engine.load.run_exchange.Sink`."""
+        """See `engine.load.run_exchange.SliceSink`."""
         self._sink.place(source, offset, shape, box, region, view)
 
     def finish(self) -> None:
@@ -161,6 +160,6 @@ class ParameterSink:
             self._buffer = None
         mark_loaded(self._match.parameter)
 
-    def contents(self) -> Contents:
+    def contents(self) -> SliceBytes:
         """What the Parameter holds, cast where it was."""
         return contents_of(self._match.parameter)

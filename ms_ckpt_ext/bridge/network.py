@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import (
     Match,
     Matches,
@@ -36,7 +36,7 @@ from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, 
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.integrity import authenticate
-from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.values import TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import compared
@@ -47,8 +47,7 @@ from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
 
-__all__ = ["fill", "own_rank", "parameter_dict", "world_size"]
-log = logging.getLogger("ms_ckpt_ext")
+__all__ = ["fill", "own_rank", "network_dict", "world_size"]
 _SHOWN = 20
 
 
@@ -113,7 +112,7 @@ def tell_loaded(found: Matches, catalog: Catalog) -> None:
         )
 
 
-def parameter_dict(
+def network_dict(
     network: Any,
     catalog: Catalog,
     strategy: Optional[Strategy],
@@ -158,7 +157,7 @@ def fill_matches(
     readers: ReaderPool,
     workers: int,
     limits: Limits,
-    filled: Callable[[Match, Contents], None] = lambda _match, _contents: None,
+    filled: Callable[[Match, SliceBytes], None] = lambda _match, _contents: None,
 ) -> None:
     """Read every match's slice into its Parameter. Raises LoadError, also for what was changed before.
 
@@ -177,7 +176,7 @@ def fill_matches(
 
         def landed(number: int) -> None:
             match, memory = in_place[number]
-            filled(match, Contents(str(match.parameter.dtype), iter((memory,))))
+            filled(match, SliceBytes(str(match.parameter.dtype), iter((memory,))))
 
         _read(wanted, catalog, readers, workers, limits, landed)
     except Exception as error:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Offer, castable, check_cell, offers_of, sort_parameters, tell_suffixes
 from ms_ckpt_ext.bridge.memory import tensor_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.planning.suffixes import match_suffixes
 from ms_ckpt_ext.engine.source.lazy import LazyTensor, Parameters
 from ms_ckpt_ext.errors import UsageError
-
-log = logging.getLogger("ms_ckpt_ext")
 
 
 def parameter_dict(held: Parameters, names: Iterable[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Iterable, Mapping
@@ -10,8 +9,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, offers_of
-from ms_ckpt_ext.bridge.together import Source, fill_together, give_up, meeting
+from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up, meeting
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.core.planning.weight_rules import Rule
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import LoadReport
-from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
 from ms_ckpt_ext.engine.resume.scalars import Value
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import alike
@@ -29,7 +29,6 @@ from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
 from ms_ckpt_ext.transport.select import HOST_VARIABLE
 
-log = logging.getLogger("ms_ckpt_ext")
 __all__ = ["Filled", "both", "fill_newest", "give_up", "host_name", "layouts_of", "own_rank"]
 
 
@@ -119,7 +118,7 @@ def _own_scalars(chosen: Chosen, rank: int, stands: bool) -> dict[str, Value]:
 
 def fill_newest(
     network: Any,
-    wanted: Wanted,
+    wanted: ResumeRequest,
     target: Optional[Strategy],
     rank: int,
     naming: Naming,
@@ -138,7 +137,7 @@ def fill_newest(
     """
     wanted = replace(wanted, lacks=partial(_lacks, network, target, rank, naming, rules, strict))
     with meeting(options.timeout) as transport:
-        chosen, skipped = choose(transport, wanted)
+        chosen, skipped = choose_checkpoint(transport, wanted)
         if chosen is None:
             return None, skipped
         if chosen.own:
@@ -146,7 +145,7 @@ def fill_newest(
             chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, rank, stands)})
         reports: list[LoadReport] = []
         listing = chosen.listing
-        source = Source(
+        source = SharedSource(
             lambda: listing, chosen.strategy, wanted.access, rules, naming, allow_equal_slices=allow_equal_slices
         )
         missing, unused = fill_together(

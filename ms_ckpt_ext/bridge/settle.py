@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any, Callable, NamedTuple
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import (
     Match,
     Matches,
@@ -26,8 +26,6 @@ from ms_ckpt_ext.bridge.match import (
 )
 from ms_ckpt_ext.engine.unlisted.taking import Takes, Taking
 from ms_ckpt_ext.errors import LayoutMismatchError
-
-log = logging.getLogger("ms_ckpt_ext")
 
 
 class Manner(NamedTuple):

@@ -18,7 +18,7 @@ from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, MissingNa
 Array = NDArray[Any]
 
 
-def merge(slices: Sequence[Any], strategy: Mapping[str, Any]) -> Any:
+def merge_slices(slices: Sequence[Any], strategy: Mapping[str, Any]) -> Any:
     """A Parameter with the first slice's name and flags, and its dtype; see `merge_sliced_parameter`."""
     arrays = _checked(slices)
     first = slices[0]

@@ -6,7 +6,6 @@ first round nothing is changed.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Callable, NamedTuple, NoReturn, Optional, TypeVar
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import fill_matches, half_done, prove_matches, tell_loaded
@@ -27,7 +27,7 @@ from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
 from ms_ckpt_ext.engine.integrity.recorded import audit, settled
 from ms_ckpt_ext.engine.load import profiles, session
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.replicas import Contents, Digest, Digester, compare_replicas
+from ms_ckpt_ext.engine.load.replicas import Digest, Digester, SliceBytes, compare_replicas
 from ms_ckpt_ext.engine.load.run_exchange import HostMover
 from ms_ckpt_ext.engine.load.session import LoadReport, Prepared
 from ms_ckpt_ext.engine.load.survey import Survey, pack, survey, unpack
@@ -47,13 +47,12 @@ from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport
-from ms_ckpt_ext.transport.select import HOST_VARIABLE, choose
+from ms_ckpt_ext.transport.select import HOST_VARIABLE, select_transport
 
-T = TypeVar("T")
-log = logging.getLogger("ms_ckpt_ext")
+_T = TypeVar("_T")
 
 
-class Source(NamedTuple):
+class SharedSource(NamedTuple):
     """A checkpoint that ranks look at together.
 
     Attributes:
@@ -103,7 +102,7 @@ class Source(NamedTuple):
 
 def fill_together(
     network: Any,
-    source: Source,
+    source: SharedSource,
     target: Optional[Strategy],
     rank: int,
     strict: bool,
@@ -187,7 +186,7 @@ def meeting(timeout: float, refused: Optional[CheckpointError] = None) -> Iterat
 
     Raises PeerError, TransportError, or what was refused.
     """
-    transport = choose(timeout=timeout)
+    transport = select_transport(timeout=timeout)
     try:
         share_status(transport, refused)
         yield transport
@@ -201,10 +200,10 @@ def give_up(error: CheckpointError, timeout: float) -> NoReturn:
         raise error
 
 
-def _on_all(transport: Transport[Any], step: Callable[[], T]) -> T:
+def _on_all(transport: Transport[Any], step: Callable[[], _T]) -> _T:
     """Make a step of this rank's own; if it fails on any rank, all raise."""
     error: Optional[BaseException] = None
-    result: Optional[T] = None
+    result: Optional[_T] = None
     try:
         result = step()
     except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
@@ -218,7 +217,7 @@ def _prepare(
     seen: Survey,
     catalog: Catalog,
     matches: Sequence[Match],
-    source: Source,
+    source: SharedSource,
     target: Optional[Strategy],
     options: LoadOptions,
 ) -> Prepared:
@@ -294,7 +293,7 @@ def _fill(
     numbers = {id(match): number for number, match in _wanted(ready, matches)}
     with Digester() as digester:
 
-        def filled(match: Match, contents: Contents) -> None:
+        def filled(match: Match, contents: SliceBytes) -> None:
             if id(match) in numbers:
                 digester.add(numbers[id(match)], contents)
 

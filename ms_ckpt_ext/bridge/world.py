@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import MissingDependencyError
 
 try:
@@ -24,7 +24,7 @@ def own_rank() -> int:
     try:
         return int(get_rank())
     except RuntimeError:
-        logging.getLogger("ms_ckpt_ext").warning("communication is not initialised: loading the slices of rank 0")
+        log.warning("communication is not initialised: loading the slices of rank 0")
         return 0
 
 

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     job, *rest = arguments
     parsed = vars(parser(job).parse_args(rest))
     try:
-        config = settings.read(job, parsed["config"]) if parsed["config"] else settings.Settings({}, {})
+        config = settings.read_settings(job, parsed["config"]) if parsed["config"] else settings.Settings({}, {})
         given = {
             setting.name: settings.value_of(setting, parsed[setting.name], "--" + setting.name.replace("_", "-"))
             for setting in settings.known(job)

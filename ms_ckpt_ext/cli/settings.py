@@ -82,7 +82,7 @@ def known(job: str) -> list[Setting]:
     return [setting for setting in SETTINGS if job in setting.jobs]
 
 
-def read(job: str, path: str) -> Settings:
+def read_settings(job: str, path: str) -> Settings:
     """Read a configuration file.
 
     Raises:

@@ -15,6 +15,9 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.reader import ByteReader
 
+CRC_NUM = "crc_num"
+"""MindSpore's metadata key of the checksum, a decimal number."""
+
 
 class Integer(NamedTuple):
     """An integer scalar of a file, which MindSpore's checksum of safetensors sums as that many zero bytes.
@@ -32,15 +35,15 @@ class Integer(NamedTuple):
         return zlib.crc32(contents, crc) if number < 0 else _multiply(_shift(number), crc ^ _ALL) ^ _ALL
 
 
-Part = Union[bytes, Extent, Integer]
+Covered = Union[bytes, Extent, Integer]
 """What a checksum covers: bytes as they are, or a stretch of the file."""
-PIECE = 4 << 20
+_PIECE = 4 << 20
 _GENERATOR = 0xEDB88320  # reflected: the highest bit is x^0
 _ONE = 1 << 31
 _ALL = 2**32 - 1
 
 
-def crc_of(reader: ByteReader, parts: Iterable[Part], piece: int = PIECE) -> int:
+def crc_of(reader: ByteReader, parts: Iterable[Covered], piece: int = _PIECE) -> int:
     """CRC-32 of parts of a file one after another, read `piece` bytes at a time."""
     buffer = buffers.scratch(0)
     crc = 0

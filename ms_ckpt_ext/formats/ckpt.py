@@ -25,11 +25,11 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES, DType
+from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES, INT4, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, MapParameterError, TruncatedFileError
-from ms_ckpt_ext.formats.checksum import crc_of
+from ms_ckpt_ext.formats.checksum import CRC_NUM, crc_of
 from ms_ckpt_ext.formats.crypto.sniff import sniff
 from ms_ckpt_ext.formats.discovery import kinds
 from ms_ckpt_ext.formats.index import BUDGET, MAX_RANK, FileIndex, TensorEntry, countable
@@ -39,11 +39,8 @@ from ms_ckpt_ext.storage.reader import ByteReader
 CRC_MARK = b"crc_num"
 CRC_TAIL = len(CRC_MARK) + 10
 """Length of the checksum tail in bytes."""
-CRC_NUM, CRC_OFFSET = "crc_num", "crc_offset"
-"""Metadata keys: the stored checksum (decimal, as safetensors files have it), and where its tail begins."""
-
-INT4 = "Int4"
-"""MindSpore's packed type: two 4-bit numbers a byte, kept as int8 with a note in the metadata, as in safetensors."""
+CRC_OFFSET = "crc_offset"
+"""Metadata key: where the tail begins; the checksum itself stands at `CRC_NUM`, as in safetensors files."""
 
 MAX_TEXT = 1 << 16
 """Longest name or type, in bytes, that is believed."""
@@ -53,8 +50,8 @@ _PER_VALUE, _PER_AXIS = 500, 40
 """Bytes of objects that a value becomes beside its two strings, and each of its dims; as measured."""
 
 
-class Value(NamedTuple):
-    """One `Value` message: a tensor, or a piece of one. `offset` is where it begins."""
+class _Value(NamedTuple):
+    """One `_Value` message: a tensor, or a piece of one. `offset` is where it begins."""
 
     tag: str
     dims: Shape
@@ -127,7 +124,7 @@ def value_bytes(tag: str, axes: int, kind: str) -> int:
     return _PER_VALUE + _PER_AXIS * axes + sys.getsizeof(tag) + sys.getsizeof(kind)
 
 
-def _values(cursor: Cursor) -> Iterator[Value]:
+def _values(cursor: Cursor) -> Iterator[_Value]:
     """Every value of the file in order; stops at the checksum tail or the end.
 
     Refuses a file that is hardly more than framing before its values are objects a hundred times its size.
@@ -149,7 +146,7 @@ def _values(cursor: Cursor) -> Iterator[Value]:
         cursor.pos = field.stop
 
 
-def _value(cursor: Cursor, outer: Field) -> Value:
+def _value(cursor: Cursor, outer: Field) -> _Value:
     """The value that starts at the cursor."""
     tag: Optional[str] = None
     tensor: Optional[tuple[Shape, str, Extent]] = None
@@ -171,7 +168,7 @@ def _value(cursor: Cursor, outer: Field) -> Value:
         )
     if tag is None or tensor is None:
         raise _bad(cursor, outer.offset, f"a value without a {'name' if tag is None else 'tensor'}")
-    return Value(tag, *tensor, outer.offset)
+    return _Value(tag, *tensor, outer.offset)
 
 
 def _tensor(cursor: Cursor, outer: Field) -> tuple[Shape, str, Extent]:
@@ -221,7 +218,7 @@ def _text(cursor: Cursor, field: Field, what: str) -> str:
         raise _bad(cursor, field.offset, f"a {what} that is not UTF-8 ({raw[:32]!r})") from None
 
 
-def _entry(cursor: Cursor, parts: list[Value]) -> TensorEntry:
+def _entry(cursor: Cursor, parts: list[_Value]) -> TensorEntry:
     """One tensor out of its consecutive values."""
     first, total = parts[0], sum(part.contents.length for part in parts)
     for part in parts[1:]:
@@ -253,7 +250,7 @@ def _shape(dtype: DType, dims: Shape, total: int) -> Shape:
     return () if dims == _SCALAR and total else dims
 
 
-def _dtype(cursor: Cursor, value: Value) -> DType:
+def _dtype(cursor: Cursor, value: _Value) -> DType:
     if value.type == INT4:
         return DTYPES["I8"]
     if value.type not in BY_MINDSPORE:

@@ -14,19 +14,23 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.dtype import INT4, DType
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, INT4, MAX_TEXT, value_bytes
+from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, MAX_TEXT, value_bytes
 from ms_ckpt_ext.formats.index import BUDGET, Checksum, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.wire import BYTES, encode_bytes, encode_number, encode_varint
 
-PIECE = 512 << 20
+SLICE_BYTES = 512 << 20
 """Most bytes of one value's contents: MindSpore's SLICE_SIZE, 512 * 1024 KiB."""
 
 
 def layout(
-    specs: Sequence[TensorSpec], *, crc: bool = False, metadata: Optional[Mapping[str, str]] = None, piece: int = PIECE
+    specs: Sequence[TensorSpec],
+    *,
+    crc: bool = False,
+    metadata: Optional[Mapping[str, str]] = None,
+    piece: int = SLICE_BYTES,
 ) -> FileLayout:
     """Where every byte of a `.ckpt` with these tensors, in this order, goes.
 

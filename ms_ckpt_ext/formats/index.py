@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple, Optional
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.formats.checksum import Part
+from ms_ckpt_ext.formats.checksum import Covered
 
 BUDGET = 1 << 30
 """Most bytes that a table of contents may take beyond its file's size: some two million tensors without contents, more
@@ -80,7 +80,7 @@ class Checksum(NamedTuple):
         render: number -> that literal, of a constant length.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Covered, ...]
     offset: int
     render: Callable[[int], bytes]
 

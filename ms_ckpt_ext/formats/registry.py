@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
-from ms_ckpt_ext.formats.ckpt import CRC_NUM
+from ms_ckpt_ext.formats.checksum import CRC_NUM
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
@@ -25,7 +25,7 @@ DEC_KEY_VARIABLE, ENC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY", "MS_CKPT_EXT_ENC_KEY
 """Environment variables with the keys of sources and of outputs; their forms are those of `crypto.load_key`."""
 CACHE_BYTES = 8 << 20
 """Memory of one open encrypted file for chunks that are read in part; MindSpore's AES-GCM needs a block, 64 MiB."""
-MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
+_MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
 AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
 """Containers that notice every altered byte, when it is decrypted."""
 _FORMATS: dict[str, ModuleType] = {".safetensors": safetensors, ".ckpt": ckpt}
@@ -63,8 +63,8 @@ class Access(_How):
         crc_check: bool = False,
         optional: bool = False,
     ) -> Access:
-        if mode is not None and mode not in MODES:
-            raise UsageError(f"no such dec_mode; choose one of {', '.join(MODES)}")  # unquoted: it may be a key
+        if mode is not None and mode not in _MODES:
+            raise UsageError(f"no such dec_mode; choose one of {', '.join(_MODES)}")  # unquoted: it may be a key
         return super().__new__(cls, key, mode, crc_check, optional)
 
 
@@ -89,7 +89,7 @@ def open_reader(path: str, access: Access = PLAIN) -> ByteReader:
 
 
 def _decrypted(base: PlainReader, access: Access) -> ByteReader:
-    head = bytearray(min(crypto.HEAD_BYTES, base.size))
+    head = bytearray(min(crypto.SNIFF_BYTES, base.size))
     base.read_into(0, memoryview(head))
     container = crypto.sniff(bytes(head))
     fault = pointer_fault(base.path, bytes(head))

@@ -22,7 +22,7 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES, FILE_ORDER, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.checksum import Integer, Part, crc_of
+from ms_ckpt_ext.formats.checksum import CRC_NUM, Covered, Integer, crc_of
 from ms_ckpt_ext.formats.index import (
     MAX_RANK,
     Checksum,
@@ -41,10 +41,8 @@ _MEMBER_BYTES, _CHARACTER_BYTES = 1000, 12
 """More than a tensor's member takes beside its name, and a character of its name, which a note may repeat."""
 DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
-CRC_NUM = "crc_num"
-"""MindSpore's metadata key of the checksum."""
 NO_CRC = "0" * len(str(2**32 - 1))
-"""What stands there until it is known."""
+"""What stands at `CRC_NUM` until it is known."""
 TEXT_NOTE = "ms_ckpt_ext.text"
 _TEXT, _TEXT_AS = DTYPES["STR"], DTYPES["U32"]
 _ADVICE = "the file is damaged or was not completely written: restore it, or choose another checkpoint"
@@ -89,9 +87,9 @@ def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
     return True
 
 
-def _crc_parts(tensors: Mapping[str, TensorEntry]) -> list[Part]:
+def _crc_parts(tensors: Mapping[str, TensorEntry]) -> list[Covered]:
     """What MindSpore's checksum of these tensors covers."""
-    parts: list[Part] = []
+    parts: list[Covered] = []
     for name in sorted(tensors):
         entry = tensors[name]
         scalar = entry.shape == () and entry.dtype.family in ("int", "uint")

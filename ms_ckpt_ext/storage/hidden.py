@@ -19,7 +19,7 @@ from pathlib import Path
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import flock
 
-FOLDER = ".ms_ckpt_ext"
+_FOLDER = ".ms_ckpt_ext"
 _LOCK = flock.SUFFIX
 _JOURNAL = ".journal"
 
@@ -29,7 +29,7 @@ class HiddenFolder:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = target / FOLDER
+        self.path = target / _FOLDER
         self.claims = self.path / "claims"
         self._lock = -1
 

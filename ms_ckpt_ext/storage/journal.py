@@ -114,7 +114,7 @@ def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collectio
         StorageError: such files cannot be finished.
     """
     for path in hidden.journals():
-        journal = read(path)
+        journal = read_journal(path)
         if journal is None:
             path.unlink(missing_ok=True)  # half written, so nothing was done yet
             continue
@@ -133,7 +133,7 @@ def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collectio
             log.warning("what an earlier run was publishing in %s is still unfinished: %s", hidden.target, error)
 
 
-def read(path: Path) -> Optional[Journal]:
+def read_journal(path: Path) -> Optional[Journal]:
     """A journal from its file; None when it is none."""
     try:
         held: dict[str, Any] = from_json(path.read_bytes())
@@ -166,13 +166,13 @@ def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
 
 def _is_done(target: Path, journal: Journal) -> bool:
     """Whether all is on record, which comes last. What has changed since is not this job's business."""
-    known = published.read(target).files
+    known = published.read_published(target).files
     return all(name in known and known[name][:2] == (state, journal.job) for name, state in journal.files.items())
 
 
 def _take_away(target: Path, journal: Journal) -> None:
     """Remove what was moved; an older result that is still there stays, and so does what keeps loaders away."""
-    known = published.read(target)
+    known = published.read_published(target)
     for name, state in journal.files.items():
         found = state_of(target / name)
         if found == state or not (journal.sync or known.is_as_published(name, found)):

@@ -59,7 +59,7 @@ def state_of(path: Path) -> Optional[State]:
     return State(status.st_size, status.st_mtime_ns)
 
 
-def read(folder: Path) -> Published:
+def read_published(folder: Path) -> Published:
     """What is on record in a folder; nothing, where there is no record or it cannot be understood."""
     try:
         held: Any = from_json((folder / RECORD).read_bytes())
@@ -78,7 +78,7 @@ def _is_sound(entry: Entry) -> bool:
 
 def put(folder: Path, files: Mapping[str, Entry], gone: Collection[str], missing: Collection[str], sync: bool) -> None:
     """Put files of a job on record, and take others off it. For one at a time. Raises OSError."""
-    known = read(folder)
+    known = read_published(folder)
     kept = {name: entry for name, entry in known.files.items() if name not in gone}
     entries = {**kept, **files}
     mine, jobs = {entry.job for entry in files.values()}, {entry.job for entry in entries.values()}

@@ -40,7 +40,7 @@ class Traits(NamedTuple):
     crc32: Optional[Callable[[int], int]] = None
 
 
-PLAIN = Traits()
+PLAIN_TRAITS = Traits()
 
 
 class ByteReader(Protocol):
@@ -69,7 +69,7 @@ class ByteReader(Protocol):
 class PlainReader:
     """A file as it lies on disk. No mmap: a file on a network file system may change or vanish under a map."""
 
-    traits = PLAIN
+    traits = PLAIN_TRAITS
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -122,12 +122,12 @@ class Staging:
     def published(self) -> dict[str, State]:
         """Files that this very job has published here, and nobody touched; nor lost where their digests were."""
         digests = (self.target / self._ledger.MANIFEST_NAME).exists()
-        mine = {n: e for n, e in published.read(self.target).files.items() if e.job == self.job}
+        mine = {n: e for n, e in published.read_published(self.target).files.items() if e.job == self.job}
         return {n: e.state for n, e in mine.items() if state_of(self.target / n) == e.state and e.digested <= digests}
 
     def begun(self) -> dict[str, State]:
         """Files that this very job was publishing when it was interrupted: `open` finishes that."""
-        found = journal.read(self._hidden.journal(self.job))
+        found = journal.read_journal(self._hidden.journal(self.job))
         return {} if found is None else dict(found.files)
 
     def is_at(self, index: Mapping[str, bytes]) -> bool:

@@ -43,7 +43,7 @@ from ms_ckpt_ext.transport.base import Bytes
 from ms_ckpt_ext.transport.hub import LENGTH, Hub
 from ms_ckpt_ext.transport.line import GRACE_SECONDS, Line
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 CELL_BYTES = 128
 """What `announce` all-gathers: 8 bytes of length, the rest of contents."""
@@ -53,12 +53,12 @@ _CONNECT_SECONDS = 20.0
 _POLL_SECONDS = 0.25
 
 
-class _Call(Generic[T]):
+class _Call(Generic[_T]):
     """A blocking call, made in one thread and waited for in another."""
 
-    def __init__(self, blocking: Callable[[], T]) -> None:
-        self._blocking: Optional[Callable[[], T]] = blocking
-        self._results: list[T] = []
+    def __init__(self, blocking: Callable[[], _T]) -> None:
+        self._blocking: Optional[Callable[[], _T]] = blocking
+        self._results: list[_T] = []
         self._error: Optional[BaseException] = None
         self.done = threading.Event()
 
@@ -72,7 +72,7 @@ class _Call(Generic[T]):
         self._blocking = None
         del self  # else an error would keep itself alive, and the call's buffers, by the frame in its traceback
 
-    def result(self) -> T:
+    def result(self) -> _T:
         """What the call returned or raised, once; `done` must be set."""
         error, self._error = self._error, None
         try:
@@ -158,7 +158,7 @@ class ControlPlane(Line):
             self._abandon()
             raise
 
-    def guard(self, blocking: Callable[[], T], doing: str) -> T:
+    def guard(self, blocking: Callable[[], _T], doing: str) -> _T:
         """Run `blocking()` in a thread; stop waiting for it when a rank has died, or after `timeout` seconds.
 
         The backend's own error becomes a TransportError, or a PeerError when it is known who died. `blocking` keeps

@@ -19,7 +19,7 @@ import numpy as np
 from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
 from ms_ckpt_ext.transport.base import Bytes, Handle, check_counts, flat_bytes, offsets
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -57,13 +57,13 @@ class LocalWorld:
         """The end of `rank`; make one per rank."""
         return LocalTransport(self, rank)
 
-    def run(self, fn: Callable[[LocalTransport], T]) -> list[T]:
+    def run(self, fn: Callable[[LocalTransport], _T]) -> list[_T]:
         """Run `fn(transport)` on every rank, each in a thread, and return their results in rank order.
 
         Raises:
             what the first rank that failed raised; `errors` has the others' too. A world that failed stays failed.
         """
-        results: dict[int, T] = {}
+        results: dict[int, _T] = {}
         ended: set[int] = set()
         self.errors = {}
         self._left.clear()
@@ -114,7 +114,7 @@ class LocalWorld:
             self._changed.notify_all()
             return meeting
 
-    def meet(self, rank: int, number: int, meeting: _Meeting, take: Callable[[list[Any]], T]) -> T:
+    def meet(self, rank: int, number: int, meeting: _Meeting, take: Callable[[list[Any]], _T]) -> _T:
         """Wait until everybody is there, `take` from what they brought, and wait until everybody has taken."""
         self._wait(rank, meeting, lambda: len(meeting.brought) == self.size)
         taken = take([meeting.brought[peer] for peer in range(self.size)])
@@ -155,18 +155,18 @@ class LocalWorld:
         raise error
 
 
-class _LocalHandle(Generic[T]):
+class _LocalHandle(Generic[_T]):
     """An exchange whose meeting this rank has come to."""
 
-    def __init__(self, finish: Callable[[], T]) -> None:
-        self._finish: Optional[Callable[[], T]] = finish
+    def __init__(self, finish: Callable[[], _T]) -> None:
+        self._finish: Optional[Callable[[], _T]] = finish
 
     def wait(self) -> None:
         """Take what the others brought; a second call does nothing."""
         if self._finish is not None:
             self.result()
 
-    def result(self) -> T:
+    def result(self) -> _T:
         """Same, once, with what was taken."""
         finish, self._finish = self._finish, None
         assert finish is not None
@@ -243,7 +243,7 @@ class LocalTransport:
         """No more calls by this rank; others that wait for it are told."""
         self._world.leave(self.rank)
 
-    def _start(self, call: str, item: Any, take: Callable[[list[Any]], T]) -> _LocalHandle[T]:
+    def _start(self, call: str, item: Any, take: Callable[[list[Any]], _T]) -> _LocalHandle[_T]:
         number, self._calls = self._calls, self._calls + 1
         self.collectives[call.split()[0]] += 1
         meeting = self._world.bring(self.rank, number, call, item)

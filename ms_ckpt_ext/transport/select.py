@@ -11,10 +11,10 @@ from ms_ckpt_ext.transport import gate
 from ms_ckpt_ext.transport.base import Transport
 from ms_ckpt_ext.transport.local import LocalTransport
 
-ENVIRONMENT = "MS_CKPT_EXT_TRANSPORT"
+TRANSPORT_VARIABLE = "MS_CKPT_EXT_TRANSPORT"
 HOST_VARIABLE = "MS_CKPT_EXT_HOST"
 """What this rank's host is called, where host names do not tell hosts apart."""
-NAMES = ("local", "mccl", "hccl")
+_NAMES = ("local", "mccl", "hccl")
 DEFAULT_TIMEOUT = 600.0
 """Seconds. A rank that died is noticed at once; this bounds waiting for one that lives and does not come, and must be
 longer than the slowest rank's read of one round from a loaded file system."""
@@ -24,7 +24,7 @@ _LONGEST = 1e7
 """Seconds, a third of a year: who waits longer waits for ever, and the operating system's clocks have an end."""
 
 
-def choose(
+def select_transport(
     device_target: Optional[str] = None,
     override: Optional[str] = None,
     timeout: float = DEFAULT_TIMEOUT,
@@ -37,7 +37,7 @@ def choose(
 
     Args:
         device_target: "Ascend" or "CPU"; default: what mindspore is set to.
-        override: one of `NAMES`; default: the environment variable MS_CKPT_EXT_TRANSPORT, if set.
+        override: "local", "mccl" or "hccl"; default: the environment variable MS_CKPT_EXT_TRANSPORT, if set.
         timeout: seconds that one call may last while all ranks are alive.
         group: an existing communication group instead of the whole job (Ascend only).
 
@@ -47,10 +47,10 @@ def choose(
         PeerError: a rank has gone while the others waited for more.
     """
     timeout = min(timeout, _LONGEST)
-    name = override or os.environ.get(ENVIRONMENT) or _fitting(device_target)
-    if name not in NAMES:
-        source = "override" if override else ENVIRONMENT
-        raise UsageError(f"{source}={name!r}: choose one of {', '.join(NAMES)}, or leave it unset")
+    name = override or os.environ.get(TRANSPORT_VARIABLE) or _fitting(device_target)
+    if name not in _NAMES:
+        source = "override" if override else TRANSPORT_VARIABLE
+        raise UsageError(f"{source}={name!r}: choose one of {', '.join(_NAMES)}, or leave it unset")
     if group is not None and name != "hccl":
         raise UsageError(f"group={group!r} needs the hccl transport, and this job uses {name}")
     if name == "local":

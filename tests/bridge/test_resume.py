@@ -15,7 +15,7 @@ from mindspore import nn
 from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 
 from ms_ckpt_ext import CheckpointRecorder, load_for_inference, resume, unified_safetensors
-from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.engine.resume.records import read_records
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, StrategyError, UsageError
@@ -74,7 +74,7 @@ def test_every_save_is_recorded_and_the_last_is_resumed(format: str, background:
     assert all((tmp_path / "ms_ckpt_ext" / name / "complete.json").exists() for name in names)
     manifest = load_manifest(str(tmp_path))
     assert manifest is not None and set(manifest.files) == set(names)
-    assert check(str(tmp_path), manifest) == []
+    assert check_digests(str(tmp_path), manifest) == []
 
     net = network(1)
     optimizer = optimizer_of(net)

@@ -192,7 +192,7 @@ def test_ranks_meet_once_to_choose_and_to_load(fails: bool, tmp_path: Path, monk
     def refuse(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(together, "choose", lambda timeout: Transport())
+    monkeypatch.setattr(together, "select_transport", lambda timeout: Transport())
     if fails:
         monkeypatch.setattr(restore, "fill_together", refuse)
     with pytest.raises(MemoryError) if fails else nullcontext():

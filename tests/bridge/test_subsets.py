@@ -84,7 +84,7 @@ def test_one_and_all_but_one(
 ) -> None:
     """The same outcome as MindSpore's alone, contents byte for byte, and of ours exactly the chosen are called."""
     if how == "environment":
-        monkeypatch.setenv(installer.ENVIRONMENT, ",".join(each for each in installer.NAMES if each != name))
+        monkeypatch.setenv(installer.STOCK_VARIABLE, ",".join(each for each in installer.NAMES if each != name))
         chosen = ms_ckpt_ext.install()
     else:
         chosen = ms_ckpt_ext.install(**{how: [name]})

@@ -25,7 +25,7 @@ def test_every_configuration_is_understood(name: str, monkeypatch: pytest.Monkey
     more = ["--target", "merged"] if job == "merge" else []
     assert launch.main([job, "--config", f"configs/{name}.ini", "--dry-run", *more]) == 0
     told = capfd.readouterr().out
-    values = settings.read(job, f"configs/{name}.ini").values
+    values = settings.read_settings(job, f"configs/{name}.ini").values
     assert all(str(value) in told for key, value in values.items() if key in ("checkpoint_dir", "source", "script"))
 
 
@@ -70,14 +70,14 @@ def test_the_command_of_two_hosts() -> None:
 def test_wrong_configurations(job: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.ini").write_text(text)
     with pytest.raises(UsageError, match=message) as failure:
-        settings.read(job, str(tmp_path / "c.ini"))
+        settings.read_settings(job, str(tmp_path / "c.ini"))
     assert str(tmp_path / "c.ini") in str(failure.value)
 
 
 def test_comments_and_variables(tmp_path: Path) -> None:
     text = "; one\n[launch] \nhosts = 2 ; two\narguments = --x 100%\n[environment]\nGLOG_v = 3\nEmpty =\n"
     (tmp_path / "c.ini").write_text(text)
-    assert settings.read("resume", str(tmp_path / "c.ini")) == (
+    assert settings.read_settings("resume", str(tmp_path / "c.ini")) == (
         {"hosts": 2, "arguments": "--x 100%"},
         {"GLOG_v": "3", "Empty": ""},
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer
-from ms_ckpt_ext.formats.ckpt_writer import PIECE, crc_tail, layout
+from ms_ckpt_ext.formats.ckpt_writer import SLICE_BYTES, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.formats.memory import MemoryReader
@@ -56,10 +56,12 @@ def test_literal_bytes_of_mindspore() -> None:
 
 
 def test_large_tensors_are_cut_at_512_mib() -> None:
-    plan = layout([TensorSpec("w", DTYPES["F32"], (PIECE // 4 * 2 + 1,)), TensorSpec("e", DTYPES["U8"], (PIECE,))])
-    assert [extent.length for extent in plan.tensors["w"].extents] == [PIECE, PIECE, 4]
+    plan = layout(
+        [TensorSpec("w", DTYPES["F32"], (SLICE_BYTES // 4 * 2 + 1,)), TensorSpec("e", DTYPES["U8"], (SLICE_BYTES,))]
+    )
+    assert [extent.length for extent in plan.tensors["w"].extents] == [SLICE_BYTES, SLICE_BYTES, 4]
     assert len(plan.tensors["e"].extents) == 1
-    assert len(plan.literals) == 4 and plan.size == 3 * PIECE + 4 + sum(len(part) for _, part in plan.literals)
+    assert len(plan.literals) == 4 and plan.size == 3 * SLICE_BYTES + 4 + sum(len(part) for _, part in plan.literals)
 
 
 def test_refusals() -> None:
@@ -113,7 +115,7 @@ tensors = st.dictionaries(
 
 
 @settings(deadline=None, max_examples=60)
-@given(tensors, st.booleans(), st.sampled_from([16, 48, PIECE]), st.randoms(use_true_random=False))
+@given(tensors, st.booleans(), st.sampled_from([16, 48, SLICE_BYTES]), st.randoms(use_true_random=False))
 def test_what_is_written_is_read_back(items: dict, crc: bool, piece: int, random) -> None:  # type: ignore[no-untyped-def, type-arg]
     """Any names, dtypes and shapes, in one piece or several; Int4 notes survive."""
     specs, notes, data = [], {}, {}

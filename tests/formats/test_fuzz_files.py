@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.integrity.digests import check, digest_file
+from ms_ckpt_ext.engine.integrity.digests import check_digests, digest_file
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, opened
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats import crypto, safetensors
@@ -217,12 +217,12 @@ def test_mutated_manifests(changes: list[Any], tmp_path_factory: pytest.TempPath
             assert found is not None
             readable, _ = opened(found, key)
             assert readable.files.get("d.ckpt", held)[1:3] in (held[1:3], ({}, None))
-            check(str(folder), readable)
+            check_digests(str(folder), readable)
         except CheckpointError as error:
             assert len(str(error)) > 20
 
 
 def test_a_manifest_of_names_that_no_file_has(tmp_path: Path) -> None:
     names = ("a\0b", "\ud800", "../" * 2000 + "x")
-    found = check(str(tmp_path), Manifest({name: FileDigests(5, {}) for name in names}))
+    found = check_digests(str(tmp_path), Manifest({name: FileDigests(5, {}) for name in names}))
     assert [fault.found for fault in found] == ["no file"] * 3

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.formats.strategies import messages as proto
-from ms_ckpt_ext.formats.strategies.messages import MESSAGES, Rows
+from ms_ckpt_ext.formats.strategies.messages import MESSAGES, IntRows
 from tests.jobs.support import CASES
 
 UNSIGNED, SMALL, WIDE = (0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**63), 2**63 - 1)
@@ -50,7 +50,7 @@ def test_mindspores_files(case: str, golden: Path) -> None:
         assert proto.encode(content, content.current_stage) == data
 
 
-def rows(limits: tuple[int, int]) -> st.SearchStrategy[Rows]:
+def rows(limits: tuple[int, int]) -> st.SearchStrategy[IntRows]:
     row = st.lists(st.integers(*limits), max_size=4).map(tuple)
     return st.lists(row, max_size=3).map(tuple)
 
@@ -65,8 +65,8 @@ numbers = st.tuples(*[st.integers(*SMALL)] * 3)
     st.integers(*UNSIGNED),
 )
 def test_what_is_written_is_read(
-    operators: list[tuple[str, int, Rows]],
-    parameters: list[tuple[str, tuple[Rows, ...], tuple[int, ...]]],
+    operators: list[tuple[str, int, IntRows]],
+    parameters: list[tuple[str, tuple[IntRows, ...], tuple[int, ...]]],
     stage: int,
 ) -> None:
     content = proto.strategy_map()
@@ -83,8 +83,8 @@ def test_what_is_written_is_read(
     for name, wanted, whole in parameters:
         item = again.parallel_layout_item.pop(0)
         assert item.param_name == name
-        assert tuple(proto.rows_of(item.parallel_layouts, field) for field in proto.ROWS) == wanted
-        assert tuple(getattr(item.parallel_layouts, field) for field in proto.NUMBERS) == whole
+        assert tuple(proto.rows_of(item.parallel_layouts, field) for field in proto.ROW_FIELDS) == wanted
+        assert tuple(getattr(item.parallel_layouts, field) for field in proto.NUMBER_FIELDS) == whole
 
 
 def test_packed_numbers_and_repeated_messages() -> None:
@@ -118,7 +118,7 @@ def test_what_is_no_strategy(data: bytes, told: str) -> None:
         ("w", (), (0, 2**64)),
     ],
 )
-def test_what_a_file_cannot_hold_is_not_taken(name: str, rows: tuple[Rows, ...], numbers: tuple[int, ...]) -> None:
+def test_what_a_file_cannot_hold_is_not_taken(name: str, rows: tuple[IntRows, ...], numbers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"surrogates not allowed|unicode|out of range"):
         proto.add_parameter(proto.strategy_map(), name, rows, numbers)
     with pytest.raises(ValueError, match="out of range"):

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, reshard, safetensors_to_ckpt
-from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import DiscoveryError
 from ms_ckpt_ext.formats import registry
@@ -71,7 +71,7 @@ def test_one_after_another(
         assert contents(path.with_suffix(".safetensors")) == contents(path)
         for folder in (tmp_path / "runs", root, root / "rank0"):
             held = load_manifest(str(folder))
-            assert held is None or check(str(folder), held) == []
+            assert held is None or check_digests(str(folder), held) == []
         if changed:
             path.write_bytes(write_ckpt(tmp_path / "other.ckpt", piece=32).read_bytes() if step == first else b"")
             write_ckpt(path, crc=step == first)

@@ -19,7 +19,7 @@ from ms_ckpt_ext.engine.integrity.manifest import (
     Manifest,
     load_manifest,
     put_on,
-    record_of,
+    recorded_digests,
     take_off,
     update_manifest,
     write_manifest,
@@ -85,17 +85,17 @@ def test_what_check_finds(tmp_path: Path) -> None:
     for name in names:
         write(tmp_path / name)
     manifest = recorded(tmp_path, *names)
-    assert digests.check(str(tmp_path), manifest, workers=2) == []
+    assert digests.check_digests(str(tmp_path), manifest, workers=2) == []
     path = tmp_path / names[0]
     raw = bytearray(path.read_bytes())
     raw[-BIG // 2] ^= 1
     path.write_bytes(raw)
-    (fault,) = digests.check(str(tmp_path), manifest)
+    (fault,) = digests.check_digests(str(tmp_path), manifest)
     assert fault[:2] == (names[0], "w") and fault.expected == manifest.files[names[0]].tensors["w"]
     assert str(fault).startswith("parameter 'w' in 'a.safetensors': found ")
     (tmp_path / names[1]).write_bytes(b"short")
     (tmp_path / names[2]).unlink()
-    faults = digests.check(str(tmp_path), manifest, names[1:])
+    faults = digests.check_digests(str(tmp_path), manifest, names[1:])
     assert [(f.file, f.tensor, f.found) for f in faults] == [(names[1], None, "5 bytes"), (names[2], None, "no file")]
 
 
@@ -104,7 +104,7 @@ def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
     known = recorded(tmp_path, "a.safetensors").files["a.safetensors"]
     changed = dict(known.tensors)
     changed["gone"] = changed.pop("s")
-    faults = digests.check(str(tmp_path), Manifest({"a.safetensors": known._replace(tensors=changed)}))
+    faults = digests.check_digests(str(tmp_path), Manifest({"a.safetensors": known._replace(tensors=changed)}))
     assert {(f.tensor, f.found == "no such tensor", f.expected == "no such tensor") for f in faults} == {
         ("gone", True, False),
         ("s", False, True),
@@ -116,17 +116,17 @@ def test_which_manifest_is_believed(tmp_path: Path) -> None:
     path = tmp_path / "rank_0" / "net.safetensors"
     above, beside = str(tmp_path), str(path.parent)
     write(path)
-    assert record_of(str(path)) is None
+    assert recorded_digests(str(path)) is None
     known = digests.digest_file(read_index(str(path)))
     write_manifest(above, Manifest({"rank_0/net.safetensors": known}))
-    assert record_of(str(path)) == (above, "rank_0/net.safetensors", known)
+    assert recorded_digests(str(path)) == (above, "rank_0/net.safetensors", known)
     nearer = known._replace(tensors={"w": "1" * 32})
     write_manifest(beside, Manifest({"net.safetensors": nearer, "other": known}))
-    assert record_of(str(path)) == (beside, "net.safetensors", nearer)
+    assert recorded_digests(str(path)) == (beside, "net.safetensors", nearer)
     write_manifest(beside, Manifest({"net.safetensors": FileDigests(known.size, {})}))
-    assert record_of(str(path)) == (above, "rank_0/net.safetensors", known)
+    assert recorded_digests(str(path)) == (above, "rank_0/net.safetensors", known)
     write_manifest(above, Manifest({}))
-    assert record_of(str(path)) == (beside, "net.safetensors", FileDigests(known.size, {}))
+    assert recorded_digests(str(path)) == (beside, "net.safetensors", FileDigests(known.size, {}))
 
 
 def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:

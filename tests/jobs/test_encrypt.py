@@ -15,7 +15,7 @@ import xxhash
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.engine.files import encrypted_sink
-from ms_ckpt_ext.engine.integrity.digests import check, digest_file
+from ms_ckpt_ext.engine.integrity.digests import check_digests, digest_file
 from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
@@ -32,7 +32,7 @@ MODES = ["AES-GCM", "AES-CBC", "SM4-CBC", "chunked"]
 
 
 def container(path: Path) -> Any:
-    return crypto.sniff(path.read_bytes()[: crypto.HEAD_BYTES])
+    return crypto.sniff(path.read_bytes()[: crypto.SNIFF_BYTES])
 
 
 @pytest.mark.parametrize("kept", [registry.CACHE_BYTES, 1])
@@ -213,7 +213,7 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("mode", MODES)
 def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the tensors in a file, in whatever pieces it was copied; encrypted beside an encrypted one."""
-    monkeypatch.setattr(encrypted_sink, "CHUNK", 64)
+    monkeypatch.setattr(encrypted_sink, "_CHUNK", 64)
     monkeypatch.setattr("ms_ckpt_ext.engine.copying.worker._COPY", 64)
     source, options = write_ckpt(tmp_path / "net.ckpt", crc=True), {"max_process_num": workers}
     truth = digest_file(read_index(str(source)))
@@ -227,7 +227,7 @@ def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path, monk
     assert sealed.files["net.ckpt"].tensors == {}
     assert sealed.files["net.ckpt"].opened_by(crypto.Key(KEY), "net.ckpt")[1:3] == truth[1:3]
     assert plain == Manifest({"net.ckpt": truth})
-    assert check(str(tmp_path / "plain"), plain) == []
+    assert check_digests(str(tmp_path / "plain"), plain) == []
 
 
 def test_digests_or_none(tmp_path: Path) -> None:

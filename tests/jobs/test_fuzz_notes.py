@@ -24,7 +24,7 @@ from ms_ckpt_ext.cli import settings as ini
 from ms_ckpt_ext.cli.main import main
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
 from ms_ckpt_ext.engine.load import profiles
-from ms_ckpt_ext.engine.resume.newest import Wanted, choose
+from ms_ckpt_ext.engine.resume.newest import ResumeRequest, choose_checkpoint
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage import claims, journal, published
@@ -61,7 +61,7 @@ def merged(root: Path, naming: str = "mindspore") -> Path:
 
 
 def chosen(directory: Path) -> None:
-    found, _ = choose(LocalTransport(), Wanted(str(directory), "here"))
+    found, _ = choose_checkpoint(LocalTransport(), ResumeRequest(str(directory), "here"))
     if found is not None:
         _progress(found)
         json.dumps({name: np.asarray(value).tolist() for name, value in found.scalars.items()})
@@ -108,7 +108,7 @@ def shapes(root: Path, read: Callable[[Path, Path], Any]) -> Note:
 
 def profile(root: Path) -> Note:
     path = root / "machine.json"
-    path.write_bytes((profiles.FOLDER / f"{profiles.names()[0]}.json").read_bytes())
+    path.write_bytes((profiles.HARDWARE_FOLDER / f"{profiles.names()[0]}.json").read_bytes())
     return Note(path, lambda: profiles.profile(str(path)))
 
 
@@ -198,7 +198,9 @@ NOTES: dict[str, Callable[[Path], Note]] = {
     "profile": profile,
     "name map": name_map,
     "published": again,
-    "journal": lambda root: hidden(root, "j.journal", JOURNAL, lambda at: journal.read(at / ".ms_ckpt_ext/j.journal")),
+    "journal": lambda root: hidden(
+        root, "j.journal", JOURNAL, lambda at: journal.read_journal(at / ".ms_ckpt_ext/j.journal")
+    ),
     "journal of an interrupted job": interrupted,
     "claims": lambda root: hidden(
         root, "claims", {"job": "j", "names": ["a", "b"]}, lambda at: claims._claims(HiddenFolder(at))
@@ -257,7 +259,7 @@ def test_damaged_configurations(job: str, changes: list[Any], number: str) -> No
         data = mutate(text.encode(), changes)
         patch.setattr("builtins.open", lambda *_, **more: _opened(data, more.get("encoding")))
         try:
-            read = ini.read(job, "job.ini")
+            read = ini.read_settings(job, "job.ini")
         except CheckpointError:
             return
     assert all(isinstance(value, (str, int)) for value in read.values.values())

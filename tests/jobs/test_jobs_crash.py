@@ -13,7 +13,7 @@ import pytest
 
 from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
@@ -106,7 +106,7 @@ def test_recut_killed_at_random_points(tmp_path: Path) -> None:
         expected, older = tree(tmp_path / "expected"), tree(tmp_path / "older")
         assert found.items() <= expected.items() or found.items() <= older.items()
         manifest = load_manifest(str(target))
-        assert manifest is None or check(str(target), manifest) == []
+        assert manifest is None or check_digests(str(target), manifest) == []
         run_job("recut", new, target)
         assert tree(target) == expected
         assert load_manifest(str(target)) == load_manifest(str(tmp_path / "expected"))

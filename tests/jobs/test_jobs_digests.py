@@ -26,7 +26,7 @@ from ms_ckpt_ext.engine.integrity.manifest import (
     Manifest,
     load_manifest,
     opened,
-    record_of,
+    recorded_digests,
     write_manifest,
 )
 from ms_ckpt_ext.errors import DecryptionError
@@ -126,7 +126,7 @@ def test_a_recut_records_every_rank(tmp_path: Path) -> None:
     listed = manifest_of(tmp_path / "out").files
     assert set(listed) == {f"rank_{rank}/net.safetensors" for rank in range(8) if rank != 3}, "rank 3 was written anew"
     beside = manifest_of(path.parent).files["net.safetensors"]
-    assert record_of(str(path)) == (str(path.parent), "net.safetensors", beside)
+    assert recorded_digests(str(path)) == (str(path.parent), "net.safetensors", beside)
     recut(root, tmp_path / "out", digests=False)
     assert not list(tmp_path.rglob(MANIFEST_NAME))
 
@@ -181,7 +181,7 @@ def test_other_files_stay_on_record(tmp_path: Path) -> None:
     merge(root, target)
     found = dict(manifest_of(target).files)
     assert found.pop("mine.bin") == other and "lost.bin" not in found
-    assert digests.check(str(target), Manifest(found)) == []
+    assert digests.check_digests(str(target), Manifest(found)) == []
     merge(root, target, digests=False)
     assert manifest_of(target) == Manifest({"mine.bin": other})
 
@@ -208,7 +208,7 @@ def test_other_formats_and_checksums(tmp_path: Path) -> None:
     merge(root, target, output_format="ckpt", crc_check=True)
     found = manifest_of(target)
     assert {n: d for f in found.files.values() for n, d in f.tensors.items()} == tensors
-    assert all(name.endswith(".ckpt") for name in found.files) and digests.check(str(target), found) == []
+    assert all(name.endswith(".ckpt") for name in found.files) and digests.check_digests(str(target), found) == []
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -228,7 +228,7 @@ def test_digests_of_encrypted_files_are_encrypted(form: str, mode: str, workers:
     assert {name: held[1:3] for name, held in readable.files.items()} == {n: held[1:3] for n, held in truth.items()}
     access = Access(Key(KEY[:16]))
     readers = {"indexer": partial(read_index, access=access), "opener": partial(open_reader, access=access)}
-    assert digests.check(str(target), readable, None, workers, **readers) == faults == []
+    assert digests.check_digests(str(target), readable, None, workers, **readers) == faults == []
     told = (target / MANIFEST_NAME).read_bytes()
     for held in truth.values():
         for name, digest in (*held.tensors.items(), ("framing", str(held.framing))):
@@ -277,7 +277,7 @@ def test_what_an_interrupted_run_encrypted_is_compared(alter: bool, tmp_path: Pa
     readable, _ = opened(manifest_of(target), Key(KEY))
     access = Access(Key(KEY))
     readers = {"indexer": partial(read_index, access=access), "opener": partial(open_reader, access=access)}
-    assert digests.check(str(target), readable, **readers) == []
+    assert digests.check_digests(str(target), readable, **readers) == []
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -288,5 +288,5 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     raw = np.frombuffer(path.read_bytes(), np.uint8).copy()
     raw[-1] ^= 4
     path.write_bytes(raw.tobytes())
-    (fault,) = digests.check(str(target), found, workers=2)
+    (fault,) = digests.check_digests(str(target), found, workers=2)
     assert fault.file == "part0.safetensors" and fault.tensor in found.files["part0.safetensors"].tensors

@@ -23,7 +23,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files import encrypted_sink, execution
 from ms_ckpt_ext.engine.files.crc_sink import SummingSink
-from ms_ckpt_ext.engine.files.encrypted_sink import Seal, SealedSink, Tally
+from ms_ckpt_ext.engine.files.encrypted_sink import HeldBytes, Seal, SealedSink
 from ms_ckpt_ext.engine.files.job import Job
 from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job, recut_job
 from ms_ckpt_ext.engine.integrity.digests import digest_framing, streams
@@ -303,7 +303,7 @@ def test_any_order_of_writes_gives_the_same_plaintext(
     layout = lay_out(
         f"a.{form}", [TensorSpec(n, DTYPES["U8"], (len(d),)) for n, d in data.items()], {"format": "ms"}, crc
     )
-    seal = Seal(Key(KEY), mode, chunk=64 + seed % 200, block=16 * (1 + seed % 20), tally=Tally())
+    seal = Seal(Key(KEY), mode, chunk=64 + seed % 200, block=16 * (1 + seed % 20), tally=HeldBytes())
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/a.{form}"
         sealed = SealedSink(path, f"a.{form}", layout, seal)

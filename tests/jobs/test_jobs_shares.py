@@ -13,7 +13,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.engine.files import execution
-from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
 from ms_ckpt_ext.storage import published
@@ -60,12 +60,12 @@ def test_shares_on_disks_of_their_own(form: str, naming: str, tmp_path: Path, ca
             report = merge(root, disk, split_dst_file=(n, 3), **options)
         assert not report.published and {*report.missing} == tree(tmp_path / "whole").keys() - tree(disk).keys()
         assert f"it is complete with {', '.join(report.missing)}" in caplog.text
-        assert [*published.read(disk).missing.values()] == [sorted(report.missing)]
+        assert [*published.read_published(disk).missing.values()] == [sorted(report.missing)]
         assert tree(disk).items() <= tree(tmp_path / "whole").items() and report.files_written
         with pytest.raises(CheckpointError, match=re.escape(next(m for m in report.missing if "hyper" not in m))):
             ms_ckpt_ext.load(disk)
         held = load_manifest(str(disk))
-        assert held is not None and check(str(disk), held) == [] and {*held.files} == {*report.files_written}
+        assert held is not None and check_digests(str(disk), held) == [] and {*held.files} == {*report.files_written}
         again = merge(root, disk, split_dst_file=(n, 3), **options)
         assert (again.bytes_written, again.published, again.missing) == (0, False, report.missing)
         assert not (disk / ".ms_ckpt_ext").exists()

@@ -13,7 +13,7 @@ import pytest
 
 from ms_ckpt_ext import CheckpointError, convert, training_scalars, transform_checkpoint_by_rank, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.engine.integrity.digests import check
+from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import journal, published, staging
@@ -97,7 +97,7 @@ def test_another_job_finishes_what_was_begun(
     OTHERS[other](root, tmp_path / "alone")
     assert tree(target) == {**tree(tmp_path / "alone"), **tree(tmp_path / "expected")}
     assert not (target / ".ms_ckpt_ext").exists()
-    assert check(str(target), load_manifest(str(target)) or pytest.fail("no manifest")) == []
+    assert check_digests(str(target), load_manifest(str(target)) or pytest.fail("no manifest")) == []
     assert merge(root, target, **PARTS).bytes_written == 0
 
 
@@ -211,7 +211,7 @@ def test_ranks_of_a_flat_folder_killed_anywhere(tmp_path: Path) -> None:
         found = tree(root / "out")
         assert first.items() <= found.items() and found.keys() >= {"net0.safetensors", "net2.safetensors"}
         held = load_manifest(str(root / "out"))
-        assert held is not None and held.files.keys() == found.keys() and check(str(root / "out"), held) == []
+        assert held is not None and held.files.keys() == found.keys() and check_digests(str(root / "out"), held) == []
         convert(root / "in/net1.ckpt", root / "out", to="safetensors")
         assert tree(root / "out").keys() == {f"net{rank}.safetensors" for rank in range(3)}
         if finished:

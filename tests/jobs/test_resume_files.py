@@ -12,7 +12,7 @@ import pytest
 
 from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.engine.files import resume_point
-from ms_ckpt_ext.engine.files.job import fingerprint
+from ms_ckpt_ext.engine.files.job import job_fingerprint
 from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import load_strategy
@@ -107,7 +107,7 @@ def test_another_mount_point_is_the_same_job_and_other_files_are_not(tmp_path: P
 
     def identity(where: Path) -> str:
         catalog = open_catalog(str(where / "shards"), load_strategy(where / "strategy.ckpt"))
-        return fingerprint(merge_job(catalog, str(tmp_path / "out"), MergeOptions()))
+        return job_fingerprint(merge_job(catalog, str(tmp_path / "out"), MergeOptions()))
 
     before = identity(root)
     assert identity(tmp_path / "mnt/here/src") == before

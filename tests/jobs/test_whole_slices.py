@@ -19,7 +19,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.engine.unlisted import whole_slices
 from ms_ckpt_ext.engine.unlisted.dealt import Together
 from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe
-from ms_ckpt_ext.engine.unlisted.whole_slices import HEAD_BYTES, Gathered, find_gathered, refuse_gathered
+from ms_ckpt_ext.engine.unlisted.whole_slices import PROBE_BYTES, Gathered, find_gathered, refuse_gathered
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
@@ -110,7 +110,7 @@ def test_an_ordinary_checkpoint_costs_the_beginnings_of_two_slices(tmp_path: Pat
         cut(strategy_of(dict.fromkeys(full, layout), root / "s.ckpt"), full, root / "shards")
         found, look = look_into(root)
         assert found is None
-        assert (look.count.reads, look.count.nbytes) == (2, 2 * HEAD_BYTES)
+        assert (look.count.reads, look.count.nbytes) == (2, 2 * PROBE_BYTES)
 
 
 def test_slices_that_differ_late_are_slices(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_what_is_too_large_to_compare_whole_is_sampled(tmp_path: Path, monkeypat
     root = gathered(tmp_path, full={**small, **large})
     found, look = look_into(root)
     assert found is not None and found.names == ("s", "t")
-    assert look.count.nbytes == 4 * HEAD_BYTES + 2 * small["s"].nbytes + 2 * 8 * HEAD_BYTES
+    assert look.count.nbytes == 4 * PROBE_BYTES + 2 * small["s"].nbytes + 2 * 8 * PROBE_BYTES
     path = root / "shards/rank_1/net.safetensors"
     changed = large["t"].copy()
     changed[-1, -1] += 1
@@ -197,7 +197,7 @@ def test_ranks_share_the_look_and_the_refusal(tmp_path: Path) -> None:
     with pytest.raises(LayoutMismatchError):
         world.run(rank)
     assert len({str(error) for error in world.errors.values()}) == 1 and len(world.errors) == 3
-    once = 2 * HEAD_BYTES + 2 * values(4096)["w"].nbytes
+    once = 2 * PROBE_BYTES + 2 * values(4096)["w"].nbytes
     assert read[0] == once == read[1] + read[2] and min(read[1], read[2]) > once // 3
 
 

@@ -14,7 +14,7 @@ from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 
 from ms_ckpt_ext import CheckpointRecorder, resume
 from ms_ckpt_ext.errors import DisagreementError
-from ms_ckpt_ext.transport.select import choose
+from ms_ckpt_ext.transport.select import select_transport
 
 
 class Batches:
@@ -30,7 +30,7 @@ class Batches:
 
 def meet() -> None:
     """Wait for the other rank. MindSpore's barrier on the CPU is queued, and does not."""
-    transport = choose()
+    transport = select_transport()
     transport.share(b"")
     transport.close()
 

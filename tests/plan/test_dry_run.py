@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ms_ckpt_ext import plan
 from ms_ckpt_ext.core.exchange.one_rank import rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
-from ms_ckpt_ext.core.exchange.totals import Tally
+from ms_ckpt_ext.core.exchange.totals import RankTotals
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
@@ -104,7 +104,7 @@ def read_directly(load: Load, rank: int) -> int:
     return readers.count.nbytes
 
 
-def assert_blocks(tally: Tally, plan: ExchangePlan, buffers: dict[int, int]) -> None:
+def assert_blocks(tally: RankTotals, plan: ExchangePlan, buffers: dict[int, int]) -> None:
     """Messages and buffers, by the byte layout of the collectives."""
     sent = np.zeros((plan.world, 2), int)
     largest = max((chunk.nbytes for chunk in plan.chunks), default=0)

@@ -49,7 +49,7 @@ def test_every_profile_tells_where_its_figures_come_from() -> None:
 
 def test_configs_are_the_profiles() -> None:
     configs = Path(__file__).resolve().parents[2] / "configs" / "hardware"
-    assert os.path.realpath(configs) == os.path.realpath(profiles.FOLDER)
+    assert os.path.realpath(configs) == os.path.realpath(profiles.HARDWARE_FOLDER)
 
 
 def test_a_profile_of_ones_own(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class _Lasting:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of a load is that of its thread, and so are rank and world."""
-    monkeypatch.setattr(together, "choose", lambda timeout: _Lasting(HERE.transport))
+    monkeypatch.setattr(together, "select_transport", lambda timeout: _Lasting(HERE.transport))
     monkeypatch.setattr(restore, "own_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(network, "own_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(network, "world_size", lambda: HERE.transport.size)
@@ -98,7 +98,7 @@ def load(wanted: Callable[[int], Mapping[str, Any]], ranks: int, **arguments: An
 
 
 def fill(
-    source: together.Source,
+    source: together.SharedSource,
     target: Any,
     wanted: Callable[[int], Mapping[str, Any]],
     ranks: int,
@@ -130,7 +130,7 @@ def fill(
     return on_ranks(ranks, work)
 
 
-def _alone(source: together.Source) -> Any:
+def _alone(source: together.SharedSource) -> Any:
     from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 
     return read_slices(source.look(), source.strategy, source.access)

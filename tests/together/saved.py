@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import update_manifest
-from ms_ckpt_ext.engine.resume.newest import Chosen, Skipped, Wanted, choose
+from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
 from ms_ckpt_ext.engine.resume.records import Record, home_of, write_record
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
@@ -46,7 +46,7 @@ def look(
     where = more.pop("where", lambda rank: root)
 
     def rank(transport: LocalTransport) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
-        return choose(transport, Wanted(str(where(transport.rank)), host(transport.rank), **more))
+        return choose_checkpoint(transport, ResumeRequest(str(where(transport.rank)), host(transport.rank), **more))
 
     answers = LocalWorld(ranks, timeout=20).run(rank)
     for chosen, skipped in answers:

@@ -9,11 +9,12 @@ from typing import Any, Optional
 
 import pytest
 
+from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.weight_rules import Rename, Transpose, apply_rules
 from ms_ckpt_ext.engine.integrity import recorded as audit_module
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
-from ms_ckpt_ext.engine.integrity.recorded import Sees, audit, settled
+from ms_ckpt_ext.engine.integrity.recorded import audit, settled
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
@@ -45,7 +46,7 @@ def flip(catalog: Catalog, file: int, name: str) -> None:
         shard.write(bytes([byte ^ 16]))
 
 
-def run(catalog: Catalog, sees: Sees = None) -> dict[int, BaseException]:
+def run(catalog: Catalog, sees: Optional[Sees] = None) -> dict[int, BaseException]:
     """Audit everything on all ranks; the errors by rank."""
     world = LocalWorld(RANKS, timeout=20.0)
     wanted = [*catalog.tensors.values(), *catalog.extras.values()]

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.resume.candidates import candidates, check_noted
-from ms_ckpt_ext.engine.resume.newest import Wanted, choose
+from ms_ckpt_ext.engine.resume.newest import ResumeRequest, choose_checkpoint
 from ms_ckpt_ext.engine.resume.sightings import look as look_at
 from ms_ckpt_ext.engine.resume.trial_order import Order
 from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError
@@ -217,7 +217,7 @@ def test_what_one_host_cannot_look_into_ends_all(
     def rank(transport: LocalTransport) -> None:
         here.rank = transport.rank
         with pytest.raises(CheckpointError, match=words) as caught:
-            choose(transport, Wanted(str(tmp_path / "ckpt"), f"host {transport.rank}"))
+            choose_checkpoint(transport, ResumeRequest(str(tmp_path / "ckpt"), f"host {transport.rank}"))
         heard.append(str(caught.value))
 
     LocalWorld(2, timeout=20).run(rank)
@@ -230,7 +230,7 @@ def test_ranks_of_one_host_must_look_into_one_directory(tmp_path: Path) -> None:
         look(tmp_path / "c", where=lambda rank: tmp_path / ("other" if rank == 2 else "c"))
     with pytest.raises(DisagreementError, match="format"):
         LocalWorld(2, timeout=20).run(
-            lambda t: choose(t, Wanted(str(tmp_path / "c"), "one", kind=["ckpt", None][t.rank]))
+            lambda t: choose_checkpoint(t, ResumeRequest(str(tmp_path / "c"), "one", kind=["ckpt", None][t.rank]))
         )
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, encrypt, load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together as bridge
-from ms_ckpt_ext.bridge.together import Source as Together
+from ms_ckpt_ext.bridge.together import SharedSource as Together
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.integrity.digests import digest_file

@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout, cell_region
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.load import session
-from ms_ckpt_ext.engine.load.replicas import Contents
+from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.engine.load.run_exchange import HostMover
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import TensorSpec
@@ -57,7 +57,7 @@ class Landing:
     def finish(self) -> None:
         self.finished = True
 
-    def contents(self) -> Contents:
+    def contents(self) -> SliceBytes:
         raise AssertionError("nothing is kept")
 
 

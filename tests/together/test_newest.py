@@ -10,13 +10,15 @@ import pytest
 
 from ms_ckpt_ext.engine.resume.candidates import Candidate, candidates
 from ms_ckpt_ext.engine.resume.records import Record, home_name
-from ms_ckpt_ext.engine.resume.sightings import Noted, Place, Sight, from_json, to_json
+from ms_ckpt_ext.engine.resume.sightings import CheckpointFolder, Noted, Sight, folder_from_json, folder_to_json
 from ms_ckpt_ext.engine.resume.trial_order import Order, prefix_of
 
 Notes = Mapping[str, tuple[float, Optional[int]]]
 
 
-def seen(files: Sequence[str], notes: Optional[Notes] = None, sizes: Optional[Mapping[str, int]] = None) -> list[Place]:
+def seen(
+    files: Sequence[str], notes: Optional[Notes] = None, sizes: Optional[Mapping[str, int]] = None
+) -> list[CheckpointFolder]:
     """Files (`FOLDER//FILE`, or just FILE) in the order in which they were modified; notes: file -> (saved, step)."""
     places: dict[str, tuple[list[Sight], dict[str, Noted]]] = {}
     for time, path in enumerate(files):
@@ -30,7 +32,7 @@ def seen(files: Sequence[str], notes: Optional[Notes] = None, sizes: Optional[Ma
             home = home_name(file, rank)
             record = Record(rank, world, file, 100, saved, world > 1, 1, step)
             noted[home] = Noted((*noted.get(home, Noted((), "")).records, record), "")
-    return [Place(folder, tuple(sights), "", 0.0, noted, "") for folder, (sights, noted) in places.items()]
+    return [CheckpointFolder(folder, tuple(sights), "", 0.0, noted, "") for folder, (sights, noted) in places.items()]
 
 
 def order(files: Sequence[str], notes: Optional[Notes] = None, **more: Any) -> Order:
@@ -208,7 +210,7 @@ def test_files_beside_rank_folders_are_seen() -> None:
 def test_ranks_in_one_folder_on_two_hosts() -> None:
     """Each sees its own; what a number means shows when both are together."""
     places = [seen([f"net_rank_{rank}-1_5.ckpt" for rank in half]) for half in ((0, 1), (2, 3))]
-    sent = [[from_json(to_json(place)) for place in host] for host in places]
+    sent = [[folder_from_json(folder_to_json(place)) for place in host] for host in places]
     assert sent == places
     (found,) = candidates(sent)
     assert sorted(found.files) == [0, 1, 2, 3] and found.title == "net_rank_-1_5.ckpt"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load, merge, reshard
-from ms_ckpt_ext.bridge.together import Source
+from ms_ckpt_ext.bridge.together import SharedSource
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.errors import LayoutMismatchError
@@ -54,9 +54,9 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def of(saved: Path) -> Source:
+def of(saved: Path) -> SharedSource:
     strategy = load_strategy(saved / "s.ckpt")
-    return Source(partial(list_checkpoint, str(saved / "shards"), strategy), strategy)
+    return SharedSource(partial(list_checkpoint, str(saved / "shards"), strategy), strategy)
 
 
 def turned() -> dict[str, Layout]:

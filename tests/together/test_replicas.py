@@ -12,7 +12,7 @@ import xxhash
 from ms_ckpt_ext.core.exchange.demand import Demand, Grid
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
-from ms_ckpt_ext.engine.load.replicas import Contents, Digest, Digester, compare_replicas
+from ms_ckpt_ext.engine.load.replicas import Digest, Digester, SliceBytes, compare_replicas
 from ms_ckpt_ext.errors import ChecksumError
 from ms_ckpt_ext.transport.local import LocalWorld
 
@@ -66,8 +66,8 @@ def test_a_digest_is_that_of_all_pieces_and_few_copies_wait() -> None:
 
     whole = np.repeat(np.arange(50, dtype=np.uint8), 1 << 16)
     with Digester() as digester:
-        digester.add(7, Contents("Float32", copies(), copied=True))
-        digester.add(8, Contents("Int8", iter((whole,))))
+        digester.add(7, SliceBytes("Float32", copies(), copied=True))
+        digester.add(8, SliceBytes("Int8", iter((whole,))))
         digests = digester.wait()
     expected = xxhash.xxh3_128(whole.tobytes()).hexdigest()
     assert digests == {7: Digest("Float32", expected), 8: Digest("Int8", expected)}

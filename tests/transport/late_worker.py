@@ -17,7 +17,7 @@ import mindspore
 import ms_ckpt_ext
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport.agree import share_status
-from ms_ckpt_ext.transport.select import choose
+from ms_ckpt_ext.transport.select import select_transport
 
 TIMEOUT = 1.0
 
@@ -55,7 +55,7 @@ else:
     wrong = "no such strategy"
     late(lambda: ms_ckpt_ext.resume(network, checkpoint_dir=".", predict_strategy=wrong, timeout=TIMEOUT))
     done.touch()
-transport = choose(timeout=60)
+transport = select_transport(timeout=60)
 share_status(transport)
 mine, everybodys = transport.allocate(8), transport.allocate(16)
 transport.start_all_gather(mine, [8] * 2, everybodys).wait()

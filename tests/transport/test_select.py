@@ -11,36 +11,36 @@ import pytest
 from ms_ckpt_ext.errors import TransportError, UsageError
 from ms_ckpt_ext.transport import select
 from ms_ckpt_ext.transport.local import LocalTransport
-from ms_ckpt_ext.transport.select import ENVIRONMENT, choose
+from ms_ckpt_ext.transport.select import TRANSPORT_VARIABLE, select_transport
 
 
 def test_a_process_on_its_own_is_local() -> None:
     for target in (None, "CPU", "Ascend"):
-        t = choose(target)
+        t = select_transport(target)
         assert isinstance(t, LocalTransport) and t.size == 1
 
 
 @pytest.mark.parametrize("name", ["mccl", "hccl"])
 def test_a_backend_needs_a_job(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TransportError, match="msrun"):
-        choose(override=name)
-    monkeypatch.setenv(ENVIRONMENT, name)
+        select_transport(override=name)
+    monkeypatch.setenv(TRANSPORT_VARIABLE, name)
     with pytest.raises(TransportError, match=name):
-        choose()
-    assert isinstance(choose(override="local"), LocalTransport)  # the argument goes before the environment
+        select_transport()
+    assert isinstance(select_transport(override="local"), LocalTransport)  # the argument goes before the environment
 
 
 def test_unknown_names_are_refused_with_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="override='mpi': choose one of local, mccl, hccl"):
-        choose(override="mpi")
-    monkeypatch.setenv(ENVIRONMENT, "nccl")
-    with pytest.raises(UsageError, match=f"{ENVIRONMENT}='nccl'"):
-        choose()
+        select_transport(override="mpi")
+    monkeypatch.setenv(TRANSPORT_VARIABLE, "nccl")
+    with pytest.raises(UsageError, match=f"{TRANSPORT_VARIABLE}='nccl'"):
+        select_transport()
 
 
 def test_a_group_needs_hccl() -> None:
     with pytest.raises(UsageError, match="group='stage_1' needs the hccl transport"):
-        choose(group="stage_1")
+        select_transport(group="stage_1")
 
 
 @pytest.mark.parametrize(("told", "met"), [("", [(1, 2, 5.0, False)]), ("a container", [])])
@@ -57,5 +57,5 @@ def test_ranks_of_a_host_meet_where_its_name_tells_who_they_are(
     monkeypatch.setenv(select.HOST_VARIABLE, told)
     found: list[Any] = []
     monkeypatch.setattr(select.gate, "meet", lambda *where: found.append(where))
-    assert choose(override="mccl", timeout=5.0) == 5.0
+    assert select_transport(override="mccl", timeout=5.0) == 5.0
     assert found == met

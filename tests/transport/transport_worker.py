@@ -16,7 +16,7 @@ import numpy as np
 from ms_ckpt_ext.errors import DisagreementError, PeerError, TransportError
 from ms_ckpt_ext.transport.agree import agree, share_status
 from ms_ckpt_ext.transport.base import Transport
-from ms_ckpt_ext.transport.select import choose
+from ms_ckpt_ext.transport.select import select_transport
 
 LARGE = 1_000_003
 
@@ -168,7 +168,7 @@ def lose(t: Transport[Any], victim: int) -> None:
 def main(case: str) -> None:
     """Run one case; see test_job_transports.py."""
     start()
-    t = choose(timeout=60)
+    t = select_transport(timeout=60)
     name = type(t).__name__
     if case == "everything":
         everything(t)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from ms_ckpt_ext import merge, verify
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.integrity.compare import Comparison, Place
+from ms_ckpt_ext.engine.integrity.compare import Comparison, DifferingElement
 from ms_ckpt_ext.engine.integrity.soundness import Health, Unequal
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.engine.unlisted.probes import Alone
@@ -117,7 +117,7 @@ def test_what_is_told(tmp_path: Path) -> None:
     (difference,) = compared(shards, tmp_path / "merged", strategy=strategy).differences
     assert difference.of == "the copy of ranks 2, 3 in a"
     assert (difference.count, difference.total, difference.shape) == (1, 96, (12, 8))
-    assert difference.first == (Place((2, 5), str(EMBED[2, 5] + np.float32(0.5)), str(EMBED[2, 5])),)
+    assert difference.first == (DifferingElement((2, 5), str(EMBED[2, 5] + np.float32(0.5)), str(EMBED[2, 5])),)
     words = ("verify", shards, tmp_path / "merged", "--strategy", strategy)
     ran = run(*words)
     assert ran.code == 1 and "embed, the copy of ranks 2, 3 in a" in ran.out

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from ms_ckpt_ext import load, unified_safetensors, verify
 from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.integrity.compare import Comparison, Place, compare
+from ms_ckpt_ext.engine.integrity.compare import Comparison, DifferingElement, compare
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import update_manifest
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, pair_up
@@ -103,7 +103,7 @@ def test_differences_are_told_by_place_and_size(pair: Any, tmp_path: Path) -> No
     (only,) = found.differences
     assert (only.name, only.count, only.total, only.nans) == ("b.w", 3, 64 * 32, 1)
     assert [place.at for place in only.first] == [(2, 1), (40, 3), (63, 31)]
-    assert only.first[1] == Place((40, 3), str(np.float32(before)), str(b[40, 3]))
+    assert only.first[1] == DifferingElement((40, 3), str(np.float32(before)), str(b[40, 3]))
     assert only.max_abs == pytest.approx(1)
     assert only.max_ulp is not None
     assert only.max_ulp > 1

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ms_ckpt_ext.core.exchange.cost import cooperates, cooperative_seconds, direct_seconds
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.totals import RoundTally
-from ms_ckpt_ext.engine.load.estimate import DryRun, Source
+from ms_ckpt_ext.engine.load.estimate import DryRun, PlannedSource
 from ms_ckpt_ext.engine.load.profiles import Profile
 
 
@@ -89,7 +89,7 @@ class PlanReport:
 
 
 def report_of(
-    done: DryRun, source: Source, profiles: Iterable[Profile], mode: str, origin: str, target: str
+    done: DryRun, source: PlannedSource, profiles: Iterable[Profile], mode: str, origin: str, target: str
 ) -> PlanReport:
     """Sum a dry run up. `origin` and `target` tell what was planned, `mode` what is asked for."""
     tally, demands = done.tally, done.table.demands

@@ -66,9 +66,9 @@ def merge_sliced_parameter(sliced_parameters: Sequence[Any], strategy: Optional[
         raise UsageError("sliced_parameters is empty: give the slices in the order of ranks")
     if strategy and not isinstance(strategy, Mapping):
         raise ArgumentTypeError(f"strategy must be a dict of layouts or None, got {type(strategy).__name__}")
-    from ms_ckpt_ext.bridge.slices import merge
+    from ms_ckpt_ext.bridge.slices import merge_slices
 
-    return merge(sliced_parameters, strategy or {})
+    return merge_slices(sliced_parameters, strategy or {})
 
 
 def restore_group_info_list(group_info_file_name: PathLike) -> list[int]:

@@ -22,8 +22,8 @@ from typing import Any, Callable, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import UnsupportedError, UsageError
 
-Function = Callable[..., Any]
-ENVIRONMENT = "MS_CKPT_EXT_STOCK"
+_Function = Callable[..., Any]
+STOCK_VARIABLE = "MS_CKPT_EXT_STOCK"
 """Names of functions that stay stock, separated by commas, or "all"."""
 
 _HOMES = {
@@ -52,7 +52,7 @@ NAMES = tuple(_HOMES)
 _STOCK_CODE = ("mindspore.parallel.", "mindspore.train.serialization", "mindspore.safeguard.")
 """Modules of MindSpore whose functions call those that `install` replaces, and then mean their own."""
 
-_installed: dict[str, dict[Function, Function]] = {}
+_installed: dict[str, dict[_Function, _Function]] = {}
 """Name -> stock function -> what replaces it; changed only under `bridge.names.LOCK`."""
 
 
@@ -122,13 +122,13 @@ def _checked(names: Iterable[str], argument: str) -> list[str]:
 
 
 def _from_environment() -> list[str]:
-    text = os.environ.get(ENVIRONMENT, "")
+    text = os.environ.get(STOCK_VARIABLE, "")
     listed = [name.strip() for name in text.split(",") if name.strip()]
-    return list(NAMES) if listed == ["all"] else _checked(listed, ENVIRONMENT)
+    return list(NAMES) if listed == ["all"] else _checked(listed, STOCK_VARIABLE)
 
 
-def _replacement(name: str, stock: Function) -> Function:
-    ours: Function = getattr(importlib.import_module(f"ms_ckpt_ext.{_HOMES[name]}"), name)
+def _replacement(name: str, stock: _Function) -> _Function:
+    ours: _Function = getattr(importlib.import_module(f"ms_ckpt_ext.{_HOMES[name]}"), name)
     takes = inspect.signature(ours)
 
     @functools.wraps(ours)
@@ -161,7 +161,9 @@ def _within_stock() -> bool:
     return False
 
 
-def _stranger(takes: inspect.Signature, stock: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Optional[str]:
+def _stranger(
+    takes: inspect.Signature, stock: _Function, args: tuple[Any, ...], named: dict[str, Any]
+) -> Optional[str]:
     """The first argument that stock has and ours lacks, as in a release of MindSpore newer than this package."""
     try:
         given = inspect.signature(stock).bind(*args, **named).arguments
@@ -170,6 +172,6 @@ def _stranger(takes: inspect.Signature, stock: Function, args: tuple[Any, ...], 
     return next((argument for argument in given if argument not in takes.parameters), None)
 
 
-def _call_stock(stock: Function, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+def _call_stock(stock: _Function, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     known = inspect.signature(stock).parameters
     return stock(*args, **{name: value for name, value in named.items() if name in known})

@@ -15,7 +15,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_format,
     checked_naming,
     checked_rules,
-    execute,
+    execute_with_progress,
     path_of,
     running,
     seal_of,
@@ -180,12 +180,14 @@ def load_distributed_checkpoint(
             _require_all(look, live.world_size())
             catalog = naming.of(ruled(read_slices(look(), trained, access, allow_equal_slices), weight_rules))
             if return_param_dict:
-                return live.parameter_dict(network, catalog, strategy, rank, run.workers, run.limits)
+                return live.network_dict(network, catalog, strategy, rank, run.workers, run.limits)
             found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits, listed=listed)
             return mindspores or found
-        from ms_ckpt_ext.bridge.together import Source, fill_together
+        from ms_ckpt_ext.bridge.together import SharedSource, fill_together
 
-        shared = Source(look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices, listed)
+        shared = SharedSource(
+            look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices, listed
+        )
         found = fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
         return mindspores or found
     _refuse_live(options, mode)
@@ -201,7 +203,7 @@ def load_distributed_checkpoint(
     job, target = folders_job(
         catalog, strategy, ranks, alone, target, output_format, crc=crc, seal=seal, digests=digests
     )
-    execute(job, target, run, "reshard")
+    execute_with_progress(job, target, run, "reshard")
     return True
 
 

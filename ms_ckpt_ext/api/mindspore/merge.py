@@ -13,7 +13,7 @@ from ms_ckpt_ext.api.arguments import (
     as_strategy,
     checked_naming,
     checked_rules,
-    execute,
+    execute_with_progress,
     path_of,
     running,
     seal_of,
@@ -127,7 +127,7 @@ def unified_safetensors(
     catalog = called.of(doubted(compared(catalog)))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
-    return execute(job, target, run, "merge")
+    return execute_with_progress(job, target, run, "merge")
 
 
 def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:

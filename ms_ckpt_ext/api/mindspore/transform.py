@@ -17,7 +17,7 @@ from ms_ckpt_ext.api.arguments import (
     check_path,
     checked_format,
     checked_naming,
-    execute,
+    execute_with_progress,
     path_of,
     running,
     seal_of,
@@ -135,7 +135,7 @@ def transform_checkpoints(
     recut = partial(recut_job, catalog, wanted, ranks, files=order, crc=crc, seal=seal, digests=digests)
     job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
     check_apart(catalog, target, job)
-    return execute(job, target, run, "transform")
+    return execute_with_progress(job, target, run, "transform")
 
 
 def transform_checkpoint_by_rank(
@@ -212,7 +212,7 @@ def transform_checkpoint_by_rank(
         catalog, wanted, [rank_id], lambda _: name, files=lambda _: order, crc=crc, seal=seal, digests=digests
     )
     check_apart(catalog, folder, job)
-    return execute(job, folder, run, "transform")
+    return execute_with_progress(job, folder, run, "transform")
 
 
 def rank_list_for_transform(rank_id: int, src_strategy_file: Any = None, dst_strategy_file: Any = None) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import os
 import shutil
 from types import ModuleType
@@ -19,6 +18,7 @@ from typing import Any, Optional
 import numpy as np
 from safetensors.numpy import save_file
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.parsing import from_json
@@ -28,7 +28,6 @@ from ms_ckpt_ext.errors import CheckpointError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 
-log = logging.getLogger("ms_ckpt_ext")
 NOTE_NAME = "ms_ckpt_ext_source.json"
 _SAID = {"unified_safetensors_dir", "train_strategy_filename", "file_suffix"}
 _MODULE = "mindformers.utils.load_checkpoint_utils"

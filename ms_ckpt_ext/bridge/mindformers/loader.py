@@ -10,15 +10,15 @@ holds them beside the network. What this cannot serve goes to it, with a warning
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Callable, Optional
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.options import Options
-from ms_ckpt_ext.bridge.together import Source, fill_together, give_up
+from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
@@ -30,8 +30,6 @@ from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.errors import CheckpointError, StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.discovery.mindformers import find_folder, layout_of, read_common
-
-log = logging.getLogger("ms_ckpt_ext")
 
 
 class Both(ms.nn.Cell):
@@ -194,7 +192,7 @@ def _fill(
         catalog = naming.of(read_listing(look(), None).ruled(rules))
         missing, unused = live.fill(cell, catalog, wanted, rank, False, options.workers, limits, by_suffix=False)
     else:
-        source = Source(look, None, rules=rules, naming=naming)
+        source = SharedSource(look, None, rules=rules, naming=naming)
         missing, unused = fill_together(
             cell, source, wanted, rank, False, settings, options.workers, limits, by_suffix=False
         )

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import names
 from ms_ckpt_ext.bridge.mindformers import legacy, loader, single
 from ms_ckpt_ext.bridge.mindformers.options import Options
+from ms_ckpt_ext.bridge.names import Function
 from ms_ckpt_ext.errors import MissingDependencyError
 
-Function = Callable[..., Any]
-log = logging.getLogger("ms_ckpt_ext")
 _HOMES: tuple[tuple[str, str, Function], ...] = (
     ("mindformers.checkpoint.checkpoint", "load_checkpoint", loader.load_checkpoint),
     ("mindformers.checkpoint.checkpoint", "load_hf_checkpoint", loader.load_hf_checkpoint),

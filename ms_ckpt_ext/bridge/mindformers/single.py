@@ -8,13 +8,13 @@ is left to MindFormers, with a warning.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Callable, Optional
 
 import numpy as np
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.loader import Both, set_step
 from ms_ckpt_ext.bridge.mindformers.options import Options
@@ -23,7 +23,6 @@ from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
 from ms_ckpt_ext.engine.source.values import read_whole
 from ms_ckpt_ext.errors import FormatError
 
-log = logging.getLogger("ms_ckpt_ext")
 _STEP = "global_step"
 _LEAN = "a checkpoint without replicas, which the ranks broadcast"
 

@@ -8,18 +8,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Sees
 from ms_ckpt_ext.core.exchange.parts import Parts
-from ms_ckpt_ext.core.exchange.ragged import BLOCK, Ints, joined, narrow, sums
-
-Sees = Mapping[int, frozenset[int]]
-"""File -> ranks that can open it."""
+from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Ints, joined, narrow, sums
 
 
 @dataclass(frozen=True)
@@ -56,10 +53,10 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
 
 
 def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:
-    """The parts of some files at a time, about `BLOCK` of them."""
+    """The parts of some files at a time, about `ROWS_AT_ONCE` of them."""
     low = 0
     while low < len(file):
-        high = int(np.searchsorted(file, file[min(low + BLOCK, len(file)) - 1], side="right"))
+        high = int(np.searchsorted(file, file[min(low + ROWS_AT_ONCE, len(file)) - 1], side="right"))
         yield low, high
         low = high
 

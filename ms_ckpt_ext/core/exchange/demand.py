@@ -10,6 +10,8 @@ from ms_ckpt_ext.core.geometry.layout import Cell
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
+Sees = Mapping[int, frozenset[int]]
+"""File number -> ranks that can open it."""
 ALIGNMENT = 16
 """Blocks of a collective start at multiples of this (the widest element); pieces inside go widest element first."""
 

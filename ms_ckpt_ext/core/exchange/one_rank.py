@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
-from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, Part, Round
+from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, Round, SlicePart
 
 
 class Item(NamedTuple):
     """A piece in a block: the delivery of a part, `offset` bytes into the buffer, `nbytes` long."""
 
-    part: Part
+    part: SlicePart
     delivery: Delivery
     offset: int
     nbytes: int
@@ -49,9 +49,9 @@ class RankRound(NamedTuple):
 
 def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
     """This rank's side of `round_`."""
-    out: list[list[tuple[Part, Delivery]]] = [[] for _ in range(plan.world)]
-    into: list[list[tuple[Part, Delivery]]] = [[] for _ in range(plan.world)]
-    given: list[list[tuple[Part, Delivery]]] = [[] for _ in range(plan.world)]
+    out: list[list[tuple[SlicePart, Delivery]]] = [[] for _ in range(plan.world)]
+    into: list[list[tuple[SlicePart, Delivery]]] = [[] for _ in range(plan.world)]
+    given: list[list[tuple[SlicePart, Delivery]]] = [[] for _ in range(plan.world)]
     own: list[Item] = []
     exchanges = False
     for number in round_.parts:
@@ -89,12 +89,12 @@ def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
     )
 
 
-def _delivery_to(part: Part, rank: int) -> Delivery:
+def _delivery_to(part: SlicePart, rank: int) -> Delivery:
     return next(delivery for delivery in part.deliveries if rank in delivery.ranks)
 
 
 def _blocks(
-    plan: ExchangePlan, by_rank: Sequence[list[tuple[Part, Delivery]]]
+    plan: ExchangePlan, by_rank: Sequence[list[tuple[SlicePart, Delivery]]]
 ) -> tuple[tuple[Item, ...], tuple[int, ...]]:
     items: list[Item] = []
     counts: list[int] = []

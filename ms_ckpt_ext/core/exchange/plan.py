@@ -22,8 +22,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.chunks import Chunks, Sees, chunks_of
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
+from ms_ckpt_ext.core.exchange.chunks import Chunks, chunks_of
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
@@ -43,7 +43,7 @@ class Delivery(NamedTuple):
     view: Optional[View]
 
 
-class Part(NamedTuple):
+class SlicePart(NamedTuple):
     """A box of a source slice, contiguous in its file.
 
     Attributes:
@@ -99,7 +99,7 @@ class ExchangePlan:
     world: int
     demands: tuple[Demand, ...]
     chunks: tuple[Chunk, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[SlicePart, ...]
     rounds: tuple[Round, ...]
 
     def bytes_read(self) -> list[int]:
@@ -120,7 +120,7 @@ class ExchangePlan:
                     totals[rank] += nbytes if rank != reader else 0
         return totals
 
-    def dtype(self, part: Part) -> DType:
+    def dtype(self, part: SlicePart) -> DType:
         """Element type of a part."""
         return self.demands[part.demand].tensor.meta.dtype
 
@@ -170,7 +170,7 @@ def _chunks(table: Chunks) -> Iterator[Chunk]:
         yield Chunk(file, extents, nbytes, reader)
 
 
-def _parts(table: Chunks) -> Iterator[Part]:
+def _parts(table: Chunks) -> Iterator[SlicePart]:
     parts, rows = table.parts, table.parts.rows
     chunk_of = table.of_part
     stops = np.cumsum(rows.nbytes[parts.row])
@@ -183,7 +183,7 @@ def _parts(table: Chunks) -> Iterator[Part]:
             Delivery(parts.sets.members[number], share.in_part, share.in_target, share.target_shape, share.view)
             for number, share in zip(ranks, cut.shares)
         )
-        yield Part(demand, chunk, at, cut.nbytes, cut.shape, deliveries, cut.gathered)
+        yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, cut.gathered)
 
 
 def _rounds(table: ExchangeTable) -> Iterator[Round]:

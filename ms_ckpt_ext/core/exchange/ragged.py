@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[Any]
 """A one-dimensional array of integers (or of truth values)."""
-BLOCK = 1 << 20
+ROWS_AT_ONCE = 1 << 20
 """Rows of a long table that are worked on together."""
 
 
@@ -29,8 +29,8 @@ def narrow(most: int) -> Any:
 
 
 def blocks(rows: int) -> Iterator[slice]:
-    """All rows of a table, `BLOCK` of them at a time."""
-    return (slice(low, min(low + BLOCK, rows)) for low in range(0, rows, BLOCK))
+    """All rows of a table, `ROWS_AT_ONCE` of them at a time."""
+    return (slice(low, min(low + ROWS_AT_ONCE, rows)) for low in range(0, rows, ROWS_AT_ONCE))
 
 
 def starts(lengths: Iterable[int]) -> Ints:
@@ -38,7 +38,7 @@ def starts(lengths: Iterable[int]) -> Ints:
     return np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))]).astype(np.int64)
 
 
-def spread(start: Ints, rows: Ints) -> tuple[Ints, Ints]:
+def entries_of(start: Ints, rows: Ints) -> tuple[Ints, Ints]:
     """The entries of `rows`, one after another: (which of `rows` owns each, number of each).
 
     >>> [column.tolist() for column in spread(np.array([0, 2, 3, 6]), np.array([2, 0]))]

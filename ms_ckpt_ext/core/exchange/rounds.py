@@ -16,7 +16,7 @@ import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import Chunks
 from ms_ckpt_ext.core.exchange.parts import Rows
-from ms_ckpt_ext.core.exchange.ragged import Ints, blocks, joined, mixed, narrow, spread, starts, sums
+from ms_ckpt_ext.core.exchange.ragged import Ints, blocks, entries_of, joined, mixed, narrow, starts, sums
 
 
 class Classes(NamedTuple):
@@ -52,7 +52,7 @@ def classes_of(chunks: Chunks, world: int) -> Classes:
     # A set is a union of classes: keep one rank of each.
     kept = first[of_rank[members]] == members
     class_start = starts(sums(owner[kept], np.ones(int(kept.sum())), len(set_start) - 1))
-    deliveries, entries = spread(class_start, rows.ranks.astype(np.int64))
+    deliveries, entries = entries_of(class_start, rows.ranks.astype(np.int64))
     gets = of_rank[members[kept]][entries].astype(np.int32)
     per_delivery = np.diff(class_start)[rows.ranks]
     before = np.concatenate([[0], np.cumsum(per_delivery)])
@@ -71,7 +71,7 @@ def _queue(chunks: Chunks) -> Ints:
     first_demand = np.minimum.reduceat(chunks.parts.demand, first) if len(first) else first
     order = np.lexsort((first_demand, chunks.reader))
     kind = narrow(len(chunks.parts.row))
-    return joined([spread(chunks.start, order[block])[1].astype(kind) for block in blocks(len(order))], kind)
+    return joined([entries_of(chunks.start, order[block])[1].astype(kind) for block in blocks(len(order))], kind)
 
 
 class _Filler:
@@ -127,7 +127,7 @@ class _Filler:
     def _loads(self, active: Ints, row: Ints) -> tuple[Ints, Ints, Ints, Ints]:
         """(which reader, class, bytes) of everything offered, and what of it every reader sends to itself."""
         classes = self._classes
-        owner, entry = spread(classes.start, row.astype(np.int64))
+        owner, entry = entries_of(classes.start, row.astype(np.int64))
         gets, nbytes = classes.gets[entry], classes.nbytes[entry]
         stays = (classes.of_rank[active][owner] == gets) & ~self._gathered[row][owner]
         own = sums(owner[stays], nbytes[stays], len(active))

@@ -13,7 +13,7 @@ import numpy as np
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
-from ms_ckpt_ext.core.exchange.ragged import Ints, narrow, spread, starts, sums
+from ms_ckpt_ext.core.exchange.ragged import Ints, entries_of, narrow, starts, sums
 
 MATRIX = 64
 """Rows and columns of the matrix of traffic at most; larger worlds are shown by groups of neighbouring ranks."""
@@ -30,7 +30,7 @@ class RoundTally(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tally:
+class RankTotals:
     """Per rank, as arrays.
 
     Attributes:
@@ -60,7 +60,7 @@ class Tally:
     file_group: int
 
 
-def tally(table: ExchangeTable, prefetch: int = 1) -> Tally:
+def tally(table: ExchangeTable, prefetch: int = 1) -> RankTotals:
     """Count a plan. `prefetch`: rounds that are read ahead."""
     return _Counter(table, prefetch).count()
 
@@ -82,7 +82,7 @@ class _Counter:
         self._gather = 0
         self._held = _Held(table, prefetch)
 
-    def count(self) -> Tally:
+    def count(self) -> RankTotals:
         table, world = self._table, self._world
         order, start = _by_number(table.round_of, int(table.round_of.max(initial=-1)) + 1)
         counted = tuple(
@@ -94,7 +94,7 @@ class _Counter:
         read = sums(chunks.reader, chunks.nbytes, world)
         reads = np.bincount(chunks.reader, minlength=world)
         columns = (self._wanted, read, reads, self._sent, self._received, self._messages, staging, counted)
-        return Tally(*columns, self._matrix.reshape(self._groups, self._groups), self._group, *self._files())
+        return RankTotals(*columns, self._matrix.reshape(self._groups, self._groups), self._group, *self._files())
 
     def _files(self) -> tuple[Ints, int]:
         chunks = self._table.chunks
@@ -112,7 +112,7 @@ class _Counter:
         pairs, times = np.unique(pairs, return_counts=True)
         row, reader = pairs // self._world, pairs % self._world
         classes = self._table.classes
-        owner, entry = spread(classes.start, row)
+        owner, entry = entries_of(classes.start, row)
         gets, nbytes, sender = classes.gets[entry], classes.nbytes[entry] * times[owner], reader[owner]
         own = classes.of_rank[sender] == gets
         kept = sums(sender[own], nbytes[own], self._world)
@@ -132,7 +132,7 @@ class _Counter:
 
     def _mark(self, sender: Ints, gets: Ints, nbytes: Ints, kept: Ints) -> None:
         """Enter what travels into the matrix."""
-        which, place = spread(self._places, gets.astype(np.int64))
+        which, place = entries_of(self._places, gets.astype(np.int64))
         cell = sender[which] // self._group * self._groups + self._there[place]
         self._matrix += sums(cell, nbytes[which] * self._ranks_there[place], self._groups**2)
         home = np.arange(self._world) // self._group

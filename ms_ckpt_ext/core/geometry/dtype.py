@@ -59,5 +59,7 @@ _TABLE = (
 
 DTYPES: dict[str, DType] = {d.name: d for d in _TABLE}
 BY_MINDSPORE: dict[str, DType] = {d.mindspore: d for d in _TABLE if d.mindspore}
+INT4 = "Int4"
+"""MindSpore's packed type: two 4-bit numbers a byte, kept as an int8 tensor with this word in the file's metadata."""
 FILE_ORDER: dict[str, int] = {d.name: i for i, d in enumerate(_TABLE)}
 """Position of a dtype in the safetensors library's enumeration: larger comes first in a file."""

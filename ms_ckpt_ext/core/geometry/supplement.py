@@ -25,7 +25,7 @@ class ByName(NamedTuple):
     origin: str
 
 
-Part = Union[Strategy, ByName]
+StrategyPart = Union[Strategy, ByName]
 
 
 class _Said(NamedTuple):
@@ -33,7 +33,7 @@ class _Said(NamedTuple):
     origin: str
 
 
-def put_together(parts: Sequence[Part], stage: int = 0) -> Strategy:
+def put_together(parts: Sequence[StrategyPart], stage: int = 0) -> Strategy:
     """One strategy out of several parts.
 
     Args:
@@ -59,7 +59,7 @@ def put_together(parts: Sequence[Part], stage: int = 0) -> Strategy:
     return Strategy.from_items((each.item for each in found.values()), " with ".join(part.origin for part in parts))
 
 
-def _said(part: Part) -> list[_Said]:
+def _said(part: StrategyPart) -> list[_Said]:
     if isinstance(part, Strategy):
         items = [LayoutItem(n, stage, layout) for n, stages in part.layouts.items() for stage, layout in stages.items()]
     else:

@@ -16,11 +16,12 @@ from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
-from ms_ckpt_ext.engine.files.job import Contents, Job, Output, Wanted
+from ms_ckpt_ext.engine.files.job import Job, ListTensors, Output, Wanted
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
 from ms_ckpt_ext.errors import ChecksumError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, registry
-from ms_ckpt_ext.formats.ckpt import CRC_NUM, CRC_OFFSET
+from ms_ckpt_ext.formats.checksum import CRC_NUM
+from ms_ckpt_ext.formats.ckpt import CRC_OFFSET
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
 from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
@@ -29,7 +30,7 @@ from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.storage.pool import refuse_changed
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
-Rename = Callable[[str], Optional[str]]
+RenameFunction = Callable[[str], Optional[str]]
 _CONTENTS = "the file"
 """Name of the one pseudo tensor of a file that is copied as it is."""
 
@@ -37,7 +38,7 @@ _CONTENTS = "the file"
 def convert_job(
     inputs: Mapping[str, str],
     access: Access = PLAIN,
-    rename: Rename = lambda name: name,
+    rename: RenameFunction = lambda name: name,
     crc: bool = False,
     index: Mapping[str, bytes] = {},
     seal: Optional[Seal] = None,
@@ -70,7 +71,9 @@ def convert_job(
     return Job(Catalog(indexes, tensors, {}, {}, access), tuple(outputs), index=index, seal=seal, digests=digests)
 
 
-def _converted(name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], rename: Rename, crc: bool) -> Output:
+def _converted(
+    name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], rename: RenameFunction, crc: bool
+) -> Output:
     # MindSpore converts to .ckpt in the order of names, and to safetensors in that format's own order.
     order = sorted(tensors) if held.path.endswith(".safetensors") else tensors
     renamed = _renamed(held.path, {stored: rename(stored) for stored in order})
@@ -131,7 +134,7 @@ def copy_job(
     return Job(source, tuple(outputs), index=index, seal=seal, digests=digests)
 
 
-def _holds(index: FileIndex, reader: ByteReader) -> Optional[Contents]:
+def _holds(index: FileIndex, reader: ByteReader) -> Optional[ListTensors]:
     """What lists the tensors of a plain file that is copied, when it is its turn, for there may be many.
 
     It must be a checkpoint: encrypted, what is none might not be told from one by a wrong key. None for an encrypted
@@ -168,7 +171,7 @@ def _to_be_proved(path: str, reader: ByteReader) -> Optional[Checksum]:
     return Checksum((Extent(0, end),), end, render)
 
 
-def renamed_map(path: str, files: Mapping[str, str], rename: Rename) -> bytes:
+def renamed_map(path: str, files: Mapping[str, str], rename: RenameFunction) -> bytes:
     """A merged checkpoint's map (`param_name_map.json`, Hugging Face's index) as it is after a conversion.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Optional
 from ms_ckpt_ext.core.planning.io_units import Direct, Limits, Unit
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.files.execution import Report, in_rounds
-from ms_ckpt_ext.engine.files.job import Job, check, fingerprint
+from ms_ckpt_ext.engine.files.job import Job, check_job, job_fingerprint
 from ms_ckpt_ext.engine.files.resume_point import is_done, published
 from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage.staging import Staging, free_space
@@ -40,8 +40,8 @@ class Preview(Report):
 
 def preview(job: Job, target: str, workers: int, limits: Limits) -> Preview:
     """Tell what `execute` would do now. Raises as it does, but for what only writing can meet."""
-    replaced = tuple(check(job, target))
-    staging = Staging(target, fingerprint(job), manifest, job.task, job.sync)
+    replaced = tuple(check_job(job, target))
+    staging = Staging(target, job_fingerprint(job), manifest, job.task, job.sync)
     sizes = {name: job.size(output) for name, output in job.everything.items()}
     there = published(job, staging) | staging.begun().keys()
     done = there >= sizes.keys()

@@ -21,13 +21,13 @@ from ms_ckpt_ext.core.planning.io_units import Task
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS
-from ms_ckpt_ext.formats.crypto.units import scratch
+from ms_ckpt_ext.formats.crypto.units import thread_scratch
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.sink import FileSink
 
-CHUNK, BLOCK = 1 << 20, 4 << 20
+_CHUNK, _BLOCK = 1 << 20, 4 << 20
 """Plaintext bytes of a unit: a chunk of the container, a block of MindSpore's format."""
 ROUND_BYTES = 32 << 20
 """What is written before the next round begins, unless a single parameter is larger."""
@@ -36,7 +36,7 @@ BUDGET_BYTES = 256 << 20
 _KEY_LABEL = b"ms_ckpt_ext: which key a job writes with"
 
 
-class Tally:
+class HeldBytes:
     """Bytes of incomplete units in memory, now and at most."""
 
     def __init__(self) -> None:
@@ -68,9 +68,9 @@ class Seal:
         self,
         key: crypto.Key,
         mode: str = crypto.GCM,
-        chunk: int = CHUNK,
-        block: int = BLOCK,
-        tally: Optional[Tally] = None,
+        chunk: int = _CHUNK,
+        block: int = _BLOCK,
+        tally: Optional[HeldBytes] = None,
     ) -> None:
         modes = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
         if mode not in modes:
@@ -78,7 +78,7 @@ class Seal:
         if mode == crypto.SM4 and len(key) not in SM4_LENGTHS:
             raise UsageError(f"a key of {len(key)} bytes; {crypto.SM4} takes {SM4_LENGTHS[0]}")
         self.key, self.mode, self.chunk, self.block = key, mode, chunk, block
-        self.tally = tally or Tally()
+        self.tally = tally or HeldBytes()
 
     def container(self, name: str) -> str:
         """The container of a file of this name. Raises UsageError when it cannot be in this mode."""
@@ -94,7 +94,7 @@ class Seal:
         """Whether only a checksum inside a file of this name would show that its units were put into another order."""
         return self.container(name) != crypto.CHUNKED
 
-    def units(self, name: str, size: int) -> Units:
+    def units(self, name: str, size: int) -> _UnitSealer:
         """What cuts and encrypts a new file of `size` bytes of plaintext."""
         container = self.container(name)
         if container == crypto.CHUNKED:
@@ -111,10 +111,10 @@ class Seal:
 
     def identity(self) -> str:
         """Tells apart keys and modes, and tells nothing about the key: an HKDF of it."""
-        return f"{self.mode}|{self.chunk}|{self.block}|{crypto.fingerprint(self.key, _KEY_LABEL)}"
+        return f"{self.mode}|{self.chunk}|{self.block}|{crypto.key_fingerprint(self.key, _KEY_LABEL)}"
 
 
-class Units(Protocol):
+class _UnitSealer(Protocol):
     """A file cut into parts that are encrypted on their own. See `crypto.Sealer` and `crypto.BlockSealer`."""
 
     header: bytes
@@ -212,7 +212,7 @@ class SealedSink:
         return unit
 
     def _emit(self, index: int, plain: memoryview) -> None:
-        out = scratch(self._units.stored(index))
+        out = thread_scratch(self._units.stored(index))
         length = self._units.seal(index, plain, out)
         self._file.write(self._units.offset(index), out[:length])
         self._sealed[index] = 1
@@ -236,7 +236,7 @@ class SealedSink:
             offset, buffer = offset + len(part), buffer[len(part) :]
 
     def _unseal(self, index: int, out: memoryview) -> None:
-        stored = scratch(self._units.stored(index))
+        stored = thread_scratch(self._units.stored(index))
         self._file.read_back(self._units.offset(index), stored)
         if not self._units.unseal(index, stored, out):
             raise storage_error("read back", self.path, OSError(errno.EIO, "it is not what was written"))
@@ -274,7 +274,7 @@ def rounds(tasks: Sequence[Task], names: Sequence[str], seal: Seal, workers: int
     A round leaves at most the unit at its end in every file of its group. While it runs, each worker adds the two
     edges of what it is writing, and small parameters wait for neighbours of the same round.
     """
-    unit = max(map(seal.unit_bytes, names), default=CHUNK)
+    unit = max(map(seal.unit_bytes, names), default=_CHUNK)
     files = max(1, (BUDGET_BYTES - ROUND_BYTES) // (unit * (2 * workers + 2)))
     for first in range(0, len(names), files):
         group = [part for task in tasks if (part := _within(task, range(first, first + files))) is not None]

@@ -22,7 +22,7 @@ from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files.crc_sink import SummingSink
 from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink, rounds
-from ms_ckpt_ext.engine.files.job import Job, Output, check, fingerprint, tasks_of
+from ms_ckpt_ext.engine.files.job import Job, Output, check_job, job_fingerprint, tasks_of
 from ms_ckpt_ext.engine.files.resume_point import is_done, is_intact, noted, published
 from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.engine.integrity.digests import digest_file, streams
@@ -75,8 +75,8 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         UsageError: an output file would replace a file of the source.
         StorageError: no space, no permission, another run writes one of the files; finished ones are kept for a rerun.
     """
-    shunned = (*job.shuns, *check(job, target))
-    staging = Staging(target, fingerprint(job), manifest, job.task, job.sync)
+    shunned = (*job.shuns, *check_job(job, target))
+    staging = Staging(target, job_fingerprint(job), manifest, job.task, job.sync)
     settled = _settled(job, staging)
     if settled is not None:
         if settled.published:

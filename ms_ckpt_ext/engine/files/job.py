@@ -38,7 +38,7 @@ class Wanted(NamedTuple):
     """None for a tensor without elements."""
 
 
-Contents = Callable[[], Mapping[str, TensorEntry]]
+ListTensors = Callable[[], Mapping[str, TensorEntry]]
 """Lists the tensors of a file."""
 
 
@@ -52,7 +52,7 @@ class Output(NamedTuple):
     name: str
     layout: FileLayout
     wanted: tuple[Wanted, ...]
-    holds: Optional[Contents]
+    holds: Optional[ListTensors]
 
 
 class Job:
@@ -126,7 +126,7 @@ class Job:
             return index_through(reader, output.name)
 
 
-def check(job: Job, target: str) -> Sequence[str]:
+def check_job(job: Job, target: str) -> Sequence[str]:
     """Find what is wrong before anything is written. Gives the files that the result replaces, as `Job.replaces`."""
     for task in tasks_of(job.outputs):
         for wanted in task.targets:
@@ -162,7 +162,7 @@ def tasks_of(outputs: Sequence[Output]) -> list[Task]:
     ]
 
 
-def fingerprint(job: Job) -> str:
+def job_fingerprint(job: Job) -> str:
     """Everything that decides the result: source files as they are, output layouts, and what goes where."""
     digest = xxhash.xxh3_64(_PLAN_VERSION)
     digest.update(b"" if job.seal is None else job.seal.identity().encode())

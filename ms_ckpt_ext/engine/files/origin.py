@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ms_ckpt_ext.storage import journal
 from ms_ckpt_ext.storage.hidden import HiddenFolder
-from ms_ckpt_ext.storage.published import Published, places_of, read, state_of
+from ms_ckpt_ext.storage.published import Published, places_of, read_published, state_of
 
 
 class Records:
@@ -36,6 +36,6 @@ class Records:
 
     def _of(self, folder: str) -> tuple[Published, set[str]]:
         if folder not in self._read:
-            begun = map(journal.read, HiddenFolder(Path(folder)).journals())
-            self._read[folder] = read(Path(folder)), {name for each in begun if each for name in each.files}
+            begun = map(journal.read_journal, HiddenFolder(Path(folder)).journals())
+            self._read[folder] = read_published(Path(folder)), {name for each in begun if each for name in each.files}
         return self._read[folder]

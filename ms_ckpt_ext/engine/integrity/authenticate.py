@@ -22,7 +22,7 @@ from ms_ckpt_ext.formats.registry import AUTHENTICATED, Access
 from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.reader import PlainReader
 
-PIECE = 4 << 20
+_PIECE = 4 << 20
 """Bytes of one read."""
 
 
@@ -105,9 +105,9 @@ def prove_file(path: str, access: Access, progress: Callable[[int], None] = lamb
 
 def _through(read_into: Callable[[int, memoryview], None], offset: int, length: int) -> Iterator[int]:
     """Read a stretch, piece by piece, and keep nothing of it; yields the bytes of every piece."""
-    buffer = buffers.scratch(min(PIECE, length))
-    for done in range(0, length, PIECE):
-        piece = buffer[: min(PIECE, length - done)]
+    buffer = buffers.scratch(min(_PIECE, length))
+    for done in range(0, length, _PIECE):
+        piece = buffer[: min(_PIECE, length - done)]
         read_into(offset + done, piece)
         yield len(piece)
 
@@ -115,6 +115,6 @@ def _through(read_into: Callable[[int, memoryview], None], offset: int, length: 
 def container_of(path: str) -> Optional[str]:
     """The container that a file is encrypted in, by its first bytes; None when it is plain. Raises StorageError."""
     with PlainReader(path) as reader:
-        head = bytearray(min(crypto.HEAD_BYTES, reader.size))
+        head = bytearray(min(crypto.SNIFF_BYTES, reader.size))
         reader.read_into(0, memoryview(head))
     return crypto.sniff(bytes(head))

@@ -23,17 +23,17 @@ import numpy as np
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import Limits, cut
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.integrity.numerics import SAME, Number, Tally, differences
+from ms_ckpt_ext.engine.integrity.numerics import SAME, Differences, Number, differences
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, Pair, Pairing
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.threads import spread
 
-BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 2 << 20
 _SPOTS = 3
 
 
-class Place(NamedTuple):
+class DifferingElement(NamedTuple):
     """An element that differs: its index, and both values as text."""
 
     at: tuple[int, ...]
@@ -49,7 +49,7 @@ class Difference:
         count: elements whose bits differ, of `total`; bytes, for types narrower than a byte.
         first: the first of them in row-major order.
         of: which copy of the parameter it is, or whose, where there are several; else "".
-        max_abs, max_ulp, nans: see `engine.integrity.numerics.Tally`.
+        max_abs, max_ulp, nans: see `engine.integrity.numerics.Differences`.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Difference:
     shape: tuple[int, ...]
     count: int
     total: int
-    first: tuple[Place, ...]
+    first: tuple[DifferingElement, ...]
     max_abs: Optional[Number]
     max_ulp: Optional[int]
     nans: int
@@ -94,7 +94,7 @@ def compare(
     a: Catalog,
     b: Catalog,
     workers: int,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int = _BLOCK_BYTES,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Comparison:
     """Compare all pairs by value.
@@ -123,9 +123,9 @@ def tallies(
     a: Catalog,
     b: Catalog,
     workers: int,
-    block_bytes: int = BLOCK_BYTES,
+    block_bytes: int = _BLOCK_BYTES,
     progress: Callable[[int], None] = lambda _: None,
-) -> Mapping[int, Tally]:
+) -> Mapping[int, Differences]:
     """Number of a pair that differs -> by how much, its spots numbered in the whole parameter. See `compare`."""
     found = _Found()
     with a.readers() as readers_a, b.readers() as readers_b:
@@ -139,11 +139,11 @@ def tallies(
     return found.tallies
 
 
-def _difference(pair: Pair, tally: Tally) -> Difference:
+def _difference(pair: Pair, tally: Differences) -> Difference:
     meta = pair.a.meta
     packed = meta.dtype.bits < 8
     total = pair.nbytes if packed else sum(region.size for region in pair.regions)
-    places = tuple(Place((s.at,) if packed else _index(s.at, meta.shape), s.a, s.b) for s in tally.first)
+    places = tuple(DifferingElement((s.at,) if packed else _index(s.at, meta.shape), s.a, s.b) for s in tally.first)
     return Difference(
         pair.name,
         meta.dtype.name,
@@ -177,15 +177,15 @@ def _blocks(pairs: Sequence[Pair], most: int) -> Iterator[_Block]:
 class _Found:
     """What differs, from all threads: number of the pair -> tally, its spots numbered in the whole parameter."""
 
-    tallies: dict[int, Tally] = field(default_factory=dict)
+    tallies: dict[int, Differences] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def add(self, block: _Block, tally: Tally) -> None:
+    def add(self, block: _Block, tally: Differences) -> None:
         shifted = tuple(spot._replace(at=_in_whole(spot.at, block)) for spot in tally.first)
         with self.lock:
             before = self.tallies.get(block.number, SAME)
             self.tallies[block.number] = before.plus(
-                Tally(tally.count, shifted, tally.max_abs, tally.max_ulp, tally.nans), _SPOTS
+                Differences(tally.count, shifted, tally.max_abs, tally.max_ulp, tally.nans), _SPOTS
             )
 
 

@@ -85,7 +85,7 @@ def _is_plain(index: FileIndex) -> bool:
     return index.reader == "plain"
 
 
-def check(
+def check_digests(
     directory: str,
     manifest: Manifest,
     files: Optional[Iterable[str]] = None,

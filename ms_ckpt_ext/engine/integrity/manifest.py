@@ -195,7 +195,7 @@ Load = Callable[[str], Optional[Manifest]]
 """`load_manifest`, or one that remembers what it found."""
 
 
-def record_of(
+def recorded_digests(
     path: str, key: Optional[Key] = None, load: Load = load_manifest
 ) -> Optional[tuple[str, str, FileDigests]]:
     """What is on record about one file, in the manifest beside it, else in the one a folder up (`rank_N/…`).

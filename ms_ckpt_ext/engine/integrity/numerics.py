@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.transport.base import Bytes
 
-Bytes = npt.NDArray[np.uint8]
 Number = Union[int, float]
 _Size = TypeVar("_Size", bound=float)
 _CHUNK = 128 << 10  # of either array at once: both stay in a core's cache, and the memory of a report is bounded
@@ -56,7 +56,7 @@ class Spot(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tally:
+class Differences:
     """Differences of two arrays.
 
     Attributes:
@@ -73,9 +73,9 @@ class Tally:
     max_ulp: Optional[int] = None
     nans: int = 0
 
-    def plus(self, other: Tally, spots: int) -> Tally:
+    def plus(self, other: Differences, spots: int) -> Differences:
         """Both together, with the first `spots` elements."""
-        return Tally(
+        return Differences(
             self.count + other.count,
             tuple(sorted((*self.first, *other.first))[:spots]),
             _larger(self.max_abs, other.max_abs),
@@ -88,10 +88,10 @@ def _larger(a: Optional[_Size], b: Optional[_Size]) -> Optional[_Size]:
     return b if a is None else a if b is None else max(a, b)
 
 
-SAME = Tally()
+SAME = Differences()
 
 
-def differences(a: Bytes, b: Bytes, dtype: DType, spots: int = 3) -> Tally:
+def differences(a: Bytes, b: Bytes, dtype: DType, spots: int = 3) -> Differences:
     """Compare two flat byte arrays of equal length that hold elements of `dtype`."""
     if _equal(a, b):
         return SAME
@@ -108,11 +108,11 @@ def _equal(a: Bytes, b: Bytes) -> bool:
     return bool((a[:whole].view(np.uint64) == b[:whole].view(np.uint64)).all()) and bool((a[whole:] == b[whole:]).all())
 
 
-def _tally(a: Bytes, b: Bytes, dtype: DType, start: int, spots: int) -> Tally:
+def _tally(a: Bytes, b: Bytes, dtype: DType, start: int, spots: int) -> Differences:
     if dtype.bits < 8:
         at = np.flatnonzero(a != b)
         first = tuple(Spot(start + int(i), f"0x{a[i]:02x}", f"0x{b[i]:02x}") for i in at[:spots])
-        return Tally(at.size, first)
+        return Differences(at.size, first)
     part = _PARTS.get(dtype.name, dtype.name)
     per = 2 if dtype.name in _PARTS else 1
     width = dtype.bits // 8 // per
@@ -123,17 +123,17 @@ def _tally(a: Bytes, b: Bytes, dtype: DType, start: int, spots: int) -> Tally:
     first = tuple(Spot(base + int(i), _text(one, i, per, dtype), _text(two, i, per, dtype)) for i in elements[:spots])
     if part in _FLOATS:
         return _floats(one[lanes], two[lanes], part, elements.size, first)
-    return Tally(elements.size, first, _integers(one[lanes], two[lanes], dtype))
+    return Differences(elements.size, first, _integers(one[lanes], two[lanes], dtype))
 
 
-def _floats(a: npt.NDArray[Any], b: npt.NDArray[Any], name: str, count: int, first: tuple[Spot, ...]) -> Tally:
+def _floats(a: npt.NDArray[Any], b: npt.NDArray[Any], name: str, count: int, first: tuple[Spot, ...]) -> Differences:
     x, y = values(a, name), values(b, name)
     nan = np.isnan(x) | np.isnan(y)
     finite = np.isfinite(x) & np.isfinite(y)
     with np.errstate(over="ignore"):  # the difference of two float64 may be infinite
         max_abs = float(np.abs(x[finite] - y[finite]).max()) if finite.any() else None
     steps = _ulps(a[~nan], b[~nan], name)
-    return Tally(count, first, max_abs, int(steps.max()) if steps.size else None, int(nan.sum()))
+    return Differences(count, first, max_abs, int(steps.max()) if steps.size else None, int(nan.sum()))
 
 
 def _ulps(a: npt.NDArray[Any], b: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:

@@ -19,9 +19,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Optional
 
+from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.integrity.digests import digest_tensors, framing_faults
-from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Fault, FileDigests, Load, load_manifest, record_of
+from ms_ckpt_ext.engine.integrity.manifest import (
+    MANIFEST_NAME,
+    Fault,
+    FileDigests,
+    Load,
+    load_manifest,
+    recorded_digests,
+)
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import ChecksumError, UsageError
 from ms_ckpt_ext.formats.index import FileIndex
@@ -30,10 +38,8 @@ from ms_ckpt_ext.storage.reader import ByteReader
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport
 
-Names = list[Optional[str]]
+_Names = list[Optional[str]]
 """Tensors of a file; None for its framing."""
-Sees = Optional[Mapping[int, frozenset[int]]]
-"""File number -> ranks that can open it; None when all see all."""
 _NAMED = 3
 
 
@@ -62,7 +68,7 @@ def settled(catalog: Catalog) -> Catalog:
 
 
 def audit(
-    transport: Transport[Any], catalog: Catalog, wanted: Iterable[SourceTensor], sees: Sees, workers: int
+    transport: Transport[Any], catalog: Catalog, wanted: Iterable[SourceTensor], sees: Optional[Sees], workers: int
 ) -> None:
     """Digest what is `wanted`, wherever it is stored, and compare. Collective.
 
@@ -106,7 +112,7 @@ def _pairs(wanted: Iterable[SourceTensor]) -> list[tuple[int, str]]:
     return sorted({pair for tensor in wanted for pair in _stored(tensor)})
 
 
-def _faults(catalog: Catalog, share: Mapping[int, Names], workers: int) -> list[str]:
+def _faults(catalog: Catalog, share: Mapping[int, _Names], workers: int) -> list[str]:
     load = cache(load_manifest)  # one may list thousands of files
     return [str(each) for file, names in share.items() for each in _differences(catalog, file, names, workers, load)]
 
@@ -122,12 +128,14 @@ def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:
                 yield file, tensor.stored_name
 
 
-def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world: int) -> list[dict[int, Names]]:
+def _deal(
+    pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Optional[Sees], world: int
+) -> list[dict[int, _Names]]:
     """For every rank: file -> what to digest of it."""
     sized = sorted(((catalog.files[file].tensors[name].nbytes, file, name) for file, name in pairs), reverse=True)
     load = [0] * world
     held: dict[int, dict[int, int]] = {}
-    shares: list[dict[int, Names]] = [{} for _ in range(world)]
+    shares: list[dict[int, _Names]] = [{} for _ in range(world)]
     for nbytes, file, name in sized:
         able = range(world) if sees is None else sorted(sees[file])
         rank = min(able, key=lambda each: load[each])
@@ -140,9 +148,9 @@ def _deal(pairs: Iterable[tuple[int, str]], catalog: Catalog, sees: Sees, world:
     return shares
 
 
-def _differences(catalog: Catalog, file: int, wanted: Names, workers: int, load: Load = load_manifest) -> list[Fault]:
+def _differences(catalog: Catalog, file: int, wanted: _Names, workers: int, load: Load = load_manifest) -> list[Fault]:
     index, names = catalog.files[file], [name for name in wanted if name is not None]
-    found = record_of(index.path, catalog.access.key, load)
+    found = recorded_digests(index.path, catalog.access.key, load)
     recorded = None if found is None else found[2]
     if recorded is not None and recorded.size != index.size:
         if index.reader != "plain":  # sizes are all that is on record in some cases, and no file of another is right

@@ -34,7 +34,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.probes import Alone
 from ms_ckpt_ext.engine.unlisted.whole_slices import Gathered, find_gathered
 from ms_ckpt_ext.errors import CoverageError
-from ms_ckpt_ext.formats.ckpt import CRC_NUM
+from ms_ckpt_ext.formats.checksum import CRC_NUM
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import crc_fault
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -127,7 +127,7 @@ class _Told(NamedTuple):
     odd: Odd
 
 
-def check(
+def check_values(
     catalog: Catalog,
     tensors: Mapping[str, SourceTensor],
     strategy: Optional[Strategy],
@@ -195,7 +195,7 @@ def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Optional
 
 
 def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted: Callable[[str], bool]) -> int:
-    """How much `check` reads."""
+    """How much `check_values` reads."""
     slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
     overlapping = sum(_pair(name, both).nbytes for name, both in _meeting(tensors))
     return sum(s.entry.nbytes for s in slices) + overlapping + sum(i.size for i in _with_checksum(catalog, slices))

@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable, decide
 from ms_ckpt_ext.core.exchange.ragged import Ints
-from ms_ckpt_ext.core.exchange.totals import Tally, tally
+from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
 from ms_ckpt_ext.core.geometry.dtype import FILE_ORDER
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, cell_region, whole
 from ms_ckpt_ext.core.geometry.region import Shape
@@ -41,7 +41,7 @@ _UNITS = 6000
 
 
 @dataclass(frozen=True)
-class Source:
+class PlannedSource:
     """A checkpoint that a load would read.
 
     Attributes:
@@ -73,12 +73,12 @@ class DryRun(NamedTuple):
     """A load that was planned but not made."""
 
     table: ExchangeTable
-    tally: Tally
+    tally: RankTotals
     limits: ExchangeLimits
     direct: DirectReads
 
 
-def of_catalog(catalog: Catalog, target: Optional[Strategy] = None) -> Source:
+def of_catalog(catalog: Catalog, target: Optional[Strategy] = None) -> PlannedSource:
     """A checkpoint whose headers were read. Of what lies outside its strategy samples are compared.
 
     What differs by rank every rank of `target` takes of its own file, as the load does.
@@ -93,7 +93,7 @@ def of_catalog(catalog: Catalog, target: Optional[Strategy] = None) -> Source:
     tensors = {**catalog.tensors, **{n: t for n, t in catalog.extras.items() if n not in catalog.tensors}}
     everywhere = frozenset(catalog.extras) - set(catalog.tensors)
     own = _own(catalog, target)
-    return Source({**tensors, **own}, catalog.stored, everywhere, len(catalog.files), frozenset(own))
+    return PlannedSource({**tensors, **own}, catalog.stored, everywhere, len(catalog.files), frozenset(own))
 
 
 def _own(catalog: Catalog, target: Optional[Strategy]) -> dict[str, SourceTensor]:
@@ -111,7 +111,7 @@ def _own(catalog: Catalog, target: Optional[Strategy]) -> dict[str, SourceTensor
     return {}
 
 
-def of_shapes(metas: Iterable[TensorMeta], strategy: Optional[Strategy]) -> Source:
+def of_shapes(metas: Iterable[TensorMeta], strategy: Optional[Strategy]) -> PlannedSource:
     """A checkpoint that is known by its parameters' full shapes; without a strategy it is one merged file.
 
     Raises:
@@ -141,10 +141,10 @@ def of_shapes(metas: Iterable[TensorMeta], strategy: Optional[Strategy]) -> Sour
         nbytes = meta.dtype.nbytes(_size(meta.shape, tensors[name].placements[0].parts))
         located[name] = Extent(at, nbytes)
         at += nbytes
-    return Source(tensors, located, frozenset(everywhere), strategy.world if strategy else 1)
+    return PlannedSource(tensors, located, frozenset(everywhere), strategy.world if strategy else 1)
 
 
-def demands_under(source: Source, target: Optional[Strategy]) -> list[Demand]:
+def demands_under(source: PlannedSource, target: Optional[Strategy]) -> list[Demand]:
     """What the ranks of `target` want; without one, a single rank wants everything whole.
 
     Raises:
@@ -173,7 +173,7 @@ def demands_under(source: Source, target: Optional[Strategy]) -> list[Demand]:
     return demands
 
 
-def _stages(name: str, tensor: SourceTensor, source: Source, target: Optional[Strategy]) -> Stages:
+def _stages(name: str, tensor: SourceTensor, source: PlannedSource, target: Optional[Strategy]) -> Stages:
     if target is None:
         return ((0, whole(len(tensor.meta.shape))),)
     listed = target.layouts.get(name)
@@ -185,7 +185,7 @@ def _stages(name: str, tensor: SourceTensor, source: Source, target: Optional[St
     return tuple((stage, layout.over(len(tensor.meta.shape))) for stage, layout in sorted(listed.items()))
 
 
-def dry_run(source: Source, target: Optional[Strategy], options: LoadOptions) -> DryRun:
+def dry_run(source: PlannedSource, target: Optional[Strategy], options: LoadOptions) -> DryRun:
     """Plan a load of every rank of `target`, and count it.
 
     Raises:

@@ -6,7 +6,7 @@ from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
-MODES = ("auto", "direct", "cooperative")
+_MODES = ("auto", "direct", "cooperative")
 VERIFY = ("none", "replicas", "full")
 
 
@@ -41,7 +41,7 @@ class LoadOptions:
         timeout: float = 600.0,
         host: str = "",
     ) -> None:
-        for name, value, allowed in (("mode", mode, MODES), ("verify", verify, VERIFY)):
+        for name, value, allowed in (("mode", mode, _MODES), ("verify", verify, VERIFY)):
             if value not in allowed:
                 raise UsageError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if type(timeout).__name__ in ("bool", "bool_") or not hasattr(timeout, "__float__"):

@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.exchange.cost import Hardware
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import UsageError, storage_error
 
-FOLDER = Path(__file__).resolve().parent / "hardware"
+HARDWARE_FOLDER = Path(__file__).resolve().parent / "hardware"
 _MOST = 1e30
 """Above what any figure can be."""
 CPU, ASCEND = "cpu", "atlas-800t-a2"
@@ -41,7 +41,7 @@ class Profile(NamedTuple):
 
 def names() -> list[str]:
     """The profiles that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.json"))
+    return sorted(path.stem for path in HARDWARE_FOLDER.glob("*.json"))
 
 
 def profile(name: str) -> Profile:
@@ -51,11 +51,11 @@ def profile(name: str) -> Profile:
         UsageError: no such profile, or a file that is not one; says what is wrong.
         StorageError: the file cannot be read.
     """
-    path = FOLDER / f"{name}.json" if name in names() else Path(name)
+    path = HARDWARE_FOLDER / f"{name}.json" if name in names() else Path(name)
     if path.suffix != ".json" or not path.is_file():
         raise UsageError(
             f"no hardware profile {name!r}: it is neither one of {', '.join(names())} nor the path of a .json file "
-            f"(copy one of those in {os.fspath(FOLDER)!r} to begin with)"
+            f"(copy one of those in {os.fspath(HARDWARE_FOLDER)!r} to begin with)"
         )
     try:
         content = from_json(path.read_bytes())

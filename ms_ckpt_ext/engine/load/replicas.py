@@ -26,7 +26,7 @@ _WAITING = 2
 """Pieces copied from a device that wait for their digest at a time."""
 
 
-class Contents(NamedTuple):
+class SliceBytes(NamedTuple):
     """The bytes of a slice, row-major.
 
     Attributes:
@@ -63,7 +63,7 @@ class Digester:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, number: int, contents: Contents) -> None:
+    def add(self, number: int, contents: SliceBytes) -> None:
         """Digest a slice that nobody writes to any more. Waits while too many copied pieces are pending."""
         state = xxhash.xxh3_128()
         self._states[number] = contents.dtype, state

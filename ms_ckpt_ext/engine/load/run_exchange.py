@@ -26,14 +26,13 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.replicas import Contents, Digester
+from ms_ckpt_ext.engine.load.replicas import Digester, SliceBytes
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
-from ms_ckpt_ext.transport.base import Bytes, Transport
+from ms_ckpt_ext.transport.base import B, Bytes, Transport
 
-B = TypeVar("B")
 B_in = TypeVar("B_in", contravariant=True)
 
 
@@ -47,7 +46,7 @@ class Mover(Protocol[B]):
         """Copy a box of the array of `shape` at byte `offset` of `source` to byte `at` of `target`, contiguously."""
 
 
-class Sink(Protocol[B_in]):
+class SliceSink(Protocol[B_in]):
     """Where one parameter of this rank lands."""
 
     def place(self, source: B_in, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
@@ -59,7 +58,7 @@ class Sink(Protocol[B_in]):
     def finish(self) -> None:
         """All pieces have landed."""
 
-    def contents(self) -> Contents:
+    def contents(self) -> SliceBytes:
         """What the slice holds, after `finish`."""
 
 
@@ -93,16 +92,16 @@ class HostSink:
     def finish(self) -> None:
         """Nothing is left to do."""
 
-    def contents(self) -> Contents:
+    def contents(self) -> SliceBytes:
         """The memory itself."""
-        return Contents(self.dtype.name, iter((self.array,)))
+        return SliceBytes(self.dtype.name, iter((self.array,)))
 
 
 def run_exchange(
     plan: ExchangePlan,
     transport: Transport[B],
     mover: Mover[B],
-    sinks: Mapping[int, Sink[B]],
+    sinks: Mapping[int, SliceSink[B]],
     readers: ReaderPool,
     prefetch: int = 1,
     threads: int = 2,
@@ -129,7 +128,7 @@ class _Run(Generic[B]):
         plan: ExchangePlan,
         transport: Transport[B],
         mover: Mover[B],
-        sinks: Mapping[int, Sink[B]],
+        sinks: Mapping[int, SliceSink[B]],
         readers: ReaderPool,
         prefetch: int,
         threads: int,

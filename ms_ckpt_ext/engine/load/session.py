@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import xxhash
 
@@ -20,7 +20,7 @@ from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester
-from ms_ckpt_ext.engine.load.run_exchange import Mover, Sink, run_exchange
+from ms_ckpt_ext.engine.load.run_exchange import Mover, SliceSink, run_exchange
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants
@@ -28,9 +28,8 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.transport.agree import agree
-from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.base import B, Transport
 
-B = TypeVar("B")
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
 
@@ -117,7 +116,7 @@ def exchange(
     transport: Transport[B],
     prepared: Prepared,
     mover: Mover[B],
-    sinks: Mapping[int, Sink[B]],
+    sinks: Mapping[int, SliceSink[B]],
     readers: ReaderPool,
     options: LoadOptions,
 ) -> LoadReport:

@@ -68,14 +68,14 @@ def demands_of(catalog: Catalog, wants_by_rank: Sequence[Mapping[str, Want]]) ->
     order = {name: number for number, name in enumerate((*catalog.tensors, *catalog.extras))}
     demands = []
     for source, name in sorted(grids, key=lambda key: (order[key[0]], key[1])):
-        tensor = tensor_of(catalog, source)
+        tensor = _tensor_of(catalog, source)
         if all(tensor.meta.shape):
             wanted = grids[source, name].items()
             demands.append(Demand(name, tensor, tuple(Grid(parts, cells) for parts, cells in wanted)))
     return demands
 
 
-def tensor_of(catalog: Catalog, source: str) -> SourceTensor:
+def _tensor_of(catalog: Catalog, source: str) -> SourceTensor:
     """A parameter of the catalog, by its name there."""
     return catalog.tensors[source] if source in catalog.tensors else catalog.extras[source]
 

@@ -20,17 +20,17 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.resume.records import Record, home_name
-from ms_ckpt_ext.engine.resume.sightings import Noted, Place, Sight
+from ms_ckpt_ext.engine.resume.sightings import CheckpointFolder, Noted, Sight
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.errors import DiscoveryError, name_ranks
 from ms_ckpt_ext.formats.discovery.rank_folders import RANK_FOLDER
 from ms_ckpt_ext.formats.discovery.saves import grouped
 from ms_ckpt_ext.formats.discovery.whole_models import loose
 
-MERGED = "merged"
+_MERGED = "merged"
 
 
-class Held(NamedTuple):
+class SizedFile(NamedTuple):
     """A file of a checkpoint: relative to its folder, and its size in bytes."""
 
     file: str
@@ -43,7 +43,7 @@ class Candidate:
 
     Attributes:
         folder: relative to the directory that was looked at; "" for itself.
-        name: what the ranks' file names share, or `MERGED`.
+        name: what the ranks' file names share, or `_MERGED`.
         files: number -> file: of ranks, or of the parts of one model; where a map says it, there are none here.
         modified: latest modification time, in seconds since 1970.
         records: what is noted about it.
@@ -56,7 +56,7 @@ class Candidate:
 
     folder: str
     name: str
-    files: Mapping[int, Held]
+    files: Mapping[int, SizedFile]
     modified: float
     records: tuple[Record, ...] = ()
     trouble: str = ""
@@ -72,7 +72,7 @@ class Candidate:
     @property
     def merged(self) -> bool:
         """Whole parameters in a few files, as a map says."""
-        return self.name == MERGED
+        return self.name == _MERGED
 
     @property
     def job(self) -> tuple[Record, ...]:
@@ -94,7 +94,7 @@ class Candidate:
         files = self.files if self.records or self.alike is None else self.alike.files
         return list(dict.fromkeys(home_name(held.file, rank) for rank, held in files.items()))
 
-    def listing(self, directory: str, files: Mapping[int, Held], kind: Optional[str]) -> Listing:
+    def listing(self, directory: str, files: Mapping[int, SizedFile], kind: Optional[str]) -> Listing:
         """Its files as this host sees them.
 
         Args:
@@ -115,29 +115,29 @@ class Candidate:
         return Listing({str(rank): path for rank, path in there.items()}, True, None)
 
 
-def candidates(seen: Iterable[Iterable[Place]]) -> list[Candidate]:
+def candidates(seen: Iterable[Iterable[CheckpointFolder]]) -> list[Candidate]:
     """What several hosts see, as checkpoints, in no special order. A file of two sizes is trouble."""
-    folders: dict[str, list[Place]] = {}
+    folders: dict[str, list[CheckpointFolder]] = {}
     for places in seen:
         for place in places:
             folders.setdefault(place.folder, []).append(place)
     return [candidate for places in folders.values() for candidate in _in_folder(places)]
 
 
-def _in_folder(places: list[Place]) -> Iterator[Candidate]:
+def _in_folder(places: list[CheckpointFolder]) -> Iterator[Candidate]:
     folder, files = places[0].folder, {sight.file: sight for place in places for sight in place.files}
     torn = {sight.file for place in places for sight in place.files if files[sight.file].size != sight.size}
     in_ranks = [file for file in files if "/" in file]
     mapped = next((place for place in places if place.mapped), None)
     if mapped is not None:
         trouble = next((place.complaint for place in places if place.complaint), "")
-        yield Candidate(folder, MERGED, {}, max(place.modified for place in places), (), trouble)
+        yield Candidate(folder, _MERGED, {}, max(place.modified for place in places), (), trouble)
         if not in_ranks:
             return  # the files beside the map are its parts
     noted = _together(places)
     alone = [file for file in files if "/" not in file]
     if places[0].named:
-        found = [Candidate(folder, file, {0: Held(file, 0)}, 0.0) for file in alone]
+        found = [Candidate(folder, file, {0: SizedFile(file, 0)}, 0.0) for file in alone]
     else:
         found = [*_by_ranks(folder, in_ranks), *(_flat(folder, alone, bool(in_ranks)) if mapped is None else ())]
     yield from (_noted(_measured(candidate, files, torn), noted) for candidate in found)
@@ -158,7 +158,7 @@ def _by_ranks(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
     for rank, name in paths:
         names.setdefault(rank, []).append(name)
     for shared, group in grouped(names).items():
-        held = {rank: Held(paths[rank, name], 0) for rank, name in group.items()}
+        held = {rank: SizedFile(paths[rank, name], 0) for rank, name in group.items()}
         trouble = next((doubled[name] for name in group.values() if name in doubled), "")
         yield Candidate(folder, shared, held, 0.0, trouble=trouble)
 
@@ -166,7 +166,7 @@ def _by_ranks(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
 def _flat(folder: str, files: Iterable[str], beside: bool) -> Iterator[Candidate]:
     """What lies in one folder without a map, `beside` rank folders or not."""
     for name, found in loose(files).items():
-        held = {number: Held(file, 0) for number, file in found.files.items()}
+        held = {number: SizedFile(file, 0) for number, file in found.files.items()}
         title = f"./{name}" if beside else name
         yield Candidate(folder, title, held, 0.0, trouble=found.fault, parts=found.parts)
 
@@ -178,13 +178,13 @@ def _measured(found: Candidate, seen: Mapping[str, Sight], torn: set[str]) -> Ca
     trouble = f"hosts hold different files of {name_ranks(differ)}" if differ else ""
     return replace(
         found,
-        files={number: Held(sight.file, sight.size) for number, sight in sights.items()},
+        files={number: SizedFile(sight.file, sight.size) for number, sight in sights.items()},
         modified=max(sight.modified for sight in sights.values()),
         trouble=found.trouble or trouble,
     )
 
 
-def _together(places: Iterable[Place]) -> dict[str, Noted]:
+def _together(places: Iterable[CheckpointFolder]) -> dict[str, Noted]:
     """All hosts' records of every save."""
     found: dict[str, Noted] = {}
     for place in places:
@@ -251,7 +251,7 @@ def unnoted(candidate: Candidate) -> list[int]:
     return [rank for rank in range(max(record.world for record in candidate.records)) if rank not in noted]
 
 
-def check_ranks(candidate: Candidate, strategy: Optional[Strategy]) -> dict[int, Held]:
+def check_ranks(candidate: Candidate, strategy: Optional[Strategy]) -> dict[int, SizedFile]:
     """The files to load: of all ranks that the strategy knows; without one, the lowest rank's, which holds all.
 
     Raises:

@@ -24,8 +24,8 @@ import numpy as np
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.engine.integrity.digests import check
-from ms_ckpt_ext.engine.integrity.manifest import Load, Manifest, load_manifest, record_of
+from ms_ckpt_ext.engine.integrity.digests import check_digests
+from ms_ckpt_ext.engine.integrity.manifest import Load, Manifest, load_manifest, recorded_digests
 from ms_ckpt_ext.engine.load.survey import Survey, pack, survey, unpack
 from ms_ckpt_ext.engine.resume import candidates, sightings
 from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
@@ -65,7 +65,7 @@ def first_absent(catalog: Catalog) -> str:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ResumeRequest:
     """Where to look, and for what.
 
     Attributes:
@@ -110,7 +110,7 @@ class Chosen:
     catalog: Catalog
 
 
-def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
+def choose_checkpoint(transport: Transport[Any], wanted: ResumeRequest) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
     """The newest complete checkpoint, None when there is none; and what was skipped.
 
     Raises:
@@ -152,7 +152,9 @@ def choose(transport: Transport[Any], wanted: Wanted) -> tuple[Optional[Chosen],
     return None, tuple(skipped.values())
 
 
-def _skip(transport: Transport[Any], wanted: Wanted, skipped: dict[str, Skipped], title: str, reason: str) -> None:
+def _skip(
+    transport: Transport[Any], wanted: ResumeRequest, skipped: dict[str, Skipped], title: str, reason: str
+) -> None:
     if title not in skipped:
         skipped[title] = Skipped(title, reason)
         if transport.rank == 0:
@@ -178,7 +180,7 @@ class _Unfit(Exception):
     """Why a checkpoint cannot be taken; on all ranks the same."""
 
 
-def _agree_on_directories(transport: Transport[Any], wanted: Wanted) -> bool:
+def _agree_on_directories(transport: Transport[Any], wanted: ResumeRequest) -> bool:
     """Whether this rank is the one that looks for its host."""
     places = [json.loads(p) for p in transport.share(json.dumps([wanted.host, _real(wanted.directory)]).encode())]
     for host in dict.fromkeys(host for host, _ in places):
@@ -197,24 +199,24 @@ def _real(directory: str) -> str:
     return os.path.realpath(directory)
 
 
-def _look_together(transport: Transport[Any], wanted: Wanted, probe: bool) -> Order:
+def _look_together(transport: Transport[Any], wanted: ResumeRequest, probe: bool) -> Order:
     seen: list[Any] = []
     error: Optional[BaseException] = None
     try:
         if probe:
-            seen = [sightings.to_json(place) for place in sightings.look(wanted.directory, wanted.kind)]
+            seen = [sightings.folder_to_json(place) for place in sightings.look(wanted.directory, wanted.kind)]
     except CheckpointError as problem:
         error = problem
     except OSError as problem:
         error = storage_error("look for checkpoints in", wanted.directory, problem)
     share_status(transport, error)
     found = candidates.candidates(
-        [sightings.from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
+        [sightings.folder_from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
     )
     return Order(c for c in found if wanted.prefix is None or (not c.merged and prefix_of(c.name) == wanted.prefix))
 
 
-def _try(transport: Transport[Any], wanted: Wanted, candidate: Candidate, probe: bool) -> Chosen:
+def _try(transport: Transport[Any], wanted: ResumeRequest, candidate: Candidate, probe: bool) -> Chosen:
     try:
         check_noted(candidate)
         given = None if candidate.whole else wanted.strategy
@@ -252,7 +254,7 @@ def _text(strategy: Optional[Strategy]) -> str:
 
 
 def _read_headers(
-    transport: Transport[Any], wanted: Wanted, look: Callable[[], Listing], strategy: Optional[Strategy]
+    transport: Transport[Any], wanted: ResumeRequest, look: Callable[[], Listing], strategy: Optional[Strategy]
 ) -> tuple[Survey, Catalog, Listing]:
     """Tables of contents of all files, that they fit the layouts, and that nothing is missing."""
     problem, result = "", None
@@ -305,7 +307,7 @@ def _common(transport: Transport[Any], listing: Listing) -> dict[str, Value]:
     return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 
 
-def _compare_digests(transport: Transport[Any], wanted: Wanted, seen: Survey) -> None:
+def _compare_digests(transport: Transport[Any], wanted: ResumeRequest, seen: Survey) -> None:
     """Every file with its manifest, each on one rank that sees it. A file that is on no manifest passes."""
     problem, load = "", cache(load_manifest)  # one may list thousands of files
     for index in _dealt(transport, seen).values():
@@ -327,11 +329,11 @@ def _dealt(transport: Transport[Any], seen: Survey) -> dict[str, FileIndex]:
 
 
 def _faults(index: FileIndex, access: Access, load: Load = load_manifest) -> str:
-    found = record_of(index.path, access.key, load)
+    found = recorded_digests(index.path, access.key, load)
     if found is None:
         return ""
     folder, name, held = found
-    faults = check(
+    faults = check_digests(
         folder,
         Manifest({name: held}),
         [name],

@@ -36,7 +36,7 @@ from ms_ckpt_ext.errors import FormatError, storage_error
 from ms_ckpt_ext.formats.strategies.file import save_strategy
 from ms_ckpt_ext.storage.atomic import write_atomically
 
-FOLDER = "ms_ckpt_ext"
+RECORDS_FOLDER = "ms_ckpt_ext"
 STRATEGY_FOLDER = "strategy"
 COMPLETE = "complete.json"
 _FORMAT = "ms_ckpt_ext.record"
@@ -118,7 +118,7 @@ def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bo
     Raises:
         StorageError: the record cannot be written.
     """
-    folder = Path(home.folder, FOLDER, home.name)
+    folder = Path(home.folder, RECORDS_FOLDER, home.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if strategy is not None:
@@ -151,7 +151,7 @@ def read_records(folder: str, name: str) -> list[Record]:
         FormatError: a note is damaged.
         StorageError: one cannot be read.
     """
-    home = Path(folder, FOLDER, name)
+    home = Path(folder, RECORDS_FOLDER, name)
     if (home / COMPLETE).exists():
         return _parse([home / COMPLETE])
     return sorted(_parse(home.glob("rank_*.json")), key=lambda record: record.rank)
@@ -159,12 +159,12 @@ def read_records(folder: str, name: str) -> list[Record]:
 
 def strategy_folder(folder: str, name: str) -> str:
     """Where the layouts of a checkpoint are recorded."""
-    return os.path.join(folder, FOLDER, name, STRATEGY_FOLDER)
+    return os.path.join(folder, RECORDS_FOLDER, name, STRATEGY_FOLDER)
 
 
 def forget_deleted(folder: str, rank: int) -> None:
     """Remove records of checkpoints whose file of this rank is gone: MindSpore deletes its oldest ones."""
-    for note in Path(folder, FOLDER).glob(f"*/rank_{rank}.json"):
+    for note in Path(folder, RECORDS_FOLDER).glob(f"*/rank_{rank}.json"):
         with suppress(FormatError, OSError):  # another rank may be doing the same
             if not os.path.exists(os.path.join(folder, *_parse([note])[0].file.split("/"))):
                 shutil.rmtree(note.parent)
@@ -184,7 +184,7 @@ def _read(path: Path) -> list[Record]:
         content: Any = from_json(path.read_bytes())
         if (content["format"], content["version"]) != (_FORMAT, 1):
             raise ValueError(f"version {content['version']!r}")
-        return [record_of(held) for held in content["ranks"]]
+        return [record_from_json(held) for held in content["ranks"]]
     except OSError as error:
         raise storage_error("read the record", str(path), error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -204,7 +204,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def record_of(held: Mapping[str, Any]) -> Record:
+def record_from_json(held: Mapping[str, Any]) -> Record:
     """A record from its JSON. Raises TypeError, KeyError or ValueError."""
     record = Record(**held)
     wrong = [name for name, kinds in _KINDS.items() if type(getattr(record, name)) not in kinds]

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
+from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import Held, of_rank
 from ms_ckpt_ext.engine.source.values import TEXT, read_whole
 from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.dealt import Sees, Together, told_by_all
+from ms_ckpt_ext.engine.unlisted.dealt import Together, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 Value = Union[npt.NDArray[Any], str]
@@ -31,7 +32,7 @@ class Scalars(NamedTuple):
     own: Mapping[str, Mapping[int, Value]]
 
 
-def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Sees, sharded: bool) -> Scalars:
+def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Optional[Sees], sharded: bool) -> Scalars:
     """Compare and read; collective.
 
     Args:
@@ -90,7 +91,7 @@ def _small(catalog: Catalog, held: Union[SourceTensor, Held]) -> bool:
     return dtype.name == TEXT or math.prod(shape) == 1
 
 
-def _reader(tensor: SourceTensor, world: int, sees: Sees) -> int:
+def _reader(tensor: SourceTensor, world: int, sees: Optional[Sees]) -> int:
     """Which rank reads it: of those that see its file one by the file's number."""
     file = next(iter(tensor.placements[0].holders.values()))[0]
     able = range(world) if sees is None else sorted(sees[file])

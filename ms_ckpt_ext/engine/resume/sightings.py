@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.engine.resume import records
-from ms_ckpt_ext.engine.resume.records import Record, read_records, record_of
+from ms_ckpt_ext.engine.resume.records import Record, read_records, record_from_json
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
 from ms_ckpt_ext.formats.discovery import mindformers, rank_folders
 from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
@@ -38,7 +38,7 @@ class Noted(NamedTuple):
     trouble: str
 
 
-class Place(NamedTuple):
+class CheckpointFolder(NamedTuple):
     """A folder that may hold checkpoints.
 
     Attributes:
@@ -60,7 +60,7 @@ class Place(NamedTuple):
     named: bool = False
 
 
-def look(path: str, kind: Optional[str] = None) -> list[Place]:
+def look(path: str, kind: Optional[str] = None) -> list[CheckpointFolder]:
     """What this host sees of checkpoints.
 
     Args:
@@ -83,32 +83,34 @@ def look(path: str, kind: Optional[str] = None) -> list[Place]:
     ]
 
 
-def _file(path: Path, suffixes: list[str]) -> Place:
+def _file(path: Path, suffixes: list[str]) -> CheckpointFolder:
     """One file that was named; what lies around it has nothing to do with it."""
     status = path.stat()
     if is_map(path.name):
-        return Place("", (), path.name, status.st_mtime, {}, named=True)
+        return CheckpointFolder("", (), path.name, status.st_mtime, {}, named=True)
     if not path.name.endswith(tuple(f".{suffix}" for suffix in suffixes)) or kind_of(str(path)) == STRATEGY:
         raise DiscoveryError(
             f"{str(path)!r} is a file, and no {rank_folders.or_suffixes(suffixes[0] if len(suffixes) == 1 else None)} "
             "checkpoint; give a checkpoint, or the directory of a training's checkpoints"
         )
-    return Place("", (Sight(path.name, status.st_size, status.st_mtime),), "", status.st_mtime, {}, named=True)
+    return CheckpointFolder(
+        "", (Sight(path.name, status.st_size, status.st_mtime),), "", status.st_mtime, {}, named=True
+    )
 
 
 def _is_other(folder: Path) -> bool:
     """Whether a folder is no rank's, no records' and not hidden."""
-    hidden = folder.name.startswith(".") or folder.name == records.FOLDER
+    hidden = folder.name.startswith(".") or folder.name == records.RECORDS_FOLDER
     return not hidden and rank_folders.RANK_FOLDER.match(folder.name) is None
 
 
-def _place(folder: Path, name: str, suffixes: list[str]) -> Place:
+def _place(folder: Path, name: str, suffixes: list[str]) -> CheckpointFolder:
     ranks = [child for child in rank_folders.inside(folder, Path.is_dir) if rank_folders.RANK_FOLDER.match(child.name)]
     known: dict[str, str] = {}
     names = [f"{rank.name}/{file}" for rank in ranks for file in rank_folders.checkpoint_names(rank, suffixes, known)]
     names += rank_folders.checkpoint_names(folder, suffixes)
     mapped = _mapped(folder)
-    return Place(
+    return CheckpointFolder(
         name,
         tuple(_sights(folder, names)),
         mapped,
@@ -137,7 +139,7 @@ def _sights(folder: Path, names: Iterable[str]) -> Iterator[Sight]:
 
 
 def _noted(folder: Path) -> Iterator[tuple[str, Noted]]:
-    home = folder / records.FOLDER
+    home = folder / records.RECORDS_FOLDER
     if not home.is_dir():
         return
     for place in rank_folders.inside(home, Path.is_dir):
@@ -147,14 +149,14 @@ def _noted(folder: Path) -> Iterator[tuple[str, Noted]]:
             yield place.name, Noted((), str(error))
 
 
-def to_json(place: Place) -> list[Any]:
+def folder_to_json(place: CheckpointFolder) -> list[Any]:
     """For the other hosts."""
     noted = {name: [[vars(record) for record in held.records], held.trouble] for name, held in place.noted.items()}
     return [place.folder, place.files, place.mapped, place.modified, noted, place.complaint, place.named]
 
 
-def from_json(raw: list[Any]) -> Place:
-    """What `to_json` was given."""
+def folder_from_json(raw: list[Any]) -> CheckpointFolder:
+    """What `folder_to_json` was given."""
     folder, files, mapped, modified, noted, complaint, named = raw
-    held = {name: Noted(tuple(map(record_of, told)), trouble) for name, (told, trouble) in noted.items()}
-    return Place(folder, tuple(Sight(*file) for file in files), mapped, modified, held, complaint, named)
+    held = {name: Noted(tuple(map(record_from_json, told)), trouble) for name, (told, trouble) in noted.items()}
+    return CheckpointFolder(folder, tuple(Sight(*file) for file in files), mapped, modified, held, complaint, named)

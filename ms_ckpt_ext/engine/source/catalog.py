@@ -13,7 +13,7 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.dtype import INT4, DType
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
@@ -41,8 +41,6 @@ from ms_ckpt_ext.storage.reader import ByteReader
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.weight_rules import Rule
 
-INT4 = "Int4"
-"""Metadata value that marks a parameter as packed int4 in an int8 tensor (MindSpore's convention)."""
 _FEW_RANKS, _RANKS_PER_FILE = 16_384, 1024
 """A strategy of more ranks than both, for the files at hand, is refused: every one costs time for every parameter."""
 MOST_OPEN = 256

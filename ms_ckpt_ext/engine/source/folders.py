@@ -12,11 +12,11 @@ from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Layo
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.engine.source.outside import Outside, outside_of
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
-from ms_ckpt_ext.formats.discovery.mindformers import METADATA_NAME, Cut, Folder, file_name
+from ms_ckpt_ext.formats.discovery.mindformers import METADATA_NAME, Folder, ParameterCut, file_name
 from ms_ckpt_ext.formats.index import FileIndex
 
 
-class Contents(NamedTuple):
+class FolderContents(NamedTuple):
     """What a folder holds; see `catalog.Catalog` for the words.
 
     Attributes:
@@ -34,7 +34,7 @@ class Contents(NamedTuple):
     ranks: dict[int, int]
 
 
-def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> Contents:
+def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> FolderContents:
     """Every parameter of a folder, from the headers of its files (by name).
 
     Raises:
@@ -42,7 +42,7 @@ def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> Conten
     """
     indexes = tuple(index_of.values())
     if folder.cuts is None:
-        return Contents(_whole_tensors(indexes, folder), {}, Outside({}, {}, {}), None, {})
+        return FolderContents(_whole_tensors(indexes, folder), {}, Outside({}, {}, {}), None, {})
     numbers = {file: number for number, file in enumerate(index_of)}
     tensors: dict[str, SourceTensor] = {}
     absent: dict[str, str] = {}
@@ -55,11 +55,11 @@ def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> Conten
             tensors[name] = _cut_tensor(name, cut, holders, indexes)
     strategy = _strategy(folder)
     if strategy is None:
-        return Contents(tensors, absent, Outside({}, {}, {}), None, {})
+        return FolderContents(tensors, absent, Outside({}, {}, {}), None, {})
     weights, states = _of_kind("model", numbers), _of_kind("opt", numbers)
     parts = [outside_of(indexes, ranks, folder.cuts.keys()) for ranks in (weights, states)]
     outside = Outside(*({**one, **other} for one, other in zip(*parts)))  # an optimizer's file leaves out the network's
-    return Contents(tensors, absent, outside, strategy, weights or states)
+    return FolderContents(tensors, absent, outside, strategy, weights or states)
 
 
 def _of_kind(kind: str, numbers: Mapping[str, int]) -> dict[int, int]:
@@ -95,7 +95,7 @@ def _whole_tensors(indexes: tuple[FileIndex, ...], folder: Folder) -> dict[str, 
 
 
 def _holders(
-    name: str, cut: Cut, numbers: Mapping[str, int], indexes: Sequence[FileIndex]
+    name: str, cut: ParameterCut, numbers: Mapping[str, int], indexes: Sequence[FileIndex]
 ) -> dict[Cell, tuple[int, ...]]:
     """The files, by number, that hold a slice as the metadata says."""
     return {
@@ -104,7 +104,7 @@ def _holders(
     }
 
 
-def _lacking(cut: Cut, holders: Mapping[Cell, tuple[int, ...]], numbers: Mapping[str, int]) -> str:
+def _lacking(cut: ParameterCut, holders: Mapping[Cell, tuple[int, ...]], numbers: Mapping[str, int]) -> str:
     """Where the first slice that no file holds should be; "" when all are there."""
     for number, cell in enumerate(itertools.product(*map(range, cut.layout.parts))):
         if holders.get(cell):
@@ -120,7 +120,7 @@ def _lacking(cut: Cut, holders: Mapping[Cell, tuple[int, ...]], numbers: Mapping
 
 
 def _cut_tensor(
-    name: str, cut: Cut, holders: Mapping[Cell, tuple[int, ...]], indexes: Sequence[FileIndex]
+    name: str, cut: ParameterCut, holders: Mapping[Cell, tuple[int, ...]], indexes: Sequence[FileIndex]
 ) -> SourceTensor:
     entries = [(indexes[number], indexes[number].tensors[name]) for files in holders.values() for number in files]
     dtype, wanted = entries[0][1].dtype, cut.layout.slice_shape(cut.shape)

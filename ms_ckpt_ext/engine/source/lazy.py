@@ -18,13 +18,14 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
+from ms_ckpt_ext.core.geometry.dtype import INT4
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.source.catalog import INT4, Catalog
+from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import alike
 from ms_ckpt_ext.engine.source.values import NUMPY, TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import compared

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     Look = Callable[[Sequence[tuple[int, str]]], list[Seen]]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 Indexes = Mapping[int, FileIndex]
 _NAMES, _RANKS, _STRETCH = 8, 16, 4096
 """Parameters and ranks that are compared, at most, spread over all; bytes of each."""
@@ -172,5 +172,5 @@ def _copies(name: str, strategy: Strategy) -> Iterator[Sequence[int]]:
             yield [base + rank for rank in ranks]
 
 
-def _spread(items: Sequence[T], most: int) -> Sequence[T]:
+def _spread(items: Sequence[_T], most: int) -> Sequence[_T]:
     return items[:: max(1, -(-len(items) // most))]

@@ -24,7 +24,7 @@ from typing import Callable, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.neighbours import Axis, Representatives, axes_of, representatives
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest, record_of
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest, recorded_digests
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import Group, Held, alike
 from ms_ckpt_ext.engine.unlisted.probes import Alone, Look, Probe
@@ -200,7 +200,7 @@ def recorded(catalog: Catalog, files: Sequence[int]) -> dict[int, Mapping[str, s
     for file in files:
         index = catalog.files[file]
         try:
-            record = record_of(index.path, catalog.access.key, load)
+            record = recorded_digests(index.path, catalog.access.key, load)
             if record is None or record[2].size != index.size or not record[2].tensors:
                 continue
             if os.stat(os.path.join(record[0], MANIFEST_NAME)).st_mtime_ns >= index.mtime_ns:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Callable, Optional, TypeVar
 
+from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.engine.load.survey import pack, unpack
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.alike import OnRecord, recorded
@@ -15,9 +16,7 @@ from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe, Seen
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Transport
 
-Sees = Optional[Mapping[int, frozenset[int]]]
-"""File number -> ranks that can open it; None when all see all."""
-T = TypeVar("T")
+_T = TypeVar("_T")
 _TOGETHER = 1 << 20
 """Bytes up to which probes of one file go to one rank, which opens it once."""
 
@@ -32,7 +31,7 @@ class Together:
         sees: file number -> ranks that can open it; None when all see all.
     """
 
-    def __init__(self, transport: Transport[Any], catalog: Catalog, sees: Sees) -> None:
+    def __init__(self, transport: Transport[Any], catalog: Catalog, sees: Optional[Sees]) -> None:
         self._transport, self._sees = transport, sees
         self._load = [0] * transport.size
         self._alone = Alone(catalog)
@@ -69,7 +68,9 @@ def _bundles(probes: Sequence[Probe]) -> Iterator[tuple[int, list[int]]]:
         yield file, numbers
 
 
-def on_record_together(transport: Transport[Any], catalog: Catalog, sees: Sees, names: Collection[str]) -> OnRecord:
+def on_record_together(
+    transport: Transport[Any], catalog: Catalog, sees: Optional[Sees], names: Collection[str]
+) -> OnRecord:
     """Digests on record of tensors that the files store under these names, each file's found by one rank."""
 
     def on_record(files: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
@@ -85,10 +86,10 @@ def on_record_together(transport: Transport[Any], catalog: Catalog, sees: Sees, 
     return on_record
 
 
-def told_by_all(transport: Transport[Any], look: Callable[[], T]) -> list[T]:
+def told_by_all(transport: Transport[Any], look: Callable[[], _T]) -> list[_T]:
     """What every rank found, in rank order, as JSON has it; an error of one is raised on all."""
     error: Optional[BaseException] = None
-    found: Optional[T] = None
+    found: Optional[_T] = None
     try:
         found = look()
     except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised

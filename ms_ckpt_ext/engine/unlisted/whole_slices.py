@@ -30,7 +30,7 @@ from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 
-HEAD_BYTES = 4096
+PROBE_BYTES = 4096
 """What is compared of two slices before anything else."""
 WHOLE_BYTES = 256 << 20
 """Slices that are equal at their beginnings are compared whole up to so many bytes together, the smallest first."""
@@ -157,7 +157,7 @@ def _heads(groups: Sequence[_Group]) -> Iterator[_Row]:
         firsts.setdefault(group.name, group)
     for group in firsts.values():
         ends = group.files[0], group.files[-1]
-        length = min(HEAD_BYTES, group.nbytes)
+        length = min(PROBE_BYTES, group.nbytes)
         yield _Row(group, tuple(Probe(file, group.stored_name, 0, length) for file in ends))
 
 
@@ -172,10 +172,10 @@ def _contents(groups: Sequence[_Group]) -> Iterator[_Row]:
 
 def _samples(nbytes: int) -> Iterator[tuple[int, int]]:
     """(start, length) of stretches that are spread evenly, the last one at the end."""
-    last = max(0, nbytes - HEAD_BYTES)
+    last = max(0, nbytes - PROBE_BYTES)
     for number in range(_SAMPLES):
         start = last * number // (_SAMPLES - 1) // 16 * 16
-        yield start, min(HEAD_BYTES, nbytes - start)
+        yield start, min(PROBE_BYTES, nbytes - start)
 
 
 def _growing(rows: Iterator[_Row]) -> Iterator[list[_Row]]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
-from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, HEAD_BYTES, SM4, is_encrypted, sniff
+from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, SM4, SNIFF_BYTES, is_encrypted, sniff
 from ms_ckpt_ext.storage.reader import ByteReader
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ __all__ = [
     "CBC",
     "CHUNKED",
     "GCM",
-    "HEAD_BYTES",
+    "SNIFF_BYTES",
     "SM4",
     "BlockSealer",
     "ChunkedReader",
@@ -57,7 +57,7 @@ __all__ = [
     "Sealer",
     "decrypting_reader",
     "encrypt_all",
-    "fingerprint",
+    "key_fingerprint",
     "is_encrypted",
     "keep_checksums",
     "load_key",
@@ -71,7 +71,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
 
 
-def fingerprint(key: Key, label: bytes) -> str:
+def key_fingerprint(key: Key, label: bytes) -> str:
     """Hexadecimal digits that tell keys apart and tell nothing about them: HKDF-SHA256 of the key."""
     from ms_ckpt_ext.formats.crypto import backend
 
@@ -94,10 +94,10 @@ def decrypting_reader(
     """
     from ms_ckpt_ext.formats.crypto import blocks, container
 
-    head = bytearray(min(HEAD_BYTES, reader.size))
+    head = bytearray(min(SNIFF_BYTES, reader.size))
     reader.read_into(0, memoryview(head))
     if sniff(bytes(head)) != CHUNKED:
-        return blocks.DecryptingReader(reader, key, mode, cache_bytes=cache_bytes or blocks.CACHE_BYTES)
+        return blocks.DecryptingReader(reader, key, mode, cache_bytes=cache_bytes or blocks.BLOCK_CACHE_BYTES)
     if mode not in (None, CHUNKED):
         raise DecryptionError(f"{reader.path!r} is a {CHUNKED} container, not {mode}; pass mode {CHUNKED!r} or None")
-    return container.ChunkedReader(reader, key, cache_bytes=cache_bytes or container.CACHE_BYTES)
+    return container.ChunkedReader(reader, key, cache_bytes=cache_bytes or container.CHUNK_CACHE_BYTES)

@@ -14,9 +14,9 @@ from typing import Any, Optional, Protocol
 from ms_ckpt_ext.errors import MissingDependencyError
 from ms_ckpt_ext.formats.crypto.keys import Key
 
-BLOCK = 16
+CIPHER_BLOCK = 16
 """Bytes of a cipher block of AES and of SM4, and of a GCM tag."""
-_SLACK = BLOCK - 1
+_SLACK = CIPHER_BLOCK - 1
 """Bytes that `update_into` wants to see free behind its output, though it does not touch them."""
 
 
@@ -82,7 +82,7 @@ def _sm4() -> Any:
     )
 
 
-def fits(context: Context) -> bool:
+def key_fits(context: Context) -> bool:
     """End a decryption: whether the tag of a GCM context fits; True where there is none."""
     try:
         context.finalize()
@@ -104,7 +104,7 @@ def pour(context: Context, source: memoryview, target: memoryview) -> None:
 
     All but the last bytes go straight into place; those that lack the slack behind them take a detour.
     """
-    direct = max(0, len(source) - _SLACK) // BLOCK * BLOCK
+    direct = max(0, len(source) - _SLACK) // CIPHER_BLOCK * CIPHER_BLOCK
     if direct:
         context.update_into(source[:direct], target)
     target[direct:] = context.update(source[direct:])

@@ -38,10 +38,10 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import combine, crc_of
 from ms_ckpt_ext.formats.crypto import backend
-from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
+from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
-from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, require_range, scratch, unseal
+from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, require_range, thread_scratch, unseal
 from ms_ckpt_ext.formats.index import BUDGET
 from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits
 
@@ -57,11 +57,11 @@ _PER_BLOCK = 450
 _STRAY_TAIL = 17
 """Length of the unencrypted checksum tail that MindSpore appends by mistake."""
 
-CACHE_BYTES = 3 * BLOCK_BYTES
+BLOCK_CACHE_BYTES = 3 * BLOCK_BYTES
 """Default memory for decrypted GCM blocks: the one in use, and one on either side of a boundary."""
 
 
-class Block(NamedTuple):
+class _Block(NamedTuple):
     """One block: plaintext offsets, where its ciphertext lies, and what decrypts it."""
 
     start: int
@@ -97,7 +97,7 @@ class DecryptingReader:
         key: KeyLike,
         mode: Optional[str] = None,
         *,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int = BLOCK_CACHE_BYTES,
         expect: bytes = b"\n",
     ) -> None:
         self.mode = _mode(reader, mode)
@@ -230,13 +230,13 @@ class _CbcReader:
             self._range(block, low, buffer[done : done + length])
             done += length
 
-    def _range(self, block: Block, low: int, out: memoryview) -> None:
+    def _range(self, block: _Block, low: int, out: memoryview) -> None:
         """Decrypt `out` from byte `low` of a block on: whole cipher blocks around it, and the one before as IV."""
-        skip = low % BLOCK
+        skip = low % CIPHER_BLOCK
         first = low - skip
-        length = -(-(skip + len(out)) // BLOCK) * BLOCK
-        before = BLOCK if first else 0
-        sealed = scratch(before + length)
+        length = -(-(skip + len(out)) // CIPHER_BLOCK) * CIPHER_BLOCK
+        before = CIPHER_BLOCK if first else 0
+        sealed = thread_scratch(before + length)
         self._base.read_into(block.offset + first - before, sealed)
         iv = bytes(sealed[:before]) if before else block.iv
         context = backend.cbc(self._key, iv, sm4=self._sm4, encrypt=False)
@@ -276,11 +276,11 @@ def _mode(reader: ByteReader, wanted: Optional[str]) -> str:
     return found
 
 
-def _table(reader: ByteReader, mode: str, key: Key) -> tuple[Block, ...]:
+def _table(reader: ByteReader, mode: str, key: Key) -> tuple[_Block, ...]:
     return tuple(_walk(reader, mode, key))
 
 
-def _walk(reader: ByteReader, mode: str, key: Key) -> Iterator[Block]:
+def _walk(reader: ByteReader, mode: str, key: Key) -> Iterator[_Block]:
     """Every block of a file of one mode, by its headers alone (and in CBC by its padding)."""
     offset = start = count = 0
     while offset < reader.size and not (offset and _is_stray_tail(reader, offset)):
@@ -299,7 +299,7 @@ def _walk(reader: ByteReader, mode: str, key: Key) -> Iterator[Block]:
         offset, start = block.offset + block.length, block.stop
 
 
-def _header(reader: ByteReader, offset: int, start: int, mode: str) -> Block:
+def _header(reader: ByteReader, offset: int, start: int, mode: str) -> _Block:
     """The block whose header is at `offset`, before padding is taken off."""
     tagged = TAG_BYTES if mode == GCM else 0
     width = 4 * _U32.size + tagged + IV_BYTES
@@ -319,15 +319,15 @@ def _header(reader: ByteReader, offset: int, start: int, mode: str) -> Block:
             f"but the file ends at {reader.size}; restore it or choose another checkpoint"
         )
     iv = bytes(raw[12 + tagged : 12 + tagged + IV_BYTES])
-    return Block(start, start + length, offset + width, length, iv, bytes(raw[4 : 4 + tagged]))
+    return _Block(start, start + length, offset + width, length, iv, bytes(raw[4 : 4 + tagged]))
 
 
 def _check(reader: ByteReader, offset: int, mode: str, header: tuple[Optional[str], int, int, int]) -> None:
     """Raise unless the numbers of a block header agree with each other and with MindSpore's limits."""
     found, whole, iv_length, length = header
-    most = BLOCK_BYTES if mode == GCM else BLOCK_BYTES + BLOCK
+    most = BLOCK_BYTES if mode == GCM else BLOCK_BYTES + CIPHER_BLOCK
     agrees = iv_length == IV_BYTES and whole == 2 * _U32.size + iv_length + length
-    fits = 0 < length <= most and (mode == GCM or length % BLOCK == 0)
+    fits = 0 < length <= most and (mode == GCM or length % CIPHER_BLOCK == 0)
     if found != mode or not agrees or not fits:
         raise FormatError(
             f"{reader.path!r}: no {mode} block at byte {offset}: mode {found}, block length {whole}, IV length "
@@ -335,15 +335,15 @@ def _check(reader: ByteReader, offset: int, mode: str, header: tuple[Optional[st
         )
 
 
-def _padding(reader: ByteReader, block: Block, key: Key, mode: str) -> int:
+def _padding(reader: ByteReader, block: _Block, key: Key, mode: str) -> int:
     """Length of a CBC block's padding, out of its last 16 bytes."""
-    sealed = bytearray(min(2 * BLOCK, block.length))
+    sealed = bytearray(min(2 * CIPHER_BLOCK, block.length))
     reader.read_into(block.offset + block.length - len(sealed), memoryview(sealed))
-    iv = bytes(sealed[:BLOCK]) if len(sealed) > BLOCK else block.iv
+    iv = bytes(sealed[:CIPHER_BLOCK]) if len(sealed) > CIPHER_BLOCK else block.iv
     context = backend.cbc(key, iv, sm4=mode == SM4, encrypt=False)
-    last: bytes = context.update(bytes(sealed[-BLOCK:]))
+    last: bytes = context.update(bytes(sealed[-CIPHER_BLOCK:]))
     count = last[-1]
-    if not 0 < count <= BLOCK or last[-count:] != bytes([count]) * count:
+    if not 0 < count <= CIPHER_BLOCK or last[-count:] != bytes([count]) * count:
         raise wrong_key(reader.path, block.offset, mode)
     return count
 

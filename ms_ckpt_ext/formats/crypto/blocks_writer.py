@@ -14,7 +14,7 @@ from typing import BinaryIO, Optional, Protocol, Union
 
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats.crypto import backend
-from ms_ckpt_ext.formats.crypto.backend import BLOCK, pour
+from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
 from ms_ckpt_ext.formats.crypto.blocks import BLOCK_BYTES, IV_BYTES, NONCE_BYTES, TAG_BYTES
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
@@ -45,7 +45,7 @@ class EncryptingWriter:
         self._key = _checked(key, mode, block)
         self._mode = mode
         self._most = block
-        self._sealed = buffers.scratch(block + BLOCK)
+        self._sealed = buffers.scratch(block + CIPHER_BLOCK)
         self._filled = 0
         self._rest = b""
         self._context: Optional[backend.Context] = None
@@ -83,13 +83,13 @@ class EncryptingWriter:
         if self._context is None:
             self._begin()
         if self._rest:
-            taken = min(BLOCK - len(self._rest), len(part))
+            taken = min(CIPHER_BLOCK - len(self._rest), len(part))
             self._rest += bytes(part[:taken])
             part = part[taken:]
-            if len(self._rest) == BLOCK:
+            if len(self._rest) == CIPHER_BLOCK:
                 self._encrypt(memoryview(self._rest))
                 self._rest = b""
-        whole = len(part) // BLOCK * BLOCK
+        whole = len(part) // CIPHER_BLOCK * CIPHER_BLOCK
         self._encrypt(part[:whole])
         self._rest += bytes(part[whole:])
 
@@ -116,7 +116,7 @@ class EncryptingWriter:
         assert self._context is not None
         rest, self._rest = self._rest, b""
         if self._mode != GCM:
-            rest += bytes([BLOCK - len(rest)]) * (BLOCK - len(rest))
+            rest += bytes([CIPHER_BLOCK - len(rest)]) * (CIPHER_BLOCK - len(rest))
         self._encrypt(memoryview(rest))
         self._context.finalize()
         tag = getattr(self._context, "tag", b"") if self._mode == GCM else b""
@@ -131,8 +131,8 @@ class EncryptingWriter:
 def _checked(key: KeyLike, mode: str, block: int) -> Key:
     if mode not in _MAGIC:
         raise UsageError(f"no such mode: MindSpore has {', '.join(_MAGIC)}; pass one of these")
-    if not 0 < block <= BLOCK_BYTES or block % BLOCK:
-        raise UsageError(f"a block of {block} bytes; it must be a multiple of {BLOCK}, at most {BLOCK_BYTES}")
+    if not 0 < block <= BLOCK_BYTES or block % CIPHER_BLOCK:
+        raise UsageError(f"a block of {block} bytes; it must be a multiple of {CIPHER_BLOCK}, at most {BLOCK_BYTES}")
     return as_key(key, SM4_LENGTHS if mode == SM4 else AES_LENGTHS)
 
 
@@ -172,7 +172,7 @@ class BlockSealer:
     def stored(self, index: int) -> int:
         """Bytes of a block as it lies in the file."""
         low, high = self.span(index)
-        return self._front + (high - low if self._mode == GCM else ((high - low) // BLOCK + 1) * BLOCK)
+        return self._front + (high - low if self._mode == GCM else ((high - low) // CIPHER_BLOCK + 1) * CIPHER_BLOCK)
 
     def offset(self, index: int) -> int:
         """Where a block begins in the file."""
@@ -186,7 +186,7 @@ class BlockSealer:
             pour(context, plain, out[front : front + length])
         else:
             context = backend.cbc(self._key, iv, sm4=self._mode == SM4, encrypt=True)
-            whole, padding = len(plain) // BLOCK * BLOCK, length - len(plain)
+            whole, padding = len(plain) // CIPHER_BLOCK * CIPHER_BLOCK, length - len(plain)
             pour(context, plain[:whole], out[front : front + whole])
             out[front + whole : front + length] = context.update(bytes(plain[whole:]) + bytes([padding]) * padding)
         context.finalize()
@@ -196,7 +196,7 @@ class BlockSealer:
 
     def unseal(self, index: int, stored: memoryview, out: memoryview) -> bool:
         """Decrypt what `seal` gave into `out`, of the block's length; False when its tag does not fit any more."""
-        front, whole = self._front, len(out) // BLOCK * BLOCK
+        front, whole = self._front, len(out) // CIPHER_BLOCK * CIPHER_BLOCK
         iv = bytes(stored[front - 4 - IV_BYTES : front - 4])
         if self._mode == GCM:
             context = backend.gcm(self._key, iv[:NONCE_BYTES], bytes(stored[4 : 4 + TAG_BYTES]))
@@ -205,7 +205,7 @@ class BlockSealer:
             context = backend.cbc(self._key, iv, sm4=self._mode == SM4, encrypt=False)
             pour(context, stored[front : front + whole], out[:whole])
             out[whole:] = context.update(stored[front + whole :])[: len(out) - whole]
-        return backend.fits(context)
+        return backend.key_fits(context)
 
 
 def write_all(sink: BinaryIO, data: Union[bytes, memoryview]) -> None:

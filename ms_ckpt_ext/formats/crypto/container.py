@@ -32,7 +32,7 @@ from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import CHUNK_MAGIC, CHUNKED
-from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, scratch
+from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, thread_scratch
 from ms_ckpt_ext.storage.reader import ByteReader
 
 CHUNK = 1 << 20
@@ -48,7 +48,7 @@ CHECK = 32
 _FIXED = struct.Struct("<8sHHIQ32s8x")
 HEADER = _FIXED.size + CHECK
 _LABEL = b"ms_ckpt_ext chunked container v1"
-CACHE_BYTES = 32 << 20
+CHUNK_CACHE_BYTES = 32 << 20
 """Default memory for chunks that were read in part."""
 
 
@@ -128,7 +128,7 @@ class ChunkedReader(UnitReader):
         MissingDependencyError: `cryptography` is not installed.
     """
 
-    def __init__(self, reader: ByteReader, key: KeyLike, *, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, reader: ByteReader, key: KeyLike, *, cache_bytes: int = CHUNK_CACHE_BYTES) -> None:
         super().__init__(reader, _Chunks(reader, as_key(key)), cache_bytes, CHUNKED)
 
 
@@ -160,7 +160,7 @@ class _Chunks:
             out = out[high - low :]
 
     def _batch(self, first: int, stop: int, out: memoryview) -> None:
-        sealed = scratch(len(out) + TAG * (stop - first))
+        sealed = thread_scratch(len(out) + TAG * (stop - first))
         self._base.read_into(self._geometry.offset(first), sealed)
         for index in range(first, stop):
             length = self.span(index)[1] - self.span(index)[0]
@@ -170,7 +170,7 @@ class _Chunks:
     def _open(self, index: int, sealed: memoryview, out: memoryview) -> None:
         context = self._secrets.context(index, bytes(sealed[-TAG:]))
         pour(context, sealed[:-TAG], out)
-        if not backend.fits(context):
+        if not backend.key_fits(context):
             raise self._unfit(index)
 
     def sealed(self, unit: int) -> Sealed:

@@ -72,7 +72,7 @@ class Sealer:
         """Decrypt what `seal` gave into `out`, of the chunk's length; False when its tag does not fit any more."""
         context = self._secrets.context(index, bytes(stored[-TAG:]))
         pour(context, stored[:-TAG], out)
-        return backend.fits(context)
+        return backend.key_fits(context)
 
     def _claim(self, index: int, length: int) -> None:
         low, high = self.geometry.span(index)

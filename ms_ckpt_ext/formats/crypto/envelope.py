@@ -31,12 +31,14 @@ def wrap(key: Key, plain: bytes, about: bytes) -> bytes:
 
 def unwrap(key: Key, wrapped: bytes, about: bytes) -> bytes:
     """The message. Raises DecryptionError: another key, it was altered, or it is about something else."""
-    salt, sealed, tag = wrapped[:_SALT], wrapped[_SALT : -backend.BLOCK], wrapped[-backend.BLOCK :]
-    if len(wrapped) < _SALT + backend.BLOCK:
-        raise DecryptionError(f"{len(wrapped)} bytes where an encrypted message has at least {_SALT + backend.BLOCK}")
+    salt, sealed, tag = wrapped[:_SALT], wrapped[_SALT : -backend.CIPHER_BLOCK], wrapped[-backend.CIPHER_BLOCK :]
+    if len(wrapped) < _SALT + backend.CIPHER_BLOCK:
+        raise DecryptionError(
+            f"{len(wrapped)} bytes where an encrypted message has at least {_SALT + backend.CIPHER_BLOCK}"
+        )
     context = backend.gcm(_derived(key, salt), _NONCE, tag, about)
     plain: bytes = context.update(sealed)
-    if not backend.fits(context):
+    if not backend.key_fits(context):
         raise DecryptionError("its tag does not fit: another key, altered, or about another file")
     return plain
 

@@ -19,7 +19,7 @@ BLOCK_MAGIC = {0x7F3A5ED8: GCM, 0x7F3A5ED9: CBC, 0x7F3A5EDA: SM4}
 CHUNK_MAGIC = b"\x89MSX\r\n\x1a\x01"
 """As PNG does it: not text, and damaged by anything that takes it for text. Read as a length it is 8e16."""
 
-HEAD_BYTES = 8
+SNIFF_BYTES = 8
 """How many first bytes `sniff` wants."""
 
 

@@ -37,7 +37,7 @@ _STREAMED = 1 << 20
 _local = threading.local()
 
 
-def scratch(length: int) -> memoryview:
+def thread_scratch(length: int) -> memoryview:
     """`length` bytes of this thread's own reused buffer, which is at least a `PIECE`.
 
     Valid until the next call, which any decrypting reader makes: never a place for results.
@@ -66,12 +66,12 @@ def unseal(base: ByteReader, sealed: Sealed, places: Iterable[memoryview]) -> It
     """
     at = sealed.offset
     for place in places:
-        source = scratch(len(place))
+        source = thread_scratch(len(place))
         base.read_into(at, source)
         backend.pour(sealed.context, source, place)
         at += len(place)
         yield place
-    if not backend.fits(sealed.context):
+    if not backend.key_fits(sealed.context):
         raise sealed.unfit()
 
 

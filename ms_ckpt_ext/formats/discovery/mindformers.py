@@ -22,12 +22,12 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.mindformers_metadata import Cut, file_name, layout_of, read_cuts
+from ms_ckpt_ext.formats.discovery.mindformers_metadata import ParameterCut, file_name, layout_of, read_cuts
 
 __all__ = [
     "COMMON_NAME",
     "METADATA_NAME",
-    "Cut",
+    "ParameterCut",
     "Folder",
     "file_name",
     "find_folder",
@@ -55,7 +55,7 @@ class Folder(NamedTuple):
 
     path: str
     files: dict[str, str]
-    cuts: Optional[dict[str, Cut]]
+    cuts: Optional[dict[str, ParameterCut]]
 
 
 def find_folder(directory: str) -> Optional[Folder]:

@@ -32,7 +32,7 @@ _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxErro
 """What reading JSON of another shape may raise."""
 
 
-class Cut(NamedTuple):
+class ParameterCut(NamedTuple):
     """One parameter of a folder: its full shape, how it is cut, and which files (by name) hold the slices listed.
 
     `stage` is the pipeline stage of its layout; None where none is told, and the parameter is whole.
@@ -77,7 +77,7 @@ def file_name(file: str) -> Optional[FileName]:
     return None if found is None else FileName(file[: found.start()], found[1], int(found[2]), int(found[3]))
 
 
-def read_cuts(path: str) -> Optional[dict[str, Cut]]:
+def read_cuts(path: str) -> Optional[dict[str, ParameterCut]]:
     """The parameters of a `metadata.json`, accumulated gradients aside; None when the file is another of that name.
 
     Raises:
@@ -98,7 +98,7 @@ def read_cuts(path: str) -> Optional[dict[str, Cut]]:
         raise FormatError(f"{path!r} is not laid out as MindFormers does ({type(error).__name__}: {error})") from error
 
 
-def _cuts(entries: Mapping[str, Mapping[str, Any]], places: _Places, path: str) -> dict[str, Cut]:
+def _cuts(entries: Mapping[str, Mapping[str, Any]], places: _Places, path: str) -> dict[str, ParameterCut]:
     _check_files((place for slices in places.values() for held in slices.values() for place in held), path)
     cuts = {}
     for name, entry in entries.items():
@@ -194,7 +194,7 @@ def _check_files(places: Iterable[_Place], path: str) -> None:
             )
 
 
-def _cut(name: str, entry: Mapping[str, Any], places: Mapping[int, tuple[_Place, ...]], path: str) -> Cut:
+def _cut(name: str, entry: Mapping[str, Any], places: Mapping[int, tuple[_Place, ...]], path: str) -> ParameterCut:
     def wrong(what: str) -> FormatError:
         return FormatError(f"{path!r}: parameter {name!r} {what}; {_OTHER}")
 
@@ -214,7 +214,7 @@ def _cut(name: str, entry: Mapping[str, Any], places: Mapping[int, tuple[_Place,
     _check_places({number: places.get(number, ()) for number in listed}, layout, wrong)
     files = {number: tuple(place.file for place in places.get(number, ())) for number in listed}
     stage = None if entry["layout"] is None else entry["layout"]["rank_list"][0] // layout.devices
-    return Cut(shape, layout, {_cell(number, layout.parts): held for number, held in files.items()}, stage)
+    return ParameterCut(shape, layout, {_cell(number, layout.parts): held for number, held in files.items()}, stage)
 
 
 def _listed(chunks: Iterable[Mapping[str, Any]], shape: Shape, layout: Layout, wrong: _Wrong) -> list[int]:

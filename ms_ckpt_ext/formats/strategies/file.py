@@ -15,14 +15,13 @@ from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, also, storage_error
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.strategies import messages as proto
-from ms_ckpt_ext.formats.strategies.messages import Rows
+from ms_ckpt_ext.formats.strategies.messages import IntRows
 from ms_ckpt_ext.storage.atomic import write_atomically
 
-PathLike = Union[str, "os.PathLike[str]"]
 _FRESH, MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
 
 
-def load_strategy(path: PathLike) -> Strategy:
+def load_strategy(path: Union[str, Path]) -> Strategy:
     """Read a strategy file, or a directory with one file per stage (merged on the fly).
 
     Raises:
@@ -39,7 +38,7 @@ def load_strategy(path: PathLike) -> Strategy:
     return strategy
 
 
-def save_strategy(strategy: Strategy, target: PathLike) -> None:
+def save_strategy(strategy: Strategy, target: Union[str, Path]) -> None:
     """Write a strategy file that MindSpore reads too: merged when it has several stages; JSON for a `.json` name.
 
     Raises:
@@ -61,14 +60,14 @@ def save_strategy(strategy: Strategy, target: PathLike) -> None:
 
 
 def _add_layout(content: Any, name: str, layout: Layout) -> None:
-    rows: Rows = tuple(tuple(group) or (-1,) for group in layout.tensor_map)
+    rows: IntRows = tuple(tuple(group) or (-1,) for group in layout.tensor_map)
     if all(len(row) == 1 for row in rows):
         rows = (tuple(row[0] for row in rows),)
     numbers = (0, layout.opt_shard_step, layout.opt_shard_size)
     proto.add_parameter(content, name, ((layout.dev_matrix,), rows, ((),), ((),)), numbers)
 
 
-def write(target: PathLike, data: bytes) -> None:
+def write(target: Union[str, Path], data: bytes) -> None:
     """Put a strategy file in its place, whole or not at all. Raises StorageError."""
     path = Path(target)
     try:
@@ -147,8 +146,8 @@ def _parse_json(path: str, data: bytes) -> Any:
         for name, held in said.get("parallel_strategy_item", {}).items():
             proto.add_operator(content, name, int(held.get("stage", 0)), _cuts(held.get("parallel_strategy")))
         for name, held in said.get("parallel_layout_item", {}).items():
-            rows = [_rows(held.get(field) or []) for field in proto.ROWS]
-            proto.add_parameter(content, name, rows, [int(held.get(field) or 0) for field in proto.NUMBERS])
+            rows = [_rows(held.get(field) or []) for field in proto.ROW_FIELDS]
+            proto.add_parameter(content, name, rows, [int(held.get(field) or 0) for field in proto.NUMBER_FIELDS])
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise StrategyError(
             f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}; "
@@ -157,13 +156,13 @@ def _parse_json(path: str, data: bytes) -> Any:
     return content
 
 
-def _rows(value: list[Any]) -> Rows:
+def _rows(value: list[Any]) -> IntRows:
     """One flat list is one row; a list of lists is several."""
     rows = value if any(isinstance(row, list) for row in value) else [value]
     return tuple(tuple(operator.index(number) for number in row) for row in rows)
 
 
-def _cuts(value: Any) -> Rows:
+def _cuts(value: Any) -> IntRows:
     """How an operator's inputs are cut, where that is lists of numbers: nothing here depends on it."""
     try:
         return _rows(value or [])
@@ -172,12 +171,12 @@ def _cuts(value: Any) -> Rows:
 
 
 def _to_json(content: Any, current_stage: int) -> dict[str, Any]:
-    def flat(rows: Rows) -> list[Any]:
+    def flat(rows: IntRows) -> list[Any]:
         return list(map(list, rows)) if len(rows) > 1 else [value for row in rows for value in row]
 
     def said(layouts: Any) -> dict[str, Any]:
-        rows = {field: flat(proto.rows_of(layouts, field)) for field in proto.ROWS}
-        return {**rows, **{field: getattr(layouts, field) for field in proto.NUMBERS}}
+        rows = {field: flat(proto.rows_of(layouts, field)) for field in proto.ROW_FIELDS}
+        return {**rows, **{field: getattr(layouts, field) for field in proto.NUMBER_FIELDS}}
 
     operators = content.parallel_strategy_item
     return {

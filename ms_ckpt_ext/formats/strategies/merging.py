@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Union
 
 from ms_ckpt_ext.core.geometry.strategy import split_stage
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, UsageError
 from ms_ckpt_ext.formats.strategies import messages as proto
-from ms_ckpt_ext.formats.strategies.file import MERGED, PathLike, read_bytes, read_map, stage_files, write
+from ms_ckpt_ext.formats.strategies.file import MERGED, read_bytes, read_map, stage_files, write
 
 _OPERATORS, _PARAMETERS = "parallel_strategy_item", "parallel_layout_item"
 
 
-def merge_strategy_files(directory: PathLike, target: PathLike) -> None:
+def merge_strategy_files(directory: Union[str, Path], target: Union[str, Path]) -> None:
     """Merge the per-stage strategy files of `directory` into one.
 
     Entries get the `"{stage}-"` prefix; files of one stage say the same, or add to each other. A JSON directory gives

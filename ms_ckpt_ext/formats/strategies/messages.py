@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-Rows = tuple[tuple[int, ...], ...]
+IntRows = tuple[tuple[int, ...], ...]
 
 MESSAGES = {
     "ParallelStrategyMap": (
@@ -55,8 +55,8 @@ MESSAGES = {
     "ParallelGroupRanks": ("repeated uint32 dim 1",),
 }
 """Name of a message -> its fields: rule, type, name and number. Required ones are written; a reader does without."""
-ROWS = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset")
-NUMBERS = ("field", "opt_weight_shard_step", "opt_weight_shard_size")
+ROW_FIELDS = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset")
+NUMBER_FIELDS = ("field", "opt_weight_shard_step", "opt_weight_shard_size")
 _PACKAGE = "ms_ckpt_ext"
 
 
@@ -123,7 +123,7 @@ def encode(content: Any, current_stage: int) -> bytes:
     return data
 
 
-def add_operator(content: Any, name: str, stage: int, cuts: Rows = ()) -> None:
+def add_operator(content: Any, name: str, stage: int, cuts: IntRows = ()) -> None:
     """Append an operator: its stage, and how its inputs are cut. Raises as `add_parameter`."""
     held = content.parallel_strategy_item.add(node_name=name).parallel_strategys
     held.stage = stage
@@ -131,21 +131,21 @@ def add_operator(content: Any, name: str, stage: int, cuts: Rows = ()) -> None:
         held.parallel_strategy.add(dim=row)
 
 
-def add_parameter(content: Any, name: str, rows: Sequence[Rows], numbers: Sequence[int]) -> None:
-    """Append a parameter's layouts, which come in the order of `ROWS` and `NUMBERS`.
+def add_parameter(content: Any, name: str, rows: Sequence[IntRows], numbers: Sequence[int]) -> None:
+    """Append a parameter's layouts, which come in the order of `ROW_FIELDS` and `NUMBER_FIELDS`.
 
     Raises:
         ValueError: a number does not fit its field, or the name is no Unicode.
         TypeError: what should be a number is none.
     """
     layouts = content.parallel_layout_item.add(param_name=name).parallel_layouts
-    for field, held in zip(ROWS, rows):
+    for field, held in zip(ROW_FIELDS, rows):
         for row in held:
             getattr(layouts, field).add(dim=row)
-    for field, number in zip(NUMBERS, numbers):
+    for field, number in zip(NUMBER_FIELDS, numbers):
         setattr(layouts, field, number)
 
 
-def rows_of(layouts: Any, field: str) -> Rows:
+def rows_of(layouts: Any, field: str) -> IntRows:
     """One of the fields that hold rows of numbers."""
     return tuple(tuple(row.dim) for row in getattr(layouts, field))
