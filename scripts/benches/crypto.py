@@ -47,6 +47,11 @@ def crypto(arguments: Namespace) -> list[dict[str, Any]]:
     return results
 
 
+def _figure(value: float) -> float:
+    """Two significant digits: a slow machine's figure is small, and not none."""
+    return float(f"{value:.2g}")
+
+
 def one_cipher(work: Path, cipher: str, length: int, container: str, size: int, rounds: int) -> list[dict[str, Any]]:
     plain, sealed, key = work / "plain", work / "sealed", os.urandom(length)
     with plain.open("wb") as file:
@@ -80,10 +85,10 @@ def one_cipher(work: Path, cipher: str, length: int, container: str, size: int, 
     sealed.unlink()
     return [
         {"container": container, "cipher": cipher, "direction": direction, "threads": threads}
-        | {"GB/s": round(max(speeds) / 1e9, 2)}
-        | {"read alone GB/s": round(max(ours["read", threads]) / 1e9, 2)}
-        | {"openssl speed GB/s": round(max(theirs[direction]) / 1e9, 2)}
-        | {"of openssl": round(max(speeds) / max(theirs[direction]), 2)}
+        | {"GB/s": _figure(max(speeds) / 1e9)}
+        | {"read alone GB/s": _figure(max(ours["read", threads]) / 1e9)}
+        | {"openssl speed GB/s": _figure(max(theirs[direction]) / 1e9)}
+        | {"of openssl": _figure(max(speeds) / max(theirs[direction]))}
         for (direction, threads), speeds in ours.items()
         if direction in theirs
     ]
