@@ -30,6 +30,7 @@ from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.local import LocalWorld
 from tests.core.strategies import pairs
+from tests.harness.chosen import long_one
 from tests.jobs.support import PAIRS, cut, read_file, strategy_of
 from tests.together.support import Load, assert_shards, golden_load, needed_once, wide_source
 
@@ -48,6 +49,8 @@ def test_golden_pairs(source: str, target: str, golden: Path) -> None:
 @pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_golden_pairs_in_other_modes(source: str, target: str, mode: str, golden: Path) -> None:
     """The same bytes; a direct load reads what each rank wants, replicas included."""
+    if mode == "auto" and PAIRS.index((source, target)) % 4:
+        long_one("automatic mode takes one of the two that every pair is loaded in")
     loaded = golden_load(golden, source, target, mode=mode).run()
     assert_shards(loaded, golden / target / "shards")
     assert len({rank.report.mode for rank in loaded}) == 1
