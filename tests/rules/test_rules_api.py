@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError
-from ms_ckpt_ext.rules import QKV, Part, Rename, Transpose
+from ms_ckpt_ext.rules import QKV, Part, Rename, Rule, Stack, Transpose
 from tests.jobs.support import cut, strategy_of
 
 
@@ -54,6 +55,28 @@ def test_shards_are_merged_under_other_names(tmp_path: Path) -> None:
         "up": whole["fc1"][4:].tobytes(),
         "ln": whole["norm"].tobytes(),
     }
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_single_values_outside_the_strategy(shape: tuple[int, ...], tmp_path: Path, caplog: Any) -> None:
+    """A rule that names them takes them; a pattern that meets them leaves them, and that is told."""
+    trained = strategy_of({"w": Layout((2,), ((0,), ()))}, tmp_path / "s.ckpt")
+    for rank in range(2):
+        (tmp_path / f"shards/rank_{rank}").mkdir(parents=True)
+        held = {f"h.{n}.scale": np.full(shape, n + 1, np.float32) for n in range(2)}
+        save_file({"w": np.full((2, 3), rank, np.float32), **held}, tmp_path / f"shards/rank_{rank}/net.safetensors")
+
+    def merged(name: str, *rules: Rule) -> dict[str, np.ndarray]:
+        ms_ckpt_ext.merge(tmp_path / "shards", tmp_path / name, strategy=trained, rules=rules)
+        with ms_ckpt_ext.load(tmp_path / name) as found:
+            return dict(found.arrays())
+
+    stacked = merged("stacked", Stack(["h.0.scale", "h.1.scale"], "scales"))
+    assert sorted(stacked) == ["scales", "w"] and stacked["scales"].tobytes() == np.array([1, 2], "f4").tobytes()
+    assert sorted(merged("renamed", Rename("h.1.scale", "last"))) == ["h.0.scale", "last", "w"]
+    assert not caplog.records
+    assert sorted(merged("met", Rename("h.{n}.scale", "s.{n}"))) == ["h.0.scale", "h.1.scale", "w"]
+    assert "'h.0.scale', 'h.1.scale'" in caplog.text
 
 
 def test_rules_are_checked(tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:
 def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) -> Catalog:
     """The checkpoint as weight rules present it: `Catalog.ruled`, also of parameters that the strategy does not list.
 
-    Single values and text outside the strategy keep their names.
+    Text outside the strategy keeps its name, and so do single values that a pattern meets, which the log tells; one
+    that a rule names outright is taken.
 
     Args:
         compare: `engine.unlisted.alike.compared`, or one that ranks share.
@@ -160,7 +161,14 @@ def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) 
         return catalog.ruled(rules)
     from ms_ckpt_ext.core.planning.weight_rules import sources_among
 
-    taken = [name for name in sources_among(catalog.outside, rules) if not _is_single(catalog, name)]
+    named = {source for rule in rules for source in rule.sources}
+    met = sources_among(catalog.outside, rules)
+    taken = [name for name in met if not _is_text(catalog, name) and (name in named or not _is_single(catalog, name))]
+    kept = [name for name in met if name not in taken]
+    if kept:
+        log.warning(
+            "single values outside the strategy keep their names, though a rule's pattern meets them: %s", some(kept)
+        )
     catalog = compare(catalog, taken)
     refuse_own(catalog, taken, "no rule can take it")
     tensors = {**catalog.tensors, **{name: catalog.extras[name] for name in taken}}
@@ -170,8 +178,12 @@ def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) 
 
 def _is_single(catalog: Catalog, name: str) -> bool:
     held = catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own[name]
-    dtype, shape = catalog.kind(held)
-    return dtype.name == "STR" or prod(shape) == 1
+    return prod(catalog.kind(held)[1]) == 1
+
+
+def _is_text(catalog: Catalog, name: str) -> bool:
+    held = catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own[name]
+    return catalog.kind(held)[0].name == "STR"
 
 
 def ranks_of(tensor: SourceTensor) -> tuple[int, ...]:
