@@ -41,7 +41,7 @@ def starts(lengths: Iterable[int]) -> Ints:
 def entries_of(start: Ints, rows: Ints) -> tuple[Ints, Ints]:
     """The entries of `rows`, one after another: (which of `rows` owns each, number of each).
 
-    >>> [column.tolist() for column in spread(np.array([0, 2, 3, 6]), np.array([2, 0]))]
+    >>> [column.tolist() for column in entries_of(np.array([0, 2, 3, 6]), np.array([2, 0]))]
     [[0, 0, 0, 1, 1], [3, 4, 5, 0, 1]]
     """
     lengths = start[rows + 1] - start[rows]
