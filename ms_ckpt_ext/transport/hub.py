@@ -123,9 +123,12 @@ class Hub:
             self._tell(LATE, 0, self._late(missing).encode())
 
     def _late(self, missing: Sequence[int]) -> str:
-        came = self._greeted.issuperset(missing)
+        never = [rank for rank in missing if rank not in self._greeted]
+        who = f"{name_ranks(never)} " if never != missing else ""
         why = (
-            "though alive; what keeps them?" if came else "and never did before: have they ended, or do something else?"
+            f"and {who}never did before: ended, or busy with something else?"
+            if never
+            else "though alive; what keeps them?"
         )
         return f"{name_ranks(missing)} did not come within {self._timeout:g} s, {why} Look at their logs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import pytest
 
@@ -26,10 +27,15 @@ def scheduler(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     monkeypatch.setenv("MS_SCHED_HOST", str(abs(hash(str(tmp_path))))[:15])
     monkeypatch.setenv("MS_SCHED_PORT", "8118")
     yield
+    assert comes(lambda: not _ours()), "a thread is left"
+
+
+def comes(condition: Callable[[], bool]) -> bool:
+    """Whether `condition` holds soon."""
     deadline = time.monotonic() + SOON
-    while _ours() and time.monotonic() < deadline:
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not _ours(), "a thread is left"
+    return condition()
 
 
 def _ours() -> list[str]:
@@ -99,32 +105,58 @@ def test_a_number_that_two_have_is_an_error() -> None:
 CHILD = """
 import sys
 from ms_ckpt_ext.transport import gate, line
-line._SLACK_SECONDS = 0.5
+
+def attach(self, *arguments, attach=line.Line.attach):
+    let_in = attach(self, *arguments)
+    if let_in:
+        print("in", flush=True)
+    return let_in
+
+line.Line.attach, line._SLACK_SECONDS = attach, 0.5
+print("ready", flush=True)
+sys.stdin.readline()
 try:
-    gate.meet(int(sys.argv[1]), 3, 1.0, True)
+    gate.meet(int(sys.argv[1]), 3, float(sys.argv[2]), True)
 except Exception as error:
-    print(type(error).__name__, getattr(error, "rank", None), error)
+    print(type(error).__name__, getattr(error, "rank", None), error, flush=True)
 """
+
+
+def heard(child: subprocess.Popen[str], word: str) -> None:
+    assert child.stdout is not None and child.stdout.readline() == f"{word}\n"
 
 
 @pytest.mark.parametrize(("sent", "kind"), [(signal.SIGKILL, PeerError), (signal.SIGSTOP, TransportError)])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_process_that_dies_or_is_stopped_while_it_waits(sent: int, kind: type[Exception], first: bool) -> None:
     """Also the one that keeps the hub, which is who came first."""
+    timeout = SOON if kind is PeerError else 2.0
     children: dict[int, subprocess.Popen[str]] = {}
     try:
+        for rank in range(2):
+            command = [sys.executable, "-c", CHILD, str(rank), str(timeout)]
+            children[rank] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for child in children.values():
+            heard(child, "ready")
         for rank in (1, 0) if first else (0, 1):
-            command = [sys.executable, "-c", CHILD, str(rank)]
-            children[rank] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            time.sleep(0.5)
+            told = children[rank].stdin
+            assert told is not None
+            told.write("\n")
+            told.flush()
+            heard(children[rank], "in")
         os.kill(children[1].pid, sent)
-        name, number, message = children[0].communicate(timeout=SOON)[0].split(" ", 2)
+        name, number_of, message = children[0].communicate(timeout=2 * SOON)[0].split(" ", 2)
     finally:
         for child in children.values():
             child.kill()
             child.communicate()
     assert name == kind.__name__, message
     if kind is PeerError:
-        assert number == "1" and "rank 1 is gone" in message
+        assert number_of == "1" and "rank 1 is gone" in message
     else:
-        assert ("rank 1, which hears the others" if first else "rank 2 did not come") in message
+        told = (
+            "rank 1, which hears the others"
+            if first
+            else r"ranks? (1, )?2 did not come .* and (rank 2 )?never did before"
+        )
+        assert re.search(told, message), message
