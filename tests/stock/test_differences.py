@@ -630,3 +630,29 @@ def test_empty_layouts(ms: Any, tmp_path: Path) -> None:
         by_stock("load_distributed_checkpoint", None, None, {}, **told, dst_safetensors_dir=tmp_path / "stock")
     ms_ckpt_ext.load_distributed_checkpoint(None, None, {}, **told, dst_safetensors_dir=tmp_path / "ours")
     assert np.array_equal(arrays(tmp_path / "ours/rank_0/net.safetensors")["a"], numbers(4))
+
+
+def test_names_that_went_nowhere(ms: Any, tmp_path: Path) -> None:
+    """What the strategy does not list and the network does not have: nothing is said of it by stock."""
+    (tmp_path / "merged").mkdir()
+    save_file({"a": numbers(4), "adam_m.a": numbers(4)}, tmp_path / "merged/part0.safetensors")
+    strategy_of({"a": Layout((1,), ((),))}, tmp_path / "d.ckpt")
+    told = {"format": "safetensors", "unified_safetensors_dir": tmp_path / "merged"}
+    pair = [network(ms, {"a": (4,)}) for _ in range(2)]
+    theirs, _ = by_stock("load_distributed_checkpoint", pair[0], None, tmp_path / "d.ckpt", **told)
+    mine = ms_ckpt_ext.load_distributed_checkpoint(pair[1], None, tmp_path / "d.ckpt", **told)
+    assert (theirs, mine) == (([], []), ([], ["adam_m.a"]))
+
+
+def test_loads_of_what_the_strategy_does_not_list(ms: Any, tmp_path: Path) -> None:
+    """A frozen parameter in network and checkpoint, whole: stock leaves the network's value."""
+    (tmp_path / "merged").mkdir()
+    save_file({"a": numbers(4), "frozen": numbers(4)}, tmp_path / "merged/part0.safetensors")
+    strategy_of({"a": Layout((1,), ((),))}, tmp_path / "d.ckpt")
+    told = {"format": "safetensors", "unified_safetensors_dir": tmp_path / "merged"}
+    pair = [network(ms, {"a": (4,), "frozen": (4,)}) for _ in range(2)]
+    theirs, _ = by_stock("load_distributed_checkpoint", pair[0], None, tmp_path / "d.ckpt", **told)
+    mine = ms_ckpt_ext.load_distributed_checkpoint(pair[1], None, tmp_path / "d.ckpt", **told)
+    assert (theirs, mine) == ((["frozen"], []), ([], []))
+    assert not held(pair[0])["frozen"].any()
+    assert np.array_equal(held(pair[1])["frozen"], numbers(4))

@@ -16,6 +16,7 @@ from tests.stock.fuzz.run import run_seed
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[2]
+BATCHES = [range(start, start + 10) for start in range(0, 50, 10)]
 PAGES = [ROOT / "docs" / "differences.md", ROOT / "docs" / "zh-CN" / "differences.md"]
 
 
@@ -27,6 +28,12 @@ def _cpu() -> Iterator[None]:
     allowed = os.sched_getaffinity(0)
     yield
     os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.parametrize("seeds", BATCHES, ids=str)
+def test_stock_and_ours_differ_where_it_is_meant(seeds: range, tmp_path: Path) -> None:
+    reports = [run_seed(seed, tmp_path) for seed in seeds]
+    assert "\n".join(report.describe() for report in reports if report.unexplained) == ""
 
 
 def test_a_seed_is_always_the_same(tmp_path: Path) -> None:

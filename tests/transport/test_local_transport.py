@@ -207,7 +207,9 @@ def test_importing_does_not_import_mindspore() -> None:
     code = (
         "import sys; import ms_ckpt_ext.transport.select as s, ms_ckpt_ext.transport.agree, ms_ckpt_ext.transport.hub"
     )
-    code += "; t = s.select_transport(); assert type(t).__name__ == 'LocalTransport'; assert 'mindspore' not in sys.modules"
+    code += (
+        "; t = s.select_transport(); assert type(t).__name__ == 'LocalTransport'; assert 'mindspore' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

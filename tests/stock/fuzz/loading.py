@@ -34,13 +34,14 @@ def into_network(rng: Random, root: Path) -> Case:
     held = recut(model, [rank]).held[rank]
     tensors = {n: a for n, a in held.items() if n in listed or n in model.extras}
     tags = {"wrapped"} if wrapped else set()
-    wanted = {name: array for name, array in tensors.items() if rng.random() < 0.92}
+    offered = held if rng.random() < 0.2 else tensors  # what the strategy does not list, in the network
+    wanted = {name: array for name, array in offered.items() if rng.random() < 0.92}
     if rng.random() < 0.2:
         wanted["unknown.weight"] = Array("F32", np.zeros((2, 2), np.uint32))
     if not wrapped and rng.random() < 0.1:
         named["return_param_dict"] = True
         tags.add("param_dict")
-    expected = {"network": {n: a for n, a in wanted.items() if n in tensors}}
+    expected = {"network": {n: a for n, a in wanted.items() if n in held}}
     optional: set[str] = set()
     if "param_dict" in tags:
         expected, optional = {"returned": held}, held.keys() - tensors.keys()

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Optional
 from tests.stock.fuzz.calls import build
 from tests.stock.fuzz.cases import Case, Network
 from tests.stock.fuzz.compare import Difference, compare
-from tests.stock.fuzz.known import Found, rule_of
+from tests.stock.fuzz.found import Found
+from tests.stock.fuzz.known import rule_of
 from tests.stock.fuzz.model import Job
 from tests.stock.fuzz.sides import Outcome, run
 

@@ -1,0 +1,93 @@
+"""Both are right."""
+
+from __future__ import annotations
+
+from tests.stock.fuzz.found import Found
+
+
+def _unlisted(found: Found) -> set[str]:
+    """What the target's strategy does not list."""
+    target, model = found.case.model.target, found.case.model
+    return {n for n in model.parameters if target is not None and n not in target.listed}
+
+
+def _wrapped(found: Found) -> bool:
+    """Names that were loaded by their ends: stock lists them among those that went nowhere."""
+    if not found.kind("value") or "wrapped" not in found.case.tags:
+        return False
+    return found.stock.value[0] == found.ours.value[0] and set(found.ours.value[1]) < set(found.stock.value[1])
+
+
+def _went_nowhere(found: Found) -> bool:
+    """The answer of a load: what the strategy does not list is loaded, or told; stock does neither."""
+    if not found.kind("value") or not isinstance(found.stock.value, tuple) or not isinstance(found.ours.value, tuple):
+        return False
+    (lacking, unused), (mine, left) = found.stock.value, found.ours.value
+    return set(mine) <= set(lacking) and set(lacking) - set(mine) | set(left) ^ set(unused) <= _unlisted(found)
+
+
+def _note_of_redundancy(found: Found) -> bool:
+    return (
+        found.kind("raw")
+        and found.case.function == "unified_safetensors"
+        and b'"remove_redundancy"' in found.stock.files[found.difference.where[0]]
+    )
+
+
+def _order_of_stages(found: Found) -> bool:
+    """The same operators and parameters, in another order."""
+    if found.case.function != "merge_pipeline_strategys" or not found.kind("raw"):
+        return False
+    from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+
+    held = []
+    for outcome in (found.stock, found.ours):
+        message = ParallelStrategyMap()
+        message.ParseFromString(outcome.files[found.difference.where[0]])
+        items = (*message.parallel_strategy_item, *message.parallel_layout_item)
+        held.append((message.current_stage, sorted(item.SerializeToString() for item in items)))
+    return held[0] == held[1]
+
+
+def _prefixes(found: Found) -> bool:
+    named = found.case.named
+    return (
+        found.case.function == "load_checkpoint"
+        and named.get("format") == "safetensors"
+        and bool({"specify_prefix", "filter_prefix"} & named.keys())
+    )
+
+
+def _names_of_parameters(found: Found) -> bool:
+    return found.kind("parameter names")
+
+
+def _shorter_list(found: Found) -> bool:
+    return (
+        found.case.function.startswith("rank_list_for_")
+        and found.kind("value")
+        and set(found.ours.value) < set(found.stock.value)
+    )
+
+
+def _whole_elsewhere(found: Found) -> bool:
+    """Which ranks get what is whole and not listed by the target, where there are pipeline stages."""
+    return found.kind("names") and found.difference.right == "either"
+
+
+def _arbitrary_order(found: Found) -> bool:
+    """Stock keeps names of safetensors in sets, and stages in processes: their order changes from run to run."""
+    return found.kind("order") and "from safetensors" in found.case.tags
+
+
+RULES = {
+    "names loaded by their ends": _wrapped,
+    "names that went nowhere": _went_nowhere,
+    "the note remove_redundancy": _note_of_redundancy,
+    "the order of stages": _order_of_stages,
+    "prefixes of safetensors": _prefixes,
+    "names of Parameters": _names_of_parameters,
+    "shorter lists of ranks": _shorter_list,
+    "whole parameters that the target does not list": _whole_elsewhere,
+    "the order of safetensors in .ckpt": _arbitrary_order,
+}
