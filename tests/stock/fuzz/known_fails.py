@@ -81,13 +81,14 @@ def _nothing_to_convert(found: Found) -> bool:
 
 
 def _mistakes(found: Found) -> bool:
-    """Input that is wrong, which stock takes without a word: an error by name, before anything is written."""
-    return (
-        "mistake" in found.case.tags
-        and found.kind("refused")
-        and type(found.ours.error).__module__ == "ms_ckpt_ext.errors"
-        and not found.ours.files
-    )
+    """Input that is wrong, which stock takes without a word: an error by name, before anything is written. Files of
+    several ranks without a strategy: ours takes rank 0's for the whole, stock all that they hold."""
+    if "mistake" not in found.case.tags:
+        return False
+    if found.kind("names"):
+        return "src_strategy_file" in found.case.named and found.case.named["src_strategy_file"] is None
+    ours = type(found.ours.error).__module__ == "ms_ckpt_ext.errors"
+    return found.kind("refused") and ours and not found.ours.files
 
 
 def _types(found: Found) -> bool:

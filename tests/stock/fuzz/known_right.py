@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from tests.stock.fuzz.cases import Case
 from tests.stock.fuzz.found import Found
+from tests.stock.fuzz.model import Array
 
 
 def _unlisted(found: Found) -> set[str]:
@@ -63,11 +67,23 @@ def _names_of_parameters(found: Found) -> bool:
 
 
 def _shorter_list(found: Found) -> bool:
-    return (
-        found.case.function.startswith("rank_list_for_")
-        and found.kind("value")
-        and set(found.ours.value) < set(found.stock.value)
-    )
+    """Ranks that suffice, and are no more than stock's: of replicas, any will do."""
+    if not found.case.function.startswith("rank_list_for_") or not found.kind("value"):
+        return False
+    return len(found.ours.value) <= len(found.stock.value) and _suffices(found.case, found.ours.value)
+
+
+def _suffices(case: Case, ranks: list[int]) -> bool:
+    """Whether the files of these ranks hold every element that the rank of the target wants."""
+    source, target, rank = case.model.source, case.model.target, case.arguments[0]
+    for name, whole in case.model.parameters.items():
+        numbered = Array("I64", np.arange(whole.bits.size, dtype=np.uint64).reshape(whole.shape))
+        wanted = numbered if target is None else target.slice(name, rank, numbered)
+        slices = [source.slice(name, each, numbered) for each in ranks]
+        there = {int(n) for each in slices if each is not None for n in each.bits.flat}
+        if wanted is not None and name in source.cuts and not {int(n) for n in wanted.bits.flat} <= there:
+            return False
+    return True
 
 
 def _whole_elsewhere(found: Found) -> bool:

@@ -46,7 +46,7 @@ def _dedup_nested(found: Found) -> bool:
     """merge_with_redundancy=False: stock's table of who holds what knows no nested maps, and no pipeline stages."""
     return (
         found.case.function == "unified_safetensors"
-        and not found.case.named.get("merge_with_redundancy", True)
+        and (not found.case.named.get("merge_with_redundancy", True) or "should be in set()" in str(found.stock.error))
         and (found.stock_says("should be in set()", "max() arg is an empty") or found.kind("bytes"))
         and found.difference.right != "stock"
     )
@@ -106,7 +106,7 @@ def _by_suffix(found: Found) -> bool:
         return False
     names = {**found.case.model.parameters, **found.case.model.extras}
     ends = {name for name in names for other in names if other.endswith(f".{name}")}
-    if found.kind("bytes") and found.difference.right == "unknown":
+    if found.kind("bytes", "shape") and found.difference.right == "unknown":
         return found.name in ends and found.difference.where[0] == "network"
     return bool(ends) and found.stock_says(
         "cannot reshape array", "should have the same shape as", "should have the same type as"

@@ -36,7 +36,9 @@ def unify(rng: Random, root: Path) -> Case:
         for name, new in chosen.items()
         if new is not None and not name.startswith("accu_grads")
     }
-    unlisted = {n: a for n, a in model.parameters.items() if n not in model.source.listed and called(choice, n)}
+    unlisted = {n: a for n, a in model.parameters.items() if n not in model.source.listed}
+    torn = {n for n in model.unlisted_cut if not called(choice, n)}  # what is outside is left out only on that account
+    unlisted = {n: a for n, a in unlisted.items() if n not in torn}
     expected = {"out/part0.safetensors": parts, "out/hyper_param.safetensors": {**unlisted, **model.extras}}
     return Case(
         "unified_safetensors",
