@@ -101,7 +101,7 @@ class Claim:
             raise
 
     def _take(self, names: Set[str]) -> bool:
-        """Claim files. False: a hidden folder has come up above that was not entered. Raises OSError, StorageError."""
+        """Claim files. False: a hidden folder has come up that was not entered. Raises OSError, StorageError."""
         places = self._around(names)
         with contextlib.ExitStack() as entered:
             there = []
@@ -117,7 +117,9 @@ class Claim:
             self._take_lock()
             self._look(there, names)
             self._write(names)
-        return not any(place.hidden.is_there for place in places if place.above and place not in there)
+        seen = {place.hidden.target for place in there}
+        others = (place.hidden for place in self._around(names) if place.hidden is not self._hidden)
+        return not any(hidden.is_there and hidden.target not in seen for hidden in others)
 
     def _around(self, names: Collection[str]) -> list[_Place]:
         """The target, the folders above it, and those in it that the names are in: each once, from the top down."""
