@@ -227,7 +227,7 @@ def _prepare(
     facts["target strategy"] = repr(target and target.devices_per_stage)  # a layout dict is of one stage only
     facts["name_map"] = repr(sorted(source.naming.name_map.items()))
     facts["choice_func"] = repr([(*catalog.tensors,), (*catalog.extras,)])  # a function is told by what it left
-    hardware = profiles.profile(profiles.ASCEND if _on_device(transport) else profiles.CPU).hardware
+    hardware = profiles.profile(profiles.ASCEND if transport.traits.on_device else profiles.CPU).hardware
     return session.prepare(transport, seen, catalog, wants, options, hardware, facts)
 
 
@@ -235,10 +235,6 @@ def _want(match: Match) -> Want:
     tensor = match.offer.tensor
     cut = match.offer.region is not None and match.offer.shape != tensor.meta.shape
     return Want(tensor.meta.name, match.offer.layout if cut else whole(len(tensor.meta.shape)))
-
-
-def _on_device(transport: Transport[Any]) -> bool:
-    return type(transport).__name__ == "Hccl"
 
 
 def _prove(
@@ -322,7 +318,7 @@ def _exchange(
 
 def _landing(transport: Transport[Any]) -> tuple[Any, Callable[[Match], Any]]:
     """What cuts staged bytes, and what makes the sink of a Parameter: on the device, or in host memory."""
-    if not _on_device(transport):
+    if not transport.traits.on_device:
         return HostMover(), ParameterSink
     from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink
 

@@ -14,7 +14,8 @@ After either the transport is only good for `close()`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from itertools import accumulate
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +36,25 @@ class Handle(Protocol):
         """Block until this rank's part is done: `recv` is filled and `send` may be written again."""
 
 
+class TransportTraits(NamedTuple):
+    """What a transport is, beyond what it does.
+
+    Attributes:
+        on_device: its buffers are device tensors; else they are `Bytes`.
+    """
+
+    on_device: bool = False
+
+
+HOST_TRAITS = TransportTraits()
+
+
 class Transport(Protocol[B]):
     """One rank's end. See the module for order and failure."""
 
     rank: int
     size: int
+    traits: TransportTraits
 
     def allocate(self, nbytes: int) -> B:
         """A staging buffer of `nbytes` bytes, contents undefined."""
@@ -99,4 +114,4 @@ def offsets(counts: Sequence[int]) -> list[int]:
     >>> offsets([3, 0, 5])
     [0, 3, 3]
     """
-    return [sum(counts[:i]) for i in range(len(counts))]
+    return [0, *accumulate(counts)][:-1]

@@ -26,7 +26,7 @@ from mindspore import mint
 from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.transport.base import Bytes, Done, Handle, check_counts, flat_bytes, offsets
+from ms_ckpt_ext.transport.base import Bytes, Done, Handle, TransportTraits, check_counts, flat_bytes, offsets
 from ms_ckpt_ext.transport.control import (
     CELL_BYTES,
     FIRST_MEETING,
@@ -51,6 +51,8 @@ class Hccl:
     A rank that dies is a PeerError with its number on all others within a second, also while they wait for a
     collective; see `control` for what lingers. A collective that fails by itself is a TransportError.
     """
+
+    traits = TransportTraits(on_device=True)
 
     def __init__(self, timeout: float, group: Optional[str] = None, padded: Optional[bool] = None) -> None:
         self._group = group

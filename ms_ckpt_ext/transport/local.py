@@ -17,7 +17,7 @@ from typing import Any, Callable, Generic, NoReturn, Optional, TypeVar
 import numpy as np
 
 from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
-from ms_ckpt_ext.transport.base import Bytes, Handle, check_counts, flat_bytes, offsets
+from ms_ckpt_ext.transport.base import HOST_TRAITS, Bytes, Handle, check_counts, flat_bytes, offsets
 
 _T = TypeVar("_T")
 
@@ -180,6 +180,8 @@ class LocalTransport:
         collectives: name of the call -> how often this rank made it.
         sent: bytes this rank gave to other ranks in bulk exchanges.
     """
+
+    traits = HOST_TRAITS
 
     def __init__(self, world: Optional[LocalWorld] = None, rank: int = 0) -> None:
         self._world = world or LocalWorld(1)

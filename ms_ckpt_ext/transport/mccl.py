@@ -26,7 +26,7 @@ import numpy as np
 from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import TransportError
-from ms_ckpt_ext.transport.base import Bytes, Done, Handle, check_counts, flat_bytes, offsets
+from ms_ckpt_ext.transport.base import HOST_TRAITS, Bytes, Done, Handle, check_counts, flat_bytes, offsets
 from ms_ckpt_ext.transport.control import (
     CELL_BYTES,
     FIRST_MEETING,
@@ -49,6 +49,8 @@ class Mccl:
     A rank that dies is a PeerError with its number on all others within a second, also from inside a collective; see
     `control` for what lingers.
     """
+
+    traits = HOST_TRAITS
 
     def __init__(self, timeout: float) -> None:
         self.rank: int = distributed.get_rank()
