@@ -1,12 +1,14 @@
 """The seam between a plan and the wires.
 
 Ranks hold flat staging buffers of bytes and exchange stretches of them: numpy arrays where the ranks meet on the host,
-device tensors on Ascend. Two bulk exchanges are enough for every plan (everybody wants everything; everybody wants
-something of their own), and one small one, `share`, carries what ranks tell each other about themselves.
+device tensors on Ascend. Three bulk exchanges, which every product has in some form, are enough for every plan: an
+all-to-all with a byte count per pair, an all-gather of equal shares, and a broadcast. A small one, `share`, carries
+what ranks tell each other about themselves.
 
-Order: all ranks of a transport make the same calls, `wait()` included, in the same order. Between `start_*` and its
-handle's `wait()` the send buffer must not be written and the receive buffer not be touched; `wait()` returns when the
-bytes are there.
+Order: all ranks of a transport make the same calls, `wait()` included, in the same order. Calls for a group are made
+by its members alone; two groups that share a rank are called in one order by all ranks that are in both. Between
+`start_*` and its handle's `wait()` the send buffer must not be written and the receive buffer not be touched; `wait()`
+returns when the bytes are there.
 Failure: every call may raise `TransportError`, or its kind `PeerError` when it is known which other rank is the cause.
 After either the transport is only good for `close()`.
 """
@@ -25,6 +27,9 @@ from ms_ckpt_ext.errors import UsageError
 Bytes = npt.NDArray[np.uint8]
 """Flat, contiguous bytes in host memory."""
 
+Ranks = tuple[int, ...]
+"""Ranks of a transport, ascending."""
+
 B = TypeVar("B")
 """A staging buffer: `Bytes`, or a uint8 device tensor."""
 
@@ -41,9 +46,18 @@ class TransportTraits(NamedTuple):
 
     Attributes:
         on_device: its buffers are device tensors; else they are `Bytes`.
+        groups: all-gathers and broadcasts may be made in groups of some ranks; else by all ranks only.
+        all_to_all: how `start_all_to_all` is made: "collective", or "pairs" where the product lacks the collective and
+            stretches are sent from rank to rank, one call a pair; "" where there is no way.
+        call_bytes: a call that moves more than this many bytes a rank is slower (HCCL_BUFFSIZE); 0 where none is known.
+        product: soc version of an NPU, in lower case; "" without one.
     """
 
     on_device: bool = False
+    groups: bool = False
+    all_to_all: str = "collective"
+    call_bytes: int = 0
+    product: str = ""
 
 
 HOST_TRAITS = TransportTraits()
@@ -65,11 +79,23 @@ class Transport(Protocol[B]):
     def share(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order; sizes may differ. For small things: bytes to a few hundred kB."""
 
-    def start_all_gather(self, send: B, counts: Sequence[int], recv: B) -> Handle:
-        """Rank r contributes the first `counts[r]` bytes of its `send`; `recv` starts with all of them in rank order.
+    def free_bytes(self) -> int:
+        """Memory that staging buffers of this rank can be made of; 0 where that is not known. May differ by rank."""
 
-        `counts` is the same on all ranks and may hold zeros.
+    def start_all_gather(self, send: B, nbytes: int, recv: B, group: Ranks = ()) -> Handle:
+        """Every rank contributes the first `nbytes` bytes of its `send`; `recv` starts with all of them in rank order.
+
+        `nbytes` is the same on all ranks. `group`: ranks that take part, ascending; all when it is empty.
         """
+
+    def start_broadcast(self, buffer: B, nbytes: int, root: int, group: Ranks = ()) -> Handle:
+        """The first `nbytes` bytes of the `buffer` of rank `root` come to the same place of all others'.
+
+        `group`: ranks that take part, ascending, `root` among them; all when it is empty.
+        """
+
+    def start_uneven_gather(self, send: B, counts: Sequence[int], recv: B) -> Handle:
+        """Rank r contributes the first `counts[r]` bytes of its `send`; plans will not ask for this any more."""
 
     def start_all_to_all(self, send: B, send_counts: Sequence[int], recv: B, recv_counts: Sequence[int]) -> Handle:
         """`send` starts with `send_counts[r]` bytes for each rank r in order; `recv` gets `recv_counts[r]` from each.
@@ -98,6 +124,26 @@ def check_counts(what: str, counts: Sequence[int], size: int, buffer: str, capac
         raise UsageError(
             f"{what}: counts {list(counts)} add up to {sum(counts)} bytes, but `{buffer}` holds {capacity}; "
             "allocate a larger staging buffer or use smaller rounds"
+        )
+
+
+def check_members(what: str, group: Ranks, size: int, *members: int) -> Ranks:
+    """The ranks of a group, all when it is empty. Raises UsageError unless they ascend and `members` are among them."""
+    ranks = group or tuple(range(size))
+    if list(ranks) != sorted(set(ranks)) or not set(members) <= set(ranks) <= set(range(size)):
+        raise UsageError(
+            f"{what}: a group is ranks below {size} in ascending order, rank {' and '.join(map(str, members))} among "
+            f"them; got {list(ranks)}"
+        )
+    return ranks
+
+
+def check_room(what: str, nbytes: int, buffer: str, capacity: int) -> None:
+    """Raise UsageError unless `nbytes` is not negative and fits into a buffer of `capacity` bytes."""
+    if not 0 <= nbytes <= capacity:
+        raise UsageError(
+            f"{what}: {nbytes} bytes do not fit into `{buffer}`, which holds {capacity}; allocate a larger staging "
+            "buffer or use smaller rounds"
         )
 
 

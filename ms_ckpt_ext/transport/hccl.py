@@ -26,7 +26,18 @@ from mindspore import mint
 from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.transport.base import Bytes, Done, Handle, TransportTraits, check_counts, flat_bytes, offsets
+from ms_ckpt_ext.transport.base import (
+    Bytes,
+    Done,
+    Handle,
+    Ranks,
+    TransportTraits,
+    check_counts,
+    check_members,
+    check_room,
+    flat_bytes,
+    offsets,
+)
 from ms_ckpt_ext.transport.control import (
     CELL_BYTES,
     FIRST_MEETING,
@@ -78,7 +89,41 @@ class Hccl:
         """Every rank's payload."""
         return self._control.share(payload)
 
-    def start_all_gather(self, send: mindspore.Tensor, counts: Sequence[int], recv: mindspore.Tensor) -> Handle:
+    def free_bytes(self) -> int:
+        """Not asked yet."""
+        return 0
+
+    def start_all_gather(
+        self, send: mindspore.Tensor, nbytes: int, recv: mindspore.Tensor, group: Ranks = ()
+    ) -> Handle:
+        """See `Transport`; all ranks only."""
+        members = check_members("all_gather", group, self.size, self.rank)
+        check_room("all_gather", nbytes, "send", send.shape[0])
+        check_room("all_gather", nbytes * len(members), "recv", recv.shape[0])
+        self._all(members)
+        self._control.check("all_gather")
+        doing = f"all_gather of {nbytes} bytes each"
+        source, target = _front(send, nbytes), _front(recv, nbytes * self.size)
+        with self._control.explaining(doing):
+            handle = distributed.all_gather_into_tensor(target, source, self._group, async_op=True)
+        return _Pending(self._control, handle, doing, (source, target))
+
+    def start_broadcast(self, buffer: mindspore.Tensor, nbytes: int, root: int, group: Ranks = ()) -> Handle:
+        """See `Transport`; all ranks only."""
+        self._all(check_members("broadcast", group, self.size, self.rank, root))
+        check_room("broadcast", nbytes, "buffer", buffer.shape[0])
+        self._control.check("broadcast")
+        doing = f"broadcast of {nbytes} bytes from rank {root}"
+        front = _front(buffer, nbytes)
+        with self._control.explaining(doing):
+            handle = distributed.broadcast(front, root, self._group, async_op=True)
+        return _Pending(self._control, handle, doing, (front,))
+
+    def _all(self, members: Ranks) -> None:
+        if len(members) != self.size:
+            raise UsageError(f"groups of some ranks are not made on Ascend; got {list(members)}")
+
+    def start_uneven_gather(self, send: mindspore.Tensor, counts: Sequence[int], recv: mindspore.Tensor) -> Handle:
         """See `Transport`."""
         check_counts("all_gather", counts, self.size, "recv", recv.shape[0])
         check_counts("all_gather", [counts[self.rank]], 1, "send", send.shape[0])

@@ -10,24 +10,35 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Generic, NoReturn, Optional, TypeVar
 
 import numpy as np
 
 from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
-from ms_ckpt_ext.transport.base import HOST_TRAITS, Bytes, Handle, check_counts, flat_bytes, offsets
+from ms_ckpt_ext.transport.base import (
+    Bytes,
+    Handle,
+    Ranks,
+    TransportTraits,
+    check_counts,
+    check_members,
+    check_room,
+    flat_bytes,
+    offsets,
+)
 
 _T = TypeVar("_T")
 
 
 @dataclass
 class _Meeting:
-    """One exchange: what it is, what each rank brought, and how many have taken theirs."""
+    """One exchange: what it is, who comes, what each rank brought, and how many have taken theirs."""
 
     call: str
     opened_by: int
+    members: Ranks
     brought: dict[int, Any] = field(default_factory=dict)
     taken: int = 0
 
@@ -49,7 +60,7 @@ class LocalWorld:
         self.timeout = timeout
         self.errors: dict[int, BaseException] = {}
         self._changed = threading.Condition()
-        self._meetings: dict[int, _Meeting] = {}
+        self._meetings: dict[tuple[Ranks, int], _Meeting] = {}
         self._left: set[int] = set()
         self._failure: Optional[tuple[int, BaseException]] = None
 
@@ -102,11 +113,11 @@ class LocalWorld:
             self._left.add(rank)
             self._changed.notify_all()
 
-    def bring(self, rank: int, number: int, call: str, item: Any) -> _Meeting:
-        """Come to meeting `number` and lay `item` down; does not wait."""
+    def bring(self, rank: int, members: Ranks, number: int, call: str, item: Any) -> _Meeting:
+        """Come to meeting `number` of these ranks and lay `item` down; does not wait."""
         with self._changed:
             self._check(rank)
-            meeting = self._meetings.setdefault(number, _Meeting(call, rank))
+            meeting = self._meetings.setdefault((members, number), _Meeting(call, rank, members))
             if meeting.call != call:
                 opener = f"rank {meeting.opened_by} called {meeting.call}"
                 self._fail(rank, f"exchange {number}: rank {rank} called {call} where {opener}")
@@ -116,19 +127,20 @@ class LocalWorld:
 
     def meet(self, rank: int, number: int, meeting: _Meeting, take: Callable[[list[Any]], _T]) -> _T:
         """Wait until everybody is there, `take` from what they brought, and wait until everybody has taken."""
-        self._wait(rank, meeting, lambda: len(meeting.brought) == self.size)
-        taken = take([meeting.brought[peer] for peer in range(self.size)])
+        members = meeting.members
+        self._wait(rank, meeting, lambda: len(meeting.brought) == len(members))
+        taken = take([meeting.brought[peer] for peer in members])
         with self._changed:
             meeting.taken += 1
             self._changed.notify_all()
-        self._wait(rank, meeting, lambda: meeting.taken == self.size)
+        self._wait(rank, meeting, lambda: meeting.taken == len(members))
         with self._changed:
-            self._meetings.pop(number, None)
+            self._meetings.pop((members, number), None)
         return taken
 
     def _wait(self, rank: int, meeting: _Meeting, ready: Callable[[], bool]) -> None:
         def missing() -> list[int]:
-            return [peer for peer in range(self.size) if peer not in meeting.brought]
+            return [peer for peer in meeting.members if peer not in meeting.brought]
 
         def settled() -> bool:
             return ready() or self._failure is not None or not self._left.isdisjoint(missing())
@@ -178,18 +190,25 @@ class LocalTransport:
 
     Attributes:
         collectives: name of the call -> how often this rank made it.
-        sent: bytes this rank gave to other ranks in bulk exchanges.
+        given: bytes this rank gave to every other rank in bulk exchanges.
+        messages: how many stretches of it; a share of an all-gather is one for every rank that gets it.
     """
 
-    traits = HOST_TRAITS
+    traits = TransportTraits(groups=True)
 
     def __init__(self, world: Optional[LocalWorld] = None, rank: int = 0) -> None:
         self._world = world or LocalWorld(1)
         self.rank = rank
         self.size = self._world.size
         self.collectives: Counter[str] = Counter()
-        self.sent = 0
-        self._calls = 0
+        self.given: Counter[int] = Counter()
+        self.messages = 0
+        self._calls: Counter[Ranks] = Counter()
+
+    @property
+    def sent(self) -> int:
+        """Bytes this rank gave to other ranks in bulk exchanges."""
+        return sum(self.given.values())
 
     def allocate(self, nbytes: int) -> Bytes:
         """An array of `nbytes` bytes."""
@@ -207,17 +226,46 @@ class LocalTransport:
         """Every rank's payload."""
         return self._start("share", payload, list).result()
 
-    def start_all_gather(self, send: Bytes, counts: Sequence[int], recv: Bytes) -> Handle:
+    def free_bytes(self) -> int:
+        """Not known."""
+        return 0
+
+    def start_all_gather(self, send: Bytes, nbytes: int, recv: Bytes, group: Ranks = ()) -> Handle:
+        """See `Transport`."""
+        members = check_members("all_gather", group, self.size, self.rank)
+        check_room("all_gather", nbytes, "send", send.nbytes)
+        check_room("all_gather", nbytes * len(members), "recv", recv.nbytes)
+        self._gave(dict.fromkeys(members, nbytes))
+
+        def take(brought: list[Bytes]) -> None:
+            for number, theirs in enumerate(brought):
+                recv[number * nbytes : (number + 1) * nbytes] = theirs[:nbytes]
+
+        # The size is part of the call: ranks that disagree on it get an error instead of shifted bytes.
+        return self._start(f"all_gather of {nbytes} bytes each", send, take, members)
+
+    def start_broadcast(self, buffer: Bytes, nbytes: int, root: int, group: Ranks = ()) -> Handle:
+        """See `Transport`."""
+        members = check_members("broadcast", group, self.size, self.rank, root)
+        check_room("broadcast", nbytes, "buffer", buffer.nbytes)
+        self._gave({peer: nbytes for peer in members if self.rank == root})
+
+        def take(brought: list[Bytes]) -> None:
+            if self.rank != root:
+                buffer[:nbytes] = brought[members.index(root)][:nbytes]
+
+        return self._start(f"broadcast of {nbytes} bytes from rank {root}", buffer, take, members)
+
+    def start_uneven_gather(self, send: Bytes, counts: Sequence[int], recv: Bytes) -> Handle:
         """See `Transport`."""
         check_counts("all_gather", counts, self.size, "recv", recv.nbytes)
         check_counts("all_gather", [counts[self.rank]], 1, "send", send.nbytes)
-        self.sent += counts[self.rank] * (self.size - 1)
+        self._gave(dict.fromkeys(range(self.size), counts[self.rank]))
 
         def take(brought: list[Bytes]) -> None:
             for start, count, theirs in zip(offsets(counts), counts, brought):
                 recv[start : start + count] = theirs[:count]
 
-        # The counts are part of the call: ranks that disagree on them get an error instead of shifted bytes.
         return self._start(f"all_gather {list(counts)}", send, take)
 
     def start_all_to_all(
@@ -226,7 +274,7 @@ class LocalTransport:
         """See `Transport`."""
         check_counts("all_to_all", send_counts, self.size, "send", send.nbytes)
         check_counts("all_to_all", recv_counts, self.size, "recv", recv.nbytes)
-        self.sent += sum(send_counts) - send_counts[self.rank]
+        self._gave(dict(enumerate(send_counts)))
         starts = offsets(send_counts)
         mine = [send[start : start + count] for start, count in zip(starts, send_counts)]
 
@@ -245,8 +293,17 @@ class LocalTransport:
         """No more calls by this rank; others that wait for it are told."""
         self._world.leave(self.rank)
 
-    def _start(self, call: str, item: Any, take: Callable[[list[Any]], _T]) -> _LocalHandle[_T]:
-        number, self._calls = self._calls, self._calls + 1
+    def _start(self, call: str, item: Any, take: Callable[[list[Any]], _T], members: Ranks = ()) -> _LocalHandle[_T]:
+        members = members or tuple(range(self.size))
+        number = self._calls[members]
+        self._calls[members] += 1
         self.collectives[call.split()[0]] += 1
-        meeting = self._world.bring(self.rank, number, call, item)
+        meeting = self._world.bring(self.rank, members, number, call, item)
         return _LocalHandle(lambda: self._world.meet(self.rank, number, meeting, take))
+
+    def _gave(self, nbytes: Mapping[int, int]) -> None:
+        """Count what was given to every rank."""
+        for peer, count in nbytes.items():
+            if peer != self.rank:
+                self.given[peer] += count
+                self.messages += count > 0

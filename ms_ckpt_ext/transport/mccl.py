@@ -25,8 +25,19 @@ import mindspore
 import numpy as np
 from mindspore.mint import distributed
 
-from ms_ckpt_ext.errors import TransportError
-from ms_ckpt_ext.transport.base import HOST_TRAITS, Bytes, Done, Handle, check_counts, flat_bytes, offsets
+from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.transport.base import (
+    HOST_TRAITS,
+    Bytes,
+    Done,
+    Handle,
+    Ranks,
+    check_counts,
+    check_members,
+    check_room,
+    flat_bytes,
+    offsets,
+)
 from ms_ckpt_ext.transport.control import (
     CELL_BYTES,
     FIRST_MEETING,
@@ -72,7 +83,32 @@ class Mccl:
         """Every rank's payload."""
         return self._control.share(payload)
 
-    def start_all_gather(self, send: Bytes, counts: Sequence[int], recv: Bytes) -> Handle:
+    def free_bytes(self) -> int:
+        """Not known."""
+        return 0
+
+    def start_all_gather(self, send: Bytes, nbytes: int, recv: Bytes, group: Ranks = ()) -> Handle:
+        """See `Transport`; all ranks only."""
+        self._all("all_gather", group, self.rank)
+        check_room("all_gather", nbytes, "send", send.nbytes)
+        return self.start_uneven_gather(send, [nbytes] * self.size, recv)
+
+    def start_broadcast(self, buffer: Bytes, nbytes: int, root: int, group: Ranks = ()) -> Handle:
+        """See `Transport`; all ranks only."""
+        self._all("broadcast", group, self.rank, root)
+        check_room("broadcast", nbytes, "buffer", buffer.nbytes)
+        self._compare("broadcast", [nbytes] * self.size, [nbytes] * self.size)
+        tensor = mindspore.Tensor.from_numpy(buffer[:nbytes])
+        self._run(
+            lambda: distributed.broadcast(tensor, root), [tensor], f"broadcast of {nbytes} bytes from rank {root}"
+        )
+        return Done()
+
+    def _all(self, call: str, group: Ranks, *members: int) -> None:
+        if len(check_members(call, group, self.size, *members)) != self.size:
+            raise UsageError(f"{call}: MCCL has no groups of some ranks; got {list(group)}")
+
+    def start_uneven_gather(self, send: Bytes, counts: Sequence[int], recv: Bytes) -> Handle:
         """See `Transport`."""
         check_counts("all_gather", counts, self.size, "recv", recv.nbytes)
         check_counts("all_gather", [counts[self.rank]], 1, "send", send.nbytes)

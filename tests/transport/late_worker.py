@@ -58,6 +58,6 @@ else:
 transport = select_transport(timeout=60)
 share_status(transport)
 mine, everybodys = transport.allocate(8), transport.allocate(16)
-transport.start_all_gather(mine, [8] * 2, everybodys).wait()
+transport.start_all_gather(mine, 8, everybodys).wait()
 transport.close()
 print(f"CONTENT {rank}", flush=True)

@@ -222,7 +222,7 @@ class _Run(Generic[B]):
                 )
             if any(current.gather_counts):
                 give, gather = self._buffers["give"], self._buffers["gather"]
-                handles.append(self._transport.start_all_gather(give, current.gather_counts, gather))
+                handles.append(self._transport.start_uneven_gather(give, current.gather_counts, gather))
             error = self._place_own(number, current)
             for handle in handles:
                 handle.wait()
