@@ -134,6 +134,10 @@ def resume(
     if isinstance(optimizer, (str, os.PathLike)):
         raise ArgumentTypeError("optimizer must be a Cell or None; give the directory as checkpoint_dir=…")
     from ms_ckpt_ext.bridge import restore as live
+    from ms_ckpt_ext.bridge.network import LoadRequest
+    from ms_ckpt_ext.bridge.settle import Manner
+    from ms_ckpt_ext.bridge.together import give_up, host_name
+    from ms_ckpt_ext.bridge.world import own_rank
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
     checked_format(format, "format", optional=True)
@@ -150,50 +154,47 @@ def resume(
         timeout=timeout,
     )
     given = train_strategy_filename or os.environ.get(STRATEGY_VARIABLE) or None
-    access, weight_rules, rank = access_of(dec_key, dec_mode), checked_rules(rules), live.own_rank()
+    access, weight_rules, rank = access_of(dec_key, dec_mode), checked_rules(rules), own_rank()
     try:
         cell = live.both(network, optimizer)
         trained = as_strategy(given, argument="train_strategy_filename")
         target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
     except CheckpointError as error:
-        live.give_up(error, timeout)
+        give_up(error, timeout)
     wanted = ResumeRequest(
         directory,
-        live.host_name(options),
+        host_name(options),
         trained,
         format,
         access,
         check == "digests",
         prefix or os.environ.get(PREFIX_VARIABLE) or None,
     )
-    filled, skipped = live.fill_newest(
+    request = LoadRequest(
         cell,
-        wanted,
         target,
         rank,
-        naming,
+        Manner(strict_load, exact=strict_load, require_all=not allow_missing),
         weight_rules,
-        strict_load,
-        allow_missing,
+        naming,
+        allow_equal_slices,
         options,
         workers_of(max_process_num),
         limits_of(BUFFER_BYTES),
-        allow_equal_slices,
     )
-    if filled is None:
+    resumed, skipped = live.fill_newest(request, wanted)
+    if resumed is None:
         return _nothing(directory, required, skipped)
-    report = filled.report
+    chosen, filled = resumed
     restored = Restored(
-        directory
-        if os.path.isfile(directory)
-        else os.path.normpath(os.path.join(directory, filled.chosen.candidate.title)),
-        *_progress(filled.chosen),
-        filled.chosen.scalars,
+        directory if os.path.isfile(directory) else os.path.normpath(os.path.join(directory, chosen.candidate.title)),
+        *_progress(chosen),
+        chosen.scalars,
         tuple(filled.missing),
         tuple(filled.unused),
         skipped,
-        report.mode,
-        report.reads.nbytes,
+        filled.report.mode,
+        filled.report.reads.nbytes,
     )
     log.info("resumed from %s: epoch %s, step %s", restored.checkpoint, restored.epoch, restored.step)
     return restored

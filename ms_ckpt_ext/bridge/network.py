@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -30,71 +30,114 @@ from ms_ckpt_ext.bridge.match import (
 from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.bridge.world import own_rank, world_size
+from ms_ckpt_ext.bridge.world import world_size
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.core.planning.weight_rules import Rule
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.integrity import authenticate
+from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import SliceBytes
+from ms_ckpt_ext.engine.load.session import LoadReport
 from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.listing import Listing
+from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.engine.source.values import TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.proven import tell_unseen
+from ms_ckpt_ext.engine.unlisted.proven import Compare, ruled, tell_unseen
 from ms_ckpt_ext.engine.unlisted.taking import Taking
+from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import LoadError
+from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
 
-__all__ = ["fill", "own_rank", "network_dict", "world_size"]
 _SHOWN = 20
 
 
-def fill(
-    network: Any,
-    catalog: Catalog,
-    strategy: Optional[Strategy],
-    rank: int,
-    strict: bool,
-    workers: int,
-    limits: Limits,
-    by_suffix: bool = True,
-    listed: bool = False,
-) -> tuple[list[str], list[str]]:
-    """Fill the Parameters of `network` with this rank's slices.
+class LoadRequest(NamedTuple):
+    """What is loaded into whose network, and how; one rank's.
+
+    Attributes:
+        network: the Cell to fill.
+        target: layouts of this job; None for one device.
+        rank: this rank.
+        manner: how Parameters are matched.
+        rules: weight rules that make the network's parameters of what the files hold.
+        naming: how these are called in the network.
+        allow_equal_slices: slices that are all equal are meant, see `engine.unlisted.whole_slices`.
+        options: how all ranks load together.
+        workers, limits: threads and buffers of a rank that reads its own bytes.
+    """
+
+    network: Any
+    target: Optional[Strategy]
+    rank: int
+    manner: Manner
+    rules: tuple[Rule, ...] = ()
+    naming: Naming = Naming()
+    allow_equal_slices: bool = False
+    options: LoadOptions = LoadOptions()
+    workers: int = 1
+    limits: Limits = Limits()
+
+    def named(self, stored: Catalog, compare: Compare = compared) -> Catalog:
+        """What is stored, with the rules applied, by its names in the network; `compare` as in `proven.ruled`."""
+        return self.naming.of(ruled(stored, self.rules, compare))
+
+    def read(self, listing: Listing, strategy: Optional[Strategy], access: Access) -> Catalog:
+        """A checkpoint by its names in the network, its headers read by this rank. Raises as `read_slices`."""
+        return self.named(read_slices(listing, strategy, access, self.allow_equal_slices))
+
+
+class Filled(NamedTuple):
+    """What a load ended with, on one rank.
+
+    Attributes:
+        missing: Parameters that got nothing.
+        unused: names in the checkpoint that went nowhere.
+        report: what this rank read and received.
+    """
+
+    missing: list[str]
+    unused: list[str]
+    report: LoadReport
+
+
+def fill(request: LoadRequest, catalog: Catalog) -> Filled:
+    """Fill the Parameters of a network with this rank's slices, without a word to other ranks.
 
     Args:
-        by_suffix: unless strict, match names by suffix, see `core.planning.suffixes`.
-        listed: see `settle.Manner`.
-
-    Returns:
-        (Parameters that got nothing, checkpoint names that went nowhere), as `load_param_into_net` gives them.
+        catalog: the checkpoint by its names in the network, see `LoadRequest.read`.
 
     Raises:
         CoverageError: the checkpoint should have a Parameter, and has not; nothing was changed.
         LayoutMismatchError: shapes or dtypes do not fit; nothing was changed.
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
     """
-    catalog, found = _settled(network, catalog, strategy, rank, Manner(strict, strict or not by_suffix, listed=listed))
-    prove_matches(found.matches, catalog, workers, limits)
+    catalog, found = _settled(request, catalog)
+    prove_matches(found.matches, catalog, request.workers, request.limits)
     with catalog.readers() as readers:
-        fill_matches(found.matches, catalog, readers, workers, limits)
+        fill_matches(found.matches, catalog, readers, request.workers, request.limits)
         readers.verify()
     tell_loaded(found, catalog)
-    return found.missing, found.unused
+    return Filled(found.missing, found.unused, LoadReport("direct", readers.count))
 
 
-def _settled(
-    network: Any, catalog: Catalog, strategy: Optional[Strategy], rank: int, manner: Manner
-) -> tuple[Catalog, Matches]:
+def _settled(request: LoadRequest, catalog: Catalog) -> tuple[Catalog, Matches]:
     """The source with what had to be compared compared, by this rank alone, and what every Parameter takes of it."""
-    taking = Taking(catalog, strategy, rank, world_size())
-    found = matched(network, taking, manner)
-    catalog = compared(catalog, taking.needs_comparing(open_names(found)))
+
+    def taking(catalog: Catalog) -> Taking:
+        return Taking(catalog, request.target, request.rank, world_size())
+
+    before = taking(catalog)
+    found = matched(request.network, before, request.manner)
+    catalog = compared(catalog, before.needs_comparing(open_names(found)))
     tell_unseen(catalog)
-    taking = Taking(catalog, strategy, rank, world_size())
-    return catalog, boxes(network, found, taking, taking.require_own, manner)
+    after = taking(catalog)
+    return catalog, boxes(request.network, found, after, after.require_own, request.manner)
 
 
 def tell_loaded(found: Matches, catalog: Catalog) -> None:
@@ -112,19 +155,13 @@ def tell_loaded(found: Matches, catalog: Catalog) -> None:
         )
 
 
-def network_dict(
-    network: Any,
-    catalog: Catalog,
-    strategy: Optional[Strategy],
-    rank: int,
-    workers: int,
-    limits: Limits,
-) -> dict[str, Any]:
+def network_dict(request: LoadRequest, catalog: Catalog) -> dict[str, Any]:
     """This rank's slices of everything the checkpoint has, as `{name: Parameter}`; the network is left alone.
 
     Text is a str, as `mindspore.load_checkpoint` has it.
     """
-    check_cell(network)
+    check_cell(request.network)
+    strategy, rank = request.target, request.rank
     catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
     taking = Taking(catalog, strategy, rank, world_size())
     catalog = compared(catalog, taking.needs_comparing([*catalog.unproven]))
@@ -135,7 +172,8 @@ def network_dict(
     offers = {**offers_to(taking), **own}
     buffers = {name: np.empty(nbytes_of(offer), np.uint8) for name, offer in offers.items()}
     with catalog.readers() as readers:
-        _read([(offer, buffers[name]) for name, offer in offers.items()], catalog, readers, workers, limits)
+        wanted = [(offer, buffers[name]) for name, offer in offers.items()]
+        _read(wanted, catalog, readers, request.workers, request.limits)
         readers.verify()
     return {name: _parameter(name, buffers[name], offer) for name, offer in offers.items()}
 

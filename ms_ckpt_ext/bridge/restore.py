@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,34 +9,24 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, offers_of
-from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up, meeting
+from ms_ckpt_ext.bridge.network import Filled, LoadRequest
+from ms_ckpt_ext.bridge.together import fill_from, meeting
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.bridge.world import own_rank
-from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.planning.io_units import Limits
-from ms_ckpt_ext.core.planning.weight_rules import Rule
-from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.session import LoadReport
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
 from ms_ckpt_ext.engine.resume.scalars import Value
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import alike
-from ms_ckpt_ext.engine.source.renaming import Naming
-from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
-from ms_ckpt_ext.transport.select import HOST_VARIABLE
 
-__all__ = ["Filled", "both", "fill_newest", "give_up", "host_name", "layouts_of", "own_rank"]
+__all__ = ["Resumed", "both", "fill_newest", "layouts_of"]
 
 
-class Filled(NamedTuple):
-    """A checkpoint that was chosen and loaded."""
+class Resumed(NamedTuple):
+    """A checkpoint that was chosen, and what was loaded of it."""
 
     chosen: Chosen
-    missing: list[str]
-    unused: list[str]
-    report: LoadReport
+    filled: Filled
 
 
 class _Both(ms.nn.Cell):
@@ -58,11 +46,6 @@ def both(network: Any, optimizer: Any) -> Any:
     return _Both(network, optimizer)
 
 
-def host_name(options: LoadOptions) -> str:
-    """What this host is called among the hosts of the job."""
-    return options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
-
-
 def layouts_of(network: Any) -> Optional[Mapping[str, Any]]:
     """The layouts that MindSpore gave a network's Parameters; None where they are whole.
 
@@ -78,21 +61,14 @@ def layouts_of(network: Any) -> Optional[Mapping[str, Any]]:
     return layouts or None
 
 
-def _lacks(
-    network: Any,
-    target: Optional[Strategy],
-    rank: int,
-    naming: Naming,
-    rules: tuple[Rule, ...],
-    strict: bool,
-    catalog: Catalog,
-) -> str:
+def _lacks(request: LoadRequest, stored: Catalog) -> str:
     """What the network wants of the checkpoint and no file holds; "" if nothing. What nobody wants may be absent."""
-    if not catalog.absent:
+    if not stored.absent:
         return ""
     try:
-        named = naming.of(ruled(catalog, rules, _uncompared))
-        match_parameters(network, named, offers_of(named, target, rank), strict)
+        named = request.named(stored, _uncompared)
+        offers = offers_of(named, request.target, request.rank)
+        match_parameters(request.network, named, offers, request.manner.exact)
     except CoverageError as error:
         return str(error)
     except CheckpointError:
@@ -116,49 +92,20 @@ def _own_scalars(chosen: Chosen, rank: int, stands: bool) -> dict[str, Value]:
     return found
 
 
-def fill_newest(
-    network: Any,
-    wanted: ResumeRequest,
-    target: Optional[Strategy],
-    rank: int,
-    naming: Naming,
-    rules: tuple[Rule, ...],
-    strict: bool,
-    allow_missing: bool,
-    options: LoadOptions,
-    workers: int,
-    limits: Limits,
-    allow_equal_slices: bool = False,
-) -> tuple[Optional[Filled], tuple[Skipped, ...]]:
-    """Choose and load, together; see `engine.resume.newest` and `together.fill_together`.
+def fill_newest(request: LoadRequest, wanted: ResumeRequest) -> tuple[Optional[Resumed], tuple[Skipped, ...]]:
+    """Choose and load, together; see `engine.resume.newest` and `together.fill_from`.
 
     Returns:
         What was loaded, None when there is no complete checkpoint; and those that were skipped.
     """
-    wanted = replace(wanted, lacks=partial(_lacks, network, target, rank, naming, rules, strict))
-    with meeting(options.timeout) as transport:
+    wanted = replace(wanted, lacks=partial(_lacks, request))
+    with meeting(request.options.timeout) as transport:
         chosen, skipped = choose_checkpoint(transport, wanted)
         if chosen is None:
             return None, skipped
         if chosen.own:
-            stands = Taking(naming.of(chosen.catalog), target, rank, transport.size).stands
-            chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, rank, stands)})
-        reports: list[LoadReport] = []
-        listing = chosen.listing
-        source = SharedSource(
-            lambda: listing, chosen.strategy, wanted.access, rules, naming, allow_equal_slices=allow_equal_slices
-        )
-        missing, unused = fill_together(
-            network,
-            source,
-            target,
-            rank,
-            strict,
-            options,
-            workers,
-            limits,
-            observe=reports.append,
-            require_all=not allow_missing,
-            transport=transport,
-        )
-    return Filled(chosen, missing, unused, reports[0]), skipped
+            named = request.naming.of(chosen.catalog)
+            stands = Taking(named, request.target, request.rank, transport.size).stands
+            chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, request.rank, stands)})
+        filled = fill_from(transport, request, chosen.seen, chosen.catalog)
+    return Resumed(chosen, filled), skipped

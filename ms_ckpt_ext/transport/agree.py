@@ -1,19 +1,21 @@
 """One answer on all ranks, built on `share` alone, so it is the same over every transport.
 
-Both functions are collective: all ranks call them at the same point, and all ranks leave them the same way.
+What takes a transport is collective: all ranks call it at the same point, and all ranks leave it the same way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, TypeVar, Union
 
 from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks
 from ms_ckpt_ext.transport.base import Transport
 
+_T = TypeVar("_T")
 _MAX_MESSAGE = 4000
 """Characters of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""
 
@@ -68,3 +70,30 @@ def share_status(transport: Transport[Any], error: Optional[BaseException] = Non
         kind, message = json.loads(answers[failed[0]])
         others = f" ({name_ranks(failed[1:])} failed too)" if failed[1:] else ""
         raise PeerError(f"rank {failed[0]} failed with {kind}: {message}{others}", failed[0])
+
+
+def on_all(transport: Transport[Any], step: Callable[[], _T]) -> _T:
+    """Make a step of this rank's own; if it fails on any rank, whatever the error is, all raise: see `share_status`."""
+    result: list[_T] = []
+    error: Optional[BaseException] = None
+    try:
+        result.append(step())
+    except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
+        error = problem
+    share_status(transport, error)
+    return result[0]
+
+
+def told_by_all(transport: Transport[Any], step: Callable[[], Any]) -> list[Any]:
+    """`on_all`, and what every rank's step returns, in rank order, as JSON has it."""
+    return [unpack(answer) for answer in transport.share(pack(on_all(transport, step)))]
+
+
+def pack(value: Any) -> bytes:
+    """JSON, small enough to share."""
+    return zlib.compress(json.dumps(value).encode(), 1)
+
+
+def unpack(data: bytes) -> Any:
+    """What `pack` was given; tuples are lists."""
+    return json.loads(zlib.decompress(data))

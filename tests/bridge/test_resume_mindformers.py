@@ -194,7 +194,7 @@ def test_ranks_meet_once_to_choose_and_to_load(fails: bool, tmp_path: Path, monk
 
     monkeypatch.setattr(together, "select_transport", lambda timeout: Transport())
     if fails:
-        monkeypatch.setattr(restore, "fill_together", refuse)
+        monkeypatch.setattr(restore, "fill_from", refuse)
     with pytest.raises(MemoryError) if fails else nullcontext():
         resume(Network(trains=True), checkpoint_dir=tmp_path)
     assert len(met) == 1 and left == met

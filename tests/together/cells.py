@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.bridge import network, restore, together
+from ms_ckpt_ext.bridge import network, together, world
+from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import LoadReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
@@ -68,9 +68,9 @@ class _Lasting:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of a load is that of its thread, and so are rank and world."""
     monkeypatch.setattr(together, "select_transport", lambda timeout: _Lasting(HERE.transport))
-    monkeypatch.setattr(restore, "own_rank", lambda: HERE.transport.rank)
-    monkeypatch.setattr(network, "own_rank", lambda: HERE.transport.rank)
-    monkeypatch.setattr(network, "world_size", lambda: HERE.transport.size)
+    monkeypatch.setattr(world, "own_rank", lambda: HERE.transport.rank)
+    for module in (world, network):
+        monkeypatch.setattr(module, "world_size", lambda: HERE.transport.size)
 
 
 def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Filled]:
@@ -113,24 +113,18 @@ def fill(
         rank = transport.rank
         made = cell(wanted(rank), cut)
         strategy: Optional[Strategy] = target(rank) if callable(target) else target
-        reports: list[LoadReport] = []
+        alone = mode == "alone"
+        options = LoadOptions(
+            mode="direct" if alone else mode, verify=verify, host=host(rank), bucket_bytes=1 << 20, timeout=20.0
+        )
+        request = network.LoadRequest(made, strategy, rank, Manner(strict=False, exact=False), options=options)
         try:
-            if mode == "alone":
-                seen = source.named(_alone(source))
-                missing, unused = network.fill(made, seen, strategy, rank, False, 1, Limits())
+            if alone:
+                found = network.fill(request, request.read(source.look(), source.strategy, source.access))
             else:
-                options = LoadOptions(mode=mode, verify=verify, host=host(rank), bucket_bytes=1 << 20, timeout=20.0)
-                missing, unused = together.fill_together(
-                    made, source, strategy, rank, False, options, 1, Limits(), observe=reports.append
-                )
+                found = together.fill_together(request, source)
         except Exception as error:
             return Filled(held_by(made), [], [], None, error)
-        return Filled(held_by(made), missing, unused, reports[0] if reports else None, None)
+        return Filled(held_by(made), found.missing, found.unused, found.report, None)
 
     return on_ranks(ranks, work)
-
-
-def _alone(source: together.SharedSource) -> Any:
-    from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
-
-    return read_slices(source.look(), source.strategy, source.access)

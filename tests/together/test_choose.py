@@ -36,7 +36,7 @@ def test_the_newest_is_taken_by_all(tmp_path: Path) -> None:
     assert chosen is not None and skipped == ()
     assert chosen.candidate.title == "net-1_100.safetensors"
     assert step_of(chosen) == 100
-    assert sorted(chosen.listing.files) == ["0", "1", "2", "3"]
+    assert sorted(chosen.seen.indexes) == ["0", "1", "2", "3"]
     assert chosen.strategy is not None and chosen.strategy.world == RANKS
 
 
@@ -274,7 +274,7 @@ def test_data_parallel_ranks_hold_everything(tmp_path: Path) -> None:
         note(path, rank, 9, None, world=2, sharded=False)
     chosen, _ = look(tmp_path / "c")
     assert step_of(chosen) == 9
-    assert chosen is not None and list(chosen.listing.files) == ["0"] and chosen.strategy is None
+    assert chosen is not None and list(chosen.seen.indexes) == ["0"] and chosen.strategy is None
 
 
 def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
@@ -327,7 +327,7 @@ def test_folders_of_mindformers(tmp_path: Path) -> None:
     chosen, _ = look(tmp_path / "checkpoint")
     assert step_of(chosen) == 10
     assert chosen is not None and chosen.candidate.title == "iteration_00000010"
-    assert chosen.listing.folder is not None
+    assert chosen.seen.folder is not None
     (tmp_path / "checkpoint" / "iteration_00000010" / "qwen3-model-0000000-0000001.safetensors").write_bytes(b"x" * 20)
     chosen, skipped = look(tmp_path / "checkpoint")
     assert step_of(chosen) == 4 and skipped[0].name == "iteration_00000010"

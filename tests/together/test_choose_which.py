@@ -191,16 +191,16 @@ def test_models_of_many_files_are_candidates(tmp_path: Path) -> None:
         save_file({f"p{number}": np.zeros(2, np.float32)}, path)
     chosen, skipped = skipped_of(tmp_path)
     assert chosen is not None and skipped == {}
-    assert sorted(chosen.listing.files) == ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]
+    assert sorted(chosen.seen.indexes) == ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]
     (tmp_path / "all" / "m.safetensors.index.json").write_text(
         '{"weight_map": {"p1": "m-00001-of-00002.safetensors", "p2": "m-00002-of-00002.safetensors"}}'
     )
     chosen, _ = skipped_of(tmp_path)
-    assert chosen is not None and chosen.candidate.merged and len(chosen.listing.files) == 2
+    assert chosen is not None and chosen.candidate.merged and len(chosen.seen.indexes) == 2
     chosen, _ = skipped_of(tmp_path / "all" / "m.safetensors.index.json")
-    assert chosen is not None and len(chosen.listing.files) == 2
+    assert chosen is not None and len(chosen.seen.indexes) == 2
     chosen, _ = skipped_of(tmp_path / "all" / "m-00001-of-00002.safetensors")
-    assert chosen is not None and len(chosen.listing.files) == 1
+    assert chosen is not None and len(chosen.seen.indexes) == 1
 
 
 def test_one_file_is_a_directory_of_one(tmp_path: Path) -> None:
@@ -223,7 +223,9 @@ def test_what_one_process_saved_beside_rank_folders_is_seen(tmp_path: Path) -> N
     whole(tmp_path / "c" / "net-1_9.safetensors", 9)
     chosen, skipped = look(tmp_path / "c")
     assert step_of(chosen) == 9 and [each.name for each in skipped] == ["net-1_3.safetensors"]
-    assert chosen is not None and list(chosen.listing.files.values()) == [str(tmp_path / "c" / "net-1_9.safetensors")]
+    assert chosen is not None and [index.path for index in chosen.seen.indexes.values()] == [
+        str(tmp_path / "c" / "net-1_9.safetensors")
+    ]
 
 
 def test_a_slice_alone_is_no_model(tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_a_prefix_with_a_rank_in_it(tmp_path: Path) -> None:
     ]
     chosen, skipped = look(tmp_path / "c", ranks=2)
     assert step_of(chosen) == 10 and skipped == ()
-    assert chosen is not None and len(chosen.listing.files) == 10 and len(chosen.candidate.records) == 10
+    assert chosen is not None and len(chosen.seen.indexes) == 10 and len(chosen.candidate.records) == 10
 
 
 @pytest.mark.parametrize("name", ["lost+found", "private"])

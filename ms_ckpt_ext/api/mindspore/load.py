@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Callable, Optional, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
+    Running,
     access_of,
     as_strategy,
     checked_format,
@@ -25,11 +25,12 @@ from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.engine.files.jobs import folders_job
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
-from ms_ckpt_ext.engine.source.renaming import Choice
+from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.registry import Access
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.weight_rules import Rule
@@ -146,10 +147,17 @@ def load_distributed_checkpoint(
     mindspores = _is_mindspores(locals())
     checked_format(format, "format")
     checked_format(output_format, "output_format")
-    access = access_of(dec_key, dec_mode, crc_check)
+    asked = _Asked(
+        _Files(format, checkpoint_filenames, unified_safetensors_dir, file_suffix),
+        train_strategy_filename,
+        predict_strategy,
+        access_of(dec_key, dec_mode, crc_check),
+        checked_naming(choice_func, name_map),
+        checked_rules(rules),
+        allow_equal_slices,
+        running(max_process_num, buffer_bytes, sync=sync, least=1 if network is None and rank_id is None else 0),
+    )
     seal = seal_of(enc_key, enc_mode)
-    naming, weight_rules = checked_naming(choice_func, name_map), checked_rules(rules)
-    run = running(max_process_num, buffer_bytes, sync=sync, least=1 if network is None and rank_id is None else 0)
     options = LoadOptions(
         mode=mode or (network is not None and os.environ.get("MS_CKPT_EXT_MODE")) or "auto",
         bucket_bytes=bucket_bytes,
@@ -158,53 +166,155 @@ def load_distributed_checkpoint(
         trace="" if trace is None else path_of(trace, "trace"),
         timeout=timeout,
     )
-    if network is not None:
-        from ms_ckpt_ext.bridge import network as live
+    if network is None:
+        _refuse_live(options, mode)
+        _save(asked, dst_safetensors_dir, rank_id, output_format, crc=crc, seal=seal, digests=digests)
+        return True
+    if return_param_dict and verify != "none":
+        raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
+    found = _load(network, asked, strict_load, options, return_param_dict)
+    return True if mindspores and not return_param_dict else found
 
-        if return_param_dict and verify != "none":
-            raise UsageError(f"verify={verify!r} is for loads into a network, not for return_param_dict")
-        alone = return_param_dict or (options.mode == "direct" and verify == "none")
-        listed = isinstance(checkpoint_filenames, (list, tuple))
-        rank = live.own_rank()
-        try:
-            trained = _trained(train_strategy_filename, checkpoint_filenames, network)
-            look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
-            strategy = as_strategy(predict_strategy, rank)
-        except CheckpointError as error:
-            if alone:
-                raise
-            from ms_ckpt_ext.bridge.together import give_up
 
-            give_up(error, timeout)
+class _Files(NamedTuple):
+    """Where the files of a checkpoint are, as the caller says."""
+
+    format: str
+    filenames: Any
+    directory: Any
+    file_suffix: Optional[str]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the files were named one by one."""
+        return isinstance(self.filenames, (list, tuple))
+
+    def checked(self, trained: Optional[Strategy]) -> _Place:
+        """Raises UsageError, ArgumentTypeError."""
+        if self.filenames is None:
+            return _Place(path_of(self.directory, "unified_safetensors_dir"), (), trained, self)
+        if self.format != "ckpt" or self.directory is not None:
+            raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
+        if isinstance(self.filenames, (str, os.PathLike)):
+            return _Place(path_of(self.filenames, "checkpoint_filenames"), (), trained, self)
+        if not self.listed:
+            raise ArgumentTypeError(
+                "checkpoint_filenames must be a list of paths in the order of ranks, got "
+                f"{type(self.filenames).__name__}"
+            )
+        paths = tuple(path_of(name, "every item of checkpoint_filenames") for name in self.filenames)
+        world = 1 if trained is None else trained.world
+        if len(paths) != world:
+            raise UsageError(
+                f"checkpoint_filenames has {len(paths)} files, but the training strategy is for {world} ranks: "
+                "give the file of every rank, in the order of ranks, and train_strategy_filename"
+            )
+        return _Place("", paths, trained, self)
+
+
+class _Place(NamedTuple):
+    """Where to look for the files: below a path, or at the paths of all ranks."""
+
+    path: str
+    named: tuple[str, ...]
+    trained: Optional[Strategy]
+    files: _Files
+
+    def look(self) -> Listing:
+        """The files that this host sees: hosts with local disks need not see those of others."""
+        if not self.named:
+            return list_checkpoint(self.path, self.trained, self.files.file_suffix, kind=self.files.format)
+        found = {rank: path for rank, path in enumerate(self.named) if os.path.isfile(path)}
+        if not found:
+            raise also(DiscoveryError, FileNotFoundError)(
+                f"none of the {len(self.named)} files exists, the first is {self.named[0]!r}; check the paths"
+            )
+        return list_files(found, self.trained)
+
+    def require_named(self) -> None:
+        """Raise DiscoveryError for a named file that is not there; where no other host may have it."""
+        for rank, path in enumerate(self.named):
+            if not os.path.isfile(path):
+                what = "is a directory" if os.path.isdir(path) else "does not exist"
+                raise also(DiscoveryError, FileNotFoundError)(
+                    f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it"
+                )
+
+
+class _Asked(NamedTuple):
+    """What a load into a network and save mode have in common: the source, the layouts, and what is made of it."""
+
+    files: _Files
+    trained: Any
+    target: Any
+    access: Access
+    naming: Naming
+    rules: tuple[Rule, ...]
+    allow_equal_slices: bool
+    run: Running
+
+    def place(self, network: Any) -> _Place:
+        """Where the source is, with the strategy that cut it; of files named one by one, the network's own."""
+        filename = self.trained
+        if filename is None and network is not None and self.files.filenames is not None:
+            from ms_ckpt_ext.bridge.world import training_strategy_file
+
+            filename = training_strategy_file(network)
+        return self.files.checked(as_strategy(filename, argument="train_strategy_filename"))
+
+
+def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_dict: bool) -> Any:
+    """Into a network, or as a dictionary of Parameters; what is returned then."""
+    from ms_ckpt_ext.bridge import network as live
+    from ms_ckpt_ext.bridge.settle import Manner
+    from ms_ckpt_ext.bridge.world import own_rank, world_size
+
+    alone = as_dict or (options.mode == "direct" and options.verify == "none")
+    rank = own_rank()
+    try:
+        place = asked.place(network)
+        target = as_strategy(asked.target, rank)
+    except CheckpointError as error:
         if alone:
-            _require_all(look, live.world_size())
-            catalog = naming.of(ruled(read_slices(look(), trained, access, allow_equal_slices), weight_rules))
-            if return_param_dict:
-                return live.network_dict(network, catalog, strategy, rank, run.workers, run.limits)
-            found = live.fill(network, catalog, strategy, rank, strict_load, run.workers, run.limits, listed=listed)
-            return mindspores or found
+            raise
+        from ms_ckpt_ext.bridge.together import give_up
+
+        give_up(error, options.timeout)
+    request = live.LoadRequest(
+        network,
+        target,
+        rank,
+        Manner(strict, exact=strict, listed=asked.files.listed),
+        asked.rules,
+        asked.naming,
+        asked.allow_equal_slices,
+        options,
+        asked.run.workers,
+        asked.run.limits,
+    )
+    if not alone:
         from ms_ckpt_ext.bridge.together import SharedSource, fill_together
 
-        shared = SharedSource(
-            look, trained, access, weight_rules, naming, _named_files(look), allow_equal_slices, listed
-        )
-        found = fill_together(network, shared, strategy, rank, strict_load, options, run.workers, run.limits)
-        return mindspores or found
-    _refuse_live(options, mode)
-    trained = _trained(train_strategy_filename, None, None)
-    look = _lister(format, checkpoint_filenames, unified_safetensors_dir, trained, file_suffix)
-    target = path_of(dst_safetensors_dir, "dst_safetensors_dir")
+        named = {str(number): path for number, path in enumerate(place.named)}
+        return fill_together(request, SharedSource(place.look, place.trained, asked.access, named))[:2]
+    if world_size() == 1:
+        place.require_named()
+    catalog = request.read(place.look(), place.trained, asked.access)
+    return live.network_dict(request, catalog) if as_dict else live.fill(request, catalog)[:2]
+
+
+def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **how: Any) -> None:
+    """Into files; `how` they are written, see `engine.files.jobs.folders_job`."""
+    place = asked.place(None)
+    target = path_of(directory, "dst_safetensors_dir")
     rank_id = None if rank_id is None else integer(rank_id, "rank_id", 0, "an int or None")
-    strategy = as_strategy(predict_strategy, rank_id or 0)
+    strategy = as_strategy(asked.target, rank_id or 0)
     ranks = _ranks_of(rank_id, strategy)
-    _require_all(look, 1)
-    catalog = naming.of(ruled(read_slices(look(), trained, access, allow_equal_slices), weight_rules))
-    alone = rank_id is not None
-    job, target = folders_job(
-        catalog, strategy, ranks, alone, target, output_format, crc=crc, seal=seal, digests=digests
-    )
-    execute_with_progress(job, target, run, "reshard")
-    return True
+    place.require_named()
+    stored = read_slices(place.look(), place.trained, asked.access, asked.allow_equal_slices)
+    catalog = asked.naming.of(ruled(stored, asked.rules))
+    job, target = folders_job(catalog, strategy, ranks, rank_id is not None, target, form, **how)
+    execute_with_progress(job, target, asked.run, "reshard")
 
 
 def _is_mindspores(given: Mapping[str, Any]) -> bool:
@@ -232,72 +342,10 @@ _INSTEAD = {
 
 def _refuse_live(options: LoadOptions, mode: Optional[str]) -> None:
     """Raise UsageError for what save mode would ignore: who asks for a check must not believe that it was made."""
-    plain = LoadOptions()
-    given = {name: getattr(options, name) != getattr(plain, name) for name in _INSTEAD if name != "mode"}
-    given["mode"] = mode is not None
-    for name, asked in given.items():
-        if asked:
+    given, plain = vars(options), vars(LoadOptions())
+    for name in _INSTEAD:
+        if mode is not None if name == "mode" else given[name] != plain[name]:
             raise UsageError(f"{name} is for loads into a network, and there is none (save mode): {_INSTEAD[name]}")
-
-
-def _trained(filename: Any, checkpoint_filenames: Any, network: Any) -> Optional[Strategy]:
-    """The strategy that cut the source. `checkpoint_filenames` without one come from the network's own training job."""
-    if filename is None and network is not None and checkpoint_filenames is not None:
-        from ms_ckpt_ext.bridge.world import training_strategy_file
-
-        filename = training_strategy_file(network)
-    return as_strategy(filename, argument="train_strategy_filename")
-
-
-def _lister(
-    format: str, filenames: Any, directory: Optional[PathLike], trained: Optional[Strategy], file_suffix: Optional[str]
-) -> Callable[[], Listing]:
-    """What lists the files of the source on this host."""
-    if filenames is None:
-        source = path_of(directory, "unified_safetensors_dir")
-        return partial(list_checkpoint, source, trained, file_suffix, kind=format)
-    if format != "ckpt" or directory is not None:
-        raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
-    if isinstance(filenames, (str, os.PathLike)):
-        return partial(list_checkpoint, path_of(filenames, "checkpoint_filenames"), trained, file_suffix, kind=format)
-    if not isinstance(filenames, (list, tuple)):
-        raise ArgumentTypeError(
-            f"checkpoint_filenames must be a list of paths in the order of ranks, got {type(filenames).__name__}"
-        )
-    paths = [path_of(name, "every item of checkpoint_filenames") for name in filenames]
-    world = 1 if trained is None else trained.world
-    if len(paths) != world:
-        raise UsageError(
-            f"checkpoint_filenames has {len(paths)} files, but the training strategy is for {world} ranks: "
-            "give the file of every rank, in the order of ranks, and train_strategy_filename"
-        )
-    return partial(_list_existing, paths, trained)
-
-
-def _named_files(look: Callable[[], Listing]) -> dict[str, str]:
-    """Rank as text -> path, where the files were named one by one."""
-    named = look.args[0] if isinstance(look, partial) and look.func is _list_existing else ()
-    return {str(rank): path for rank, path in enumerate(named)}
-
-
-def _require_all(look: Callable[[], Listing], world: int) -> None:
-    """Raise DiscoveryError for a named file that is not there, unless another host may have it."""
-    for rank, path in _named_files(look).items() if world == 1 else ():
-        if not os.path.isfile(path):
-            what = "is a directory" if os.path.isdir(path) else "does not exist"
-            raise also(DiscoveryError, FileNotFoundError)(
-                f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it"
-            )
-
-
-def _list_existing(paths: Sequence[str], trained: Optional[Strategy]) -> Listing:
-    """The files that this host sees: hosts with local disks need not see those of others."""
-    found = {rank: path for rank, path in enumerate(paths) if os.path.isfile(path)}
-    if not found:
-        raise also(DiscoveryError, FileNotFoundError)(
-            f"none of the {len(paths)} files exists, the first is {paths[0]!r}; check the paths"
-        )
-    return list_files(found, trained)
 
 
 def _ranks_of(rank_id: Optional[int], strategy: Optional[Strategy]) -> list[int]:

@@ -18,18 +18,19 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.options import Options
+from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.bridge.world import own_rank, world_size
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
-from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.core.planning.weight_rules import Rule
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.source.catalog import read_listing
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.errors import CheckpointError, StrategyError, UnsupportedError
 from ms_ckpt_ext.formats.discovery.mindformers import find_folder, layout_of, read_common
+from ms_ckpt_ext.formats.registry import PLAIN
 
 
 class Both(ms.nn.Cell):
@@ -179,25 +180,26 @@ def _fill(
     """Fill the Parameters; returns the names of those that got nothing."""
     mode = "cooperative" if balanced and options.way == "auto" else options.way
     settings = LoadOptions(mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify)
-    alone = live.world_size() == 1 or (mode == "direct" and options.verify == "none")
-    look = partial(list_checkpoint, directory, None)
+    alone = world_size() == 1 or (mode == "direct" and options.verify == "none")
     try:
-        naming, wanted = _listed(look()), target()
+        listing, wanted = list_checkpoint(directory, None), target()
     except CheckpointError as error:
         if alone:
             raise
         give_up(error, settings.timeout)
-    cell, limits, rank = Both(cells), Limits(), live.own_rank() if wanted is not None else 0
+    rank = own_rank() if wanted is not None else 0
+    request = live.LoadRequest(
+        Both(cells), wanted, rank, _MANNER, rules, _listed(listing), options=settings, workers=options.workers
+    )
     if alone or wanted is None:
-        catalog = naming.of(read_listing(look(), None).ruled(rules))
-        missing, unused = live.fill(cell, catalog, wanted, rank, False, options.workers, limits, by_suffix=False)
+        filled = live.fill(request, request.read(listing, None, PLAIN))
     else:
-        source = SharedSource(look, None, rules=rules, naming=naming)
-        missing, unused = fill_together(
-            cell, source, wanted, rank, False, settings, options.workers, limits, by_suffix=False
-        )
-    log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, unused or "nothing")
-    return missing
+        filled = fill_together(request, SharedSource(lambda: listing))
+    log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, filled.unused or "nothing")
+    return filled.missing
+
+
+_MANNER = Manner(strict=False, exact=True)
 
 
 def _listed(listing: Listing) -> Naming:

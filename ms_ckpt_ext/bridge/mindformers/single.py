@@ -18,7 +18,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.loader import Both, set_step
 from ms_ckpt_ext.bridge.mindformers.options import Options
-from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
 from ms_ckpt_ext.engine.source.values import read_whole
 from ms_ckpt_ext.errors import FormatError
@@ -145,7 +145,8 @@ def _step(config: Any, catalog: Catalog) -> Optional[int]:
 
 def _fill(cells: Iterable[Any], catalog: Catalog, options: Options, step: Optional[int]) -> None:
     cell = Both(cells)
-    _, unused = live.fill(cell, catalog, None, 0, False, options.workers, Limits())
+    request = live.LoadRequest(cell, None, 0, Manner(strict=False, exact=False), workers=options.workers)
+    unused = live.fill(request, catalog).unused
     if step is not None:
         set_step(cell, step)
     paths = ", ".join(index.path for index in catalog.files)

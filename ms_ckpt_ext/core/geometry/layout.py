@@ -16,9 +16,10 @@ rank. Ranks in the same cell hold the same bytes. Nothing downstream knows more 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
@@ -173,6 +174,12 @@ def same_slices(one: Layout, two: Layout) -> bool:
     ndim = min(len(one.tensor_map), len(two.tensor_map))
     one, two = one.over(ndim), two.over(ndim)
     return one == two or (one.parts == two.parts and one.cells == two.cells)
+
+
+def layout_from_json(raw: Sequence[Any]) -> Layout:
+    """A layout from what JSON makes of one: a list of its four fields."""
+    dev_matrix, tensor_map, step, size = raw
+    return Layout(tuple(dev_matrix), tuple(map(tuple, tensor_map)), step, size)
 
 
 def whole(ndim: int) -> Layout:

@@ -1,43 +1,47 @@
 """Who sees which file, and what is in it, found out together.
 
-1. One rank per host lists the checkpoint; all listings are shared.
+1. One rank per host lists the checkpoint; all listings are shared, and what a folder of MindFormers says about itself.
 2. A file that several hosts list with the same size, time and inode is one file on shared storage. Otherwise (copies
    on local disks) every host's copy gets its header read, and copies with different headers are an error.
 3. Every header is read by one rank that sees its file, the files spread evenly; the tables of contents are shared.
 
 So 1,024 ranks open 1,024 files once in all, and hosts need not share storage. All ranks end with the same tables, in
-the same order, and the same knowledge of who can read what.
+the same order, and the same knowledge of who can read what. Nothing behind this lists files or reads headers again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple, Optional
 
 import xxhash
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError
+from ms_ckpt_ext.formats.discovery.mindformers import Folder
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
-from ms_ckpt_ext.transport.agree import share_status
+from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.storage.threads import in_order
+from ms_ckpt_ext.transport.agree import pack, told_by_all, unpack
 from ms_ckpt_ext.transport.base import Transport
 
+_READERS = 8
+"""Headers that a rank reads at a time."""
 
-@dataclass(frozen=True)
-class Survey:
+
+class Survey(NamedTuple):
     """The checkpoint as all ranks together see it.
 
     Attributes:
         indexes: key -> table of contents; paths are this host's where it sees the file.
         sees: key -> ranks that can open the file; None when every rank sees every file.
-        sharded, names: see `catalog.Listing`.
+        sharded, names, folder: see `engine.source.listing.Listing`.
         hosts: the hosts asked, for messages.
     """
 
@@ -45,12 +49,17 @@ class Survey:
     sees: Optional[Mapping[str, frozenset[int]]]
     sharded: bool
     names: Optional[dict[str, str]]
+    folder: Optional[Folder]
     hosts: tuple[str, ...]
 
     @property
     def by_number(self) -> Optional[dict[int, frozenset[int]]]:
         """`sees` by the numbers that files have in a catalog."""
         return None if self.sees is None else dict(enumerate(self.sees.values()))
+
+    def catalog(self, strategy: Optional[Strategy], access: Access) -> Catalog:
+        """What the checkpoint holds, by the names that are stored. Raises as `catalog_of`."""
+        return catalog_of(self.indexes, self.sharded, self.names, strategy, access, self.folder)
 
 
 class _Sighting(NamedTuple):
@@ -74,43 +83,86 @@ def survey(
 
     Raises:
         DiscoveryError: no host sees any file.
-        LayoutMismatchError: two hosts hold different files of one key.
+        LayoutMismatchError: two hosts hold different files of one key, or different metadata of a folder.
         FormatError, StorageError: on the rank that read the file; PeerError on the others.
     """
     hosts = [answer.decode() for answer in transport.share(host.encode())]
     probe = hosts.index(host) == transport.rank
-    found, problem = _list(look) if probe else ({}, None)
-    answers = [unpack(a) for a in transport.share(pack([found, "" if problem is None else str(problem)]))]
+    listed = _list(look) if probe else _Listed()
+    answers = [unpack(answer) for answer in transport.share(pack(listed.told()))]
     sightings: dict[str, list[_Sighting]] = {}
-    names: Optional[dict[str, str]] = None
-    sharded = any(seen.get("sharded") for seen, _ in answers)
-    for rank, (seen, _) in enumerate(answers):
-        for key, (path, identity) in seen.get("files", {}).items():
+    for rank, answer in enumerate(answers):
+        for key, (path, identity) in answer["files"].items():
             sightings.setdefault(key, []).append(_Sighting(hosts[rank], path, tuple(identity)))
-        names = names or seen.get("names")
-    if not sightings and isinstance(problem, DiscoveryError):
-        raise problem
+    if not sightings and isinstance(listed.problem, DiscoveryError):
+        raise listed.problem
     if not sightings:
-        raise DiscoveryError(next((p for _, p in answers if p), "no host sees a file of the checkpoint"))
+        told = next((answer["problem"] for answer in answers if answer["problem"]), "")
+        raise DiscoveryError(told or "no host sees a file of the checkpoint")
+    speaker = _speaker([answer["folder"] for answer in answers], hosts)
     keys = sorted(sightings, key=lambda key: (len(key), key) if key.isdigit() else (0, key))
-    tables = _read_together(transport, keys, sightings, hosts, read)
+    said = listed.folder if speaker == transport.rank else None
+    tables, folder = _read_together(transport, keys, sightings, hosts, read, said)
     everywhere = all(len({s.host for s in sightings[key]}) == len(set(hosts)) for key in keys)
+    indexes = {key: _local(tables[key], sightings[key], host) for key in keys}
     return Survey(
-        {key: _local(tables[key], sightings[key], host) for key in keys},
+        indexes,
         None if everywhere else {key: _ranks_on({s.host for s in sightings[key]}, hosts) for key in keys},
-        sharded,
-        names,
+        any(answer["sharded"] for answer in answers),
+        next((answer["names"] for answer in answers if answer["names"]), None),
+        None if speaker is None else _folder(folder, indexes),
         tuple(dict.fromkeys(hosts)),
     )
 
 
-def _list(look: Callable[[], Listing]) -> tuple[dict[str, Any], Optional[Exception]]:
+class _Listed(NamedTuple):
+    """What one host lists: key -> path and identity; and why it lists nothing."""
+
+    files: Mapping[str, tuple[str, tuple[int, int, int]]] = {}
+    sharded: bool = False
+    names: Optional[dict[str, str]] = None
+    folder: Optional[list[Any]] = None
+    """What a folder of MindFormers says about itself, as JSON, in a list of one."""
+    problem: Optional[Exception] = None
+
+    def told(self) -> dict[str, Any]:
+        """For the other hosts; what a folder says about itself is told by one of them, so here only its digest."""
+        folder = self.folder and xxhash.xxh3_128_hexdigest(json.dumps(self.folder).encode())
+        told = "" if self.problem is None else str(self.problem)
+        return {**self._asdict(), "folder": folder, "problem": told}
+
+
+def _list(look: Callable[[], Listing]) -> _Listed:
     try:
         listing = look()
         files = {key: (path, _identity(path)) for key, path in listing.files.items()}
     except (CheckpointError, OSError) as error:
-        return {}, error
-    return {"files": files, "names": listing.names, "sharded": listing.sharded}, None
+        return _Listed(problem=error)
+    if listing.folder is None:
+        return _Listed(files, listing.sharded, listing.names)
+    from ms_ckpt_ext.engine.source.folders import cuts_to_json
+
+    return _Listed(files, listing.sharded, listing.names, [cuts_to_json(listing.folder)])
+
+
+def _speaker(digests: Sequence[Optional[str]], hosts: Sequence[str]) -> Optional[int]:
+    """The rank that tells all what a folder says about itself; None where there is nothing to tell."""
+    known = {rank: digest for rank, digest in enumerate(digests) if digest}
+    if len(set(known.values())) > 1:
+        told = ", ".join(hosts[rank] for rank in known)
+        raise LayoutMismatchError(
+            f"the metadata.json of the checkpoint's folder differs between hosts ({told}): copy the same checkpoint to "
+            "all hosts"
+        )
+    return min(known, default=None)
+
+
+def _folder(said: list[Any], indexes: Mapping[str, FileIndex]) -> Folder:
+    """A folder of MindFormers as this host sees it, or the one that tells of it."""
+    from ms_ckpt_ext.engine.source.folders import cuts_from_json
+
+    files = {key: index.path for key, index in indexes.items()}
+    return Folder(os.path.dirname(next(iter(files.values()))), files, cuts_from_json(said[0]))
 
 
 def _identity(path: str) -> tuple[int, int, int]:
@@ -128,8 +180,9 @@ def _read_together(
     sightings: Mapping[str, list[_Sighting]],
     hosts: Sequence[str],
     read: Callable[[str], FileIndex],
-) -> dict[str, FileIndex]:
-    """Read every distinct file's header on one rank, and share the tables."""
+    said: Optional[list[Any]],
+) -> tuple[dict[str, FileIndex], Any]:
+    """Read every distinct file's header on one rank, and share the tables; and what one rank has `said`."""
     load = [0] * len(hosts)
     mine: list[tuple[str, str]] = []
     for key in keys:
@@ -139,17 +192,15 @@ def _read_together(
             load[reader] += 1
             if reader == transport.rank:
                 mine.append((key, next(c.path for c in copies if c.host == hosts[reader])))
-    error: Optional[BaseException] = None
-    tables: list[tuple[str, FileIndex]] = []
-    try:
-        with ThreadPoolExecutor(max_workers=8) as pool:
-            tables = list(zip((key for key, _ in mine), pool.map(read, (path for _, path in mine))))
-    except CheckpointError as problem:
-        error = problem
-    share_status(transport, error)
+
+    def look_into() -> dict[str, Any]:
+        tables = in_order(read, [path for _, path in mine], _READERS)
+        return {"tables": [(key, _to_json(index)) for (key, _), index in zip(mine, tables)], "said": said}
+
+    answers = told_by_all(transport, look_into)
     found: dict[str, FileIndex] = {}
-    for answer in transport.share(pack([(key, _to_json(index)) for key, index in tables])):
-        for key, raw in unpack(answer):
+    for answer in answers:
+        for key, raw in answer["tables"]:
             index = _from_json(raw)
             before = found.setdefault(key, index)
             if header_digest(before) != header_digest(index):
@@ -157,7 +208,7 @@ def _read_together(
                     f"{before.path!r} and {index.path!r} on different hosts ({_hosts_of(sightings[key])}) should be "
                     "copies of one file, but their headers differ: copy the same checkpoint to all hosts"
                 )
-    return found
+    return found, next((answer["said"] for answer in answers if answer["said"]), None)
 
 
 def _hosts_of(sightings: Sequence[_Sighting]) -> str:
@@ -184,16 +235,6 @@ def _local(index: FileIndex, sightings: Sequence[_Sighting], host: str) -> FileI
     if here is None:
         return index
     return FileIndex(here.path, index.size, here.identity[1], index.tensors, index.metadata, index.reader)
-
-
-def pack(value: Any) -> bytes:
-    """JSON, small enough to share."""
-    return zlib.compress(json.dumps(value).encode(), 1)
-
-
-def unpack(data: bytes) -> Any:
-    """What `pack` was given; tuples are lists."""
-    return json.loads(zlib.decompress(data))
 
 
 def _to_json(index: FileIndex) -> list[Any]:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.exchange.demand import Demand, Grid
-from ms_ckpt_ext.core.geometry.layout import Cell, Layout
+from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
@@ -41,16 +41,12 @@ def share_wants(transport: Transport[Any], wants: Mapping[str, Want]) -> list[Ma
 def _encode(wants: Mapping[str, Want]) -> bytes:
     layouts = list(dict.fromkeys(want.layout for want in wants.values()))
     number = {layout: n for n, layout in enumerate(layouts)}
-    described = [[la.dev_matrix, la.tensor_map, la.opt_shard_step, la.opt_shard_size] for la in layouts]
-    return json.dumps([described, [[name, w.source, number[w.layout]] for name, w in wants.items()]]).encode()
+    return json.dumps([layouts, [[name, w.source, number[w.layout]] for name, w in wants.items()]]).encode()
 
 
 def _decode(content: bytes) -> dict[str, Want]:
     described, wants = json.loads(content)
-    layouts = [
-        Layout(tuple(devices), tuple(tuple(group) for group in tensor_map), step, size)
-        for devices, tensor_map, step, size in described
-    ]
+    layouts = [layout_from_json(raw) for raw in described]
     return {name: Want(source, layouts[number]) for name, source, number in wants}
 
 

@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.layout import layout_from_json
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.load.survey import pack, unpack
 from ms_ckpt_ext.engine.resume.candidates import Candidate
 from ms_ckpt_ext.engine.resume.records import strategy_folder
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.strategies.file import load_strategy
+from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Transport
 
 _FOLDERS = ("strategy", os.path.join("..", "strategy"))
@@ -42,7 +42,7 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
         if problem or len(candidate.files) > 1:
             raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy_filename")
         return None
-    items = [_item(raw) for answer in answers for raw in answer.items]
+    items = [LayoutItem(name, stage, layout_from_json(raw)) for answer in answers for name, stage, raw in answer.items]
     return Strategy.from_items(items, origin)
 
 
@@ -82,13 +82,4 @@ def _items_in(folder: str) -> list[Any]:
 
 def entries(strategy: Strategy) -> list[Any]:
     """A strategy as JSON: an entry for every parameter and stage."""
-    return [
-        [name, stage, layout.dev_matrix, layout.tensor_map, layout.opt_shard_step, layout.opt_shard_size]
-        for name, stages in strategy.layouts.items()
-        for stage, layout in stages.items()
-    ]
-
-
-def _item(raw: list[Any]) -> LayoutItem:
-    name, stage, dev_matrix, tensor_map, step, size = raw
-    return LayoutItem(name, stage, Layout(tuple(dev_matrix), tuple(map(tuple, tensor_map)), step, size))
+    return [[name, stage, layout] for name, stages in strategy.layouts.items() for stage, layout in stages.items()]

@@ -26,13 +26,13 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.integrity.digests import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import Load, Manifest, load_manifest, recorded_digests
-from ms_ckpt_ext.engine.load.survey import Survey, pack, survey, unpack
+from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.resume import candidates, sightings
 from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
 from ms_ckpt_ext.engine.resume.layouts import entries, find_layouts
 from ms_ckpt_ext.engine.resume.scalars import Value, read_scalars
 from ms_ckpt_ext.engine.resume.trial_order import Order, prefix_of
-from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, folder_catalog
+from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import (
     CheckpointError,
@@ -44,11 +44,11 @@ from ms_ckpt_ext.errors import (
     name_ranks,
     storage_error,
 )
-from ms_ckpt_ext.formats.discovery.mindformers import read_common
+from ms_ckpt_ext.formats.discovery.mindformers import Folder, read_common
 from ms_ckpt_ext.formats.discovery.saves import unlike
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
-from ms_ckpt_ext.transport.agree import agree, share_status
+from ms_ckpt_ext.transport.agree import agree, pack, told_by_all, unpack
 from ms_ckpt_ext.transport.base import Transport
 
 
@@ -95,19 +95,19 @@ class Chosen:
 
     Attributes:
         candidate: which it is.
-        listing: its files on this host.
+        seen: its files, and what their headers say: all that a load needs to know of them.
+        catalog: the same as parameters.
         strategy: the layouts that cut it; None for whole parameters.
         scalars: what it holds outside the strategy, single values and texts.
         own: those of them that differ between ranks, by name and rank.
-        catalog: as headers tell it.
     """
 
     candidate: Candidate
-    listing: Listing
+    seen: Survey
+    catalog: Catalog
     strategy: Optional[Strategy]
     scalars: Mapping[str, Value]
     own: Mapping[str, Mapping[int, Value]]
-    catalog: Catalog
 
 
 def choose_checkpoint(transport: Transport[Any], wanted: ResumeRequest) -> tuple[Optional[Chosen], tuple[Skipped, ...]]:
@@ -200,19 +200,17 @@ def _real(directory: str) -> str:
 
 
 def _look_together(transport: Transport[Any], wanted: ResumeRequest, probe: bool) -> Order:
-    seen: list[Any] = []
-    error: Optional[BaseException] = None
-    try:
-        if probe:
-            seen = [sightings.folder_to_json(place) for place in sightings.look(wanted.directory, wanted.kind)]
-    except CheckpointError as problem:
-        error = problem
-    except OSError as problem:
-        error = storage_error("look for checkpoints in", wanted.directory, problem)
-    share_status(transport, error)
-    found = candidates.candidates(
-        [sightings.folder_from_json(raw) for raw in unpack(answer)] for answer in transport.share(pack(seen))
-    )
+    def look() -> list[Any]:
+        try:
+            places = sightings.look(wanted.directory, wanted.kind) if probe else []
+        except OSError as problem:
+            if isinstance(problem, CheckpointError):
+                raise
+            raise storage_error("look for checkpoints in", wanted.directory, problem) from problem
+        return [sightings.folder_to_json(place) for place in places]
+
+    answers = told_by_all(transport, look)
+    found = candidates.candidates([sightings.folder_from_json(raw) for raw in answer] for answer in answers)
     return Order(c for c in found if wanted.prefix is None or (not c.merged and prefix_of(c.name) == wanted.prefix))
 
 
@@ -230,13 +228,13 @@ def _try(transport: Transport[Any], wanted: ResumeRequest, candidate: Candidate,
     def look() -> Listing:
         return candidate.listing(wanted.directory, files, wanted.kind)
 
-    seen, catalog, listing = _read_headers(transport, wanted, look, strategy)
+    seen, catalog = _read_headers(transport, wanted, look, strategy)
     if wanted.digests:
         _compare_digests(transport, wanted, seen)
     scalars = read_scalars(transport, catalog, seen.by_number, seen.sharded)
-    common = _common(transport, listing)
+    common = _common(transport, seen.folder)
     _tell_apart(transport, candidate, common, scalars.alike)
-    return Chosen(candidate, listing, strategy, {**common, **scalars.alike}, scalars.own, catalog)
+    return Chosen(candidate, seen, catalog, strategy, {**common, **scalars.alike}, scalars.own)
 
 
 def _tell_apart(
@@ -255,18 +253,14 @@ def _text(strategy: Optional[Strategy]) -> str:
 
 def _read_headers(
     transport: Transport[Any], wanted: ResumeRequest, look: Callable[[], Listing], strategy: Optional[Strategy]
-) -> tuple[Survey, Catalog, Listing]:
+) -> tuple[Survey, Catalog]:
     """Tables of contents of all files, that they fit the layouts, and that nothing is missing."""
     problem, result = "", None
     try:
         seen = survey(transport, look, partial(read_index, access=wanted.access), wanted.host)
-        listing = _here(look)
-        if listing.folder is not None:
-            catalog = folder_catalog(seen.indexes, listing.folder, wanted.access)
-        else:
-            catalog = catalog_of(seen.indexes, seen.sharded, seen.names, strategy, wanted.access)
+        catalog = seen.catalog(strategy, wanted.access)
         problem = wanted.lacks(catalog) or _uncovered(catalog)
-        result = seen, catalog, listing
+        result = seen, catalog
     except PeerError:
         pass  # the peer tells below; if it is gone, that shows below too
     except TransportError:
@@ -279,14 +273,6 @@ def _read_headers(
     return result
 
 
-def _here(look: Callable[[], Listing]) -> Listing:
-    """What this host sees of it, which may be nothing."""
-    try:
-        return look()
-    except DiscoveryError:
-        return Listing({}, False, None)
-
-
 def _uncovered(catalog: Catalog) -> str:
     """The first parameter that lacks a slice in every place where it could be whole; "" when there is none."""
     for name, tensor in catalog.tensors.items():
@@ -297,12 +283,13 @@ def _uncovered(catalog: Catalog) -> str:
     return ""
 
 
-def _common(transport: Transport[Any], listing: Listing) -> dict[str, Value]:
+def _common(transport: Transport[Any], folder: Optional[Folder]) -> dict[str, Value]:
     """The training scalars of a MindFormers folder."""
+    if folder is None:
+        return {}
     mine: dict[str, Any] = {}
-    if listing.folder is not None:
-        with contextlib.suppress(FormatError):  # of one that is chosen it was readable a moment ago
-            mine = dict(read_common(listing.folder.path))
+    with contextlib.suppress(FormatError):  # of one that is chosen it was readable a moment ago
+        mine = dict(read_common(folder.path))
     told: dict[str, Any] = next(filter(None, map(unpack, transport.share(pack(mine)))), {})
     return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 
@@ -338,7 +325,7 @@ def _faults(index: FileIndex, access: Access, load: Load = load_manifest) -> str
         Manifest({name: held}),
         [name],
         1,
-        partial(read_index, access=access),
+        lambda _path: index,
         partial(open_reader, access=access),
     )
     return "; ".join(map(str, faults[:3]))

@@ -19,7 +19,8 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import Held, of_rank
 from ms_ckpt_ext.engine.source.values import TEXT, read_whole
 from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.dealt import Together, told_by_all
+from ms_ckpt_ext.engine.unlisted.dealt import Together
+from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 Value = Union[npt.NDArray[Any], str]

@@ -360,13 +360,16 @@ def catalog_of(
     names: Optional[Mapping[str, str]],
     strategy: Optional[Strategy],
     access: Access = PLAIN,
+    folder: Optional[mindformers.Folder] = None,
 ) -> Catalog:
-    """A checkpoint from its listing and the headers of its files.
+    """A checkpoint from its listing (see `listing.Listing`) and the headers of its files, by key.
 
     Raises:
         DiscoveryError: a rank's file without a strategy says that slices were left to other ranks' files.
-        others: as `ranks_catalog` and `parts_catalog`.
+        others: as `ranks_catalog`, `parts_catalog` and `folder_contents`.
     """
+    if folder is not None:
+        return _folder_catalog(index_of, folder, access)
     if sharded and strategy is not None:
         return ranks_catalog({int(key): index for key, index in index_of.items()}, strategy, access)
     if sharded:
@@ -383,8 +386,8 @@ def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
             )
 
 
-def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access = PLAIN) -> Catalog:
-    """A folder of MindFormers from the headers of its files. Raises as `folder_contents`."""
+def _folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access) -> Catalog:
+    """A folder of MindFormers from the headers of its files."""
     indexes = tuple(index_of.values())
     refuse_slices(indexes)
     found = folder_contents(index_of, folder)
@@ -396,9 +399,7 @@ def folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder
 def read_listing(listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN) -> Catalog:
     """A checkpoint from its listing: reads the headers. Raises as `catalog_of`."""
     index_of = dict(zip(listing.files, read_indexes(listing.files.values(), access)))
-    if listing.folder is not None:
-        return folder_catalog(index_of, listing.folder, access)
-    return catalog_of(index_of, listing.sharded, listing.names, strategy, access)
+    return catalog_of(index_of, listing.sharded, listing.names, strategy, access, listing.folder)
 
 
 def open_catalog(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.geometry.layout import Cell, layout_from_json
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.engine.source.outside import Outside, outside_of
@@ -60,6 +60,40 @@ def folder_contents(index_of: Mapping[str, FileIndex], folder: Folder) -> Folder
     parts = [outside_of(indexes, ranks, folder.cuts.keys()) for ranks in (weights, states)]
     outside = Outside(*({**one, **other} for one, other in zip(*parts)))  # an optimizer's file leaves out the network's
     return FolderContents(tensors, absent, outside, strategy, weights or states)
+
+
+def cuts_to_json(folder: Folder) -> Any:
+    """How the parameters of a folder are cut, for other hosts; file names once each."""
+    if folder.cuts is None:
+        return None
+    files: dict[str, int] = {}
+    cuts = [
+        [
+            name,
+            cut.shape,
+            cut.layout,
+            [[cell, [files.setdefault(file, len(files)) for file in held]] for cell, held in cut.holders.items()],
+            cut.stage,
+        ]
+        for name, cut in folder.cuts.items()
+    ]
+    return [list(files), cuts]
+
+
+def cuts_from_json(raw: Any) -> Optional[dict[str, ParameterCut]]:
+    """What `cuts_to_json` was given."""
+    if raw is None:
+        return None
+    files, cuts = raw
+    return {
+        name: ParameterCut(
+            tuple(shape),
+            layout_from_json(layout),
+            {tuple(cell): tuple(files[number] for number in held) for cell, held in holders},
+            stage,
+        )
+        for name, shape, layout, holders, stage in cuts
+    }
 
 
 def _of_kind(kind: str, numbers: Mapping[str, int]) -> dict[int, int]:

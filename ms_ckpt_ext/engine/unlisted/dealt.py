@@ -6,17 +6,15 @@ For what is compared before a load: each answer is found by one rank, so it cost
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Optional
 
 from ms_ckpt_ext.core.exchange.demand import Sees
-from ms_ckpt_ext.engine.load.survey import pack, unpack
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.alike import OnRecord, recorded
 from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe, Seen
-from ms_ckpt_ext.transport.agree import share_status
+from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
-_T = TypeVar("_T")
 _TOGETHER = 1 << 20
 """Bytes up to which probes of one file go to one rank, which opens it once."""
 
@@ -84,15 +82,3 @@ def on_record_together(
         return {file: held for answer in told_by_all(transport, look) for file, held in answer}
 
     return on_record
-
-
-def told_by_all(transport: Transport[Any], look: Callable[[], _T]) -> list[_T]:
-    """What every rank found, in rank order, as JSON has it; an error of one is raised on all."""
-    error: Optional[BaseException] = None
-    found: Optional[_T] = None
-    try:
-        found = look()
-    except Exception as problem:  # noqa: BLE001 - shared with all ranks before it is raised
-        error = problem
-    share_status(transport, error)
-    return [unpack(answer) for answer in transport.share(pack(found))]
