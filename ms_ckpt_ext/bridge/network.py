@@ -17,6 +17,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.bridge import world
 from ms_ckpt_ext.bridge.match import (
     Match,
     Matches,
@@ -30,7 +31,6 @@ from ms_ckpt_ext.bridge.match import (
 from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.bridge.world import world_size
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.schedule import schedule
@@ -130,7 +130,7 @@ def _settled(request: LoadRequest, catalog: Catalog) -> tuple[Catalog, Matches]:
     """The source with what had to be compared compared, by this rank alone, and what every Parameter takes of it."""
 
     def taking(catalog: Catalog) -> Taking:
-        return Taking(catalog, request.target, request.rank, world_size())
+        return Taking(catalog, request.target, request.rank, world.world_size())
 
     before = taking(catalog)
     found = matched(request.network, before, request.manner)
@@ -163,9 +163,9 @@ def network_dict(request: LoadRequest, catalog: Catalog) -> dict[str, Any]:
     check_cell(request.network)
     strategy, rank = request.target, request.rank
     catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
-    taking = Taking(catalog, strategy, rank, world_size())
+    taking = Taking(catalog, strategy, rank, world.world_size())
     catalog = compared(catalog, taking.needs_comparing([*catalog.unproven]))
-    taking = Taking(catalog, strategy, rank, world_size())
+    taking = Taking(catalog, strategy, rank, world.world_size())
     taking.require_common()
     taking.refuse_others(catalog.own)
     own = {name: offer_of(catalog, taking.require_own(name)) for name in (*catalog.own, *catalog.unproven)}

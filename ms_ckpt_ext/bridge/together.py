@@ -24,7 +24,6 @@ from ms_ckpt_ext.bridge.match import Match, Matches
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.bridge.network import Filled, LoadRequest, fill_matches, half_done, prove_matches, tell_loaded
 from ms_ckpt_ext.bridge.settle import boxes, matched, open_names
-from ms_ckpt_ext.core.geometry.layout import whole
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
 from ms_ckpt_ext.engine.integrity.recorded import audit, settled
@@ -185,14 +184,8 @@ def _prepared(
         "choice_func": repr([(*catalog.tensors,), (*catalog.extras,)]),  # a function is told by what it left
     }
     hardware = profiles.profile(profiles.ASCEND if transport.traits.on_device else profiles.CPU).hardware
-    wants = {match.name: _want(match) for match in found.matches}
+    wants = {match.name: Want(match.offer.tensor.meta.name, match.offer.layout) for match in found.matches}
     return session.prepare(transport, seen, catalog, wants, request.options, hardware, facts)
-
-
-def _want(match: Match) -> Want:
-    tensor = match.offer.tensor
-    cut = match.offer.region is not None and match.offer.shape != tensor.meta.shape
-    return Want(tensor.meta.name, match.offer.layout if cut else whole(len(tensor.meta.shape)))
 
 
 def _prove(rank: int, request: LoadRequest, ready: Prepared, matches: Sequence[Match]) -> None:

@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[set[str], str]] = {
     "flipped, direct": ({"ChecksumError"}, "parameter 'layers.0.wqkv.weight' in"),
     "no digests": ({"UsageError", "PeerError"}, "ms_ckpt_ext.digests.json"),
     "no strategy file": ({"FileNotFoundStrategyError", "PeerError"}, "nowhere.ckpt"),
-    "another training strategy": ({"LayoutMismatchError", "StrategyError", "PeerError"}, "full shape [192, 24]"),
+    "another training strategy": ({"DisagreementError"}, "'source strategy' on rank 1"),
     "another target": ({"LayoutMismatchError", "PeerError"}, "check predict_strategy"),
     "another mode": ({"DisagreementError"}, "'mode' on rank 1"),
     "sink": (ENDED, "the device is lost"),

@@ -69,8 +69,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of a load is that of its thread, and so are rank and world."""
     monkeypatch.setattr(together, "select_transport", lambda timeout: _Lasting(HERE.transport))
     monkeypatch.setattr(world, "own_rank", lambda: HERE.transport.rank)
-    for module in (world, network):
-        monkeypatch.setattr(module, "world_size", lambda: HERE.transport.size)
+    monkeypatch.setattr(world, "world_size", lambda: HERE.transport.size)
 
 
 def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Filled]:

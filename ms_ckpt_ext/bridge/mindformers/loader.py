@@ -16,12 +16,12 @@ from typing import Any, Callable, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
+from ms_ckpt_ext.bridge import world
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.bridge.world import own_rank, world_size
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.weight_rules import Rule
@@ -180,14 +180,14 @@ def _fill(
     """Fill the Parameters; returns the names of those that got nothing."""
     mode = "cooperative" if balanced and options.way == "auto" else options.way
     settings = LoadOptions(mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify)
-    alone = world_size() == 1 or (mode == "direct" and options.verify == "none")
+    alone = world.world_size() == 1 or (mode == "direct" and options.verify == "none")
     try:
         listing, wanted = list_checkpoint(directory, None), target()
     except CheckpointError as error:
         if alone:
             raise
         give_up(error, settings.timeout)
-    rank = own_rank() if wanted is not None else 0
+    rank = world.own_rank() if wanted is not None else 0
     request = live.LoadRequest(
         Both(cells), wanted, rank, _MANNER, rules, _listed(listing), options=settings, workers=options.workers
     )
