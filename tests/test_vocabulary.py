@@ -15,7 +15,7 @@ OWN_WORDS = "cli/"
 # Public name -> why several modules define it.
 SHARED = {
     "read_index": "the reader of a format, and the one in front of them that chooses by suffix",
-    "verify_crc": "as read_index",
+    "stored_checksum": "as read_index",
     "layout": "the writer of a format: where every byte of a file goes",
     "load_checkpoint": "MindSpore's function, and MindFormers' of the same name",
     "install": "replaces MindSpore's functions, MindFormers' functions, and those of older MindFormers",

@@ -2,66 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 from ms_ckpt_ext import progress
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.engine.integrity import soundness
-from ms_ckpt_ext.engine.integrity.authenticate import prove_file
 from ms_ckpt_ext.engine.integrity.compare import Comparison, compare
-from ms_ckpt_ext.engine.integrity.digests import check_digests
-from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Fault, FileDigests, load_manifest, opened
+from ms_ckpt_ext.engine.integrity.folder import ManifestCheck, check_listed, find_listed
 from ms_ckpt_ext.engine.integrity.pairing import Kept, everything, pair_up
 from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
-from ms_ckpt_ext.errors import DiscoveryError, FormatError, StorageError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.registry import Access, crc_fault, open_reader, read_index
-from ms_ckpt_ext.storage.reader import ByteReader
-from ms_ckpt_ext.storage.threads import in_order
-
-
-class Unchecked(NamedTuple):
-    """A file that was not checked, and why."""
-
-    file: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class ManifestCheck:
-    """A checkpoint against its digests.
-
-    Attributes:
-        manifests: the manifests that were found.
-        files, tensors: how many were checked.
-        nbytes: bytes of the files.
-        faults: what is not as it was written.
-        unlisted: checkpoint files that no manifest lists.
-        unchecked: files of which only the size could be compared, and why: encrypted, without a key; or without digests
-            on record and with neither authentication nor a checksum inside.
-    """
-
-    manifests: tuple[str, ...]
-    files: int
-    tensors: int
-    nbytes: int
-    faults: tuple[Fault, ...]
-    unlisted: tuple[str, ...]
-    unchecked: tuple[Unchecked, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """True when every listed file was looked at and is as it was written."""
-        return not self.faults and not self.unchecked
+from ms_ckpt_ext.formats.registry import Access
 
 
 def verify(
@@ -164,107 +121,6 @@ def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, al
 
 
 def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
-    if not os.path.isdir(path):
-        what = "is a file" if os.path.isfile(path) else "does not exist"
-        raise DiscoveryError(f"{path!r} {what}; a manifest lies in a directory, beside the files: give that")
-    folders = [path, *map(str, rank_folders.folders_in(Path(path)))]
-    found = {folder: held for folder in folders if (held := load_manifest(folder)) is not None}
-    if not found:
-        raise DiscoveryError(
-            f"{path!r} holds no {MANIFEST_NAME}, so nothing says what the files should hold; "
-            "compare with another checkpoint, or give the strategy to check the checkpoint by itself"
-        )
-    listed = {os.path.normpath(os.path.join(folder, name)) for folder, held in found.items() for name in held.files}
-    faults: list[Fault] = []
-    unchecked: list[Unchecked] = []
-    tensors, sizes = 0, [entry.size for held in found.values() for entry in held.files.values()]
-    with progress.bar("verify", sum(sizes)) as advance:
-
-        def opener(file: str) -> ByteReader:
-            return _Counted(open_reader(file, access), advance)
-
-        for folder, held in found.items():
-            prefix = os.path.relpath(folder, path)
-            readable, closed = opened(held, access.key)
-            tensors += sum(len(entry.tensors) for entry in readable.files.values())
-            told = closed + check_digests(
-                folder, readable, None, workers, lambda file: read_index(file, access), opener
-            )
-            damaged = {fault.file for fault in told}
-            rest = {name: entry for name, entry in readable.files.items() if name not in damaged}
-            proved, open_ = _prove(
-                folder, {n: entry for n, entry in rest.items() if not entry.readable}, access, advance
-            )
-            whole = [name for name, entry in rest.items() if entry.readable and held.files[name].sealed is None]
-            summed = _checksums(folder, whole, access, workers)
-            told = [*told, *proved, *summed]
-            faults += [f._replace(file=os.path.normpath(os.path.join(prefix, f.file))) for f in told]
-            unchecked += [u._replace(file=os.path.normpath(os.path.join(prefix, u.file))) for u in open_]
-    manifests = tuple(os.path.join(folder, MANIFEST_NAME) for folder in found)
-    return ManifestCheck(
-        manifests, len(sizes), tensors, sum(sizes), tuple(faults), tuple(_unlisted(folders, listed)), tuple(unchecked)
-    )
-
-
-def _prove(
-    folder: str, entries: Mapping[str, FileDigests], access: Access, advance: Callable[[int], None]
-) -> tuple[list[Fault], list[Unchecked]]:
-    """Files without readable digests: what is wrong with them, and which could not be checked."""
-    faults, unchecked = [], []
-    for name, entry in entries.items():
-        if entry.sealed is not None:
-            unchecked.append(Unchecked(name, "listed with encrypted digests, and no key is given"))
-            continue
-        try:
-            reason = prove_file(os.path.join(folder, *name.split("/")), access, advance)
-        except (FormatError, StorageError) as error:
-            faults.append(Fault(name, None, str(error), "contents as they were encrypted"))
-        else:
-            unchecked += [] if reason is None else [Unchecked(name, reason)]
-    return faults, unchecked
-
-
-def _checksums(folder: str, names: list[str], access: Access, workers: int) -> list[Fault]:
-    """Files that hold their tensors as the manifest has them, but are not what their own checksum says.
-
-    It covers what digests do not: all of a `.ckpt`, and of safetensors the names of tensors.
-    """
-
-    def look(name: str) -> Optional[str]:
-        try:
-            return crc_fault(read_index(os.path.join(folder, *name.split("/")), access), access)
-        except (FormatError, StorageError) as error:
-            return str(error)
-
-    told = zip(names, in_order(look, names, workers))
-    return [Fault(name, None, fault, "contents that fit the file's checksum") for name, fault in told if fault]
-
-
-def _unlisted(folders: list[str], listed: set[str]) -> list[str]:
-    files = (str(path) for folder in folders for path in rank_folders.inside(Path(folder)))
-    kinds = (".safetensors", ".ckpt")
-    return [f for f in map(os.path.normpath, files) if f.endswith(kinds) and os.path.isfile(f) and f not in listed]
-
-
-class _Counted:
-    """A reader that tells how much was read of it."""
-
-    def __init__(self, inner: ByteReader, advance: Any) -> None:
-        self._inner, self._advance = inner, advance
-        self.path, self.size, self.disk_size = inner.path, inner.size, inner.disk_size
-        self.mtime_ns, self.fd, self.traits = inner.mtime_ns, inner.fd, inner.traits
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`."""
-        self._inner.read_into(offset, buffer)
-        self._advance(len(buffer))
-
-    def close(self) -> None:
-        """Release the file."""
-        self._inner.close()
-
-    def __enter__(self) -> _Counted:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    listed = find_listed(path)
+    with progress.bar("verify", listed.nbytes) as advance:
+        return check_listed(listed, access, workers, advance)

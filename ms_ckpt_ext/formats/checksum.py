@@ -7,11 +7,13 @@ x^(8n) in GF(2)[x] modulo the generator (as zlib's `crc32_combine` does, which P
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.errors import ChecksumError
 from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -37,6 +39,21 @@ class Integer(NamedTuple):
 
 Covered = Union[bytes, Extent, Integer]
 """What a checksum covers: bytes as they are, or a stretch of the file."""
+
+
+class StoredChecksum(NamedTuple):
+    """A checksum that a file carries: what it covers, and, given the sum that was found, what is wrong; else None."""
+
+    parts: tuple[Covered, ...]
+    fault: Callable[[int], Optional[str]]
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """What it covers of the file."""
+        found = (part.extent if isinstance(part, Integer) else part for part in self.parts)
+        return tuple(part for part in found if isinstance(part, Extent))
+
+
 _PIECE = 4 << 20
 _GENERATOR = 0xEDB88320  # reflected: the highest bit is x^0
 _ONE = 1 << 31
@@ -63,6 +80,72 @@ def crc_of(reader: ByteReader, parts: Iterable[Covered], piece: int = _PIECE) ->
             reader.read_into(part.offset + done, read)
             crc = zlib.crc32(read, crc)
     return crc
+
+
+def verify_stored(reader: ByteReader, stored: Optional[StoredChecksum]) -> bool:
+    """Compare a file's checksum with its contents; False when it has none. Raises ChecksumError."""
+    if stored is None:
+        return False
+    fault = stored.fault(_sum_of(reader, stored.parts))
+    if fault is not None:
+        raise ChecksumError(fault)
+    return True
+
+
+def _sum_of(reader: ByteReader, parts: tuple[Covered, ...]) -> int:
+    shorter = reader.traits.crc32
+    if shorter is not None and len(parts) == 1 and isinstance(parts[0], Extent) and parts[0].offset == 0:
+        return shorter(parts[0].length)
+    return crc_of(reader, parts)
+
+
+class Sums:
+    """The CRC-32 of parts of a file, put together from stretches that come in any order."""
+
+    def __init__(self, parts: Sequence[Covered]) -> None:
+        self._parts = parts
+        self._numbers = {
+            part.extent.offset: bytearray(part.extent.length) for part in parts if isinstance(part, Integer)
+        }
+        extents = [part.extent if isinstance(part, Integer) else part for part in parts if not isinstance(part, bytes)]
+        self._seams = sorted({offset for e in extents for offset in (e.offset, e.offset + e.length)})
+        self._found: dict[int, tuple[int, int]] = {}
+
+    def add(self, offset: int, buffer: memoryview) -> None:
+        """Sum a stretch, cut where parts of the checksum begin or end."""
+        stop = offset + len(buffer)
+        if offset == stop:
+            return
+        seams = self._seams[bisect_right(self._seams, offset) : bisect_left(self._seams, stop)]
+        for low, high in zip((offset, *seams), (*seams, stop)):
+            piece = buffer[low - offset : high - offset]
+            self._found[low] = (zlib.crc32(piece), high - low)
+            if self._numbers:
+                self._note(low, piece)
+
+    def _note(self, low: int, piece: memoryview) -> None:
+        """Keep the bytes of a number, which may come in parts."""
+        at = bisect_right(self._seams, low) - 1
+        number = self._numbers.get(self._seams[at]) if at >= 0 else None
+        if number is not None:
+            skip = low - self._seams[at]
+            number[skip : skip + len(piece)] = piece[: max(0, len(number) - skip)]
+
+    def total(self) -> int:
+        """The checksum."""
+        crc = 0
+        for part in self._parts:
+            if isinstance(part, bytes):
+                crc = zlib.crc32(part, crc)
+                continue
+            if isinstance(part, Integer):
+                crc = part.extend(crc, bytes(self._numbers[part.extent.offset]))
+                continue
+            at = part.offset
+            while at < part.offset + part.length:
+                found, length = self._found[at]
+                crc, at = combine(crc, found, length), at + length
+        return crc
 
 
 def combine(first: int, second: int, length: int) -> int:

@@ -28,8 +28,8 @@ from typing import NamedTuple, Optional, Union
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES, INT4, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, MapParameterError, TruncatedFileError
-from ms_ckpt_ext.formats.checksum import CRC_NUM, crc_of
+from ms_ckpt_ext.errors import DecryptionError, FormatError, MapParameterError, TruncatedFileError
+from ms_ckpt_ext.formats.checksum import CRC_NUM, StoredChecksum
 from ms_ckpt_ext.formats.crypto.sniff import sniff
 from ms_ckpt_ext.formats.discovery import kinds
 from ms_ckpt_ext.formats.index import BUDGET, MAX_RANK, FileIndex, TensorEntry, countable
@@ -100,23 +100,21 @@ def stored_crc(reader: ByteReader) -> Optional[int]:
     return _crc_in(tail) if tail.startswith(CRC_MARK) else None
 
 
-def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
-    """Compare the stored checksum with the bytes, in bounded memory; False when the file has none.
-
-    Raises:
-        ChecksumError: they differ.
-    """
+def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
+    """The checksum behind a file's values; None when there is none."""
     if CRC_NUM not in index.metadata:
-        return False
+        return None
     stored, end = int(index.metadata[CRC_NUM]), int(index.metadata[CRC_OFFSET])
-    shorter = reader.traits.crc32
-    found = crc_of(reader, [Extent(0, end)]) if shorter is None else shorter(end)
-    if found != stored:
-        raise ChecksumError(
+
+    def fault(found: int) -> Optional[str]:
+        if found == stored:
+            return None
+        return (
             f"{index.path!r}: CRC-32 of bytes 0 to {end} is {found}, but {stored} is stored at byte {end}; "
             "the file was damaged after it was saved: restore it or choose another checkpoint"
         )
-    return True
+
+    return StoredChecksum((Extent(0, end),), fault)
 
 
 def value_bytes(tag: str, axes: int, kind: str) -> int:

@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, UsageError
+from ms_ckpt_ext.errors import DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
-from ms_ckpt_ext.formats.checksum import CRC_NUM
+from ms_ckpt_ext.formats.checksum import StoredChecksum, verify_stored
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
@@ -128,7 +128,7 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
     with open_reader(path, access) as reader:
         by_blocks = _by_blocks(reader, form)
         index = index_through(reader, path)
-        if (access.crc_check or by_blocks) and not form.verify_crc(reader, index):
+        if (access.crc_check or by_blocks) and not verify_stored(reader, form.stored_checksum(index)):
             log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
         return index
 
@@ -150,25 +150,10 @@ def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
     return True
 
 
-def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
-    """Compare a file's checksum with its contents; False when it has none. Raises ChecksumError."""
-    checked: bool = _form(index.path, "read").verify_crc(reader, index)
-    return checked
-
-
-def crc_fault(index: FileIndex, access: Access = PLAIN) -> Optional[str]:
-    """What is wrong with a file by the checksum that it carries; None when nothing is, or it has none.
-
-    Raises as `open_reader`.
-    """
-    if CRC_NUM not in index.metadata:
-        return None
-    with reopen(index, access) as reader:
-        try:
-            verify_crc(reader, index)
-        except ChecksumError as error:
-            return str(error)
-    return None
+def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
+    """The checksum that a file carries; None when it carries none."""
+    found: Optional[StoredChecksum] = _form(index.path, "read").stored_checksum(index)
+    return found
 
 
 def read_indexes(paths: Iterable[str], access: Access = PLAIN, workers: int = 8) -> list[FileIndex]:

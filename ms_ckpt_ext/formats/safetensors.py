@@ -16,13 +16,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, FILE_ORDER, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.errors import ChecksumError, FormatError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.checksum import CRC_NUM, Covered, Integer, crc_of
+from ms_ckpt_ext.errors import FormatError, TruncatedFileError, UsageError
+from ms_ckpt_ext.formats.checksum import CRC_NUM, Covered, Integer, StoredChecksum
 from ms_ckpt_ext.formats.index import (
     MAX_RANK,
     Checksum,
@@ -69,22 +69,21 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
     return FileIndex(path, reader.disk_size, mtime_ns, table.tensors, metadata, reader.traits.container)
 
 
-def verify_crc(reader: ByteReader, index: FileIndex) -> bool:
-    """Compare the stored checksum with the bytes, in bounded memory; False when the file has none.
-
-    Raises:
-        ChecksumError: they differ, or what is stored is no number.
-    """
+def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
+    """The checksum in a file's header; None when there is none."""
     stored = index.metadata.get(CRC_NUM)
     if stored is None:
-        return False
-    found = crc_of(reader, _crc_parts(index.tensors))
-    if stored.lstrip("0") != str(found).lstrip("0"):
-        raise ChecksumError(
+        return None
+
+    def fault(found: int) -> Optional[str]:
+        if stored.lstrip("0") == str(found).lstrip("0"):
+            return None
+        return (
             f"{index.path!r}: the CRC-32 of its tensors is {found}, but its header says {stored[:32]!r}; "
             "the file was damaged after it was saved: restore it or choose another checkpoint"
         )
-    return True
+
+    return StoredChecksum(tuple(_crc_parts(index.tensors)), fault)
 
 
 def _crc_parts(tensors: Mapping[str, TensorEntry]) -> list[Covered]:

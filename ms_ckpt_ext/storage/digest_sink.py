@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 import xxhash
 
@@ -22,7 +22,8 @@ from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.sink import FileLike
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
-_KEPT = 4 << 10  # most bytes of a piece of framing that is kept rather than read back
+KEPT = 4 << 10
+"""Most bytes of a piece of framing that is kept rather than read back."""
 
 Streams = Mapping[Optional[str], Iterable[Extent]]
 """What is digested: a tensor's name, or None for the framing -> where its bytes lie, one extent after another."""
@@ -54,7 +55,7 @@ class DigestingSink:
     ) -> None:
         self._sink, self.path, self.fd, self.unit = sink, sink.path, sink.fd, sink.unit
         self._told, self._literals, self._lock = streams, literals, threading.Lock()
-        self._streams: Optional[dict[Optional[str], _Stream]] = None
+        self._streams: Optional[dict[Optional[str], DigestStream]] = None
         self._parts: list[_Part] = []
         self._starts: list[int] = []
 
@@ -90,7 +91,7 @@ class DigestingSink:
             if self._streams is not None:
                 return
             streams = {
-                name: _Stream(tuple(extents), self._sink, self._lock, _KEPT if name is None else 0)
+                name: DigestStream(tuple(extents), self._sink, self._lock, KEPT if name is None else 0)
                 for name, extents in self._told().items()
             }
             self._parts = sorted((part for stream in streams.values() for part in stream.parts()), key=_start)
@@ -114,19 +115,28 @@ class _Part(NamedTuple):
     start: int
     stop: int
     position: int
-    stream: _Stream
+    stream: DigestStream
 
 
 def _start(part: _Part) -> int:
     return part.start
 
 
-class _Stream:
+class Readable(Protocol):
+    """Where bytes that came too early are read again; `unit` as in `storage.sink.Sink`."""
+
+    @property
+    def unit(self) -> int: ...
+
+    def read_back(self, offset: int, buffer: memoryview) -> None: ...
+
+
+class DigestStream:
     """A digest under way, of bytes that lie in `extents`; pieces of at most `kept` bytes are kept, not read back."""
 
     __slots__ = ("_busy", "_early", "_extents", "_found", "_kept", "_lock", "_next", "_sink", "_state", "_total")
 
-    def __init__(self, extents: tuple[Extent, ...], sink: FileLike, lock: threading.Lock, kept: int) -> None:
+    def __init__(self, extents: tuple[Extent, ...], sink: Readable, lock: threading.Lock, kept: int) -> None:
         self._extents, self._sink, self._lock, self._kept = extents, sink, lock, kept
         self._total, self._next = sum(extent.length for extent in extents), 0
         self._state: Any = None  # only while there are digests to make
@@ -136,6 +146,7 @@ class _Stream:
         self._found: Optional[str] = None
 
     def parts(self) -> Iterator[_Part]:
+        """Where its bytes lie."""
         position = 0
         for offset, length in self._extents:
             if length:
@@ -177,6 +188,12 @@ class _Stream:
                 self._state.update(part)
                 offset += len(part)
 
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes were digested."""
+        return self._next == self._total
+
     def digest(self) -> str:
-        assert self._next == self._total
+        """32 hexadecimal digits; once it is complete."""
+        assert self.complete
         return self._found or xxhash.xxh3_128_hexdigest(b"")

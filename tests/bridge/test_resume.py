@@ -15,7 +15,7 @@ from mindspore import nn
 from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 
 from ms_ckpt_ext import CheckpointRecorder, load_for_inference, resume, unified_safetensors
-from ms_ckpt_ext.engine.integrity.digests import check_digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.engine.resume.records import read_records
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, StrategyError, UsageError

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.formats import ckpt
+from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail, layout
 from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
@@ -253,7 +254,7 @@ def test_a_checksum_inside_the_encryption_is_verified_by_both(tmp_path: Path, mo
     with pytest.raises(ValueError, match="[Cc]rc|encrypted|permission"):
         ms.load_checkpoint(str(tmp_path / "bad.ckpt"), dec_key=key, dec_mode=mode, crc_check=True)
     with DecryptingReader(PlainReader(str(tmp_path / "good.ckpt")), key, mode) as reader:
-        assert ckpt.verify_crc(reader, ckpt.read_index(reader))
+        assert verify_stored(reader, ckpt.stored_checksum(ckpt.read_index(reader)))
 
 
 @pytest.mark.parametrize("mode", MODES)

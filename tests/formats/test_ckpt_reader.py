@@ -17,6 +17,7 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, FormatError, TruncatedFileError
 from ms_ckpt_ext.formats import ckpt
+from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import DecryptingReader
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
@@ -155,14 +156,14 @@ def test_checksum_tail() -> None:
     data = SAVED + crc_tail(zlib.crc32(SAVED))
     index = index_of(data)
     assert index.metadata == {"crc_num": str(zlib.crc32(SAVED)), "crc_offset": str(len(SAVED))}
-    assert ckpt.verify_crc(MemoryReader(data), index) is True
+    assert verify_stored(MemoryReader(data), ckpt.stored_checksum(index)) is True
     damaged = data[:20] + b"\xff" + data[21:]
     with pytest.raises(ChecksumError, match="bytes 0 to 122"):
-        ckpt.verify_crc(MemoryReader(damaged), index)
+        verify_stored(MemoryReader(damaged), ckpt.stored_checksum(index))
 
 
 def test_no_checksum_is_no_error() -> None:
-    assert ckpt.verify_crc(MemoryReader(SAVED), index_of(SAVED)) is False
+    assert verify_stored(MemoryReader(SAVED), ckpt.stored_checksum(index_of(SAVED))) is False
 
 
 def test_contents_that_look_like_a_tail_are_contents() -> None:
@@ -297,7 +298,7 @@ def test_very_many_small_tensors_are_read() -> None:
 def test_a_parameter_may_be_called_like_the_checksum() -> None:
     data = value(b"crc_num", [2], b"Int8", b"ab")
     found = index_of(data + crc_tail(zlib.crc32(data)))
-    assert list(found.tensors) == ["crc_num"] and ckpt.verify_crc(MemoryReader(data), found)
+    assert list(found.tensors) == ["crc_num"] and verify_stored(MemoryReader(data), ckpt.stored_checksum(found))
 
 
 def test_a_tensor_without_bytes_has_one_value() -> None:
@@ -313,7 +314,7 @@ def test_checksums_take_bounded_memory() -> None:
     index = FileIndex(
         "huge.ckpt", reader.size, 0, {}, {"crc_num": str(zlib.crc32(bytes(tail))), "crc_offset": str(tail)}
     )
-    assert ckpt.verify_crc(reader, index)
+    assert verify_stored(reader, ckpt.stored_checksum(index))
     assert reader.reads == 10
 
 
@@ -358,7 +359,7 @@ def test_golden_files_equal_their_safetensors(path: Path) -> None:
     index = ckpt.read_index(reader, mtime_ns=0)
     found = {name: (e.dtype.name, e.shape, contents(reader, e)) for name, e in index.tensors.items()}
     assert found == truth(twin)
-    assert ckpt.verify_crc(reader, index) is ("crc" in path.parts[-3])
+    assert verify_stored(reader, ckpt.stored_checksum(index)) is ("crc" in path.parts[-3])
     assert (index.size, index.reader) == (
         path.stat().st_size,
         MODES.get(path.parts[-3], "plain"),

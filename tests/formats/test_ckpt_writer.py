@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, ckpt_writer
+from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import SLICE_BYTES, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import PlainReader
@@ -104,7 +105,7 @@ def test_checksum(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(data[:-17] + plan.checksum.render(zlib.crc32(data[:-17])))
     with PlainReader(str(path)) as reader:
-        assert ckpt.verify_crc(reader, ckpt.read_index(reader))
+        assert verify_stored(reader, ckpt.stored_checksum(ckpt.read_index(reader)))
 
 
 tensors = st.dictionaries(
@@ -139,4 +140,4 @@ def test_what_is_written_is_read_back(items: dict, crc: bool, piece: int, random
     assert index.tensors == plan.tensors
     assert list(index.tensors) == list(items)
     assert {k: v for k, v in index.metadata.items() if k in items and v == "Int4"} == notes
-    assert ckpt.verify_crc(reader, index) is crc
+    assert verify_stored(reader, ckpt.stored_checksum(index)) is crc

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats import ckpt
+from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter, decrypting_reader
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
@@ -67,7 +68,7 @@ def digest(data: bytes, encrypted: bool) -> Digest:
     reader = MemoryReader(data)
     source = decrypting_reader(reader, KEY) if encrypted else reader
     index = ckpt.read_index(source)
-    checked = ckpt.verify_crc(source, index)
+    checked = verify_stored(source, ckpt.stored_checksum(index))
     found = {}
     for name, entry in index.tensors.items():
         parts = []

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.integrity.digests import check_digests, digest_file
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, opened
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats import crypto, safetensors

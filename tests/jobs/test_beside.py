@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, reshard, safetensors_to_ckpt
-from ms_ckpt_ext.engine.integrity.digests import check_digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import DiscoveryError
 from ms_ckpt_ext.formats import registry

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.engine.integrity import digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import (
     MANIFEST_NAME,
     FileDigests,
@@ -85,17 +86,17 @@ def test_what_check_finds(tmp_path: Path) -> None:
     for name in names:
         write(tmp_path / name)
     manifest = recorded(tmp_path, *names)
-    assert digests.check_digests(str(tmp_path), manifest, workers=2) == []
+    assert check_digests(str(tmp_path), manifest, workers=2) == []
     path = tmp_path / names[0]
     raw = bytearray(path.read_bytes())
     raw[-BIG // 2] ^= 1
     path.write_bytes(raw)
-    (fault,) = digests.check_digests(str(tmp_path), manifest)
+    (fault,) = check_digests(str(tmp_path), manifest)
     assert fault[:2] == (names[0], "w") and fault.expected == manifest.files[names[0]].tensors["w"]
     assert str(fault).startswith("parameter 'w' in 'a.safetensors': found ")
     (tmp_path / names[1]).write_bytes(b"short")
     (tmp_path / names[2]).unlink()
-    faults = digests.check_digests(str(tmp_path), manifest, names[1:])
+    faults = check_digests(str(tmp_path), manifest, names[1:])
     assert [(f.file, f.tensor, f.found) for f in faults] == [(names[1], None, "5 bytes"), (names[2], None, "no file")]
 
 
@@ -104,7 +105,7 @@ def test_tensors_that_only_one_side_has(tmp_path: Path) -> None:
     known = recorded(tmp_path, "a.safetensors").files["a.safetensors"]
     changed = dict(known.tensors)
     changed["gone"] = changed.pop("s")
-    faults = digests.check_digests(str(tmp_path), Manifest({"a.safetensors": known._replace(tensors=changed)}))
+    faults = check_digests(str(tmp_path), Manifest({"a.safetensors": known._replace(tensors=changed)}))
     assert {(f.tensor, f.found == "no such tensor", f.expected == "no such tensor") for f in faults} == {
         ("gone", True, False),
         ("s", False, True),

@@ -15,7 +15,8 @@ import xxhash
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.engine.files import encrypted_sink
-from ms_ckpt_ext.engine.integrity.digests import check_digests, digest_file
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
@@ -325,15 +326,15 @@ def test_only_files_under_way_are_digested(tmp_path: Path, monkeypatch: pytest.M
         write_ckpt(tmp_path / f"src/{number}/net.ckpt")
     made: list[weakref.ref[Any]] = []
     most = [0]
-    real = digest_sink._Stream.__init__
+    real = digest_sink.DigestStream.__init__
 
-    class Stream(digest_sink._Stream):
+    class Stream(digest_sink.DigestStream):
         def __init__(self, *arguments: Any) -> None:
             made.append(weakref.ref(self))
             most[0] = max(most[0], sum(each() is not None for each in made))
             real(self, *arguments)
 
-    monkeypatch.setattr(digest_sink, "_Stream", Stream)
+    monkeypatch.setattr(digest_sink, "DigestStream", Stream)
     tensors = len(contents(tmp_path / "src/0/net.ckpt"))
     encrypt(tmp_path / "src", tmp_path / "out", enc_key=KEY, sync=False)
     assert len(made) == 12 * (tensors + 1)

@@ -13,7 +13,7 @@ import pytest
 
 from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.integrity.digests import check_digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ms_ckpt_ext import (
 )
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.integrity import digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import (
     MANIFEST_NAME,
     FileDigests,
@@ -31,7 +30,7 @@ from ms_ckpt_ext.engine.integrity.manifest import (
 )
 from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.crypto import Key
-from ms_ckpt_ext.formats.registry import Access, open_reader, read_index
+from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage import sink
 from tests.jobs.support import begun, read_file, source, strategy_of, tree
 
@@ -181,7 +180,7 @@ def test_other_files_stay_on_record(tmp_path: Path) -> None:
     merge(root, target)
     found = dict(manifest_of(target).files)
     assert found.pop("mine.bin") == other and "lost.bin" not in found
-    assert digests.check_digests(str(target), Manifest(found)) == []
+    assert check_digests(str(target), Manifest(found)) == []
     merge(root, target, digests=False)
     assert manifest_of(target) == Manifest({"mine.bin": other})
 
@@ -208,7 +207,7 @@ def test_other_formats_and_checksums(tmp_path: Path) -> None:
     merge(root, target, output_format="ckpt", crc_check=True)
     found = manifest_of(target)
     assert {n: d for f in found.files.values() for n, d in f.tensors.items()} == tensors
-    assert all(name.endswith(".ckpt") for name in found.files) and digests.check_digests(str(target), found) == []
+    assert all(name.endswith(".ckpt") for name in found.files) and check_digests(str(target), found) == []
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -227,8 +226,7 @@ def test_digests_of_encrypted_files_are_encrypted(form: str, mode: str, workers:
     truth = manifest_of(plain).files
     assert {name: held[1:3] for name, held in readable.files.items()} == {n: held[1:3] for n, held in truth.items()}
     access = Access(Key(KEY[:16]))
-    readers = {"indexer": partial(read_index, access=access), "opener": partial(open_reader, access=access)}
-    assert digests.check_digests(str(target), readable, None, workers, **readers) == faults == []
+    assert check_digests(str(target), readable, None, workers, access) == faults == []
     told = (target / MANIFEST_NAME).read_bytes()
     for held in truth.values():
         for name, digest in (*held.tensors.items(), ("framing", str(held.framing))):
@@ -276,8 +274,7 @@ def test_what_an_interrupted_run_encrypted_is_compared(alter: bool, tmp_path: Pa
     assert report.published
     readable, _ = opened(manifest_of(target), Key(KEY))
     access = Access(Key(KEY))
-    readers = {"indexer": partial(read_index, access=access), "opener": partial(open_reader, access=access)}
-    assert digests.check_digests(str(target), readable, **readers) == []
+    assert check_digests(str(target), readable, access=access) == []
 
 
 def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
@@ -288,5 +285,5 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     raw = np.frombuffer(path.read_bytes(), np.uint8).copy()
     raw[-1] ^= 4
     path.write_bytes(raw.tobytes())
-    (fault,) = digests.check_digests(str(target), found, workers=2)
+    (fault,) = check_digests(str(target), found, workers=2)
     assert fault.file == "part0.safetensors" and fault.tensor in found.files["part0.safetensors"].tensors

@@ -26,11 +26,11 @@ from ms_ckpt_ext.engine.files.crc_sink import SummingSink
 from ms_ckpt_ext.engine.files.encrypted_sink import HeldBytes, Seal, SealedSink
 from ms_ckpt_ext.engine.files.job import Job
 from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job, recut_job
-from ms_ckpt_ext.engine.integrity.digests import digest_framing, streams
+from ms_ckpt_ext.engine.integrity.digests import digest_file, streams
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats import checksum
 from ms_ckpt_ext.formats.crypto import Key
-from ms_ckpt_ext.formats.index import TensorSpec
+from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import Access, lay_out, open_reader, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.digest_sink import DigestingSink
@@ -322,7 +322,8 @@ def test_any_order_of_writes_gives_the_same_plaintext(
         assert seal.tally.held == 0
         access = Access(Key(KEY), mode, crc_check=True)
         found = contents(Path(path), access)
-        framing = digest_framing(path, layout.tensors, partial(open_reader, access=access))
+        written = FileIndex(path, layout.size, 0, layout.tensors)
+        framing = digest_file(written, 1, partial(open_reader, access=access)).framing
     assert {name: tensor.data for name, tensor in found.items()} == data
     assert digesting.digests() == {None: framing, **{n: xxhash.xxh3_128_hexdigest(d) for n, d in data.items()}}
 

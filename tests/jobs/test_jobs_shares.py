@@ -13,7 +13,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.engine.files import execution
-from ms_ckpt_ext.engine.integrity.digests import check_digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
 from ms_ckpt_ext.storage import published

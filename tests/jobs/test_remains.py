@@ -13,7 +13,7 @@ import pytest
 
 from ms_ckpt_ext import CheckpointError, convert, training_scalars, transform_checkpoint_by_rank, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.engine.integrity.digests import check_digests
+from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage import journal, published, staging

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,8 +17,7 @@ from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
 from ms_ckpt_ext.engine.integrity.recorded import audit, settled
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
-from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, StorageError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalWorld
@@ -38,12 +38,19 @@ def catalog_in(root: Path, golden: Path) -> Catalog:
 
 
 def flip(catalog: Catalog, file: int, name: str) -> None:
+    """As a disk does it: nothing else shows that the file changed."""
     index = catalog.files[file]
     with open(index.path, "r+b") as shard:
         shard.seek(index.tensors[name].extents[0].offset + 5)
         byte = shard.read(1)[0]
         shard.seek(-1, 1)
         shard.write(bytes([byte ^ 16]))
+    as_old_as_its_header(catalog, file)
+
+
+def as_old_as_its_header(catalog: Catalog, file: int) -> None:
+    index = catalog.files[file]
+    os.utime(index.path, ns=(index.mtime_ns, index.mtime_ns))
 
 
 def run(catalog: Catalog, sees: Optional[Sees] = None) -> dict[int, BaseException]:
@@ -61,13 +68,13 @@ def run(catalog: Catalog, sees: Optional[Sees] = None) -> dict[int, BaseExceptio
 def looked(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     """(file, tensor) -> times it was digested."""
     seen: Counter[tuple[str, str]] = Counter()
-    real = audit_module.digest_tensors
+    real = audit_module.compare_files
 
-    def digest(index: FileIndex, names: Any, workers: int, opener: Any) -> dict[str, str]:
-        seen.update((index.path, name) for name in names)
-        return real(index, names, workers, opener)
+    def compare_files(files: Any, *more: Any, **options: Any) -> Any:
+        seen.update((each.table.path, name) for each in files for name in each.names if name is not None)
+        return real(files, *more, **options)
 
-    monkeypatch.setattr(audit_module, "digest_tensors", digest)
+    monkeypatch.setattr(audit_module, "compare_files", compare_files)
     return seen
 
 
@@ -106,6 +113,7 @@ def test_a_shape_that_was_altered(golden: Path, tmp_path: Path) -> None:
     victim = root / "rank_3/net.safetensors"
     raw = victim.read_bytes()
     victim.write_bytes(raw.replace(b'"shape":[', b'"shape" [', 1))
+    as_old_as_its_header(catalog, 3)
     errors = run(catalog)
     assert {type(error) for error in errors.values()} == {ChecksumError}
     assert str(errors[0]).count("found names, dtypes, shapes and notes") == 1 and "rank_3" in str(errors[0])
@@ -119,14 +127,15 @@ def test_a_name_that_was_altered(golden: Path, tmp_path: Path) -> None:
     strategy = load_strategy(golden / "dp2_tp4/strategy.ckpt")
     named = {("held.weight" if n == "head.weight" else n): layouts for n, layouts in strategy.layouts.items()}
     catalog = open_catalog(str(root), strategy._replace(layouts=named))
-    (fault,) = audit_module._differences(catalog, 0, ["held.weight"], 1)
-    assert fault.tensor == "held.weight" and str(fault).endswith("found a tensor of this name, the manifest says none")
+    (fault,) = audit_module._found(catalog, {0: ["held.weight"]}, 1)
+    told = "found a tensor of this name, the manifest says no such tensor"
+    assert fault.tensor == "held.weight" and str(fault).endswith(told)
     assert {type(error) for error in run(catalog).values()} == {ChecksumError}
 
 
 def test_framing_goes_to_who_reads_the_file(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
-    wanted = sorted({pair for t in catalog.tensors.values() for pair in audit_module._stored(t)})
+    wanted = audit_module._pairs(catalog.tensors.values())
     shares = audit_module._deal(wanted, catalog, None, RANKS)
     framing = [(rank, file) for rank, share in enumerate(shares) for file, names in share.items() if None in names]
     assert sorted(file for _, file in framing) == sorted({file for file, _ in wanted})
@@ -178,9 +187,7 @@ def test_nothing_on_record(manifest: Optional[dict[str, int]], golden: Path, tmp
 def test_each_host_looks_at_its_own_files(golden: Path, tmp_path: Path, looked: Counter) -> None:
     catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
     halves = {number: frozenset({0, 1} if number < 4 else {2, 3}) for number in range(8)}
-    shares = audit_module._deal(
-        sorted({pair for t in catalog.tensors.values() for pair in audit_module._stored(t)}), catalog, halves, RANKS
-    )
+    shares = audit_module._deal(audit_module._pairs(catalog.tensors.values()), catalog, halves, RANKS)
     for rank, share in enumerate(shares):
         assert {file < 4 for file in share} == {rank < 2}
     assert run(catalog, halves) == {}
@@ -193,5 +200,5 @@ def test_a_file_that_was_cut_short_meanwhile(golden: Path, tmp_path: Path) -> No
     victim = root / "rank_6/net.safetensors"
     victim.write_bytes(victim.read_bytes()[:-64])
     errors = run(catalog)
-    assert any(isinstance(error, (UsageError, TruncatedFileError)) for error in errors.values())
+    assert any(isinstance(error, (UsageError, StorageError)) for error in errors.values())
     assert all("rank_6" in str(error) for error in errors.values())

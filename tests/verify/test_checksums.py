@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, verify
-from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
+from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
 from ms_ckpt_ext.engine.integrity.soundness import Health
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import convert, encrypt, load, verify
-from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.cli.main import main
+from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
 from ms_ckpt_ext.engine.integrity.recorded import _why
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, StorageError
@@ -206,9 +206,9 @@ def test_a_load_compares_what_is_encrypted(mode: str, fault: str, tmp_path: Path
         other = held.sealed_by(Key(b"x" * 16), "rank_0/net.ckpt")
         write_manifest(str(tmp_path / "sealed"), Manifest({"rank_0/net.ckpt": other}))
         with pytest.raises(DecryptionError, match="sealed digests of 'rank_0/net.ckpt'"):
-            recorded._differences(catalog, 0, ["w"], 1)
+            recorded._found(catalog, {0: ["w"]}, 1)
         return
-    faults = recorded._differences(catalog, 0, ["w"], 1)
+    faults = recorded._found(catalog, {0: ["w"]}, 1)
     assert [each.tensor for each in faults] == ([] if fault == "none" else ["w"])
 
 

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import load, unified_safetensors, verify
-from ms_ckpt_ext.api.verify import ManifestCheck
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.integrity.compare import Comparison, DifferingElement, compare
 from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import update_manifest
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, pair_up
 from ms_ckpt_ext.engine.integrity.soundness import Gap, Health, NotFinite, Unequal

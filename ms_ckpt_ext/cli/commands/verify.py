@@ -13,8 +13,8 @@ from ms_ckpt_ext.cli.command import Answer, Command, Exit, takes_path
 from ms_ckpt_ext.errors import UsageError
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.api.verify import ManifestCheck
     from ms_ckpt_ext.engine.integrity.compare import Comparison, Difference
+    from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
     from ms_ckpt_ext.engine.integrity.soundness import Health
 
 
@@ -40,8 +40,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> Answer:
-    from ms_ckpt_ext.api.verify import ManifestCheck, verify
+    from ms_ckpt_ext.api.verify import verify
     from ms_ckpt_ext.engine.integrity.compare import Comparison
+    from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 
     if arguments.finite and (arguments.b or arguments.manifest):
         raise UsageError("--finite is for a checkpoint that is checked by itself: leave out b and --manifest")
@@ -76,7 +77,11 @@ def _run(arguments: argparse.Namespace) -> Answer:
 def _answer(found: Union[Comparison, Health, ManifestCheck], ok: bool, lines: Iterator[str]) -> Answer:
     from ms_ckpt_ext.cli.records import plain
 
-    return Answer({"ok": ok, **plain(asdict(found))}, lines, Exit.FINE if ok else Exit.DIFFERENT)
+    told = plain(asdict(found))
+    for name in ("damaged", "unchecked"):
+        for each in told.get(name, ()):
+            each["reason"] = each["found"]
+    return Answer({"ok": ok, **told}, lines, Exit.FINE if ok else Exit.DIFFERENT)
 
 
 def _verdict(ok: bool, good: str, bad: str) -> str:

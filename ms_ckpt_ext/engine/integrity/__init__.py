@@ -1,8 +1,12 @@
 """Is it what was written? Read in this order:
 
+contents       what files hold, told by one pass: digests, checksums, odd numbers
 manifest       what is on record: a digest of every tensor
-digests        digests of what is stored, and where they differ from the record
-recorded       the same by all ranks together, before a load
+digests        digests of a file that is there
+finding        what is not as it should be in a file
+recorded       files against what is on record of them, by one process or by all ranks
+dealing        work on files, shared among ranks
+folder         a folder against its manifests
 authenticate   encrypted files proved before a Parameter changes
 pairing        what of two checkpoints is compared with what
 compare        are two checkpoints the same model?

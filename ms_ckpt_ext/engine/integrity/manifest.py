@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.parsing import from_json
+from ms_ckpt_ext.engine.integrity.finding import Finding
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.storage import flock
@@ -137,19 +138,6 @@ class Manifest(NamedTuple):
         return head + ",".join(lines) + "}}"
 
 
-class Fault(NamedTuple):
-    """Where a file and its manifest differ: `tensor` is None when it is about the file as a whole."""
-
-    file: str
-    tensor: Optional[str]
-    found: str
-    expected: str
-
-    def __str__(self) -> str:
-        what = f"{self.file!r}" if self.tensor is None else f"parameter {self.tensor!r} in {self.file!r}"
-        return f"{what}: found {self.found}, the manifest says {self.expected}"
-
-
 def load_manifest(directory: str) -> Optional[Manifest]:
     """The manifest of a folder as it stands, None when there is none. It may be older than the files.
 
@@ -179,7 +167,7 @@ def _parse(content: Any) -> Manifest:
     return Manifest({name: FileDigests.from_json(held) for name, held in content["files"].items()})
 
 
-def opened(manifest: Manifest, key: Optional[Key]) -> tuple[Manifest, list[Fault]]:
+def opened(manifest: Manifest, key: Optional[Key]) -> tuple[Manifest, list[Finding]]:
     """A manifest with readable digests, as far as there is a key, and what is wrong with those that do not open."""
     files, faults = {}, []
     for name, held in manifest.files.items():
@@ -187,7 +175,7 @@ def opened(manifest: Manifest, key: Optional[Key]) -> tuple[Manifest, list[Fault
             files[name] = held.opened_by(key, name)
         except DecryptionError as error:
             files[name] = held
-            faults.append(Fault(name, None, str(error), "digests that open with the key"))
+            faults.append(Finding(name, None, str(error), "digests that open with the key"))
     return Manifest(files), faults
 
 

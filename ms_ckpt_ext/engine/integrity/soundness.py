@@ -1,12 +1,12 @@
-"""Is one checkpoint whole and sound? Every stored byte is read once; of files with a checksum, once more.
+"""Is one checkpoint whole and sound? Every stored byte is read once.
 
 1. Every cell of every parameter must be in some file, and every parameter of the strategy in some cell.
-2. Every stored slice is digested (xxh3-128) while it streams through a small buffer; files that hold the same cell
-   must have the same digest, and so must what several ranks hold outside the strategy. Where pipeline stages cut a
-   parameter differently (tied embeddings), what their slices have in common is compared byte for byte.
+2. Every stored slice is digested (`engine.integrity.contents`); files that hold the same cell must have the same
+   digest, and so must what several ranks hold outside the strategy. Where pipeline stages cut a parameter differently
+   (tied embeddings), what their slices have in common is read again, and compared byte for byte.
 3. Of every distinct cell what is NaN or infinite is counted on the way.
 4. Slices that should differ must not all be equal (`whole_slices`).
-5. Files that carry a checksum of their own are read from end to end and compared with it.
+5. Of files that carry a checksum of their own the rest is read, too, and summed on the way.
 """
 
 from __future__ import annotations
@@ -14,33 +14,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, NamedTuple, Optional
-
-import numpy as np
-import numpy.typing as npt
-import xxhash
+from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.groups import natural
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.core.planning.io_units import ranges
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, locate
 from ms_ckpt_ext.engine.integrity.compare import tallies
+from ms_ckpt_ext.engine.integrity.contents import Pass, Portion, Seen
 from ms_ckpt_ext.engine.integrity.copies import Overlap, overlaps
-from ms_ckpt_ext.engine.integrity.numerics import Odd, odd_numbers
+from ms_ckpt_ext.engine.integrity.finding import Finding
 from ms_ckpt_ext.engine.integrity.pairing import Pair
+from ms_ckpt_ext.engine.integrity.recorded import FITTING
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.probes import Alone
+from ms_ckpt_ext.engine.unlisted.probes import Look, Probe
 from ms_ckpt_ext.engine.unlisted.whole_slices import Gathered, find_gathered
 from ms_ckpt_ext.errors import CoverageError
-from ms_ckpt_ext.formats.checksum import CRC_NUM
-from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
-from ms_ckpt_ext.formats.registry import crc_fault
-from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.threads import in_order, spread
-
-_BUFFER = 1 << 20  # stays in a core's cache between read, digest and count
+from ms_ckpt_ext.formats.checksum import StoredChecksum, Sums
+from ms_ckpt_ext.formats.index import TensorEntry
+from ms_ckpt_ext.formats.registry import stored_checksum
 
 
 class Gap(NamedTuple):
@@ -65,13 +58,6 @@ class NotFinite(NamedTuple):
     name: str
     nans: int
     infinities: int
-
-
-class Damaged(NamedTuple):
-    """A file whose contents are not what its own checksum says."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +88,7 @@ class Health:
     unequal: tuple[Unequal, ...] = ()
     not_finite: tuple[NotFinite, ...] = ()
     checksums: int = 0
-    damaged: tuple[Damaged, ...] = ()
+    damaged: tuple[Finding, ...] = ()
     gathered: Optional[Gathered] = None
     outside: tuple[str, ...] = ()
 
@@ -120,11 +106,6 @@ class _Slice(NamedTuple):
     file: int
     entry: TensorEntry
     first: bool
-
-
-class _Told(NamedTuple):
-    digest: str
-    odd: Odd
 
 
 def check_values(
@@ -151,46 +132,50 @@ def check_values(
         FormatError, StorageError: a file cannot be read.
     """
     slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
+    checksums = _checksums(catalog, slices)
+    sums = {file: Sums(stored.parts) for file, stored in checksums.items()}
     with catalog.readers() as readers:
-        told: dict[int, _Told] = {}
-
-        def worker(_: Callable[[], bool]) -> Callable[[int], None]:
-            buffer = np.empty(_BUFFER, np.uint8)
-
-            def look(number: int) -> None:
-                told[number] = _look(slices[number], readers, buffer, progress)
-
-            return look
-
-        spread(iter(range(len(slices))), workers, worker)
+        covered = {file: stored.extents for file, stored in checksums.items()}
+        portions = [Portion(s.file, s.entry.extents, s.entry.dtype, s.first) for s in slices]
+        seen = Pass(readers, portions, sums, covered).run(workers, progress)
         readers.verify()
-        nbytes = readers.count.nbytes
-    checked = _with_checksum(catalog, slices)
     held = {s.name for s in slices}
     listed = () if strategy is None else strategy.layouts
     absent = [n for n in listed if n not in held and not n.startswith(ACCUMULATED_GRADIENT_PREFIX) and wanted(n)]
-    unequal, compared = _compared(catalog, tensors, slices, told)
+    unequal, compared = _compared(catalog, tensors, slices, seen)
     meeting = _meeting(tensors)
     unequal += _unlike(catalog, meeting, workers, progress)
     compared += len({(name, files[0]) for name, both in meeting for files in both.files if len(files) == 1})
+    known = _Known(catalog, slices, seen)
     return Health(
         len(held),
         len(catalog.files),
-        nbytes,
+        sum(s.entry.nbytes for s in slices),
         compared,
         tuple(sorted(absent)),
         tuple(_gaps(tensors)),
         tuple(unequal),
-        tuple(_not_finite(slices, told)),
-        len(checked),
-        tuple(_damaged(catalog, checked, workers, progress)),
-        None if allow_equal_slices else _gathered(catalog, tensors),
+        tuple(_not_finite(slices, seen)),
+        len(checksums),
+        tuple(_damaged(catalog, checksums, sums)),
+        None if allow_equal_slices else _gathered(catalog, tensors, known),
         tuple(each.name for each in unequal if each.name not in tensors),
     )
 
 
-def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Optional[Gathered]:
-    found = find_gathered(catalog, tensors, Alone(catalog))
+class _Known:
+    """Answers, out of what is known of whole slices, whether stretches of them are equal: as far as the wholes are."""
+
+    def __init__(self, catalog: Catalog, slices: Sequence[_Slice], seen: Sequence[Seen]) -> None:
+        self._files = catalog.files
+        self._seen = {(s.file, s.entry.extents): each for s, each in zip(slices, seen)}
+
+    def __call__(self, probes: Sequence[Probe]) -> list[Seen]:
+        return [self._seen[p.file, self._files[p.file].tensors[p.name].extents] for p in probes]
+
+
+def _gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor], look: Look) -> Optional[Gathered]:
+    found = find_gathered(catalog, tensors, look)
     return None if found is None or found.constant else found
 
 
@@ -198,30 +183,27 @@ def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted:
     """How much `check_values` reads."""
     slices = [*_slices(catalog, tensors), *_outside(catalog, wanted)]
     overlapping = sum(_pair(name, both).nbytes for name, both in _meeting(tensors))
-    return sum(s.entry.nbytes for s in slices) + overlapping + sum(i.size for i in _with_checksum(catalog, slices))
+    whole = _checksums(catalog, slices)
+    rest = sum(s.entry.nbytes for s in slices if s.file not in whole)
+    return rest + overlapping + sum(catalog.files[file].size for file in whole)
 
 
-def _with_checksum(catalog: Catalog, slices: Sequence[_Slice]) -> list[FileIndex]:
-    """Files with a checksum that hold a slice, or nothing at all."""
+def _checksums(catalog: Catalog, slices: Sequence[_Slice]) -> dict[int, StoredChecksum]:
+    """The checksums of files that hold a slice, or nothing at all."""
     looked_at = {item.file for item in slices}
-    return [
-        index
+    stored = {
+        number: stored_checksum(index)
         for number, index in enumerate(catalog.files)
-        if CRC_NUM in index.metadata and (number in looked_at or not index.tensors)
-    ]
+        if number in looked_at or not index.tensors
+    }
+    return {number: each for number, each in stored.items() if each is not None}
 
 
-def _damaged(
-    catalog: Catalog, files: Sequence[FileIndex], workers: int, progress: Callable[[int], None]
-) -> Iterator[Damaged]:
-    def look(index: FileIndex) -> Optional[str]:
-        fault = crc_fault(index, catalog.access)
-        progress(index.size)
-        return fault
-
-    for index, fault in zip(files, in_order(look, files, workers)):
+def _damaged(catalog: Catalog, checksums: Mapping[int, StoredChecksum], sums: Mapping[int, Sums]) -> Iterator[Finding]:
+    for file, stored in checksums.items():
+        fault = stored.fault(sums[file].total())
         if fault is not None:
-            yield Damaged(index.path, fault)
+            yield Finding(catalog.files[file].path, None, fault, FITTING)
 
 
 def _slices(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> Iterator[_Slice]:
@@ -239,22 +221,6 @@ def _outside(catalog: Catalog, wanted: Callable[[str], bool]) -> Iterator[_Slice
         files = [number for number, index in enumerate(catalog.files) if name in index.tensors]
         for file in files:
             yield _Slice(name, None, file, catalog.files[file].tensors[name], file == files[0])
-
-
-def _look(item: _Slice, readers: ReaderPool, buffer: npt.NDArray[Any], progress: Callable[[int], None]) -> _Told:
-    state, nans, infinities = xxhash.xxh3_128(), 0, 0
-    for start in range(0, item.entry.nbytes, _BUFFER):
-        part = buffer[: min(_BUFFER, item.entry.nbytes - start)]
-        at = 0
-        for offset, length in ranges(item.entry.extents, start, part.size):
-            readers.read_into(item.file, offset, memoryview(part[at : at + length]))
-            at += length
-        state.update(part)
-        if item.first:
-            odd = odd_numbers(part, item.entry.dtype)
-            nans, infinities = nans + odd.nans, infinities + odd.infinities
-        progress(part.size)
-    return _Told(state.hexdigest(), Odd(nans, infinities))
 
 
 def _gaps(tensors: Mapping[str, SourceTensor]) -> Iterator[Gap]:
@@ -279,12 +245,12 @@ def _missing(name: str, tensor: SourceTensor) -> Iterator[Gap]:
 
 
 def _compared(
-    catalog: Catalog, tensors: Mapping[str, SourceTensor], slices: list[_Slice], told: Mapping[int, _Told]
+    catalog: Catalog, tensors: Mapping[str, SourceTensor], slices: Sequence[_Slice], seen: Sequence[Seen]
 ) -> tuple[list[Unequal], int]:
     """(copies that differ, how many were compared)."""
     copies: dict[tuple[str, Optional[tuple[int, Cell]]], dict[tuple[object, ...], list[int]]] = {}
     for number, item in enumerate(slices):
-        held = item.entry.dtype, item.entry.shape, told[number].digest
+        held = item.entry.dtype, item.entry.shape, seen[number].digest
         copies.setdefault((item.name, item.cell), {}).setdefault(held, []).append(item.file)
     unequal, compared = [], 0
     for (name, cell), groups in copies.items():
@@ -322,11 +288,11 @@ def _region(tensor: SourceTensor, number: int, cell: Cell) -> str:
     return str(cell_region(cell, placement.parts, tensor.meta.shape)) if math.prod(tensor.meta.shape) else "empty"
 
 
-def _not_finite(slices: list[_Slice], told: Mapping[int, _Told]) -> Iterator[NotFinite]:
+def _not_finite(slices: Sequence[_Slice], seen: Sequence[Seen]) -> Iterator[NotFinite]:
     counts: dict[str, tuple[int, int]] = {}
     for number, item in enumerate(slices):
         nans, infinities = counts.get(item.name, (0, 0))
-        counts[item.name] = (nans + told[number].odd.nans, infinities + told[number].odd.infinities)
+        counts[item.name] = (nans + seen[number].nans, infinities + seen[number].infinities)
     for name, (nans, infinities) in sorted(counts.items(), key=lambda item: natural(item[0])):
         if nans or infinities:
             yield NotFinite(name, nans, infinities)

@@ -17,15 +17,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.engine.integrity.digests import check_digests
-from ms_ckpt_ext.engine.integrity.manifest import Load, Manifest, load_manifest, recorded_digests
+from ms_ckpt_ext.engine.integrity.recorded import damaged_files
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.resume import candidates, sightings
 from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
@@ -46,8 +46,7 @@ from ms_ckpt_ext.errors import (
 )
 from ms_ckpt_ext.formats.discovery.mindformers import Folder, read_common
 from ms_ckpt_ext.formats.discovery.saves import unlike
-from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
+from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.transport.agree import agree, pack, told_by_all, unpack
 from ms_ckpt_ext.transport.base import Transport
 
@@ -230,7 +229,7 @@ def _try(transport: Transport[Any], wanted: ResumeRequest, candidate: Candidate,
 
     seen, catalog = _read_headers(transport, wanted, look, strategy)
     if wanted.digests:
-        _compare_digests(transport, wanted, seen)
+        _compare_digests(transport, catalog, seen.by_number)
     scalars = read_scalars(transport, catalog, seen.by_number, seen.sharded)
     common = _common(transport, seen.folder)
     _tell_apart(transport, candidate, common, scalars.alike)
@@ -294,38 +293,8 @@ def _common(transport: Transport[Any], folder: Optional[Folder]) -> dict[str, Va
     return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 
 
-def _compare_digests(transport: Transport[Any], wanted: ResumeRequest, seen: Survey) -> None:
-    """Every file with its manifest, each on one rank that sees it. A file that is on no manifest passes."""
-    problem, load = "", cache(load_manifest)  # one may list thousands of files
-    for index in _dealt(transport, seen).values():
-        try:
-            problem = problem or _faults(index, wanted.access, load)
-        except CheckpointError as error:
-            problem = str(error)
-    told = [answer.decode() for answer in transport.share(problem.encode())]
-    if any(told):
-        raise _Unfit(next(filter(None, told)))
-
-
-def _dealt(transport: Transport[Any], seen: Survey) -> dict[str, FileIndex]:
-    """This rank's share of the files: those that it is the one to look into."""
-    ranks = range(transport.size)
-    able = {key: sorted(ranks if seen.sees is None else seen.sees[key]) for key in seen.indexes}
-    chosen = {key: able[key][number % len(able[key])] for number, key in enumerate(seen.indexes)}
-    return {key: index for key, index in seen.indexes.items() if chosen[key] == transport.rank}
-
-
-def _faults(index: FileIndex, access: Access, load: Load = load_manifest) -> str:
-    found = recorded_digests(index.path, access.key, load)
-    if found is None:
-        return ""
-    folder, name, held = found
-    faults = check_digests(
-        folder,
-        Manifest({name: held}),
-        [name],
-        1,
-        lambda _path: index,
-        partial(open_reader, access=access),
-    )
-    return "; ".join(map(str, faults[:3]))
+def _compare_digests(transport: Transport[Any], catalog: Catalog, sees: Optional[Sees]) -> None:
+    """Every file with its manifest, each on ranks that see it. A file that is on no manifest passes."""
+    found = damaged_files(transport, catalog, sees, 1)
+    if found:
+        raise _Unfit("; ".join(map(str, found[:3])))

@@ -23,7 +23,7 @@ from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.engine.unlisted.probes import Seen
+    from ms_ckpt_ext.engine.integrity.contents import Seen
 
     Look = Callable[[Sequence[tuple[int, str]]], list[Seen]]
 

@@ -5,18 +5,17 @@ For what is compared before a load: each answer is found by one rank, so it cost
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 from ms_ckpt_ext.core.exchange.demand import Sees
+from ms_ckpt_ext.engine.integrity.contents import Seen
+from ms_ckpt_ext.engine.integrity.dealing import Work, deal
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.alike import OnRecord, recorded
-from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe, Seen
+from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe
 from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
-
-_TOGETHER = 1 << 20
-"""Bytes up to which probes of one file go to one rank, which opens it once."""
 
 
 class Together:
@@ -43,27 +42,8 @@ class Together:
 
     def _mine(self, probes: Sequence[Probe]) -> list[int]:
         """The numbers of the probes that this rank answers."""
-        mine: list[int] = []
-        for file, numbers in _bundles(probes):
-            able = range(len(self._load)) if self._sees is None else sorted(self._sees[file])
-            rank = min(able, key=self._load.__getitem__)
-            self._load[rank] += sum(probes[number].length for number in numbers)
-            mine += numbers if rank == self._transport.rank else []
-        return mine
-
-
-def _bundles(probes: Sequence[Probe]) -> Iterator[tuple[int, list[int]]]:
-    """(file, numbers of probes of it) that one rank answers."""
-    open_: dict[int, tuple[list[int], int]] = {}
-    for number, probe in enumerate(probes):
-        numbers, nbytes = open_.pop(probe.file, ([], 0))
-        numbers.append(number)
-        if nbytes + probe.length < _TOGETHER:
-            open_[probe.file] = numbers, nbytes + probe.length
-        else:
-            yield probe.file, numbers
-    for file, (numbers, _) in open_.items():
-        yield file, numbers
+        ranks = deal([Work(probe.file, probe.length) for probe in probes], self._load, self._sees)
+        return [number for number, rank in enumerate(ranks) if rank == self._transport.rank]
 
 
 def on_record_together(
@@ -72,9 +52,8 @@ def on_record_together(
     """Digests on record of tensors that the files store under these names, each file's found by one rank."""
 
     def on_record(files: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
-        ranks = range(transport.size)
-        able = {file: ranks if sees is None else sorted(sees[file]) for file in files}
-        mine = [file for n, file in enumerate(files) if able[file][n % len(able[file])] == transport.rank]
+        ranks = deal([Work(file, 1) for file in files], [0] * transport.size, sees)
+        mine = [file for file, rank in zip(files, ranks) if rank == transport.rank]
 
         def look() -> list[tuple[int, dict[str, str]]]:
             return [(f, {n: held[n] for n in names if n in held}) for f, held in recorded(catalog, mine).items()]
