@@ -94,9 +94,6 @@ class Transport(Protocol[B]):
         `group`: ranks that take part, ascending, `root` among them; all when it is empty.
         """
 
-    def start_uneven_gather(self, send: B, counts: Sequence[int], recv: B) -> Handle:
-        """Rank r contributes the first `counts[r]` bytes of its `send`; plans will not ask for this any more."""
-
     def start_all_to_all(self, send: B, send_counts: Sequence[int], recv: B, recv_counts: Sequence[int]) -> Handle:
         """`send` starts with `send_counts[r]` bytes for each rank r in order; `recv` gets `recv_counts[r]` from each.
 

@@ -256,18 +256,6 @@ class LocalTransport:
 
         return self._start(f"broadcast of {nbytes} bytes from rank {root}", buffer, take, members)
 
-    def start_uneven_gather(self, send: Bytes, counts: Sequence[int], recv: Bytes) -> Handle:
-        """See `Transport`."""
-        check_counts("all_gather", counts, self.size, "recv", recv.nbytes)
-        check_counts("all_gather", [counts[self.rank]], 1, "send", send.nbytes)
-        self._gave(dict.fromkeys(range(self.size), counts[self.rank]))
-
-        def take(brought: list[Bytes]) -> None:
-            for start, count, theirs in zip(offsets(counts), counts, brought):
-                recv[start : start + count] = theirs[:count]
-
-        return self._start(f"all_gather {list(counts)}", send, take)
-
     def start_all_to_all(
         self, send: Bytes, send_counts: Sequence[int], recv: Bytes, recv_counts: Sequence[int]
     ) -> Handle:

@@ -98,6 +98,8 @@ class Mccl:
         self._all("broadcast", group, self.rank, root)
         check_room("broadcast", nbytes, "buffer", buffer.nbytes)
         self._compare("broadcast", [nbytes] * self.size, [nbytes] * self.size)
+        if nbytes == 0:
+            return Done()
         tensor = mindspore.Tensor.from_numpy(buffer[:nbytes])
         self._run(
             lambda: distributed.broadcast(tensor, root), [tensor], f"broadcast of {nbytes} bytes from rank {root}"

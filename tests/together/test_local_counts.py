@@ -161,5 +161,5 @@ def travelled(plan: ExchangePlan) -> int:
         for rank in range(plan.world):
             turn = rank_round(plan, each, rank)
             total += sum(turn.receive_counts) - turn.receive_counts[rank]
-            total += sum(turn.gather_counts) - turn.gather_counts[rank]
+            total += sum(gather.nbytes - gather.share for gather in turn.gathers)
     return total

@@ -5,6 +5,7 @@ cuts       what is needed of one source slice, in boxes that travel as they are
 parts      which sets of ranks want which cut
 chunks     the long reads that bring the parts, and who makes them
 rounds     which parts travel together
+streams    what groups gather of them, in equal shares
 plan       all of it put together
 one_rank   what one rank packs, sends, receives and unpacks in a round
 ragged     rows of different lengths in flat arrays

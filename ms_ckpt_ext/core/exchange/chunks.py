@@ -1,8 +1,10 @@
 """Long reads and who makes them.
 
 1. Neighbouring parts of a file that the same ranks want, several MiB together, are one *chunk*: one read.
-2. A chunk is read by exactly one rank: of those that need (most of) it and see its file, the one with the least to
-   read so far. The least flexible chunks choose first.
+2. What a set of ranks wants whole, and may gather, they read in equal shares, cut when it is known what travels
+   together (`core.exchange.streams`).
+3. Any other chunk is read by exactly one rank: of those that need (most of) it and see its file, the one with the least
+   to read so far. The least flexible chunks choose first.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Sees
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Parts
-from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Ints, joined, narrow, sums
+from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Ints, joined, narrow, ranks_alike, sums
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Chunks:
     Attributes:
         parts: all parts; a chunk is a run of them.
         start: first part of every chunk, and one more.
-        nbytes, file, reader: of every chunk.
+        nbytes, file: of every chunk.
+        reader: its rank; or the number of ranks plus that of a group in `groups`.
+        groups: sets of ranks, by number, that gather.
     """
 
     parts: Parts
@@ -34,6 +38,7 @@ class Chunks:
     nbytes: Ints
     file: Ints
     reader: Ints
+    groups: tuple[int, ...]
 
     @property
     def of_part(self) -> Ints:
@@ -41,7 +46,7 @@ class Chunks:
         return np.repeat(np.arange(len(self.nbytes), dtype=self.start.dtype), np.diff(self.start))
 
 
-def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[Sees]) -> Chunks:
+def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[Sees], ways: Ways) -> Chunks:
     """Join parts into chunks and choose their readers; `sees` is None when all ranks see all files."""
     found = [_cut(parts, low, high, limits.read) for low, high in _whole_files(parts.file)]
     start = joined([*(first for first, _ in found), np.array([len(parts.row)])], narrow(len(parts.row)))
@@ -49,7 +54,45 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
     nbytes = joined([nbytes for _, nbytes in found], narrow(longest))
     del found
     file = parts.file[start[:-1]]
-    return Chunks(parts, start, nbytes, file, _readers(parts, parts.row[start[:-1]], nbytes, file, world, sees))
+    row = parts.row[start[:-1]]
+    wanted = _gathered(parts, start[:-1], file, world, sees, ways)
+    groups = _groups(parts, wanted, nbytes, world, limits, ways)
+    number = np.full(len(parts.sets.members) + 1, -1, np.int64)
+    number[list(groups)] = np.arange(len(groups))
+    group = number[wanted]
+    alone = group < 0
+    reader = (world + group).astype(narrow(world + len(groups)))
+    reader[alone] = _readers(parts, row[alone], nbytes[alone], file[alone], world, sees)
+    return Chunks(parts, start, nbytes, file, reader, groups)
+
+
+def _gathered(parts: Parts, first: Ints, file: Ints, world: int, sees: Optional[Sees], ways: Ways) -> Ints:
+    """For every chunk the set of ranks that could gather it, all of whom see its file; else -1."""
+    wanted: Ints = parts.rows.whole[parts.row[first]].astype(np.int64)
+    wanted[np.isin(first, list(parts.scattered))] = -1
+    if sees is not None:
+        members = {
+            number: frozenset(parts.sets.members[number]) for number in np.unique(wanted).tolist() if number >= 0
+        }
+        pairs = zip(wanted.tolist(), file.tolist())
+        wanted = np.array([n if n >= 0 and members[n] <= sees[f] else -1 for n, f in pairs], np.int64)
+    return wanted
+
+
+def _groups(
+    parts: Parts, wanted: Ints, nbytes: Ints, world: int, limits: ExchangeLimits, ways: Ways
+) -> tuple[int, ...]:
+    """The sets that gather: all ranks; ranks that are alike in all they want, if that is worth a group of theirs."""
+    numbers, place = np.unique(wanted, return_inverse=True)
+    carried = sums(place, nbytes, len(numbers)).tolist()
+    alike = {tuple(group) for group in ranks_alike(parts.sets, world)} if ways.groups else set()
+    found = []
+    for number, total in zip(numbers.tolist(), carried):
+        members = parts.sets.members[number] if number >= 0 else ()
+        everyone = len(members) == world and ways.gather
+        if everyone or (members in alike and total > limits.bucket):
+            found.append(number)
+    return tuple(found)
 
 
 def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:
@@ -68,7 +111,8 @@ def _cut(parts: Parts, low: int, high: int, most: int) -> tuple[Ints, Ints]:
     before = np.append(0, stops)
     interest = parts.rows.interest[row]
     begins = np.ones(high - low, bool)
-    begins[1:] = (file[1:] != file[:-1]) | (interest[1:] != interest[:-1])
+    whole = parts.rows.whole[row]
+    begins[1:] = (file[1:] != file[:-1]) | (interest[1:] != interest[:-1]) | (whole[1:] != whole[:-1])
     begins[1:] |= np.diff(offset) != np.diff(before)[:-1]
     for number in parts.scattered:
         if low <= number < high:

@@ -36,14 +36,14 @@ class Share(NamedTuple):
 class Cut(NamedTuple):
     """A box of a slice, contiguous in it: shape in elements, offset and length in bytes, what lands where.
 
-    `gathered`: every rank wants all of it.
+    `whole`: who wants some of it wants all of it.
     """
 
     shape: Shape
     offset: int
     nbytes: int
     shares: tuple[Share, ...]
-    gathered: bool
+    whole: bool
 
 
 Placing = tuple[Region, Region, Shape, Optional[View]]
@@ -60,13 +60,13 @@ def cuts_of(
         receivers: ranks that need something of it, each counted as often as it does.
         everyone: these are all ranks.
     """
-    gathered = everyone and all(need[0] == needs[0][0] for need in needs)
-    most = max(ALIGNMENT, min(limits.chunk, limits.quarter // (1 if gathered else max(1, receivers))))
+    alike = everyone and all(need[0] == needs[0][0] for need in needs)
+    most = max(ALIGNMENT, min(limits.chunk, limits.least // (1 if alike else max(1, receivers))))
     found = []
     for box in _boxes(needs, shape, dtype, most):
         offset, nbytes = _linear(box, shape, dtype)
         shares = tuple(_shares(needs, box, dtype))
-        whole = gathered and all(share.in_part.shape == box.shape for share in shares)
+        whole = all(share.in_part.shape == box.shape for share in shares)
         found.append(Cut(box.shape, offset, nbytes, shares, whole))
     return tuple(found)
 

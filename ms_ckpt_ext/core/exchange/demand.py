@@ -44,11 +44,26 @@ class ExchangeLimits:
     chunk: int = 4 << 20
 
     @property
-    def quarter(self) -> int:
-        """Most a rank reads, and most it sends, in one round; it receives up to twice that."""
-        return max(self.bucket // 4, ALIGNMENT)
+    def least(self) -> int:
+        """The least that a rank may read, send and receive in one round each, however the bucket is shared out."""
+        return max(self.bucket // 8, ALIGNMENT)
 
     @property
     def read(self) -> int:
         """Most that several parts read in one go may have together."""
-        return min(self.chunk, self.quarter)
+        return min(self.chunk, self.least)
+
+
+class Ways(NamedTuple):
+    """How bytes may travel beside an all-to-all.
+
+    Attributes:
+        gather: all ranks may gather equal shares together.
+        groups: so may groups of ranks that want the same.
+    """
+
+    gather: bool = True
+    groups: bool = False
+
+
+ALL_RANKS = Ways()

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional, Union
 
@@ -35,7 +35,9 @@ class Rows:
 
     Attributes:
         cuts: the box of every row.
-        nbytes, gathered: of it, as columns.
+        nbytes: of it.
+        whole: the number of the set of all ranks that want some of it, if there are several and all want all of it;
+            else -1.
         start: its deliveries, as a ragged table.
         ranks: for every delivery the number of the set of ranks that get it.
         moved: for every delivery its bytes.
@@ -44,7 +46,7 @@ class Rows:
 
     cuts: Sequence[Cut]
     nbytes: Ints
-    gathered: Ints
+    whole: Ints
     start: Ints
     ranks: Ints
     moved: Ints
@@ -208,8 +210,21 @@ class _Builder:
         moved = joined([geometry.moved for geometry, _ in self._unit_list])
         longest = max((int(geometry.nbytes.max(initial=0)) for geometry, _ in self._unit_list), default=0)
         nbytes = joined([geometry.nbytes for geometry, _ in self._unit_list], narrow(longest))
-        gathered = np.fromiter((cut.gathered for cut in cuts), bool, len(cuts))
-        return Rows(cuts, nbytes, gathered, start, ranks, moved, _interest(start, ranks, moved))
+        whole = np.fromiter(self._whole(cuts, start, ranks), np.int32, len(cuts))
+        return Rows(cuts, nbytes, whole, start, ranks, moved, _interest(start, ranks, moved))
+
+    def _whole(self, cuts: Sequence[Cut], start: Ints, ranks: Ints) -> Iterator[int]:
+        known: dict[tuple[int, ...], int] = {}
+        bounds, numbers = start.tolist(), ranks.tolist()
+        for cut, low, high in zip(cuts, bounds, bounds[1:]):
+            if not cut.whole:
+                yield -1
+                continue
+            sets = tuple(numbers[low:high])
+            if sets not in known:
+                union = tuple(sorted({rank for number in sets for rank in self._sets.members[number]}))
+                known[sets] = self._sets.number(union) if len(union) > 1 else -1
+            yield known[sets]
 
     def _choose(self, made: Sequence[_Made], nbytes: Ints, row: Ints) -> Ints:
         """A file for every part: those with the same alternatives take them in turns of four chunks."""

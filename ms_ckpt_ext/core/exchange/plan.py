@@ -4,10 +4,11 @@
    slice are cut into parts: contiguous in their file, small enough that all copies of one fit a round. A part knows its
    deliveries: which ranks want which box of it, and where it lands there.
 2. *Chunks and readers* (`core.exchange.chunks`). Neighbouring parts of a file, several MiB together, are one read,
-   made by exactly one rank: of those that need it and see its file, the one with the least to read so far.
+   made by exactly one rank: of those that need it and see its file, the one with the least to read so far. What all
+   ranks of a group want whole is read by all of them, in equal shares.
 3. *Rounds* (`core.exchange.rounds`). Every reader contributes parts until its own or a receiver's share of the bucket
-   is full. What every rank of the group wants whole goes by all-gather, all else by all-to-all; what the reader wants
-   itself stays with it.
+   is full. What a group reads in shares goes by an all-gather of equal shares (`core.exchange.streams`), all else by
+   all-to-all; what the reader wants itself stays with it.
 
 All ranks compute the same plan from the same values; nothing here depends on the rank that asks. Decisions are columns
 (`ExchangeTable`), which a dry run of any size counts (`core.exchange.totals`); a load makes objects of them
@@ -16,17 +17,18 @@ All ranks compute the same plan from the same values; nothing here depends on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import Chunks, chunks_of
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees
+from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
+from ms_ckpt_ext.core.exchange.streams import Gathering, gatherings
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.view import View
@@ -48,12 +50,11 @@ class SlicePart(NamedTuple):
 
     Attributes:
         demand: number of the parameter in the list of demands.
-        chunk: number of the chunk that holds it.
-        offset: where it starts in the chunk, in bytes.
+        chunk: number of the chunk that holds it; -1 where a group reads it in shares.
+        offset: where it starts in the chunk, in bytes; in the stream of its group, where there is no chunk.
         nbytes: its length in bytes.
         shape: its shape in elements.
         deliveries: who wants what of it.
-        gathered: every rank wants all of it.
     """
 
     demand: int
@@ -62,7 +63,11 @@ class SlicePart(NamedTuple):
     nbytes: int
     shape: Shape
     deliveries: tuple[Delivery, ...]
-    gathered: bool
+
+    @property
+    def gathered(self) -> bool:
+        """A group reads it in shares, and gathers it."""
+        return self.chunk < 0
 
 
 class Chunk(NamedTuple):
@@ -74,11 +79,29 @@ class Chunk(NamedTuple):
     reader: int
 
 
+class Gather(NamedTuple):
+    """A stream that `ranks` put together of equal shares, in a round.
+
+    Attributes:
+        ranks: the group, ascending.
+        share: bytes of everyone's share.
+        parts: what is in the stream, by number.
+        chunks, places: the reads that fill it, by number, and where each begins in the stream.
+    """
+
+    ranks: tuple[int, ...]
+    share: int
+    parts: tuple[int, ...]
+    chunks: tuple[int, ...]
+    places: tuple[int, ...]
+
+
 class Round(NamedTuple):
-    """Parts (by number) that travel together, and the chunks that must be read before."""
+    """Parts (by number) that travel together, the chunks that must be read before, and what groups gather."""
 
     parts: tuple[int, ...]
     chunks: tuple[int, ...]
+    gathers: tuple[Gather, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,12 @@ class ExchangeTable:
     chunks: Chunks
     classes: Classes
     round_of: Ints
+    read: int
+    """Bytes of one read of a share at most."""
+
+    def gatherings(self) -> Iterator[Gathering]:
+        """What groups gather, by round."""
+        return gatherings(self.chunks, self.round_of, self.world, self.read)
 
 
 @dataclass(frozen=True)
@@ -113,12 +142,26 @@ class ExchangePlan:
         """Payload bytes every rank gets from others."""
         totals = [0] * self.world
         for part in self.parts:
-            reader = self.chunks[part.chunk].reader
+            reader = -1 if part.gathered else self.chunks[part.chunk].reader
             for delivery in part.deliveries:
                 nbytes = self.dtype(part).nbytes(delivery.in_part.size)
                 for rank in delivery.ranks:
                     totals[rank] += nbytes if rank != reader else 0
+        for gather in self.gathers:
+            for number in gather.chunks:
+                totals[self.chunks[number].reader] -= self.chunks[number].nbytes
         return totals
+
+    @property
+    def gathers(self) -> Iterator[Gather]:
+        """What groups gather, in all rounds."""
+        return (gather for each in self.rounds for gather in each.gathers)
+
+    def last_use(self) -> dict[int, int]:
+        """The last round in which something is cut out of every chunk."""
+        found = {self.parts[n].chunk: at for at, each in enumerate(self.rounds) for n in each.parts}
+        found.update((n, at) for at, each in enumerate(self.rounds) for gather in each.gathers for n in gather.chunks)
+        return found
 
     def dtype(self, part: SlicePart) -> DType:
         """Element type of a part."""
@@ -131,6 +174,7 @@ def decide(
     stored: Located,
     limits: ExchangeLimits,
     sees: Optional[Sees] = None,
+    ways: Ways = ALL_RANKS,
 ) -> ExchangeTable:
     """Decide a cooperative load.
 
@@ -140,13 +184,14 @@ def decide(
         stored: (file, stored name) -> extents; or name -> extent, where all files are alike.
         limits: bucket and chunk sizes.
         sees: file -> ranks that can open it; None when all see all.
+        ways: how bytes may travel.
 
     Raises:
         CoverageError: a region that a rank needs is in no file.
     """
-    chunks = chunks_of(parts_of(demands, world, stored, limits), world, limits, sees)
+    chunks = chunks_of(parts_of(demands, world, stored, limits), world, limits, sees, ways)
     classes = classes_of(chunks, world)
-    return ExchangeTable(world, tuple(demands), chunks, classes, rounds_of(chunks, classes, limits.quarter))
+    return ExchangeTable(world, tuple(demands), chunks, classes, rounds_of(chunks, classes, limits), limits.read)
 
 
 def plan_exchange(
@@ -155,43 +200,82 @@ def plan_exchange(
     stored: Located,
     limits: ExchangeLimits,
     sees: Optional[Sees] = None,
+    ways: Ways = ALL_RANKS,
 ) -> ExchangePlan:
     """Plan a cooperative load. Arguments and errors are those of `decide`."""
-    table = decide(demands, world, stored, limits, sees)
-    chunks = tuple(_chunks(table.chunks))
-    return ExchangePlan(world, table.demands, chunks, tuple(_parts(table.chunks)), tuple(_rounds(table)))
+    return plan_of(decide(demands, world, stored, limits, sees, ways))
 
 
-def _chunks(table: Chunks) -> Iterator[Chunk]:
-    parts = table.parts
-    columns = (table.start[:-1], table.file, table.nbytes, table.reader)
-    for first, file, nbytes, reader in zip(*(column.tolist() for column in columns)):
-        extents = parts.scattered.get(first) or (Extent(int(parts.offset[first]), nbytes),)
-        yield Chunk(file, extents, nbytes, reader)
+def plan_of(table: ExchangeTable) -> ExchangePlan:
+    """Objects of what was decided."""
+    gathered = list(table.gatherings())
+    read, number = _chunks(table)
+    chunks, gathers = list(read), _Gathers()
+    for each in gathered:
+        gathers.add(table, each, chunks)
+    parts = tuple(_parts(table.chunks, number, gathers.places))
+    return ExchangePlan(table.world, table.demands, tuple(chunks), parts, tuple(_rounds(table, number, gathers)))
 
 
-def _parts(table: Chunks) -> Iterator[SlicePart]:
+class _Gathers:
+    """Gathers by round, and where every part lies in its stream."""
+
+    def __init__(self) -> None:
+        self.by_round: dict[int, list[Gather]] = {}
+        self.places: dict[int, int] = {}
+
+    def add(self, table: ExchangeTable, each: Gathering, chunks: list[Chunk]) -> None:
+        """Add one, and its reads to `chunks`."""
+        ranks, pieces, first = table.chunks.parts.sets.members[each.ranks], each.stream.pieces, len(chunks)
+        columns = (pieces.member, pieces.file, pieces.offset, pieces.nbytes)
+        for member, file, offset, nbytes in zip(*(column.tolist() for column in columns)):
+            chunks.append(Chunk(file, (Extent(offset, nbytes),), nbytes, ranks[member]))
+        numbers, reads = tuple(each.parts.tolist()), tuple(range(first, len(chunks)))
+        gather = Gather(ranks, each.stream.share, numbers, reads, tuple(pieces.at.tolist()))
+        self.by_round.setdefault(each.round, []).append(gather)
+        self.places.update(zip(numbers, each.stream.at.tolist()))
+
+
+def _chunks(table: ExchangeTable) -> tuple[Iterator[Chunk], Ints]:
+    """The chunks that one rank reads, and the number of each of the table's among them; -1 for a group's."""
+    columns, parts = table.chunks, table.chunks.parts
+    alone = columns.reader < table.world
+    number = np.where(alone, np.cumsum(alone) - 1, -1)
+
+    def found() -> Iterator[Chunk]:
+        kept = (columns.start[:-1][alone], columns.file[alone], columns.nbytes[alone], columns.reader[alone])
+        for first, file, nbytes, reader in zip(*(column.tolist() for column in kept)):
+            extents = parts.scattered.get(first) or (Extent(int(parts.offset[first]), nbytes),)
+            yield Chunk(file, extents, nbytes, reader)
+
+    return found(), number
+
+
+def _parts(table: Chunks, number: Ints, places: Mapping[int, int]) -> Iterator[SlicePart]:
     parts, rows = table.parts, table.parts.rows
     chunk_of = table.of_part
     stops = np.cumsum(rows.nbytes[parts.row])
     offset = stops - rows.nbytes[parts.row]
     offset -= offset[table.start[:-1]][chunk_of] if len(offset) else 0
-    for demand, chunk, at, row in zip(*(c.tolist() for c in (parts.demand, chunk_of, offset, parts.row))):
+    columns = (parts.demand, number[chunk_of], offset, parts.row)
+    for part, (demand, chunk, at, row) in enumerate(zip(*(column.tolist() for column in columns))):
         cut = rows.cuts[row]
         ranks = rows.ranks[rows.start[row] : rows.start[row + 1]].tolist()
         deliveries = tuple(
             Delivery(parts.sets.members[number], share.in_part, share.in_target, share.target_shape, share.view)
             for number, share in zip(ranks, cut.shares)
         )
-        yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, cut.gathered)
+        yield SlicePart(demand, chunk, places.get(part, at), cut.nbytes, cut.shape, deliveries)
 
 
-def _rounds(table: ExchangeTable) -> Iterator[Round]:
+def _rounds(table: ExchangeTable, number: Ints, gathers: _Gathers) -> Iterator[Round]:
     loaded: set[int] = set()
-    chunk_of = table.chunks.of_part
+    chunk_of = number[table.chunks.of_part]
     order = np.argsort(table.round_of, kind="stable")
     for numbers in np.split(order, np.flatnonzero(np.diff(table.round_of[order])) + 1):
-        touched = set(chunk_of[numbers].tolist())
-        if touched:
-            yield Round(tuple(numbers.tolist()), tuple(sorted(touched - loaded)))
+        touched = set(chunk_of[numbers].tolist()) - {-1}
+        if len(numbers):
+            gathered = tuple(gathers.by_round.get(int(table.round_of[numbers[0]]), ()))
+            fresh = sorted((touched - loaded).union(*(gather.chunks for gather in gathered)))
+            yield Round(tuple(numbers.tolist()), tuple(fresh), gathered)
         loaded |= touched

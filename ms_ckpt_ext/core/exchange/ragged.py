@@ -88,6 +88,23 @@ class Sets:
         return starts(map(len, self.members)), joined([np.array(m, np.int64) for m in self.members])
 
 
+def classes_of_ranks(sets: Sets, world: int) -> tuple[Ints, Ints]:
+    """(class of every rank, one rank of every class): ranks that are in the same sets are alike."""
+    start, members = sets.flat()
+    owner = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    signature = np.zeros(world, np.uint64)
+    np.add.at(signature, members, mixed(owner))
+    _, first, of_rank = np.unique(signature, return_index=True, return_inverse=True)
+    return of_rank, first
+
+
+def ranks_alike(sets: Sets, world: int) -> list[list[int]]:
+    """The ranks of every class, ascending."""
+    of_rank, _ = classes_of_ranks(sets, world)
+    order = np.argsort(of_rank, kind="stable")
+    return [group.tolist() for group in np.split(order, np.flatnonzero(np.diff(of_rank[order])) + 1)]
+
+
 def joined(columns: Sequence[Ints], dtype: Any = np.int64) -> Ints:
     """Arrays one after another."""
     return np.concatenate([*columns, np.empty(0, dtype)], dtype=dtype, casting="same_kind")

@@ -1,9 +1,12 @@
 """Which parts travel together: rounds that fit every rank's staging memory.
 
-Every reader has a queue of parts, in the order of the parameters. In a round the readers take turns, all at once: each
-offers its next part; those that fit what is left of its own share (read, sent) and of the receivers' shares, counted in
-the order of the ranks, are taken. Who cannot go on waits for the next round. A part that is too large for any round
-travels alone.
+The bucket is shared out between reading, sending and receiving as the whole load needs them, so that none is full long
+before the others; each has an eighth at least.
+
+Every reader has a queue of parts, in the order of the parameters, and so has every group that gathers. In a round they
+take turns, all at once: each offers its next part; those that fit what is left of its own share (read, sent) and of the
+receivers' shares, counted in the order of the ranks, are taken. Who cannot go on waits for the next round. A part that
+is too large for any round travels alone.
 
 Receivers are counted by *classes*: ranks that get the same parts throughout (replicas) fill up together.
 """
@@ -15,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import Chunks
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
 from ms_ckpt_ext.core.exchange.parts import Rows
-from ms_ckpt_ext.core.exchange.ragged import Ints, blocks, entries_of, joined, mixed, narrow, starts, sums
+from ms_ckpt_ext.core.exchange.ragged import Ints, blocks, classes_of_ranks, entries_of, joined, narrow, starts, sums
 
 
 class Classes(NamedTuple):
@@ -36,9 +40,23 @@ class Classes(NamedTuple):
     nbytes: Ints
 
 
-def rounds_of(chunks: Chunks, classes: Classes, quarter: int) -> Ints:
-    """The round of every part. A rank reads and sends up to `quarter` bytes in one, and receives twice that."""
-    return _Filler(chunks, classes, quarter).fill()
+class Shares(NamedTuple):
+    """Bytes that a rank may read, send and receive in one round."""
+
+    read: int
+    sent: int
+    received: int
+
+
+def rounds_of(chunks: Chunks, classes: Classes, limits: ExchangeLimits) -> Ints:
+    """The round of every part."""
+    return _Filler(chunks, classes, limits).fill()
+
+
+def shares_of(totals: Shares, limits: ExchangeLimits) -> Shares:
+    """The bucket, shared out like `totals`, with an eighth for each at least."""
+    rest = max(limits.bucket - 3 * limits.least, 0)
+    return Shares(*(limits.least + rest * total // max(sum(totals), 1) for total in totals))
 
 
 def classes_of(chunks: Chunks, world: int) -> Classes:
@@ -46,9 +64,7 @@ def classes_of(chunks: Chunks, world: int) -> Classes:
     rows = chunks.parts.rows
     set_start, members = chunks.parts.sets.flat()
     owner = np.repeat(np.arange(len(set_start) - 1), np.diff(set_start))
-    signature = np.zeros(world, np.uint64)
-    np.add.at(signature, members, mixed(owner))
-    _, first, of_rank = np.unique(signature, return_index=True, return_inverse=True)
+    of_rank, first = classes_of_ranks(chunks.parts.sets, world)
     # A set is a union of classes: keep one rank of each.
     kept = first[of_rank[members]] == members
     class_start = starts(sums(owner[kept], np.ones(int(kept.sum())), len(set_start) - 1))
@@ -62,7 +78,8 @@ def classes_of(chunks: Chunks, world: int) -> Classes:
 def _copies(rows: Rows, set_sizes: Ints) -> Ints:
     """Bytes that a reader of every row would send, were it not among the receivers itself."""
     before = np.concatenate([[0], np.cumsum(rows.moved * set_sizes[rows.ranks])])
-    return np.where(rows.gathered, rows.nbytes, np.diff(before[rows.start]))
+    copies: Ints = np.diff(before[rows.start])
+    return copies
 
 
 def _queue(chunks: Chunks) -> Ints:
@@ -75,27 +92,46 @@ def _queue(chunks: Chunks) -> Ints:
 
 
 class _Filler:
-    def __init__(self, chunks: Chunks, classes: Classes, quarter: int) -> None:
+    """Readers are the ranks, then the groups: a group's members read and give equal shares."""
+
+    def __init__(self, chunks: Chunks, classes: Classes, limits: ExchangeLimits) -> None:
         parts, rows = chunks.parts, chunks.parts.rows
-        self._row, self._gathered, self._quarter = parts.row, rows.gathered, quarter
-        self._classes, world = classes, len(classes.of_rank)
-        self._copies = _copies(rows, np.array([len(members) for members in parts.sets.members], np.int64))
+        self._row, self._classes, self._world = parts.row, classes, len(classes.of_rank)
+        sizes = np.array([len(members) for members in parts.sets.members], np.int64)
+        self._copies, self._nbytes = _copies(rows, sizes), rows.nbytes
+        self._members = np.concatenate([np.ones(self._world, np.int64), sizes[list(chunks.groups)]])
+        self._class_of = np.concatenate([classes.of_rank, np.full(len(chunks.groups), -1, np.int64)])
         self._queue = _queue(chunks)
-        offers = sums(chunks.reader, np.diff(chunks.start), world)
+        offers = sums(chunks.reader, np.diff(chunks.start), len(self._members))
         self._stop = np.cumsum(offers)
         self._head = self._stop - offers
         self._reads = np.zeros(len(parts.row), chunks.nbytes.dtype)
         self._reads[chunks.start[:-1]] = chunks.nbytes
+        gathered = (chunks.reader >= self._world)[chunks.of_part]
+        self._reads[gathered] = rows.nbytes[parts.row[gathered]]
+        self._shares = shares_of(self._totals(chunks), limits)
         self._round = np.full(len(parts.row), -1, np.int32)
 
+    def _totals(self, chunks: Chunks) -> Shares:
+        """What the ranks with the most of it read, send and receive in all; what a reader keeps counts as sent, too."""
+        reads = sums(chunks.reader, chunks.nbytes, len(self._members))
+        gathered = (chunks.reader >= self._world)[chunks.of_part]
+        copies = np.where(gathered, self._nbytes[self._row], self._copies[self._row])
+        sent = sums(chunks.reader[chunks.of_part], copies, len(self._members))
+        times = np.bincount(self._row, minlength=len(self._nbytes))
+        owner, entry = entries_of(self._classes.start, np.arange(len(self._nbytes)))
+        wanted = sums(self._classes.gets[entry], self._classes.nbytes[entry] * times[owner], len(self._classes.size))
+        each = (column // self._members for column in (reads, sent))
+        return Shares(*(int(column.max(initial=0)) for column in (*each, wanted)))
+
     def fill(self) -> Ints:
-        world, number = len(self._stop), 0
+        number = 0
         while True:
             active = np.flatnonzero(self._head < self._stop)
             if not len(active):
                 return self._round.astype(narrow(number))
-            self._sent, self._read = np.full(world, self._quarter), np.full(world, self._quarter)
-            self._room = np.full(len(self._classes.size), 2 * self._quarter)
+            self._sent, self._read = self._shares.sent * self._members, self._shares.read * self._members
+            self._room = np.full(len(self._classes.size), self._shares.received)
             empty = True
             while len(active):
                 active = self._turn(active, number, empty)
@@ -107,7 +143,7 @@ class _Filler:
         part = self._queue[self._head[active]]
         row = self._row[part]
         owner, gets, nbytes, own = self._loads(active, row)
-        sent = self._copies[row] - own
+        sent = np.where(active < self._world, self._copies[row] - own, self._nbytes[row])
         reads = self._reads[part]
         fits = (self._sent[active] >= sent) & (self._read[active] >= reads)
         fits[owner[self._room[gets] < nbytes]] = False
@@ -129,7 +165,7 @@ class _Filler:
         classes = self._classes
         owner, entry = entries_of(classes.start, row.astype(np.int64))
         gets, nbytes = classes.gets[entry], classes.nbytes[entry]
-        stays = (classes.of_rank[active][owner] == gets) & ~self._gathered[row][owner]
+        stays = self._class_of[active][owner] == gets
         own = sums(owner[stays], nbytes[stays], len(active))
         travels = ~(stays & (classes.size[gets] == 1))
         return owner[travels], gets[travels], nbytes[travels], own

@@ -6,7 +6,9 @@ The numbers are those that a load with this plan counts itself: payload by the p
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
 from ms_ckpt_ext.core.exchange.ragged import Ints, entries_of, narrow, starts, sums
+from ms_ckpt_ext.core.exchange.streams import Gathering
 
 MATRIX = 64
 """Rows and columns of the matrix of traffic at most; larger worlds are shown by groups of neighbouring ranks."""
@@ -78,9 +81,11 @@ class _Counter:
         self._there = places % self._groups
         self._places = starts(np.bincount(places // self._groups, minlength=len(table.classes.size)))
         self._wanted, self._sent, self._received, self._messages = (np.zeros(world, np.int64) for _ in range(4))
-        self._buffers = {name: np.zeros(world, np.int64) for name in ("send", "receive", "give")}
-        self._gather = 0
-        self._held = _Held(table, prefetch)
+        self._buffers = {name: np.zeros(world, np.int64) for name in ("send", "receive")}
+        gathered = list(table.gatherings())
+        reads = self._reads = _all_reads(table, gathered)
+        self._of_round = {n: list(some) for n, some in groupby(gathered, key=lambda each: each.round)}
+        self._held = _Held(reads, world, int(table.round_of.max(initial=-1)) + 1, prefetch)
 
     def count(self) -> RankTotals:
         table, world = self._table, self._world
@@ -88,16 +93,16 @@ class _Counter:
         counted = tuple(
             self._round(number, order[low:high]) for number, (low, high) in enumerate(zip(start, start[1:]))
         )
-        chunks = table.chunks
-        buffers = sum(self._buffers.values(), np.zeros(world, np.int64)) + self._gather
-        staging = buffers + self._held.most * int(chunks.nbytes.max(initial=0))
-        read = sums(chunks.reader, chunks.nbytes, world)
-        reads = np.bincount(chunks.reader, minlength=world)
+        made = self._reads
+        buffers = sum(self._buffers.values(), np.zeros(world, np.int64))
+        staging = buffers + self._held.most * int(made.nbytes.max(initial=0))
+        read = sums(made.reader, made.nbytes, world)
+        reads = np.bincount(made.reader, minlength=world)
         columns = (self._wanted, read, reads, self._sent, self._received, self._messages, staging, counted)
         return RankTotals(*columns, self._matrix.reshape(self._groups, self._groups), self._group, *self._files())
 
     def _files(self) -> tuple[Ints, int]:
-        chunks = self._table.chunks
+        chunks = self._reads
         count = int(chunks.file.max(initial=0)) + 1
         group = -(-count // MATRIX)
         columns = -(-count // group)
@@ -106,7 +111,7 @@ class _Counter:
 
     def _round(self, number: int, parts: Ints) -> RoundTally:
         fresh = self._held.enter(number)
-        rows = self._table.chunks.parts.rows
+        parts = parts[self._reader[parts] < self._world]
         # Parameters that are alike give a reader the same row several times.
         pairs = self._table.chunks.parts.row[parts].astype(np.int64) * self._world + self._reader[parts]
         pairs, times = np.unique(pairs, return_counts=True)
@@ -122,13 +127,42 @@ class _Counter:
         self._received += received
         self._sent += sent
         self._mark(sender, gets, nbytes, kept)
-        single = ~rows.gathered[row][owner]
-        messages = self._blocks(sender[single], gets[single], nbytes[single]) + self._gathers(row, reader, times)
+        messages = self._blocks(sender, gets, nbytes)
+        for slot, each in self._by_slot(number):
+            received += self._gather(slot, each, messages)
         self._messages += messages
-        read = sums(self._table.chunks.reader[fresh], self._table.chunks.nbytes[fresh], self._world)
+        read = sums(self._reads.reader[fresh], self._reads.nbytes[fresh], self._world)
         return RoundTally(
             int(read.sum()), int(read.max()), int(received.sum()), int(received.max()), int(messages.sum())
         )
+
+    def _by_slot(self, number: int) -> Iterator[tuple[int, Gathering]]:
+        """What is gathered in a round, each with how many come before it on the same ranks."""
+        before = np.zeros(self._world, np.int64)
+        for each in self._of_round.get(number, ()):
+            members = list(self._table.chunks.parts.sets.members[each.ranks])
+            yield int(before[members[0]]), each
+            before[members] += 1
+
+    def _gather(self, slot: int, each: Gathering, messages: Ints) -> Ints:
+        """Count a gather; bytes that every rank receives by it."""
+        members = np.array(self._table.chunks.parts.sets.members[each.ranks])
+        count, pieces = len(members), each.stream.pieces
+        own = sums(members[pieces.member], pieces.nbytes, self._world)
+        total = int(own.sum())
+        received = np.zeros(self._world, np.int64)
+        received[members] = total - own[members]
+        self._wanted[members] += total
+        self._received += received
+        self._sent += own * (count - 1)
+        messages[members] += count - 1
+        for name, nbytes in ((f"give {slot}", each.stream.share), (f"gather {slot}", each.stream.share * count)):
+            held = self._buffers.setdefault(name, np.zeros(self._world, np.int64))
+            held[members] = np.maximum(held[members], nbytes)
+        there = np.bincount(members // self._group, minlength=self._groups)
+        given = sums(np.arange(self._world) // self._group, own, self._groups)
+        self._matrix += (np.outer(given, there) - np.diag(given)).ravel()
+        return received
 
     def _mark(self, sender: Ints, gets: Ints, nbytes: Ints, kept: Ints) -> None:
         """Enter what travels into the matrix."""
@@ -152,34 +186,46 @@ class _Counter:
             np.maximum(self._buffers[name], now, out=self._buffers[name])
         return sums(sender, copies, self._world)
 
-    def _gathers(self, row: Ints, reader: Ints, times: Ints) -> Ints:
-        """Note the buffers of the all-gather; messages that every rank sends."""
-        rows = self._table.chunks.parts.rows
-        given = np.flatnonzero(rows.gathered[row])
-        sizes = sums(reader[given], rows.nbytes[row[given]] * times[given], self._world)
-        sizes += -sizes % ALIGNMENT
-        np.maximum(self._buffers["give"], sizes, out=self._buffers["give"])
-        self._gather = max(self._gather, int(sizes.sum()))
-        return (sizes > 0) * (self._world - 1)
+
+class _Reads(NamedTuple):
+    """All reads, as columns: the rank, the file, the bytes, and the first and last round that needs them."""
+
+    reader: Ints
+    file: Ints
+    nbytes: Ints
+    first: Ints
+    last: Ints
+
+
+def _all_reads(table: ExchangeTable, gathered: Sequence[Gathering]) -> _Reads:
+    """The chunks that one rank reads, and the pieces of streams."""
+    chunks, start = table.chunks, table.chunks.start[:-1]
+    none = np.empty(0, np.int64)
+    alone = chunks.reader < table.world
+    first = (np.minimum.reduceat(table.round_of, start) if len(start) else none)[alone]
+    last = (np.maximum.reduceat(table.round_of, start) if len(start) else none)[alone]
+    columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone], first, last]]
+    for each in gathered:
+        pieces = each.stream.pieces
+        members = np.array(chunks.parts.sets.members[each.ranks])
+        when = np.full(len(pieces.member), each.round)
+        columns.append([members[pieces.member], pieces.file, pieces.nbytes, when, when])
+    return _Reads(*(np.concatenate(column) for column in zip(*columns)))
 
 
 class _Held:
-    """Chunks in memory: from `prefetch` rounds before the first that needs them to the last."""
+    """Reads in memory: from `prefetch` rounds before the first that needs them to the last."""
 
-    def __init__(self, table: ExchangeTable, prefetch: int) -> None:
-        chunks, start = table.chunks, table.chunks.start[:-1]
-        none = np.empty(0, np.int64)
-        count = int(table.round_of.max(initial=-1)) + 1
-        first = np.minimum.reduceat(table.round_of, start) if len(start) else none
-        last = np.maximum.reduceat(table.round_of, start) if len(start) else none
-        (self._by_first, self._first), (self._by_last, self._last) = _by_number(first, count), _by_number(last, count)
-        self._reader, self._prefetch = chunks.reader, prefetch
-        self._now = np.zeros(table.world, np.int64)
+    def __init__(self, reads: _Reads, world: int, count: int, prefetch: int) -> None:
+        self._by_first, self._first = _by_number(reads.first, count)
+        self._by_last, self._last = _by_number(reads.last, count)
+        self._reader, self._prefetch = reads.reader, prefetch
+        self._now = np.zeros(world, np.int64)
         self._begun = 0
-        self.most = np.zeros(table.world, np.int64)
+        self.most = np.zeros(world, np.int64)
 
     def enter(self, number: int) -> Ints:
-        """Go on to a round; returns the chunks that it needs first."""
+        """Go on to a round; returns the reads that it needs first."""
         low, high = self._first[number : number + 2]
         ahead = self._first[min(number + self._prefetch + 1, len(self._first) - 1)]
         self._add(self._by_first[self._begun : ahead], 1)
@@ -188,8 +234,8 @@ class _Held:
         self._add(self._by_last[slice(*self._last[number : number + 2])], -1)
         return self._by_first[low:high]
 
-    def _add(self, chunks: Ints, count: int) -> None:
-        self._now += count * np.bincount(self._reader[chunks], minlength=len(self._now))
+    def _add(self, reads: Ints, count: int) -> None:
+        self._now += count * np.bincount(self._reader[reads], minlength=len(self._now))
 
 
 def _by_number(column: Ints, count: int) -> tuple[Ints, list[int]]:

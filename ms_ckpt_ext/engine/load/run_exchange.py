@@ -3,8 +3,8 @@
 1. Reads of the next rounds run on threads while this round is exchanged; their host buffers are reused.
 2. Every round begins with a status that all ranks share: an error on one (a failed read, a sink that refused) is
    raised on all of them before anybody waits in a collective for a rank that is not coming.
-3. What a rank reads for others is packed, exchanged by one all-to-all and, where every rank wants the same, one
-   all-gather; what arrives is placed in the sinks. What it reads for itself goes there without a detour.
+3. What a rank reads for others is packed, exchanged by one all-to-all and, for every group that wants the same, one
+   all-gather of equal shares; what arrives is placed in the sinks. What it reads for itself goes there at once.
 4. A sink is finished in the round that brings its last piece, and digested on a thread during the rounds that follow.
 
 Where the buffers are (host memory, or an NPU's) is the mover's and the transport's business.
@@ -21,7 +21,7 @@ import numpy as np
 
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.geometry.view import View
@@ -142,7 +142,7 @@ class _Run(Generic[B]):
         self._reads: dict[int, Future[Bytes]] = {}
         self._held: dict[int, tuple[Bytes, B]] = {}
         self._buffers: dict[str, B] = {}
-        self._last_use = {plan.parts[n].chunk: at for at, round_ in enumerate(plan.rounds) for n in round_.parts}
+        self._last_use = plan.last_use()
 
     def go(self) -> None:
         rank = self._transport.rank
@@ -166,9 +166,11 @@ class _Run(Generic[B]):
         sizes = {
             "send": max((sum(w.send_counts) for w in turns), default=0),
             "receive": max((sum(w.receive_counts) for w in turns), default=0),
-            "give": max((w.gather_counts[self._transport.rank] for w in turns), default=0),
-            "gather": max((sum(w.gather_counts) for w in turns), default=0),
         }
+        for turn in turns:
+            for number, gather in enumerate(turn.gathers):
+                for name, nbytes in ((f"give {number}", gather.share), (f"gather {number}", gather.nbytes)):
+                    sizes[name] = max(sizes.get(name, 0), nbytes)
         self._buffers = {name: self._transport.allocate(nbytes) for name, nbytes in sizes.items()}
 
     def _start_reads(self, current: RankRound) -> None:
@@ -194,9 +196,11 @@ class _Run(Generic[B]):
                     host = self._reads.pop(chunk).result()
                     self._held[chunk] = (host, self._mover.stage(host[: self._plan.chunks[chunk].nbytes]))
             with self._trace.span("pack", round=number):
-                for items, buffer in ((current.outgoing, "send"), (current.contributed, "give")):
-                    for item in items:
-                        self._pack(item, self._buffers[buffer])
+                for item in current.outgoing:
+                    self._pack(item, self._buffers["send"])
+                for place, gather in enumerate(current.gathers):
+                    for chunk, offset in gather.given:
+                        self._give(chunk, self._buffers[f"give {place}"], offset)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
@@ -204,8 +208,13 @@ class _Run(Generic[B]):
     def _pack(self, item: Item, target: B) -> None:
         part = item.part
         staged = self._held[part.chunk][1]
-        box = Region.whole(part.shape) if part.gathered else item.delivery.in_part
-        self._mover.pack(staged, part.offset, part.shape, box, self._plan.dtype(part), target, item.offset)
+        box, dtype = item.delivery.in_part, self._plan.dtype(part)
+        self._mover.pack(staged, part.offset, part.shape, box, dtype, target, item.offset)
+
+    def _give(self, chunk: int, target: B, offset: int) -> None:
+        """A whole chunk, as bytes."""
+        shape = (self._plan.chunks[chunk].nbytes,)
+        self._mover.pack(self._held[chunk][1], 0, shape, Region.whole(shape), DTYPES["U8"], target, offset)
 
     def _share_status(self, number: int, error: Optional[BaseException]) -> None:
         with self._trace.span("status", round=number):
@@ -220,9 +229,9 @@ class _Run(Generic[B]):
                 handles.append(
                     self._transport.start_all_to_all(send, current.send_counts, receive, current.receive_counts)
                 )
-            if any(current.gather_counts):
-                give, gather = self._buffers["give"], self._buffers["gather"]
-                handles.append(self._transport.start_uneven_gather(give, current.gather_counts, gather))
+            for place, gather in enumerate(current.gathers):
+                give, into = self._buffers[f"give {place}"], self._buffers[f"gather {place}"]
+                handles.append(self._transport.start_all_gather(give, gather.share, into, gather.ranks))
             error = self._place_own(number, current)
             for handle in handles:
                 handle.wait()
@@ -242,7 +251,8 @@ class _Run(Generic[B]):
     def _place(self, number: int, current: RankRound) -> Optional[BaseException]:
         try:
             with self._trace.span("place", round=number):
-                for items, name in ((current.incoming, "receive"), (current.gathered, "gather")):
+                gathered = [(gather.items, f"gather {place}") for place, gather in enumerate(current.gathers)]
+                for items, name in ((current.incoming, "receive"), *gathered):
                     buffer = self._buffers[name]
                     for part, delivery, offset, _ in items:
                         shape = part.shape if part.gathered else delivery.in_part.shape
@@ -283,7 +293,7 @@ def _complete(turns: Sequence[RankRound]) -> dict[int, list[int]]:
     """Round -> the demands whose last piece it brings to this rank."""
     last: dict[int, int] = {}
     for number, current in enumerate(turns):
-        for items in (current.own, current.incoming, current.gathered):
+        for items in (current.own, current.incoming, *(gather.items for gather in current.gathers)):
             last.update((item.part.demand, number) for item in items)
     complete: dict[int, list[int]] = {}
     for demand, number in last.items():
