@@ -7,6 +7,7 @@ mccl      ranks of a MindSpore job on the CPU
 hccl      ranks of a MindSpore job on Ascend
 control   small messages between the processes of a job, and who of them is still alive (used by mccl and hccl)
 gate      all ranks of a host, before any calls the backend for the first time
+rendezvous/   how ranks of several hosts find the hub, and prove that they belong to the job
 hub       where ranks meet; `line` a process's connection to it
 select    which transport fits here
 """

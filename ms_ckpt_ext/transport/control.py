@@ -22,13 +22,12 @@ While a process exits MindSpore takes its globals down, and a thread that ends o
 So threads of blocking calls wait for the next one rather than end (see `_Caller`), and `close` waits for those that
 listen. What was given up, or never closed, may still come back at that time.
 
-The connections carry no secrets and are not encrypted; a random token keeps other jobs out.
+The connections carry no secrets and are not encrypted; a random token keeps others out, see `rendezvous.greeting`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import threading
@@ -38,15 +37,14 @@ from typing import Any, Callable, ClassVar, Generic, Optional, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.errors import TransportError, name_ranks
+from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.transport.base import Bytes
 from ms_ckpt_ext.transport.hub import LENGTH, Hub
 from ms_ckpt_ext.transport.line import GRACE_SECONDS, Line
+from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
+from ms_ckpt_ext.transport.rendezvous.meeting import come_to_hub
 
 _T = TypeVar("_T")
-
-CELL_BYTES = 128
-"""What `announce` all-gathers: 8 bytes of length, the rest of contents."""
 
 FIRST_MEETING = "the first meeting of all ranks over the backend, to which some of another host may not have come"
 _CONNECT_SECONDS = 20.0
@@ -121,42 +119,29 @@ class ControlPlane(Line):
 
     Args:
         timeout: seconds that one `share`, or one guarded call, may last while all ranks are alive.
-        host: address of this process that the other ranks can connect to; only rank 0's is used.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float, host: str) -> None:
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
         super().__init__(rank, size, timeout)
         self._hub: Optional[Hub] = None
-        self._address = ""
-        if rank == 0:
-            # Ranks of other hosts may reach this one by another of its addresses: then on all interfaces.
-            local = host.startswith("127.") or host == "localhost"
-            server = socket.create_server((host if local else "", 0), backlog=1024)
-            self._address = f"{host} {server.getsockname()[1]}"
-            self._hub = Hub(size, timeout, server)
 
     def enter(self, announce: Callable[[bytes], list[bytes]]) -> None:
-        """Connect to rank 0, whose address goes around.
+        """Connect to rank 0, see `rendezvous.meeting`.
 
         Args:
-            announce: all-gathers at most `CELL_BYTES - 8` bytes per rank over the backend, called twice, by `guard`.
+            announce: all-gathers at most `CELL_ROOM` bytes per rank over the backend, by `guard`.
 
         Raises:
             TransportError: on all ranks, when any of them cannot connect to rank 0, or does not come.
         """
         try:
-            address = announce(f"{self._address} {self._hub.token}".encode() if self._hub else b"")[0].decode()
-            problem = self._connect(address)
-            problems = announce(problem.encode()[: CELL_BYTES - 8])
-            failed = [peer for peer, text in enumerate(problems) if text]
-            if failed:
-                raise TransportError(
-                    f"{name_ranks(failed)} cannot connect to rank 0: {problems[failed[0]].decode(errors='replace')}; "
-                    "allow TCP connections between the hosts of the job"
-                )
+            self.attach(come_to_hub(announce, self.rank, self.size, self._open_hub, _CONNECT_SECONDS))
         except BaseException:
             self._abandon()
             raise
+
+    def _open_hub(self, server: socket.socket, token: str) -> None:
+        self._hub = Hub(self.size, self.timeout, server, token)
 
     def guard(self, blocking: Callable[[], _T], doing: str) -> _T:
         """Run `blocking()` in a thread; stop waiting for it when a rank has died, or after `timeout` seconds.
@@ -211,15 +196,6 @@ class ControlPlane(Line):
         if self._hub is not None:
             self._hub.stop()
 
-    def _connect(self, address: str) -> str:
-        """Why it failed, or nothing."""
-        host, port, token = address.rsplit(" ", 2)
-        try:
-            connection = socket.create_connection((host, int(port)), _CONNECT_SECONDS)
-            return "" if self.attach(connection, token, _CONNECT_SECONDS) else f"{host}:{port} does not know this rank"
-        except OSError as error:
-            return f"{host}:{port}: {error}"
-
 
 def pack_cell(payload: bytes) -> Bytes:
     """`payload` as CELL_BYTES bytes, for a backend that gathers equal sizes only."""
@@ -230,21 +206,6 @@ def unpack_cell(cell: Bytes) -> bytes:
     """What `pack_cell` was given."""
     (length,) = LENGTH.unpack_from(cell.tobytes())
     return cell.tobytes()[LENGTH.size : LENGTH.size + length]
-
-
-def reachable_host() -> str:
-    """This host's address as the job sees it: that of the interface which leads to MindSpore's scheduler."""
-    scheduler = os.environ.get("MS_SCHED_HOST", "127.0.0.1")
-    told = os.environ.get("MS_SCHED_PORT", "")
-    port = int(told) if told.isdecimal() and len(told) < 6 else 8118
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(scheduler, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(address)  # UDP: nothing is sent
-            host: str = probe.getsockname()[0]
-            return host
-    except OSError:
-        return socket.gethostname()
 
 
 def _first_lines(error: BaseException) -> str:

@@ -23,6 +23,8 @@ from typing import Optional
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.transport.hub import Hub
 from ms_ckpt_ext.transport.line import Line
+from ms_ckpt_ext.transport.rendezvous.greeting import Guest
+from ms_ckpt_ext.transport.rendezvous.search import arrive
 
 _TOKEN = "ms_ckpt_ext"
 _RETRY_SECONDS = 0.02
@@ -84,7 +86,7 @@ def _open(name: str, rank: int, size: int, timeout: float) -> Optional[Hub]:
         if error.errno == errno.EADDRINUSE:
             return None
         raise TransportError(f"rank {rank}, in {_DOING}: no socket can be made: {error}") from error
-    return Hub(size, timeout, server, rank, _TOKEN)
+    return Hub(size, timeout, server, _TOKEN, rank)
 
 
 def _enter(line: Line, name: str, seconds: float) -> bool:
@@ -93,9 +95,8 @@ def _enter(line: Line, name: str, seconds: float) -> bool:
     connection.settimeout(max(seconds, _RETRY_SECONDS))
     try:
         connection.connect(name)
-        if line.attach(connection, _TOKEN, max(seconds, _RETRY_SECONDS)):
-            return True
+        line.attach(arrive(connection, Guest(_TOKEN, line.rank, line.size)))
+        return True
     except OSError:
-        pass
-    connection.close()
-    return False
+        connection.close()
+        return False

@@ -38,14 +38,8 @@ from ms_ckpt_ext.transport.base import (
     flat_bytes,
     offsets,
 )
-from ms_ckpt_ext.transport.control import (
-    CELL_BYTES,
-    FIRST_MEETING,
-    ControlPlane,
-    pack_cell,
-    reachable_host,
-    unpack_cell,
-)
+from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
+from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _WITHOUT_ALL_GATHER_V = ("ascend910",)
 """Soc versions, as MindSpore spells them; `ascend910b` and `ascend910_93` are later generations."""
@@ -70,7 +64,7 @@ class Hccl:
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
         self._padded = _soc_version() in _WITHOUT_ALL_GATHER_V if padded is None else padded
-        self._control = ControlPlane(self.rank, self.size, timeout, reachable_host())
+        self._control = ControlPlane(self.rank, self.size, timeout)
         self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> mindspore.Tensor:

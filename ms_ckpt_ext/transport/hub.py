@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import selectors
 import socket
 import struct
 import threading
 import time
 from collections.abc import Sequence
-from typing import Optional
 
 from ms_ckpt_ext.errors import name_ranks
+from ms_ckpt_ext.transport.rendezvous.greeting import Door
 
 FRAME = struct.Struct("<4sIQ")  # kind, rank, length of what follows
-HELLO, WELCOME, DATA, BYE, GONE, LATE = b"helo", b"welc", b"data", b"bye.", b"gone", b"late"
+DATA, BYE, GONE, LATE = b"data", b"bye.", b"gone", b"late"
 LENGTH = struct.Struct("<Q")
 
 
@@ -26,18 +25,17 @@ class Hub:
         size: ranks that are to come.
         timeout: seconds that those who have come wait for the others.
         server: where they connect; the hub's from here on.
+        token: what they have to know.
         keeper: the rank whose process this is.
-        token: what they have to say; None for a random one.
     """
 
-    def __init__(
-        self, size: int, timeout: float, server: socket.socket, keeper: int = 0, token: Optional[str] = None
-    ) -> None:
-        self.token = secrets.token_hex(8) if token is None else token
+    def __init__(self, size: int, timeout: float, server: socket.socket, token: str, keeper: int = 0) -> None:
+        self._token = token
         self._size = size
         self._timeout = timeout
         self._server = server
         self._keeper = keeper
+        self._doors: dict[socket.socket, Door] = {}
         self._connections: dict[int, socket.socket] = {}
         self._greeted: set[int] = set()
         self._payloads: dict[int, bytes] = {}
@@ -72,6 +70,9 @@ class Hub:
     def _accept(self, selector: selectors.BaseSelector) -> None:
         connection, _ = self._server.accept()
         tune(connection)
+        door = self._doors[connection] = Door(self._token, self._keeper, self._size)
+        with contextlib.suppress(OSError):  # its end is noticed by the next read
+            connection.sendall(door.hail)
         selector.register(connection, selectors.EVENT_READ, bytearray())
 
     def _read(self, connection: socket.socket, received: bytearray) -> bool:
@@ -79,7 +80,7 @@ class Hub:
         try:
             chunk = connection.recv(1 << 16)
             received += chunk
-            if connection not in self._connections.values() and not self._greet(connection, received):
+            if connection in self._doors and not self._greet(connection, received):
                 return False
         except OSError:
             return False
@@ -93,19 +94,18 @@ class Hub:
         return bool(chunk)
 
     def _greet(self, connection: socket.socket, received: bytearray) -> bool:
-        """True when the connection is that of a rank, or may yet become so."""
-        greeting = FRAME.size + len(self.token)
-        if len(received) < greeting:
+        """True when the connection is that of a rank, or may yet become so. Raises OSError."""
+        door = self._doors[connection]
+        rank = door.ask(received)
+        if rank is None:
             return True
-        kind, rank, _ = FRAME.unpack_from(received)
-        told = received[FRAME.size : greeting] == self.token.encode()
-        if kind != HELLO or rank >= self._size or not told or rank in self._greeted:
-            return False
-        self._greeted.add(rank)
-        self._connections[rank] = connection
-        del received[:greeting]
-        connection.sendall(FRAME.pack(WELCOME, self._keeper, 0))
-        return True
+        reply, welcome = door.answer(rank in self._greeted)
+        if welcome:
+            del self._doors[connection]
+            self._greeted.add(rank)
+            self._connections[rank] = connection
+        connection.sendall(reply)
+        return welcome
 
     def _answer(self) -> None:
         if len(self._payloads) == self._size:
@@ -133,6 +133,7 @@ class Hub:
         return f"{name_ranks(missing)} did not come within {self._timeout:g} s, {why} Look at their logs"
 
     def _lost(self, connection: socket.socket) -> None:
+        self._doors.pop(connection, None)
         connection.close()
         for rank, known in list(self._connections.items()):
             if known is connection:

@@ -9,7 +9,8 @@ import threading
 from typing import Optional
 
 from ms_ckpt_ext.errors import PeerError, TransportError
-from ms_ckpt_ext.transport.hub import BYE, DATA, FRAME, GONE, HELLO, LENGTH, WELCOME, gone, take_frames, tune
+from ms_ckpt_ext.transport.hub import BYE, DATA, FRAME, GONE, LENGTH, gone, take_frames, tune
+from ms_ckpt_ext.transport.rendezvous.search import Arrival
 
 GRACE_SECONDS = 2.0
 """How long to wait for threads that are about to end, and for news that are about to come."""
@@ -36,27 +37,15 @@ class Line:
         self._listener: Optional[threading.Thread] = None
         self._keeper = 0
 
-    def attach(self, connection: socket.socket, token: str, seconds: float) -> bool:
-        """Say who this is; whether the hub lets it in, within `seconds`. Raises OSError when the connection breaks."""
-        connection.settimeout(seconds)
+    def attach(self, arrival: Arrival) -> None:
+        """Go on with a connection to a hub that has let this rank in; it is this line's from here on."""
+        connection, self._keeper, received = arrival
         tune(connection)
-        connection.sendall(FRAME.pack(HELLO, self.rank, len(token)) + token.encode())
-        welcome = b""
-        while len(welcome) < FRAME.size:
-            chunk = connection.recv(FRAME.size - len(welcome))
-            if not chunk:
-                return False
-            welcome += chunk
-        kind, self._keeper, _ = FRAME.unpack(welcome)
-        if kind != WELCOME:
-            return False
-        connection.settimeout(None)
         self._socket = connection
         self._listener = threading.Thread(
-            target=self._listen, args=(connection,), name="ms_ckpt_ext control", daemon=True
+            target=self._listen, args=(connection, bytearray(received)), name="ms_ckpt_ext control", daemon=True
         )
         self._listener.start()
-        return True
 
     def share(self, payload: bytes, doing: str = "share") -> list[bytes]:
         """Every rank's payload in rank order. Raises PeerError or TransportError; `doing` is for their messages."""
@@ -97,9 +86,8 @@ class Line:
             self._socket.shutdown(socket.SHUT_WR)
         self._listener.join(GRACE_SECONDS)
 
-    def _listen(self, connection: socket.socket) -> None:
+    def _listen(self, connection: socket.socket, received: bytearray) -> None:
         """Thread: receive what the hub sends until it or this rank leaves."""
-        received = bytearray()
         while True:
             try:
                 chunk = connection.recv(1 << 16)

@@ -38,14 +38,8 @@ from ms_ckpt_ext.transport.base import (
     flat_bytes,
     offsets,
 )
-from ms_ckpt_ext.transport.control import (
-    CELL_BYTES,
-    FIRST_MEETING,
-    ControlPlane,
-    pack_cell,
-    reachable_host,
-    unpack_cell,
-)
+from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
+from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _STEP_BYTES = 16 << 20
 """Longest stretch per peer in one scatter; a step needs (size + 1) times that of memory for padding."""
@@ -66,7 +60,7 @@ class Mccl:
     def __init__(self, timeout: float) -> None:
         self.rank: int = distributed.get_rank()
         self.size: int = distributed.get_world_size()
-        self._control = ControlPlane(self.rank, self.size, timeout, reachable_host())
+        self._control = ControlPlane(self.rank, self.size, timeout)
         self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> Bytes:
