@@ -6,8 +6,9 @@ local     ranks are threads of this process, or this process alone
 mccl      ranks of a MindSpore job on the CPU
 hccl      ranks of a MindSpore job on Ascend
 control   small messages between the processes of a job, and who of them is still alive (used by mccl and hccl)
+gather    payloads that are too much for the control plane, over the backend
 gate      all ranks of a host, before any calls the backend for the first time
-rendezvous/   how ranks of several hosts find the hub, and prove that they belong to the job
-hub       where ranks meet; `line` a process's connection to it
+hub/      where the ranks of a control plane, or of a gate, meet
+rendezvous/  how ranks of several hosts find the hub, and prove that they belong to the job
 select    which transport fits here
 """

@@ -17,19 +17,23 @@ from ms_ckpt_ext.transport.base import Transport
 
 _T = TypeVar("_T")
 _MAX_MESSAGE = 4000
-"""Characters of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""
+"""Bytes of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""
+_FAILED = b"!"
 
 
 def agree(transport: Transport[Any], facts: Mapping[str, Union[bytes, str]]) -> None:
     """Make sure that all ranks were started with the same `facts` (name -> value).
 
-    Only digests travel.
+    One digest of all travels; those of every fact only where it differs, once for all ranks that have the same.
 
     Raises:
         DisagreementError: on every rank, when any fact differs anywhere; names the facts, and the ranks that differ
             from the majority (from the lowest ranks where there is none).
     """
-    mine = json.dumps({name: _digest(value) for name, value in facts.items()}).encode()
+    mine = json.dumps({name: _digest(value) for name, value in facts.items()}, sort_keys=True).encode()
+    digests = transport.share(_digest(mine).encode())
+    if len(set(digests)) == 1:
+        return
     answers = [json.loads(answer) for answer in transport.share(mine)]
     names = sorted(set().union(*answers))
     complaints = [text for text in (_odd_ones(name, [a.get(name) for a in answers]) for name in names) if text]
@@ -61,15 +65,21 @@ def share_status(transport: Transport[Any], error: Optional[BaseException] = Non
         the rank's own `error`, when it has one;
         PeerError: when another rank has; its `rank` is the lowest that failed, its message carries that rank's.
     """
-    mine = b"" if error is None else json.dumps([type(error).__name__, str(error)[:_MAX_MESSAGE]]).encode()
-    answers = transport.share(mine)
+    failed = [rank for rank, answer in enumerate(transport.share(b"" if error is None else _FAILED)) if answer]
+    if not failed:
+        return
+    mine = _message(error) if error is not None and transport.rank == failed[0] else b""
+    told = transport.share(mine)[failed[0]]  # of all messages one is enough
     if error is not None:
         raise error
-    failed = [rank for rank, answer in enumerate(answers) if answer]
-    if failed:
-        kind, message = json.loads(answers[failed[0]])
-        others = f" ({name_ranks(failed[1:])} failed too)" if failed[1:] else ""
-        raise PeerError(f"rank {failed[0]} failed with {kind}: {message}{others}", failed[0])
+    others = f" ({name_ranks(failed[1:])} failed too)" if failed[1:] else ""
+    raise PeerError(f"rank {failed[0]} failed with {told.decode()}{others}", failed[0])
+
+
+def _message(error: BaseException) -> bytes:
+    """An error as UTF-8 of at most `_MAX_MESSAGE` bytes."""
+    cut = f"{type(error).__name__}: {error}".encode(errors="replace")[:_MAX_MESSAGE]
+    return cut.decode(errors="ignore").encode()
 
 
 def on_all(transport: Transport[Any], step: Callable[[], _T]) -> _T:

@@ -1,7 +1,9 @@
 """Small messages between the processes of a job, and who of them is still alive: what `mccl` and `hccl` build on.
 
-Rank 0 keeps a hub, a thread with one TCP connection to every rank (its own included). A rank sends its payload; when
-the hub has one of everybody it sends all of them back. Why not a collective of the backend:
+Rank 0 keeps a hub, a thread with one TCP connection to every rank (its own included). A rank tells its payload; the
+hub counts equal ones together, and when it has heard everybody it answers with what differs: that all is well, or that
+all digests are equal, costs each rank 32 bytes, however many ranks there are. Payloads whose sum would be too much for
+one process to send are gathered over the backend (`gather`), and the hub only says so. Why not always a collective:
 
 * A collective does not say who is missing, and waits long: MCCL 30 s (fixed, and it counts a rank that is merely slow
   as dead), HCCL 1836 s unless HCCL_EXEC_TIMEOUT says otherwise. MindSpore's own heartbeat ends survivors with SIGTERM
@@ -10,9 +12,11 @@ the hub has one of everybody it sends all of them back. Why not a collective of 
 * A message need not queue behind bulk data on the communicator's stream: 0.2 ms for 4 ranks on one host, where an
   MCCL all-gather takes 6 to 10 ms.
 
-A host that vanishes without closing its connections (power, cable) is noticed by TCP keep-alive after about 30 s; a
-process that lives but never comes, by the hub after `timeout`, which then names it. Where rank 0 is, only a collective
-can say: the ranks of a host make sure before that all of them are there (`gate`), and wait for others by `guard`.
+A host that vanishes without closing its connections (power, cable) is noticed by its silence, within 30 s, whether or
+not something was on the way to it; a process that lives but does not come, or does not read, by the hub after
+`timeout`, which then names it; a hub that is silent, by each rank itself, a little later. Where rank 0 is, only a
+collective can say: the ranks of a host make sure before that all of them are there (`gate`), and wait for others by
+`guard`.
 
 Blocking calls of the backend run in a thread of their own (`guard`), so this process hears of a dead rank while it
 waits. Such a call cannot be taken back: the survivor raises PeerError at once, but its process may linger at exit
@@ -39,8 +43,10 @@ import numpy as np
 
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.transport.base import Bytes
-from ms_ckpt_ext.transport.hub import LENGTH, Hub
-from ms_ckpt_ext.transport.line import GRACE_SECONDS, Line
+from ms_ckpt_ext.transport.hub.frames import LENGTH
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
+from ms_ckpt_ext.transport.hub.line import Line
+from ms_ckpt_ext.transport.hub.server import Hub
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 from ms_ckpt_ext.transport.rendezvous.meeting import come_to_hub
 
@@ -119,10 +125,20 @@ class ControlPlane(Line):
 
     Args:
         timeout: seconds that one `share`, or one guarded call, may last while all ranks are alive.
+        gather: what `share` does with payloads that are too much for a hub, over the backend.
+        limits: see there; all ranks have the same.
     """
 
-    def __init__(self, rank: int, size: int, timeout: float) -> None:
-        super().__init__(rank, size, timeout)
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        timeout: float,
+        gather: Optional[Callable[[bytes], list[bytes]]] = None,
+        limits: ControlLimits = DEFAULT,
+    ) -> None:
+        super().__init__(rank, size, timeout, limits)
+        self._over_backend = gather
         self._hub: Optional[Hub] = None
 
     def enter(self, announce: Callable[[bytes], list[bytes]]) -> None:
@@ -141,7 +157,7 @@ class ControlPlane(Line):
             raise
 
     def _open_hub(self, server: socket.socket, token: str) -> None:
-        self._hub = Hub(self.size, self.timeout, server, token)
+        self._hub = Hub(self.size, self.timeout, server, token, limits=self.limits)
 
     def guard(self, blocking: Callable[[], _T], doing: str) -> _T:
         """Run `blocking()` in a thread; stop waiting for it when a rank has died, or after `timeout` seconds.
@@ -170,7 +186,9 @@ class ControlPlane(Line):
         except TransportError:
             raise
         except RuntimeError as error:
-            deadline = time.monotonic() + GRACE_SECONDS  # for news of who died, so that the error can name the rank
+            deadline = (
+                time.monotonic() + self.limits.grace_seconds
+            )  # for news of who died, so that the error can name the rank
             while self._failure is None and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS / 5)
             self.check(doing)
@@ -188,7 +206,10 @@ class ControlPlane(Line):
         if not self._closed:
             super().close()
             if self._hub is not None and not broken:
-                self._hub.join(GRACE_SECONDS)
+                self._hub.join(self.limits.grace_seconds)
+
+    def _gather(self, payload: bytes) -> list[bytes]:
+        return super()._gather(payload) if self._over_backend is None else self._over_backend(payload)
 
     def _abandon(self) -> None:
         """End what was begun: the job was not to be."""

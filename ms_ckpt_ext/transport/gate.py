@@ -21,8 +21,9 @@ import time
 from typing import Optional
 
 from ms_ckpt_ext.errors import TransportError
-from ms_ckpt_ext.transport.hub import Hub
-from ms_ckpt_ext.transport.line import Line
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
+from ms_ckpt_ext.transport.hub.line import Line
+from ms_ckpt_ext.transport.hub.server import Hub
 from ms_ckpt_ext.transport.rendezvous.greeting import Guest
 from ms_ckpt_ext.transport.rendezvous.search import arrive
 
@@ -31,13 +32,14 @@ _RETRY_SECONDS = 0.02
 _DOING = "the first meeting of ranks"
 
 
-def meet(rank: int, size: int, timeout: float, everybody: bool) -> None:
+def meet(rank: int, size: int, timeout: float, everybody: bool, limits: ControlLimits = DEFAULT) -> None:
     """Wait until all ranks of this host have come.
 
     Args:
         rank, size: among the ranks of this host.
         timeout: seconds to wait.
         everybody: these are all ranks of the job, so that their numbers are those of the job.
+        limits: see there; all ranks have the same.
 
     Raises:
         PeerError, TransportError: on all that have come, when one of them has gone, or another did not come in time.
@@ -45,7 +47,7 @@ def meet(rank: int, size: int, timeout: float, everybody: bool) -> None:
     name = _name()
     if name is None or size == 1:
         return
-    line, hub, deadline = Line(rank, size, timeout), None, time.monotonic() + timeout
+    line, hub, deadline = Line(rank, size, timeout, limits), None, time.monotonic() + timeout
     try:
         while not _enter(line, name, deadline - time.monotonic()):
             if time.monotonic() > deadline:
@@ -53,7 +55,7 @@ def meet(rank: int, size: int, timeout: float, everybody: bool) -> None:
                     f"rank {rank}, in {_DOING}: it was not let in within {timeout:g} s. Another process of this host "
                     "has its number, or a rank was stopped; look at the other ranks' logs"
                 )
-            opened = _open(name, rank, size, timeout) if hub is None else None
+            opened = _open(name, line) if hub is None else None
             hub = hub or opened
             time.sleep(0 if opened else _RETRY_SECONDS)
         line.share(b"", _DOING)
@@ -75,18 +77,18 @@ def _name() -> Optional[str]:
     return f"\0{_TOKEN} {scheduler[:60]} {port[:8]}"
 
 
-def _open(name: str, rank: int, size: int, timeout: float) -> Optional[Hub]:
+def _open(name: str, line: Line) -> Optional[Hub]:
     """The hub of this name, None where there is one already."""
     server = socket.socket(socket.AF_UNIX)
     try:
         server.bind(name)
-        server.listen(size)
+        server.listen(line.size)
     except OSError as error:
         server.close()
         if error.errno == errno.EADDRINUSE:
             return None
-        raise TransportError(f"rank {rank}, in {_DOING}: no socket can be made: {error}") from error
-    return Hub(size, timeout, server, _TOKEN, rank)
+        raise TransportError(f"rank {line.rank}, in {_DOING}: no socket can be made: {error}") from error
+    return Hub(line.size, line.timeout, server, _TOKEN, line.rank, line.limits)
 
 
 def _enter(line: Line, name: str, seconds: float) -> bool:

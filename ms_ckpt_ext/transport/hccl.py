@@ -39,6 +39,7 @@ from ms_ckpt_ext.transport.base import (
     offsets,
 )
 from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
+from ms_ckpt_ext.transport.gather import gather
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _WITHOUT_ALL_GATHER_V = ("ascend910",)
@@ -64,7 +65,7 @@ class Hccl:
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
         self._padded = _soc_version() in _WITHOUT_ALL_GATHER_V if padded is None else padded
-        self._control = ControlPlane(self.rank, self.size, timeout)
+        self._control = ControlPlane(self.rank, self.size, timeout, self._gather)
         self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> mindspore.Tensor:
@@ -155,6 +156,9 @@ class Hccl:
     def close(self) -> None:
         """Leave the control plane; the group stays."""
         self._control.close()
+
+    def _gather(self, payload: bytes) -> list[bytes]:
+        return gather(self, payload, lambda buffer: np.asarray(buffer.asnumpy()))
 
     def _start_padded(
         self, source: mindspore.Tensor, counts: Sequence[int], target: mindspore.Tensor, doing: str

@@ -39,6 +39,7 @@ from ms_ckpt_ext.transport.base import (
     offsets,
 )
 from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
+from ms_ckpt_ext.transport.gather import gather
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _STEP_BYTES = 16 << 20
@@ -60,7 +61,7 @@ class Mccl:
     def __init__(self, timeout: float) -> None:
         self.rank: int = distributed.get_rank()
         self.size: int = distributed.get_world_size()
-        self._control = ControlPlane(self.rank, self.size, timeout)
+        self._control = ControlPlane(self.rank, self.size, timeout, self._gather)
         self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> Bytes:
@@ -139,6 +140,9 @@ class Mccl:
     def close(self) -> None:
         """Leave the control plane."""
         self._control.close()
+
+    def _gather(self, payload: bytes) -> list[bytes]:
+        return gather(self, payload, lambda buffer: buffer)
 
     def _scatter(self, root: int, outgoing: list[Bytes], target: Bytes, at: int, width: int) -> None:
         """Bytes [at, at + width) of what `root` sends to everyone, as far as there are any."""

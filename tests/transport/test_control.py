@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 import socket
 import threading
 import time
@@ -14,9 +15,10 @@ from typing import Any, Callable
 import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError
-from ms_ckpt_ext.transport import line
 from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
-from ms_ckpt_ext.transport.hub import Hub
+from ms_ckpt_ext.transport.hub.limits import ControlLimits
+from ms_ckpt_ext.transport.hub.line import Line
+from ms_ckpt_ext.transport.hub.server import Hub
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from ms_ckpt_ext.transport.rendezvous import meeting
 from ms_ckpt_ext.transport.rendezvous.addresses import Address, Invitation
@@ -297,14 +299,36 @@ def test_a_first_meeting_that_the_backend_refuses_is_explained() -> None:
     assert comes(lambda: not listening())
 
 
-def test_a_hub_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its process was stopped, say."""
-    monkeypatch.setattr(line, "_SLACK_SECONDS", 0.1)
-    monkeypatch.setattr(Hub, "_answer", lambda hub: None)
-    monkeypatch.setattr(Hub, "_remind", lambda hub: None)
-    for error in job(2, lambda plane: plane.share(b""), timeout=0.2):
-        assert type(error) is TransportError
-        assert "rank 0, which hears the others and answers them, was silent for 0.2 s" in str(error)
+def test_a_hub_that_is_silent_is_given_up() -> None:
+    """Its process was stopped, say; here it waits longer than the ranks do."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+        hub = Hub(2, 60.0, server, "token")
+        line = Line(1, 2, 0.2, ControlLimits(slack_seconds=0.1))
+        line.attach(arrive(socket.create_connection(address, SOON), Guest("token", 1, 2)))
+        with pytest.raises(TransportError, match="rank 0, which hears the others .* was silent for 0.2 s") as caught:
+            line.share(b"")
+        assert type(caught.value) is TransportError
+        line.close()
+        hub.stop()
+        hub.join(SOON)
+
+
+def test_a_hub_that_cannot_be_opened_is_an_error_on_all_ranks() -> None:
+    """No files are left, say; see test_control_faults.py."""
+
+    def refuse(server: socket.socket, token: str) -> None:
+        server.close()
+        raise TransportError("no room for 3 ranks")
+
+    def work(t: LocalTransport) -> Any:
+        try:
+            return meeting.come_to_hub(t.share, t.rank, 3, refuse, SOON)
+        except TransportError as error:
+            return error
+
+    for error in LocalWorld(3).run(work):
+        assert isinstance(error, TransportError) and re.search(r"rank 0 \(on .*\): no room for 3 ranks", str(error))
 
 
 def test_a_hub_out_of_reach_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,18 +103,20 @@ def test_a_number_that_two_have_is_an_error() -> None:
 
 
 CHILD = """
-import sys
-from ms_ckpt_ext.transport import gate, line
+import sys, threading, time
+from ms_ckpt_ext.transport import gate
+from ms_ckpt_ext.transport.hub.limits import ControlLimits
 
-def attach(self, *arguments, attach=line.Line.attach):
-    attach(self, *arguments)
+def tell_when_let_in():
+    while not any(thread.name == "ms_ckpt_ext control" for thread in threading.enumerate()):
+        time.sleep(0.01)
     print("in", flush=True)
 
-line.Line.attach, line._SLACK_SECONDS = attach, 0.5
+threading.Thread(target=tell_when_let_in, daemon=True).start()
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    gate.meet(int(sys.argv[1]), 3, float(sys.argv[2]), True)
+    gate.meet(int(sys.argv[1]), 3, float(sys.argv[2]), True, ControlLimits(slack_seconds=0.5))
 except Exception as error:
     print(type(error).__name__, getattr(error, "rank", None), error, flush=True)
 """

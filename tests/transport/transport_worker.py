@@ -106,6 +106,9 @@ def talk(t: Transport[Any]) -> None:
     """share, agree, share_status."""
     assert t.share(b"x" * t.rank) == [b"x" * r for r in range(t.size)]
     assert t.share(bytes([t.rank]) * 100_000) == [bytes([r]) * 100_000 for r in range(t.size)]
+    long = [bytes([r]) * (3 << 20) for r in range(t.size)]
+    assert t.share(long[t.rank]) == long, "what is too much for a hub goes over the backend"
+    assert t.share(long[0]) == long[:1] * t.size
     assert t.share(b"") == [b""] * t.size
     agree(t, {"plan": b"same", "version": "1"})
     last = t.size - 1

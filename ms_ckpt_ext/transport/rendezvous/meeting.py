@@ -25,10 +25,10 @@ _LONGEST_PROBLEM = 2000
 _FAILED = b"!"
 """What a message begins with that says why there is no invitation."""
 
-Gather = Callable[[bytes], list[bytes]]
+AllGather = Callable[[bytes], list[bytes]]
 """All-gathers at most `cells.CELL_ROOM` bytes of every rank."""
 OpenHub = Callable[[socket.socket, str], object]
-"""Opens a hub that listens on the socket, which is its own from here on, and knows the token."""
+"""Opens a hub that listens on the socket, which is its own from here on, and knows the token; or TransportError."""
 
 
 class Site(NamedTuple):
@@ -38,7 +38,7 @@ class Site(NamedTuple):
     name: str
 
 
-def come_to_hub(gather: Gather, rank: int, size: int, open_hub: OpenHub, seconds: float) -> Arrival:
+def come_to_hub(gather: AllGather, rank: int, size: int, open_hub: OpenHub, seconds: float) -> Arrival:
     """This rank's connection to the hub of all. Collective; `open_hub` is called on rank 0.
 
     Args:
@@ -64,12 +64,12 @@ def come_to_hub(gather: Gather, rank: int, size: int, open_hub: OpenHub, seconds
 
 
 def _invite(open_hub: OpenHub, alone: bool) -> bytes:
+    token = new_token()
     try:
         server, addresses = listen(alone)
+        open_hub(server, token)
     except CheckpointError as error:
         return _FAILED + str(error).encode()[:_LONGEST_PROBLEM]
-    token = new_token()
-    open_hub(server, token)
     return Invitation(addresses, token).encode()
 
 

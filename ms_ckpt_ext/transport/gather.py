@@ -1,0 +1,66 @@
+"""What ranks share when it is too much for a hub: it goes over the backend, so no process sends it to all others.
+
+First all ranks gather the notes of what each has, which are equally long. Then every distinct payload goes around once,
+from the lowest rank that has it: its front in one all-gather, to which all give equally much, and what is longer in a
+broadcast of its own. How much is gathered is what makes the sum of bytes and calls the least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Callable
+
+import numpy as np
+
+from ms_ckpt_ext.transport.base import B, Bytes, Transport
+from ms_ckpt_ext.transport.hub.frames import NOTE_BYTES, length_noted, note_of
+
+_CALL_BYTES = 1 << 16
+"""As many bytes move in the time that a call takes, as an order of magnitude."""
+
+
+def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes]) -> list[bytes]:
+    """Every rank's payload, in rank order. A collective.
+
+    Args:
+        to_host: the contents of one of the transport's buffers.
+    """
+    notes = _gather_fronts(transport, note_of(payload), NOTE_BYTES, to_host)
+    first = {note: rank for rank, note in reversed(list(enumerate(notes)))}
+    lengths = [length_noted(note) if first[note] == rank else 0 for rank, note in enumerate(notes)]
+    width = front_width(lengths)
+    contents = _gather_fronts(transport, payload[:width], width, to_host) if width else [b""] * transport.size
+    for root, length in enumerate(lengths):
+        if length > width:
+            contents[root] += _broadcast(transport, payload[width:], length - width, root, to_host)
+    return [contents[first[note]][: length_noted(note)] for note in notes]
+
+
+def front_width(lengths: Sequence[int]) -> int:
+    """How much every rank gives to the all-gather, for payloads of these lengths.
+
+    >>> front_width([0, 0, 5_000_000, 0]), front_width([9, 10, 8, 7]), front_width([9, 10, 8, 5_000_000])
+    (0, 10, 10)
+    """
+    ordered = sorted(lengths, reverse=True)
+    longer = [0, *accumulate(ordered)]  # bytes of the n longest
+    best = min(
+        (len(lengths) * width + longer[n] - n * width + n * _CALL_BYTES, width) for n, width in enumerate([*ordered, 0])
+    )
+    return best[1]
+
+
+def _gather_fronts(transport: Transport[B], mine: bytes, width: int, to_host: Callable[[B], Bytes]) -> list[bytes]:
+    send, receive = transport.allocate(width), transport.allocate(width * transport.size)
+    transport.upload(np.frombuffer(mine.ljust(width, b"\0"), np.uint8), send, 0)
+    transport.start_all_gather(send, width, receive).wait()
+    return [row.tobytes() for row in to_host(receive).reshape(transport.size, width)]
+
+
+def _broadcast(transport: Transport[B], mine: bytes, nbytes: int, root: int, to_host: Callable[[B], Bytes]) -> bytes:
+    buffer = transport.allocate(nbytes)
+    if transport.rank == root:
+        transport.upload(np.frombuffer(mine, np.uint8), buffer, 0)
+    transport.start_broadcast(buffer, nbytes, root).wait()
+    return to_host(buffer).tobytes()

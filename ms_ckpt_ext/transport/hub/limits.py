@@ -1,0 +1,43 @@
+"""How long a control plane waits, and how much it holds: one value for all of it, told to who keeps to it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ControlLimits(NamedTuple):
+    """Bounds that do not depend on the job; how long ranks wait for each other is `timeout`, which users give.
+
+    Attributes:
+        greeting_seconds: within which a connection to a hub has to say who it is.
+        vanished_seconds: of silence, after which a host that should have answered counts as out of reach.
+        slack_seconds: by which a hub may miss its own timeout before it counts as stopped.
+        grace_seconds: to wait for threads that are about to end, and for news that are about to come.
+        strangers: connections that have not said who they are, beside those of the ranks that are still to come.
+        share_bytes: what the answers to one share may be in sum over all ranks. What is more goes by the backend, where
+            no process sends it more than once.
+        least_answer: bytes of an answer that the hub gives to however many ranks: an error's message, who failed.
+    """
+
+    greeting_seconds: float = 10.0
+    vanished_seconds: float = 25.0
+    slack_seconds: float = 3.0
+    grace_seconds: float = 2.0
+    strangers: int = 128
+    share_bytes: int = 16 << 20
+    least_answer: int = 8 << 10
+
+    def answer_bytes(self, size: int) -> int:
+        """The longest answer of a hub to `size` ranks."""
+        return max(self.least_answer, self.share_bytes // size)
+
+    def told_bytes(self, size: int) -> int:
+        """The longest payload that a rank sends unasked; of a longer one it sends a digest.
+
+        >>> [ControlLimits().told_bytes(size) for size in (4, 64, 1024, 8192)]
+        [1048576, 4096, 64, 64]
+        """
+        return max(64, self.answer_bytes(size) // size)
+
+
+DEFAULT = ControlLimits()

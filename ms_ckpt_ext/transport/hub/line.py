@@ -1,0 +1,165 @@
+"""A process's connection to a hub: it tells a payload, and gets everybody's; or hears who is gone. See `hub`."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+from typing import Optional
+
+from ms_ckpt_ext.errors import PeerError, TransportError
+from ms_ckpt_ext.transport.hub.frames import (
+    ALIKE,
+    ALL,
+    BYE,
+    GATHER,
+    GIVE,
+    GONE,
+    LATE,
+    NOTED,
+    TELL,
+    Message,
+    decode_answer,
+    frame,
+    note_of,
+    take_frames,
+)
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
+from ms_ckpt_ext.transport.hub.peer import tune, why_gone
+from ms_ckpt_ext.transport.rendezvous.search import Arrival
+
+
+class Line:
+    """One rank's end.
+
+    Args:
+        rank, size: of those who meet.
+        timeout: seconds that the hub waits for who does not come. A hub that is silent for longer is given up.
+        limits: see there; the hub's are the same.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float, limits: ControlLimits = DEFAULT) -> None:
+        self.rank = rank
+        self.size = size
+        self.timeout = timeout
+        self.limits = limits
+        self._failure: Optional[TransportError] = None
+        self._answers: queue.Queue[Optional[Message]] = queue.Queue()
+        self._closed = False
+        self._socket: Optional[socket.socket] = None
+        self._listener: Optional[threading.Thread] = None
+        self._keeper = 0
+
+    def attach(self, arrival: Arrival) -> None:
+        """Go on with a connection to a hub that has let this rank in; it is this line's from here on."""
+        connection, self._keeper, received = arrival
+        tune(connection, self.limits)
+        connection.settimeout(self.timeout + self.limits.slack_seconds)  # of a hub that does not read
+        self._socket = connection
+        self._listener = threading.Thread(
+            target=self._listen, args=(connection, bytearray(received)), name="ms_ckpt_ext control", daemon=True
+        )
+        self._listener.start()
+
+    def share(self, payload: bytes, doing: str = "share") -> list[bytes]:
+        """Every rank's payload in rank order. Raises PeerError or TransportError; `doing` is for their messages."""
+        self.check(doing)
+        short = len(payload) <= self.limits.told_bytes(self.size)
+        self._send(frame(TELL, self.rank, payload) if short else frame(NOTED, self.rank, note_of(payload)))
+        while True:
+            answer = self._next(doing)
+            if answer.kind == ALIKE:
+                return [payload] * self.size
+            if answer.kind == ALL:
+                return decode_answer(answer.body)
+            if answer.kind == GATHER:
+                return self._gather(payload)
+            self._send(frame(GIVE, self.rank, payload))  # it was asked for
+
+    def check(self, doing: str) -> None:
+        """Raise if the job is known to be broken."""
+        if self._failure is not None:
+            message = f"rank {self.rank}, in {doing}: {self._failure}"
+            if isinstance(self._failure, PeerError):
+                raise PeerError(message, self._failure.rank)
+            raise TransportError(message)
+
+    def close(self) -> None:
+        """Leave; a rank that waits for this one in `share` is told so. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._socket is None or self._listener is None:
+            return
+        with contextlib.suppress(OSError):  # the hub is gone already
+            self._socket.settimeout(self.limits.grace_seconds)
+            self._socket.sendall(frame(BYE, self.rank))
+            self._socket.shutdown(socket.SHUT_WR)
+        self._listener.join(self.limits.grace_seconds)
+
+    def _gather(self, payload: bytes) -> list[bytes]:
+        """What is too much for a hub; a line has nothing else."""
+        raise TransportError(f"rank {self.rank}: {len(payload)} bytes cannot be shared before the backend is there")
+
+    def _send(self, message: bytes) -> None:
+        assert self._socket is not None
+        try:
+            self._socket.sendall(message)
+        except OSError as error:
+            if _is_late(error):
+                self._failure = self._failure or self._silent()
+                self._answers.put(None)
+            # else the hub is gone: the listener knows, or will in a moment
+
+    def _next(self, doing: str) -> Message:
+        """The hub's next word. What came before bad news still counts."""
+        try:
+            answer = self._answers.get(timeout=self.timeout + self.limits.slack_seconds)
+        except queue.Empty:
+            answer = None
+            self._failure = self._failure or self._silent()
+        if answer is None:
+            self.check(doing)
+        assert answer is not None
+        return answer
+
+    def _silent(self) -> TransportError:
+        return TransportError(
+            f"rank {self._keeper}, which hears the others and answers them, was silent for {self.timeout:g} s: its "
+            "process was stopped, or does not let its threads run"
+        )
+
+    def _listen(self, connection: socket.socket, received: bytearray) -> None:
+        """Thread: receive what the hub sends until it or this rank leaves."""
+        error: Optional[OSError] = None
+        while True:
+            self._take(received)
+            try:
+                chunk = connection.recv(1 << 16)
+            except OSError as problem:
+                if _is_late(problem) and not self._closed:
+                    continue
+                error, chunk = problem, b""
+            if not chunk:
+                break
+            received += chunk
+        self._break(GONE, self._keeper, why_gone(self._keeper, error, self.limits))
+        connection.close()
+
+    def _take(self, received: bytearray) -> None:
+        for said in take_frames(received):
+            if said.kind in (GONE, LATE):
+                self._break(said.kind, said.number, said.body.decode(errors="replace"))
+            else:
+                self._answers.put(said)
+
+    def _break(self, kind: bytes, rank: int, message: str) -> None:
+        if self._failure is None:
+            self._failure = PeerError(message, rank) if kind == GONE else TransportError(message)
+        self._answers.put(None)
+
+
+def _is_late(error: OSError) -> bool:
+    """Whether the socket's own timeout is over, and not that of the connection, which is of the same class."""
+    return isinstance(error, socket.timeout) and error.errno is None

@@ -1,0 +1,354 @@
+"""What can go wrong with who takes part, or with who does not: every survivor is told which rank it is, and in time.
+
+How long it took is printed (`pytest -rP` shows it) for the table in docs/control-plane.md. What is asserted is what is
+told; bounds are there so that a hang is a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+import pytest
+
+from ms_ckpt_ext.errors import PeerError, TransportError
+from ms_ckpt_ext.transport.hub.frames import FRAME, TELL, frame
+from ms_ckpt_ext.transport.hub.limits import ControlLimits
+from ms_ckpt_ext.transport.hub.line import Line
+from ms_ckpt_ext.transport.hub.server import Hub
+from ms_ckpt_ext.transport.rendezvous.greeting import GREETING_BYTES, Guest, Unwelcome
+from ms_ckpt_ext.transport.rendezvous.search import arrive
+
+HANG = 60.0
+TOKEN = "of this job"
+WORKER = Path(__file__).with_name("hub_worker.py")
+Took = Callable[[str, float], None]
+
+
+@pytest.fixture
+def took(request: pytest.FixtureRequest) -> Took:
+    """Tells how many seconds something took."""
+    return lambda what, seconds: print(f"TOOK {seconds:.2f} {what}, {request.node.name}")
+
+
+class Job(NamedTuple):
+    """A hub and lines to it."""
+
+    hub: Hub
+    port: int
+    lines: list[Line]
+
+    def connect(self, rank: int, token: str = TOKEN, size: Optional[int] = None) -> socket.socket:
+        """A connection that has been let in, and is nobody's."""
+        connection = socket.create_connection(("127.0.0.1", self.port), HANG)
+        try:
+            return arrive(connection, Guest(token, rank, size or len(self.lines))).connection
+        except BaseException:
+            connection.close()
+            raise
+
+
+@contextlib.contextmanager
+def job(size: int, timeout: float, limits: ControlLimits, absent: Sequence[int] = ()) -> Iterator[Job]:
+    """A job of `size` ranks, of which those that are `absent` have not come yet."""
+    server = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = server.getsockname()[1]
+    found = Job(Hub(size, timeout, server, TOKEN, limits=limits), port, [])
+    try:
+        found.lines.extend(Line(rank, size, timeout, limits) for rank in range(size))
+        for line in found.lines:
+            if line.rank not in absent:
+                line.attach(arrive(socket.create_connection(("127.0.0.1", port), HANG), Guest(TOKEN, line.rank, size)))
+        yield found
+    finally:
+        for line in found.lines:
+            line.close()
+        found.hub.stop()
+        found.hub.join(HANG)
+        assert "ms_ckpt_ext hub" not in [thread.name for thread in threading.enumerate()]
+
+
+def all_share(lines: Sequence[Line], payload: bytes = b"") -> list[Any]:
+    """What a share gives on each of these, or raises."""
+
+    def one(line: Line) -> Any:
+        try:
+            return line.share(payload)
+        except TransportError as error:
+            return error
+
+    with ThreadPoolExecutor(len(lines)) as pool:
+        return list(pool.map(one, lines))
+
+
+def told(errors: Sequence[Any], kind: type[TransportError], text: str, rank: Optional[int] = None) -> None:
+    """Everybody is told the same."""
+    assert errors
+    for error in errors:
+        assert type(error) is kind, error
+        assert text in str(error), error
+        assert getattr(error, "rank", None) == rank
+
+
+class Process(NamedTuple):
+    """A rank that is a process."""
+
+    rank: int
+    popen: subprocess.Popen[str]
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self.popen.stdout is not None
+        return self.popen.stdout.readline().rstrip("\n")
+
+
+@contextlib.contextmanager
+def processes(size: int, timeout: float, waits: int) -> Iterator[list[Process]]:
+    """Ranks that have met once; all but rank `waits` are in the next share."""
+    started: list[Process] = []
+    port = ""
+    try:
+        for rank in range(size):
+            command = [sys.executable, str(WORKER), str(rank), str(size), str(timeout), *filter(None, [port])]
+            command += ["waits"] if rank == waits else []
+            started.append(Process(rank, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+            port = port or started[0].line()
+        for process in started:
+            assert process.line() == "ready"
+        yield started
+    finally:
+        for process in started:
+            process.popen.kill()
+            process.popen.communicate()
+
+
+@pytest.mark.parametrize("victim", [2, 0], ids=["a rank", "rank 0"])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_process_that_is_killed_or_stopped(victim: int, sent: signal.Signals, took: Took) -> None:
+    with processes(4, timeout=1.0 if sent == signal.SIGSTOP else HANG, waits=victim) as ranks:
+        began = time.monotonic()
+        os.kill(ranks[victim].popen.pid, sent)
+        heard = [process.line() for process in ranks if process.rank != victim]
+    took("seconds", max(float(line.split(" ", 1)[0]) for line in heard) - began)
+    for line in heard:
+        _, kind, number, message = line.split(" ", 3)
+        if sent == signal.SIGKILL:
+            assert (kind, number) == ("PeerError", str(victim)), line
+            assert f"rank {victim} is gone: its process ended or was killed" in message
+        elif victim:
+            assert kind == "TransportError", line
+            assert f"rank {victim} did not come within 1 s, though alive" in message
+        else:
+            assert kind == "TransportError", line
+            assert "rank 0, which hears the others and answers them, was silent for 1 s" in message
+
+
+def test_connections_that_say_nothing_do_no_harm_and_are_closed(took: Took) -> None:
+    limits = ControlLimits(greeting_seconds=0.5, strangers=2000)
+    with job(3, HANG, limits, absent=[2]) as found, contextlib.ExitStack() as opened:
+        strangers = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", found.port), HANG)) for _ in range(1000)
+        ]
+        found.lines[2].attach(arrive(socket.create_connection(("127.0.0.1", found.port), HANG), Guest(TOKEN, 2, 3)))
+        began = time.monotonic()
+        assert all_share(found.lines, b"fine") == [[b"fine"] * 3] * 3
+        took("seconds of a share meanwhile", time.monotonic() - began)
+        for stranger in strangers:
+            while stranger.recv(100):  # what the hub says by itself
+                pass
+        took("seconds until they are closed", time.monotonic() - began)
+        assert all_share(found.lines) == [[b""] * 3] * 3
+
+
+def test_more_strangers_than_there_is_room_for_put_out_each_other() -> None:
+    with job(2, HANG, ControlLimits(greeting_seconds=HANG, strangers=10), absent=[1]) as found:
+        with contextlib.ExitStack() as opened:
+            strangers = [
+                opened.enter_context(socket.create_connection(("127.0.0.1", found.port), HANG)) for _ in range(50)
+            ]
+            for stranger in strangers[:30]:
+                while stranger.recv(100):
+                    pass
+            connection = socket.create_connection(("127.0.0.1", found.port), HANG)
+            found.lines[1].attach(arrive(connection, Guest(TOKEN, 1, 2)))
+            assert all_share(found.lines, b"fine") == [[b"fine"] * 2] * 2
+
+
+@pytest.mark.parametrize("length", [1, 4, GREETING_BYTES - 1])
+def test_half_a_greeting_is_not_waited_for(length: int, took: Took) -> None:
+    with job(2, HANG, ControlLimits(greeting_seconds=0.3)) as found:
+        began = time.monotonic()
+        with socket.create_connection(("127.0.0.1", found.port), HANG) as stranger:
+            guest, received = Guest(TOKEN, 1, 2), bytearray()
+            reply = b""
+            while not reply:
+                received += stranger.recv(100)
+                reply = guest.hear(received)
+            stranger.sendall(reply[:length])
+            assert all_share(found.lines, b"fine") == [[b"fine"] * 2] * 2
+            assert stranger.recv(100) == b""
+        took("seconds until it is closed", time.monotonic() - began)
+
+
+@pytest.mark.parametrize(
+    ("token", "rank", "size", "why"),
+    [
+        ("of another job", 1, 2, "without a word"),
+        (TOKEN, 1, 3, "of a job of another size"),
+        (TOKEN, 2, 2, "its number is none of the job's"),
+        (TOKEN, 1, 2, "another process with its number is there already"),
+    ],
+    ids=["wrong token", "other size", "no such rank", "there already"],
+)
+def test_who_does_not_belong_is_told_at_once(token: str, rank: int, size: int, why: str) -> None:
+    with job(2, HANG, ControlLimits()) as found:
+        with pytest.raises(Unwelcome, match=why):
+            found.connect(rank, token, size)
+        assert all_share(found.lines, b"fine") == [[b"fine"] * 2] * 2
+
+
+def test_a_rank_that_does_not_read_is_named_like_one_that_does_not_come(took: Took) -> None:
+    """The others have their answers meanwhile."""
+    with job(4, 1.0, ControlLimits(), absent=[2]) as found, found.connect(2) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        others = [line for line in found.lines if line.rank != 2]
+        long = [bytes([rank]) * 1_000_000 for rank in range(4)]
+        deaf.sendall(frame(TELL, 2, long[2]))
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(lambda line: line.share(long[line.rank]), others)) == [long] * 3
+        began = time.monotonic()
+        told(all_share(others), TransportError, "rank 2 did not come within 1 s, though alive")
+        assert "rank 2 did not even read the last answer" in str(all_share(others)[0])
+        took("seconds", time.monotonic() - began)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        frame(TELL, 1, b"a") * 2,
+        frame(b"what", 1, b"a"),
+        FRAME.pack(TELL, 1, 1 << 40),
+        os.urandom(100),
+    ],
+    ids=["twice", "no such kind", "huge", "random"],
+)
+def test_a_rank_that_talks_nonsense_is_put_out(nonsense: bytes) -> None:
+    with job(3, HANG, ControlLimits(), absent=[1]) as found, found.connect(1) as strange:
+        strange.sendall(nonsense)
+        told(all_share([found.lines[0], found.lines[2]]), PeerError, "rank 1 was put out", 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a socket that drops all it gets needs Linux")
+@pytest.mark.parametrize("under_way", [False, True], ids=["idle", "with something under way"])
+def test_a_link_that_goes_down(under_way: bool, took: Took) -> None:
+    """Nothing comes through any more, in either direction, and nobody says so."""
+    with job(3, HANG, ControlLimits(vanished_seconds=2.0)) as found:
+        if not under_way:
+            cut(found, 2)
+            began = time.monotonic()
+            errors = all_share(found.lines[:2])
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                lost = pool.submit(all_share, found.lines[2:])
+                time.sleep(0.2)  # it has told, and waits
+                cut(found, 2)
+                began = time.monotonic()
+                assert all_share(found.lines[:2]) == [[b""] * 3] * 2
+                errors = all_share(found.lines[:2])
+                told(lost.result(), PeerError, "rank 0 is out of reach", 0)
+        took("seconds", time.monotonic() - began)
+        told(errors, PeerError, "rank 2 is out of reach: its host did not answer for 2 s", 2)
+
+
+def cut(found: Job, rank: int) -> None:
+    """Drop whatever comes to either end of a connection, acknowledgements as well, as if the cable were out."""
+    drop = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF: return 0, so take 0 bytes
+    program = struct.pack("HL", 1, ctypes.addressof(drop))
+    for end in (found.lines[rank]._socket, found.hub._peers[rank]._socket):
+        assert end is not None
+        end.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+
+
+class TestDescriptors:
+    """In a process of its own, for its limits cannot be raised again."""
+
+    def run(self, code: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-c", FEW_FILES + code], capture_output=True, text=True, timeout=HANG, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    def test_the_limit_is_raised_where_that_is_allowed(self) -> None:
+        assert self.run("limit(64, 4096); meet(100)") == "100 met\n"
+
+    def test_where_it_is_not_the_job_ends_before_it_begins(self) -> None:
+        said = self.run("limit(64, 64); meet(100)")
+        assert "100 ranks connect to this process, which may not open more than 64 files" in said
+        assert "raise the hard limit where the job is started (ulimit -Hn)" in said
+
+    def test_a_hub_that_can_open_no_more_goes_on_and_lets_in_who_waits_once_it_can(self) -> None:
+        assert self.run("limit(200, 200); meet(20, full=True)") == "19 are there\n20 met\n"
+
+
+FEW_FILES = f"""
+import os, resource, socket, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from ms_ckpt_ext.errors import TransportError
+from ms_ckpt_ext.transport.hub.line import Line
+from ms_ckpt_ext.transport.hub.server import Hub
+from ms_ckpt_ext.transport.rendezvous.greeting import Guest
+from ms_ckpt_ext.transport.rendezvous.search import arrive
+
+def limit(soft, hard):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+def fill():
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        return taken
+
+def meet(size, full=False):
+    server = socket.create_server(("127.0.0.1", 0), backlog=256)
+    port = server.getsockname()[1]
+    try:
+        hub = Hub(size, 30.0, server, {TOKEN!r})
+    except TransportError as error:
+        return print(error)
+    def come(rank):
+        connection = socket.create_connection(("127.0.0.1", port), 30)
+        line = Line(rank, size, 30.0)
+        line.attach(arrive(connection, Guest({TOKEN!r}, rank, size)))
+        return line
+    lines = [come(rank) for rank in range(size - full)]
+    if full:
+        last = socket.socket()
+        taken = fill()
+        last.connect(("127.0.0.1", port))  # the kernel takes it, the hub cannot
+        time.sleep(0.5)
+        print(size - 1, "are there", flush=True)
+        for each in taken:
+            os.close(each)
+        line = Line(size - 1, size, 30.0)
+        line.attach(arrive(last, Guest({TOKEN!r}, size - 1, size)))
+        lines.append(line)
+    with ThreadPoolExecutor(size) as pool:
+        answers = list(pool.map(lambda line: line.share(b""), lines))
+    assert answers == [[b""] * size] * size
+    print(size, "met")
+"""

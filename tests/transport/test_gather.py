@@ -1,0 +1,37 @@
+"""What is too much for a hub, over a backend."""
+
+from __future__ import annotations
+
+import pytest
+
+from ms_ckpt_ext.transport.gather import front_width, gather
+from ms_ckpt_ext.transport.local import LocalWorld
+
+CASES = {
+    "all empty": [b""] * 3,
+    "all equal": [b"abc"] * 4,
+    "alike": [b"%d" % n * 7 for n in range(8)],
+    "one is long": [b"", b"x", b"y" * 300_000, b"z"],
+    "two are long and equal": [b"y" * 300_000, b"", b"y" * 300_000, b"z"],
+    "zeros at the end": [b"a\0\0", b"a\0", b"a", b""],
+    "alone": [b"what"],
+}
+
+
+@pytest.mark.parametrize("payloads", CASES.values(), ids=CASES)
+def test_everybody_gets_everything(payloads: list[bytes]) -> None:
+    assert LocalWorld(len(payloads)).run(lambda t: gather(t, payloads[t.rank], lambda b: b)) == [payloads] * len(
+        payloads
+    )
+
+
+def test_a_payload_goes_around_once_however_many_have_it() -> None:
+    sent = LocalWorld(8).run(lambda t: (gather(t, b"same" * 250_000, lambda b: b), t.sent)[1])
+    assert sum(sent) < 8 * 1_001_000
+
+
+@pytest.mark.parametrize("length", [1, 1000, 10**7])
+def test_lengths_that_are_alike_take_one_call_and_one_that_is_not_its_own(length: int) -> None:
+    assert front_width([length] * 100) == length
+    assert front_width([length] * 99 + [length - 1]) == length
+    assert front_width([0] * 99 + [10**8]) == 0
