@@ -43,7 +43,13 @@ def parse_address(text: str) -> Address:
     host, colon, port = text.strip().rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     ambiguous = ":" in bare and bare is host
-    if not colon or ambiguous or not port.isdecimal() or not 0 < int(port) < 1 << 16 or any(map(str.isspace, bare)):
+    if (
+        not colon
+        or ambiguous
+        or not (port.isascii() and port.isdecimal())
+        or not 0 < int(port) < 1 << 16
+        or any(map(str.isspace, bare))
+    ):
         raise UsageError(f"{text!r} is no address: write host:port, [IPv6 address]:port, or :port for any host")
     return Address(bare, int(port))
 

@@ -23,7 +23,7 @@ from ms_ckpt_ext.transport.rendezvous.interfaces import own_addresses
 _WORKER_IP_VARIABLE = "MS_WORKER_IP"
 """MindSpore's: the address of this host that the job is to use."""
 _MOST_ADDRESSES = 16
-_PORT_SECONDS = 5.0
+_PORT_SECONDS = 3.0
 """How long to wait for a port that was asked for and is taken: by the load before, which is about to end."""
 _RETRY_SECONDS = 0.1
 _BACKLOG = 4096
