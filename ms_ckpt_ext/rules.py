@@ -1,5 +1,7 @@
 """Weight rules for `rules=`: parameters made of a checkpoint's tensors by renaming, joining, stacking, transposing.
 
+`invert` turns rules round: from a network's parameters back to the tensors that made them.
+
 >>> from ms_ckpt_ext.rules import Interleave, QKV, Rename
 >>> layer = "model.layers.{layer}."
 >>> rules = [
@@ -11,6 +13,8 @@
 
 from __future__ import annotations
 
+from ms_ckpt_ext.core.planning.rule import Rule
+from ms_ckpt_ext.core.planning.rule_inverses import invert
 from ms_ckpt_ext.core.planning.weight_rules import (
     QKV,
     Concat,
@@ -18,9 +22,8 @@ from ms_ckpt_ext.core.planning.weight_rules import (
     Interleave,
     Part,
     Rename,
-    Rule,
     Stack,
     Transpose,
 )
 
-__all__ = ["QKV", "Concat", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose"]
+__all__ = ["QKV", "Concat", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose", "invert"]

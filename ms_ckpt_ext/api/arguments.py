@@ -29,7 +29,7 @@ from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Acc
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.planning.weight_rules import Rule
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 PathLike = Union[str, "os.PathLike[str]"]
 BUFFER_BYTES = 64 << 20
@@ -104,7 +104,7 @@ def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **mo
 def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     if isinstance(rules, (list, tuple)) and not rules:
         return ()
-    from ms_ckpt_ext.core.planning.weight_rules import Rule  # a dozen classes, which most calls do without
+    from ms_ckpt_ext.core.planning.rule import Rule  # a dozen classes, which most calls do without
 
     if isinstance(rules, (list, tuple)) and all(isinstance(rule, Rule) for rule in rules):
         return tuple(rules)

@@ -28,7 +28,7 @@ from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryErro
 from ms_ckpt_ext.formats.discovery.whole_models import instead
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.planning.weight_rules import Rule
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 N = TypeVar("N", int, float)
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"

@@ -33,8 +33,8 @@ from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.schedule import schedule
-from ms_ckpt_ext.core.planning.weight_rules import Rule
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.integrity import authenticate
 from ms_ckpt_ext.engine.load.options import LoadOptions

@@ -18,6 +18,7 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.schedule import schedule
@@ -31,7 +32,6 @@ from ms_ckpt_ext.core.planning.weight_rules import (
     Rule,
     Stack,
     Transpose,
-    apply_rules,
 )
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files.execution import execute

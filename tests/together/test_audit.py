@@ -11,7 +11,8 @@ from typing import Any, Optional
 import pytest
 
 from ms_ckpt_ext.core.exchange.demand import Sees
-from ms_ckpt_ext.core.planning.weight_rules import Rename, Transpose, apply_rules
+from ms_ckpt_ext.core.planning.apply_rules import apply_rules
+from ms_ckpt_ext.core.planning.weight_rules import Rename, Transpose
 from ms_ckpt_ext.engine.integrity import recorded as audit_module
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest

@@ -33,7 +33,7 @@ from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.planning.weight_rules import Rule
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 
 def load_distributed_checkpoint(

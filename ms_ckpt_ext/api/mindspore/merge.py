@@ -32,7 +32,7 @@ from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.strategies.merging import merge_strategy_files
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.planning.weight_rules import Rule
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 
 def unified_safetensors(

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable
 
-from ms_ckpt_ext.core.planning.weight_rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack
+from ms_ckpt_ext.core.planning.rule import Rule
+from ms_ckpt_ext.core.planning.weight_rules import QKV, Concat, Experts, Interleave, Part, Rename, Stack
 from ms_ckpt_ext.errors import UnsupportedError
 
 _HOME = "mindformers.checkpoint.converter"
@@ -51,7 +52,17 @@ def _concat(converter: Any) -> list[Rule]:
 
 
 def _qkv(converter: Any) -> list[Rule]:
-    return [QKV(converter.hf_names, _single(converter), groups=int(converter.num_query_groups))]
+    groups = int(converter.num_query_groups)
+    heads = getattr(converter, "num_attention_heads", None)
+    shares = None if heads is None or heads % groups else (int(heads) // groups, 1, 1)
+    return [QKV(converter.hf_names, _single(converter), groups=groups, shares=shares)]
+
+
+def _experts(converter: Any) -> list[Rule]:
+    """Gate and up are equally wide: MindFormers cuts them so."""
+    names, count = converter.hf_names, getattr(converter, "num_moe_experts", None)
+    shares = (1,) * len(names)
+    return [Experts(names, _single(converter), experts=None if count is None else int(count), shares=shares)]
 
 
 def _split(converter: Any) -> list[Rule]:
@@ -62,7 +73,7 @@ def _split(converter: Any) -> list[Rule]:
 _KINDS: Mapping[str, Callable[[Any], list[Rule]]] = {
     "RenameConvertOp": lambda op: [Rename(op.hf_names, _single(op))],
     "ConcatConvertOp": _concat,
-    "ExpertsConvertOp": lambda op: [Experts(op.hf_names, _single(op))],
+    "ExpertsConvertOp": _experts,
     "StackConvertOp": lambda op: [Stack(op.hf_names, _single(op), axis=op.dim)],
     "QKVConvertOp": _qkv,
     "QKVBiasConvertOp": _qkv,

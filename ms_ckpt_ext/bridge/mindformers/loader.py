@@ -24,7 +24,7 @@ from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
-from ms_ckpt_ext.core.planning.weight_rules import Rule
+from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Naming

@@ -39,7 +39,7 @@ from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.planning.weight_rules import Rule
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 _FEW_RANKS, _RANKS_PER_FILE = 16_384, 1024
 """A strategy of more ranks than both, for the files at hand, is refused: every one costs time for every parameter."""
@@ -120,7 +120,7 @@ class Catalog(NamedTuple):
         """
         if not rules:
             return self
-        from ms_ckpt_ext.core.planning.weight_rules import apply_rules, sources_among
+        from ms_ckpt_ext.core.planning.apply_rules import apply_rules, sources_among
 
         self.require(sources_among(self.absent, rules))  # a rule would pass over what it knows nothing of
         tensors = apply_rules(self.tensors, rules)

@@ -21,7 +21,7 @@ from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
 from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.core.planning.weight_rules import Rule
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 Compare = Callable[[Catalog, Iterable[str]], Catalog]
 """Compares names that are unproven, as `engine.unlisted.alike.compared` does."""
@@ -159,7 +159,7 @@ def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) 
     """
     if not rules or not catalog.outside:
         return catalog.ruled(rules)
-    from ms_ckpt_ext.core.planning.weight_rules import sources_among
+    from ms_ckpt_ext.core.planning.apply_rules import sources_among
 
     named = {source for rule in rules for source in rule.sources}
     met = sources_among(catalog.outside, rules)

@@ -1,0 +1,108 @@
+"""What a weight rule is: one or more sources, by names with placeholders, that make one target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.planning.name_patterns import Pattern
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.errors import CoverageError, UsageError
+
+Names = Union[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """One or more sources that make one target.
+
+    Attributes:
+        sources: names in the checkpoint.
+        target: name in the network.
+    """
+
+    sources: tuple[str, ...]
+    target: str
+
+    def __init__(self, sources: Names, target: str) -> None:
+        object.__setattr__(self, "sources", (sources,) if isinstance(sources, str) else tuple(sources))
+        object.__setattr__(self, "target", target)
+        if not self.sources or not all(isinstance(name, str) and name for name in (*self.sources, target)):
+            raise UsageError(f"a rule needs the names of its sources and of its target, got {sources!r} and {target!r}")
+
+    @abstractmethod
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """The target called `name`; `members` are the tensors of every source pattern, in the order of their counter.
+
+        Raises LayoutMismatchError when shapes do not fit.
+        """
+
+    def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
+        """Name of every target that can be made -> for every source pattern its tensors, by their counter.
+
+        Raises CoverageError when some sources of a target are there and others are not.
+        """
+        return _groups(self, tensors)
+
+    def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
+        """The inverse of `make` in shapes: what makes a target of this shape, for every source pattern by its counter.
+
+        Raises:
+            LayoutMismatchError: nothing makes this shape.
+            UsageError: the rule does not say enough, or is of a kind that has no inverse.
+        """
+        raise UsageError(f"{type(self).__name__} to {name!r} has no inverse: its class does not define `source_shapes`")
+
+    @property
+    def ambiguity(self) -> str:
+        """What the rule leaves open that its inverse needs, and how to say it; "" when nothing."""
+        return ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether a source has a placeholder that the target has not."""
+        known = set(Pattern(self.target).keys)
+        return any(not known.issuperset(Pattern(source).keys) for source in self.sources)
+
+
+def _groups(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
+    """target name -> for every source pattern its tensors, by their counter."""
+    target = Pattern(rule.target)
+    found: dict[str, list[dict[tuple[int, ...], SourceTensor]]] = {}
+    for number, source in enumerate(rule.sources):
+        pattern = Pattern(source)
+        for name, tensor in tensors.items():
+            values = pattern.match(name)
+            if values is None:
+                continue
+            slots = found.setdefault(target.fill(values), [{} for _ in rule.sources])
+            counter = tuple(int(value) for key, value in values.items() if key not in target.keys)
+            slots[number][counter] = tensor
+    return {name: _complete(rule, name, slots) for name, slots in found.items()}
+
+
+def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTensor]]) -> list[list[SourceTensor]]:
+    wanted = sorted({counter for slot in slots for counter in slot})
+    if len(wanted[0]) == 1:
+        wanted = [(number,) for number in range(max(wanted)[0] + 1)]
+    for source, slot in zip(rule.sources, slots):
+        absent = [counter for counter in wanted if counter not in slot]
+        if absent:
+            which = f" for {', '.join(str(counter[0]) for counter in absent[:5])}" if any(absent) else ""
+            raise CoverageError(
+                f"{name!r} is made of {len(rule.sources)} sources, but the checkpoint has nothing called {source!r}"
+                f"{which}: check that it is complete and that the rule's names are those of this model"
+            )
+    return [[slot[counter] for counter in wanted] for slot in slots]
+
+
+def all_of(members: Sequence[Sequence[SourceTensor]]) -> list[SourceTensor]:
+    return [tensor for tensors in members for tensor in tensors]
+
+
+def shapes_of(tensors: Sequence[SourceTensor]) -> str:
+    told = [f"{tensor.meta.name!r} {list(tensor.meta.shape)}" for tensor in tensors[:4]]
+    return ", ".join(told) + (", …" if len(tensors) > 4 else "")

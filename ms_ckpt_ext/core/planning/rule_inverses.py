@@ -1,0 +1,196 @@
+"""Weight rules turned round: from a network's parameters back to the tensors that made them.
+
+A rule lays its sources as boxes into a view of its target. The inverse takes a source to be a box of that view, with
+the axes permuted back, so a rule that has shapes for its sources (`Rule.source_shapes`) has an inverse: nothing else
+is written twice. The way back is exact, whatever the layout of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Optional
+
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.planning.name_patterns import Pattern
+from ms_ckpt_ext.core.planning.pieces import Block, SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.recipes import made_of, seen_as
+from ms_ckpt_ext.core.planning.rule import Rule, all_of
+from ms_ckpt_ext.core.planning.weight_rules import Concat, Part
+from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+
+
+def invert(rules: Iterable[Rule]) -> list[Rule]:
+    """The rules for the way back: what they make becomes what they are made of.
+
+    `Part`s of one tensor are joined again. Where a rule leaves open what the way back needs (how wide the sources of a
+    `Concat` are), it must say so: `shares=`, `experts=`.
+
+    Raises:
+        UsageError: a rule has no inverse, or two rules are made of one source, so that there were two of it; says
+            which and why.
+
+    >>> from ms_ckpt_ext.rules import Rename, Stack
+    >>> [rule.sources for rule in invert([Rename("a", "b"), Stack("e.{n}", "all")])]
+    [('b',), ('all',)]
+    """
+    rules = list(rules)
+    _refuse_twice(rules)
+    parts: dict[tuple[tuple[str, ...], int, int], dict[int, Part]] = {}
+    back: list[Rule] = []
+    for rule in rules:
+        if isinstance(rule, Part):
+            parts.setdefault((rule.sources, rule.parts, rule.axis), {})[rule.number] = rule
+        elif isinstance(rule, Inverse):
+            back.append(rule.rule)
+        elif rule.ambiguity:
+            raise UsageError(f"{type(rule).__name__} to {rule.target!r} cannot be inverted: {rule.ambiguity}")
+        else:
+            back.append(Inverse(rule))
+    return back + [_joined(source, axis, found, count) for (source, count, axis), found in parts.items()]
+
+
+def _refuse_twice(rules: Sequence[Rule]) -> None:
+    """Refuse to make one tensor in two ways. Parts of one tensor may differ in number only."""
+    made: dict[str, tuple[object, ...]] = {}
+    for rule in rules:
+        if isinstance(rule, Inverse):
+            continue
+        for source in rule.sources:
+            way = (rule.parts, rule.axis, rule.number) if isinstance(rule, Part) else (rule,)
+            before = made.setdefault(source, way)
+            parts = len(before) == len(way) == 3 and before[:2] == way[:2] and before[2] != way[2]
+            if before is not way and not parts:
+                raise UsageError(
+                    f"{source!r} is used twice, so that it could come from two parameters ({rule.target!r} is one): "
+                    "leave one of the rules out"
+                )
+
+
+def _joined(sources: tuple[str, ...], axis: int, found: Mapping[int, Part], count: int) -> Rule:
+    absent = [number for number in range(count) if number not in found]
+    if absent:
+        raise UsageError(
+            f"Part of {sources[0]!r} cannot be inverted: nothing takes part {absent[0]} of {count}, so it would be lost"
+        )
+    return Concat([found[number].target for number in range(count)], sources[0], axis=axis, shares=(1,) * count)
+
+
+class _Origin(NamedTuple):
+    """A source of a rule as a box of the rule's target.
+
+    Attributes:
+        shape: of the source.
+        view: the source's shape, its axes split, with an axis of one for every axis of the target's view it lacks.
+        region: the box in the target's view.
+        axes: for every axis of the target's view that of `view`.
+        start: where the box lies in `view`.
+    """
+
+    shape: Shape
+    view: Shape
+    region: Region
+    axes: tuple[int, ...]
+    start: Shape
+
+
+class _Plan(NamedTuple):
+    """What a rule makes a target of: the target's view (None: it is only renamed), and (source, counter) -> its box."""
+
+    view: Optional[Shape]
+    origins: Mapping[tuple[int, int], _Origin]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Inverse(Rule):
+    """A rule turned round: its target's tensor makes what were its sources."""
+
+    rule: Rule
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__(rule.target, rule.sources[0])
+        object.__setattr__(self, "rule", rule)
+
+    def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
+        """See `Rule`."""
+        pattern = Pattern(self.rule.target)
+        found: dict[str, list[list[SourceTensor]]] = {}
+        for name, tensor in tensors.items():
+            values = pattern.match(name)
+            if values is None:
+                continue
+            plan = _plan(self.rule, tensor.meta.shape)
+            origin = [[tensor]] if plan.view is None else [[tensor], [seen_as(tensor, plan.view)]]
+            for made in _names(self.rule, values, plan.counts):
+                if made in found:
+                    raise UsageError(f"the inverse of the rule for {self.rule.target!r} makes {made!r} twice")
+                found[made] = origin
+        return found
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`; the members are the tensor as it is, and as the forward rule sees it."""
+        tensor, *seen = all_of(members)
+        if not seen:
+            return SourceTensor(tensor.meta._replace(name=name), tensor.stored_name, tensor.placements, tensor.recipe)
+        origin = _plan(self.rule, tensor.meta.shape).origins[self._which(name)]
+        return made_of(name, origin.shape, origin.view, [Block(seen[0], origin.region, origin.axes, origin.start)])
+
+    def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
+        """Not defined: `invert` gives back the rule itself."""
+        raise UsageError(f"the inverse of an inverse, for {name!r}, is the rule itself: use `invert`")
+
+    def _which(self, name: str) -> tuple[int, int]:
+        known = Pattern(self.rule.target).keys
+        for number, source in enumerate(self.rule.sources):
+            values = Pattern(source).match(name)
+            if values is not None:
+                return number, next((int(value) for key, value in values.items() if key not in known), 0)
+        raise UsageError(f"{name!r} is no source of the rule for {self.rule.target!r}")
+
+
+def _names(rule: Rule, values: Mapping[str, str], counts: Sequence[int]) -> Iterator[str]:
+    """Names of the sources of one target, whose placeholders have these values."""
+    for source, count in zip(rule.sources, counts):
+        pattern = Pattern(source)
+        counter = [key for key in pattern.keys if key not in values]
+        if len(counter) > 1 or (count != 1 and not counter):
+            raise UsageError(f"the rule for {rule.target!r} cannot be inverted: {source!r} does not say how it counts")
+        for number in range(count):
+            yield pattern.fill({**values, **{key: str(number) for key in counter}})
+
+
+@lru_cache(maxsize=256)
+def _plan(rule: Rule, shape: Shape) -> _Plan:
+    """What a rule makes a target of this shape of, found by applying it to sources that are shapes only."""
+    shapes = rule.source_shapes(rule.target, shape)
+    counts = tuple(map(len, shapes))
+    dtype = DTYPES["U8"]
+    sources = [
+        [stored_whole(TensorMeta(f"{n} {at}", dtype, one), (0,)) for at, one in enumerate(alike)]
+        for n, alike in enumerate(shapes)
+    ]
+    made = rule.make(rule.target, sources)
+    if made.meta.shape != shape:
+        raise LayoutMismatchError(f"{rule.target!r} of shape {list(shape)} is not what {type(rule).__name__} makes")
+    if made.recipe is None:
+        return _Plan(None, {}, counts)
+    origins = {}
+    for block in made.recipe.blocks:
+        number, at = map(int, block.tensor.meta.name.split())
+        origins[number, at] = _origin(shapes[number][at], block, made.recipe.view)
+    return _Plan(made.recipe.view, origins, counts)
+
+
+def _origin(shape: Shape, block: Block, view: Shape) -> _Origin:
+    """A block of a rule's recipe, turned round."""
+    missing = [axis for axis in range(len(view)) if axis not in block.axes]
+    extra = {axis: len(block.axes) + number for number, axis in enumerate(missing)}
+    axes = tuple(block.axes.index(axis) if axis in block.axes else extra[axis] for axis in range(len(view)))
+    if not shape:
+        raise LayoutMismatchError("single values cannot be taken out of a stack: leave the rule out, and stack by hand")
+    ones = (1,) * len(missing)
+    start = (*block.region.start, *(0 for _ in missing))
+    return _Origin(shape, (*block.tensor.meta.shape, *ones), block.box, axes, start)
