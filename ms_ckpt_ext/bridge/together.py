@@ -12,7 +12,6 @@ first round nothing is changed.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +27,7 @@ from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
 from ms_ckpt_ext.engine.integrity.recorded import audit, settled
 from ms_ckpt_ext.engine.load import profiles, session
+from ms_ckpt_ext.engine.load.hosts import host_key
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester, SliceBytes, compare_replicas
 from ms_ckpt_ext.engine.load.run_exchange import HostMover
@@ -77,8 +77,8 @@ class SharedSource(NamedTuple):
 
 
 def host_name(options: LoadOptions) -> str:
-    """What this host is called among the hosts of the job."""
-    return options.host or os.environ.get(HOST_VARIABLE) or socket.gethostname()
+    """The key of this host among those of the job."""
+    return host_key(options.host or os.environ.get(HOST_VARIABLE, ""))
 
 
 def fill_together(request: LoadRequest, source: SharedSource) -> Filled:

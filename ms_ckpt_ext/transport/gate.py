@@ -62,7 +62,10 @@ def meet(rank: int, size: int, timeout: float, everybody: bool, limits: ControlL
     except TransportError as error:
         if everybody:
             raise
-        where = f"{error} (counted among the ranks of host {socket.gethostname()!r})"
+        where = (
+            f"{error} (counted among the ranks of host {socket.gethostname()!r}; if several hosts have this name, give "
+            "each another, or set MS_CKPT_EXT_HOST to what tells them apart)"
+        )
         raise TransportError(where) from error
     finally:
         line.close()

@@ -1,6 +1,7 @@
 """Ranks to Parameters, together. Read in this order:
 
 options        how a load is to be made
+hosts          which ranks see the same files
 survey         who sees which file, and what is in it
 wants          what all ranks want, known to all
 session        agree, plan, choose the mode, exchange

@@ -1,7 +1,7 @@
 """Who sees which file, and what is in it, found out together.
 
 1. One rank per host lists the checkpoint; all listings are shared, and what a folder of MindFormers says about itself.
-2. A file that several hosts list with the same size, time and inode is one file on shared storage. Otherwise (copies
+2. A file that several hosts list with the same size, times and inode is one file on shared storage. Otherwise (copies
    on local disks) every host's copy gets its header read, and copies with different headers are an error.
 3. Every header is read by one rank that sees its file, the files spread evenly; the tables of contents are shared.
 
@@ -21,6 +21,7 @@ import xxhash
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError
@@ -67,8 +68,8 @@ class _Sighting(NamedTuple):
 
     host: str
     path: str
-    identity: tuple[int, int, int]
-    """Size, modification time, inode."""
+    identity: tuple[int, ...]
+    """Size, time of modification, time of change, inode."""
 
 
 def survey(
@@ -79,14 +80,15 @@ def survey(
     Args:
         look: lists the checkpoint on this host; called on one rank per host. A DiscoveryError counts as seeing none.
         read: reads one file's table of contents.
-        host: this rank's host; ranks of one host see the same files.
+        host: key of this rank's host, see `hosts`.
 
     Raises:
         DiscoveryError: no host sees any file.
         LayoutMismatchError: two hosts hold different files of one key, or different metadata of a folder.
         FormatError, StorageError: on the rank that read the file; PeerError on the others.
     """
-    hosts = [answer.decode() for answer in transport.share(host.encode())]
+    hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
+    host = hosts[transport.rank]
     probe = hosts.index(host) == transport.rank
     listed = _list(look) if probe else _Listed()
     answers = [unpack(answer) for answer in transport.share(pack(listed.told()))]
@@ -118,7 +120,7 @@ def survey(
 class _Listed(NamedTuple):
     """What one host lists: key -> path and identity; and why it lists nothing."""
 
-    files: Mapping[str, tuple[str, tuple[int, int, int]]] = {}
+    files: Mapping[str, tuple[str, tuple[int, ...]]] = {}
     sharded: bool = False
     names: Optional[dict[str, str]] = None
     folder: Optional[list[Any]] = None
@@ -165,9 +167,10 @@ def _folder(said: list[Any], indexes: Mapping[str, FileIndex]) -> Folder:
     return Folder(os.path.dirname(next(iter(files.values()))), files, cuts_from_json(said[0]))
 
 
-def _identity(path: str) -> tuple[int, int, int]:
+def _identity(path: str) -> tuple[int, ...]:
+    """The time of change as well, which no copy takes over: disks of one kind number their files alike."""
     status = os.stat(path)
-    return status.st_size, status.st_mtime_ns, status.st_ino
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _ranks_on(which: set[str], hosts: Sequence[str]) -> frozenset[int]:
@@ -217,7 +220,7 @@ def _hosts_of(sightings: Sequence[_Sighting]) -> str:
 
 def _distinct(sightings: Sequence[_Sighting]) -> list[list[_Sighting]]:
     """Group the sightings of a key that are surely the same file."""
-    groups: dict[tuple[int, int, int], list[_Sighting]] = {}
+    groups: dict[tuple[int, ...], list[_Sighting]] = {}
     for sighting in sightings:
         groups.setdefault(sighting.identity, []).append(sighting)
     return list(groups.values())

@@ -26,6 +26,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.integrity.recorded import damaged_files
+from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.resume import candidates, sightings
 from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
@@ -69,7 +70,7 @@ class ResumeRequest:
 
     Attributes:
         directory: on this host.
-        host: this rank's.
+        host: key of this rank's, see `engine.load.hosts`.
         strategy: layouts of the job that saved, if they were given; None to find them with the checkpoint.
         kind: "safetensors", "ckpt" or None.
         access: how files are opened.
@@ -181,7 +182,8 @@ class _Unfit(Exception):
 
 def _agree_on_directories(transport: Transport[Any], wanted: ResumeRequest) -> bool:
     """Whether this rank is the one that looks for its host."""
-    places = [json.loads(p) for p in transport.share(json.dumps([wanted.host, _real(wanted.directory)]).encode())]
+    told = [json.loads(p) for p in transport.share(json.dumps([wanted.host, _real(wanted.directory)]).encode())]
+    places = list(zip(told_apart([host for host, _ in told]), (place for _, place in told)))
     for host in dict.fromkeys(host for host, _ in places):
         ranks = [rank for rank, place in enumerate(places) if place[0] == host]
         odd = [rank for rank in ranks if places[rank] != places[ranks[0]]]
@@ -191,7 +193,8 @@ def _agree_on_directories(transport: Transport[Any], wanted: ResumeRequest) -> b
                 f"is {places[odd[0]][1]!r}, that of rank {ranks[0]} is {places[ranks[0]][1]!r}; "
                 "give all ranks of a host the same directory"
             )
-    return [host for host, _ in places].index(wanted.host) == transport.rank
+    hosts = [host for host, _ in places]
+    return hosts.index(hosts[transport.rank]) == transport.rank
 
 
 def _real(directory: str) -> str:
