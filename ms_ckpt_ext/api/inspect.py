@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Optional
 
@@ -188,7 +187,7 @@ def _of_catalog(source: Source, wanted: Filter) -> Inspection:
 def _as_scalar(parameter: ParameterInfo) -> ParameterInfo:
     """What lies outside the strategy counts as a training scalar unless it has axes as weights have."""
     few = all(len(shape) < 2 or math.prod(shape) == 1 for shape in parameter.slice_shapes)
-    return replace(parameter, group=SCALARS) if few or parameter.dtype == TEXT else parameter
+    return parameter._replace(group=SCALARS) if few or parameter.dtype == TEXT else parameter
 
 
 def _own(held: Held, catalog: Catalog) -> ParameterInfo:
@@ -266,13 +265,13 @@ def _file(index: FileIndex, rank: Optional[int]) -> FileInfo:
 
 
 def _groups(parameters: Iterable[ParameterInfo]) -> dict[str, GroupInfo]:
-    found: dict[str, GroupInfo] = {}
-    for p in parameters:
-        before = found.get(p.group, GroupInfo(0, 0, 0))
-        found[p.group] = GroupInfo(
-            before.parameters + 1, before.nbytes + p.nbytes, before.stored_nbytes + p.stored_nbytes
-        )
-    return found
+    found: dict[str, list[ParameterInfo]] = {}
+    for parameter in parameters:
+        found.setdefault(parameter.group, []).append(parameter)
+    return {
+        name: GroupInfo(len(held), sum(p.nbytes for p in held), sum(p.stored_nbytes for p in held))
+        for name, held in found.items()
+    }
 
 
 def _scalars(catalog: Catalog, names: Iterable[str]) -> dict[str, Any]:

@@ -20,8 +20,7 @@ class FileInfo(NamedTuple):
     encryption: Optional[str]
 
 
-@dataclass(frozen=True)
-class ParameterInfo:
+class ParameterInfo(NamedTuple):
     """A parameter.
 
     Attributes:

@@ -129,7 +129,8 @@ class ReaderPool:
                 refuse_changed(known, status.st_size, status.st_mtime_ns)
 
     def _evict(self) -> None:
-        self._drop(max(0, len(self._open) - self._most))
+        if len(self._open) > self._most:
+            self._drop(len(self._open) - self._most)
 
     def _drop(self, number: int) -> None:
         """Close so many readers that nobody uses, or all of these."""

@@ -42,7 +42,7 @@ class Memory:
         if file == self._broken:
             raise StorageError(5, "cannot read it")
         buffer[:] = self.data[file][offset : offset + len(buffer)]
-        assert len(buffer) <= contents._RUN
+        assert len(buffer) <= contents.RUN
         self.read.update((file, at) for at in range(offset, offset + len(buffer)))
 
     def bytes_of(self, portion: Portion) -> bytes:
@@ -64,7 +64,7 @@ def test_any_portions(asked: list[Portion], run: int, bundle: int, workers: int)
     """Overlapping, in several extents, longer than a read: each digested in order, and nothing read twice."""
     files, told = Memory(), []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contents, "_RUN", run)
+        patch.setattr(contents, "RUN", run)
         patch.setattr(contents, "_BUNDLE", bundle)
         found = Pass(files, asked).run(workers, told.append)
     assert [seen.digest for seen in found] == [xxhash.xxh3_128_hexdigest(files.bytes_of(each)) for each in asked]
@@ -94,7 +94,7 @@ def test_a_file_that_cannot_be_read_leaves_the_others() -> None:
 
 def test_numbers_are_counted_whatever_a_read_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements that two reads share, in two extents of which neither holds whole ones."""
-    monkeypatch.setattr(contents, "_RUN", 10)
+    monkeypatch.setattr(contents, "RUN", 10)
     held = np.array([np.nan, 1, np.inf, -np.inf, 2, np.nan, np.nan], "f4").tobytes()
     files = Memory()
     files.data[0] = held[:13] + b"tag" + held[13:]

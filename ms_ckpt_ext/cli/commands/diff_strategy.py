@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ms_ckpt_ext.cli import options, words
@@ -32,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         arguments.a, arguments.b, shapes=arguments.shapes, match=arguments.match, exclude=arguments.exclude
     )
     everything = arguments.all or bool(arguments.match or arguments.exclude)
-    data = {"same": found.ok, **plain(asdict(found))}
+    data = {"same": found.ok, **plain(found)}
     return Answer(data, _lines(found, everything), Exit.FINE if found.ok else Exit.DIFFERENT)
 
 

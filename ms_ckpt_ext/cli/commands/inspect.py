@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ms_ckpt_ext.cli import options, words
@@ -47,7 +46,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
 def _data(found: Inspection) -> dict[str, Any]:
     from ms_ckpt_ext.cli.records import plain
 
-    data: dict[str, Any] = plain(asdict(found))
+    data: dict[str, Any] = plain(found)
     if found.redundancy is not None:
         data["redundancy"]["replicas"] = found.redundancy.replicas
     return data

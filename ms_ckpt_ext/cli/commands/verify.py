@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Union
 
 from ms_ckpt_ext.cli import options, words
@@ -77,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
 def _answer(found: Union[Comparison, Health, ManifestCheck], ok: bool, lines: Iterator[str]) -> Answer:
     from ms_ckpt_ext.cli.records import plain
 
-    told = plain(asdict(found))
+    told = plain(found)
     for name in ("damaged", "unchecked"):
         for each in told.get(name, ()):
             each["reason"] = each["found"]

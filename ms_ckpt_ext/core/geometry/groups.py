@@ -8,6 +8,7 @@ state of FTRL, and a likely name of a layer).
 from __future__ import annotations
 
 from collections.abc import Container
+from functools import lru_cache
 
 WEIGHTS, STATES, SCALARS = "weights", "optimizer states", "scalars"
 GROUPS = (WEIGHTS, STATES, SCALARS)
@@ -31,7 +32,12 @@ def natural(name: str) -> list[tuple[int, str]]:
     >>> sorted(["layers.10.w", "layers.9.w"], key=natural)
     ['layers.9.w', 'layers.10.w']
     """
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+    return [*map(_natural_part, name.split("."))]
+
+
+@lru_cache(maxsize=4096)
+def _natural_part(part: str) -> tuple[int, str]:
+    return (int(part), "") if part.isdecimal() else (-1, part)
 
 
 def group_of(name: str, names: Container[str]) -> str:

@@ -1,14 +1,15 @@
 """Are two checkpoints the same model? Region by region, without putting either together.
 
-1. Every parameter that both have in the same dtype and shape is cut into blocks of a few MiB, whole rows of it.
-2. A thread takes a block, has it assembled from the files of either side into its own two buffers
-   (`core.planning.pieces` finds the pieces, `core.planning.io_units` the reads, as for every job), and compares the
-   two byte for byte.
+1. Every parameter that both have in the same dtype and shape is cut into blocks of a few MiB, whole rows of it; many
+   small ones make a batch.
+2. A thread takes a batch, has it assembled from the files of either side into its own two buffers, and compares the
+   two byte for byte. What a file holds just so is read as it lies, many blocks at once (`engine.integrity.contents`);
+   for the rest `core.planning.schedule` finds the reads, as for every job.
 3. Only where bytes differ are they looked at as numbers.
 4. What pipeline stages hold in different cuts (tied embeddings) is there more than once: every such copy is compared,
    with all of the other side.
 
-So memory is `workers x about 4 blocks`, whatever the model's size, and each side is read once, but for such copies.
+So memory is `workers x about 4 batches`, whatever the model's size, and each side is read once, but for such copies.
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ from typing import Callable, NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext.core.geometry.region import Region
-from ms_ckpt_ext.core.planning.io_units import Limits, cut
+from ms_ckpt_ext.core.planning.io_units import Extent, Limits, cut
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.integrity.numerics import SAME, Differences, Number, differences
+from ms_ckpt_ext.engine.integrity.contents import RUN, Run, Section, runs
+from ms_ckpt_ext.engine.integrity.numerics import SAME, Differences, Number, differences, equal_bytes
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, Pair, Pairing
 from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.threads import spread
+from ms_ckpt_ext.transport.base import Bytes
 
 _BLOCK_BYTES = 2 << 20
 _SPOTS = 3
@@ -130,10 +135,10 @@ def tallies(
     found = _Found()
     with a.readers() as readers_a, b.readers() as readers_b:
 
-        def worker(_: Callable[[], bool]) -> Callable[[_Block], None]:
-            return _Worker((a, readers_a), (b, readers_b), block_bytes, found, progress).compare
+        def worker(_: Callable[[], bool]) -> Callable[[_Batch], None]:
+            return _Worker(_Side(a, readers_a, block_bytes), _Side(b, readers_b, block_bytes), found, progress).compare
 
-        spread(_blocks(pairs, block_bytes), workers, worker)
+        spread(_batches(pairs, block_bytes), workers, worker)
         readers_a.verify()
         readers_b.verify()
     return found.tallies
@@ -159,18 +164,34 @@ def _difference(pair: Pair, tally: Differences) -> Difference:
 
 
 class _Block(NamedTuple):
-    """A box of a parameter."""
+    """A box of a parameter, and where its bytes are in the batch."""
 
     number: int
     pair: Pair
     region: Region
+    start: int
+    nbytes: int
 
 
-def _blocks(pairs: Sequence[Pair], most: int) -> Iterator[_Block]:
+_Batch = list[_Block]
+"""Blocks that are compared together."""
+
+
+def _batches(pairs: Sequence[Pair], most: int) -> Iterator[_Batch]:
+    batch: _Batch = []
+    at = 0
     for number, pair in enumerate(pairs):
+        dtype = pair.a.meta.dtype
         for box in pair.regions:
-            for region in cut(box, 0, pair.a.meta.dtype, most):
-                yield _Block(number, pair, region)
+            for region in cut(box, 0, dtype, most):
+                nbytes = dtype.nbytes(region.size)
+                if batch and at + nbytes > most:
+                    yield batch
+                    batch, at = [], 0
+                batch.append(_Block(number, pair, region, at, nbytes))
+                at += nbytes
+    if batch:
+        yield batch
 
 
 @dataclass
@@ -209,31 +230,71 @@ def _index(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(at) for at in np.unravel_index(number, shape)) if shape else ()
 
 
+class _Side:
+    """A thread's way to one side."""
+
+    def __init__(self, catalog: Catalog, readers: ReaderPool, block_bytes: int) -> None:
+        self._readers, self._stored = readers, catalog.stored
+        self._assembler = worker.Assembler(readers, catalog.stored, Limits(tile=block_bytes))
+        self._scratch = memoryview(bytearray())
+
+    def fill(self, blocks: Sequence[tuple[SourceTensor, _Block]], into: Bytes) -> None:
+        """Bring the blocks of a batch."""
+        sections: dict[int, list[Section]] = {}
+        for number, (tensor, block) in enumerate(blocks):
+            file, extents = self._as_it_lies(tensor, block.region)
+            if not extents:
+                self._assembler.read(tensor, block.region, into[block.start : block.start + block.nbytes])
+            at = block.start
+            for offset, length in extents:
+                sections.setdefault(file, []).append(Section(offset, offset + length, number, at))
+                at += length
+        flat = memoryview(into)
+        for file, held in sections.items():
+            for run in runs(sorted(held)):
+                self._read(file, run, flat)
+
+    def _as_it_lies(self, tensor: SourceTensor, region: Region) -> tuple[int, tuple[Extent, ...]]:
+        """Where a box lies in a file, if that holds all of it and nothing else as a tensor; () if none does."""
+        found = locate(tensor, region) if tensor.recipe is None else []
+        if len(found) == 1 and found[0].piece.in_source.shape == found[0].piece.source_shape:
+            return found[0].files[0], self._stored(found[0].files[0], found[0].stored_name)
+        return 0, ()
+
+    def _read(self, file: int, run: Run, into: memoryview) -> None:
+        start, stop, sections = run
+        if len(sections) == 1:
+            at = sections[0].position + start - sections[0].start
+            self._readers.read_into(file, start, into[at : at + stop - start])
+            return
+        if len(self._scratch) < RUN:
+            self._scratch = buffers.scratch(RUN)
+        read = self._scratch[: stop - start]
+        self._readers.read_into(file, start, read)
+        for section in sections:
+            low, high = max(start, section.start), min(stop, section.stop)
+            at = section.position + low - section.start
+            into[at : at + high - low] = read[low - start : high - start]
+
+
 class _Worker:
     """One thread: its buffers, and its way to both sides."""
 
-    def __init__(
-        self,
-        a: tuple[Catalog, ReaderPool],
-        b: tuple[Catalog, ReaderPool],
-        block_bytes: int,
-        found: _Found,
-        progress: Callable[[int], None],
-    ) -> None:
-        limits = Limits(tile=block_bytes)
-        self._sides = [worker.Assembler(readers, catalog.stored, limits) for catalog, readers in (a, b)]
+    def __init__(self, a: _Side, b: _Side, found: _Found, progress: Callable[[int], None]) -> None:
+        self._sides = (a, b)
         self._buffers = [np.empty(0, np.uint8)] * 2
         self._found, self._progress = found, progress
 
-    def compare(self, block: _Block) -> None:
-        dtype = block.pair.a.meta.dtype
-        nbytes = dtype.nbytes(block.region.size)
+    def compare(self, batch: _Batch) -> None:
+        nbytes = batch[-1].start + batch[-1].nbytes
         if self._buffers[0].size < nbytes:
             self._buffers = [np.empty(nbytes, np.uint8) for _ in range(2)]
         a, b = (buffer[:nbytes] for buffer in self._buffers)
-        self._sides[0].read(block.pair.a, block.region, a)
-        self._sides[1].read(block.pair.b, block.region, b)
-        tally = differences(a, b, dtype, _SPOTS)
-        if tally.count:
-            self._found.add(block, tally)
+        self._sides[0].fill([(block.pair.a, block) for block in batch], a)
+        self._sides[1].fill([(block.pair.b, block) for block in batch], b)
+        for block in () if equal_bytes(a, b) else batch:
+            here = slice(block.start, block.start + block.nbytes)
+            tally = differences(a[here], b[here], block.pair.a.meta.dtype, _SPOTS)
+            if tally.count:
+                self._found.add(block, tally)
         self._progress(nbytes)

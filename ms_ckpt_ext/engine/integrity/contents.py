@@ -27,7 +27,8 @@ from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.storage.digest_sink import KEPT, DigestStream
 from ms_ckpt_ext.storage.threads import spread
 
-_RUN = 1 << 20  # stays in a core's cache between read and digest
+RUN = 1 << 20
+"""Most bytes of one read: they stay in a core's cache until they are digested or copied."""
 _GAP = 64  # gaps up to this are read over
 _BUNDLE = 64 << 20
 
@@ -113,11 +114,11 @@ class Pass:
         Raises:
             FormatError, DecryptionError, StorageError: a file cannot be read.
         """
-        cuts = self._cuts()
-        bundles = (bundle for file in sorted(cuts) for bundle in self._bundles(file, sorted(cuts[file])))
+        sections = self._sections()
+        bundles = (bundle for file in sorted(sections) for bundle in self._bundles(file, sorted(sections[file])))
 
         def worker(_stopped: Callable[[], bool]) -> Callable[[_Bundle], None]:
-            buffer = buffers.scratch(_RUN)
+            buffer = buffers.scratch(RUN)
 
             def read(bundle: _Bundle) -> None:
                 try:
@@ -130,56 +131,56 @@ class Pass:
 
             return read
 
-        spread(bundles, max(1, min(workers, self._most(cuts))), worker)
+        spread(bundles, max(1, min(workers, self._most(sections))), worker)
         return [self._found(number) for number in range(len(self._portions))]
 
-    def _cuts(self) -> dict[int, list[_Cut]]:
+    def _sections(self) -> dict[int, list[Section]]:
         """By file, what is wanted of it."""
-        cuts: dict[int, list[_Cut]] = {}
+        sections: dict[int, list[Section]] = {}
         for number, portion in enumerate(self._portions):
             position = 0
             for offset, length in portion.extents:
                 if length:
-                    cuts.setdefault(portion.file, []).append(_Cut(offset, offset + length, number, position))
+                    sections.setdefault(portion.file, []).append(Section(offset, offset + length, number, position))
                     position += length
         for file, extents in self._more.items():
-            cuts.setdefault(file, []).extend(_Cut(o, o + length, _NOBODY, 0) for o, length in extents if length)
-        return cuts
+            sections.setdefault(file, []).extend(Section(o, o + length, _NOBODY, 0) for o, length in extents if length)
+        return sections
 
     @staticmethod
-    def _most(cuts: Mapping[int, Sequence[_Cut]]) -> int:
+    def _most(sections: Mapping[int, Sequence[Section]]) -> int:
         """How many bundles there are at least, or a few."""
-        return sum(1 + sum(cut.stop - cut.start for cut in held) // _BUNDLE for held in cuts.values())
+        return sum(1 + sum(section.stop - section.start for section in held) // _BUNDLE for held in sections.values())
 
-    def _bundles(self, file: int, cuts: Sequence[_Cut]) -> Iterator[_Bundle]:
-        runs: list[_Run] = []
+    def _bundles(self, file: int, sections: Sequence[Section]) -> Iterator[_Bundle]:
+        held: list[Run] = []
         nbytes = until = 0
-        for run in _runs(cuts):
-            runs.append(run)
+        for run in runs(sections):
+            held.append(run)
             nbytes += run.stop - run.start
-            until = max(until, *(self._end(cut) for cut in run.cuts))
+            until = max(until, *(self._end(section) for section in run.sections))
             if nbytes >= _BUNDLE and until <= run.stop:
-                yield _Bundle(file, runs)
-                runs, nbytes = [], 0
-        if runs:
-            yield _Bundle(file, runs)
+                yield _Bundle(file, held)
+                held, nbytes = [], 0
+        if held:
+            yield _Bundle(file, held)
 
-    def _end(self, cut: _Cut) -> int:
+    def _end(self, section: Section) -> int:
         """Where what must be read from front to back ends."""
-        if cut.number == _NOBODY or self._portions[cut.number].framing:
+        if section.number == _NOBODY or self._portions[section.number].framing:
             return 0
-        return max(offset + length for offset, length in self._portions[cut.number].extents)
+        return max(offset + length for offset, length in self._portions[section.number].extents)
 
     def _read(self, bundle: _Bundle, buffer: memoryview, progress: Callable[[int], None]) -> None:
         sums = self._sums.get(bundle.file)
-        for start, stop, cuts in bundle.runs:
+        for start, stop, sections in bundle.runs:
             read = buffer[: stop - start]
             self._files.read_into(bundle.file, start, read)
-            for cut in cuts:
-                if cut.number != _NOBODY:
-                    low = max(start, cut.start)
-                    part = read[low - start : min(stop, cut.stop) - start]
-                    self._show(cut.number, cut.position + low - cut.start, part)
+            for section in sections:
+                if section.number != _NOBODY:
+                    low = max(start, section.start)
+                    part = read[low - start : min(stop, section.stop) - start]
+                    self._show(section.number, section.position + low - section.start, part)
             if sums is not None:
                 sums.add(start, read)
             progress(len(read))
@@ -204,7 +205,7 @@ class Pass:
         return Seen("") if any(length for _, length in self._portions[number].extents) else _EMPTY
 
 
-class _Cut(NamedTuple):
+class Section(NamedTuple):
     """A stretch of a file that belongs to a portion; `position` counts within that."""
 
     start: int
@@ -217,39 +218,41 @@ _NOBODY = -1
 """The number of what no portion wants."""
 
 
-class _Run(NamedTuple):
-    """A stretch of a file that is read at once, and the cuts that have a part in it."""
+class Run(NamedTuple):
+    """A stretch of a file that is read at once, and the sections that have a part in it."""
 
     start: int
     stop: int
-    cuts: list[_Cut]
+    sections: list[Section]
 
 
 class _Bundle(NamedTuple):
     """What one thread reads of a file before it takes something else."""
 
     file: int
-    runs: list[_Run]
+    runs: list[Run]
 
 
-def _runs(cuts: Sequence[_Cut]) -> Iterator[_Run]:
-    """Reads that bring sorted cuts, each byte once. A long cut begins a read, so that its elements are aligned."""
-    under_way: list[_Cut] = []
+def runs(sections: Sequence[Section]) -> Iterator[Run]:
+    """Reads that bring sorted sections, each byte once. A long one begins a read, so that its elements are aligned."""
+    under_way: list[Section] = []
     following = at = 0
-    while under_way or following < len(cuts):
-        at = at if under_way else cuts[following].start
-        covered, most = max((cut.stop for cut in under_way), default=at), at + _RUN
+    while under_way or following < len(sections):
+        at = at if under_way else sections[following].start
+        covered, most = max((section.stop for section in under_way), default=at), at + RUN
         first = following
-        while following < len(cuts) and cuts[following].start < min(most, covered + _GAP + 1):
-            start, stop, *_ = cuts[following]
-            if stop - start >= _RUN and start > at:
+        while following < len(sections) and sections[following].start < min(most, covered + _GAP + 1):
+            start, stop, *_ = sections[following]
+            if stop - start >= RUN and start > at:
                 most = start
                 break
             covered, following = max(covered, stop), following + 1
-        here = [*under_way, *cuts[first:following]]
         stop = min(most, covered)
-        yield _Run(at, stop, here)
-        under_way, at = [cut for cut in here if cut.stop > stop], stop
+        while following > first and sections[following - 1].start >= stop:
+            following -= 1  # it begins where a long one does
+        here = [*under_way, *sections[first:following]]
+        yield Run(at, stop, here)
+        under_way, at = [section for section in here if section.stop > stop], stop
 
 
 def _at_once(portion: Portion, part: memoryview) -> Seen:

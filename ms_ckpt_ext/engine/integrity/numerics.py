@@ -93,17 +93,18 @@ SAME = Differences()
 
 def differences(a: Bytes, b: Bytes, dtype: DType, spots: int = 3) -> Differences:
     """Compare two flat byte arrays of equal length that hold elements of `dtype`."""
-    if _equal(a, b):
+    if equal_bytes(a, b):
         return SAME
     found = SAME
     for start in range(0, a.size, _CHUNK):
         one, two = a[start : start + _CHUNK], b[start : start + _CHUNK]
-        if not _equal(one, two):
+        if not equal_bytes(one, two):
             found = found.plus(_tally(one, two, dtype, start, spots), spots)
     return found
 
 
-def _equal(a: Bytes, b: Bytes) -> bool:
+def equal_bytes(a: Bytes, b: Bytes) -> bool:
+    """Whether two flat byte arrays of equal length hold the same."""
     whole = a.size - a.size % 8
     return bool((a[:whole].view(np.uint64) == b[:whole].view(np.uint64)).all()) and bool((a[whole:] == b[whole:]).all())
 
