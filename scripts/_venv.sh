@@ -61,10 +61,10 @@ find_python() {
 pip_install() { python -m pip install --quiet --disable-pip-version-check --no-input "$@"; }
 
 # MindFormers, for its tests: about half a minute and 650 MB. It is installed without its declared requirements, because
-# one of them (hyper-parallel) is not on PyPI; what it imports stands in tests/mindformers/requirements.txt.
+# one of them (hyper-parallel) is not on PyPI; what it imports stands in tests/bridge/mindformers/requirements.txt.
 # MS_CKPT_EXT_MINDFORMERS=0 leaves it out, and its tests are skipped; another value than 2.0.0 is tried as its version.
 ensure_mindformers() {
-  local wanted="${MS_CKPT_EXT_MINDFORMERS:-2.0.0}" list="$ROOT/tests/mindformers/requirements.txt" stamp
+  local wanted="${MS_CKPT_EXT_MINDFORMERS:-2.0.0}" list="$ROOT/tests/bridge/mindformers/requirements.txt" stamp
   if [[ $wanted == 0 ]]; then return; fi
   stamp="$wanted $(cksum <"$list")"
   if [[ $(cat "$VIRTUAL_ENV/.mindformers" 2>/dev/null) != "$stamp" ]]; then

@@ -7,4 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 ensure_venv
 cd "$ROOT"
 export MS_CKPT_EXT_E2E=all
-exec python -m pytest --timeout=900 tests/e2e tests/live tests/transport tests/together/test_local_world.py "$@"
+exec python -m pytest --timeout=900 tests/e2e tests/live tests/transport tests/engine/load/test_local_world.py "$@"

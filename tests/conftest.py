@@ -1,4 +1,4 @@
-"""What every test may use. Helpers of one folder lie in that folder."""
+"""What every test may use. Helpers lie in `tests/support`, processes and devices in `tests/harness`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """MindFormers' loaders, stock and ours, in one run: its own folder of 4 ranks and a Hugging Face directory on 2 ranks.
 
-The worker is the tests' (tests/mindformers/folder_worker.py) with larger parameters: every loader fills a network twice
-in each process, and the second time counts. `read` is what a rank reads of tensors (stock maps files into memory, so
-its tensors are counted as it gets them, whole); `memory` is how far its peak of resident memory rises during the load.
+The worker is the tests' (tests/bridge/mindformers/folder_worker.py) with larger parameters: every loader fills a
+network twice in each process, and the second time counts. `read` is what a rank reads of tensors (stock maps files
+into memory, so its tensors are counted as it gets them, whole); `memory` is how far its peak of resident memory rises
+during the load.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).resolve().parents[2] / "tests/mindformers/folder_worker.py"
+WORKER = Path(__file__).resolve().parents[2] / "tests/bridge/mindformers/folder_worker.py"
 
 
 def mindformers(arguments: argparse.Namespace) -> list[dict[str, Any]]:

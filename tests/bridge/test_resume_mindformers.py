@@ -18,7 +18,7 @@ from ms_ckpt_ext import load_distributed_checkpoint, load_for_inference, resume
 from ms_ckpt_ext.bridge import restore, together
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError
 from ms_ckpt_ext.transport.local import LocalTransport
-from tests.formats.mindformers_folder import STATES, WHOLE, saved
+from tests.support.mindformers_folder import STATES, WHOLE, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIMIZER = sorted(f"toy-opt-{rank:07d}-0000004.safetensors" for rank in range(4))

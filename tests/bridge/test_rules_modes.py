@@ -14,7 +14,7 @@ import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.rules import Concat, Rename
-from tests.jobs.support import cut, strategy_of
+from tests.support.checkpoints import cut, strategy_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 FULL = {"listed": np.arange(16, dtype=np.float32).reshape(4, 4)}

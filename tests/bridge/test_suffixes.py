@@ -15,7 +15,7 @@ from mindspore import nn
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, LayoutMismatchError, UsageError
-from tests.jobs.support import cut, strategy_of
+from tests.support.checkpoints import cut, strategy_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 Stored = dict[str, Any]

@@ -13,8 +13,8 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.engine.files.dry_run import Preview
 from ms_ckpt_ext.errors import UsageError
-from tests.cli.support import as_json, environment, fine, run, run_script, script
-from tests.jobs.support import shard, source, tree
+from tests.support.checkpoints import shard, source, tree
+from tests.support.command_line import as_json, environment, fine, run, run_script, script
 
 KEY = "0123456789ABCDEF"
 

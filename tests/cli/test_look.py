@@ -14,9 +14,9 @@ from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import update_manifest
 from ms_ckpt_ext.formats.registry import read_index
-from tests.cli.support import as_json, fine, run, run_script
 from tests.formats.test_ckpt_reader import value
-from tests.jobs.support import source
+from tests.support.checkpoints import source
+from tests.support.command_line import as_json, fine, run, run_script
 
 KEY = "0123456789ABCDEF"
 

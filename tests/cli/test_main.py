@@ -17,7 +17,7 @@ import pytest
 from ms_ckpt_ext import __version__, errors
 from ms_ckpt_ext.cli import main as cli
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
-from tests.cli.support import ROOT, environment, run, run_script, script
+from tests.support.command_line import ROOT, environment, run, run_script, script
 
 ALL = cli.commands()
 HEAVY = ("mindspore", "numpy", "google", "tqdm", "safetensors", "xxhash", "shtab", "cryptography")

@@ -16,7 +16,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.cli import main as cli
 from ms_ckpt_ext.cli.command import Exit
-from tests.cli.support import ROOT, environment, run
+from tests.support.command_line import ROOT, environment, run
 
 TEXT = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
 CHANGE = """\

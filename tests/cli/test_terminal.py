@@ -11,7 +11,7 @@ import termios
 from pathlib import Path
 
 from ms_ckpt_ext.cli import words
-from tests.cli.support import environment, script
+from tests.support.command_line import environment, script
 
 
 def on_terminal(*argv: object, columns: int = 100, **changed: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.support import environment, fine, run, run_script, script
+from tests.support.command_line import environment, fine, run, run_script, script
 
 ZERO = "dp2_tp4_zero"
 

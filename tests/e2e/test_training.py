@@ -20,7 +20,7 @@ from ms_ckpt_ext.formats.registry import read_index
 from tests.harness.chosen import long_one
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import ROOT, MsrunResult, run_msrun
-from tests.jobs.support import read_file
+from tests.support.checkpoints import read_file
 
 pytestmark = [
     pytest.mark.msrun,

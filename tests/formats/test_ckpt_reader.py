@@ -23,8 +23,8 @@ from ms_ckpt_ext.formats.crypto import DecryptingReader
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from ms_ckpt_ext.storage.reader import PLAIN_TRAITS, ByteReader, PlainReader
-from tests.formats.damage import memory_limit
-from tests.formats.memory import MemoryReader
+from tests.support.damage import memory_limit
+from tests.support.memory import MemoryReader
 
 GOLDEN = Path(os.environ.get("MS_CKPT_EXT_GOLDEN", Path(__file__).parents[1] / "data" / "golden"))
 KEY = b"0123456789ABCDEF"

@@ -16,7 +16,7 @@ from ms_ckpt_ext.formats.wire import (
     fields,
     signed,
 )
-from tests.formats.memory import MemoryReader
+from tests.support.memory import MemoryReader
 
 
 def walk(data: bytes, window: int = 4096) -> list[Field]:

@@ -16,7 +16,7 @@ from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import SLICE_BYTES, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import PlainReader
-from tests.formats.memory import MemoryReader
+from tests.support.memory import MemoryReader
 
 NAMED = [dtype for dtype in DTYPES.values() if dtype.mindspore]
 

@@ -17,8 +17,8 @@ from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter, decrypting_reader
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
-from tests.formats.damage import edits, lies, mutate, survives
-from tests.formats.memory import MemoryReader
+from tests.support.damage import edits, lies, mutate, survives
+from tests.support.memory import MemoryReader
 
 KEY = b"0123456789ABCDEF"
 

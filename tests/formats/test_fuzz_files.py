@@ -26,8 +26,8 @@ from ms_ckpt_ext.formats.crypto import ChunkedWriter, decrypting_reader
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
-from tests.formats.damage import BUDGET, edits, lies, memory_limit, mutate, survives, time_limit
-from tests.formats.memory import MemoryReader
+from tests.support.damage import BUDGET, edits, lies, memory_limit, mutate, survives, time_limit
+from tests.support.memory import MemoryReader
 
 KEY = bytes(range(32))
 SPECS = [TensorSpec("layer.0.weight", DTYPES["F32"], (4, 3)), TensorSpec("layer.0.bias", DTYPES["BF16"], (5,))] + [

@@ -15,7 +15,7 @@ from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import PLAIN, Access, lay_out, open_reader, read_index, read_indexes, reopen
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
-from tests.formats.damage import time_limit
+from tests.support.damage import time_limit
 
 SECRET = b"0123456789ABCDEF"
 """The key of the golden files."""

@@ -20,8 +20,8 @@ from ms_ckpt_ext.errors import CheckpointError, FormatError, TruncatedFileError,
 from ms_ckpt_ext.formats import safetensors, safetensors_header
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
-from tests.formats.damage import memory_limit, time_limit
-from tests.formats.memory import MemoryReader
+from tests.support.damage import memory_limit, time_limit
+from tests.support.memory import MemoryReader
 
 
 def index(raw: bytes) -> FileIndex:

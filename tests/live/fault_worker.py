@@ -28,8 +28,8 @@ from ms_ckpt_ext.errors import CheckpointError, LoadError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, reopen
 from ms_ckpt_ext.storage.reader import ByteReader
-from tests.jobs.support import Stored, read_file
 from tests.live.load_worker import bytes_of, poisoned
+from tests.support.checkpoints import Stored, read_file
 
 VICTIM = 1
 

@@ -18,7 +18,7 @@ from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import ascend, memory, network, together
 from ms_ckpt_ext.engine.load.session import LoadReport
 from ms_ckpt_ext.errors import ChecksumError, LoadError
-from tests.jobs.support import read_file
+from tests.support.checkpoints import read_file
 
 BUCKET = int(sys.argv[2])
 KEY = bytes(range(32))

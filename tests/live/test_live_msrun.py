@@ -17,10 +17,10 @@ from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.harness.chosen import long_one
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
-from tests.jobs.formats import KEY, format_of, key_of, make_source
-from tests.jobs.outside import Content, listed, slices, source
-from tests.jobs.support import cut, read_file, scalars, shard, strategy_of
-from tests.live.shards import Full, write
+from tests.support.checkpoints import cut, read_file, scalars, shard, strategy_of
+from tests.support.formats import KEY, format_of, key_of, make_source
+from tests.support.outside import Content, listed, slices, source
+from tests.support.shards import Full, write
 
 pytestmark = [
     pytest.mark.msrun,

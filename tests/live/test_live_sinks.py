@@ -13,8 +13,8 @@ from ms_ckpt_ext import convert, encrypt
 from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
-from tests.jobs.support import strategy_of
-from tests.live.shards import Full, write
+from tests.support.checkpoints import strategy_of
+from tests.support.shards import Full, write
 
 pytestmark = [
     pytest.mark.msrun,

@@ -9,7 +9,7 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.engine.files.execution import Report
-from tests.bridge import family
+from tests.support import family
 
 pytestmark = pytest.mark.stock
 

@@ -11,7 +11,7 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.formats.registry import read_index
-from tests.jobs.support import tree
+from tests.support.checkpoints import tree
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

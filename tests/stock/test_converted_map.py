@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError
-from tests.jobs.support import read_file
+from tests.support.checkpoints import read_file
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 NAME_MAP = {

@@ -20,11 +20,11 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.strategies.file import save_strategy
-from tests.jobs.formats import contents
-from tests.jobs.support import cut, read_file, strategy_of
 from tests.stock.fuzz import sides
 from tests.stock.fuzz.files import metadata_of, write_strategy
 from tests.stock.fuzz.model import Cut, Job
+from tests.support.checkpoints import cut, read_file, strategy_of
+from tests.support.formats import contents
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 ROWS, COLUMNS, WHOLE = Layout((2,), ((0,), ())), Layout((2,), ((), (0,))), Layout((2,), ((), ()))

@@ -17,7 +17,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, LoadError, UsageError
-from tests.jobs.support import Stored, read_file
+from tests.support.checkpoints import Stored, read_file
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CASES = ["dp2_tp4", "dp2_tp2_pp2_zero", "dp3_tp8", "dp4_tp2_zero2"]
@@ -283,7 +283,7 @@ def test_packed_int4_keeps_its_mark(ms: Any, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
     from ms_ckpt_ext.core.geometry.layout import Layout
-    from tests.jobs.support import strategy_of
+    from tests.support.checkpoints import strategy_of
 
     packed = np.arange(-32, 32, dtype=np.int8).reshape(8, 8)
     strategy_of({"q.weight": Layout((2,), ((0,), ()))}, tmp_path / "s.ckpt")

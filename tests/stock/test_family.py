@@ -17,7 +17,7 @@ from ms_ckpt_ext import errors
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategies.file import save_strategy
-from tests.jobs.support import CASES, strategy_of
+from tests.support.checkpoints import CASES, strategy_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

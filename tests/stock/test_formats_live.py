@@ -16,8 +16,8 @@ from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, 
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from tests.jobs.formats import KEY, KINDS, WRONG, format_of, key_of, make_source, scalars_of
-from tests.jobs.support import Stored, read_file, shard
+from tests.support.checkpoints import Stored, read_file, shard
+from tests.support.formats import KEY, KINDS, WRONG, format_of, key_of, make_source, scalars_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CASE = "formats_dp2_tp4"

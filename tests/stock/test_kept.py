@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
-from tests.jobs.formats import contents
-from tests.jobs.outside import layouts_file, slices
+from tests.support.formats import contents
+from tests.support.outside import layouts_file, slices
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

@@ -12,7 +12,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
-from tests.jobs.support import cut, strategy_of
+from tests.support.checkpoints import cut, strategy_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 

@@ -14,7 +14,7 @@ import ms_ckpt_ext
 from ms_ckpt_ext import convert, load_distributed_checkpoint
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import DiscoveryError, UsageError
-from tests.jobs.support import read_file, strategy_of
+from tests.support.checkpoints import read_file, strategy_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 HELD = {"emb": 1.0, "adam_m.emb": 99.0, "w": 2.0}

@@ -17,8 +17,8 @@ import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategies.file import save_strategy
-from tests.jobs.formats import contents
-from tests.jobs.support import tree
+from tests.support.checkpoints import tree
+from tests.support.formats import contents
 
 pytestmark = pytest.mark.stock
 NAMES = [f"p{number}.w" for number in random.Random(3).sample(range(8), 8)]

@@ -13,8 +13,8 @@ from ms_ckpt_ext import rank_list_for_transform, transform_checkpoint_by_rank, t
 from ms_ckpt_ext.errors import ArgumentTypeError, CoverageError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access, read_index
-from tests.jobs.formats import KEY, contents, scalars_of
-from tests.jobs.support import FULL, PAIRS, read_file, shard, tree
+from tests.support.checkpoints import FULL, PAIRS, read_file, shard, tree
+from tests.support.formats import KEY, contents, scalars_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SOURCE = "formats_dp2_tp4"

@@ -1,0 +1,364 @@
+"""Encrypting, decrypting and converting between both: the same bytes back, MindSpore reads them, keys show nowhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+
+from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.engine.files import encrypted_sink
+from ms_ckpt_ext.engine.integrity.digests import digest_file
+from ms_ckpt_ext.engine.integrity.folder import check_digests
+from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest
+from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
+from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
+from ms_ckpt_ext.formats.crypto import blocks
+from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
+from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
+from ms_ckpt_ext.storage import digest_sink, staging
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from tests.engine.files.test_convert import CASE, KEY, contents, write_ckpt
+from tests.support.checkpoints import assert_nothing_complete, tree
+from tests.support.formats import encrypt as encrypt_file
+
+MODES = ["AES-GCM", "AES-CBC", "SM4-CBC", "chunked"]
+
+
+def container(path: Path) -> Any:
+    return crypto.sniff(path.read_bytes()[: crypto.SNIFF_BYTES])
+
+
+@pytest.mark.parametrize("kept", [registry.CACHE_BYTES, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_file_and_back(mode: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units for which there is no room, as MindSpore's of 64 MiB, are streamed."""
+    monkeypatch.setattr(registry, "CACHE_BYTES", kept)
+    source = write_ckpt(tmp_path / "net.ckpt", crc=True)
+    encrypt(source, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    assert container(tmp_path / "sealed.ckpt") == mode
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "plain", dec_key=KEY, dec_mode=mode)
+    assert (tmp_path / "plain" / "sealed.ckpt").read_bytes() == source.read_bytes()
+    with load(tmp_path / "sealed.ckpt", dec_key=KEY, crc_check=True) as held:
+        assert held["note"] == "nöte"
+
+
+@pytest.mark.parametrize("mode", ["AES-GCM", "chunked"])
+def test_safetensors_go_into_the_authenticated_container(mode: str, tmp_path: Path) -> None:
+    convert(write_ckpt(tmp_path / "net.ckpt"), tmp_path / "net.safetensors")
+    encrypt(tmp_path / "net.safetensors", tmp_path / "out", enc_key=KEY, enc_mode=mode)
+    assert container(tmp_path / "out" / "net.safetensors") == crypto.CHUNKED
+    decrypt(tmp_path / "out", tmp_path / "back", dec_key=KEY)
+    assert (tmp_path / "back" / "net.safetensors").read_bytes() == (tmp_path / "net.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="safetensors files take AES-GCM"):
+        encrypt(tmp_path / "net.safetensors", tmp_path / "cbc", enc_key=KEY, enc_mode="AES-CBC")
+    assert not (tmp_path / "cbc").exists()
+
+
+@pytest.mark.parametrize("kind", ["ckpt_crc", "safetensors"])
+def test_golden_trees(kind: str, golden: Path, tmp_path: Path) -> None:
+    source = golden / CASE / kind
+    report = encrypt(source, tmp_path / "sealed", enc_key=KEY)
+    assert report.published
+    assert len(report.files_written) == 8
+    sealed = tree(tmp_path / "sealed")
+    assert set(sealed) == set(tree(source))
+    assert b"layers" not in b"".join(sealed.values())  # names are encrypted too
+    again = encrypt(source, tmp_path / "sealed", enc_key=KEY)
+    assert (again.bytes_read, len(again.files_kept)) == (0, 8)
+    assert tree(tmp_path / "sealed") == sealed
+    decrypt(tmp_path / "sealed", tmp_path / "back", dec_key=KEY)
+    assert tree(tmp_path / "back") == tree(source)
+
+
+def test_a_merged_checkpoint_stays_loadable(golden: Path, tmp_path: Path) -> None:
+    unified_safetensors(golden / "dp2_tp4" / "shards", golden / "dp2_tp4" / "strategy.ckpt", tmp_path / "merged")
+    encrypt(tmp_path / "merged", tmp_path / "sealed", enc_key=KEY)
+    names = json.loads((tmp_path / "merged" / "param_name_map.json").read_text())
+    assert json.loads((tmp_path / "sealed" / "param_name_map.json").read_text()) == names
+    with load(tmp_path / "sealed", dec_key=KEY) as sealed, load(tmp_path / "merged") as merged:
+        assert {n: a.tobytes() for n, a in sealed.arrays().items()} == {
+            n: a.tobytes() for n, a in merged.arrays().items()
+        }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_converting_from_one_key_to_another(mode: str, golden: Path, tmp_path: Path) -> None:
+    """Another format, another key, another mode, a checksum inside: in one pass."""
+    source, plain = golden / CASE / "ckpt_aes_gcm", golden / CASE / "ckpt"
+    new, to = b"another key 1234", "ckpt" if mode != "chunked" else "safetensors"
+    seal = {"enc_key": new, "enc_mode": mode, "crc": True}
+    convert(source, tmp_path / "out", to=to, dec_key=KEY, file_name_regex="rank_1", **seal)  # type: ignore[arg-type]
+    (name,) = tree(tmp_path / "out")
+    held = contents(tmp_path / "out" / name, Access(crypto.Key(new), None, crc_check=True))
+    assert held == contents((plain / name).with_suffix(".ckpt"))
+    with pytest.raises(DecryptionError):
+        contents(tmp_path / "out" / name, Access(crypto.Key(KEY)))
+
+
+@pytest.mark.stock
+@pytest.mark.parametrize("mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
+def test_mindspore_reads_what_we_encrypt(mode: str, golden: Path, tmp_path: Path) -> None:
+    import mindspore
+
+    path = next((golden / CASE / "ckpt" / "rank_1").glob("*.ckpt"))
+    encrypt(path, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    found = mindspore.load_checkpoint(str(tmp_path / "sealed.ckpt"), dec_key=KEY, dec_mode=mode)
+    truth = contents(path)
+    assert {name: bytes(value.get_bytes()) for name, value in found.items()} == {n: t[2] for n, t in truth.items()}
+
+
+def test_keys_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_ckpt(tmp_path / "net.ckpt")
+    for call, variable in ((encrypt, ENC_KEY_VARIABLE), (decrypt, DEC_KEY_VARIABLE)):
+        with pytest.raises(UsageError, match=variable):
+            call(source, tmp_path / "none")
+        monkeypatch.setenv(variable, "hex:" + KEY.hex())
+    encrypt(source, tmp_path / "sealed.ckpt")
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "back.ckpt")
+    assert (tmp_path / "back.ckpt").read_bytes() == source.read_bytes()
+    convert(source, tmp_path / "converted.safetensors")
+    assert container(tmp_path / "converted.safetensors") == crypto.CHUNKED
+
+
+@pytest.mark.parametrize("kept", [registry.CACHE_BYTES, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_faults_write_nothing_and_tell_no_key(
+    mode: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "CACHE_BYTES", kept)  # 1: the file is written before its tags are checked
+    caplog.set_level(logging.DEBUG)
+    source = write_ckpt(tmp_path / "net.ckpt")
+    encrypt(source, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    sealed = (tmp_path / "sealed.ckpt").read_bytes()
+    flipped = sealed[:-200] + bytes([sealed[-200] ^ 1]) + sealed[-199:]
+    faults = [(b"y" * 16, sealed), (KEY, sealed[:-5])]
+    for key, data in faults if mode.endswith("CBC") else [*faults, (KEY, flipped)]:  # CBC authenticates nothing
+        (tmp_path / "sealed.ckpt").write_bytes(data)
+        with pytest.raises(CheckpointError) as caught:
+            decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=key)
+        for secret in (KEY, b"y" * 16):
+            assert secret.decode() not in f"{caught.value!r} {caught.value} {caplog.text}"
+            assert secret.hex() not in f"{caught.value!r} {caught.value} {caplog.text}"
+        assert_nothing_complete(tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
+def test_exchanged_blocks_are_found_by_the_checksum_inside(mode: str, tmp_path: Path) -> None:
+    """Every block decrypts; what it decrypts to is as long as it was, and wrong."""
+    laid = ckpt_writer.layout([TensorSpec("w", DTYPES["U8"], (1000,))])
+    plain = bytearray(laid.literals[0][1] + bytes(range(250)) * 4)
+    plain += b"crc_num" + zlib.crc32(plain).to_bytes(10, "big")
+    (tmp_path / "net.ckpt").write_bytes(plain)
+    sealed = tmp_path / "sealed.ckpt"
+    with PlainReader(str(tmp_path / "net.ckpt")) as reader, sealed.open("wb") as file:
+        with crypto.EncryptingWriter(file, KEY, mode, block=256) as writer:
+            crypto.encrypt_all(reader, writer)
+    decrypt(sealed, tmp_path / "right", dec_key=KEY)
+    assert (tmp_path / "right" / "sealed.ckpt").read_bytes() == plain
+    raw = sealed.read_bytes()
+    starts = [at for at in range(len(raw)) if raw.startswith(raw[:4], at)]
+    a, b, c = starts[1:4]
+    sealed.write_bytes(raw[:a] + raw[b:c] + raw[a:b] + raw[c:])
+    with pytest.raises(ChecksumError, match="blocks were exchanged or altered"):
+        decrypt(sealed, tmp_path / "out", dec_key=KEY)
+    assert_nothing_complete(tmp_path / "out")
+
+
+def test_what_is_no_checkpoint_or_already_encrypted_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "net.ckpt").write_bytes(b"not a checkpoint at all")
+    with pytest.raises(FormatError, match="is not a MindSpore .ckpt"):
+        encrypt(tmp_path / "net.ckpt", tmp_path / "out", enc_key=KEY)
+    write_ckpt(tmp_path / "net.ckpt")
+    encrypt(tmp_path / "net.ckpt", tmp_path / "out", enc_key=KEY)
+    with pytest.raises(DecryptionError, match="is encrypted"):
+        encrypt(tmp_path / "out", tmp_path / "twice", enc_key=KEY)
+    with pytest.raises(DecryptionError, match="is not encrypted"):
+        decrypt(tmp_path / "net.ckpt", tmp_path / "plain", dec_key=KEY)
+
+
+@pytest.mark.parametrize("block", [64 << 20, 4 << 20])
+def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpore's blocks have 64 MiB, of which one is kept; several threads must not take it from each other."""
+    size = 200 << 20
+    laid = ckpt_writer.layout([TensorSpec("w", DTYPES["F32"], (size // 4096, 1024))])
+    with (tmp_path / "net.ckpt").open("wb") as file:
+        file.write(laid.literals[0][1])
+        file.truncate(laid.size)
+    with PlainReader(str(tmp_path / "net.ckpt")) as reader, (tmp_path / "sealed.ckpt").open("wb") as file:
+        with crypto.EncryptingWriter(file, KEY, block=block) as writer:
+            crypto.encrypt_all(reader, writer)
+    asked = []
+
+    class Counting(PlainReader):
+        def read_into(self, offset: int, buffer: memoryview) -> None:
+            asked.append(len(buffer))
+            super().read_into(offset, buffer)
+
+    monkeypatch.setattr(registry, "PlainReader", Counting)
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
+    assert sum(asked) <= 1.1 * size
+    assert load_manifest(str(tmp_path / "out")) == Manifest(
+        {"sealed.ckpt": digest_file(read_index(str(tmp_path / "net.ckpt")))}
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tensors in a file, in whatever pieces it was copied; encrypted beside an encrypted one."""
+    monkeypatch.setattr(encrypted_sink, "_CHUNK", 64)
+    monkeypatch.setattr("ms_ckpt_ext.engine.copying.worker._COPY", 64)
+    source, options = write_ckpt(tmp_path / "net.ckpt", crc=True), {"max_process_num": workers}
+    truth = digest_file(read_index(str(source)))
+    assert dict(truth.tensors) == {
+        name: xxhash.xxh3_128_hexdigest(entry[2]) for name, entry in contents(source).items()
+    }
+    encrypt(source, tmp_path / "sealed", enc_key=KEY, enc_mode=mode, **options)  # type: ignore[arg-type]
+    decrypt(tmp_path / "sealed", tmp_path / "plain", dec_key=KEY, **options)  # type: ignore[arg-type]
+    sealed, plain = (load_manifest(str(tmp_path / name)) for name in ("sealed", "plain"))
+    assert sealed is not None
+    assert sealed.files["net.ckpt"].tensors == {}
+    assert sealed.files["net.ckpt"].opened_by(crypto.Key(KEY), "net.ckpt")[1:3] == truth[1:3]
+    assert plain == Manifest({"net.ckpt": truth})
+    assert check_digests(str(tmp_path / "plain"), plain) == []
+
+
+def test_digests_or_none(tmp_path: Path) -> None:
+    source = write_ckpt(tmp_path / "net.ckpt")
+    convert(source, tmp_path / "converted", to="safetensors")
+    convert(source, tmp_path / "a", to="safetensors", digests=False)
+    encrypt(source, tmp_path / "b", enc_key=KEY, digests=False)
+    decrypt(tmp_path / "b", tmp_path / "c", dec_key=KEY, digests=False)
+    listed = load_manifest(str(tmp_path / "converted"))
+    assert listed is not None
+    truth = {name: xxhash.xxh3_128_hexdigest(entry[2]) for name, entry in contents(source).items()}
+    assert dict(listed.files["net.safetensors"].tensors) == truth
+    assert [load_manifest(str(tmp_path / name)) for name in "abc"] == [None] * 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_cannot_be_listed_is_decrypted_all_the_same(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MindSpore encrypts what this package does not read, MapParameters for one."""
+    plain = write_ckpt(tmp_path / "net.ckpt").read_bytes()
+    plain = plain[: len(plain) // 2]
+    if mode == "chunked":
+        (tmp_path / "net.safetensors").write_bytes(plain)
+        encrypt_file(tmp_path / "net.safetensors", tmp_path / "sealed.safetensors", None)
+        decrypt(tmp_path / "sealed.safetensors", tmp_path / "other", dec_key=KEY)
+        assert (tmp_path / "other/sealed.safetensors").read_bytes() == plain
+    (tmp_path / "net.ckpt").write_bytes(plain)
+    encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", None if mode == "chunked" else mode)
+    decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
+    assert (tmp_path / "out" / "sealed.ckpt").read_bytes() == plain
+    assert load_manifest(str(tmp_path / "out")) is None
+    assert "no digests of 'sealed.ckpt' are recorded" in caplog.text and ".partial" not in caplog.text
+
+
+class Stop(Exception):
+    """The run is over."""
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_an_interrupted_run_copied_is_compared_as_a_whole(
+    mode: str, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names, shapes and notes too, of which a copy knows nothing beforehand; what holds none is taken as it is."""
+    plain = write_ckpt(tmp_path / "net.ckpt").read_bytes()
+    plain = plain if listed else plain[:-9]
+    (tmp_path / "sealed").mkdir()
+    for name in "ab":
+        (tmp_path / f"{name}.ckpt").write_bytes(plain)
+        encrypt_file(tmp_path / f"{name}.ckpt", tmp_path / f"sealed/{name}.ckpt", None if mode == "chunked" else mode)
+    real = staging.Staging.publish
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Staging, "publish", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY)
+    (held,) = (tmp_path / "out").glob(".ms_ckpt_ext/*/a.ckpt")
+    assert staging.Staging.publish is real
+    raw = bytearray(held.read_bytes())
+    at = raw.index(b"z.weight")
+    raw[at : at + 1] = b"y"
+    held.write_bytes(raw)
+    report = decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY)
+    assert report.files_written == (("a.ckpt",) if listed else ())
+    assert ((tmp_path / "out/a.ckpt").read_bytes() == plain) is listed
+    assert (tmp_path / "out/b.ckpt").read_bytes() == plain
+
+
+@pytest.mark.parametrize("size", ["larger", "smaller"])
+def test_a_file_that_is_replaced_before_its_turn_is_told(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look at it was for its size, the second lists its tensors."""
+    source = write_ckpt(tmp_path / "net.ckpt")
+    raw = source.read_bytes()
+    real = registry.index_through
+
+    def replaced(reader: ByteReader, name: str) -> FileIndex:
+        monkeypatch.setattr(registry, "index_through", real)
+        found = real(reader, name)
+        source.unlink()
+        source.write_bytes(raw + raw.replace(b"weight", b"height") if size == "larger" else raw[: len(raw) // 2])
+        return found
+
+    monkeypatch.setattr(registry, "index_through", replaced)
+    with pytest.raises(CheckpointError):
+        encrypt(source, tmp_path / "out", enc_key=KEY)
+    assert_nothing_complete(tmp_path / "out")
+
+
+def test_only_files_under_way_are_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a thousand files has a million tensors, and what digests one takes half a KiB."""
+    for number in range(12):
+        (tmp_path / f"src/{number}").mkdir(parents=True)
+        write_ckpt(tmp_path / f"src/{number}/net.ckpt")
+    made: list[weakref.ref[Any]] = []
+    most = [0]
+    real = digest_sink.DigestStream.__init__
+
+    class Stream(digest_sink.DigestStream):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(weakref.ref(self))
+            most[0] = max(most[0], sum(each() is not None for each in made))
+            real(self, *arguments)
+
+    monkeypatch.setattr(digest_sink, "DigestStream", Stream)
+    tensors = len(contents(tmp_path / "src/0/net.ckpt"))
+    encrypt(tmp_path / "src", tmp_path / "out", enc_key=KEY, sync=False)
+    assert len(made) == 12 * (tensors + 1)
+    assert most[0] <= 3 * (tensors + 1)
+
+
+def test_blocks_are_decrypted_about_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the table of contents, once for the tensors, though the output has another order than the source."""
+    specs = [TensorSpec(f"{n}", DTYPES["F32" if n % 2 else "BF16"], (900 + 7 * n,)) for n in range(64)]
+    laid = ckpt_writer.layout(specs)
+    raw = bytearray(laid.size)
+    for offset, literal in laid.literals:
+        raw[offset : offset + len(literal)] = literal
+    (tmp_path / "net.ckpt").write_bytes(raw)
+    encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", "AES-GCM")
+    decrypted: list[int] = []
+    real = blocks._GcmBlocks.sealed
+
+    def counted(self: Any, unit: int) -> Any:
+        decrypted.append(unit)
+        return real(self, unit)
+
+    monkeypatch.setattr(blocks._GcmBlocks, "sealed", counted)
+    monkeypatch.setattr(registry, "CACHE_BYTES", 1)  # one block is kept, as of MindSpore's 64 MiB
+    convert(tmp_path / "sealed.ckpt", tmp_path / "out/net.safetensors", dec_key=KEY, max_process_num=1)
+    assert contents(tmp_path / "out/net.safetensors").keys() == {spec.name for spec in specs}
+    assert len(set(decrypted)) > 8 and len(decrypted) <= 2 * len(set(decrypted)) + 2

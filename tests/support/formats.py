@@ -1,0 +1,83 @@
+"""The golden `formats_*` sets as sources, and encrypted copies of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Optional
+
+from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter
+from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
+from ms_ckpt_ext.formats.strategies.file import load_strategy
+from tests.support.checkpoints import Stored, read_file, shard
+
+KEY = b"0123456789ABCDEF"
+"""The key of the golden files."""
+WRONG = b"0123456789abcdef"
+PLAIN_KINDS = ("ckpt", "ckpt_crc", "safetensors", "dedup")
+MODES = {"ckpt_aes_gcm": "AES-GCM", "ckpt_aes_cbc": "AES-CBC", "ckpt_sm4_cbc": "SM4-CBC"}
+SEALED_KINDS = (*MODES, "ckpt_chunked", "safetensors_chunked")
+KINDS = (*PLAIN_KINDS, *SEALED_KINDS)
+
+
+def make_source(golden: Path, case: str, kind: str, root: Path) -> Path:
+    """A directory with all rank folders of a golden set; what exists encrypted for two ranks only, as MindSpore
+    wrote it, is completed by our writers."""
+    formats = golden / case
+    if kind in PLAIN_KINDS:
+        return formats / kind
+    plain = formats / ("safetensors" if kind.startswith("safetensors") else "ckpt")
+    for folder in sorted(plain.iterdir()):
+        (file,) = folder.iterdir()
+        target = root / folder.name / file.name
+        target.parent.mkdir(parents=True)
+        stock = formats / kind / folder.name / file.name
+        if stock.exists():
+            shutil.copy(stock, target)
+        else:
+            encrypt(file, target, MODES.get(kind))
+    return root
+
+
+def encrypt(source: Path, target: Path, mode: Optional[str], key: bytes = KEY, chunk: int = 1024) -> None:
+    """One file, in MindSpore's blocks of a `mode`, or in the chunked container."""
+    plain = source.read_bytes()
+    with target.open("wb") as out:
+        if mode is None:
+            with ChunkedWriter(out, key, len(plain), chunk=chunk) as chunked:
+                chunked.write(plain)
+        else:
+            with EncryptingWriter(out, key, mode, block=16 * chunk) as blocks:
+                blocks.write(plain)
+
+
+def key_of(kind: str) -> dict[str, object]:
+    """The arguments that open a source of this kind."""
+    return {"dec_key": KEY, "dec_mode": MODES.get(kind, "AES-GCM")} if kind in SEALED_KINDS else {}
+
+
+def format_of(kind: str) -> str:
+    """`format=` of a source of this kind."""
+    return "ckpt" if kind.startswith("ckpt") else "safetensors"
+
+
+def scalars_of(golden: Path, case: str, kind: str = "safetensors") -> dict[str, Stored]:
+    """What lies outside the strategy in rank 0's file."""
+    known = load_strategy(golden / case / "strategy.ckpt").layouts
+    twin = "dedup" if kind == "dedup" else "safetensors"
+    return {n: t for n, t in read_file(shard(golden / case / twin / "rank_0")).items() if n not in known}
+
+
+def contents(path: Path, access: Access = PLAIN) -> dict[str, Stored]:
+    """Every tensor of a file, by the package's own readers."""
+    index = read_index(str(path), access)
+    found = {}
+    with open_reader(str(path), access) as reader:
+        for name, entry in index.tensors.items():
+            data = b""
+            for offset, length in entry.extents:
+                part = bytearray(length)
+                reader.read_into(offset, memoryview(part))
+                data += part
+            found[name] = Stored(entry.dtype.name, entry.shape, data)
+    return found
