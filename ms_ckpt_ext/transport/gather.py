@@ -3,6 +3,9 @@
 First all ranks gather the notes of what each has, which are equally long. Then every distinct payload goes around once,
 from the lowest rank that has it: its front in one all-gather, to which all give equally much, and what is longer in a
 broadcast of its own. How much is gathered is what makes the sum of bytes and calls the least.
+
+A collective that one rank does not join cannot be taken back. So before each, buffers are made and filled, and a status
+says whether all could.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Callable
 
 import numpy as np
 
+from ms_ckpt_ext.transport.agree import on_all
 from ms_ckpt_ext.transport.base import B, Bytes, Transport
 from ms_ckpt_ext.transport.hub.frames import NOTE_BYTES, length_noted, note_of
 
@@ -31,9 +35,9 @@ def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes
     lengths = [length_noted(note) if first[note] == rank else 0 for rank, note in enumerate(notes)]
     width = front_width(lengths)
     contents = _gather_fronts(transport, payload[:width], width, to_host) if width else [b""] * transport.size
-    for root, length in enumerate(lengths):
-        if length > width:
-            contents[root] += _broadcast(transport, payload[width:], length - width, root, to_host)
+    longer = {root: length - width for root, length in enumerate(lengths) if length > width}
+    for root, rest in _broadcast_rests(transport, payload[width:], longer, to_host).items():
+        contents[root] += rest
     return [contents[first[note]][: length_noted(note)] for note in notes]
 
 
@@ -52,15 +56,28 @@ def front_width(lengths: Sequence[int]) -> int:
 
 
 def _gather_fronts(transport: Transport[B], mine: bytes, width: int, to_host: Callable[[B], Bytes]) -> list[bytes]:
-    send, receive = transport.allocate(width), transport.allocate(width * transport.size)
-    transport.upload(np.frombuffer(mine.ljust(width, b"\0"), np.uint8), send, 0)
+    def prepare() -> tuple[B, B]:
+        send, receive = transport.allocate(width), transport.allocate(width * transport.size)
+        transport.upload(np.frombuffer(mine.ljust(width, b"\0"), np.uint8), send, 0)
+        return send, receive
+
+    send, receive = on_all(transport, prepare)
     transport.start_all_gather(send, width, receive).wait()
     return [row.tobytes() for row in to_host(receive).reshape(transport.size, width)]
 
 
-def _broadcast(transport: Transport[B], mine: bytes, nbytes: int, root: int, to_host: Callable[[B], Bytes]) -> bytes:
-    buffer = transport.allocate(nbytes)
-    if transport.rank == root:
-        transport.upload(np.frombuffer(mine, np.uint8), buffer, 0)
-    transport.start_broadcast(buffer, nbytes, root).wait()
-    return to_host(buffer).tobytes()
+def _broadcast_rests(
+    transport: Transport[B], mine: bytes, lengths: dict[int, int], to_host: Callable[[B], Bytes]
+) -> dict[int, bytes]:
+    """What ranks have behind their fronts: rank -> as many bytes as `lengths` says."""
+
+    def prepare() -> dict[int, B]:
+        buffers = {root: transport.allocate(nbytes) for root, nbytes in lengths.items()}
+        if transport.rank in buffers:
+            transport.upload(np.frombuffer(mine, np.uint8), buffers[transport.rank], 0)
+        return buffers
+
+    buffers = on_all(transport, prepare) if lengths else {}
+    for root, nbytes in lengths.items():
+        transport.start_broadcast(buffers[root], nbytes, root).wait()
+    return {root: to_host(buffer).tobytes() for root, buffer in buffers.items()}

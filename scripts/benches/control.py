@@ -140,7 +140,7 @@ def _row(
         "wall ms": round(statistics.median(walls) * 1e3, 1),
         "hub's CPU ms": round(statistics.median(hub_cpus) * 1e3, 1),
         "all clients' CPU ms": round(statistics.median(cpus) * 1e3, 1),
-        "hub's kB": round(moved / 1e3, 1),
+        "hub's kB": round(moved / 1e3, 3),
         "over the backend, MB a process": round(backend / 1e6, 1),
     }
 

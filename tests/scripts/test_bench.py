@@ -55,6 +55,22 @@ def test_dryrun(tmp_path: Path) -> None:
     assert all(row["rounds"] > 1 and row["peak MiB"] > 0 and row["page kB"] < 300 for row in rows)
 
 
+def test_control(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "control", "--ranks", "8", "300", "--rounds", "1"]
+    command += ["--json", str(tmp_path / "x.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = {(row["ranks"], row["what"]): row for row in json.loads((tmp_path / "x.json").read_text())}
+    assert [*rows] == [(n, what) for n in (8, 300) for what in ("status", "agree", "share", "survey")]
+    for ranks in (8, 300):
+        assert rows[ranks, "status"]["hub's kB"] == ranks * 32 / 1000, "16 bytes each way, whatever the number of ranks"
+        assert rows[ranks, "agree"]["hub's kB"] == ranks * 64 / 1000
+    assert (
+        rows[8, "survey"]["over the backend, MB a process"] == 0 < rows[300, "survey"]["over the backend, MB a process"]
+    )
+    assert rows[300, "survey"]["hub's kB"] < 16_000
+
+
 def test_verify(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCH), "verify", "--size", "0.0005", "--rounds", "1", "--dir", str(tmp_path)]
     run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
@@ -108,6 +124,7 @@ def test_crypto(tmp_path: Path) -> None:
         (["crypto", "--size", "inf"], "expected a number of GiB above 0 and up to 1024, got 'inf'"),
         (["crypto", "--only", "rot13"], "invalid choice: 'rot13'"),
         (["dryrun", "--ranks", "100"], "expected a multiple of 64, got '100'"),
+        (["control", "--ranks", "-8"], "expected a whole number from 1 up, got '-8'"),
         (["mindformers", "--scale", "-3"], "expected a whole number from 1 up, got '-3'"),
     ],
 )

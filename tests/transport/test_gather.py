@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from ms_ckpt_ext.errors import PeerError
+from ms_ckpt_ext.transport.base import Bytes
 from ms_ckpt_ext.transport.gather import front_width, gather
-from ms_ckpt_ext.transport.local import LocalWorld
+from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
 CASES = {
     "all empty": [b""] * 3,
@@ -35,3 +37,27 @@ def test_lengths_that_are_alike_take_one_call_and_one_that_is_not_its_own(length
     assert front_width([length] * 100) == length
     assert front_width([length] * 99 + [length - 1]) == length
     assert front_width([0] * 99 + [10**8]) == 0
+
+
+class Full(LocalTransport):
+    """Has no memory for more than a few bytes."""
+
+    def allocate(self, nbytes: int) -> Bytes:
+        """Fails when it is much."""
+        if nbytes > 100_000:
+            raise MemoryError(f"no {nbytes} bytes")
+        return super().allocate(nbytes)
+
+
+@pytest.mark.parametrize("payloads", [[b"%d" % n * 50_000 for n in range(4)], [b"", b"x" * 200_000, b"", b""]])
+def test_a_rank_without_memory_tells_the_others_before_they_wait_for_it(payloads: list[bytes]) -> None:
+    world = LocalWorld(4)
+
+    def work(t: LocalTransport) -> str:
+        mine = Full(world, 2) if t.rank == 2 else t
+        with pytest.raises(MemoryError if t.rank == 2 else PeerError, match="no [0-9]+ bytes"):
+            gather(mine, payloads[t.rank], lambda b: b)
+        assert t.collectives["all_gather"] == (0 if t.rank == 2 else 1), "only notes were gathered"
+        return "told"
+
+    assert world.run(work) == ["told"] * 4
