@@ -138,6 +138,7 @@ def _row(
         "ranks": size,
         "what": name,
         "wall ms": round(statistics.median(walls) * 1e3, 1),
+        "least": round(min(walls) * 1e3, 1),
         "hub's CPU ms": round(statistics.median(hub_cpus) * 1e3, 1),
         "all clients' CPU ms": round(statistics.median(cpus) * 1e3, 1),
         "hub's kB": round(moved / 1e3, 3),
