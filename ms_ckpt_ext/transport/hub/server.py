@@ -256,7 +256,7 @@ class Hub:
             self._send(self._peers[rank], message)
 
     def _send(self, peer: Peer, message: bytes) -> None:
-        peer.send(message)
         self.bytes_out += len(message)
+        peer.send(message)
         if peer.error is not None:
             self._failed.append(peer)
