@@ -59,7 +59,7 @@ def require_shares(name: str, widths: Sequence[int], shares: Optional[Shape], te
         raise LayoutMismatchError(f"{name!r}: {shapes_of(tensors)} are not as wide as the shares {list(shares)} say")
 
 
-def grouped(
+def joined_in_groups(
     name: str, tensors: Sequence[SourceTensor], groups: int, axis: int, shares: Optional[Shape] = None
 ) -> SourceTensor:
     """Sources cut into groups along an axis and joined group by group."""

@@ -27,7 +27,7 @@ from ms_ckpt_ext.core.planning.joining import (
     axis_of,
     block_of,
     checked_shares,
-    grouped,
+    joined_in_groups,
     require_shares,
     taken_apart,
     unsaid_count,
@@ -75,7 +75,7 @@ class Concat(Rule):
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
-        return grouped(name, all_of(members), 1, self.axis, self.shares)
+        return joined_in_groups(name, all_of(members), 1, self.axis, self.shares)
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """See `Rule`."""
@@ -111,7 +111,7 @@ class QKV(Rule):
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
-        return grouped(name, all_of(members), self.groups, self.axis, self.shares)
+        return joined_in_groups(name, all_of(members), self.groups, self.axis, self.shares)
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """See `Rule`."""
@@ -142,7 +142,7 @@ class Interleave(Rule):
         extent = shape[axis_of(name, self.axis, len(shape))]
         if self.rows < 1 or extent % self.rows:
             raise LayoutMismatchError(f"{name!r}: axis {self.axis} of {list(shape)} is no multiple of {self.rows} rows")
-        return grouped(name, tensors, extent // self.rows, self.axis)
+        return joined_in_groups(name, tensors, extent // self.rows, self.axis)
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """See `Rule`."""
