@@ -86,7 +86,7 @@ def resume(
     dec_mode: str = "AES-GCM",
     check: str = "headers",
     mode: Optional[str] = None,
-    bucket_bytes: int = BUFFER_BYTES,
+    bucket_bytes: Optional[int] = None,
     prefetch: int = 1,
     verify: str = "none",
     max_process_num: int = 64,

@@ -183,7 +183,9 @@ def _prepared(
         "name_map": repr(sorted(request.naming.name_map.items())),
         "choice_func": repr([(*catalog.tensors,), (*catalog.extras,)]),  # a function is told by what it left
     }
-    hardware = profiles.profile(profiles.ASCEND if transport.traits.on_device else profiles.CPU).hardware
+    traits = transport.traits
+    hardware = profiles.chosen(request.options.hardware, traits.product, traits.on_device).hardware
+    facts["hardware"] = repr(hardware)
     wants = {match.name: Want(match.offer.tensor.meta.name, match.offer.layout) for match in found.matches}
     return session.prepare(transport, seen, catalog, wants, request.options, hardware, facts)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import BUFFER_BYTES, PathLike, any_mode, as_strategy, checked_naming, path_of
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_naming, path_of
 from ms_ckpt_ext.api.dry_run.page import write_page
 from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
@@ -32,7 +32,7 @@ def plan(
     shapes: Union[PathLike, Shapes, None] = None,
     hardware: Optional[Iterable[str]] = None,
     mode: str = "auto",
-    bucket_bytes: int = BUFFER_BYTES,
+    bucket_bytes: Optional[int] = None,
     prefetch: int = 1,
     html: Optional[PathLike] = None,
     file_suffix: Optional[str] = None,
@@ -58,8 +58,10 @@ def plan(
         shapes: instead of a checkpoint, its parameters: `{name: {"dtype": "F32", "shape": [..]}}` with full shapes, or
             a JSON file of that.
         hardware: names of profiles or paths of profile files, see `engine.load.profiles`; None for all that come along.
+            The first says how ranks lie on servers, and what a round may hold; of None that is MS_CKPT_EXT_HARDWARE, or
+            an Atlas 800T A2.
         mode: what the job will ask for; only told in the report, which has both modes.
-        bucket_bytes, prefetch: as the job's.
+        bucket_bytes, prefetch: as the job's; without a bucket the one that the first machine would choose.
         html: write a page there as well.
         file_suffix: which file of a rank folder; None for the newest.
         format: "safetensors" or "ckpt", where both lie in the rank folders.
@@ -88,7 +90,8 @@ def plan(
         held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format))
         source = estimate.of_catalog(held, target)
         origin = directory
-    done = estimate.dry_run(source, target, options)
+    first = machines[0] if hardware is not None and machines else profiles.chosen("", on_device=True)
+    done = estimate.dry_run(source, target, options, first.hardware)
     report = report_of(
         done, source, machines, mode, origin, _told(dst_strategy, "a strategy") if target else "one device"
     )

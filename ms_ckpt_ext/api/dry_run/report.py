@@ -12,6 +12,9 @@ from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.totals import RoundTally
 from ms_ckpt_ext.engine.load.estimate import DryRun, PlannedSource
 from ms_ckpt_ext.engine.load.profiles import Profile
+from ms_ckpt_ext.engine.load.session import traffic_of
+
+RANK_COLUMNS = ("read", "sent", "received", "messages", "inside", "between", "reads", "staging")
 
 
 class Spread(NamedTuple):
@@ -53,7 +56,13 @@ class PlanReport:
         direct: "wanted": bytes of every rank's own slices. "read": what direct mode reads for them: small gaps between
             the rows of a slice are read over.
         direct_counted: ranks for which "read" was counted; where not all were, it is an estimate from those.
-        cooperative: "read", "sent", "received", "messages", "reads" and "staging" of every rank.
+        cooperative: "read", "sent", "received", "messages", "inside", "between", "reads" and "staging" of every rank.
+            "inside" and "between" are what it hands to the collectives for its own server and for others.
+        servers: how many servers the ranks lie on.
+        way: "flat", or "tiered": what several ranks of a server want crosses to it once.
+        calls: collectives of the rank that makes the most.
+        groups: groups of ranks that gather, beside those of all ranks.
+        crossing: bytes that arrive at a server from others.
         balance: bytes of the busiest reader, as a multiple of a fair share.
         bucket, chunk: the limits that were planned with.
         rounds: the rounds, in order.
@@ -72,6 +81,11 @@ class PlanReport:
     direct: Mapping[str, Spread]
     direct_counted: int
     cooperative: Mapping[str, Spread]
+    servers: int
+    way: str
+    calls: int
+    groups: int
+    crossing: Spread
     balance: float
     bucket: int
     chunk: int
@@ -83,6 +97,7 @@ class PlanReport:
         found = asdict(self)
         for mode in ("direct", "cooperative"):
             found[mode] = {name: spread._asdict() for name, spread in getattr(self, mode).items()}
+        found["crossing"] = self.crossing._asdict()
         found["rounds"] = [each._asdict() for each in self.rounds]
         found["predictions"] = [each._asdict() for each in self.predictions]
         return found
@@ -94,7 +109,7 @@ def report_of(
     """Sum a dry run up. `origin` and `target` tell what was planned, `mode` what is asked for."""
     tally, demands = done.tally, done.table.demands
     unique = sum(d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands)
-    columns = {name: getattr(tally, name) for name in ("read", "sent", "received", "messages", "reads", "staging")}
+    columns = {name: getattr(tally, name) for name in RANK_COLUMNS}
     return PlanReport(
         source=origin,
         target=target,
@@ -108,6 +123,11 @@ def report_of(
         direct={"wanted": _spread(tally.wanted), "read": _spread(done.direct.nbytes)},
         direct_counted=done.direct.counted,
         cooperative={name: _spread(column) for name, column in columns.items()},
+        servers=len(tally.crossing),
+        way="tiered" if done.table.ways.tiered else "flat",
+        calls=tally.calls,
+        groups=sum(len(done.table.chunks.parts.sets.members[n]) < done.table.world for n in done.table.chunks.groups),
+        crossing=_spread(tally.crossing),
         balance=float(tally.read.max()) / max(float(tally.read.mean()), 1e-9),
         bucket=done.limits.bucket,
         chunk=done.limits.read,
@@ -138,15 +158,15 @@ def _copies(done: DryRun) -> float:
 
 def _prediction(done: DryRun, profile: Profile) -> Prediction:
     tally = done.tally
-    read, received, wanted = (column.tolist() for column in (tally.read, tally.received, tally.wanted))
-    rounds, hardware = len(tally.rounds), profile.hardware
+    wanted = tally.wanted.tolist()
+    traffic, hardware = traffic_of(tally), profile.hardware
     figures = {key: None if value == math.inf else value for key, value in hardware._asdict().items()}
     return Prediction(
         profile.name,
         profile.title,
         direct_seconds(wanted, hardware),
-        cooperative_seconds(read, received, rounds, hardware),
-        "cooperative" if cooperates(wanted, read, received, rounds, hardware) else "direct",
+        cooperative_seconds(traffic, hardware),
+        "cooperative" if cooperates(wanted, traffic, hardware) else "direct",
         profile.origins,
         figures,
     )

@@ -58,7 +58,7 @@ def load_distributed_checkpoint(
     digests: bool = True,
     sync: bool = True,
     mode: Optional[str] = None,
-    bucket_bytes: int = BUFFER_BYTES,
+    bucket_bytes: Optional[int] = None,
     prefetch: int = 1,
     verify: str = "none",
     trace: Optional[PathLike] = None,
@@ -70,6 +70,7 @@ def load_distributed_checkpoint(
     rules: Sequence[Rule] = (),
     choice_func: Optional[Choice] = None,
     allow_equal_slices: bool = False,
+    hardware: str = "",
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 
@@ -114,7 +115,8 @@ def load_distributed_checkpoint(
         mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
             checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.
             Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
-        bucket_bytes: staging memory of a rank for one round of a cooperative load.
+        bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits: of a device's
+            free memory an eighth at most, else 64 MiB.
         prefetch: rounds that are read ahead.
         verify: "none"; "replicas": compare digests, made meanwhile, of the same region on several ranks; "full": also
             compare what is stored with the digests in `ms_ckpt_ext.digests.json`, before anything is changed, at the
@@ -130,6 +132,8 @@ def load_distributed_checkpoint(
             joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
         choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
         allow_equal_slices: as in `unified_safetensors`.
+        hardware: profile of the machine for mode "auto" and the way of an exchange, by name or path of a file (see
+            `ms-ckpt measure`); default: the environment variable MS_CKPT_EXT_HARDWARE, else what fits the NPU.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode,
@@ -165,6 +169,7 @@ def load_distributed_checkpoint(
         verify=verify,
         trace="" if trace is None else path_of(trace, "trace"),
         timeout=timeout,
+        hardware=hardware,
     )
     if network is None:
         _refuse_live(options, mode)

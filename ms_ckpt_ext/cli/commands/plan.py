@@ -45,15 +45,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--hardware",
         action="append",
         metavar="NAME|FILE",
-        help="profile to predict times for; may be repeated (default: all that come along)",
+        help="profile to predict times for; may be repeated (default: all that come along). The first also says how "
+        "ranks lie on servers and how large a round may be",
     )
     add("--mode", choices=("auto", "direct", "cooperative"), default="auto", help="what the job will ask for")
     add(
         "--bucket",
         type=options.byte_size,
-        default=64 << 20,
+        default=None,
         metavar="SIZE",
-        help="staging memory of a rank, e.g. 64M (default)",
+        help="staging memory of a rank, e.g. 64M (default: what fits the first machine)",
     )
     add("--prefetch", type=int, default=1, metavar="N", help="rounds that are read ahead (default 1)")
     takes_path(add("--html", metavar="FILE", help="write a page with matrices, rounds and layouts there as well"))
@@ -98,6 +99,7 @@ def lines(report: PlanReport, html: Optional[str] = None) -> Iterator[str]:
     yield ""
     yield from words.table(("per rank", "least", "mean", "most", "all ranks"), list(_rows(report)), "lrrrr")
     yield ""
+    yield from _ways(report)
     yield (
         f"{words.count(len(report.rounds), 'round')} of at most {words.size(report.bucket)} of staging memory a rank; "
         f"the busiest reader has {report.balance:.2f} times a fair share"
@@ -113,6 +115,21 @@ def lines(report: PlanReport, html: Optional[str] = None) -> Iterator[str]:
         yield f"page: {html}"
 
 
+def _ways(report: PlanReport) -> Iterator[str]:
+    """How ranks lie on servers, and how bytes travel."""
+    gathering = f", {words.count(report.groups, 'group')} of ranks gather" if report.groups else ""
+    if report.servers == 1:
+        yield f"one server{gathering}; {words.count(report.calls, 'collective')} of a rank"
+        return
+    how = "crosses once and is spread inside" if report.way == "tiered" else "is sent to each of them"
+    yield (
+        f"{words.count(report.servers, 'server')}, {report.way}: what several ranks of one want {how}{gathering}; "
+        f"{words.count(report.calls, 'collective')} of a rank"
+    )
+    mean, most = words.size(report.crossing.mean), words.size(report.crossing.most)
+    yield f"  to a server from others: {mean} on average, {most} at most"
+
+
 def _rows(report: PlanReport) -> Iterator[tuple[str, ...]]:
     yield _row("wanted", report.direct["wanted"], True)
     yield _row(
@@ -122,6 +139,8 @@ def _rows(report: PlanReport) -> Iterator[tuple[str, ...]]:
         ("read", "read, cooperative"),
         ("sent", "sent"),
         ("received", "received"),
+        ("inside", "sent inside a server"),
+        ("between", "sent between servers"),
         ("messages", "messages"),
         ("reads", "read calls"),
         ("staging", "staging memory"),

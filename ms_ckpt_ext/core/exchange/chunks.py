@@ -19,6 +19,7 @@ import numpy as np
 from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Parts
 from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Ints, joined, narrow, ranks_alike, sums
+from ms_ckpt_ext.core.exchange.tiers import crosses_often
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,12 @@ def _groups(
     found = []
     for number, total in zip(numbers.tolist(), carried):
         members = parts.sets.members[number] if number >= 0 else ()
+        if ways.tiered and crosses_often(members, ways.servers):
+            continue
         everyone = len(members) == world and ways.gather
         if everyone or (members in alike and total > limits.bucket):
             found.append(number)
-    return tuple(found)
+    return tuple(sorted(found, key=parts.sets.members.__getitem__))
 
 
 def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:

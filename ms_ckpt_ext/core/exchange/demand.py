@@ -60,10 +60,14 @@ class Ways(NamedTuple):
     Attributes:
         gather: all ranks may gather equal shares together.
         groups: so may groups of ranks that want the same.
+        servers: the number of every rank's server; none where there is one for all.
+        tiered: what several ranks of a server want crosses to it once.
     """
 
     gather: bool = True
     groups: bool = False
+    servers: tuple[int, ...] = ()
+    tiered: bool = False
 
 
 ALL_RANKS = Ways()

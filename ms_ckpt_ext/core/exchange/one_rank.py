@@ -7,10 +7,11 @@ first, so every piece is aligned to its element; blocks padded to `ALIGNMENT`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
-from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, Gather, Round, SlicePart
+from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, GroupGather, Round, SlicePart
+from ms_ckpt_ext.core.exchange.tiers import carrier, teams_of
 
 
 class Item(NamedTuple):
@@ -43,6 +44,23 @@ class RankGather(NamedTuple):
         return self.share * len(self.ranks)
 
 
+class Forward(NamedTuple):
+    """What a carrier sends on: `nbytes` at `source` of what it received, to `target` of its second send buffer."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+class SecondHop(NamedTuple):
+    """One rank's side of the second all-to-all of a round, inside the servers: as the first; nothing is read for it."""
+
+    outgoing: tuple[Forward, ...]
+    send_counts: tuple[int, ...]
+    incoming: tuple[Item, ...]
+    receive_counts: tuple[int, ...]
+
+
 class RankRound(NamedTuple):
     """One rank's side of a round. Items of `outgoing` are to be packed, all others to be placed.
 
@@ -61,16 +79,17 @@ class RankRound(NamedTuple):
     incoming: tuple[Item, ...]
     receive_counts: tuple[int, ...]
     gathers: tuple[RankGather, ...]
+    spread: Optional[SecondHop]
+    """None on all ranks alike where no rank sends anything on."""
     exchanges: bool
     """Some rank sends something by all-to-all in this round; False on all ranks alike when none does."""
 
 
 def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
     """This rank's side of `round_`."""
-    out: list[list[tuple[SlicePart, Delivery]]] = [[] for _ in range(plan.world)]
-    into: list[list[tuple[SlicePart, Delivery]]] = [[] for _ in range(plan.world)]
+    out, into, on, late = _blank(plan), _blank(plan), _blank(plan), _blank(plan)
     own: list[Item] = []
-    exchanges = False
+    exchanges = spreads = False
     for number in round_.parts:
         part = plan.parts[number]
         if part.gathered:
@@ -78,14 +97,21 @@ def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
         reader = plan.chunks[part.chunk].reader
         for delivery in part.deliveries:
             exchanges = exchanges or delivery.ranks != (reader,)
+            away = _teams_away(plan, delivery, reader)
+            spreads = spreads or any(len(team) > 1 for team in away)
             if reader == rank:
-                for to in delivery.ranks:
+                for to in _first_hop(plan, delivery, reader, part.turn):
                     if to == rank:
                         own.append(Item(part, delivery, part.offset, part.nbytes))
                     else:
                         out[to].append((part, delivery))
             elif rank in delivery.ranks:
-                into[reader].append((part, delivery))
+                team = next((team for team in away if rank in team), (rank,))
+                by = carrier(team, part.turn)
+                (into[reader] if by == rank else late[by]).append((part, delivery))
+                for to in team if by == rank else ():
+                    if to != rank:
+                        on[to].append((part, delivery))
     outgoing, send_counts = _blocks(plan, out)
     incoming, receive_counts = _blocks(plan, into)
     mine = tuple(chunk for chunk in round_.chunks if plan.chunks[chunk].reader == rank)
@@ -97,11 +123,43 @@ def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
         incoming,
         receive_counts,
         tuple(_gather(plan, gather, rank) for gather in round_.gathers if rank in gather.ranks),
+        _spread(plan, on, late, incoming) if spreads else None,
         exchanges,
     )
 
 
-def _gather(plan: ExchangePlan, gather: Gather, rank: int) -> RankGather:
+_Blank = list[list[tuple[SlicePart, Delivery]]]
+
+
+def _blank(plan: ExchangePlan) -> _Blank:
+    return [[] for _ in range(plan.world)]
+
+
+def _teams_away(plan: ExchangePlan, delivery: Delivery, reader: int) -> tuple[tuple[int, ...], ...]:
+    """In a tiered plan, who wants a delivery on every server but the reader's."""
+    if not plan.servers:
+        return ()
+    teams = teams_of(delivery.ranks, plan.servers)
+    return tuple(team for server, team in teams.items() if server != plan.servers[reader])
+
+
+def _first_hop(plan: ExchangePlan, delivery: Delivery, reader: int, turn: float) -> tuple[int, ...]:
+    """Whom the reader sends a delivery to, itself included."""
+    if not plan.servers:
+        return delivery.ranks
+    near = teams_of(delivery.ranks, plan.servers).get(plan.servers[reader], ())
+    return near + tuple(carrier(team, turn) for team in _teams_away(plan, delivery, reader))
+
+
+def _spread(plan: ExchangePlan, on: _Blank, late: _Blank, received: Sequence[Item]) -> SecondHop:
+    lying = {(id(item.part), id(item.delivery)): item.offset for item in received}
+    outgoing, send_counts = _blocks(plan, on)
+    incoming, receive_counts = _blocks(plan, late)
+    forwards = (Forward(lying[id(i.part), id(i.delivery)], i.offset, i.nbytes) for i in outgoing)
+    return SecondHop(tuple(forwards), send_counts, incoming, receive_counts)
+
+
+def _gather(plan: ExchangePlan, gather: GroupGather, rank: int) -> RankGather:
     begin = gather.ranks.index(rank) * gather.share
     reads = zip(gather.chunks, gather.places)
     given = tuple(Contribution(n, at - begin) for n, at in reads if plan.chunks[n].reader == rank)

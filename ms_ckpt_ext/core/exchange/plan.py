@@ -29,6 +29,7 @@ from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
 from ms_ckpt_ext.core.exchange.streams import Gathering, gatherings
+from ms_ckpt_ext.core.exchange.tiers import turns
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.view import View
@@ -63,6 +64,8 @@ class SlicePart(NamedTuple):
     nbytes: int
     shape: Shape
     deliveries: tuple[Delivery, ...]
+    turn: float = 0.0
+    """Who carries it, in a tiered plan: see `core.exchange.tiers`."""
 
     @property
     def gathered(self) -> bool:
@@ -79,7 +82,7 @@ class Chunk(NamedTuple):
     reader: int
 
 
-class Gather(NamedTuple):
+class GroupGather(NamedTuple):
     """A stream that `ranks` put together of equal shares, in a round.
 
     Attributes:
@@ -101,7 +104,7 @@ class Round(NamedTuple):
 
     parts: tuple[int, ...]
     chunks: tuple[int, ...]
-    gathers: tuple[Gather, ...] = ()
+    gathers: tuple[GroupGather, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,12 @@ class ExchangeTable:
     round_of: Ints
     read: int
     """Bytes of one read of a share at most."""
+    ways: Ways
+
+    def turns(self) -> Ints:
+        """The turn of every part, see `core.exchange.tiers`."""
+        parts = self.chunks.parts
+        return turns(self.round_of, parts.rows.interest[parts.row], parts.rows.nbytes[parts.row])
 
     def gatherings(self) -> Iterator[Gathering]:
         """What groups gather, by round."""
@@ -130,6 +139,8 @@ class ExchangePlan:
     chunks: tuple[Chunk, ...]
     parts: tuple[SlicePart, ...]
     rounds: tuple[Round, ...]
+    servers: tuple[int, ...] = ()
+    """The server of every rank in a tiered plan; none in a flat one."""
 
     def bytes_read(self) -> list[int]:
         """Bytes every rank reads."""
@@ -153,7 +164,7 @@ class ExchangePlan:
         return totals
 
     @property
-    def gathers(self) -> Iterator[Gather]:
+    def gathers(self) -> Iterator[GroupGather]:
         """What groups gather, in all rounds."""
         return (gather for each in self.rounds for gather in each.gathers)
 
@@ -191,7 +202,8 @@ def decide(
     """
     chunks = chunks_of(parts_of(demands, world, stored, limits), world, limits, sees, ways)
     classes = classes_of(chunks, world)
-    return ExchangeTable(world, tuple(demands), chunks, classes, rounds_of(chunks, classes, limits), limits.read)
+    round_of = rounds_of(chunks, classes, limits, ways)
+    return ExchangeTable(world, tuple(demands), chunks, classes, round_of, limits.read, ways)
 
 
 def plan_exchange(
@@ -213,15 +225,18 @@ def plan_of(table: ExchangeTable) -> ExchangePlan:
     chunks, gathers = list(read), _Gathers()
     for each in gathered:
         gathers.add(table, each, chunks)
-    parts = tuple(_parts(table.chunks, number, gathers.places))
-    return ExchangePlan(table.world, table.demands, tuple(chunks), parts, tuple(_rounds(table, number, gathers)))
+    turn = table.turns().tolist() if table.ways.tiered else None
+    parts = tuple(_parts(table.chunks, number, gathers.places, turn))
+    servers = table.ways.servers if table.ways.tiered else ()
+    rounds = tuple(_rounds(table, number, gathers))
+    return ExchangePlan(table.world, table.demands, tuple(chunks), parts, rounds, servers)
 
 
 class _Gathers:
     """Gathers by round, and where every part lies in its stream."""
 
     def __init__(self) -> None:
-        self.by_round: dict[int, list[Gather]] = {}
+        self.by_round: dict[int, list[GroupGather]] = {}
         self.places: dict[int, int] = {}
 
     def add(self, table: ExchangeTable, each: Gathering, chunks: list[Chunk]) -> None:
@@ -231,7 +246,7 @@ class _Gathers:
         for member, file, offset, nbytes in zip(*(column.tolist() for column in columns)):
             chunks.append(Chunk(file, (Extent(offset, nbytes),), nbytes, ranks[member]))
         numbers, reads = tuple(each.parts.tolist()), tuple(range(first, len(chunks)))
-        gather = Gather(ranks, each.stream.share, numbers, reads, tuple(pieces.at.tolist()))
+        gather = GroupGather(ranks, each.stream.share, numbers, reads, tuple(pieces.at.tolist()))
         self.by_round.setdefault(each.round, []).append(gather)
         self.places.update(zip(numbers, each.stream.at.tolist()))
 
@@ -251,7 +266,9 @@ def _chunks(table: ExchangeTable) -> tuple[Iterator[Chunk], Ints]:
     return found(), number
 
 
-def _parts(table: Chunks, number: Ints, places: Mapping[int, int]) -> Iterator[SlicePart]:
+def _parts(
+    table: Chunks, number: Ints, places: Mapping[int, int], turn: Optional[Sequence[float]]
+) -> Iterator[SlicePart]:
     parts, rows = table.parts, table.parts.rows
     chunk_of = table.of_part
     stops = np.cumsum(rows.nbytes[parts.row])
@@ -265,7 +282,8 @@ def _parts(table: Chunks, number: Ints, places: Mapping[int, int]) -> Iterator[S
             Delivery(parts.sets.members[number], share.in_part, share.in_target, share.target_shape, share.view)
             for number, share in zip(ranks, cut.shares)
         )
-        yield SlicePart(demand, chunk, places.get(part, at), cut.nbytes, cut.shape, deliveries)
+        at = places.get(part, at)
+        yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, turn[part] if turn else 0.0)
 
 
 def _rounds(table: ExchangeTable, number: Ints, gathers: _Gathers) -> Iterator[Round]:

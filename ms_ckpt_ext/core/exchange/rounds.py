@@ -1,7 +1,7 @@
 """Which parts travel together: rounds that fit every rank's staging memory.
 
 The bucket is shared out between reading, sending and receiving as the whole load needs them, so that none is full long
-before the others; each has an eighth at least.
+before the others; each has an eighth at least. In a tiered plan half of what is for receiving is for sending on.
 
 Every reader has a queue of parts, in the order of the parameters, and so has every group that gathers. In a round they
 take turns, all at once: each offers its next part; those that fit what is left of its own share (read, sent) and of the
@@ -18,9 +18,20 @@ from typing import NamedTuple
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import Chunks
-from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Ways
 from ms_ckpt_ext.core.exchange.parts import Rows
-from ms_ckpt_ext.core.exchange.ragged import Ints, blocks, classes_of_ranks, entries_of, joined, narrow, starts, sums
+from ms_ckpt_ext.core.exchange.ragged import (
+    Ints,
+    Sets,
+    blocks,
+    classes_of_ranks,
+    entries_of,
+    joined,
+    narrow,
+    starts,
+    sums,
+)
+from ms_ckpt_ext.core.exchange.tiers import teams_of
 
 
 class Classes(NamedTuple):
@@ -48,9 +59,9 @@ class Shares(NamedTuple):
     received: int
 
 
-def rounds_of(chunks: Chunks, classes: Classes, limits: ExchangeLimits) -> Ints:
+def rounds_of(chunks: Chunks, classes: Classes, limits: ExchangeLimits, ways: Ways) -> Ints:
     """The round of every part."""
-    return _Filler(chunks, classes, limits).fill()
+    return _Filler(chunks, classes, limits, ways).fill()
 
 
 def shares_of(totals: Shares, limits: ExchangeLimits) -> Shares:
@@ -82,6 +93,12 @@ def _copies(rows: Rows, set_sizes: Ints) -> Ints:
     return copies
 
 
+def _receivers(sets: Sets, ways: Ways) -> Ints:
+    """Ranks that a reader sends to, of every set, at most: all of its own server, and one of every other."""
+    teams = (teams_of(members, ways.servers) for members in sets.members)
+    return np.array([len(each) - 1 + max(map(len, each.values()), default=1) for each in teams], np.int64)
+
+
 def _queue(chunks: Chunks) -> Ints:
     """The parts of every reader, by number: whole chunks in the order of their first parameter, parts as they lie."""
     first = chunks.start[:-1]
@@ -94,11 +111,12 @@ def _queue(chunks: Chunks) -> Ints:
 class _Filler:
     """Readers are the ranks, then the groups: a group's members read and give equal shares."""
 
-    def __init__(self, chunks: Chunks, classes: Classes, limits: ExchangeLimits) -> None:
+    def __init__(self, chunks: Chunks, classes: Classes, limits: ExchangeLimits, ways: Ways) -> None:
         parts, rows = chunks.parts, chunks.parts.rows
         self._row, self._classes, self._world = parts.row, classes, len(classes.of_rank)
         sizes = np.array([len(members) for members in parts.sets.members], np.int64)
-        self._copies, self._nbytes = _copies(rows, sizes), rows.nbytes
+        self._carries = 2 if ways.tiered else 1
+        self._copies, self._nbytes = _copies(rows, _receivers(parts.sets, ways) if ways.tiered else sizes), rows.nbytes
         self._members = np.concatenate([np.ones(self._world, np.int64), sizes[list(chunks.groups)]])
         self._class_of = np.concatenate([classes.of_rank, np.full(len(chunks.groups), -1, np.int64)])
         self._queue = _queue(chunks)
@@ -122,7 +140,7 @@ class _Filler:
         owner, entry = entries_of(self._classes.start, np.arange(len(self._nbytes)))
         wanted = sums(self._classes.gets[entry], self._classes.nbytes[entry] * times[owner], len(self._classes.size))
         each = (column // self._members for column in (reads, sent))
-        return Shares(*(int(column.max(initial=0)) for column in (*each, wanted)))
+        return Shares(*(int(column.max(initial=0)) for column in (*each, wanted * self._carries)))
 
     def fill(self) -> Ints:
         number = 0
@@ -131,7 +149,7 @@ class _Filler:
             if not len(active):
                 return self._round.astype(narrow(number))
             self._sent, self._read = self._shares.sent * self._members, self._shares.read * self._members
-            self._room = np.full(len(self._classes.size), self._shares.received)
+            self._room = np.full(len(self._classes.size), self._shares.received // self._carries)
             empty = True
             while len(active):
                 active = self._turn(active, number, empty)

@@ -17,19 +17,21 @@ from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
 from ms_ckpt_ext.core.exchange.ragged import Ints, entries_of, narrow, starts, sums
 from ms_ckpt_ext.core.exchange.streams import Gathering
+from ms_ckpt_ext.core.exchange.tiers import all_teams, hops
 
 MATRIX = 64
 """Rows and columns of the matrix of traffic at most; larger worlds are shown by groups of neighbouring ranks."""
 
 
 class RoundTally(NamedTuple):
-    """One round, in bytes: all ranks together, and the rank with the most."""
+    """One round, in bytes: all ranks together, and the rank with the most. `between`: from server to server."""
 
     read: int
     most_read: int
     moved: int
     most_received: int
     messages: int
+    between: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class RankTotals:
         read, reads: bytes and calls of its reading.
         sent, received: payload bytes to and from other ranks.
         messages: blocks it sends to other ranks, over all rounds.
+        inside, between: bytes that it hands to the collectives for other ranks of its server, and for other servers;
+            padding and what it sends on for others included.
+        crossing: bytes that arrive on every server from others.
+        calls: collectives of the rank that makes the most.
         staging: bytes of its exchange buffers and of chunks held at once, at the peak.
         rounds: the rounds, in order.
         matrix: bytes that a group of ranks (row) sends to another (column), reads of a group for itself not counted.
@@ -55,6 +61,10 @@ class RankTotals:
     sent: Ints
     received: Ints
     messages: Ints
+    inside: Ints
+    between: Ints
+    crossing: Ints
+    calls: int
     staging: Ints
     rounds: tuple[RoundTally, ...]
     matrix: Ints
@@ -81,7 +91,16 @@ class _Counter:
         self._there = places % self._groups
         self._places = starts(np.bincount(places // self._groups, minlength=len(table.classes.size)))
         self._wanted, self._sent, self._received, self._messages = (np.zeros(world, np.int64) for _ in range(4))
-        self._buffers = {name: np.zeros(world, np.int64) for name in ("send", "receive")}
+        self._servers = np.array(table.ways.servers or [0] * world, np.int64)
+        self._inside, self._between, self._calls = (np.zeros(world, np.int64) for _ in range(3))
+        self._crossing = np.zeros(int(self._servers.max(initial=0)) + 1, np.int64)
+        place = table.classes.of_rank.astype(np.int64) * len(self._crossing) + self._servers
+        lying, self._class_there = np.unique(place, return_counts=True)
+        self._class_server = lying % len(self._crossing)
+        self._class_servers = starts(np.bincount(lying // len(self._crossing), minlength=len(table.classes.size)))
+        if table.ways.tiered:
+            self._teams, self._turn = all_teams(table.chunks.parts.sets, self._servers), table.turns()
+        self._buffers: dict[str, Ints] = {}
         gathered = list(table.gatherings())
         reads = self._reads = _all_reads(table, gathered)
         self._of_round = {n: list(some) for n, some in groupby(gathered, key=lambda each: each.round)}
@@ -98,8 +117,17 @@ class _Counter:
         staging = buffers + self._held.most * int(made.nbytes.max(initial=0))
         read = sums(made.reader, made.nbytes, world)
         reads = np.bincount(made.reader, minlength=world)
-        columns = (self._wanted, read, reads, self._sent, self._received, self._messages, staging, counted)
-        return RankTotals(*columns, self._matrix.reshape(self._groups, self._groups), self._group, *self._files())
+        columns = (self._wanted, read, reads, self._sent, self._received, self._messages)
+        tiers = (self._inside, self._between, self._crossing, int(self._calls.max(initial=0)))
+        return RankTotals(
+            *columns,
+            *tiers,
+            staging,
+            counted,
+            self._matrix.reshape(self._groups, self._groups),
+            self._group,
+            *self._files(),
+        )
 
     def _files(self) -> tuple[Ints, int]:
         chunks = self._reads
@@ -111,7 +139,58 @@ class _Counter:
 
     def _round(self, number: int, parts: Ints) -> RoundTally:
         fresh = self._held.enter(number)
+        before = int(self._between.sum())
         parts = parts[self._reader[parts] < self._world]
+        received, messages = self._tiered(parts) if self._table.ways.tiered else self._flat(parts)
+        for slot, each in self._by_slot(number):
+            received += self._gather(slot, each, messages)
+        self._messages += messages
+        read = sums(self._reads.reader[fresh], self._reads.nbytes[fresh], self._world)
+        moved, between = int(received.sum()), int(self._between.sum()) - before
+        return RoundTally(int(read.sum()), int(read.max()), moved, int(received.max()), int(messages.sum()), between)
+
+    def _tiered(self, parts: Ints) -> tuple[Ints, Ints]:
+        """Count the all-to-alls of a tiered round: bytes that every rank receives, and messages that it sends."""
+        rows = self._table.chunks.parts.rows
+        owner, entry = entries_of(rows.start, self._table.chunks.parts.row[parts].astype(np.int64))
+        mine = parts[owner]
+        columns = (self._reader[mine], self._turn[mine], rows.ranks[entry], rows.moved[entry])
+        made = hops(self._teams, self._servers, *columns)
+        self._wanted += sums(made.receiver, made.nbytes, self._world)
+        travels = made.sender != made.receiver
+        sender, receiver, nbytes, second = (column[travels] for column in made)
+        sent, received = sums(sender, nbytes, self._world), sums(receiver, nbytes, self._world)
+        self._sent += sent
+        self._received += received
+        home = sender // self._group * self._groups + receiver // self._group
+        self._matrix += sums(home, nbytes, self._groups**2)
+        messages = np.zeros(self._world, np.int64)
+        for hop, names in enumerate((("send", "receive"), ("send on", "receive late"))):
+            now = second == bool(hop)
+            self._calls += bool(now.any())
+            messages += self._pairs(sender[now], receiver[now], nbytes[now], *names)
+        return received, messages
+
+    def _pairs(self, sender: Ints, receiver: Ints, nbytes: Ints, outgoing: str, incoming: str) -> Ints:
+        """Note the buffers of an all-to-all, and what of it crosses; messages that every rank sends."""
+        pairs, block = np.unique(sender * self._world + receiver, return_inverse=True)
+        sizes = sums(block, nbytes, len(pairs))
+        sizes += -sizes % ALIGNMENT
+        sender, receiver = pairs // self._world, pairs % self._world
+        for name, ranks in ((outgoing, sender), (incoming, receiver)):
+            self._hold(name, sums(ranks, sizes, self._world))
+        near = self._servers[sender] == self._servers[receiver]
+        self._inside += sums(sender[near], sizes[near], self._world)
+        self._between += sums(sender[~near], sizes[~near], self._world)
+        self._crossing += sums(self._servers[receiver[~near]], sizes[~near], len(self._crossing))
+        return sums(sender, np.ones(len(sender), np.int64), self._world)
+
+    def _hold(self, name: str, now: Ints) -> None:
+        held = self._buffers.setdefault(name, np.zeros(self._world, np.int64))
+        np.maximum(held, now, out=held)
+
+    def _flat(self, parts: Ints) -> tuple[Ints, Ints]:
+        """Count the all-to-all of a flat round: bytes that every rank receives, and messages that it sends."""
         # Parameters that are alike give a reader the same row several times.
         pairs = self._table.chunks.parts.row[parts].astype(np.int64) * self._world + self._reader[parts]
         pairs, times = np.unique(pairs, return_counts=True)
@@ -127,14 +206,8 @@ class _Counter:
         self._received += received
         self._sent += sent
         self._mark(sender, gets, nbytes, kept)
-        messages = self._blocks(sender, gets, nbytes)
-        for slot, each in self._by_slot(number):
-            received += self._gather(slot, each, messages)
-        self._messages += messages
-        read = sums(self._reads.reader[fresh], self._reads.nbytes[fresh], self._world)
-        return RoundTally(
-            int(read.sum()), int(read.max()), int(received.sum()), int(received.max()), int(messages.sum())
-        )
+        self._calls += bool(received.any())
+        return received, self._blocks(sender, gets, nbytes)
 
     def _by_slot(self, number: int) -> Iterator[tuple[int, Gathering]]:
         """What is gathered in a round, each with how many come before it on the same ranks."""
@@ -156,9 +229,14 @@ class _Counter:
         self._received += received
         self._sent += own * (count - 1)
         messages[members] += count - 1
-        for name, nbytes in ((f"give {slot}", each.stream.share), (f"gather {slot}", each.stream.share * count)):
-            held = self._buffers.setdefault(name, np.zeros(self._world, np.int64))
-            held[members] = np.maximum(held[members], nbytes)
+        share, here = each.stream.share, self._servers[members]
+        for name, nbytes in ((f"give {slot}", share), (f"gather {slot}", share * count)):
+            self._hold(name, np.where(np.isin(np.arange(self._world), members), nbytes, 0))
+        near = np.bincount(here, minlength=len(self._crossing))
+        self._calls[members] += 1
+        self._inside[members] += share * (near[here] - 1)
+        self._between[members] += share * (count - near[here])
+        self._crossing += share * near * (count - near)
         there = np.bincount(members // self._group, minlength=self._groups)
         given = sums(np.arange(self._world) // self._group, own, self._groups)
         self._matrix += (np.outer(given, there) - np.diag(given)).ravel()
@@ -182,9 +260,20 @@ class _Counter:
         own = classes.of_rank[sender] == gets
         copies = classes.size[gets] - own
         received = sums(gets, sizes, count)[classes.of_rank] - sums(sender[own], sizes[own], self._world)
-        for name, now in (("send", sums(sender, sizes * copies, self._world)), ("receive", received)):
-            np.maximum(self._buffers[name], now, out=self._buffers[name])
+        self._hold("send", sums(sender, sizes * copies, self._world))
+        self._hold("receive", received)
+        self._cross(sender, gets, sizes, copies)
         return sums(sender, copies, self._world)
+
+    def _cross(self, sender: Ints, gets: Ints, sizes: Ints, copies: Ints) -> None:
+        """Count what of an all-to-all stays inside its server, and what crosses."""
+        which, place = entries_of(self._class_servers, gets)
+        server, count = self._class_server[place], self._class_there[place]
+        far = server != self._servers[sender[which]]
+        away = sums(which[far], count[far], len(sender))
+        self._between += sums(sender, sizes * away, self._world)
+        self._inside += sums(sender, sizes * (copies - away), self._world)
+        self._crossing += sums(server[far], sizes[which[far]] * count[far], len(self._crossing))
 
 
 class _Reads(NamedTuple):

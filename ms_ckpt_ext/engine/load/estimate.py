@@ -14,7 +14,8 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
+from ms_ckpt_ext.core.exchange.cost import Hardware
+from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Grid, Ways
 from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable, decide
 from ms_ckpt_ext.core.exchange.ragged import Ints
@@ -27,13 +28,14 @@ from ms_ckpt_ext.core.planning.io_units import Direct, Extent, Landing, Limits, 
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.session import limits_for
+from ms_ckpt_ext.engine.load.session import bucket_for, choose_way, limits_for
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, Depth, compared
 from ms_ckpt_ext.engine.unlisted.proven import refuse_own
 from ms_ckpt_ext.engine.unlisted.taking import Taking, all_side_by_side
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
+from ms_ckpt_ext.transport.base import HOST_TRAITS, TransportTraits
 
 Stages = tuple[tuple[int, Layout], ...]
 _UNITS = 6000
@@ -185,8 +187,19 @@ def _stages(name: str, tensor: SourceTensor, source: PlannedSource, target: Opti
     return tuple((stage, layout.over(len(tensor.meta.shape))) for stage, layout in sorted(listed.items()))
 
 
-def dry_run(source: PlannedSource, target: Optional[Strategy], options: LoadOptions) -> DryRun:
+def dry_run(
+    source: PlannedSource,
+    target: Optional[Strategy],
+    options: LoadOptions,
+    hardware: Optional[Hardware] = None,
+    ways: Optional[Ways] = None,
+) -> DryRun:
     """Plan a load of every rank of `target`, and count it.
+
+    Args:
+        hardware: the machine: it says how large a round may be, how ranks lie on servers, and what is faster. Without
+            one the ranks are on one host.
+        ways: how bytes may travel; by default groups of ranks gather where the machine has devices.
 
     Raises:
         CoverageError: a region that a rank needs is in no file.
@@ -195,10 +208,33 @@ def dry_run(source: PlannedSource, target: Optional[Strategy], options: LoadOpti
     """
     world = target.world if target else 1
     demands = demands_under(source, target)
-    limits = limits_for(demands, world, options)
-    table = decide(demands, world, source.located, limits)
+    limits = limits_for(demands, world, _bucket(demands, world, options, hardware))
+    if hardware is None:
+        table = decide(demands, world, source.located, limits, ways=ways or ALL_RANKS)
+    else:
+        table = choose_way(demands, world, source.located, limits, None, ways or ways_of(world, hardware), hardware)
     counts = tally(table, options.prefetch)
     return DryRun(table, counts, limits, _direct_reads(demands, counts.wanted, source.located))
+
+
+def ways_of(world: int, hardware: Hardware) -> Ways:
+    """How bytes may travel between `world` ranks that lie on servers one after another."""
+    size = hardware.ranks_per_host
+    servers = tuple(rank // size for rank in range(world)) if world > size else ()
+    return Ways(groups=hardware.memory > 0, servers=servers)
+
+
+def _bucket(demands: Sequence[Demand], world: int, options: LoadOptions, hardware: Optional[Hardware]) -> int:
+    """What a load would take: of the device's memory what the Parameters leave."""
+    if hardware is None or not hardware.memory:
+        return bucket_for(options, HOST_TRAITS, 0)
+    wanted = np.zeros(world, np.int64)
+    for demand in demands:
+        for grid in demand.grids:
+            nbytes = demand.tensor.meta.dtype.nbytes(_size(demand.tensor.meta.shape, grid.parts))
+            wanted[[rank for ranks in grid.ranks.values() for rank in ranks]] += nbytes
+    free = max(int(hardware.memory) - int(wanted.max(initial=0)), 1)
+    return bucket_for(options, TransportTraits(on_device=True, call_bytes=int(hardware.call)), free)
 
 
 def _direct_reads(demands: Sequence[Demand], wanted: Ints, located: Located) -> DirectReads:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
@@ -16,7 +18,7 @@ class LoadOptions:
     Attributes:
         mode: "direct": every rank reads its own bytes, nobody communicates. "cooperative": every byte is read by one
             rank and exchanged. "auto": the cheaper of the two by the cost model.
-        bucket_bytes: staging memory of a rank for one round.
+        bucket_bytes: staging memory of a rank for one round; None for what fits the machine.
         prefetch: rounds read ahead.
         threads: reading threads of a rank.
         verify: "none"; "replicas" compares digests between ranks that hold the same region: made during the load,
@@ -25,6 +27,7 @@ class LoadOptions:
         trace: path of a Chrome trace to write; "" for none.
         timeout: seconds that one exchange may last.
         host: name of this rank's host; ranks of a host see the same files.
+        hardware: profile that the cost model takes, by name or path; "" for the one that fits.
 
     Raises:
         UsageError: at birth, when one of them is none that there is, or too small.
@@ -33,13 +36,14 @@ class LoadOptions:
     def __init__(
         self,
         mode: str = "auto",
-        bucket_bytes: int = 64 << 20,
+        bucket_bytes: Optional[int] = None,
         prefetch: int = 1,
         threads: int = 2,
         verify: str = "none",
         trace: str = "",
         timeout: float = 600.0,
         host: str = "",
+        hardware: str = "",
     ) -> None:
         for name, value, allowed in (("mode", mode, _MODES), ("verify", verify, VERIFY)):
             if value not in allowed:
@@ -50,8 +54,9 @@ class LoadOptions:
             )
         if not timeout > 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
-        self.mode, self.verify, self.trace, self.host = mode, verify, trace, host
-        self.bucket_bytes, self.prefetch = integer(bucket_bytes, "bucket_bytes", 4096), integer(prefetch, "prefetch", 0)
+        self.mode, self.verify, self.trace, self.host, self.hardware = mode, verify, trace, host, hardware
+        self.bucket_bytes = None if bucket_bytes is None else integer(bucket_bytes, "bucket_bytes", 4096)
+        self.prefetch = integer(prefetch, "prefetch", 0)
         self.threads, self.timeout = integer(threads, "threads", 1), float(min(timeout, 1e300))
 
     def facts(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Named hardware for the cost model: JSON files beside this module (`configs/hardware` in a checkout) or a user's own.
 
-Every figure says where it comes from. They are orders of magnitude: good for choosing a mode and for seeing what
-dominates, not for promising seconds.
+Every figure says where it comes from: a page, "measured", or "assumed" where nobody published one. They are orders of
+magnitude: good for choosing a way and for seeing what dominates, not for promising seconds. `ms-ckpt measure` writes a
+profile with measured ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ HARDWARE_FOLDER = Path(__file__).resolve().parent / "hardware"
 _MOST = 1e30
 """Above what any figure can be."""
 CPU, ASCEND = "cpu", "atlas-800t-a2"
-"""What mode "auto" assumes, by where the Parameters are."""
+"""What is assumed where the Parameters are in host memory, and on an NPU that no profile names."""
+HARDWARE_VARIABLE = "MS_CKPT_EXT_HARDWARE"
+"""Which profile to take, where no argument says so."""
 
 
 class Profile(NamedTuple):
@@ -31,12 +34,14 @@ class Profile(NamedTuple):
         title: what it is, in words.
         hardware: its figures.
         origins: figure -> where it comes from.
+        soc: beginnings of soc versions that it is for.
     """
 
     name: str
     title: str
     hardware: Hardware
     origins: Mapping[str, str]
+    soc: tuple[str, ...] = ()
 
 
 def names() -> list[str]:
@@ -66,6 +71,20 @@ def profile(name: str) -> Profile:
     return _from_json(path, content)
 
 
+def fitting(product: str, on_device: bool) -> str:
+    """The name of the profile for a machine: `product` is an NPU's soc version in lower case."""
+    if not on_device:
+        return CPU
+    socs = {soc: name for name in names() for soc in profile(name).soc}
+    beginnings = [soc for soc in socs if product.startswith(soc)]
+    return socs[max(beginnings, key=len)] if beginnings else ASCEND
+
+
+def chosen(asked: str, product: str = "", on_device: bool = False) -> Profile:
+    """The profile that an argument or MS_CKPT_EXT_HARDWARE asks for, else the one that fits. Raises as `profile`."""
+    return profile(asked or os.environ.get(HARDWARE_VARIABLE) or fitting(product, on_device))
+
+
 def _from_json(path: Path, content: Any) -> Profile:
     def figure(*keys: str, default: Any = None) -> Any:
         found = content
@@ -79,13 +98,24 @@ def _from_json(path: Path, content: Any) -> Profile:
             )
         return found
 
+    def rate(name: str, default: float = math.inf) -> float:
+        return float(figure(name, "bytes_per_second", default=default)) if name in content else default
+
     hardware = Hardware(
         storage=float(figure("storage", "bytes_per_second")),
         shared=bool(content["storage"].get("shared", False)),
         ranks_per_host=math.ceil(figure("ranks_per_host")),
         link=float(figure("link", "bytes_per_second")),
         latency=float(figure("latency", "seconds")),
-        host=float(figure("host", "bytes_per_second", default=float("inf"))),
+        host=rate("host"),
+        between=rate("between", 0.0),
+        upload=rate("upload"),
+        reader=rate("reader"),
+        per_rank=float(figure("latency", "per_rank", default=0.0)),
+        counts=float(figure("counts", "bytes_per_rank_squared", default=0.0)),
+        memory=float(figure("memory", "bytes", default=0.0)),
+        call=float(figure("call", "bytes", default=0.0)),
     )
     told = {key: value.get("from", "not said") for key, value in content.items() if isinstance(value, dict)}
-    return Profile(path.stem, str(content.get("title", path.stem)), hardware, told)
+    soc = tuple(map(str, content.get("soc", ())))
+    return Profile(path.stem, str(content.get("title", path.stem)), hardware, told, soc)

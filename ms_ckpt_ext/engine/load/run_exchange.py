@@ -19,7 +19,7 @@ from typing import Generic, Optional, Protocol, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, rank_round
+from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
@@ -168,6 +168,9 @@ class _Run(Generic[B]):
             "receive": max((sum(w.receive_counts) for w in turns), default=0),
         }
         for turn in turns:
+            if turn.spread is not None:
+                for name, counts in (("send on", turn.spread.send_counts), ("late", turn.spread.receive_counts)):
+                    sizes[name] = max(sizes.get(name, 0), sum(counts))
             for number, gather in enumerate(turn.gathers):
                 for name, nbytes in ((f"give {number}", gather.share), (f"gather {number}", gather.nbytes)):
                     sizes[name] = max(sizes.get(name, 0), nbytes)
@@ -213,8 +216,10 @@ class _Run(Generic[B]):
 
     def _give(self, chunk: int, target: B, offset: int) -> None:
         """A whole chunk, as bytes."""
-        shape = (self._plan.chunks[chunk].nbytes,)
-        self._mover.pack(self._held[chunk][1], 0, shape, Region.whole(shape), DTYPES["U8"], target, offset)
+        self._copy(self._held[chunk][1], 0, self._plan.chunks[chunk].nbytes, target, offset)
+
+    def _copy(self, source: B, offset: int, nbytes: int, target: B, at: int) -> None:
+        self._mover.pack(source, offset, (nbytes,), Region.whole((nbytes,)), DTYPES["U8"], target, at)
 
     def _share_status(self, number: int, error: Optional[BaseException]) -> None:
         with self._trace.span("status", round=number):
@@ -235,7 +240,22 @@ class _Run(Generic[B]):
             error = self._place_own(number, current)
             for handle in handles:
                 handle.wait()
+        if current.spread is not None:
+            error = self._send_on(number, current.spread) or error
         return error or self._place(number, current)
+
+    def _send_on(self, number: int, spread: SecondHop) -> Optional[BaseException]:
+        """Send on what this rank carries for others of its server. They wait for it: an error comes after that."""
+        error = None
+        send, late = self._buffers["send on"], self._buffers["late"]
+        with self._trace.span("send on", round=number, nbytes=sum(spread.send_counts)):
+            try:
+                for forward in spread.outgoing:
+                    self._copy(self._buffers["receive"], forward.source, forward.nbytes, send, forward.target)
+            except BaseException as problem:  # noqa: BLE001 - shared with all ranks before it is raised
+                error = problem
+            self._transport.start_all_to_all(send, spread.send_counts, late, spread.receive_counts).wait()
+        return error
 
     def _place_own(self, number: int, current: RankRound) -> Optional[BaseException]:
         try:
@@ -252,7 +272,10 @@ class _Run(Generic[B]):
         try:
             with self._trace.span("place", round=number):
                 gathered = [(gather.items, f"gather {place}") for place, gather in enumerate(current.gathers)]
-                for items, name in ((current.incoming, "receive"), *gathered):
+                late = current.spread.incoming if current.spread is not None else ()
+                for items, name in ((current.incoming, "receive"), (late, "late"), *gathered):
+                    if not items:
+                        continue
                     buffer = self._buffers[name]
                     for part, delivery, offset, _ in items:
                         shape = part.shape if part.gathered else delivery.in_part.shape
@@ -293,7 +316,8 @@ def _complete(turns: Sequence[RankRound]) -> dict[int, list[int]]:
     """Round -> the demands whose last piece it brings to this rank."""
     last: dict[int, int] = {}
     for number, current in enumerate(turns):
-        for items in (current.own, current.incoming, *(gather.items for gather in current.gathers)):
+        late = current.spread.incoming if current.spread is not None else ()
+        for items in (current.own, current.incoming, late, *(gather.items for gather in current.gathers)):
             last.update((item.part.demand, number) for item in items)
     complete: dict[int, list[int]] = {}
     for demand, number in last.items():

@@ -10,14 +10,17 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import xxhash
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange import cost
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
-from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways
+from ms_ckpt_ext.core.exchange.parts import Located
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
+from ms_ckpt_ext.core.exchange.tiers import shares_a_server
+from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester
 from ms_ckpt_ext.engine.load.run_exchange import Mover, SliceSink, run_exchange
@@ -25,13 +28,18 @@ from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.errors import CoverageError
+from ms_ckpt_ext.errors import CoverageError, UsageError
 from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
 from ms_ckpt_ext.transport.agree import agree
-from ms_ckpt_ext.transport.base import B, Transport
+from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
 
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
+
+_AS_GOOD_AS = 1.02
+"""Where reading takes longest both ways take as long; what crosses less then leaves the network to others."""
+_LEAST_BUCKET = 4 << 20
+"""Bytes; below, reads are short."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +82,108 @@ def prepare(
     agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
     demands = demands_of(catalog, share_wants(transport, wants))
     sees = seen.by_number
+    limits = limits_for(demands, transport.size, bucket_for(options, transport.traits, _least_free(transport)))
+    ways = Ways(groups=transport.traits.groups, servers=_numbers(seen.host_of))
     try:
-        plan = plan_exchange(
-            demands, transport.size, catalog.stored, limits_for(demands, transport.size, options), sees
-        )
+        table = choose_way(demands, transport.size, catalog.stored, limits, sees, ways, hardware)
     except CoverageError as error:
         raise CoverageError(f"{error} (hosts asked: {', '.join(seen.hosts)})") from error
-    agree(transport, {"plan": repr((plan.chunks, plan.rounds))})
-    return Prepared(catalog, tuple(demands), plan, _cooperative(plan, sees is None, options, hardware))
+    plan = plan_of(table)
+    agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
+    cooperative = _cooperative(plan, sees is None, options, hardware, transport.traits)
+    return Prepared(catalog, tuple(demands), plan, cooperative)
 
 
-def limits_for(demands: Sequence[Demand], world: int, options: LoadOptions) -> ExchangeLimits:
+def limits_for(demands: Sequence[Demand], world: int, bucket: int) -> ExchangeLimits:
     """Chunks of several MiB, smaller where the checkpoint is, so that every reader has several."""
     total = sum(d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands)
     chunk = min(ExchangeLimits().chunk, max(1024, total // (world * _SHARE_OF_LOAD)))
-    return ExchangeLimits(options.bucket_bytes, chunk)
+    return ExchangeLimits(bucket, chunk)
 
 
-def _cooperative(plan: ExchangePlan, all_see_all: bool, options: LoadOptions, hardware: cost.Hardware) -> bool:
+def bucket_for(options: LoadOptions, traits: TransportTraits, free: int) -> int:
+    """The bucket that was asked for, or one that fits: `free` is what the rank with the least has, 0 if unknown.
+
+    On a device a round costs a status, and a call is slow beyond HCCL_BUFFSIZE: so a round reads, sends and receives
+    about that much each, as long as two rounds under way take no more than a quarter of what is free.
+    """
+    if options.bucket_bytes is not None:
+        return options.bucket_bytes
+    wanted = max(3 * traits.call_bytes, ExchangeLimits().bucket)
+    return max(_LEAST_BUCKET, min(wanted, free // 8)) if free else ExchangeLimits().bucket
+
+
+def _least_free(transport: Transport[Any]) -> int:
+    """Bytes that every rank has free at least; 0 if some do not know."""
+    return min(int(answer) for answer in transport.share(str(transport.free_bytes()).encode()))
+
+
+def _numbers(hosts: Sequence[str]) -> tuple[int, ...]:
+    """A number for every rank's host; none where there is only one."""
+    known = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
+    return tuple(known[host] for host in hosts) if len(known) > 1 else ()
+
+
+def choose_way(
+    demands: Sequence[Demand],
+    world: int,
+    stored: Located,
+    limits: ExchangeLimits,
+    sees: Optional[Sees],
+    ways: Ways,
+    hardware: cost.Hardware,
+) -> ExchangeTable:
+    """Decide a load, flat or tiered, whichever the cost model finds faster; tiered where it is as good.
+
+    Arguments and errors are those of `decide`.
+    """
+    flat = decide(demands, world, stored, limits, sees, ways)
+    sets = flat.chunks.parts.sets.members
+    if not ways.servers or not any(shares_a_server(members, ways.servers) for members in sets):
+        return flat
+    counted = tally(flat)
+    if not counted.crossing.any():
+        return flat
+    tiered = decide(demands, world, stored, limits, sees, ways._replace(tiered=True))
+    seconds = [cost.cooperative_seconds(traffic_of(each), hardware) for each in (counted, tally(tiered))]
+    log.info("predicted: flat %.3f s, by tiers %.3f s", *seconds)
+    return tiered if seconds[1] <= seconds[0] * _AS_GOOD_AS else flat
+
+
+def traffic_of(counted: RankTotals) -> cost.Traffic:
+    """What the cost model takes of a plan's totals."""
+    columns = (counted.inside, counted.between, counted.crossing)
+    figures = (counted.read.tolist(), counted.received.tolist(), len(counted.rounds), counted.calls)
+    return cost.Traffic(*figures, *(column.tolist() for column in columns))
+
+
+def _cooperative(
+    plan: ExchangePlan, all_see_all: bool, options: LoadOptions, hardware: cost.Hardware, traits: TransportTraits
+) -> bool:
+    if options.mode != "direct" and traits.all_to_all != "collective":
+        return _without_all_to_all(all_see_all, traits)
     if options.mode != "auto" or not all_see_all:
         return options.mode != "direct"
-    read, received = plan.bytes_read(), plan.bytes_received()
-    figures = (wanted_bytes(plan), read, received, len(plan.rounds))
-    together, alone = cost.cooperative_seconds(*figures[1:], hardware), cost.direct_seconds(figures[0], hardware)
+    traffic, wanted = cost.Traffic(plan.bytes_read(), plan.bytes_received(), len(plan.rounds)), wanted_bytes(plan)
+    together, alone = cost.cooperative_seconds(traffic, hardware), cost.direct_seconds(wanted, hardware)
     log.info("predicted: direct %.3f s, cooperative %.3f s", alone, together)
-    return cost.cooperates(*figures, hardware)
+    return cost.cooperates(wanted, traffic, hardware)
+
+
+def _without_all_to_all(all_see_all: bool, traits: TransportTraits) -> bool:
+    """What takes the place of a collective that a product lacks for these ranks. Raises UsageError if nothing can."""
+    if all_see_all:
+        log.warning(
+            "%s has no all-to-all for these ranks: every rank reads its own bytes (direct mode)", traits.product
+        )
+        return False
+    if traits.all_to_all:
+        log.warning("%s has no all-to-all for these ranks: it is made of sends from rank to rank", traits.product)
+        return True
+    raise UsageError(
+        f"{traits.product} has no all-to-all for these ranks, and not every rank sees every file, so no rank can read "
+        "for another: put the checkpoint where all hosts see it"
+    )
 
 
 def wanted_bytes(plan: ExchangePlan) -> list[int]:

@@ -44,6 +44,7 @@ class Survey(NamedTuple):
         sees: key -> ranks that can open the file; None when every rank sees every file.
         sharded, names, folder: see `engine.source.listing.Listing`.
         hosts: the hosts asked, for messages.
+        host_of: every rank's host.
     """
 
     indexes: Mapping[str, FileIndex]
@@ -52,6 +53,7 @@ class Survey(NamedTuple):
     names: Optional[dict[str, str]]
     folder: Optional[Folder]
     hosts: tuple[str, ...]
+    host_of: tuple[str, ...]
 
     @property
     def by_number(self) -> Optional[dict[int, frozenset[int]]]:
@@ -114,6 +116,7 @@ def survey(
         next((answer["names"] for answer in answers if answer["names"]), None),
         None if speaker is None else _folder(folder, indexes),
         tuple(dict.fromkeys(hosts)),
+        tuple(hosts),
     )
 
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext import plan
+from ms_ckpt_ext.core.exchange.demand import Ways
 from ms_ckpt_ext.core.exchange.one_rank import rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
 from ms_ckpt_ext.core.exchange.totals import RankTotals
@@ -69,7 +70,7 @@ class Watched(Load):
 def predict(load: Load) -> DryRun:
     """The dry run of a load."""
     catalog = open_catalog(str(load.source), load.trained)
-    return dry_run(estimate.of_catalog(catalog), load.target, load.options)
+    return dry_run(estimate.of_catalog(catalog), load.target, load.options, ways=Ways(groups=True))
 
 
 @pytest.mark.parametrize("bucket", [1 << 20, 16384])
@@ -206,7 +207,7 @@ def test_thousands_of_ranks() -> None:
     assert (len(tally.read), tally.read.sum()) == (2048, total)
     assert tally.read.max() <= 1.05 * tally.read.mean()
     assert tally.received.max() <= tally.wanted.max()
-    assert tally.staging.max() <= 2 * LoadOptions().bucket_bytes
+    assert tally.staging.max() <= 2 * done.limits.bucket == 128 << 20
     assert tally.matrix.shape == (64, 64) and tally.group == 32
     stage = tally.matrix.reshape(4, 16, 4, 16).sum((1, 3))
     assert (stage == np.diag(np.diag(stage))).all(), "pipeline stages keep their bytes to themselves"

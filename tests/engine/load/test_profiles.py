@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ms_ckpt_ext.core.exchange.cost import Hardware, cooperates, cooperative_seconds, direct_seconds
+from ms_ckpt_ext.core.exchange.cost import Hardware, Traffic, cooperates, cooperative_seconds, direct_seconds
 from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.errors import UsageError
 
@@ -31,20 +31,74 @@ def test_direct_seconds(wanted: list[int], hardware: Hardware, seconds: float) -
 
 
 def test_cooperative_seconds() -> None:
-    assert cooperative_seconds([100, 100], [0, 0], 3, SHARED) == 100 * 2 / 80 + 3
-    assert cooperative_seconds([100, 100], [10, 50], 2, SHARED) == 5 + 2  # the links are slower
-    assert cooperates([1000] * 8, [100] * 8, [900] * 8, 1, SHARED._replace(link=900.0))
-    assert not cooperates([1000] * 8, [1000] * 8, [0] * 8, 1, SHARED), "nothing to exchange"
+    assert cooperative_seconds(Traffic([100, 100], [0, 0], 3), SHARED) == 100 * 2 / 80 + 3
+    assert cooperative_seconds(Traffic([100, 100], [10, 50], 2), SHARED) == 5 + 2  # the links are slower
+    assert cooperates([1000] * 8, Traffic([100] * 8, [900] * 8, 1), SHARED._replace(link=900.0))
+    assert not cooperates([1000] * 8, Traffic([1000] * 8, [0] * 8, 1), SHARED), "nothing to exchange"
 
 
 def test_every_profile_tells_where_its_figures_come_from() -> None:
-    assert profiles.names() == ["atlas-800t-a2", "atlas-800t-a2-local", "atlas-a3", "cpu"]
+    known = ["atlas-300i-duo", "atlas-800t-a2", "atlas-800t-a2-local", "atlas-910a", "atlas-950", "atlas-a3", "cpu"]
+    assert profiles.names() == known
     for name in profiles.names():
         found = profiles.profile(name)
         assert found.title and found.hardware.storage > 0
-        figures = {"storage", "link", "latency"} | ({"host"} if found.hardware.host != math.inf else set())
-        assert set(found.origins) == figures
+        figures = {"storage": found.hardware.storage, "link": found.hardware.link, "latency": found.hardware.latency}
+        more = ("host", "between", "upload", "reader", "counts", "memory", "call")
+        figures |= {
+            key: getattr(found.hardware, key) for key in more if getattr(found.hardware, key) not in (0, math.inf)
+        }
+        assert found.origins.keys() == figures.keys()
         assert all(len(origin) > 20 for origin in found.origins.values())
+
+
+PUBLISHED = ("http", "HCCL's", "DeepSpeed #")
+
+
+def test_figures_are_measured_published_or_assumed() -> None:
+    for name in profiles.names():
+        for figure, origin in profiles.profile(name).origins.items():
+            assert origin.startswith(("assumed: ", "measured: ")) or any(p in origin for p in PUBLISHED), (name, figure)
+
+
+@pytest.mark.parametrize(
+    ("product", "on_device", "name"),
+    [
+        ("ascend910b", True, "atlas-800t-a2"),
+        ("ascend910b2c", True, "atlas-800t-a2"),
+        ("ascend910_93", True, "atlas-a3"),
+        ("ascend910_9392", True, "atlas-a3"),
+        ("ascend910", True, "atlas-910a"),
+        ("ascend910a", True, "atlas-910a"),
+        ("ascend310p3", True, "atlas-300i-duo"),
+        ("ascend950pr", True, "atlas-950"),
+        ("ascend1000", True, "atlas-800t-a2"),
+        ("", True, "atlas-800t-a2"),
+        ("", False, "cpu"),
+    ],
+)
+def test_the_product_says_which_machine_it_is(
+    product: str, on_device: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(profiles.HARDWARE_VARIABLE, raising=False)
+    assert profiles.chosen("", product, on_device).name == name
+    monkeypatch.setenv(profiles.HARDWARE_VARIABLE, "atlas-800t-a2-local")
+    assert profiles.chosen("", product, on_device).name == "atlas-800t-a2-local"
+    assert profiles.chosen("cpu", product, on_device).name == "cpu", "an argument comes first"
+
+
+def test_what_the_model_takes_into_account() -> None:
+    """Uploads, senders, the way between servers, and a latency that grows with the ranks."""
+    plain = Traffic([100, 100], [50, 50], 2)
+    assert cooperative_seconds(plain, SHARED._replace(upload=10.0)) == 10 + 2
+    assert direct_seconds([100, 300], SHARED._replace(upload=10.0)) == 30
+    assert direct_seconds([100, 300], SHARED._replace(reader=10.0)) == 30
+    assert cooperative_seconds(plain._replace(inside=[80, 0], between=[20, 0]), SHARED) == 10 + 2
+    away = plain._replace(inside=[0, 0], between=[20, 0], crossing=[0, 20])
+    assert cooperative_seconds(away, SHARED._replace(between=1.0)) == 20 + 2
+    assert cooperative_seconds(plain._replace(calls=4), SHARED) == 5 + 4
+    assert cooperative_seconds(plain, SHARED._replace(per_rank=0.5)) == 5 + 2 * 2.0
+    assert cooperative_seconds(plain, SHARED._replace(counts=10.0)) == 5 + 2 * (1 + 10 * 4 / 10)
 
 
 def test_configs_are_the_profiles() -> None:
@@ -87,5 +141,5 @@ def test_no_such_profile(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(UsageError, match="is not JSON"):
         profiles.profile(str(tmp_path / "x.json"))
-    with pytest.raises(UsageError, match="neither one of atlas-800t-a2, .* nor the path of a .json file"):
+    with pytest.raises(UsageError, match="neither one of .*atlas-800t-a2, .* nor the path of a .json file"):
         profiles.profile("atlas-9000")
