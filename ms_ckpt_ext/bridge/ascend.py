@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
+import numpy as np
 from mindspore import mint
 
 from ms_ckpt_ext.bridge.match import Match
@@ -20,6 +21,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import byte_box
 from ms_ckpt_ext.core.geometry.view import View, nests
 from ms_ckpt_ext.engine.load.replicas import SliceBytes
+from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
@@ -31,12 +33,21 @@ class DeviceMover:
 
     def __init__(self, transport: Transport[Any]) -> None:
         self._transport = transport
+        self._idle: list[Bytes] = []
 
-    def stage(self, host: Bytes) -> Any:
-        """A device buffer with the chunk's bytes."""
-        buffer = self._transport.allocate(host.size)
-        self._transport.upload(host, buffer, 0)
+    def host(self, nbytes: int) -> Bytes:
+        """Reused where there is one."""
+        return self._idle.pop() if self._idle else np.frombuffer(buffers.scratch(nbytes), np.uint8)
+
+    def stage(self, host: Bytes, nbytes: int) -> Any:
+        """A device buffer with these bytes."""
+        buffer = self._transport.allocate(nbytes)
+        self._transport.upload(host[:nbytes], buffer, 0)
+        self._idle.append(host)
         return buffer
+
+    def release(self, staged: Any) -> None:
+        """The backend takes it back."""
 
     def pack(self, source: Any, offset: int, shape: Shape, box: Region, dtype: DType, target: Any, at: int) -> None:
         """One copy between views."""

@@ -30,8 +30,8 @@ from ms_ckpt_ext.engine.load import profiles, session
 from ms_ckpt_ext.engine.load.hosts import host_key
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester, SliceBytes, compare_replicas
-from ms_ckpt_ext.engine.load.run_exchange import HostMover
 from ms_ckpt_ext.engine.load.session import LoadReport, Prepared
+from ms_ckpt_ext.engine.load.slabs import HostMover
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.load.wants import Want
 from ms_ckpt_ext.engine.source.catalog import Catalog

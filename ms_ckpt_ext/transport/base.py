@@ -46,6 +46,7 @@ class TransportTraits(NamedTuple):
 
     Attributes:
         on_device: its buffers are device tensors; else they are `Bytes`.
+        overlaps: `start_*` returns before the bytes are there, so that a second round may be prepared meanwhile.
         groups: all-gathers and broadcasts may be made in groups of some ranks; else by all ranks only.
         all_to_all: how `start_all_to_all` is made: "collective", or "pairs" where the product lacks the collective and
             stretches are sent from rank to rank, one call a pair; "" where there is no way.
@@ -54,6 +55,7 @@ class TransportTraits(NamedTuple):
     """
 
     on_device: bool = False
+    overlaps: bool = False
     groups: bool = False
     all_to_all: str = "collective"
     call_bytes: int = 0

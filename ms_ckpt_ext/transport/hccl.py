@@ -58,7 +58,7 @@ class Hccl:
     collective; see `control` for what lingers. A collective that fails by itself is a TransportError.
     """
 
-    traits = TransportTraits(on_device=True)
+    traits = TransportTraits(on_device=True, overlaps=True)
 
     def __init__(self, timeout: float, group: Optional[str] = None, padded: Optional[bool] = None) -> None:
         self._group = group

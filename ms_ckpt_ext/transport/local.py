@@ -194,7 +194,7 @@ class LocalTransport:
         messages: how many stretches of it; a share of an all-gather is one for every rank that gets it.
     """
 
-    traits = TransportTraits(groups=True)
+    traits = TransportTraits(overlaps=True, groups=True)
 
     def __init__(self, world: Optional[LocalWorld] = None, rank: int = 0) -> None:
         self._world = world or LocalWorld(1)

@@ -47,7 +47,8 @@ class RankTotals:
             padding and what it sends on for others included.
         crossing: bytes that arrive on every server from others.
         calls: collectives of the rank that makes the most.
-        staging: bytes of its exchange buffers and of chunks held at once, at the peak.
+        staging: bytes of its exchange buffers, of the two rounds that are under way where the transport overlaps, and
+            of chunks held at once, at the peak.
         rounds: the rounds, in order.
         matrix: bytes that a group of ranks (row) sends to another (column), reads of a group for itself not counted.
         group: ranks of a group.
@@ -113,7 +114,7 @@ class _Counter:
             self._round(number, order[low:high]) for number, (low, high) in enumerate(zip(start, start[1:]))
         )
         made = self._reads
-        buffers = sum(self._buffers.values(), np.zeros(world, np.int64))
+        buffers = min(2, len(counted)) * sum(self._buffers.values(), np.zeros(world, np.int64))
         staging = buffers + self._held.most * int(made.nbytes.max(initial=0))
         read = sums(made.reader, made.nbytes, world)
         reads = np.bincount(made.reader, minlength=world)

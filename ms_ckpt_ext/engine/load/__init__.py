@@ -6,6 +6,7 @@ survey         who sees which file, and what is in it
 wants          what all ranks want, known to all
 session        agree, plan, choose the mode, exchange
 run_exchange   the rounds of one rank: read, exchange, place
+slabs          chunks on their way from files to where they are cut
 replicas       do ranks that hold the same region hold the same bytes?
 trace          what happened when
 estimate       the same load on paper

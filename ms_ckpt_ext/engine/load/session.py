@@ -23,7 +23,8 @@ from ms_ckpt_ext.core.exchange.tiers import shares_a_server
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester
-from ms_ckpt_ext.engine.load.run_exchange import Mover, SliceSink, run_exchange
+from ms_ckpt_ext.engine.load.run_exchange import SliceSink, run_exchange
+from ms_ckpt_ext.engine.load.slabs import Mover
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants

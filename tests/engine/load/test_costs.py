@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.load import session
 from ms_ckpt_ext.engine.load.replicas import SliceBytes
-from ms_ckpt_ext.engine.load.run_exchange import HostMover
+from ms_ckpt_ext.engine.load.slabs import HostMover
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
