@@ -8,6 +8,7 @@ hccl      ranks of a MindSpore job on Ascend
 control   small messages between the processes of a job, and who of them is still alive (used by mccl and hccl)
 gather    payloads that are too much for the control plane, over the backend
 gate      all ranks of a host, before any calls the backend for the first time
+living    how many ranks of this host still live, also those that never came to a gate
 hub/      where the ranks of a control plane, or of a gate, meet
 rendezvous/  how ranks of several hosts find the hub, and prove that they belong to the job
 select    which transport fits here

@@ -3,7 +3,8 @@
 A collective that not all ranks join cannot be taken back. MCCL waits 30 s for them and HCCL half an hour, neither says
 who is missing, and the process cannot end meanwhile. So ranks meet here before: whoever comes first opens a socket of a
 name that all ranks of the job on this host know, and keeps a hub there; when all have come they go on, and when one has
-not come in time, all who have are told which, and the backend was never called.
+not come in time, all who have are told which, and the backend was never called. One that has ended before it came is
+noticed within seconds where the kernel tells (`living`).
 
 The name is in the kernel's abstract namespace, made of the address of MindSpore's scheduler, which is the job's alone:
 no port that another program may want, nothing to delete. Where there is no scheduler (a job started by a rank table),
@@ -24,6 +25,7 @@ from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
 from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.server import Hub
+from ms_ckpt_ext.transport.living import Watch
 from ms_ckpt_ext.transport.rendezvous.greeting import Guest
 from ms_ckpt_ext.transport.rendezvous.search import arrive
 
@@ -91,7 +93,9 @@ def _open(name: str, line: Line) -> Optional[Hub]:
         if error.errno == errno.EADDRINUSE:
             return None
         raise TransportError(f"rank {line.rank}, in {_DOING}: no socket can be made: {error}") from error
-    return Hub(line.size, line.timeout, server, _TOKEN, line.rank, line.limits)
+    port = os.environ.get("MS_SCHED_PORT", "")
+    look = Watch(line.size, int(port)).look if port.isdecimal() else None
+    return Hub(line.size, line.timeout, server, _TOKEN, line.rank, line.limits, look)
 
 
 def _enter(line: Line, name: str, seconds: float) -> bool:

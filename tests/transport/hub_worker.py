@@ -1,7 +1,7 @@
 """One rank of a job that has nothing but a control plane: `hub_worker.py RANK SIZE TIMEOUT [PORT]`. Rank 0 has the hub.
 
-It prints its port, "ready" when all have met once, and then what it is told, being in the next share or in a guarded
-call, and when.
+It prints its port, "ready" when it has been let in, and, after a line on its standard input, what it is told in a
+share, and when.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ def main() -> None:
         port = int(sys.argv[4])
     line = Line(rank, size, timeout, LIMITS)
     line.attach(arrive(socket.create_connection(("127.0.0.1", port), 10), Guest(TOKEN, rank, size)))
-    line.share(b"")
     print("ready", flush=True)
-    if "waits" in sys.argv:  # to be killed or stopped
-        time.sleep(600)
+    sys.stdin.readline()
     try:
         line.share(b"")
     except TransportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport import gate
+from ms_ckpt_ext.transport.living import living_ranks
 
 SOON = 10.0
 
@@ -160,3 +162,115 @@ def test_a_process_that_dies_or_is_stopped_while_it_waits(sent: int, kind: type[
             else r"ranks? (1, )?2 did not come .* and (rank 2 )?never did before"
         )
         assert re.search(told, message), message
+
+
+BUSY = """
+import socket, subprocess, sys, time
+from ms_ckpt_ext.transport import gate
+
+rank, size, port, forks = map(int, sys.argv[1:])
+scheduler = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+if forks:  # a worker that loads data, say: it holds the same connections, and is no rank
+    for each in scheduler:
+        each.set_inheritable(True)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    gate.meet(rank, size, 60.0, True)
+    print("met", flush=True)
+except Exception as error:
+    print(type(error).__name__, getattr(error, "rank", None), error, flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="connections are looked up in /proc of Linux")
+@pytest.mark.parametrize("before", [True, False], ids=["before any came", "while others wait"])
+@pytest.mark.parametrize("dead", [[2], [1, 2]])
+def test_who_dies_before_coming_is_noticed_long_before_the_timeout(
+    dead: list[int], before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MindSpore's scheduler: connections that ranks keep, and that the kernel closes when they end."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as scheduler:
+        port = scheduler.getsockname()[1]
+        monkeypatch.setenv("MS_SCHED_PORT", str(port))
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", BUSY, str(rank), "4", str(port), str(int(rank == 0))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for rank in range(4)
+        ]  # fmt: skip
+        try:
+            accepted = [scheduler.accept() for _ in range(8)]
+            for rank in ranks:
+                heard(rank, "ready")
+            told = [ranks[rank] for rank in range(4) if rank not in dead]
+            if not before:
+                come(told)
+                time.sleep(0.5)
+            for rank in dead:
+                ranks[rank].kill()
+            if before:
+                come(told)
+            began = time.monotonic()
+            for rank in told:
+                assert rank.stdout is not None
+                kind, number, message = rank.stdout.readline().split(" ", 2)
+                assert (kind, number) == (("PeerError", "2") if dead == [2] else ("TransportError", "None")), message
+                assert "of 4 processes of this host" in message and "ended before coming" in message
+                assert ("rank 2" if dead == [2] else "ranks 1, 2") in message
+            assert time.monotonic() - began < 30
+        finally:
+            for connection, _ in accepted:
+                connection.close()
+            for each in ranks:
+                each.kill()
+                each.communicate()
+
+
+def come(ranks: list[subprocess.Popen[str]]) -> None:
+    """Have them go to the gate."""
+    for rank in ranks:
+        assert rank.stdin is not None
+        rank.stdin.write("\n")
+        rank.stdin.flush()
+
+
+def test_a_rank_that_is_merely_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives: its connections to the scheduler stand."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as scheduler:
+        port = scheduler.getsockname()[1]
+        monkeypatch.setenv("MS_SCHED_PORT", str(port))
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", BUSY, str(rank), "2", str(port), "0"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        accepted = [scheduler.accept() for _ in range(4)]
+        try:
+            for rank in ranks:
+                heard(rank, "ready")
+            come(ranks[:1])
+            time.sleep(2.0)  # many looks
+            come(ranks[1:])
+            for rank in ranks:
+                heard(rank, "met")
+        finally:
+            for connection, _ in accepted:
+                connection.close()
+            for each in ranks:
+                each.kill()
+                each.communicate()
+
+
+def test_what_cannot_be_known_is_not_concluded() -> None:
+    """No connection of this process, and one process that holds all: nothing is known of others, or of their number."""
+    with socket.create_server(("127.0.0.1", 0)) as scheduler:
+        port = scheduler.getsockname()[1]
+        assert living_ranks(port, 2) is None
+        with socket.create_connection(("127.0.0.1", port)):
+            assert living_ranks(port, 1) == 1
+            assert living_ranks(port, 3) == 1

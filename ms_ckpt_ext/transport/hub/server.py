@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Optional
+from typing import Callable, Optional
 
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.transport.hub.descriptors import make_room
@@ -40,6 +40,8 @@ class Hub:
         token: what they have to know.
         keeper: the rank whose process this is.
         limits: see there.
+        look: called now and then with the ranks that never came, while others wait for them; what to tell when it is
+            known that not all of them will.
 
     Attributes:
         bytes_in, bytes_out: what has travelled.
@@ -56,6 +58,7 @@ class Hub:
         token: str,
         keeper: int = 0,
         limits: ControlLimits = DEFAULT,
+        look: Optional[Callable[[Sequence[int]], Optional[str]]] = None,
     ) -> None:
         self.bytes_in = self.bytes_out = 0
         self._token = token
@@ -64,6 +67,7 @@ class Hub:
         self._server = server
         self._keeper = keeper
         self._limits = limits
+        self._look_for = look
         self._longest = limits.answer_bytes(size) + FRAME.size
         self._selector = selectors.DefaultSelector()
         self._strangers: dict[Peer, None] = {}  # in the order in which they came
@@ -197,6 +201,8 @@ class Hub:
         now = time.monotonic()
         if self._share is not None and self._broken is None and now - self._since > self._timeout:
             self._break(LATE, 0, self._late(self._share.awaited()))
+        if self._look_for is not None and self._share is not None and self._broken is None:
+            self._look_for_ended(self._look_for)
         while self._strangers and now - next(iter(self._strangers)).since > self._limits.greeting_seconds:
             self._forget(next(iter(self._strangers)))
         if self._accepts_at is not None and now >= self._accepts_at:
@@ -206,6 +212,12 @@ class Hub:
         for peer in failed:
             self._lost(peer, peer.error)
 
+    def _look_for_ended(self, look: Callable[[Sequence[int]], Optional[str]]) -> None:
+        never = [rank for rank in range(self._size) if rank not in self._greeted]
+        why = look(never) if never else None
+        if why is not None:
+            self._break(GONE if len(never) == 1 else LATE, never[0], why)
+
     def _pause(self) -> float:
         """Seconds until the next look around."""
         due = [_LOOK_SECONDS]
@@ -214,6 +226,7 @@ class Hub:
             due.append(self._ends_at - now)
         if self._share is not None and self._broken is None:
             due.append(self._since + self._timeout - now)
+            due.append(_LOOK_SECONDS if self._look_for is None else _LOOK_SECONDS / 4)
         if self._strangers:
             due.append(next(iter(self._strangers)).since + self._limits.greeting_seconds - now)
         if self._accepts_at is not None:

@@ -1,0 +1,107 @@
+"""How many ranks of this host still live, by the connections that each keeps to MindSpore's scheduler.
+
+A rank that has come to a hub is known to live by its connection there. One that has not come is known to nobody but the
+scheduler, which says nothing for half a minute. But the kernel lists the connections to it from this network, and
+closes those of a process that ends: where every one of them is held by a process that can be looked into, so many such
+processes live, and no more can come. In all other cases (another container, another user, no Linux) nothing is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+from ms_ckpt_ext.errors import name_ranks
+
+_TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
+_ESTABLISHED = "01"
+_AGAIN_SECONDS = 0.4
+_LOOKS = 3
+"""So many looks, `_AGAIN_SECONDS` apart, must say the same, for a connection may be made anew."""
+
+
+class Watch:
+    """Looks for ranks that have ended before they came.
+
+    Args:
+        size: ranks of this host.
+        port: of MindSpore's scheduler.
+    """
+
+    def __init__(self, size: int, port: int) -> None:
+        self._size = size
+        self._port = port
+        self._due = time.monotonic() + _AGAIN_SECONDS  # mostly all come before
+        self._fewer = 0
+
+    def look(self, missing: Sequence[int]) -> Optional[str]:
+        """What to tell of ranks that have not come yet, when some of them never will; None when that is not known."""
+        now = time.monotonic()
+        if now < self._due:
+            return None
+        self._due = now + _AGAIN_SECONDS
+        living = living_ranks(self._port, self._size)
+        self._fewer = 0 if living is None or living >= self._size else self._fewer + 1
+        if living is None or self._fewer < _LOOKS:
+            return None
+        ended = self._size - living
+        some = "" if ended >= len(missing) else f"{ended} of "
+        return (
+            f"{some}{name_ranks(missing)} ended before coming: of {self._size} processes of this host {living} still "
+            "hold a connection to MindSpore's scheduler; look at their logs"
+        )
+
+
+def living_ranks(port: int, size: int) -> Optional[int]:
+    """Processes of this host that are connected to the scheduler; None when not known; `size` when all seem to be."""
+    try:
+        held = _connections(port)
+        mine = len(held & _sockets("self"))
+        if not mine:
+            return None
+        return size if len(held) >= size * mine else _holders(held)
+    except OSError:
+        return None
+
+
+def _connections(port: int) -> set[str]:
+    """Inodes of the established connections from this network to a port."""
+    found = set()
+    for table in _TABLES:
+        with contextlib.suppress(FileNotFoundError), open(table, encoding="ascii") as lines:
+            for fields in (line.split() for line in lines):
+                if fields[3] == _ESTABLISHED and int(fields[2].rpartition(":")[2], 16) == port:
+                    found.add(fields[9])
+    return found
+
+
+def _holders(held: set[str]) -> Optional[int]:
+    """How many processes hold them, with their children as one; None when somebody holds any who cannot be seen."""
+    groups: list[set[str]] = []
+    for sockets in _all_sockets():
+        mine = sockets & held
+        if mine:
+            shared = [group for group in groups if group & mine]
+            groups = [group for group in groups if not group & mine] + [mine.union(*shared)]
+    return len(groups) if held == set().union(*groups) else None
+
+
+def _all_sockets() -> Iterator[set[str]]:
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            yield _sockets(process)
+
+
+def _sockets(process: str) -> set[str]:
+    """Inodes of a process's sockets."""
+    folder = f"/proc/{process}/fd"
+    found = set()
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(f"{folder}/{name}")
+            if target.startswith("socket:["):
+                found.add(target[8:-1])
+    return found
