@@ -86,9 +86,13 @@ def verify(
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find_source(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    one, two = naming.of(first.open()), second.open()
-    one = compared(one, filter(wanted, one.unproven), depth=Depth.ALL)
-    two = compared(two, [name for name in two.unproven if wanted(names.get(name, name))], depth=Depth.ALL)
+    return _against(naming.of(first.open()), second.open(), names, wanted, workers)
+
+
+def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, workers: int) -> Comparison:
+    """Compare what is `wanted` of two checkpoints; `names` by name in `b`, what `a` calls it."""
+    one = compared(a, filter(wanted, a.unproven), depth=Depth.ALL)
+    two = compared(b, [name for name in b.unproven if wanted(names.get(name, name))], depth=Depth.ALL)
     held = everything(two)
     known = {name: source for name, source in names.items() if name in held}
     mine = _by_names_of_b(everything(one), held, known)

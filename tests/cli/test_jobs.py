@@ -26,34 +26,39 @@ def case(golden: Path) -> tuple[Path, Path]:
 
 
 def same(a: Path, b: Path, *options: Any) -> bool:
-    return fine("verify", a, b, *options).startswith("Same: 42 parameters")
+    found = as_json("verify", a, b, *options)
+    return bool(found["ok"]) and found["parameters"] == 42
 
 
 def test_merge(case: tuple[Path, Path], golden: Path, tmp_path: Path) -> None:
     shards, strategy = case
-    out = fine("merge", shards, tmp_path / "merged", "--strategy", strategy)
-    assert out.startswith("1 file written, 190.1 KiB in ")
-    assert "; 186.5 KiB read in 8 reads" in out
+    done = as_json("merge", shards, tmp_path / "merged", "--strategy", strategy)
+    assert (done["published"], done["files_written"], done["files_kept"]) == (True, ["part0.safetensors"], [])
+    assert done["bytes_written"] == (tmp_path / "merged" / "part0.safetensors").stat().st_size
+    assert (done["bytes_read"], done["reads"]) == (190944, 8)
     assert same(tmp_path / "merged", golden / "full")
-    again = fine("merge", shards, tmp_path / "merged", "--strategy", strategy)
-    assert again == "Nothing to do: 1 file of this very result, complete\n"
+    again = as_json("merge", shards, tmp_path / "merged", "--strategy", strategy)
+    assert (again["published"], again["files_written"], again["files_kept"]) == (True, [], ["part0.safetensors"])
+    assert again["bytes_read"] == again["bytes_written"] == 0
 
 
 def test_merge_in_shares_and_parts(case: tuple[Path, Path], golden: Path, tmp_path: Path) -> None:
     words = ["merge", case[0], tmp_path / "hf", "--strategy", case[1], "--naming", "huggingface"]
     words += ["--part-size", "40K", "--exclude", "adam_*"]
-    first = fine(*words, "--share", "1/2")
-    assert "Not complete yet" in first
-    again = fine(*words, "--share", "1/2")
-    assert "kept" in again and "complete\n" not in again and "Not complete yet" in again
-    assert "Not complete yet" not in fine(*words, "--share", "2/2")
+    first = as_json(*words, "--share", "1/2")
+    assert not first["published"] and first["missing"] and first["files_written"]
+    again = as_json(*words, "--share", "1/2")
+    assert (again["published"], again["missing"]) == (False, first["missing"])
+    assert (again["files_written"], again["files_kept"]) == ([], first["files_written"])
+    last = as_json(*words, "--share", "2/2")
+    assert (last["published"], last["missing"], last["files_written"]) == (True, [], first["missing"])
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     found = as_json("verify", tmp_path / "hf", golden / "full", "--exclude", "adam_*")
     assert (found["ok"], found["parameters"]) == (True, 14)
 
 
 def test_parts_of_a_merged_one_are_cut_anew(golden: Path, tmp_path: Path) -> None:
-    assert "files written" in fine("merge", golden / "full", tmp_path / "parts", "--part-size", "50K")
+    assert len(as_json("merge", golden / "full", tmp_path / "parts", "--part-size", "50K")["files_written"]) > 1
     assert same(tmp_path / "parts", golden / "full")
 
 
@@ -61,14 +66,14 @@ def test_parts_of_a_merged_one_are_cut_anew(golden: Path, tmp_path: Path) -> Non
 def test_reshard(form: str, case: tuple[Path, Path], golden: Path, tmp_path: Path) -> None:
     target = golden / "tp4" / "strategy.ckpt"
     words = ["reshard", case[0], tmp_path / "out", "--strategy", case[1], "--to-strategy", target, "--to", form]
-    assert fine(*words).startswith("4 files written")
+    assert len(as_json(*words)["files_written"]) == 4
     assert same(tmp_path / "out", golden / "tp4" / "shards", "--strategy", target, "--strategy-b", target)
 
 
 def test_reshard_one_rank(case: tuple[Path, Path], golden: Path, tmp_path: Path) -> None:
     words = ["reshard", case[0], tmp_path / "out", "--strategy", case[1]]
     words += ["--to-strategy", golden / "tp4" / "strategy.ckpt", "--rank"]
-    assert fine(*words, 2).startswith("1 file written")
+    assert len(as_json(*words, 2)["files_written"]) == 1
     assert same(shard(tmp_path / "out" / "rank_2"), shard(golden / "tp4" / "shards" / "rank_2"))
     assert "rank must be between 0 and 3" in run(*words, 4).err
 
@@ -78,7 +83,8 @@ def test_convert_there_and_back(golden: Path, tmp_path: Path) -> None:
     strategy = ["--strategy", root / "strategy.ckpt", "--strategy-b", root / "strategy.ckpt"]
     fine("convert", root / "ckpt", tmp_path / "st", "--to", "safetensors")
     fine("convert", tmp_path / "st", tmp_path / "back", "--to", "ckpt", "--crc")
-    assert fine("verify", tmp_path / "back", root / "safetensors", *strategy).startswith("Same: 49 parameters")
+    found = as_json("verify", tmp_path / "back", root / "safetensors", *strategy)
+    assert (found["ok"], found["parameters"]) == (True, 49)
 
 
 def test_encrypt_and_decrypt(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +140,8 @@ def test_a_dry_run_tells_what_the_job_then_does(case: tuple[Path, Path], golden:
         assert sum(told["sources"].values()) == done["bytes_read"]
         sizes = {name: (tmp_path / command / name).stat().st_size for name in told["sizes"]}
         assert sizes == told["sizes"]
+        again = as_json(*words, "--dry-run")
+        assert (again["published"], again["files_written"]) == (True, [])
         assert "already holds this very result" in fine(*words, "--dry-run")
 
 
@@ -229,6 +237,5 @@ def test_ctrl_c_leaves_a_job_that_goes_on(tmp_path: Path) -> None:
         assert (out, err) == ("", "\nms-ckpt: interrupted; run the same command again to go on\n")
         assert not list(staged.glob("*.safetensors"))
     fine(*words, "--buffer", "64K")
-    assert fine("verify", root / "shards", staged, "--strategy", root / "strategy.ckpt").startswith(
-        "Same: 6 parameters"
-    )
+    found = as_json("verify", root / "shards", staged, "--strategy", root / "strategy.ckpt")
+    assert (found["ok"], found["parameters"]) == (True, 6)

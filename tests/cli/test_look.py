@@ -23,22 +23,28 @@ KEY = "0123456789ABCDEF"
 
 def test_inspect_shards_with_their_strategy(golden: Path) -> None:
     case = golden / "dp2_tp4"
-    out = fine("inspect", case / "shards", "--strategy", case / "strategy.ckpt", "--match", "layers.0.w?.weight")
-    assert out.splitlines() == [
-        f"{case / 'shards'}: a sharded checkpoint",
-        "  files       8 files, safetensors, 404.6 KiB",
-        "  ranks       0-7",
-        "  strategy    8 ranks: 1 pipeline stage of 8 devices",
-        "  slices      12 different, 24 in files, 24 on ranks: replicas held",
-        "",
-        "group    parameters      size  in files",
-        "weights           3  13.5 KiB  27.0 KiB",
-        "",
-        "parameter           dtype  shape        size  slice     slices  copies  cut",
-        "layers.0.w1.weight  BF16   [48, 24]  2.2 KiB  [12, 24]       4       2  axis 0 in 4 (device axis 1)",
-        "layers.0.w2.weight  F32    [24, 48]  4.5 KiB  [24, 12]       4       2  axis 1 in 4 (device axis 1)",
-        "layers.0.wo.weight  F32    [24, 72]  6.8 KiB  [24, 18]       4       2  axis 1 in 4 (device axis 1)",
+    words = ["inspect", case / "shards", "--strategy", case / "strategy.ckpt", "--match", "layers.0.w?.weight"]
+    found = as_json(*words)
+    assert (found["path"], found["kind"]) == (str(case / "shards"), "sharded")
+    assert [(file["rank"], file["encryption"]) for file in found["files"]] == [(rank, None) for rank in range(8)]
+    assert sum(file["size"] for file in found["files"]) == 414336
+    assert (found["strategy"]["world"], found["strategy"]["stages"], found["strategy"]["devices_per_stage"]) == (
+        8,
+        1,
+        8,
+    )
+    assert found["redundancy"] == {"slices": 12, "stored": 24, "expected": 24, "missing": 0, "replicas": "held"}
+    assert found["groups"] == {"weights": {"parameters": 3, "nbytes": 13824, "stored_nbytes": 27648}}
+    told = [(p["name"], p["dtype"], p["shape"], p["nbytes"], p["slice_shapes"]) for p in found["parameters"]]
+    assert told == [
+        ("layers.0.w1.weight", "BF16", [48, 24], 2304, [[12, 24]]),
+        ("layers.0.w2.weight", "F32", [24, 48], 4608, [[24, 12]]),
+        ("layers.0.wo.weight", "F32", [24, 72], 6912, [[24, 18]]),
     ]
+    for parameter, axis in zip(found["parameters"], (0, 1, 1)):
+        assert (parameter["slices"], parameter["copies"]) == (4, [2, 2])
+        (layout,) = parameter["layouts"]
+        assert layout["split"] == [{"axis": axis, "ways": 4, "device_axes": [1], "optimizer_ways": 1}]
 
 
 def test_inspect_goes_on_after_a_damaged_text(tmp_path: Path) -> None:
@@ -75,50 +81,37 @@ def test_inspect_as_json(golden: Path) -> None:
 
 
 def test_inspect_shards_without_a_strategy(golden: Path) -> None:
-    out = fine("inspect", golden / "formats_dp2_tp4" / "ckpt")
-    assert "strategy    not given: shapes are those of slices" in out
-    assert "global_step            [1200]\n" in out
-    assert "layers.0.w1.weight" in out
-    assert "… and 29 more (--all lists them)" in out
-    assert "more (--all lists them)" not in fine("inspect", golden / "formats_dp2_tp4" / "ckpt", "--all")
+    words = ["inspect", golden / "formats_dp2_tp4" / "ckpt"]
+    found = as_json(*words)
+    assert (found["strategy"], found["scalars"]["global_step"]) == (None, [1200])
+    (weight,) = (p for p in found["parameters"] if p["name"] == "layers.0.w1.weight")
+    assert (weight["shape"], weight["slice_shapes"]) == (None, [[12, 24]])
+    assert "… and 29 more (--all lists them)" in fine(*words)
+    assert "more (--all lists them)" not in fine(*words, "--all")
 
 
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "kind", "told"),
     [
-        ("full", "a merged checkpoint"),
-        ("full/model.safetensors", "a checkpoint file"),
-        ("tp4/strategy.ckpt", "a strategy"),
-        ("tp4_pp2/strategy_stages", "a strategy"),
-        ("trained_dp2_tp2_zero/merged_step3", "a merged checkpoint"),
+        ("full", "merged", "a merged checkpoint"),
+        ("full/model.safetensors", "file", "a checkpoint file"),
+        ("tp4/strategy.ckpt", "strategy", "a strategy"),
+        ("tp4_pp2/strategy_stages", "strategy", "a strategy"),
+        ("trained_dp2_tp2_zero/merged_step3", "merged", "a merged checkpoint"),
     ],
 )
-def test_inspect_tells_what_it_is(path: str, told: str, golden: Path) -> None:
+def test_inspect_tells_what_it_is(path: str, kind: str, told: str, golden: Path) -> None:
+    found = as_json("inspect", golden / path)
+    assert (found["path"], found["kind"]) == (str(golden / path), kind)
     assert fine("inspect", golden / path).splitlines()[0] == f"{golden / path}: {told}"
 
 
 def test_inspect_a_folder_of_files_without_a_map(golden: Path, tmp_path: Path) -> None:
     for rank in range(2):
         shutil.copy(golden / "tp4" / "shards" / f"rank_{rank}" / "net.safetensors", tmp_path / f"{rank}.safetensors")
+    found = as_json("inspect", tmp_path)
+    assert (found["kind"], [file["rank"] for file in found["files"]]) == ("files", [None, None])
     assert "checkpoint files that no map relates" in fine("inspect", tmp_path)
-
-
-def test_inspect_as_a_tree(golden: Path) -> None:
-    out = fine("inspect", golden / "full", "--tree", "--exclude", "adam_*").splitlines()
-    assert out[out.index("") + 3 :] == [
-        "",
-        "├─ head.weight  F32 [96, 24] (9.0 KiB)",
-        "├─ layers  12 parameters (41.0 KiB)",
-        "│  └─ [0-1]  2 x 6 parameters (41.0 KiB)",
-        "│     ├─ norm  F32 [24] (96 B)",
-        "│     ├─ w1.weight  BF16 [48, 24] (2.2 KiB)",
-        "│     ├─ w2.weight  F32 [24, 48] (4.5 KiB)",
-        "│     ├─ wo.weight  F32 [24, 72] (6.8 KiB)",
-        "│     └─ wqkv  2 parameters (6.9 KiB)",
-        "│        ├─ bias  F16 [72] (144 B)",
-        "│        └─ weight  F32 [72, 24] (6.8 KiB)",
-        "└─ tok_embeddings.embedding_weight  F32 [96, 24] (9.0 KiB)",
-    ]
 
 
 def test_inspect_encrypted_files(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,9 +120,10 @@ def test_inspect_encrypted_files(golden: Path, tmp_path: Path, monkeypatch: pyte
     assert (ran.code, ran.out) == (6, "")
     assert "is encrypted" in ran.err
     (tmp_path / "key").write_text(KEY)
-    assert "ckpt, encrypted (AES-GCM)" in fine("inspect", folder, "--dec-key-file", tmp_path / "key")
     monkeypatch.setenv("A_KEY", KEY)
-    assert "encrypted" in fine("inspect", folder, "--dec-key-env", "A_KEY")
+    for given in (("--dec-key-file", tmp_path / "key"), ("--dec-key-env", "A_KEY")):
+        found = as_json("inspect", folder, *given)
+        assert {file["encryption"] for file in found["files"]} == {"AES-GCM"}
     (tmp_path / "key").write_text(KEY[::-1])
     assert run("inspect", folder, "--dec-key-file", tmp_path / "key").code == 6
 
@@ -139,18 +133,22 @@ def test_inspect_encrypted_files(golden: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_diff_of_equal_strategies(golden: Path) -> None:
     strategy = golden / "tp4" / "strategy.ckpt"
-    assert fine("diff-strategy", strategy, strategy).splitlines()[-1] == "Same: 42 parameters with equal layouts."
-    assert as_json("diff-strategy", strategy, strategy)["same"] is True
+    found = as_json("diff-strategy", strategy, strategy)
+    assert (found["same"], found["unchanged"], found["changes"]) == (True, 42, [])
 
 
 def test_diff_tells_what_changes(golden: Path) -> None:
     a, b = golden / "dp2_tp4_zero" / "strategy.ckpt", golden / "tp4_pp2" / "strategy.ckpt"
-    out = fine("diff-strategy", a, b, "--match", "layers.*", code=1).splitlines()
-    assert out[0] == f"a  strategy file '{a}': 8 ranks, 1 pipeline stage of 8 devices, 42 parameters"
-    assert out[1].startswith(f"b  strategy file '{b}': 8 ranks, 2 pipeline stages of 4 devices")
-    assert out[3] == "12 parameters with another layout (12 with other slices), 0 unchanged, 0 only in a, 0 only in b"
-    assert "  a  axis 0 in 8 (optimizer 8); 1 copy; device matrix [2, 4]" in out
-    assert "  b  whole; 4 copies; device matrix [4]; stage 1" in out
+    found = as_json("diff-strategy", a, b, "--match", "layers.*", code=1)
+    sides = [{key: found[side][key] for key in ("world", "stages", "devices_per_stage", "parameters")} for side in "ab"]
+    assert sides == [
+        {"world": 8, "stages": 1, "devices_per_stage": 8, "parameters": 42},
+        {"world": 8, "stages": 2, "devices_per_stage": 4, "parameters": 56},
+    ]
+    assert [found[side]["origin"] for side in "ab"] == [f"strategy file {str(path)!r}" for path in (a, b)]
+    assert (len(found["changes"]), found["unchanged"], found["only_a"], found["only_b"]) == (12, 0, [], [])
+    (norm,) = (change for change in found["changes"] if change["name"] == "layers.1.norm")
+    assert norm["what"] == ["stage", "device matrix", "split", "optimizer shard", "copies"]
 
 
 def test_diff_with_shapes(golden: Path, tmp_path: Path) -> None:
@@ -161,6 +159,7 @@ def test_diff_with_shapes(golden: Path, tmp_path: Path) -> None:
     words += ["--shapes", tmp_path / "shapes.json", "--match", "*.w2.weight"]
     assert "     layers.[0-1].w2.weight  [24, 48], slices [24, 12] -> [24, 12]" in fine(*words, code=1)
     (change, *_) = as_json(*words, code=1)["changes"]
+    assert change["shape"] == [24, 48]
     assert change["what"] == ["device matrix", "split", "copies"]
     assert change["b"]["slice_shape"] == [24, 12]
 
@@ -170,9 +169,9 @@ def test_diff_with_shapes(golden: Path, tmp_path: Path) -> None:
 
 def test_verify_the_same_model(golden: Path) -> None:
     case = golden / "dp2_tp2_pp2_zero"
-    out = fine("verify", case / "shards", golden / "full", "--strategy", case / "strategy.ckpt")
-    assert out.startswith("Same: 42 parameters, 186.5 KiB in ")
-    assert out.endswith("/s), equal bit for bit\n")
+    found = as_json("verify", case / "shards", golden / "full", "--strategy", case / "strategy.ckpt")
+    assert (found["ok"], found["parameters"], found["nbytes"]) == (True, 42, 190944)
+    assert not found["differences"] and not found["mismatches"] and found["only_a"] == found["only_b"] == []
 
 
 @pytest.fixture
@@ -190,47 +189,46 @@ def damaged(tmp_path: Path) -> Path:
 
 def test_verify_tells_differences(damaged: Path) -> None:
     words = ["verify", damaged / "shards", damaged / "other.safetensors", "--strategy", damaged / "strategy.ckpt"]
-    out = fine(*words, code=1)
-    first = "Different: 1 with other values, 1 with another dtype or shape, 3 only in a, 0 only in b; compared 2 param"
-    assert out.startswith(first)
-    row = next(line for line in out.splitlines() if line.startswith("a.w"))
-    assert row.split()[:8] == ["a.w", "F32", "[64,", "32]", "1", "2,048", "-", "-"]
-    assert row.endswith(" and nan (0x7fc00000)")
-    assert "b.w             F32[64, 32]  F16[64, 32]" in out
-    assert "only in a\nd.w\nglobal_step\nlearning_rate\n" in out
     found = as_json(*words, code=1)
-    assert (found["ok"], found["only_a"]) == (False, ["d.w", "global_step", "learning_rate"])
-    assert found["differences"][0]["first"][0]["at"] == [3, 4]
+    assert (found["ok"], found["parameters"]) == (False, 2)
+    assert (found["only_a"], found["only_b"]) == (["d.w", "global_step", "learning_rate"], [])
+    assert found["mismatches"] == [{"name": "b.w", "a": "F32[64, 32]", "b": "F16[64, 32]"}]
+    (change,) = found["differences"]
+    assert (change["name"], change["dtype"], change["shape"]) == ("a.w", "F32", [64, 32])
+    assert (change["count"], change["total"], change["nans"]) == (1, 2048, 1)
+    assert change["max_abs"] is change["max_ulp"] is None
+    assert (change["first"][0]["at"], change["first"][0]["b"]) == ([3, 4], "nan (0x7fc00000)")
 
 
 def test_verify_by_itself(golden: Path) -> None:
     case = golden / "dp2_tp4"
     words = ["verify", case / "shards", "--strategy", case / "strategy.ckpt", "--match", "head.*"]
-    out = fine(*words).splitlines()
-    assert out[0].startswith("Sound: 1 parameter in 8 files, 18.0 KiB in ")
-    assert out[1:] == [
-        "  complete    yes",
-        "  copies      8 slices with other copies: equal",
-        "  values      1 NaN, 0 infinite, in 1 parameter",
-        "",
-        "not finite   NaN  infinite",
-        "head.weight    1         0",
-    ]
+    found = as_json(*words)
+    assert (found["ok"], found["parameters"], found["files"], found["nbytes"]) == (True, 1, 8, 18432)
+    assert (found["absent"], found["gaps"], found["unequal"], found["copies_compared"]) == ([], [], [], 8)
+    assert found["not_finite"] == [{"name": "head.weight", "nans": 1, "infinities": 0}]
     assert run(*words, "--finite").code == 1
-    assert as_json(*words)["not_finite"] == [{"name": "head.weight", "nans": 1, "infinities": 0}]
 
 
 def test_verify_by_its_manifest(golden: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     shutil.copy(golden / "full" / "model.safetensors", path)
     update_manifest(str(tmp_path), {path.name: digest_file(read_index(str(path)))})
-    assert fine("verify", tmp_path, "--manifest").startswith("As written: 42 tensors in 1 file, 190.4 KiB in ")
+    found = as_json("verify", tmp_path, "--manifest")
+    assert (found["ok"], found["tensors"], found["files"], found["nbytes"]) == (True, 42, 1, path.stat().st_size)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    out = fine("verify", tmp_path, "--manifest", code=1)
-    assert out.startswith("Damaged: 42 tensors in 1 file")
-    assert "model.safetensors  adam_v.layers.1.w2.weight" in out
+    found = as_json("verify", tmp_path, "--manifest", code=1)
+    assert (found["ok"], found["tensors"], found["files"]) == (False, 42, 1)
+    (fault,) = found["faults"]
+    name = "adam_v.layers.1.w2.weight"
+    assert (fault["file"], fault["tensor"], fault["offset"]) == (path.name, name, begins(path, name))
+    assert fault["found"] != fault["expected"] and fault["remedy"].startswith("restore the file")
+
+
+def begins(path: Path, name: str) -> int:
+    return read_index(str(path)).tensors[name].extents[0].offset
 
 
 # --- as a user would, by the installed script

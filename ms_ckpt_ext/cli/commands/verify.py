@@ -139,7 +139,7 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
     missing = len(found.absent) + len({gap.name for gap in found.gaps})
     yield f"  complete    {'yes' if not missing else words.count(missing, 'parameter') + ' missing or incomplete'}"
     copies = words.count(found.copies_compared, "slice with another copy", "slices with other copies")
-    equal = "equal" if not found.unequal else f"{len(found.unequal):,} that differ"
+    equal = words.count(len(found.unequal), "that differs", "that differ") if found.unequal else "equal"
     yield f"  copies      {copies}: {equal}" if found.copies_compared else "  copies      none to compare"
     if found.outside:
         named = words.count(len(found.outside), "of these is", "of these are")

@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, verify
-from ms_ckpt_ext.cli.main import main
 from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
 from ms_ckpt_ext.engine.integrity.soundness import Health
+from tests.cli.support import as_json, fine
 
 KEY = b"0123456789abcdef"
 
@@ -51,7 +51,7 @@ def by_manifest(path: Path) -> ManifestCheck:
 
 
 @pytest.mark.parametrize("form", ["ckpt", "safetensors"])
-def test_one_bit(form: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_bit(form: str, plain: Path, tmp_path: Path) -> None:
     convert(plain, tmp_path / "out", to=form, crc=True)
     path = tmp_path / "out" / f"a.{form}"
     sound = by_itself(path)
@@ -60,9 +60,10 @@ def test_one_bit(form: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureF
     found = by_itself(path)
     assert (found.ok, found.checksums) == (False, 1)
     assert [damaged.file for damaged in found.damaged] == [str(path)] and "CRC-32" in found.damaged[0].reason
-    assert main(["verify", str(path)]) == 1
-    out = capsys.readouterr().out
-    assert out.startswith("Faulty") and "1 wrong" in out
+    told = as_json("verify", path, code=1)
+    assert (told["ok"], told["checksums"], len(told["damaged"])) == (False, 1, 1)
+    assert told["damaged"][0]["file"] == str(path) and told["damaged"][0]["reason"] == found.damaged[0].reason
+    assert fine("verify", path, code=1).startswith("Faulty")
 
 
 def test_cbc_with_its_checksum_inside(plain: Path, tmp_path: Path) -> None:

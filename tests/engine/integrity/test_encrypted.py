@@ -17,6 +17,7 @@ from ms_ckpt_ext.engine.integrity.recorded import _why
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, StorageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
+from tests.cli.support import as_json, fine
 
 KEY = b"0123456789abcdef"
 FORMS = [
@@ -78,16 +79,16 @@ def test_altered_contents_are_found(made: tuple[Path, bool]) -> None:
     assert {fault.file for fault in found.faults} <= {file.name}
 
 
-def test_without_a_key_nothing_is_called_right(made: tuple[Path, bool], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_key_nothing_is_called_right(made: tuple[Path, bool]) -> None:
     folder, _ = made
     found = checked(folder)
     assert not found.ok and found.faults == ()
     assert found.unchecked[0].reason.endswith("and no key is given")
-    assert main(["verify", str(folder), "--manifest"]) == 1
-    out = capsys.readouterr().out
+    told = as_json("verify", folder, "--manifest", code=1)
+    assert (told["ok"], told["faults"]) == (False, [])
+    assert [each["reason"] for each in told["unchecked"]] == [each.reason for each in found.unchecked]
+    out = fine("verify", folder, "--manifest", code=1)
     assert out.startswith("Not checked in full") and "no key is given" in out and "As written" not in out
-    assert main(["verify", str(folder), "--manifest", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
 def two_files(tmp_path: Path, mode: str) -> tuple[Path, Path]:
