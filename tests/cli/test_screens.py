@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import unified_safetensors
-from tests.cli.support import ROOT, run
-from tests.jobs.support import source
+from tests.support.checkpoints import source
+from tests.support.command_line import ROOT, run
 
 SCREENS = Path(__file__).with_name("screens")
 GOLDEN = ROOT / "tests" / "data" / "golden"

@@ -13,7 +13,7 @@ from ms_ckpt_ext import convert, verify
 from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
 from ms_ckpt_ext.engine.integrity.soundness import Health
-from tests.cli.support import as_json, fine
+from tests.support.command_line import as_json, fine
 
 KEY = b"0123456789abcdef"
 

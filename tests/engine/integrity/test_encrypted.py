@@ -17,7 +17,7 @@ from ms_ckpt_ext.engine.integrity.recorded import _why
 from ms_ckpt_ext.errors import ChecksumError, DecryptionError, StorageError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
-from tests.cli.support import as_json, fine
+from tests.support.command_line import as_json, fine
 
 KEY = b"0123456789abcdef"
 FORMS = [
