@@ -34,21 +34,27 @@ _RETRY_SECONDS = 0.02
 _DOING = "the first meeting of ranks"
 
 
-def meet(rank: int, size: int, timeout: float, everybody: bool, limits: ControlLimits = DEFAULT) -> None:
-    """Wait until all ranks of this host have come.
+def meet(
+    rank: int, size: int, timeout: float, everybody: bool, limits: ControlLimits = DEFAULT, number: Optional[int] = None
+) -> list[int]:
+    """Wait until all ranks of this host have come, and return their numbers in the job; none where they do not meet.
 
     Args:
         rank, size: among the ranks of this host.
         timeout: seconds to wait.
         everybody: these are all ranks of the job, so that their numbers are those of the job.
         limits: see there; all ranks have the same.
+        number: of this rank in the job, where that is not `rank`.
 
     Raises:
         PeerError, TransportError: on all that have come, when one of them has gone, or another did not come in time.
     """
     name = _name()
-    if name is None or size == 1:
-        return
+    mine = rank if number is None else number
+    if size == 1:
+        return [mine]
+    if name is None:
+        return []
     line, hub, deadline = Line(rank, size, timeout, limits), None, time.monotonic() + timeout
     try:
         while not _enter(line, name, deadline - time.monotonic()):
@@ -60,7 +66,7 @@ def meet(rank: int, size: int, timeout: float, everybody: bool, limits: ControlL
             opened = _open(name, line) if hub is None else None
             hub = hub or opened
             time.sleep(0 if opened else _RETRY_SECONDS)
-        line.share(b"", _DOING)
+        return [int(told) for told in line.share(str(mine).encode(), _DOING)]
     except TransportError as error:
         if everybody:
             raise

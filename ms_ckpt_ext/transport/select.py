@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
-from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
 from ms_ckpt_ext.transport import gate
 from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.control import FIRST_MEETING
 from ms_ckpt_ext.transport.local import LocalTransport
 
 TRANSPORT_VARIABLE = "MS_CKPT_EXT_TRANSPORT"
@@ -60,31 +63,46 @@ def select_transport(
             f"the {name} transport was asked for, but this process is not part of a job: start it with msrun and call "
             "mindspore.communication.init() (Ascend: mint.distributed.init_process_group()) before"
         )
-    if group is None:
-        _meet(timeout)
-    if name == "mccl":
-        from ms_ckpt_ext.transport.mccl import Mccl
+    with naming_absent(*_meet(timeout)) if group is None else contextlib.nullcontext():
+        if name == "mccl":
+            from ms_ckpt_ext.transport.mccl import Mccl
 
-        return Mccl(timeout)
-    from ms_ckpt_ext.transport.hccl import Hccl
+            return Mccl(timeout)
+        from ms_ckpt_ext.transport.hccl import Hccl
 
-    return Hccl(timeout, group)
+        return Hccl(timeout, group)
 
 
-def _meet(timeout: float) -> None:
-    """Wait for the ranks of this host, where it is known how many they are."""
+def _meet(timeout: float) -> tuple[list[int], int]:
+    """Wait for the ranks of this host, where it is known how many they are; which they are, of how many."""
     communication = sys.modules["mindspore"].communication
+    everybody = communication.get_group_size()
     if os.environ.get(HOST_VARIABLE):  # MindSpore counts the ranks of a host name, which several hosts may have
-        return
+        return [], everybody
     try:
-        rank, size, everybody = (
-            communication.get_local_rank(),
-            communication.get_local_rank_size(),
-            communication.get_group_size(),
-        )
+        rank, size = communication.get_local_rank(), communication.get_local_rank_size()
     except RuntimeError:  # the backend does not count hosts
-        return
-    gate.meet(rank, size, timeout, size == everybody)
+        return [], everybody
+    return gate.meet(rank, size, timeout, size == everybody, number=communication.get_rank()), everybody
+
+
+@contextlib.contextmanager
+def naming_absent(here: Sequence[int], size: int) -> Iterator[None]:
+    """Say in the error of a first meeting that not all come to which ranks that may be.
+
+    Args:
+        here: ranks of this host, all of which have come; empty where that is not known.
+        size: ranks of the job.
+    """
+    try:
+        yield
+    except TransportError as error:
+        others = [rank for rank in range(size) if rank not in here]
+        if not here or not others or isinstance(error, PeerError) or FIRST_MEETING not in str(error):
+            raise
+        raise TransportError(
+            f"{error}. Of this host {name_ranks(here)} have come; look at the logs of the others: {name_ranks(others)}"
+        ) from error
 
 
 def _fitting(device_target: Optional[str]) -> str:

@@ -69,6 +69,13 @@ def test_all_pass_time_and_again() -> None:
         list(pool.map(often, range(4)))
 
 
+def test_ranks_learn_each_others_numbers_in_the_job() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda rank: gate.meet(rank, 2, SOON, False, number=6 + rank), range(2)))
+    assert found == [[6, 7]] * 2
+    assert gate.meet(0, 1, SOON, False, number=5) == [5]
+
+
 def test_a_rank_alone_or_without_a_scheduler_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meet([0], 1) == [None]
     monkeypatch.delenv("MS_SCHED_PORT")

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.errors import PeerError, TransportError, UsageError
 from ms_ckpt_ext.transport import select
+from ms_ckpt_ext.transport.control import FIRST_MEETING
 from ms_ckpt_ext.transport.local import LocalTransport
-from ms_ckpt_ext.transport.select import TRANSPORT_VARIABLE, select_transport
+from ms_ckpt_ext.transport.select import TRANSPORT_VARIABLE, naming_absent, select_transport
 
 
 def test_a_process_on_its_own_is_local() -> None:
@@ -49,13 +50,39 @@ def test_ranks_of_a_host_meet_where_its_name_tells_who_they_are(
 ) -> None:
     """MindSpore counts the ranks of a host name; where several hosts have it, that is told by a variable."""
     communication = SimpleNamespace(
-        get_local_rank=lambda: 1, get_local_rank_size=lambda: 2, get_group_size=lambda: 4, is_initialized=lambda: True
+        get_rank=lambda: 3,
+        get_local_rank=lambda: 1,
+        get_local_rank_size=lambda: 2,
+        get_group_size=lambda: 4,
+        is_initialized=lambda: True,
     )
     mint = SimpleNamespace(distributed=communication)
     monkeypatch.setitem(sys.modules, "mindspore", SimpleNamespace(communication=communication, mint=mint))
     monkeypatch.setitem(sys.modules, "ms_ckpt_ext.transport.mccl", SimpleNamespace(Mccl=lambda timeout: timeout))
     monkeypatch.setenv(select.HOST_VARIABLE, told)
     found: list[Any] = []
-    monkeypatch.setattr(select.gate, "meet", lambda *where: found.append(where))
+    monkeypatch.setattr(select.gate, "meet", lambda *where, number: found.append(where) or [number - 1, number])
     assert select_transport(override="mccl", timeout=5.0) == 5.0
     assert found == met
+
+
+@pytest.mark.parametrize(
+    ("here", "named"),
+    [
+        ([0, 1], "Of this host ranks 0, 1 have come; look at the logs of the others: ranks 2, 3"),
+        ([], ""),
+        ([0, 1, 2, 3], ""),
+    ],
+)
+def test_who_of_other_hosts_may_be_missing_is_named(here: list[int], named: str) -> None:
+    told = f"rank 0 waited 1 s in {FIRST_MEETING}"
+    with pytest.raises(TransportError) as caught, naming_absent(here, 4):
+        raise TransportError(told)
+    assert str(caught.value) == (f"{told}. {named}" if named else told)
+
+
+@pytest.mark.parametrize("error", [PeerError("rank 3 is gone", 3), TransportError("no way leads there")])
+def test_another_error_of_the_first_meeting_stays_as_it_is(error: TransportError) -> None:
+    with pytest.raises(TransportError) as caught, naming_absent([0, 1], 4):
+        raise error
+    assert caught.value is error
