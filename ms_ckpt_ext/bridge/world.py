@@ -16,7 +16,7 @@ except ImportError as error:
         "`pip install 'mindspore>=2.7' 'numpy<2'`, or run an offline job, which does not need it"
     ) from error
 
-__all__ = ["group_size", "mindspore", "own_rank", "training_strategy_file", "world_size"]
+__all__ = ["group_size", "join_job", "mindspore", "own_rank", "training_strategy_file", "world_size"]
 
 
 def own_rank() -> int:
@@ -34,6 +34,18 @@ def world_size() -> int:
         return int(get_group_size())
     except RuntimeError:
         return 1
+
+
+def join_job(device_target: Optional[str] = None) -> None:
+    """Initialise the communication of this process's job, unless that was done."""
+    if mindspore.mint.distributed.is_initialized():
+        return
+    if device_target is not None:
+        mindspore.set_device(device_target)
+    if mindspore.get_context("device_target") == "Ascend":
+        mindspore.mint.distributed.init_process_group()
+    else:
+        mindspore.communication.init()
 
 
 def group_size(name: str) -> int:

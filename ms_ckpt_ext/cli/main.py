@@ -29,6 +29,7 @@ PROG = "ms-ckpt"
 COMMANDS = (
     "inspect",
     "plan",
+    "measure",
     "diff_strategy",
     "merge",
     "reshard",

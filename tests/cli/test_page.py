@@ -82,7 +82,7 @@ def _plain(text: str) -> str:
 
 def test_every_command_and_exit_code_is_there() -> None:
     commands = {command.split()[1] for command, _ in said() if command.startswith("ms-ckpt")}
-    assert commands | {"plan", "completion"} == {command.name for command in cli.commands()}
+    assert commands | {"plan", "measure", "completion"} == {command.name for command in cli.commands()}
     assert all(f"| {code.value} | {code.meaning} |\n" in TEXT for code in Exit)
 
 

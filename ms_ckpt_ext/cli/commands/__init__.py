@@ -1,3 +1,3 @@
 """The commands, one module each: `completion`, `convert`, `decrypt`, `diff_strategy`, `encrypt`, `inspect`,
-`merge`, `plan`, `reshard`, `verify`.
+`measure`, `merge`, `plan`, `reshard`, `verify`.
 """

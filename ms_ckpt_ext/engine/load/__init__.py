@@ -11,4 +11,5 @@ replicas       do ranks that hold the same region hold the same bytes?
 trace          what happened when
 estimate       the same load on paper
 profiles       named hardware for the cost model
+measure        hardware as it is
 """
