@@ -9,7 +9,7 @@ from ms_ckpt_ext.errors import MissingDependencyError
 
 try:
     import mindspore
-    from mindspore.communication import get_group_size, get_rank
+    from mindspore import communication
 except ImportError as error:
     raise MissingDependencyError(
         f"this call needs MindSpore, which cannot be imported ({error}); install it with "
@@ -22,7 +22,7 @@ __all__ = ["group_size", "join_job", "mindspore", "own_rank", "training_strategy
 def own_rank() -> int:
     """Global rank of this process; 0, with a warning, where communication was not initialised."""
     try:
-        return int(get_rank())
+        return int(communication.get_rank())
     except RuntimeError:
         log.warning("communication is not initialised: loading the slices of rank 0")
         return 0
@@ -31,7 +31,7 @@ def own_rank() -> int:
 def world_size() -> int:
     """Ranks of this job; 1 where communication was not initialised."""
     try:
-        return int(get_group_size())
+        return int(communication.get_group_size())
     except RuntimeError:
         return 1
 
@@ -50,7 +50,7 @@ def join_job(device_target: Optional[str] = None) -> None:
 
 def group_size(name: str) -> int:
     """Number of ranks of a communication group."""
-    return int(get_group_size(name))
+    return int(communication.get_group_size(name))
 
 
 def training_strategy_file(network: Any) -> Optional[str]:

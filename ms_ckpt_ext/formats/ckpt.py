@@ -60,10 +60,15 @@ class _Value(NamedTuple):
     offset: int
 
 
-def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
+def read_index(reader: ByteReader, mtime_ns: int = 0, budget: int = BUDGET) -> FileIndex:
     """Table of contents of a `.ckpt` file, plain or seen through a decrypting reader.
 
     Reads about one page per tensor, and less where tensors are small.
+
+    Args:
+        reader: the file.
+        mtime_ns: its time of modification, for the index.
+        budget: bytes of memory that the table may take beyond the size of the file.
 
     Raises:
         FormatError: not a `.ckpt`, or a damaged one; the message has the offset and the parameter.
@@ -74,7 +79,7 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
     _require_checkpoint(cursor)
     tensors: dict[str, TensorEntry] = {}
     metadata: dict[str, str] = {}
-    for tag, pieces in groupby(_values(cursor), key=lambda value: value.tag):
+    for tag, pieces in groupby(_values(cursor, budget), key=lambda value: value.tag):
         parts = list(pieces)
         if tag in tensors:
             raise _bad(cursor, parts[0].offset, f"parameter {tag!r} appears a second time, not next to the first")
@@ -122,7 +127,7 @@ def value_bytes(tag: str, axes: int, kind: str) -> int:
     return _PER_VALUE + _PER_AXIS * axes + sys.getsizeof(tag) + sys.getsizeof(kind)
 
 
-def _values(cursor: Cursor) -> Iterator[_Value]:
+def _values(cursor: Cursor, budget: int) -> Iterator[_Value]:
     """Every value of the file in order; stops at the checksum tail or the end.
 
     Refuses a file that is hardly more than framing before its values are objects a hundred times its size.
@@ -135,10 +140,10 @@ def _values(cursor: Cursor) -> Iterator[_Value]:
         cursor.pos = field.value
         value = _value(cursor, field)
         memory += value_bytes(value.tag, len(value.dims), value.type)
-        if memory > cursor.size + BUDGET:
+        if memory > cursor.size + budget:
             raise FormatError(
                 f"{cursor.path!r}: its table of contents up to byte {field.stop} takes {memory >> 20} MiB of memory, "
-                f"and a file of {cursor.size} bytes may take {cursor.size + BUDGET >> 20} MiB: save it in several files"
+                f"and a file of {cursor.size} bytes may take {cursor.size + budget >> 20} MiB: save it in several files"
             )
         yield value
         cursor.pos = field.stop

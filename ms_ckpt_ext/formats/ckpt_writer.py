@@ -31,6 +31,7 @@ def layout(
     crc: bool = False,
     metadata: Optional[Mapping[str, str]] = None,
     piece: int = SLICE_BYTES,
+    budget: int = BUDGET,
 ) -> FileLayout:
     """Where every byte of a `.ckpt` with these tensors, in this order, goes.
 
@@ -38,7 +39,8 @@ def layout(
         specs: the tensors. A dtype STR is text: shape (code points,), contents UTF-32.
         crc: leave room for the checksum tail, the last 17 bytes; see `crc_tail`.
         metadata: `{name: "Int4"}` marks int8 tensors that hold packed 4-bit numbers.
-        piece: most bytes of one value; other than the default only in tests.
+        piece: most bytes of one value; MindSpore takes other ones as well.
+        budget: bytes of memory that a reader's table may take beyond the size of the file, as `ckpt.read_index` has it.
 
     Raises:
         UsageError: a name stands twice or is too long, a dtype has no name in MindSpore, or the tensors are too many.
@@ -64,7 +66,7 @@ def layout(
             offset += len(framing) + length
             memory += value_bytes(spec.name, len(spec.shape), spec.dtype.mindspore)
         tensors[spec.name] = TensorEntry(spec.dtype, spec.shape, tuple(extents))
-    if memory > offset + BUDGET:
+    if memory > offset + budget:
         raise UsageError(
             f"{len(specs)} tensors in one .ckpt are more than its reader takes in so few bytes: the table of a file of "
             f"{offset} bytes would take {memory >> 20} MiB of memory; write several files, or leave parameters out"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.errors import FormatError, UsageError
-from ms_ckpt_ext.formats import ckpt, ckpt_writer
+from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import SLICE_BYTES, crc_tail, layout
 from ms_ckpt_ext.formats.index import FileLayout, TensorSpec
@@ -84,18 +84,17 @@ def test_a_name_is_no_longer_than_it_can_be_read(name: str) -> None:
                 layout(specs)
 
 
-def test_a_table_is_no_larger_than_it_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_no_larger_than_it_can_be_read() -> None:
     """Reader and writer count alike, so one more tensor is refused by both."""
     many = [TensorSpec(f"w{n:06d}", DTYPES["I8"], (1,)) for n in range(101)]
     framed = {count: b"".join(each + b"x" for _, each in layout(many[:count]).literals) for count in (100, 101)}
-    monkeypatch.setattr(ckpt, "BUDGET", 100 * ckpt.value_bytes("w000000", 1, "Int8") - len(framed[100]))
-    monkeypatch.setattr(ckpt_writer, "BUDGET", ckpt.BUDGET)
-    assert layout(many[:100]).size == len(framed[100])
-    assert len(ckpt.read_index(MemoryReader(framed[100])).tensors) == 100
+    budget = 100 * ckpt.value_bytes("w000000", 1, "Int8") - len(framed[100])
+    assert layout(many[:100], budget=budget).size == len(framed[100])
+    assert len(ckpt.read_index(MemoryReader(framed[100]), budget=budget).tensors) == 100
     with pytest.raises(UsageError, match="101 tensors in one .ckpt are more than its reader takes"):
-        layout(many)
+        layout(many, budget=budget)
     with pytest.raises(FormatError, match="save it in several files"):
-        ckpt.read_index(MemoryReader(framed[101]))
+        ckpt.read_index(MemoryReader(framed[101]), budget=budget)
 
 
 def test_checksum(tmp_path: Path) -> None:

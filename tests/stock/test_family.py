@@ -263,13 +263,12 @@ def test_another_ranks_checkpoint(
 ) -> None:
     import mindspore.train._utils as utils
     import mindspore.train.serialization as serialization
-
-    from ms_ckpt_ext.bridge import world
+    from mindspore import communication
 
     strategy_of(layouts_, tmp_path / "s.ckpt")
     root = backups(tmp_path, present)
     for rank in range(8):
-        for module, name in ((serialization, "get_rank"), (utils, "get_rank"), (world, "own_rank")):
+        for module, name in ((serialization, "get_rank"), (utils, "get_rank"), (communication, "get_rank")):
             monkeypatch.setattr(module, name, lambda rank=rank: rank)
         path = f"{root}/rank_{rank}/net_rank_{rank}-1_2.ckpt"
         ours = ms_ckpt_ext.get_ckpt_path_with_strategy(path, tmp_path / "s.ckpt")
@@ -280,12 +279,12 @@ def test_ranks_that_agree_in_all_though_groups_are_not_nested(
     ms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 shares w with ranks 1, 2, 3 and v with 1, 4, 5: rank 1 has both. Stock looks at no other rank."""
-    from ms_ckpt_ext.bridge import world
+    from mindspore import communication
 
     layouts_ = {"w": Layout((2, 2, 2), ((2,), ())), "v": Layout((2, 2, 2), ((1,), ()))}
     strategy_of(layouts_, tmp_path / "s.ckpt")
     path = backups(tmp_path, [1, 2, 4]) + "/rank_0/net_rank_0-1_2.ckpt"
-    monkeypatch.setattr(world, "own_rank", lambda: 0)
+    monkeypatch.setattr(communication, "get_rank", lambda: 0)
     assert ms.get_ckpt_path_with_strategy(path, str(tmp_path / "s.ckpt")) is None
     found = ms_ckpt_ext.get_ckpt_path_with_strategy(path, tmp_path / "s.ckpt")
     assert found == path.replace("rank_0", "rank_1")
@@ -293,7 +292,7 @@ def test_ranks_that_agree_in_all_though_groups_are_not_nested(
 
 def test_stages(ms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the strategy of all stages, or of the rank's own, whatever number that file gives it."""
-    from ms_ckpt_ext.bridge import world
+    from mindspore import communication
 
     cut, whole = Layout((2, 2), ((0,), ())), Layout((2, 2), ((), ()))
     save_strategy(
@@ -301,11 +300,11 @@ def test_stages(ms: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     strategy_of({"b": cut}, tmp_path / "alone.ckpt")
     path = backups(tmp_path, [4, 6, 7]) + "/rank_5/net_rank_5-1_2.ckpt"
-    monkeypatch.setattr(world, "own_rank", lambda: 5)
+    monkeypatch.setattr(communication, "get_rank", lambda: 5)
     for name in ("both", "alone"):
         found = ms_ckpt_ext.get_ckpt_path_with_strategy(path, tmp_path / f"{name}.ckpt")
         assert found == path.replace("rank_5", "rank_7")
-    monkeypatch.setattr(world, "own_rank", lambda: 1)
+    monkeypatch.setattr(communication, "get_rank", lambda: 1)
     (tmp_path / "rank_12").mkdir()
     (tmp_path / "rank_12" / "net.ckpt").touch()
     found = ms_ckpt_ext.get_ckpt_path_with_strategy(f"{tmp_path}/rank_12/net.ckpt", tmp_path / "both.ckpt")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.bridge import network, together, world
+from ms_ckpt_ext.bridge import network, together
 from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load.options import LoadOptions
@@ -68,8 +68,8 @@ class _Lasting:
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transport of a load is that of its thread, and so are rank and world."""
     monkeypatch.setattr(together, "select_transport", lambda timeout: _Lasting(HERE.transport))
-    monkeypatch.setattr(world, "own_rank", lambda: HERE.transport.rank)
-    monkeypatch.setattr(world, "world_size", lambda: HERE.transport.size)
+    monkeypatch.setattr(ms.communication, "get_rank", lambda: HERE.transport.rank)
+    monkeypatch.setattr(ms.communication, "get_group_size", lambda: HERE.transport.size)
 
 
 def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Filled]:

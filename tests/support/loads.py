@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import pytest
 
+from ms_ckpt_ext.core.exchange.cost import Hardware
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.layout import Layout, whole
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -53,8 +54,10 @@ class Loaded(NamedTuple):
 class Load:
     """One load by all ranks of a world; what differs between ranks is a function of the rank."""
 
-    def __init__(self, source: Path, trained: Optional[Strategy], target: Strategy, **options: Any) -> None:
-        self.source, self.trained, self.target = source, trained, target
+    def __init__(
+        self, source: Path, trained: Optional[Strategy], target: Strategy, hardware: Hardware = CPU, **options: Any
+    ) -> None:
+        self.source, self.trained, self.target, self.hardware = source, trained, target, hardware
         self.options = LoadOptions(
             **{"mode": "cooperative", "bucket_bytes": 1 << 20, "threads": 1, "verify": "replicas", **options}
         )
@@ -94,7 +97,7 @@ class Load:
         catalog = self.catalog(seen)
         wants = self.wants(rank, catalog)
         facts = self.facts(rank)
-        return catalog, wants, session.prepare(transport, seen, catalog, wants, self.options, CPU, facts)
+        return catalog, wants, session.prepare(transport, seen, catalog, wants, self.options, self.hardware, facts)
 
     def rank(self, transport: LocalTransport) -> Loaded:
         rank = transport.rank

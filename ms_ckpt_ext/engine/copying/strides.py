@@ -35,7 +35,9 @@ def _copy_many(copy: StridedCopy, source: Any, target: Any) -> None:
     landing[...] = lying
 
 
-def scattered(copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryview]) -> Optional[array[int]]:
+def scattered(
+    copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryview], shortest: int = _LONG
+) -> Optional[array[int]]:
     """Where in memory the bytes of a read go, in their order: address and length of every run, in turn.
 
     Copies that take turns (each run of one is followed by a run of the next) are made out, others are not.
@@ -43,12 +45,13 @@ def scattered(copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryv
     Args:
         copies: of the read, which has `nbytes`.
         buffers: of every stretch that the copies name; they must live as long as the addresses are used.
+        shortest: bytes that runs must have on average.
 
     Returns:
         None where that is no way to read: short runs, bytes that go nowhere or to several places, an odd order.
     """
     wanted = sum(copy.nbytes for _, copy in copies)
-    if wanted != nbytes or sum(copy.nbytes // copy.run for _, copy in copies) * _LONG > nbytes:
+    if wanted != nbytes or sum(copy.nbytes // copy.run for _, copy in copies) * shortest > nbytes:
         return None
     if not all(_fits(copy, len(buffers[stretch])) for stretch, copy in copies):
         return None  # nothing would stop the kernel

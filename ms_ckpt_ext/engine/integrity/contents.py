@@ -30,7 +30,7 @@ from ms_ckpt_ext.storage.threads import spread
 RUN = 1 << 20
 """Most bytes of one read: they stay in a core's cache until they are digested or copied."""
 _GAP = 64  # gaps up to this are read over
-_BUNDLE = 64 << 20
+BUNDLE = 64 << 20
 
 
 class Portion(NamedTuple):
@@ -84,6 +84,8 @@ class Pass:
         portions: what is looked at.
         sums: file number -> its checksum, which is shown all that is read of the file.
         more: file number -> what else is read of it: what its checksum covers, or all that is to be authenticated.
+        read_bytes: most bytes of one read, of which every thread has a buffer.
+        bundle_bytes: how much of a file one thread reads before it takes something else.
     """
 
     def __init__(
@@ -92,8 +94,11 @@ class Pass:
         portions: Sequence[Portion],
         sums: Mapping[int, Sums] = MappingProxyType({}),
         more: Mapping[int, Iterable[Extent]] = MappingProxyType({}),
+        read_bytes: int = RUN,
+        bundle_bytes: int = BUNDLE,
     ) -> None:
         self._files, self._portions, self._sums, self._more = files, portions, sums, more
+        self._read_bytes, self._bundle_bytes = read_bytes, bundle_bytes
         self._lock = threading.Lock()
         self._watches: dict[int, _Watch] = {}
         self._seen: dict[int, Seen] = {}
@@ -107,7 +112,7 @@ class Pass:
         """What every portion holds, in order.
 
         Args:
-            workers: threads, each with a buffer of 1 MiB.
+            workers: threads, each with a buffer of `read_bytes`.
             progress: is told of bytes read, by any thread.
             failed: takes the first error of each file, of whose portions nothing is known then; None to raise it.
 
@@ -118,7 +123,7 @@ class Pass:
         bundles = (bundle for file in sorted(sections) for bundle in self._bundles(file, sorted(sections[file])))
 
         def worker(_stopped: Callable[[], bool]) -> Callable[[_Bundle], None]:
-            buffer = buffers.scratch(RUN)
+            buffer = buffers.scratch(self._read_bytes)
 
             def read(bundle: _Bundle) -> None:
                 try:
@@ -147,19 +152,19 @@ class Pass:
             sections.setdefault(file, []).extend(Section(o, o + length, _NOBODY, 0) for o, length in extents if length)
         return sections
 
-    @staticmethod
-    def _most(sections: Mapping[int, Sequence[Section]]) -> int:
+    def _most(self, sections: Mapping[int, Sequence[Section]]) -> int:
         """How many bundles there are at least, or a few."""
-        return sum(1 + sum(section.stop - section.start for section in held) // _BUNDLE for held in sections.values())
+        wanted = (sum(section.stop - section.start for section in held) for held in sections.values())
+        return sum(1 + nbytes // self._bundle_bytes for nbytes in wanted)
 
     def _bundles(self, file: int, sections: Sequence[Section]) -> Iterator[_Bundle]:
         held: list[Run] = []
         nbytes = until = 0
-        for run in runs(sections):
+        for run in runs(sections, self._read_bytes):
             held.append(run)
             nbytes += run.stop - run.start
             until = max(until, *(self._end(section) for section in run.sections))
-            if nbytes >= _BUNDLE and until <= run.stop:
+            if nbytes >= self._bundle_bytes and until <= run.stop:
                 yield _Bundle(file, held)
                 held, nbytes = [], 0
         if held:
@@ -233,17 +238,17 @@ class _Bundle(NamedTuple):
     runs: list[Run]
 
 
-def runs(sections: Sequence[Section]) -> Iterator[Run]:
+def runs(sections: Sequence[Section], read_bytes: int = RUN) -> Iterator[Run]:
     """Reads that bring sorted sections, each byte once. A long one begins a read, so that its elements are aligned."""
     under_way: list[Section] = []
     following = at = 0
     while under_way or following < len(sections):
         at = at if under_way else sections[following].start
-        covered, most = max((section.stop for section in under_way), default=at), at + RUN
+        covered, most = max((section.stop for section in under_way), default=at), at + read_bytes
         first = following
         while following < len(sections) and sections[following].start < min(most, covered + _GAP + 1):
             start, stop, *_ = sections[following]
-            if stop - start >= RUN and start > at:
+            if stop - start >= read_bytes and start > at:
                 most = start
                 break
             covered, following = max(covered, stop), following + 1

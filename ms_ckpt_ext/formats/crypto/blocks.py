@@ -41,7 +41,7 @@ from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
-from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, require_range, thread_scratch, unseal
+from ms_ckpt_ext.formats.crypto.units import PIECE, STREAMED, Sealed, UnitReader, require_range, thread_scratch, unseal
 from ms_ckpt_ext.formats.index import BUDGET
 from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits
 
@@ -81,6 +81,8 @@ class DecryptingReader:
         mode: "AES-GCM", "AES-CBC", "SM4-CBC", or None to take what the file says.
         cache_bytes: most memory for decrypted GCM blocks; at least one block.
         expect: first bytes of the plaintext, by which a wrong key is told in CBC; a `.ckpt` begins with 0x0a.
+        budget: bytes of memory that the table of blocks may take beyond the size of the file.
+        piece_bytes: most bytes that `stream` hands over at once.
 
     Raises:
         DecryptionError: the file is not encrypted in this mode, or the key is wrong.
@@ -99,6 +101,8 @@ class DecryptingReader:
         *,
         cache_bytes: int = BLOCK_CACHE_BYTES,
         expect: bytes = b"\n",
+        budget: int = BUDGET,
+        piece_bytes: int = STREAMED,
     ) -> None:
         self.mode = _mode(reader, mode)
         secret = as_key(key, SM4_LENGTHS if self.mode == SM4 else AES_LENGTHS)
@@ -107,10 +111,10 @@ class DecryptingReader:
         self.mtime_ns = reader.mtime_ns
         self._inner: Union[UnitReader, _CbcReader]
         if self.mode == GCM:
-            self._units = _GcmBlocks(reader, secret)
-            self._inner = UnitReader(reader, self._units, cache_bytes, self.mode)
+            self._units = _GcmBlocks(reader, secret, budget)
+            self._inner = UnitReader(reader, self._units, cache_bytes, self.mode, piece_bytes)
         else:
-            self._inner = _CbcReader(reader, secret, self.mode)
+            self._inner = _CbcReader(reader, secret, self.mode, budget)
         self.size = self._inner.size
         self.traits = self._inner.traits._replace(crc32=self.crc32)
         if self.mode != GCM:
@@ -170,10 +174,10 @@ def keep_checksums(reader: ByteReader) -> None:
 class _GcmBlocks:
     """The blocks of an AES-GCM file as units of a `UnitReader`."""
 
-    def __init__(self, base: ByteReader, key: Key) -> None:
+    def __init__(self, base: ByteReader, key: Key, budget: int) -> None:
         self._base = base
         self._key = key
-        self._blocks = _table(base, GCM, key)
+        self._blocks = _table(base, GCM, key, budget)
         self._starts = [block.start for block in self._blocks]
         self.ends = [block.stop for block in self._blocks]
         self.checksums: Optional[dict[int, int]] = None
@@ -208,13 +212,13 @@ class _GcmBlocks:
 class _CbcReader:
     """Plaintext ranges of an AES-CBC or SM4-CBC file, without a cache: no more is decrypted than is asked."""
 
-    def __init__(self, base: ByteReader, key: Key, mode: str) -> None:
+    def __init__(self, base: ByteReader, key: Key, mode: str, budget: int) -> None:
         self.path = base.path
         self._base = base
         self._key = key
         self._sm4 = mode == SM4
         self.traits = Traits(mode)
-        self._blocks = _table(base, mode, key)
+        self._blocks = _table(base, mode, key, budget)
         self._starts = [block.start for block in self._blocks]
         self.size = self._blocks[-1].stop
         self._closed = False
@@ -276,16 +280,16 @@ def _mode(reader: ByteReader, wanted: Optional[str]) -> str:
     return found
 
 
-def _table(reader: ByteReader, mode: str, key: Key) -> tuple[_Block, ...]:
-    return tuple(_walk(reader, mode, key))
+def _table(reader: ByteReader, mode: str, key: Key, budget: int) -> tuple[_Block, ...]:
+    return tuple(_walk(reader, mode, key, budget))
 
 
-def _walk(reader: ByteReader, mode: str, key: Key) -> Iterator[_Block]:
+def _walk(reader: ByteReader, mode: str, key: Key, budget: int) -> Iterator[_Block]:
     """Every block of a file of one mode, by its headers alone (and in CBC by its padding)."""
     offset = start = count = 0
     while offset < reader.size and not (offset and _is_stray_tail(reader, offset)):
         count += 1
-        if count * _PER_BLOCK > reader.size + BUDGET:
+        if count * _PER_BLOCK > reader.size + budget:
             raise FormatError(
                 f"{reader.path!r}: {count} {mode} blocks up to byte {offset}, far more than a file of {reader.size} "
                 f"bytes can need, for a block holds up to {BLOCK_BYTES} bytes. Do not trust this file: restore it, or "

@@ -30,7 +30,7 @@ from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits
 
 PIECE = 4 << 20
 """Bytes of one read of ciphertext: long enough for network file systems, short enough for a processor's cache."""
-_STREAMED = 1 << 20
+STREAMED = 1 << 20
 """Most bytes that `stream` hands over at once: they are still in a core's cache when they are written."""
 """(offset in the plaintext, bytes); the bytes may be overwritten when it returns."""
 
@@ -145,17 +145,20 @@ class UnitReader:
         cache_bytes: most memory for units that were read in part; always at least one unit's. Where one is larger,
             long ranges are better streamed than read piece by piece.
         container: what it is called.
+        piece_bytes: most bytes that `stream` hands over at once.
     """
 
     fd: Optional[int] = None
 
-    def __init__(self, base: ByteReader, units: Units, cache_bytes: int, container: str) -> None:
+    def __init__(
+        self, base: ByteReader, units: Units, cache_bytes: int, container: str, piece_bytes: int = STREAMED
+    ) -> None:
         self.path = base.path
         self.size = units.size
         self.disk_size = base.disk_size
         self.mtime_ns = base.mtime_ns
         self._base = base
-        self._units = units
+        self._units, self._piece_bytes = units, piece_bytes
         self._slots: OrderedDict[int, _Slot] = OrderedDict()
         self._most = max(1, cache_bytes // max(1, units.largest))
         self._large = units.largest > cache_bytes
@@ -188,7 +191,7 @@ class UnitReader:
             done = high
 
     def stream(self, offset: int, length: int, take: Take) -> None:
-        """Hand a range over in pieces of at most 1 MiB, in order.
+        """Hand a range over in pieces of at most `piece_bytes`, in order.
 
         Pieces of a unit that the range covers fully come *before the unit's tag was checked*: this is for who can take
         back what it did with them, as a job can, whose files appear when all is well. Raises as `read_into` does.
@@ -198,9 +201,10 @@ class UnitReader:
         torn = any(not whole for *_, whole in parts)
         # Threads that want parts of units go one after another, lest they take the one that is kept from each other.
         with self._turn if self._large and torn else nullcontext():
-            buffer = buffers.scratch(min(_STREAMED, length))
+            buffer = buffers.scratch(min(self._piece_bytes, length))
             for unit, low, high, whole in parts:
-                places = (buffer[: min(_STREAMED, high - at)] for at in range(low, high, _STREAMED))
+                most = self._piece_bytes
+                places = (buffer[: min(most, high - at)] for at in range(low, high, most))
                 if whole:
                     pieces = unseal(self._base, self._units.sealed(unit), places)
                 else:

@@ -22,7 +22,6 @@ from ms_ckpt_ext import encrypt, unified_safetensors
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
 from ms_ckpt_ext.core.planning.io_units import ReadCopy
-from ms_ckpt_ext.engine.copying import strides as strides_module
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
@@ -96,10 +95,8 @@ def test_copies_in_turn(data: st.DataObject) -> None:
     source = np.random.default_rng(0).bytes(nbytes)
     expected = [bytearray(copy.target + 4 * apart_of(copy)) for copy in copies]
     found = [memoryview(bytearray(len(each))) for each in expected]
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(strides_module, "_LONG", 1)
-        order = data.draw(st.permutations(range(len(runs))))
-        vector = scattered([ReadCopy(n, copies[n]) for n in order], nbytes, found)
+    order = data.draw(st.permutations(range(len(runs))))
+    vector = scattered([ReadCopy(n, copies[n]) for n in order], nbytes, found, shortest=1)
     assert vector is not None
     for copy, target in zip(copies, expected):
         copy_strided(copy, source, target)
@@ -173,23 +170,28 @@ def places_of(buffers: Sequence[memoryview]) -> array[int]:
 
 
 @pytest.fixture
-def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run is a long one, as the slices of large models have them."""
-    monkeypatch.setattr(strides_module, "_LONG", 1)
+def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What reads were made out to be. Every run is a long one, as the slices of large models have them."""
+    found: list[object] = []
+    monkeypatch.setattr(worker, "scattered", lambda *read: found.append(scattered(*read, shortest=1)) or found[-1])
+    return found
 
 
-@pytest.mark.usefixtures("any_length")
 @pytest.mark.parametrize("able", [True, False])
 @pytest.mark.parametrize(
     ("case", "other"),
     [("dp2_tp4_zero", "tp4"), ("dp3_tp8", "dp2_tp4"), ("dp2_tp4_layout", "dp2_tp4_layout"), ("tp4_pp2", "dp3_tp8")],
 )
 def test_golden_files(
-    case: str, other: str, able: bool, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    other: str,
+    able: bool,
+    golden: Path,
+    tmp_path: Path,
+    made: list[object],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made: list[object] = []
     monkeypatch.setattr(linux, "can_scatter", lambda: able)
-    monkeypatch.setattr(worker, "scattered", lambda *read: made.append(scattered(*read)) or made[-1])
     shards, strategy = golden / case / "shards", golden / case / "strategy.ckpt"
     unified_safetensors(shards, strategy, tmp_path / "merged")
     assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL[case] / "model.safetensors")
@@ -198,7 +200,7 @@ def test_golden_files(
     assert any(made) is (able and case == "dp2_tp4_zero")  # the reads of the others have gaps
 
 
-@pytest.mark.usefixtures("any_length")
+@pytest.mark.usefixtures("made")
 def test_encrypted_files_are_not_read_by_the_kernel(golden: Path, tmp_path: Path) -> None:
     shards, strategy = golden / "dp2_tp4_zero" / "shards", golden / "dp2_tp4_zero" / "strategy.ckpt"
     encrypt(shards, tmp_path / "sealed", enc_key=bytes(range(32)))

@@ -63,10 +63,7 @@ def portions(draw: st.DrawFn) -> Portion:
 def test_any_portions(asked: list[Portion], run: int, bundle: int, workers: int) -> None:
     """Overlapping, in several extents, longer than a read: each digested in order, and nothing read twice."""
     files, told = Memory(), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contents, "RUN", run)
-        patch.setattr(contents, "_BUNDLE", bundle)
-        found = Pass(files, asked).run(workers, told.append)
+    found = Pass(files, asked, read_bytes=run, bundle_bytes=bundle).run(workers, told.append)
     assert [seen.digest for seen in found] == [xxhash.xxh3_128_hexdigest(files.bytes_of(each)) for each in asked]
     for portion, seen in zip(asked, found):
         if portion.dtype is not None and not portion.framing:
@@ -92,14 +89,13 @@ def test_a_file_that_cannot_be_read_leaves_the_others() -> None:
         Pass(Memory(broken=0), asked).run(2)
 
 
-def test_numbers_are_counted_whatever_a_read_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_counted_whatever_a_read_cuts() -> None:
     """Elements that two reads share, in two extents of which neither holds whole ones."""
-    monkeypatch.setattr(contents, "RUN", 10)
     held = np.array([np.nan, 1, np.inf, -np.inf, 2, np.nan, np.nan], "f4").tobytes()
     files = Memory()
     files.data[0] = held[:13] + b"tag" + held[13:]
     asked = [Portion(0, (Extent(0, 13), Extent(16, len(held) - 13)), DTYPES["F32"], numbers=True)]
-    (seen,) = Pass(files, asked).run(1)
+    (seen,) = Pass(files, asked, read_bytes=10).run(1)
     assert (seen.digest, seen.nans, seen.infinities) == (xxhash.xxh3_128_hexdigest(held), 3, 2)
 
 

@@ -28,7 +28,6 @@ from ms_ckpt_ext.engine.load.estimate import DryRun, dry_run
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport
-from tests.support import loads
 from tests.support.loads import Load, Loaded, assert_shards, wide_source
 from tests.support.strategies import pairs
 
@@ -95,14 +94,18 @@ def assert_predicted(made: Counted, tally_: RankTotals) -> None:
         ("full", "dp2_tp2_pp2_zero", 3),
     ],
 )
-def test_predicted_is_counted(
-    source: str, target: str, size: int, hardware: Hardware, golden: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_predicted_is_counted(source: str, target: str, size: int, hardware: Hardware, golden: Path) -> None:
     """Per rank and tier, at 8 and 24 ranks, also where the last server has fewer."""
-    monkeypatch.setattr(loads, "CPU", hardware)
     trained = None if source == "full" else load_strategy(golden / source / "strategy.ckpt")
     shards = golden / source / ("" if trained is None else "shards")
-    load = OnServers(shards, trained, load_strategy(golden / target / "strategy.ckpt"), size=size, bucket_bytes=1 << 16)
+    load = OnServers(
+        shards,
+        trained,
+        load_strategy(golden / target / "strategy.ckpt"),
+        size=size,
+        hardware=hardware,
+        bucket_bytes=1 << 16,
+    )
     made, done = load.counted(), load.predicted(hardware)
     assert_shards(made.loaded, golden / target / "shards")
     assert bool(made.loaded[0].plan.servers) == done.table.ways.tiered
@@ -112,15 +115,12 @@ def test_predicted_is_counted(
 @pytest.mark.parametrize(("ranks", "size"), [(8, 4), (16, 8), (16, 4)])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("spread", [False, True], ids=["dp inside", "dp over servers"])
-def test_what_a_server_wants_crosses_to_it_once(
-    ranks: int, size: int, axis: int, spread: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_server_wants_crosses_to_it_once(ranks: int, size: int, axis: int, spread: bool, tmp_path: Path) -> None:
     """Data parallel: at most 1.1 times the distinct bytes that a server wants come to it from others."""
-    monkeypatch.setattr(loads, "CPU", SLOW_BETWEEN)
     devices, inner = ((ranks // 2, 2), 0) if spread else ((ranks // 4, 4), 1)
     target = Layout(devices, ((inner,), ()) if axis == 0 else ((), (inner,)))
     made = wide_source(tmp_path, Layout((2, 4), ((0,), ())), target)
-    load = OnServers(made.source, made.trained, made.target, size=size, bucket_bytes=1 << 20)
+    load = OnServers(made.source, made.trained, made.target, size=size, hardware=SLOW_BETWEEN, bucket_bytes=1 << 20)
     counted, done = load.counted(), load.predicted(SLOW_BETWEEN)
     assert_shards(counted.loaded, tmp_path / "expected")
     assert_predicted(counted, done.tally)

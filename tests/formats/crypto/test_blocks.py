@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, blocks, decrypting_reader, units
+from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter, backend, decrypting_reader, units
 from tests.support.damage import memory_limit
 from tests.support.memory import MemoryReader
 
@@ -187,11 +187,10 @@ def test_a_block_of_gcm_is_decrypted_once_for_many_small_reads() -> None:
     assert base.reads == 1 and base.taken == 4096
 
 
-def test_whole_blocks_are_streamed_without_room_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_blocks_are_streamed_without_room_for_them() -> None:
     """In pieces; only the block at either end of a range, which it does not cover, is decrypted into memory."""
-    monkeypatch.setattr(units, "_STREAMED", 1000)
     base = Counting(sealed(PLAIN, "AES-GCM", block=2048))
-    reader = DecryptingReader(base, KEY, cache_bytes=1)
+    reader = DecryptingReader(base, KEY, cache_bytes=1, piece_bytes=1000)
     base.reads = base.taken = 0
     assert streamed(reader, 0, 6144) == PLAIN[:6144]
     assert (base.reads, base.taken, len(reader._inner._slots)) == (9, 6144, 0)  # type: ignore[union-attr]
@@ -199,11 +198,10 @@ def test_whole_blocks_are_streamed_without_room_for_them(monkeypatch: pytest.Mon
     assert (base.taken, len(reader._inner._slots)) == (6144 + 8192, 1)  # type: ignore[union-attr]
 
 
-def test_a_streamed_block_that_was_altered_is_told_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "_STREAMED", 1000)
+def test_a_streamed_block_that_was_altered_is_told_at_its_end() -> None:
     data = bytearray(sealed(PLAIN, "AES-GCM", block=2048))
     data[-200] ^= 1  # in the last block
-    reader, told = opened(bytes(data)), []
+    reader, told = opened(bytes(data), piece_bytes=1000), []
     with pytest.raises(DecryptionError, match="AES-GCM block at byte 8432 does not decrypt"):
         reader.stream(0, len(PLAIN), lambda at, piece: told.append((at, len(piece))))
     assert told[-2:] == [(8192, 1000), (9192, 808)]
@@ -288,12 +286,11 @@ def test_ranges_and_closed_readers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_table_of_blocks_takes_no_more_than_the_file_justifies(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_blocks_takes_no_more_than_the_file_justifies(mode: str) -> None:
     data = 3000 * sealed(b"\n", mode)
     opened(data, mode).close()
-    monkeypatch.setattr(blocks, "BUDGET", 1 << 20)
     with memory_limit(len(data) + (1 << 20)), pytest.raises(FormatError, match="far more than a file of"):
-        opened(data, mode)
+        opened(data, mode, budget=1 << 20)
 
 
 class Full(io.BytesIO):

@@ -234,13 +234,17 @@ def ours(installed: bool) -> Iterator[Callable[[str], Any]]:
 @contextlib.contextmanager
 def ranked(rank: int) -> Iterator[None]:
     """This process is rank `rank`, for stock as for ours."""
+    import mindspore.communication as communication
     import mindspore.parallel._utils as utils
     import mindspore.parallel.checkpoint_transform as transform
     import mindspore.train.serialization as serialization
 
-    from ms_ckpt_ext.bridge import world
-
-    places = [(transform, "get_rank"), (serialization, "get_rank"), (world, "get_rank"), (utils, "_get_global_rank")]
+    places = [
+        (transform, "get_rank"),
+        (serialization, "get_rank"),
+        (communication, "get_rank"),
+        (utils, "_get_global_rank"),
+    ]
     kept = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:
         setattr(module, name, lambda *_: rank)
