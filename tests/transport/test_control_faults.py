@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -30,6 +31,7 @@ from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.server import Hub
 from ms_ckpt_ext.transport.rendezvous.greeting import GREETING_BYTES, Guest, Unwelcome
 from ms_ckpt_ext.transport.rendezvous.search import arrive
+from tests.harness.hosts import Host, Hosts
 
 HANG = 60.0
 TOKEN = "of this job"
@@ -121,15 +123,17 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def processes(size: int, timeout: float) -> Iterator[list[Process]]:
-    """Ranks that have been let in."""
+def processes(size: int, timeout: float, vanished: float = HANG, hosts: Sequence[Host] = ()) -> Iterator[list[Process]]:
+    """Ranks that have been let in; each on a host of its own, if there are any."""
     started: list[Process] = []
     port = ""
     try:
         for rank in range(size):
-            command = [sys.executable, str(WORKER), str(rank), str(size), str(timeout), *filter(None, [port])]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            started.append(Process(rank, subprocess.Popen(command, **pipes, text=True)))
+            address = hosts[0].ipv4 if hosts else "127.0.0.1"
+            told = [rank, size, timeout, vanished, address, port]
+            command = [sys.executable, str(WORKER), *map(str, told)]
+            start = hosts[rank].start if hosts else partial(subprocess.Popen, text=True)
+            started.append(Process(rank, start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
             port = port or started[0].line()
         for process in started:
             assert process.line() == "ready"
@@ -162,6 +166,26 @@ def test_a_process_that_is_killed_or_stopped(victim: int, sent: signal.Signals, 
         else:
             assert kind == "TransportError", line
             assert "rank 0, which hears the others and answers them, was silent for 3 s" in message
+
+
+@pytest.mark.parametrize(
+    ("victim", "act"), [(2, Hosts.cut), (0, Hosts.link_down)], ids=["a rank's host, silence", "rank 0's, no carrier"]
+)
+def test_a_host_that_is_cut_off(victim: int, act: Callable[[Hosts, Host], None], took: Took) -> None:
+    """Both sides hear that the other is out of reach."""
+    switch = Hosts(3)
+    with switch as hosts, processes(3, HANG, vanished=2.0, hosts=hosts) as ranks:
+        began = time.monotonic()
+        act(switch, hosts[victim])
+        for process in ranks:
+            process.go()
+        heard = [process.line() for process in ranks]
+    took("seconds", max(float(line.split(" ", 1)[0]) for line in heard) - began)
+    for rank, line in enumerate(heard):
+        _, kind, number, message = line.split(" ", 3)
+        lost = {"1", "2"} if rank == victim == 0 else {"0"} if rank == victim else {str(victim)}
+        assert kind == "PeerError" and number in lost, line
+        assert f"rank {number} is out of reach: its host did not answer" in message
 
 
 def test_connections_that_say_nothing_do_no_harm_and_are_closed(took: Took) -> None:
@@ -317,6 +341,7 @@ class TestDescriptors:
 FEW_FILES = f"""
 import os, resource, socket, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.server import Hub
