@@ -94,7 +94,7 @@ def test_a_browser_draws_it(scheme: str, golden: Path, tmp_path: Path) -> None:
     assert 'data-ready="yes"' in dom
     assert "Load of 42 parameters by 24 ranks" in dom
     assert dom.count("<option") == 42
-    assert len(re.findall(r'<div class="machine">', dom)) == 4
+    assert len(re.findall(r'<div class="machine">', dom)) == 7
     assert dom.count("<rect") > 10
 
 

@@ -53,10 +53,7 @@ COMMAND = Command(
         "    msrun --worker_num=8 --local_worker_num=8 --join=True python -m ms_ckpt_ext measure ckpt/ a2.json"
     ),
     examples=(
-        (
-            "msrun --worker_num=8 --local_worker_num=8 --join=True python -m ms_ckpt_ext measure ckpt/ a2.json",
-            "one server",
-        ),
+        ("ms-ckpt measure ckpt/ disk.json", "one process: what it reads"),
         ("ms-ckpt plan ckpt/ serve.ckpt --src-strategy train.ckpt --hardware a2.json", "plan with what was measured"),
     ),
     configure=_configure,
