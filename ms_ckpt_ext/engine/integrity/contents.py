@@ -124,20 +124,25 @@ class Pass:
 
         def worker(_stopped: Callable[[], bool]) -> Callable[[_Bundle], None]:
             buffer = buffers.scratch(self._read_bytes)
-
-            def read(bundle: _Bundle) -> None:
-                try:
-                    if failed is None or bundle.file not in failed:
-                        self._read(bundle, buffer, progress)
-                except CheckpointError as error:
-                    if failed is None:
-                        raise
-                    failed.setdefault(bundle.file, error)
-
-            return read
+            return lambda bundle: self._try(bundle, buffer, progress, failed)
 
         spread(bundles, max(1, min(workers, self._most(sections))), worker)
         return [self._found(number) for number in range(len(self._portions))]
+
+    def _try(
+        self,
+        bundle: _Bundle,
+        buffer: memoryview,
+        progress: Callable[[int], None],
+        failed: Optional[dict[int, CheckpointError]],
+    ) -> None:
+        try:
+            if failed is None or bundle.file not in failed:
+                self._read(bundle, buffer, progress)
+        except CheckpointError as error:
+            if failed is None:
+                raise
+            failed.setdefault(bundle.file, error)
 
     def _sections(self) -> dict[int, list[Section]]:
         """By file, what is wanted of it."""

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Union
@@ -152,12 +152,15 @@ def check_digests(
             right.append(name)
     plans = in_order(lambda name: _plan(directory, name, manifest.files[name], access), right, workers)
     found += [plan for plan in plans if isinstance(plan, Finding)]
-    ready = [plan._replace(file=n) for n, plan in enumerate(p for p in plans if not isinstance(p, Finding))]
-    with Catalog(tuple(plan.table for plan in ready), {}, {}, {}, access).readers() as readers:
-        for plan, told in zip(ready, compare_files(ready, readers, workers, progress, tolerant=True)):
+    ready = [plan for plan in plans if not isinstance(plan, Finding)]
+    return [*found, *_run([plan._replace(file=n) for n, plan in enumerate(ready)], access, workers, progress)]
+
+
+def _run(plans: Sequence[Expected], access: Access, workers: int, progress: Callable[[int], None]) -> Iterator[Finding]:
+    with Catalog(tuple(plan.table for plan in plans), {}, {}, {}, access).readers() as readers:
+        for plan, told in zip(plans, compare_files(plans, readers, workers, progress, tolerant=True)):
             doubt = None if told else _doubt(plan)
-            found += told if doubt is None else [doubt]
-    return found
+            yield from told if doubt is None else [doubt]
 
 
 def _plan(directory: str, name: str, record: FileDigests, access: Access) -> Union[Expected, Finding]:

@@ -109,15 +109,10 @@ def compare_files(
     wanted: dict[tuple[int, Optional[str]], Portion] = {}
     more: dict[int, tuple[Extent, ...]] = {}
     for each in files:
-        try:
-            size = _plain_size(readers, each)
-        except CheckpointError as error:
-            if failed is None:
-                raise
-            failed[each.file] = error
-            continue
-        wanted.update({(each.file, name): portion for name, portion in each.wanted(size).items()})
-        more[each.file] = each.more(size)
+        size = _plain_size(readers, each, failed)
+        if size is not None:
+            wanted.update({(each.file, name): portion for name, portion in each.wanted(size).items()})
+            more[each.file] = each.more(size)
     sums = {each.file: Sums(each.checksum.parts) for each in files if each.checksum is not None}
     seen = Pass(readers, [*wanted.values()], sums, more).run(workers, progress, failed)
     digests: dict[int, dict[Optional[str], str]] = {each.file: {} for each in files}
@@ -126,12 +121,18 @@ def compare_files(
     return [_of_file(each, digests[each.file], sums.get(each.file), (failed or {}).get(each.file)) for each in files]
 
 
-def _plain_size(readers: ReaderPool, each: Expected) -> int:
-    """Bytes of a file's plaintext."""
+def _plain_size(readers: ReaderPool, each: Expected, failed: Optional[dict[int, CheckpointError]]) -> Optional[int]:
+    """Bytes of a file's plaintext; None when it cannot be opened, which `failed` takes, or which is raised."""
     if each.table.reader == "plain":
         return each.table.size
-    with readers.use(each.file) as reader:
-        return reader.size
+    try:
+        with readers.use(each.file) as reader:
+            return reader.size
+    except CheckpointError as error:
+        if failed is None:
+            raise
+        failed[each.file] = error
+        return None
 
 
 def _of_file(

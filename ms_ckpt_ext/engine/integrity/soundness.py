@@ -139,28 +139,30 @@ def check_values(
         portions = [Portion(s.file, s.entry.extents, s.entry.dtype, s.first) for s in slices]
         seen = Pass(readers, portions, sums, covered).run(workers, progress)
         readers.verify()
-    held = {s.name for s in slices}
-    listed = () if strategy is None else strategy.layouts
-    absent = [n for n in listed if n not in held and not n.startswith(ACCUMULATED_GRADIENT_PREFIX) and wanted(n)]
     unequal, compared = _compared(catalog, tensors, slices, seen)
     meeting = _meeting(tensors)
     unequal += _unlike(catalog, meeting, workers, progress)
-    compared += len({(name, files[0]) for name, both in meeting for files in both.files if len(files) == 1})
-    known = _Known(catalog, slices, seen)
     return Health(
-        len(held),
-        len(catalog.files),
-        sum(s.entry.nbytes for s in slices),
-        compared,
-        tuple(sorted(absent)),
-        tuple(_gaps(tensors)),
-        tuple(unequal),
-        tuple(_not_finite(slices, seen)),
-        len(checksums),
-        tuple(_damaged(catalog, checksums, sums)),
-        None if allow_equal_slices else _gathered(catalog, tensors, known),
-        tuple(each.name for each in unequal if each.name not in tensors),
+        parameters=len({s.name for s in slices}),
+        files=len(catalog.files),
+        nbytes=sum(s.entry.nbytes for s in slices),
+        copies_compared=compared + len({(n, files[0]) for n, both in meeting for files in both.files if not files[1:]}),
+        absent=_absent(slices, strategy, wanted),
+        gaps=tuple(_gaps(tensors)),
+        unequal=tuple(unequal),
+        not_finite=tuple(_not_finite(slices, seen)),
+        checksums=len(checksums),
+        damaged=tuple(_damaged(catalog, checksums, sums)),
+        gathered=None if allow_equal_slices else _gathered(catalog, tensors, _Known(catalog, slices, seen)),
+        outside=tuple(each.name for each in unequal if each.name not in tensors),
     )
+
+
+def _absent(slices: Sequence[_Slice], strategy: Optional[Strategy], wanted: Callable[[str], bool]) -> tuple[str, ...]:
+    """Parameters of the strategy that no file holds; accumulated gradients need not be there."""
+    held = {s.name for s in slices}
+    listed = (name for name in (strategy.layouts if strategy else ()) if name not in held and wanted(name))
+    return tuple(sorted(name for name in listed if not name.startswith(ACCUMULATED_GRADIENT_PREFIX)))
 
 
 class _Known:
