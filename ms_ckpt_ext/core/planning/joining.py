@@ -46,7 +46,7 @@ def widths_of(name: str, width: int, shares: Shape) -> list[int]:
 def taken_apart(
     rule: Rule, name: str, shape: Shape, groups: int, axis: int, shares: Optional[Shape]
 ) -> list[list[Shape]]:
-    """Shapes of what `_grouped` joins to `shape`."""
+    """Shapes of what `joined_in_groups` joins to `shape`."""
     at = axis_of(name, axis, len(shape))
     if shape[at] % groups:
         raise LayoutMismatchError(f"{name!r}: axis {at} of {list(shape)} does not fall into {groups} equal groups")
