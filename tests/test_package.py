@@ -39,6 +39,21 @@ def test_import_is_light(tmp_path: Path) -> None:
     assert len(loaded) <= MOST_MODULES, sorted(loaded)
 
 
+MERGE_MODULES = 61
+"""Modules of this package, doors of rooms aside, that a merge of safetensors shards may load."""
+
+
+def test_a_merge_loads_what_it_needs(tmp_path: Path) -> None:
+    source = Path(__file__).resolve().parent / "data/golden/dp2_tp2"
+    merge = f"ms_ckpt_ext.merge({str(source / 'shards')!r}, 'out', strategy={str(source / 'strategy.ckpt')!r})"
+    loaded = loaded_by(f"import ms_ckpt_ext; {merge}", tmp_path)
+    package = Path(ms_ckpt_ext.__file__).parent.parent
+    own = {name for name in loaded if (package / f"{name.replace('.', '/')}.py").is_file()}
+    assert {"ms_ckpt_ext.engine.files.merge", "ms_ckpt_ext.storage.staging"} <= own
+    assert len(own) <= MERGE_MODULES, sorted(own)
+    assert not {"cryptography", "mindspore", "ms_ckpt_ext.formats.ckpt", "ms_ckpt_ext.formats.crypto.keys"} & loaded
+
+
 NEED_MINDSPORE = {"CheckpointRecorder"}
 """A class of MindSpore's is its base."""
 

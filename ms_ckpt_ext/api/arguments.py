@@ -14,22 +14,23 @@ from ms_ckpt_ext.core.geometry.strategy import (
     strategy_from_layout_dict,
     strategy_from_messages,
 )
-from ms_ckpt_ext.core.geometry.supplement import ByName, StrategyPart, put_together
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files import execution
-from ms_ckpt_ext.engine.files.encrypted_sink import Seal
 from ms_ckpt_ext.engine.files.execution import Report
 from ms_ckpt_ext.engine.files.job import Job
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
-from ms_ckpt_ext.formats import crypto
+from ms_ckpt_ext.formats.crypto import GCM
 from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 
 if TYPE_CHECKING:
+    from ms_ckpt_ext.core.geometry.supplement import StrategyPart
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+    from ms_ckpt_ext.formats.crypto import Key
 
 PathLike = Union[str, "os.PathLike[str]"]
 BUFFER_BYTES = 64 << 20
@@ -164,6 +165,8 @@ def as_strategy(value: Any, rank: int = 0, argument: str = "a strategy") -> Opti
 
 
 def _of_several(values: Sequence[Any], rank: int, argument: str) -> Optional[Strategy]:
+    from ms_ckpt_ext.core.geometry.supplement import ByName, put_together
+
     named = [f"{argument}[{number}]" for number in range(len(values))]
     parts = [_part(value, name) for value, name in zip(values, named) if value != {}]
     if not parts:
@@ -178,6 +181,8 @@ def _part(value: Any, argument: str) -> StrategyPart:
     if isinstance(value, Strategy):
         return value
     if isinstance(value, Mapping):
+        from ms_ckpt_ext.core.geometry.supplement import ByName
+
         return ByName(layouts_by_name(value, _group_size, argument), argument)
     if value is None or isinstance(value, (list, tuple)):
         raise ArgumentTypeError(f"{argument} must be a path or a dict of layouts, got {type(value).__name__}")
@@ -202,14 +207,14 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
     if not isinstance(dec_mode, str):
         raise ArgumentTypeError(f"dec_mode must be a str, got {type(dec_mode).__name__}")
     if dec_key is None and DEC_KEY_VARIABLE in os.environ:
-        mode = None if dec_mode == crypto.GCM else dec_mode  # MindSpore's default, so nobody may have meant it
-        return Access(crypto.load_key(env=DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
-    return Access(crypto.load_key(dec_key), dec_mode, bool(crc_check))
+        mode = None if dec_mode == GCM else dec_mode  # MindSpore's default, so nobody may have meant it
+        return Access(_key_of(None, DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
+    return Access(_key_of(dec_key), dec_mode, bool(crc_check))
 
 
 def any_mode(dec_key: Any, dec_mode: Optional[str], crc_check: bool = False) -> Access:
     """`access_of` where a mode of None means whatever container a file is."""
-    access = access_of(dec_key, crypto.GCM if dec_mode is None else dec_mode, crc_check)
+    access = access_of(dec_key, GCM if dec_mode is None else dec_mode, crc_check)
     return access._replace(mode=None) if dec_mode is None else access
 
 
@@ -221,8 +226,21 @@ def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
     if not isinstance(enc_mode, str):
         raise ArgumentTypeError(f"enc_mode must be a str, got {type(enc_mode).__name__}")
     env = ENC_KEY_VARIABLE if enc_key is None and ENC_KEY_VARIABLE in os.environ else None
-    key = crypto.load_key(enc_key, env=env)
-    return None if key is None else Seal(key, enc_mode)
+    key = _key_of(enc_key, env)
+    if key is None:
+        return None
+    from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+
+    return Seal(key, enc_mode)
+
+
+def _key_of(key: Any, env: Optional[str] = None) -> Optional[Key]:
+    """`load_key`, which is imported when there is something to load."""
+    if key is None and env is None:
+        return None
+    from ms_ckpt_ext.formats.crypto import load_key
+
+    return load_key(key, env=env)
 
 
 class Running(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
+    Running,
     any_mode,
     as_strategy,
     checked_choice,
@@ -26,17 +27,19 @@ from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.engine.files.apart import check_apart
 from ms_ckpt_ext.engine.files.execution import Report
-from ms_ckpt_ext.engine.files.jobs import PART_BYTES, MergeOptions, folders_job, merge_job, refuse_empty
-from ms_ckpt_ext.engine.source.renaming import Choice
-from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.proven import doubted, ruled
+from ms_ckpt_ext.engine.files.job import refuse_empty
+from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.overwrite import check_apart
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.renaming import Choice, Naming
+from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.crypto import GCM, KeyLike
+from ms_ckpt_ext.formats.crypto import GCM
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.formats.crypto import KeyLike
 
 
 def merge(
@@ -112,10 +115,23 @@ def merge(
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    catalog = ruled(source.slices(allow_equal_slices), weight_rules)
+    return run_merge(source.slices(allow_equal_slices), target, options, run, weight_rules, called, wanted)
+
+
+def run_merge(
+    catalog: Catalog,
+    target: str,
+    options: MergeOptions,
+    run: Running,
+    rules: Sequence[Rule],
+    naming: Naming,
+    wanted: Filter,
+) -> Report:
+    """A merge of what was read, by arguments that are checked; `wanted` must leave something. Raises as `merge`."""
+    catalog = ruled(catalog, rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
-    catalog = called.of(doubted(compared(catalog)))
+    catalog = naming.of(judged(catalog))
     job = merge_job(catalog, target, options)
     check_apart(catalog, target, job)
     return execute_with_progress(job, target, run, "merge")
@@ -168,6 +184,8 @@ def reshard(
     weight_rules = checked_rules(rules)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy)
+    from ms_ckpt_ext.engine.files.reshard import folders_job  # which a merge does without
+
     ranks = _ranks(layout, rank)
     catalog = naming.of(ruled(source.slices(allow_equal_slices), weight_rules))
     alone = rank is not None

@@ -24,20 +24,27 @@ def share_of(share: Any, argument: str) -> tuple[int, int]:
     """(i, n): share i of n, from 1. "auto" takes it from the launcher's environment; nothing means all of it.
 
     Raises:
-        UsageError: `argument`, as it is called, is neither that nor a pair of ints; or the launcher's variables are no
-            numbers.
+        ArgumentTypeError: `argument`, as it is called, is neither that nor a pair of ints.
+        UsageError: there is no such share, or the launcher's variables are no numbers.
     """
     if isinstance(share, str) and share == "auto":
-        return _from_environment(argument)
+        return _checked(argument, *_from_environment(argument))
     if not share:
         return 1, 1
     try:
         task, tasks = share if isinstance(share, (tuple, list)) else ()
-        return integer(task, argument), integer(tasks, argument)
+        task, tasks = integer(task, argument), integer(tasks, argument)
     except ValueError:
         raise ArgumentTypeError(
             f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}"
         ) from None
+    return _checked(argument, task, tasks)
+
+
+def _checked(argument: str, task: int, tasks: int) -> tuple[int, int]:
+    if not 1 <= task <= tasks:
+        raise UsageError(f"{argument} must be (task, tasks) with 1 <= task <= tasks, got ({task}, {tasks})")
+    return task, tasks
 
 
 def _from_environment(argument: str) -> tuple[int, int]:

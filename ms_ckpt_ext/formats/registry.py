@@ -6,6 +6,7 @@ module a file is its plaintext: tables of contents and reads have plaintext offs
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DecryptionError, FormatError, UsageError
-from ms_ckpt_ext.formats import ckpt, ckpt_writer, crypto, safetensors
+from ms_ckpt_ext.formats import crypto, safetensors
 from ms_ckpt_ext.formats.checksum import StoredChecksum, verify_stored
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
@@ -28,7 +29,8 @@ CACHE_BYTES = 8 << 20
 _MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
 AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
 """Containers that notice every altered byte, when it is decrypted."""
-_FORMATS: dict[str, ModuleType] = {".safetensors": safetensors, ".ckpt": ckpt}
+_FORMATS = {".safetensors": safetensors.__name__, ".ckpt": "ms_ckpt_ext.formats.ckpt"}
+"""Suffix -> reader, imported when a file of the format is met."""
 
 
 class _How(NamedTuple):
@@ -144,7 +146,7 @@ def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
 
     Most of an AES-GCM block file is decrypted for its table of contents anyway. In CBC it is not, nor is it authentic.
     """
-    if form is not ckpt or reader.traits.container != crypto.GCM or ckpt.stored_crc(reader) is None:
+    if form is safetensors or reader.traits.container != crypto.GCM or form.stored_crc(reader) is None:
         return False
     crypto.keep_checksums(reader)
     return True
@@ -174,9 +176,11 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str],
                 f"cannot write a tensor named {spec.name!r} into {name!r}: names in checkpoints are UTF-8, which "
                 "has no half of a surrogate pair; give it another name (choice_func)"
             ) from error
-    if _form(name, "write") is ckpt:
-        return ckpt_writer.layout(specs, crc=crc, metadata=metadata)
-    return safetensors.layout(specs, metadata, crc=crc)
+    if _form(name, "write") is safetensors:
+        return safetensors.layout(specs, metadata, crc=crc)
+    from ms_ckpt_ext.formats import ckpt_writer
+
+    return ckpt_writer.layout(specs, crc=crc, metadata=metadata)
 
 
 def _form(name: str, action: str) -> ModuleType:
@@ -185,4 +189,4 @@ def _form(name: str, action: str) -> ModuleType:
         raise UsageError(
             f"cannot {action} {name!r}: no format {suffix or 'without a suffix'!r}; known are {', '.join(_FORMATS)}"
         )
-    return _FORMATS[suffix]
+    return importlib.import_module(_FORMATS[suffix])

@@ -41,6 +41,8 @@ _MEMBER_BYTES, _CHARACTER_BYTES = 1000, 12
 """More than a tensor's member takes beside its name, and a character of its name, which a note may repeat."""
 DEDUPLICATED = "remove_redundancy"
 """MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
+SHARDING_INFO = "DCP_SHARDING_INFO"
+"""Metadata key of torch's distributed checkpoint, see `formats.discovery.torch_slices`."""
 NO_CRC = "0" * len(str(2**32 - 1))
 """What stands at `CRC_NUM` until it is known."""
 TEXT_NOTE = "ms_ckpt_ext.text"

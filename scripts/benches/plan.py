@@ -18,7 +18,7 @@ PLANNING = """
 import time, sys
 begin = time.perf_counter()
 from ms_ckpt_ext.engine.source.catalog import open_catalog
-from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.job import tasks_of
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.core.planning.schedule import schedule

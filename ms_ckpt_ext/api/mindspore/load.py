@@ -22,7 +22,7 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.engine.files.jobs import folders_job
+from ms_ckpt_ext.engine.files.reshard import folders_job
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
@@ -309,7 +309,7 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
 
 
 def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **how: Any) -> None:
-    """Into files; `how` they are written, see `engine.files.jobs.folders_job`."""
+    """Into files; `how` they are written, see `engine.files.reshard.folders_job`."""
     place = asked.place(None)
     target = path_of(directory, "dst_safetensors_dir")
     rank_id = None if rank_id is None else integer(rank_id, "rank_id", 0, "an int or None")

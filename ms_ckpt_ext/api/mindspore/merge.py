@@ -11,28 +11,26 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     access_of,
     as_strategy,
+    checked_format,
     checked_naming,
     checked_rules,
-    execute_with_progress,
     path_of,
     running,
     seal_of,
 )
+from ms_ckpt_ext.api.jobs import run_merge
 from ms_ckpt_ext.api.share import share_of
-from ms_ckpt_ext.engine.files.apart import check_apart
+from ms_ckpt_ext.api.source import Filter
 from ms_ckpt_ext.engine.files.execution import Report
-from ms_ckpt_ext.engine.files.jobs import PART_BYTES, MergeOptions, merge_job, refuse_empty
+from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Choice
-from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.proven import doubted, ruled
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.strategies.merging import merge_strategy_files
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.formats.crypto import KeyLike
 
 
 def unified_safetensors(
@@ -116,18 +114,15 @@ def unified_safetensors(
         raise UsageError(f"src_dir must be the directory that holds the rank folders, got the file {source!r}")
     called = checked_naming(choice_func, name_map, scalars=False)
     task, tasks = share_of(split_dst_file, "split_dst_file")
+    checked_format(output_format, "output_format")
     seal = seal_of(enc_key, enc_mode)
     options = MergeOptions(task, tasks, naming, part_bytes, output_format, crc, seal, digests)
     run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = as_strategy(src_strategy_file, argument="src_strategy_file")
     listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
-    catalog = ruled(read_slices(listing, strategy, access, allow_equal_slices), weight_rules)
-    refuse_empty(catalog)
-    catalog = called.of(doubted(compared(catalog)))
-    job = merge_job(catalog, target, options)
-    check_apart(catalog, target, job)
-    return execute_with_progress(job, target, run, "merge")
+    catalog = read_slices(listing, strategy, access, allow_equal_slices)
+    return run_merge(catalog, target, options, run, weight_rules, called, Filter())
 
 
 def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:
@@ -137,6 +132,8 @@ def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: Pat
         StrategyError: the directory holds no strategy files, or both kinds, or a bad one, or only merged ones.
         UsageError: the file to write is one of those to be merged.
     """
+    from ms_ckpt_ext.formats.strategies.merging import merge_strategy_files
+
     merge_strategy_files(
         path_of(src_strategy_dirs, "src_strategy_dirs"), path_of(dst_strategy_file, "dst_strategy_file")
     )

@@ -25,10 +25,10 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.core.geometry.ranks import needed_for_whole, needed_ranks, same_cut
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.engine.files.apart import check_apart
 from ms_ckpt_ext.engine.files.execution import Report
-from ms_ckpt_ext.engine.files.jobs import recut_job
 from ms_ckpt_ext.engine.files.order import of_ranks, of_transform
+from ms_ckpt_ext.engine.files.overwrite import check_apart
+from ms_ckpt_ext.engine.files.reshard import recut_job
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import list_files
 from ms_ckpt_ext.engine.source.renaming import Choice

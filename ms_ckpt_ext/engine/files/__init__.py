@@ -1,12 +1,11 @@
 """File to file: merge, reshard, convert, encrypt. Read in this order:
 
 job              a job as a value: the files it wants, laid out, and what fills each
-jobs             the jobs of merge and reshard
+merge            the job of a merge
+reshard          the job of a re-cut
 order            the order of parameters in .ckpt files
 convert          the job of a conversion
-apart            results stay out of the source's folders
-older            what an older result left in the target
-origin           whose a file in the target is
+overwrite        what a job may overwrite, and what it must not
 beside           results beside their inputs
 resume_point     what an earlier run finished
 execution        runs a job

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.engine.files.job import Job, Output
-from ms_ckpt_ext.engine.files.origin import Records
+from ms_ckpt_ext.engine.files.overwrite import Records
 from ms_ckpt_ext.engine.integrity.digests import digest_tensors
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry

@@ -20,8 +20,6 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.planning.io_units import Limits, Task
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.files.crc_sink import SummingSink
-from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink, rounds
 from ms_ckpt_ext.engine.files.job import Job, Output, check_job, job_fingerprint, tasks_of
 from ms_ckpt_ext.engine.files.resume_point import is_done, is_intact, noted, published
 from ms_ckpt_ext.engine.integrity import manifest
@@ -37,6 +35,8 @@ from ms_ckpt_ext.storage.staging import Staging
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
+
+    from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink
 
 
 class Report:
@@ -184,6 +184,8 @@ def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[T
     """
     tasks = tasks_of(todo)
     if job.seal is not None:
+        from ms_ckpt_ext.engine.files.encrypted_sink import rounds
+
         return rounds(tasks, [output.name for output in todo], job.seal, workers)
     return [sorted(tasks, key=job.source.position) if job.source.authenticated else tasks]
 
@@ -225,6 +227,8 @@ class _Files:
         if seal is None:
             file = FileSink(path, layout.size, self._job.sync)
         else:
+            from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink
+
             file = SealedSink(path, output.name, layout, seal, self._job.sync)
         self.sinks.append(file)  # it is closed, whatever happens now
         if seal is None:
@@ -234,7 +238,11 @@ class _Files:
         if self._job.digests and holds is not None:
             sink = DigestingSink(file, lambda: streams(holds(), layout.size), layout.fixed)
             self._digesting[number] = sink
-        self.sinks[number] = sink if layout.checksum is None else SummingSink(sink, layout)
+        self.sinks[number] = sink
+        if layout.checksum is not None:
+            from ms_ckpt_ext.engine.files.crc_sink import SummingSink
+
+            self.sinks[number] = SummingSink(sink, layout)
 
     def landed(self, sink: int, nbytes: int) -> None:
         with self._lock:

@@ -7,23 +7,26 @@ file wants of each parameter becomes one task per parameter, so that bytes wante
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import xxhash
 
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
-from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry
+from ms_ckpt_ext.formats import registry
+from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import index_through, open_reader
 from ms_ckpt_ext.storage.linux import boot_id
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.staging import ONE_TASK
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.files.encrypted_sink import Seal
 
 _PLAN_VERSION = b"1"
 """Part of every job's fingerprint: raised when the same inputs would give other bytes."""
@@ -205,3 +208,34 @@ def _names_of_files(paths: Sequence[str]) -> Iterator[str]:
     real = [os.path.realpath(path) for path in paths]
     root = os.path.commonpath(map(os.path.dirname, real)) if len(set(real)) > 1 else os.sep
     return (os.path.relpath(path, root) for path in real)
+
+
+def output_of(
+    name: str,
+    wanted: Iterable[tuple[str, SourceTensor, Optional[Region]]],
+    catalog: Catalog,
+    crc: bool = False,
+    seal: Optional[Seal] = None,
+    framework: str = "ms",
+) -> Output:
+    """Lay out one file.
+
+    Args:
+        wanted: name, parameter and box of it; None for the whole parameter.
+        seal: may ask for a checksum by itself.
+        framework: what the header says of it.
+    """
+    crc = crc or (seal is not None and seal.needs_crc(name))
+    boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
+    specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
+    notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
+    layout: FileLayout = registry.lay_out(name, specs, {"format": framework, **notes}, crc)
+    return Output(name, layout, tuple(Wanted(*box) for box in boxes), lambda: layout.tensors)
+
+
+def refuse_empty(catalog: Catalog) -> None:
+    """Raise UsageError for a checkpoint without parameters, CoverageError when it is known where they should be."""
+    if not catalog.tensors:
+        catalog.require(catalog.absent)
+        files = ", ".join(repr(index.path) for index in catalog.files[:3])
+        raise UsageError(f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path")

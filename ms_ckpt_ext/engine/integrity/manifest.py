@@ -28,15 +28,17 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.parsing import from_json
-from ms_ckpt_ext.engine.integrity.finding import Finding
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
-from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.storage import flock
 from ms_ckpt_ext.storage.atomic import write_atomically
 from ms_ckpt_ext.storage.published import places_of
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.integrity.finding import Finding
+    from ms_ckpt_ext.formats.crypto import Key
 
 MANIFEST_NAME = "ms_ckpt_ext.digests.json"
 _FORMAT = "ms_ckpt_ext.digests"
@@ -175,6 +177,8 @@ def opened(manifest: Manifest, key: Optional[Key]) -> tuple[Manifest, list[Findi
             files[name] = held.opened_by(key, name)
         except DecryptionError as error:
             files[name] = held
+            from ms_ckpt_ext.engine.integrity.finding import Finding
+
             faults.append(Finding(name, None, str(error), "digests that open with the key"))
     return Manifest(files), faults
 

@@ -19,10 +19,8 @@ from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Task
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
-from ms_ckpt_ext.engine.source.folders import folder_contents
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.engine.source.outside import Held, outside_of
-from ms_ckpt_ext.engine.source.surplus import of_strategy
 from ms_ckpt_ext.errors import (
     CoverageError,
     DiscoveryError,
@@ -30,16 +28,16 @@ from ms_ckpt_ext.errors import (
     StrategyError,
     name_ranks,
 )
-from ms_ckpt_ext.formats.discovery import mindformers, rank_folders
-from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
+from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
-from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
+from ms_ckpt_ext.formats.safetensors import DEDUPLICATED, SHARDING_INFO
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import ByteReader
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 _FEW_RANKS, _RANKS_PER_FILE = 16_384, 1024
 """A strategy of more ranks than both, for the files at hand, is refused: every one costs time for every parameter."""
@@ -162,8 +160,11 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
         DiscoveryError: the names of the files speak of different steps.
         FormatError: a file holds slices of torch's distributed checkpoint.
     """
-    index_of = of_strategy(index_of, strategy, access)
-    refuse_slices(index_of.values())
+    if any(rank >= strategy.world for rank in index_of):
+        from ms_ckpt_ext.engine.source.surplus import of_strategy
+
+        index_of = of_strategy(index_of, strategy, access)
+    _refuse_slices(index_of.values())
     files_by_rank = {rank: index.path for rank, index in index_of.items()}
     _check_world(files_by_rank, strategy)
     rank_folders.check_one_step(files_by_rank)
@@ -311,7 +312,7 @@ def parts_catalog(
         FormatError: a file holds slices of torch's distributed checkpoint.
     """
     indexes = tuple(index_of.values())
-    refuse_slices(indexes)
+    _refuse_slices(indexes)
     numbers = {file: number for number, file in enumerate(index_of)}
     scalars = next((numbers[name] for name in rank_folders.HYPER_NAMES if name in numbers and names is not None), None)
     listed = {} if names is None or (len(indexes) == 1 and indexes[0].tensors.keys() - names.keys()) else names
@@ -360,7 +361,7 @@ def catalog_of(
     names: Optional[Mapping[str, str]],
     strategy: Optional[Strategy],
     access: Access = PLAIN,
-    folder: Optional[mindformers.Folder] = None,
+    folder: Optional[Folder] = None,
 ) -> Catalog:
     """A checkpoint from its listing (see `listing.Listing`) and the headers of its files, by key.
 
@@ -377,6 +378,14 @@ def catalog_of(
     return parts_catalog(index_of, names, access)
 
 
+def _refuse_slices(indexes: Iterable[FileIndex]) -> None:
+    noted = [index for index in indexes if SHARDING_INFO in index.metadata]
+    if noted:
+        from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
+
+        refuse_slices(noted)
+
+
 def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
     for index in indexes:
         if index.metadata.get(DEDUPLICATED) == "True":
@@ -386,10 +395,12 @@ def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
             )
 
 
-def _folder_catalog(index_of: Mapping[str, FileIndex], folder: mindformers.Folder, access: Access) -> Catalog:
+def _folder_catalog(index_of: Mapping[str, FileIndex], folder: Folder, access: Access) -> Catalog:
     """A folder of MindFormers from the headers of its files."""
     indexes = tuple(index_of.values())
-    refuse_slices(indexes)
+    _refuse_slices(indexes)
+    from ms_ckpt_ext.engine.source.folders import folder_contents
+
     found = folder_contents(index_of, folder)
     extras, own, unproven = found.outside
     told = _notes(indexes), access, found.absent, own, unproven, found.strategy, found.ranks
@@ -422,7 +433,7 @@ def file_catalog(path: str, access: Access = PLAIN) -> Catalog:
 def files_catalog(paths: Sequence[str], access: Access = PLAIN) -> Catalog:
     """Several files as one source; what two of them have is taken from the later. Raises as `file_catalog`."""
     indexes = tuple(read_indexes(paths, access))
-    refuse_slices(indexes)
+    _refuse_slices(indexes)
     tensors = {
         name: whole_tensor(name, entry, [number])
         for number, index in enumerate(indexes)

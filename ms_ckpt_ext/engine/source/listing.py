@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import DiscoveryError, also
-from ms_ckpt_ext.formats.discovery import mindformers, rank_folders
+from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
-from ms_ckpt_ext.formats.discovery.whole_models import is_map, unified_files
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 
 class Listing(NamedTuple):
@@ -32,7 +34,7 @@ class Listing(NamedTuple):
     files: dict[str, str]
     sharded: bool
     names: Optional[dict[str, str]]
-    folder: Optional[mindformers.Folder] = None
+    folder: Optional[Folder] = None
 
 
 def list_checkpoint(
@@ -59,12 +61,14 @@ def list_checkpoint(
         _warn_of_one_rank(path)
     if not require_sharded and os.path.isfile(path):
         return _list_file(path, strategy, kind)
-    folder = None if require_sharded or strategy is not None else mindformers.find_folder(path)
+    folder = None if require_sharded or strategy is not None else _mindformers_folder(path)
     if folder is not None:
         return Listing(folder.files, False, None, folder)
     if require_sharded or (rank_folders.is_sharded(path) and not (strategy is None and _has_map(path))):
         world = None if strategy is None else strategy.world
         return _of_ranks(rank_folders.rank_files(path, kind, file_suffix, world), strategy, path)
+    from ms_ckpt_ext.formats.discovery.whole_models import unified_files  # which rank folders do without
+
     found = unified_files(path, kind, file_suffix, ranked=strategy is not None and strategy.world > 1)
     if found.ranks:
         return _of_ranks(found.ranks, strategy, path)
@@ -72,7 +76,15 @@ def list_checkpoint(
     return Listing({**found.files, **hyper}, False, found.names)
 
 
+def _mindformers_folder(path: str) -> Optional[Folder]:
+    from ms_ckpt_ext.formats.discovery.mindformers import find_folder
+
+    return find_folder(path)
+
+
 def _list_file(path: str, strategy: Optional[Strategy], kind: Optional[str]) -> Listing:
+    from ms_ckpt_ext.formats.discovery.whole_models import is_map, unified_files
+
     folder, name = os.path.split(path)
     if is_map(name):
         found = unified_files(folder or os.curdir, kind, index=name)
@@ -104,6 +116,8 @@ def _warn_of_one_rank(path: str) -> None:
 
 
 def _has_map(directory: str) -> bool:
+    from ms_ckpt_ext.formats.discovery.whole_models import is_map
+
     return any(is_map(path.name) for path in rank_folders.inside(Path(directory), Path.is_file))
 
 

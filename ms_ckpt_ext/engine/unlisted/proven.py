@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.geometry.neighbours import axes_of, representatives, unseen_axes
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import Group, Held
 from ms_ckpt_ext.engine.source.renaming import some
-from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
 from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
 
 if TYPE_CHECKING:
@@ -57,10 +55,27 @@ def merged(catalog: Catalog) -> Catalog:
         LayoutMismatchError: something differs by rank.
         FormatError, StorageError: a file cannot be read.
     """
-    found = doubted(compared(catalog))
+    found = judged(catalog)
     refuse_own(found, found.own, "it cannot be put together")
     tell_accumulated(found)
     return found
+
+
+def judged(catalog: Catalog) -> Catalog:
+    """The catalog with what lies outside the strategy compared, and in doubt where too few files are given to tell.
+
+    Raises FormatError or StorageError when a file cannot be read.
+    """
+    return doubted(_compared(catalog, catalog.unproven))
+
+
+def _compared(catalog: Catalog, names: Iterable[str]) -> Catalog:
+    """`engine.unlisted.alike.compared`, which is imported when there is something to compare."""
+    if not catalog.unproven:
+        return catalog
+    from ms_ckpt_ext.engine.unlisted.alike import compared
+
+    return compared(catalog, names)
 
 
 def tell_accumulated(catalog: Catalog) -> None:
@@ -116,6 +131,8 @@ def _tell_unseen(catalog: Catalog, names: Sequence[str]) -> None:
 
 
 def _is_table(catalog: Catalog, tensor: SourceTensor) -> bool:
+    from ms_ckpt_ext.engine.unlisted.alike import SMALL
+
     return len(tensor.meta.shape) < 2 and catalog.nbytes(tensor) <= SMALL
 
 
@@ -137,21 +154,25 @@ def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:
         return ()
     stages = dict.fromkeys(map(strategy.stage_of, holders))
     absent = [rank for stage in stages for rank in strategy.ranks_of(stage) if rank not in catalog.ranks]
-    if not absent or not unseen_axes(holders, strategy.devices_per_stage, axes_of(strategy.layouts)):
+    if not absent:
+        return ()
+    from ms_ckpt_ext.core.geometry.neighbours import axes_of, representatives, unseen_axes
+
+    if not unseen_axes(holders, strategy.devices_per_stage, axes_of(strategy.layouts)):
         return ()
     every = sorted({*holders, *absent})
     standing = representatives(every, strategy.devices_per_stage, axes_of(strategy.layouts))
     return tuple(rank for rank in standing.whole if rank not in catalog.ranks) or tuple(absent)
 
 
-def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) -> Catalog:
+def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Optional[Compare] = None) -> Catalog:
     """The checkpoint as weight rules present it: `Catalog.ruled`, also of parameters that the strategy does not list.
 
     Text outside the strategy keeps its name, and so do single values that a pattern meets, which the log tells; one
     that a rule names outright is taken.
 
     Args:
-        compare: `engine.unlisted.alike.compared`, or one that ranks share.
+        compare: one that ranks share; by default `engine.unlisted.alike.compared`.
 
     Raises:
         LayoutMismatchError: a parameter that a rule takes differs by rank.
@@ -169,7 +190,7 @@ def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Compare = compared) 
         log.warning(
             "single values outside the strategy keep their names, though a rule's pattern meets them: %s", some(kept)
         )
-    catalog = compare(catalog, taken)
+    catalog = (compare or _compared)(catalog, taken)
     refuse_own(catalog, taken, "no rule can take it")
     tensors = {**catalog.tensors, **{name: catalog.extras[name] for name in taken}}
     extras = {name: tensor for name, tensor in catalog.extras.items() if name not in tensors}

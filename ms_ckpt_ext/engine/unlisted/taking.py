@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout, whole
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
-from ms_ckpt_ext.engine.files.jobs import box_under, listed_boxes, nothing_listed
+from ms_ckpt_ext.engine.files.reshard import box_under, listed_boxes, nothing_listed
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import Held, of_rank, side_by_side
 from ms_ckpt_ext.engine.source.renaming import called

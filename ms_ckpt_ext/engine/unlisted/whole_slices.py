@@ -26,7 +26,6 @@ from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.engine.unlisted.probes import Alone, Look, Probe
-from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 
@@ -99,7 +98,10 @@ def read_slices(
     """
     catalog = read_listing(listing, strategy, access)
     refuse_gathered(catalog, Alone(catalog), allow_equal_slices)
-    warn_unlike(catalog, Alone(catalog))
+    if any(len(tensor.placements) > 1 for tensor in catalog.tensors.values()):
+        from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
+
+        warn_unlike(catalog, Alone(catalog))
     return catalog
 
 

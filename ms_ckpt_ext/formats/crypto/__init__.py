@@ -20,7 +20,6 @@ import importlib
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError
-from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
 from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, SM4, SNIFF_BYTES, is_encrypted, sniff
 from ms_ckpt_ext.storage.reader import ByteReader
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer, EncryptingWriter, encrypt_all
     from ms_ckpt_ext.formats.crypto.container import ChunkedReader
     from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
+    from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
 
 _LATE = {
     "BlockSealer": "blocks_writer",
@@ -36,9 +36,12 @@ _LATE = {
     "ChunkedWriter": "container_writer",
     "DecryptingReader": "blocks",
     "EncryptingWriter": "blocks_writer",
+    "Key": "keys",
+    "KeyLike": "keys",
     "Sealer": "container_writer",
     "encrypt_all": "blocks_writer",
     "keep_checksums": "blocks",
+    "load_key": "keys",
 }
 
 __all__ = [

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats.index import FileIndex
+from ms_ckpt_ext.formats.safetensors import SHARDING_INFO
 
-SHARDING_INFO = "DCP_SHARDING_INFO"
 JOIN = "join the files of all ranks first, by torch.distributed.checkpoint's consolidate_safetensors_files"
 _NAMED = re.compile(r'"([^"]*)"\s*:\s*\{\s*"saved_offsets"\s*:\s*\[[0\s,]*[1-9]')
 _BEGINS_LATER = re.compile(r'"saved_offsets"\s*:\s*\[[0\s,]*[1-9]')

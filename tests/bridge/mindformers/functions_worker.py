@@ -30,7 +30,7 @@ from ms_ckpt_ext.bridge.mindformers.legacy import NOTE_NAME
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.source.catalog import open_catalog
-from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.errors import UnsupportedError
 

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 import ms_ckpt_ext
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files.execution import execute
-from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from tests.docs.test_pages import blocks
 from tests.harness.msrun import run_msrun

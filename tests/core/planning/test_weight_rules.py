@@ -35,7 +35,7 @@ from ms_ckpt_ext.core.planning.weight_rules import (
 )
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files.execution import execute
-from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, open_catalog
 from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError

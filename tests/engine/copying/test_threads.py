@@ -141,7 +141,7 @@ def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupted_merge_leaves_nothing(tmp_path: Path) -> None:
     from ms_ckpt_ext.core.planning.io_units import Limits
-    from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job
+    from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
     from ms_ckpt_ext.engine.source.catalog import open_catalog
     from ms_ckpt_ext.formats.strategies.file import load_strategy
 

@@ -25,7 +25,8 @@ from ms_ckpt_ext.engine.files import encrypted_sink, execution
 from ms_ckpt_ext.engine.files.crc_sink import SummingSink
 from ms_ckpt_ext.engine.files.encrypted_sink import HeldBytes, Seal, SealedSink
 from ms_ckpt_ext.engine.files.job import Job
-from ms_ckpt_ext.engine.files.jobs import MergeOptions, merge_job, recut_job
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.reshard import recut_job
 from ms_ckpt_ext.engine.integrity.digests import digest_file, streams
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats import checksum

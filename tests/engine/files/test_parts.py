@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.engine.files import jobs
+from ms_ckpt_ext.engine.files import merge as jobs
 
 
 def one_by_one(sizes: Mapping[str, int], count: int) -> list[list[str]]:

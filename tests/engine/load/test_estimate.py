@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, 
 from ms_ckpt_ext.core.planning.pieces import TensorMeta
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.files.jobs import rank_boxes
+from ms_ckpt_ext.engine.files.reshard import rank_boxes
 from ms_ckpt_ext.engine.load import estimate
 from ms_ckpt_ext.engine.load.estimate import DryRun, dry_run
 from ms_ckpt_ext.engine.load.options import LoadOptions

@@ -1,0 +1,147 @@
+"""The output files of a re-cut: every rank's slices under another strategy, one file a rank.
+
+Training scalars and whatever else lies outside the strategy go along whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Callable, Optional
+
+from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
+from ms_ckpt_ext.engine.files import overwrite
+from ms_ckpt_ext.engine.files.job import Job, output_of, refuse_empty
+from ms_ckpt_ext.engine.files.order import Files, arranged
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.unlisted.keeping import Box, Keeping, slice_of
+from ms_ckpt_ext.engine.unlisted.proven import refuse_own
+from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+
+
+def recut_job(
+    catalog: Catalog,
+    strategy: Optional[Strategy],
+    ranks: Sequence[int],
+    file_name: Callable[[int], str],
+    target: Optional[str] = None,
+    *,
+    files: Callable[[int], Files] = lambda _: (),
+    every_rank: bool = False,
+    states: bool = True,
+    alone: bool = False,
+    crc: bool = False,
+    seal: Optional[Seal] = None,
+    digests: bool = True,
+) -> Job:
+    """The slices of `ranks` under `strategy` (None: one device), one file per rank.
+
+    What the source has and the strategy does not list is kept, see `engine.unlisted.keeping`.
+
+    Args:
+        file_name: rank -> file, relative to the target directory.
+        target: the target directory, when the job's files there are one result: what an older one left is taken away.
+        files: rank -> the order of parameters in a `.ckpt`, see `engine.files.order`.
+        every_rank: files of this name of ranks beyond these, too, whoever wrote them.
+        states, alone: see `Keeping`.
+        crc: give every file a checksum.
+        seal: how the files are encrypted; None when they are not.
+        digests: write a manifest of digests beside them.
+
+    Raises:
+        LayoutMismatchError: a parameter cannot be cut as the strategy says, or not be kept, see
+            `engine.unlisted.keeping`.
+        UsageError: no parameter of the strategy is in the checkpoint, or none at all.
+        CoverageError: one of the ranks wants parameters of a pipeline stage that has no file.
+    """
+    refuse_empty(catalog)
+    for rank in ranks:
+        catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
+    keeping = Keeping(catalog, strategy, states, alone)
+    catalog = keeping.catalog
+    outputs = []
+    for rank in ranks:
+        wanted = arranged(catalog, rank_boxes(catalog, strategy, rank), keeping.of(rank), files(rank))
+        outputs.append(output_of(file_name(rank), wanted, catalog, crc, seal))
+    job = partial(Job, catalog, tuple(outputs), seal=seal, digests=digests)
+    if target is None:
+        return job()
+    names = [output.name for output in outputs]
+    stale = partial(overwrite.of_recut, target, names, file_name, every_rank)
+    return job(replaces=stale, shuns=[each for name in names for each in overwrite.in_any_format(name)])
+
+
+def folders_job(
+    catalog: Catalog,
+    strategy: Optional[Strategy],
+    ranks: Sequence[int],
+    alone: bool,
+    target: str,
+    form: str,
+    *,
+    crc: bool = False,
+    seal: Optional[Seal] = None,
+    digests: bool = True,
+) -> tuple[Job, str]:
+    """`rank_N/net.{form}` below `target` for every one of `ranks`; and the directory that the job is to be run in.
+
+    With `alone`, `ranks` is a single one, which gets a target of its own, so that the ranks of a job can do this at the
+    same time. The other arguments are those of `recut_job`. Raises as `recut_job` and `check_apart`.
+    """
+    recut = partial(recut_job, catalog, strategy, ranks, states=False, alone=alone, crc=crc, seal=seal, digests=digests)
+    if alone:
+        target = os.path.join(target, f"rank_{ranks[0]}")
+        job = recut(lambda _: f"net.{form}", target)
+    else:
+        job = recut(lambda rank: f"rank_{rank}/net.{form}", target, every_rank=True)
+    overwrite.check_apart(catalog, target, job)
+    return job, target
+
+
+def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
+    """All that `strategy` gives a rank, as far as the checkpoint has it.
+
+    Raises:
+        LayoutMismatchError, UsageError: as `recut_job`.
+    """
+    found = listed_boxes(catalog, strategy, rank)
+    if strategy is not None and not found:
+        raise nothing_listed(strategy, rank)
+    return found
+
+
+def nothing_listed(strategy: Strategy, rank: int) -> UsageError:
+    """The error of a strategy that has nothing in common with a checkpoint."""
+    return UsageError(
+        f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "
+        "check that strategy and checkpoint belong to the same model, and name_map if you use one"
+    )
+
+
+def listed_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
+    """`rank_boxes`, where that may be nothing."""
+    if strategy is None:
+        return [Box(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
+    found = []
+    names = strategy.names_of(rank)
+    refuse_own(catalog, names, f"it cannot be cut as {strategy.origin} says")
+    for name in names:
+        tensor = catalog.tensors.get(name) or catalog.extras.get(name)
+        if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
+            found.append(box_under(strategy, rank, name, tensor))
+    return found
+
+
+def box_under(strategy: Strategy, rank: int, name: str, tensor: SourceTensor) -> Box:
+    """What a rank has of a parameter by the layout of a name. Raises LayoutMismatchError: it cannot be cut so."""
+    layout = strategy.layout(name, rank)
+    assert layout is not None  # the strategy gives the rank this name
+    try:
+        return slice_of(name, tensor, layout, rank % strategy.devices_per_stage)
+    except LayoutMismatchError as error:
+        raise LayoutMismatchError(f"parameter {name!r} under {strategy.origin}: {error}") from error
