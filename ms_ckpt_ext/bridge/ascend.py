@@ -8,7 +8,8 @@ Parameter has another dtype. A stretch that starts between elements is moved to 
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from collections import deque
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from mindspore import mint
@@ -21,33 +22,58 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import byte_box
 from ms_ckpt_ext.core.geometry.view import View, nests
 from ms_ckpt_ext.engine.load.replicas import SliceBytes
-from ms_ckpt_ext.storage import buffers
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
-_CARRIERS = {1: ms.uint8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
+_CARRIERS = {1: ms.int8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
 """Types that move elements of a width without looking at them."""
 
 
+class _Upload(NamedTuple):
+    """A copy under way; what it reads from must stay until it is over."""
+
+    over: Any
+    host: Bytes
+    source: Any
+
+
+def pinned(nbytes: int) -> Bytes:
+    """Host memory that the device reads at the speed of the bus, without the host's help."""
+    memory: Bytes = mint.empty(nbytes, dtype=ms.int8, device="CPU", pin_memory=True).asnumpy().view(np.uint8)
+    return memory
+
+
 class DeviceMover:
-    """Chunks go up to the device as they are, and are cut there."""
+    """Chunks go up to the device as they are, from pinned memory, on a stream of their own, and are cut there."""
 
     def __init__(self, transport: Transport[Any]) -> None:
         self._transport = transport
-        self._idle: list[Bytes] = []
+        self._stream = ms.runtime.Stream()
+        self._free: list[Bytes] = []
+        self._idle: list[Any] = []
+        self._going: deque[_Upload] = deque()
 
     def host(self, nbytes: int) -> Bytes:
-        """Reused where there is one."""
-        return self._idle.pop() if self._idle else np.frombuffer(buffers.scratch(nbytes), np.uint8)
+        """Pinned memory, reused when its upload is over."""
+        while self._going and self._going[0].over.query():
+            self._free.append(self._going.popleft().host)
+        return self._free.pop() if self._free else pinned(nbytes)
 
     def stage(self, host: Bytes, nbytes: int) -> Any:
-        """A device buffer with these bytes."""
-        buffer = self._transport.allocate(nbytes)
-        self._transport.upload(host[:nbytes], buffer, 0)
-        self._idle.append(host)
+        """A device buffer into which these bytes are under way; what is launched from now on waits for them."""
+        buffer = self._idle.pop() if self._idle else self._transport.allocate(host.nbytes)
+        over, source = ms.runtime.Event(), ms.Tensor.from_numpy(host[:nbytes].view(np.int8))
+        current = ms.runtime.current_stream()
+        self._stream.wait_stream(current)  # the buffer's last cuts are over
+        with ms.runtime.StreamCtx(self._stream):
+            mint.narrow(buffer, 0, 0, nbytes).copy_(source, non_blocking=True)
+            over.record(self._stream)
+        current.wait_event(over)
+        self._going.append(_Upload(over, host, source))
         return buffer
 
     def release(self, staged: Any) -> None:
-        """The backend takes it back."""
+        """To be uploaded into again."""
+        self._idle.append(staged)
 
     def pack(self, source: Any, offset: int, shape: Shape, box: Region, dtype: DType, target: Any, at: int) -> None:
         """One copy between views."""
@@ -75,7 +101,7 @@ class DeviceSink:
             return
         lying, cut, carrier, width = _carried(shape, box, self._dtype, offset)
         if view is not None:
-            if carrier is ms.uint8:
+            if carrier is ms.int8:
                 grain = self._dtype.bits // 8
                 view = View(view.offset * grain, (*(stride * grain for stride in view.strides), 1))
                 region = Region((*region.start, 0), (*region.stop, grain))
@@ -84,7 +110,7 @@ class DeviceSink:
             )
             return
         whole: Shape = self._offer.shape
-        if carrier is ms.uint8:
+        if carrier is ms.int8:
             whole, region = byte_box(whole, region, self._dtype)
         target = self._parameter.view(carrier).view(*(whole or (1,)))
         _cut(target, region).copy_(_cut(_array(source, offset, lying, carrier, width), cut))
@@ -119,13 +145,13 @@ def _carried(shape: Shape, box: Region, dtype: DType, *offsets: int) -> tuple[Sh
     width = dtype.bits // 8
     if width > 1 and dtype.bits % 8 == 0 and width in _CARRIERS and all(offset % width == 0 for offset in offsets):
         return shape, box, _CARRIERS[width], width
-    return (*byte_box(shape, box, dtype), ms.uint8, 1)
+    return (*byte_box(shape, box, dtype), ms.int8, 1)
 
 
 def _array(buffer: Any, offset: int, shape: Shape, dtype: Any, width: int) -> Any:
-    """An array of `shape` at byte `offset` of a flat uint8 buffer, as a view; a scalar has one axis of length 1."""
+    """An array of `shape` at byte `offset` of a flat int8 buffer, as a view; a scalar has one axis of length 1."""
     flat = mint.narrow(buffer, 0, offset, math.prod(shape) * width)
-    return (flat if dtype is ms.uint8 else flat.view(dtype)).view(*(shape or (1,)))
+    return (flat if dtype is ms.int8 else flat.view(dtype)).view(*(shape or (1,)))
 
 
 def _cut(array: Any, box: Region) -> Any:

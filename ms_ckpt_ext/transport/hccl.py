@@ -1,34 +1,37 @@
 """Ranks of a MindSpore job on Ascend: collectives between device memories.
 
-Buffers are uint8 device tensors; a `mint.narrow` of axis 0 is contiguous and costs nothing, so every stretch is a view.
+Buffers are int8 device tensors, the type that HCCL lists for every call on every product (uint8 is not listed between
+servers). A `mint.narrow` of axis 0 is contiguous and costs nothing, so every stretch is a view.
 
-    all_gather   AllGather when all counts are equal, else AllGatherV. HCCL has no AllGatherV on the first generation
-                 (soc version `ascend910`: 910A, 910 Pro): there each rank's part is padded to the longest, gathered,
-                 and cut out of a second buffer on the device.
-    all_to_all   AlltoAllV.
+    all_gather   AllGather of equal shares. AllGatherV, which several products lack, is called nowhere.
+    broadcast    Broadcast.
+    all_to_all   AlltoAllV; where the product lacks it, see `_lacks_all_to_all`, sends and receives between pairs.
 
 A handle's `wait()` blocks the host until the bytes are there, and raises if they never come. Both takes two calls in
 MindSpore 2.10.0: `Stream.synchronize()` waits without holding the interpreter lock, but only logs a failed collective
 and returns (so do `mindspore.runtime.synchronize()` and `Event.query()`); `Event.synchronize()` raises, but holds the
 lock, which would stop the threads that read files meanwhile. So the stream first, then the event, which is then over.
+It is a stream of its own, so that what was launched for the next round is not waited for.
 
 Only the given group's communicator is used and none is created: each costs two HCCL buffers of device memory.
+Before the first exchange of a process known bytes make the round : a backend may return success and zeros.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import Callable, Optional
+from functools import cache
+from typing import Optional
 
 import mindspore
 import numpy as np
 from mindspore import mint
 from mindspore.mint import distributed
 
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import TransportError, UsageError
 from ms_ckpt_ext.transport.base import (
     Bytes,
-    Done,
     Handle,
     Ranks,
     TransportTraits,
@@ -42,8 +45,13 @@ from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell
 from ms_ckpt_ext.transport.gather import gather
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
-_WITHOUT_ALL_GATHER_V = ("ascend910",)
-"""Soc versions, as MindSpore spells them; `ascend910b` and `ascend910_93` are later generations."""
+_BUFFER_MB = 200
+"""HCCL_BUFFSIZE where it is not set, in MiB."""
+_MIB = 1 << 20
+_KNOWN = 16
+"""Bytes that every pair of ranks exchanges before the first real round."""
+_proven: set[Optional[str]] = set()
+"""Groups whose communicator gave the known answer in this process."""
 
 
 class Hccl:
@@ -52,25 +60,26 @@ class Hccl:
     Args:
         timeout: seconds that one call may last while all ranks are alive.
         group: name of an existing group of which this rank is a member.
-        padded: whether uneven all-gathers are padded; None decides by the soc version.
 
     A rank that dies is a PeerError with its number on all others within a second, also while they wait for a
     collective; see `control` for what lingers. A collective that fails by itself is a TransportError.
     """
 
-    traits = TransportTraits(on_device=True, overlaps=True)
-
-    def __init__(self, timeout: float, group: Optional[str] = None, padded: Optional[bool] = None) -> None:
+    def __init__(self, timeout: float, group: Optional[str] = None) -> None:
         self._group = group
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
-        self._padded = _soc_version() in _WITHOUT_ALL_GATHER_V if padded is None else padded
+        product = _soc_version()
+        way = "pairs" if _lacks_all_to_all(product, self.size, _on_one_server(self.size, group)) else "collective"
+        call_bytes = _buffer_mb() * _MIB
+        self.traits = TransportTraits(True, True, all_to_all=way, call_bytes=call_bytes, product=product)
+        self._telling = False  # what ranks tell each other is no round
         self._control = ControlPlane(self.rank, self.size, timeout, self._gather)
         self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> mindspore.Tensor:
         """A device tensor of `nbytes` bytes."""
-        return mint.empty((nbytes,), dtype=mindspore.uint8)
+        return mint.empty((nbytes,), dtype=mindspore.int8)
 
     def upload(self, host: Bytes, buffer: mindspore.Tensor, offset: int) -> None:
         """Copy `host` into `buffer`."""
@@ -78,15 +87,18 @@ class Hccl:
         if offset + source.nbytes > buffer.shape[0]:
             raise UsageError(f"{source.nbytes} bytes at offset {offset} do not fit into a buffer of {buffer.shape[0]}")
         if source.nbytes:
-            _front(buffer, source.nbytes, offset).copy_(mindspore.Tensor(source))
+            _front(buffer, source.nbytes, offset).copy_(mindspore.Tensor(source.view(np.int8)))
 
     def share(self, payload: bytes) -> list[bytes]:
         """Every rank's payload."""
         return self._control.share(payload)
 
     def free_bytes(self) -> int:
-        """Not asked yet."""
-        return 0
+        """Of the device, as the driver tells it."""
+        try:
+            return int(mindspore.runtime.get_device_properties(0).free_memory)
+        except (AttributeError, RuntimeError, ValueError, TypeError):  # experimental: not in every version
+            return 0
 
     def start_all_gather(
         self, send: mindspore.Tensor, nbytes: int, recv: mindspore.Tensor, group: Ranks = ()
@@ -96,47 +108,32 @@ class Hccl:
         check_room("all_gather", nbytes, "send", send.shape[0])
         check_room("all_gather", nbytes * len(members), "recv", recv.shape[0])
         self._all(members)
+        self._prove()
         self._control.check("all_gather")
         doing = f"all_gather of {nbytes} bytes each"
         source, target = _front(send, nbytes), _front(recv, nbytes * self.size)
         with self._control.explaining(doing):
             handle = distributed.all_gather_into_tensor(target, source, self._group, async_op=True)
-        return _Pending(self._control, handle, doing, (source, target))
+        return _Pending(self._control, (handle,), doing, (source, target))
 
     def start_broadcast(self, buffer: mindspore.Tensor, nbytes: int, root: int, group: Ranks = ()) -> Handle:
         """See `Transport`; all ranks only."""
         self._all(check_members("broadcast", group, self.size, self.rank, root))
         check_room("broadcast", nbytes, "buffer", buffer.shape[0])
+        self._prove()
         self._control.check("broadcast")
+        return self._broadcast(buffer, nbytes, root)
+
+    def _broadcast(self, buffer: mindspore.Tensor, nbytes: int, root: int) -> Handle:
         doing = f"broadcast of {nbytes} bytes from rank {root}"
         front = _front(buffer, nbytes)
         with self._control.explaining(doing):
-            handle = distributed.broadcast(front, root, self._group, async_op=True)
-        return _Pending(self._control, handle, doing, (front,))
+            handle = distributed.broadcast(front, self._global(root), self._group, async_op=True)
+        return _Pending(self._control, (handle,), doing, (front,))
 
     def _all(self, members: Ranks) -> None:
         if len(members) != self.size:
             raise UsageError(f"groups of some ranks are not made on Ascend; got {list(members)}")
-
-    def start_uneven_gather(self, send: mindspore.Tensor, counts: Sequence[int], recv: mindspore.Tensor) -> Handle:
-        """See `Transport`."""
-        check_counts("all_gather", counts, self.size, "recv", recv.shape[0])
-        check_counts("all_gather", [counts[self.rank]], 1, "send", send.shape[0])
-        self._control.check("all_gather")
-        total, mine = sum(counts), counts[self.rank]
-        if total == 0:
-            return Done()
-        doing = f"all_gather of {total} bytes"
-        source, target = _front(send, mine), _front(recv, total)
-        even = min(counts) == max(counts)
-        if self._padded and not even:
-            return self._start_padded(source, counts, target, doing)
-        with self._control.explaining(doing):
-            if even:
-                handle = distributed.all_gather_into_tensor(target, source, self._group, async_op=True)
-            else:
-                handle = distributed.all_gather_into_tensor_uneven(target, source, list(counts), self._group, True)
-        return _Pending(self._control, handle, doing, (source, target))
 
     def start_all_to_all(
         self, send: mindspore.Tensor, send_counts: Sequence[int], recv: mindspore.Tensor, recv_counts: Sequence[int]
@@ -144,76 +141,126 @@ class Hccl:
         """See `Transport`."""
         check_counts("all_to_all", send_counts, self.size, "send", send.shape[0])
         check_counts("all_to_all", recv_counts, self.size, "recv", recv.shape[0])
+        self._prove()
         self._control.check("all_to_all")
+        return self._to_all(send, send_counts, recv, recv_counts)
+
+    def _to_all(
+        self, send: mindspore.Tensor, send_counts: Sequence[int], recv: mindspore.Tensor, recv_counts: Sequence[int]
+    ) -> Handle:
         source, target = _front(send, sum(send_counts)), _front(recv, sum(recv_counts))
         doing = f"all_to_all, {sum(send_counts)} bytes sent and {sum(recv_counts)} expected"
         with self._control.explaining(doing):
-            handle = distributed.all_to_all_single(
-                target, source, list(recv_counts), list(send_counts), self._group, async_op=True
+            if self.traits.all_to_all == "pairs":
+                handles = self._pairs(source, send_counts, target, recv_counts)
+            else:
+                sizes = list(recv_counts), list(send_counts)
+                handles = [distributed.all_to_all_single(target, source, *sizes, self._group, async_op=True)]
+        return _Pending(self._control, tuple(handles), doing, (source, target))
+
+    def _pairs(
+        self, send: mindspore.Tensor, send_counts: Sequence[int], recv: mindspore.Tensor, recv_counts: Sequence[int]
+    ) -> list[distributed.CommHandle]:
+        """In turn k rank r meets rank k - r. The lower of the two sends first, so a send may wait for its receiver."""
+        places, landings = offsets(send_counts), offsets(recv_counts)
+        handles = []
+        for turn in range(self.size):
+            peer = (turn - self.rank) % self.size
+            gives, gets = send_counts[peer], recv_counts[peer]
+            if peer == self.rank:
+                if gets:
+                    _front(recv, gets, landings[peer]).copy_(_front(send, gives, places[peer]))
+                continue
+            for sends in (self.rank < peer, self.rank > peer):
+                count, buffer, start = (gives, send, places[peer]) if sends else (gets, recv, landings[peer])
+                call = distributed.isend if sends else distributed.irecv
+                if count:
+                    handles.append(call(_front(buffer, count, start), self._global(peer), self._group))
+        return handles
+
+    def _global(self, rank: int) -> int:
+        """The number in the job of a rank of the group."""
+        if self._group is None:
+            return rank
+        return int(mindspore.communication.get_world_rank_from_group_rank(self._group, rank))
+
+    def _prove(self) -> None:
+        """Once a process: known bytes from each to each, and from the last rank to all, before anything real."""
+        if self._telling or self._group in _proven:
+            return
+        answers = {"all_to_all": self._known_pairs(), "broadcast": self._known_root()}
+        wrong = [call for call, right in answers.items() if not right]
+        told = [each.decode() for each in self._control.share(",".join(wrong).encode(), "the known answer")]
+        if any(told):
+            where = "; ".join(f"rank {rank}: {calls}" for rank, calls in enumerate(told) if calls)
+            raise TransportError(
+                f"HCCL on {self.traits.product or 'this device'} returned success and other bytes than were sent, in a "
+                f'test with known contents ({where}); nothing was loaded. Load with mode="direct", which needs no '
+                "exchange, or install a CANN release without this fault"
             )
-        return _Pending(self._control, handle, doing, (source, target))
+        _proven.add(self._group)
+
+    def _known_pairs(self) -> bool:
+        counts, size = [_KNOWN] * self.size, self.size
+        send, recv = self.allocate(_KNOWN * size), self.allocate(_KNOWN * size)
+        self.upload(np.concatenate([_known(self.rank, peer) for peer in range(size)]), send, 0)
+        self._to_all(send, counts, recv, counts).wait()
+        wanted = np.concatenate([_known(peer, self.rank) for peer in range(size)])
+        return bool(np.array_equal(recv.asnumpy().view(np.uint8), wanted))
+
+    def _known_root(self) -> bool:
+        root, wanted = self.size - 1, _known(self.size, self.size)
+        buffer = self.allocate(_KNOWN)
+        self.upload(wanted if self.rank == root else ~wanted, buffer, 0)
+        self._broadcast(buffer, _KNOWN, root).wait()
+        return bool(np.array_equal(buffer.asnumpy().view(np.uint8), wanted))
 
     def close(self) -> None:
         """Leave the control plane; the group stays."""
         self._control.close()
 
     def _gather(self, payload: bytes) -> list[bytes]:
-        return gather(self, payload, lambda buffer: np.asarray(buffer.asnumpy()))
-
-    def _start_padded(
-        self, source: mindspore.Tensor, counts: Sequence[int], target: mindspore.Tensor, doing: str
-    ) -> Handle:
-        longest = max(counts)
-        padded, gathered = self.allocate(longest), self.allocate(longest * self.size)
-        if source.shape[0]:
-            _front(padded, source.shape[0]).copy_(source)
-        with self._control.explaining(doing):
-            handle = distributed.all_gather_into_tensor(gathered, padded, self._group, async_op=True)
-
-        def cut() -> None:
-            for rank, (start, count) in enumerate(zip(offsets(counts), counts)):
-                if count:
-                    _front(target, count, start).copy_(_front(gathered, count, rank * longest))
-
-        return _Pending(self._control, handle, doing, (padded, gathered), cut)
+        self._telling = True
+        try:
+            return gather(self, payload, lambda buffer: np.asarray(buffer.asnumpy()).view(np.uint8))
+        finally:
+            self._telling = False
 
     def _announce(self, payload: bytes) -> list[bytes]:
         """All-gather over HCCL itself, before there is a control plane."""
-        cells, mine = self.allocate(CELL_BYTES * self.size), mindspore.Tensor(pack_cell(payload))
+        cells, mine = self.allocate(CELL_BYTES * self.size), mindspore.Tensor(pack_cell(payload).view(np.int8))
         with self._control.explaining(FIRST_MEETING):
             handle = distributed.all_gather_into_tensor(cells, mine, self._group, async_op=True)
-        _Pending(self._control, handle, FIRST_MEETING, (cells, mine)).wait()
-        return [unpack_cell(cell) for cell in np.split(cells.asnumpy(), self.size)]
+        _Pending(self._control, (handle,), FIRST_MEETING, (cells, mine)).wait()
+        return [unpack_cell(cell) for cell in np.split(cells.asnumpy().view(np.uint8), self.size)]
 
 
 class _Pending:
-    """A collective in flight; keeps its tensors alive until it has ended."""
+    """Calls in flight; keeps their tensors alive until they have ended."""
 
     def __init__(
         self,
         control: ControlPlane,
-        handle: distributed.CommHandle,
+        handles: tuple[distributed.CommHandle, ...],
         doing: str,
         tensors: tuple[mindspore.Tensor, ...],
-        after: Optional[Callable[[], None]] = None,
     ) -> None:
-        self._control = control
-        self._handle: Optional[distributed.CommHandle] = handle
-        self._doing = doing
-        self._tensors = tensors
-        self._after = after
+        self._control, self._doing, self._tensors = control, doing, tensors
+        self._handles: Optional[tuple[distributed.CommHandle, ...]] = handles
 
     def wait(self) -> None:
         """Block the host until the bytes are there; a second call does nothing."""
-        handle, self._handle = self._handle, None
-        if handle is None:
+        handles, self._handles = self._handles, None
+        if handles is None:
             return
+        stream, event = _watch(), mindspore.runtime.Event()
         with self._control.explaining(self._doing):
-            handle.wait()  # orders the device's streams, does not block
-            if self._after is not None:
-                self._after()
-            stream, event = mindspore.runtime.current_stream(), mindspore.runtime.Event()
-            event.record(stream)
+            for handle in handles:
+                handle.wait()  # orders the device's streams, does not block
+            with mindspore.runtime.StreamCtx(stream):
+                for handle in handles:
+                    handle.wait()
+                event.record(stream)
         tensors, self._tensors = self._tensors, ()
 
         def blocking(_in_flight: tuple[mindspore.Tensor, ...] = tensors) -> None:
@@ -221,6 +268,12 @@ class _Pending:
             event.synchronize()
 
         self._control.guard(blocking, self._doing)
+
+
+@cache
+def _watch() -> mindspore.runtime.Stream:
+    """The stream on which ends of collectives are waited for."""
+    return mindspore.runtime.Stream()
 
 
 def _front(buffer: mindspore.Tensor, length: int, start: int = 0) -> mindspore.Tensor:
@@ -232,3 +285,28 @@ def _soc_version() -> str:
 
     version: str = MSContext.get_instance().get_ascend_soc_version()
     return version
+
+
+def _buffer_mb() -> int:
+    told = os.environ.get("HCCL_BUFFSIZE", "")
+    return int(told) if told.isdecimal() and int(told) else _BUFFER_MB
+
+
+def _on_one_server(size: int, group: Optional[str]) -> bool:
+    """Whether all ranks are on this host, as far as MindSpore knows."""
+    try:
+        return group is not None or int(mindspore.communication.get_local_rank_size()) >= size
+    except RuntimeError:  # the backend does not count hosts
+        return True
+
+
+def _lacks_all_to_all(product: str, size: int, one_server: bool) -> bool:
+    """By HCCL's documentation: 300I Duo has it for at most 4 NPUs of one server, 910A for whole clusters of 4."""
+    if product.startswith("ascend310p"):
+        return size > 4 or not one_server
+    return product == "ascend910" and size > 2 and size % 4 != 0
+
+
+def _known(source: int, target: int) -> Bytes:
+    """No two pairs of neighbours have the same bytes, and none is zero."""
+    return ((np.arange(_KNOWN) * 7 + source * 31 + target * 101) % 251 + 1).astype(np.uint8)

@@ -38,7 +38,7 @@ def data(source: int, target: int, count: int) -> np.ndarray:
 
 def fetch(buffer: Any) -> np.ndarray:
     """Contents of a staging buffer."""
-    return buffer.asnumpy() if isinstance(buffer, mindspore.Tensor) else buffer
+    return buffer.asnumpy().view(np.uint8) if isinstance(buffer, mindspore.Tensor) else buffer
 
 
 def filled(t: Transport[Any], contents: np.ndarray, spare: int = 3) -> Any:
