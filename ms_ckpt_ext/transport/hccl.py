@@ -94,11 +94,8 @@ class Hccl:
         return self._control.share(payload)
 
     def free_bytes(self) -> int:
-        """Of the device, as the driver tells it."""
-        try:
-            return int(mindspore.runtime.get_device_properties(0).free_memory)
-        except (AttributeError, RuntimeError, ValueError, TypeError):  # experimental: not in every version
-            return 0
+        """MindSpore does not tell it."""
+        return 0
 
     def start_all_gather(
         self, send: mindspore.Tensor, nbytes: int, recv: mindspore.Tensor, group: Ranks = ()
@@ -195,7 +192,7 @@ class Hccl:
             where = "; ".join(f"rank {rank}: {calls}" for rank, calls in enumerate(told) if calls)
             raise TransportError(
                 f"HCCL on {self.traits.product or 'this device'} returned success and other bytes than were sent, in a "
-                f'test with known contents ({where}); nothing was loaded. Load with mode="direct", which needs no '
+                f'test with known contents ({where}). Load with mode="direct", which needs no '
                 "exchange, or install a CANN release without this fault"
             )
         _proven.add(self._group)
@@ -283,8 +280,7 @@ def _front(buffer: mindspore.Tensor, length: int, start: int = 0) -> mindspore.T
 def _soc_version() -> str:
     from mindspore._c_expression import MSContext
 
-    version: str = MSContext.get_instance().get_ascend_soc_version()
-    return version
+    return str(MSContext.get_instance().get_ascend_soc_version()).lower()
 
 
 def _buffer_mb() -> int:

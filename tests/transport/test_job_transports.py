@@ -12,12 +12,14 @@ from tests.harness.msrun import run_msrun
 WORKER = Path(__file__).parent / "transport_worker.py"
 NAME = {"cpu": "Mccl", "ascend": "Hccl"}
 RUNS_AHEAD = {"CANNEMU_ASYNC": "1", "CANNEMU_POISON": "1"}
+IN_PAIRS = {**RUNS_AHEAD, "CANNEMU_SOC": "Ascend910"}
+"""A product without an all-to-all for three ranks."""
 
 
 @pytest.mark.parametrize(
     ("device", "ranks", "env"),
-    [("cpu", 2, {}), ("cpu", 4, {}), ("ascend", 2, {}), ("ascend", 4, RUNS_AHEAD)],
-    ids=["cpu-2", "cpu-4", "ascend-2", "ascend-4-async"],
+    [("cpu", 2, {}), ("cpu", 4, {}), ("ascend", 2, {}), ("ascend", 4, RUNS_AHEAD), ("ascend", 3, IN_PAIRS)],
+    ids=["cpu-2", "cpu-4", "ascend-2", "ascend-4-async", "ascend-3-pairs"],
 )
 def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[str, str], tmp_path: Path) -> None:
     if ranks == 2:
@@ -25,6 +27,14 @@ def test_every_method_moves_the_right_bytes(device: str, ranks: int, env: dict[s
     result = run_msrun(WORKER, "everything", ranks=ranks, device=device, env=env, tmp_path=tmp_path)
     for rank in range(ranks):
         assert f"{NAME[device]} CONTENT {rank}" in result.worker(rank), result.tails()
+
+
+def test_a_backend_that_delivers_zeros_is_named(tmp_path: Path) -> None:
+    """Every rank hears of it before its first exchange, from a test with known contents."""
+    env = {"CANNEMU_ZEROS": "1", "CANNEMU_SERVERS": "1", "CANNEMU_STRICT_TYPES": "1"}
+    result = run_msrun(WORKER, "zeros", ranks=2, device="ascend", env=env, tmp_path=tmp_path)
+    for rank in range(2):
+        assert f"Hccl CONTENT {rank}" in result.worker(rank), result.tails()
 
 
 @pytest.mark.parametrize(
