@@ -79,7 +79,10 @@ class Transport(Protocol[B]):
         """Copy `host` into `buffer` from byte `offset` on. `host` may be written again when this returns."""
 
     def share(self, payload: bytes) -> list[bytes]:
-        """Every rank's payload, in rank order; sizes may differ. For small things: bytes to a few hundred kB."""
+        """Every rank's payload, in rank order; sizes may differ. What is equal on all ranks costs next to nothing.
+
+        What differs travels once. All of it comes to every rank, so it should be small: bytes to some MB in sum.
+        """
 
     def free_bytes(self) -> int:
         """Memory that staging buffers of this rank can be made of; 0 where that is not known. May differ by rank."""

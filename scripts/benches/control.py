@@ -51,7 +51,7 @@ def operations() -> dict[str, list[Payload]]:
         return b"x" * 1000 if rank == 1 else b""
 
     def host(rank: int, size: int) -> bytes:
-        return b"node-%05d.cluster.example" % (rank // HOST_RANKS)
+        return b"node-%05d.cluster.example\0%032x" % (rank // HOST_RANKS, (rank // HOST_RANKS + 1) * 7919**8)
 
     def listing(rank: int, size: int) -> bytes:
         return _listing(size) if rank % HOST_RANKS == 0 else pack({"files": {}})
@@ -75,7 +75,10 @@ def _listing(size: int) -> bytes:
 
     if size not in _listings:
         files = {
-            str(r): (f"/shared/run/checkpoint/rank_{r}/net-7_500.safetensors", (6_442_450_944, 10**18 + r**3, r * 7919))
+            str(r): (
+                f"/shared/run/checkpoint/rank_{r}/net-7_500.safetensors",
+                (6_442_450_944, 10**18 + r**3, 10**18 + r**3 + r, r * 7919),
+            )
             for r in range(size)
         }
         _listings[size] = pack({"files": files, "sharded": True, "names": None, "folder": None, "problem": ""})

@@ -299,6 +299,10 @@ def test_a_first_meeting_that_the_backend_refuses_is_explained() -> None:
     assert comes(lambda: not listening())
 
 
+def test_ranks_may_wait_as_long_as_they_like() -> None:
+    assert job(2, lambda plane: plane.share(b"x"), timeout=1e7) == [[b"x", b"x"]] * 2
+
+
 def test_a_hub_that_is_silent_is_given_up() -> None:
     """Its process was stopped, say; here it waits longer than the ranks do."""
     with socket.create_server(("127.0.0.1", 0)) as server:

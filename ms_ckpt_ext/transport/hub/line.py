@@ -29,6 +29,9 @@ from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
 from ms_ckpt_ext.transport.hub.peer import tune, why_gone
 from ms_ckpt_ext.transport.rendezvous.search import Arrival
 
+_LONGEST_SECONDS = 1e6
+"""What the operating system takes as a socket's timeout ends at 24 days."""
+
 
 class Line:
     """One rank's end.
@@ -55,7 +58,8 @@ class Line:
         """Go on with a connection to a hub that has let this rank in; it is this line's from here on."""
         connection, self._keeper, received = arrival
         tune(connection, self.limits)
-        connection.settimeout(self.timeout + self.limits.slack_seconds)  # of a hub that does not read
+        # Of a hub that does not read.
+        connection.settimeout(min(self.timeout + self.limits.slack_seconds, _LONGEST_SECONDS))
         self._socket = connection
         self._listener = threading.Thread(
             target=self._listen, args=(connection, bytearray(received)), name="ms_ckpt_ext control", daemon=True
