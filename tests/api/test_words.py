@@ -1,0 +1,80 @@
+"""Errors about arguments speak in the words of the function that was called, and nothing is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+import ms_ckpt_ext
+from ms_ckpt_ext.errors import CheckpointError
+
+GOLDEN = Path(__file__).resolve().parents[1] / "data/golden/dp2_tp2"
+FOREIGN = {
+    "merge": ("split_dst_file", "output_format", "src_dir", "dst_dir", "src_strategy_file", "predict_strategy"),
+    "reshard": (
+        "split_dst_file",
+        "output_format",
+        "dst_safetensors_dir",
+        "predict_strategy",
+        "unified_safetensors_dir",
+    ),
+    "unified_safetensors": (" share ", "share must", " to must", "src must", "dst must"),
+    "convert": ("output_format", "src_dir", "dst_dir"),
+}
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("merge", {"to": "npz"}, "to must be one of safetensors, ckpt"),
+    ("merge", {"share": (5, 2)}, "share must be (task, tasks) with 1 <= task <= tasks, got (5, 2)"),
+    ("merge", {"share": 3}, "share must be () or (task, tasks)"),
+    ("merge", {"naming": "hf"}, "naming must be 'mindspore' or 'huggingface'"),
+    ("merge", {"naming": "huggingface", "to": "ckpt"}, "naming='huggingface' is for safetensors files"),
+    ("merge", {"part_bytes": 0}, "part_bytes must be at least 1 byte, got 0"),
+    ("merge", {"src": ""}, "src is needed here"),
+    ("merge", {"dst": 5}, "dst must be a path, got int"),
+    ("merge", {"format": "npz"}, "format must be one of safetensors, ckpt, or None"),
+    ("merge", {"max_process_num": -1}, "max_process_num must be an int of at least 1"),
+    ("merge", {"buffer_bytes": 5}, "buffer_bytes must be an int of at least 65536"),
+    ("merge", {"choice_func": 5}, "choice_func must be callable"),
+    ("merge", {"name_map": {"a": 1}}, "name_map must map"),
+    ("merge", {"rules": ["a"]}, "rules must be a list of rules"),
+    ("merge", {"enc_mode": 5}, "enc_mode must be a str"),
+    ("merge", {"dec_mode": 5}, "dec_mode must be a str"),
+    ("reshard", {"to": "npz"}, "to must be one of safetensors, ckpt"),
+    ("reshard", {"rank": -1}, "rank must be at least 0"),
+    ("reshard", {"rank": 9}, "rank must be between 0 and 0 under to_strategy, got 9"),
+    ("reshard", {"dst": None}, "dst is needed here"),
+    ("reshard", {"src": 5}, "src must be a path, got int"),
+    ("unified_safetensors", {"output_format": "npz"}, "output_format must be one of safetensors, ckpt"),
+    ("unified_safetensors", {"split_dst_file": (3, 2)}, "split_dst_file must be (task, tasks)"),
+    ("unified_safetensors", {"src_dir": 5}, "src_dir must be a path, got int"),
+    ("unified_safetensors", {"dst_dir": ""}, "dst_dir is needed here"),
+    ("unified_safetensors", {"src_strategy_file": 5}, "src_strategy_file must be a path, got int"),
+    ("convert", {"to": "npz"}, "to must be one of safetensors, ckpt"),
+    ("convert", {"src": 5}, "src must be a path, got int"),
+]
+
+
+def arguments(name: str, out: Path) -> dict[str, Any]:
+    """What the function is called with when nothing is wrong."""
+    shards, strategy = GOLDEN / "shards", GOLDEN / "strategy.ckpt"
+    if name == "unified_safetensors":
+        return {"src_dir": shards, "src_strategy_file": strategy, "dst_dir": out}
+    return {"src": shards, "dst": out, **({"to": "ckpt"} if name == "convert" else {"strategy": strategy})}
+
+
+@pytest.mark.parametrize(("name", "wrong", "told"), WRONG, ids=str)
+def test_an_error_names_the_argument(name: str, wrong: dict[str, Any], told: str, tmp_path: Path) -> None:
+    function: Callable[..., Any] = getattr(ms_ckpt_ext, name)
+    with pytest.raises((CheckpointError, TypeError, ValueError)) as caught:
+        function(**{**arguments(name, tmp_path / "out"), **wrong})
+    message = str(caught.value)
+    assert told in message
+    assert not [word for word in FOREIGN[name] if word in message], message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_without_the_mistake_it_runs(name: str, tmp_path: Path) -> None:
+    getattr(ms_ckpt_ext, name)(**arguments(name, tmp_path / "out"))
+    assert any((tmp_path / "out").iterdir())
