@@ -158,7 +158,7 @@ def encrypt(
     sync: bool = True,
     dry_run: bool = False,
 ) -> Report:
-    """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the very same bytes.
+    """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the same bytes.
 
     Arguments, results and errors are those of `convert`; a key is needed. Parameter maps (`param_name_map.json`) of
     merged checkpoints go along and stay readable, and with them names of parameters and files.

@@ -26,7 +26,7 @@ def add_files(parser: argparse.ArgumentParser) -> None:
 
 def add_file_name_regex(parser: argparse.ArgumentParser, example: str = "") -> None:
     """Which files of a tree."""
-    parser.add_argument("--file-name-regex", metavar="REGEX", help=f"only files whose name this is found in{example}")
+    parser.add_argument("--file-name-regex", metavar="REGEX", help=f"only files whose names match REGEX{example}")
 
 
 def add_which(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_rewriting(parser: argparse.ArgumentParser) -> None:
     add_decryption(parser)
     add_encryption(parser)
     parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
-    parser.add_argument("--crc", action="store_true", help="give every file that is written a checksum")
+    parser.add_argument("--crc", action="store_true", help="write a checksum into every file")
     add_common(parser)
 
 
@@ -145,7 +145,7 @@ def _done(report: Report, seconds: float) -> Iterator[str]:
     if not report.files_written:
         kept = words.count(len(report.files_kept), "file")
         yield (
-            f"Nothing to do: {kept} of this very result, complete"
+            f"Nothing to do: the result is already complete ({kept})"
             if report.published
             else f"Nothing to do: {kept} kept"
         )
@@ -171,7 +171,7 @@ def _written(report: Report, seconds: float) -> str:
 def _preview(report: Preview) -> Iterator[str]:
     yield words.style("Dry run: nothing was written", "bold")
     if report.published:
-        yield f"{report.target} already holds this very result, complete"
+        yield f"{report.target} already holds this result, complete"
         return
     yield f"  read    {words.size(report.bytes_read)} in {words.count(report.reads, 'read')}"
     yield f"  write   {words.size(report.bytes_written)} to {report.target}"

@@ -11,7 +11,8 @@ from ms_ckpt_ext.cli.command import takes_path
 def add_strategy(parser: ArgumentParser, flag: str = "--strategy", whose: str = "of the job that saved it") -> None:
     """A strategy file or directory, or several that are put together."""
     help_ = (
-        f"strategy {whose}: a file, or a directory with one per pipeline stage; repeated: with what the first one lacks"
+        f"strategy {whose}: a file, or a directory with one per pipeline stage; may be repeated: "
+        "each adds what those before it lack"
     )
     takes_path(parser.add_argument(flag, metavar="FILE", action=Gather, help=help_))
 
@@ -33,23 +34,25 @@ def add_suffix(parser: ArgumentParser, flag: str = "--file-suffix") -> None:
 
 def add_format(parser: ArgumentParser) -> None:
     """Which of two formats that lie side by side."""
-    parser.add_argument("--format", choices=("safetensors", "ckpt"), help="which files, where both formats are there")
+    parser.add_argument(
+        "--format", choices=("safetensors", "ckpt"), help="which format to read, where both are present"
+    )
 
 
 def add_filter(parser: ArgumentParser) -> None:
     """Globs of parameter names."""
     parser.add_argument(
-        "--match", action="append", default=[], metavar="GLOB", help="only parameters like this, e.g. 'layers.0.*'"
+        "--match", action="append", default=[], metavar="GLOB", help="only parameters that match, e.g. 'layers.0.*'"
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="GLOB", help="no parameters like this, e.g. 'adam_*'"
+        "--exclude", action="append", default=[], metavar="GLOB", help="no parameters that match, e.g. 'adam_*'"
     )
 
 
 def add_equal_slices(parser: ArgumentParser) -> None:
     """Slices that are all equal are meant."""
     help_ = (
-        "slices that are all equal are meant, and not whole parameters that integrated_save=True put into every file"
+        "equal slices are intended: do not take them for whole parameters that integrated_save=True put into every file"
     )
     parser.add_argument("--allow-equal-slices", action="store_true", help=help_)
 

@@ -142,7 +142,7 @@ def test_a_dry_run_tells_what_the_job_then_does(case: tuple[Path, Path], golden:
         assert sizes == told["sizes"]
         again = as_json(*words, "--dry-run")
         assert (again["published"], again["files_written"]) == (True, [])
-        assert "already holds this very result" in fine(*words, "--dry-run")
+        assert "already holds this result, complete" in fine(*words, "--dry-run")
 
 
 def test_a_dry_run_in_words(case: tuple[Path, Path], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ COMMAND = Command(
     ),
     examples=(
         ("ms-ckpt decrypt sealed merged --dec-key-file k.bin", "a tree"),
-        ("ms-ckpt decrypt net.ckpt plain --dec-key-env NET_KEY --dec-mode AES-CBC", "in a mode that is no secret"),
+        ("ms-ckpt decrypt net.ckpt plain --dec-key-env NET_KEY --dec-mode AES-CBC", "refuse a file in another mode"),
     ),
     configure=_configure,
     run=_run,

@@ -33,7 +33,7 @@ COMMAND = Command(
     name="encrypt",
     summary="encrypt checkpoint files",
     description=(
-        "Encrypt a checkpoint file, or a tree of them; decrypt gives back the very same bytes. A key has 16, 24 or 32\n"
+        "Encrypt a checkpoint file, or a tree of them; decrypt gives back the same bytes. A key has 16, 24 or 32\n"
         "bytes: raw, or as text hex:… or base64:…, in a file or in an environment variable, never on the command line."
     ),
     examples=(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, Command, Exit, takes_path
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def _configure(parser: argparse.ArgumentParser) -> None:
     takes_path(parser.add_argument("a", help="checkpoint file or directory"))
     takes_path(parser.add_argument("b", nargs="?", help="another one; without it, a is checked by itself"))
-    parser.add_argument("--manifest", action="store_true", help="check a against its ms_ckpt_ext.digests.json")
+    parser.add_argument(
+        "--manifest", action="store_true", help="compare a with the digests in its ms_ckpt_ext.digests.json"
+    )
     options.add_strategy(parser, whose="of the job that saved a")
     options.add_strategy(parser, "--strategy-b", "of the job that saved b")
     options.add_filter(parser)
@@ -49,20 +51,13 @@ def _run(arguments: argparse.Namespace) -> Answer:
     found = verify(
         arguments.a,
         arguments.b,
-        strategy=arguments.strategy,
-        strategy_b=arguments.strategy_b,
         manifest=arguments.manifest,
         match=arguments.match,
         exclude=arguments.exclude,
         name_map=options.name_map(arguments),
-        file_suffix=arguments.file_suffix,
-        file_suffix_b=arguments.file_suffix_b,
-        dec_key=options.key(arguments),
-        dec_key_b=options.key(arguments, suffix="_b"),
-        dec_mode=arguments.dec_mode,
-        dec_mode_b=arguments.dec_mode_b,
         max_process_num=arguments.workers,
         allow_equal_slices=arguments.allow_equal_slices,
+        **_sides(arguments),
     )
     seconds = time.monotonic() - begin
     if isinstance(found, Comparison):
@@ -71,6 +66,16 @@ def _run(arguments: argparse.Namespace) -> Answer:
         return _answer(found, found.ok, _by_manifest(found, seconds, arguments.all))
     ok = found.ok and not (arguments.finite and found.not_finite)
     return _answer(found, ok, _by_itself(found, ok, seconds, arguments.all))
+
+
+def _sides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments that both checkpoints have, those of the second with `_b`."""
+    told: dict[str, Any] = {}
+    for side in ("", "_b"):
+        for name in ("strategy", "file_suffix", "dec_mode"):
+            told[name + side] = getattr(arguments, name + side)
+        told[f"dec_key{side}"] = options.key(arguments, suffix=side)
+    return told
 
 
 def _answer(found: Union[Comparison, Health, ManifestCheck], ok: bool, lines: Iterator[str]) -> Answer:
@@ -152,6 +157,10 @@ def _by_itself(found: Health, ok: bool, seconds: float, everything: bool) -> Ite
     nans, infinities = (sum(getattr(p, field) for p in found.not_finite) for field in ("nans", "infinities"))
     where = f", in {words.count(len(found.not_finite), 'parameter')}" if found.not_finite else ""
     yield f"  values      {nans:,} NaN, {infinities:,} infinite{where}"
+    yield from _faults(found, everything)
+
+
+def _faults(found: Health, everything: bool) -> Iterator[str]:
     tables = (
         (["in no file"], [[name] for name in found.absent]),
         (["missing", "region", "in the file of rank"], [[g.name, g.region, words.ranges(g.ranks)] for g in found.gaps]),
