@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import mint
 
 from ms_ckpt_ext.bridge.match import Match
-from ms_ckpt_ext.bridge.memory import contents_of, mark_loaded
+from ms_ckpt_ext.bridge.memory import ParameterSink, contents_of, give_device_memory, mark_loaded, pinned
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
@@ -34,12 +34,6 @@ class _Upload(NamedTuple):
     over: Any
     host: Bytes
     source: Any
-
-
-def pinned(nbytes: int) -> Bytes:
-    """Host memory that the device reads at the speed of the bus, without the host's help."""
-    memory: Bytes = mint.empty(nbytes, dtype=ms.int8, device="CPU", pin_memory=True).asnumpy().view(np.uint8)
-    return memory
 
 
 class DeviceMover:
@@ -87,15 +81,12 @@ class DeviceSink:
 
     def __init__(self, match: Match, transport: Transport[Any]) -> None:
         self._parameter, self._offer, self._transport = match.parameter, match.offer, transport
-        parameter, offer = match.parameter, match.offer
-        if parameter.has_init:
-            parameter.init_data()
-        if math.prod(parameter.shape) != math.prod(offer.shape):
-            parameter.set_data(mint.empty(offer.shape, dtype=parameter.dtype), slice_shape=True)
-        self._dtype = offer.tensor.meta.dtype
+        self._dtype = match.offer.tensor.meta.dtype
+        self._begun = False
 
     def place(self, source: Any, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
         """One copy between views, cast where the Parameter has another dtype."""
+        self._begin()
         if self._parameter.dtype != self._offer.dtype:
             self._place_cast(source, offset, shape, box, region, view)
             return
@@ -115,6 +106,12 @@ class DeviceSink:
         target = self._parameter.view(carrier).view(*(whole or (1,)))
         _cut(target, region).copy_(_cut(_array(source, offset, lying, carrier, width), cut))
 
+    def _begin(self) -> None:
+        """Before the first piece lands nothing is changed."""
+        if not self._begun:
+            give_device_memory(self._parameter, self._offer.shape)
+            self._begun = True
+
     def _place_cast(
         self, source: Any, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
     ) -> None:
@@ -133,11 +130,25 @@ class DeviceSink:
 
     def finish(self) -> None:
         """All pieces have landed."""
+        self._begin()
         mark_loaded(self._parameter)
 
     def contents(self) -> SliceBytes:
         """What the Parameter holds, cast where it was."""
         return contents_of(self._parameter)
+
+
+class KeptSink(ParameterSink):
+    """A Parameter that stays in host memory: its pieces come down from the device."""
+
+    def __init__(self, match: Match) -> None:
+        super().__init__(match, kept=True)
+        self._dtype = match.offer.tensor.meta.dtype
+
+    def place(self, source: Any, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
+        """One copy down, one strided copy."""
+        host = mint.narrow(source, 0, offset, self._dtype.nbytes(math.prod(shape))).asnumpy().view(np.uint8)
+        super().place(host, 0, shape, box, region, view)
 
 
 def _carried(shape: Shape, box: Region, dtype: DType, *offsets: int) -> tuple[Shape, Region, Any, int]:

@@ -115,7 +115,7 @@ def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer]
     """Pair Parameters with what the catalog offers, by name, then (unless exact) by suffix.
 
     Raises:
-        UnsupportedError: a Parameter is a MapParameter.
+        UnsupportedError: a Parameter is a MapParameter, or has a storage format of its own.
         LayoutMismatchError: a suffix has several readings.
         CoverageError: a Parameter gets nothing, or would get another's, as what it goes by is absent from the files.
     """
@@ -124,6 +124,12 @@ def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer]
         if type(parameter).__name__ == "MapParameter":
             raise UnsupportedError(
                 f"parameter {parameter.name!r} is a MapParameter, which cannot be resharded; load it with MindSpore",
+                "network",
+            )
+        if parameter.param_info.storage_format:
+            raise UnsupportedError(
+                f"parameter {parameter.name!r} is made with storage_format={parameter.param_info.storage_format!r}; "
+                "bytes of a checkpoint are in no such order: make it without, and convert it after the load",
                 "network",
             )
     found = Suffixes({}, {}) if exact else suffixes(_names(missing), _names(named), offers, catalog.absent)

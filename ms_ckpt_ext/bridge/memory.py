@@ -7,7 +7,7 @@ Bytes written to `Parameter.asnumpy()` are in the Parameter; that this holds is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -48,9 +48,56 @@ _NUMPY: Mapping[str, Any] = {
 }
 
 
-def own_memory(parameter: Any, elements: int) -> Optional[Bytes]:
-    """The Parameter's memory as flat bytes, where writing to it is writing to the Parameter; None elsewhere."""
-    if ms.context.get_context("device_target") != "CPU" or parameter.dtype == ms.qint4x2:
+def on_device() -> bool:
+    """Whether Parameters belong in a device's memory."""
+    return bool(ms.context.get_context("device_target") != "CPU")
+
+
+def stays_on_host(parameter: Any) -> bool:
+    """Whether a Parameter was made to live in host memory (`device="CPU"` or "Remote"), whatever the target."""
+    return not on_device() or parameter._get_user_data("parameter_device") is not None
+
+
+def kept_on_host(parameters: Sequence[Any]) -> frozenset[int]:
+    """Ids of the Parameters that stay in host memory: those made so, and those that were offloaded.
+
+    MindSpore does not tell an offloaded Parameter from a fresh one, which has not been on the device yet. Where some
+    matrix of the network is on the device, what is not has been offloaded; else all are fresh (an optimizer's numbers
+    may be there before anything has run).
+    """
+    if not on_device():
+        return frozenset(map(id, parameters))
+    used = any(len(parameter.shape) > 1 and not _on_host(parameter) for parameter in parameters)
+    return frozenset(
+        id(parameter)
+        for parameter in parameters
+        if stays_on_host(parameter) or (used and not parameter.has_init and _on_host(parameter))
+    )
+
+
+def _on_host(parameter: Any) -> bool:
+    return str(getattr(parameter, "device", "CPU")) == "CPU"
+
+
+def _is_meta(parameter: Any) -> bool:
+    return bool(getattr(parameter, "is_meta", False))  # versions before 2.10 have none
+
+
+def give_device_memory(parameter: Any, shape: Shape) -> None:
+    """Make sure that a Parameter has memory on the device, for a slice of `shape`. What it held before stays behind."""
+    if parameter.has_init:
+        parameter.init_data()
+    other = math.prod(parameter.shape) != math.prod(shape)
+    if other or _is_meta(parameter) or _on_host(parameter):
+        parameter.set_data(mint.empty(shape if other else parameter.shape, dtype=parameter.dtype), slice_shape=True)
+
+
+def own_memory(parameter: Any, elements: int, kept: bool = False) -> Optional[Bytes]:
+    """The Parameter's memory as flat bytes, where writing to it is writing to the Parameter; None elsewhere.
+
+    `kept`: it stays in host memory though the target is a device.
+    """
+    if (on_device() and not kept) or parameter.dtype == ms.qint4x2 or _is_meta(parameter):
         return None
     if math.prod(parameter.shape) != elements or not elements:
         return None
@@ -74,8 +121,11 @@ def tensor_of(buffer: Bytes, offer: Offer) -> Any:
     return TensorPy.convert_bytes_to_tensor(buffer.tobytes(), tuple(offer.shape), offer.dtype)
 
 
-def give(match: Match, buffer: Bytes) -> None:
-    """Make a buffer the data of its Parameter, cast as MindSpore casts."""
+def give(match: Match, buffer: Bytes, kept: bool = False) -> None:
+    """Make a buffer the data of its Parameter, cast as MindSpore casts. `kept`: it stays in host memory."""
+    if on_device() and not kept and match.offer.dtype != ms.qint4x2:
+        _upload(match, buffer)
+        return
     parameter = match.parameter
     tensor = tensor_of(buffer, match.offer)
     if tensor.shape != parameter.shape and len(tensor.shape) > len(parameter.shape):
@@ -87,6 +137,25 @@ def give(match: Match, buffer: Bytes) -> None:
     mark_loaded(parameter)
 
 
+def _upload(match: Match, buffer: Bytes) -> None:
+    """Copy a pinned buffer into the device memory of its Parameter, cast there. It is read until the stream is done."""
+    parameter, tensor = match.parameter, tensor_of(buffer, match.offer)
+    give_device_memory(parameter, match.offer.shape)
+    if tensor.dtype != parameter.dtype:
+        log.warning("parameter %r is cast from %s to %s", parameter.name, tensor.dtype, parameter.dtype)
+        staged = mint.empty(tensor.shape, dtype=tensor.dtype)
+        staged.copy_(tensor, non_blocking=True)
+        tensor = staged
+    parameter.view(*tensor.shape).copy_(tensor, non_blocking=True)
+    mark_loaded(parameter)
+
+
+def pinned(nbytes: int) -> Bytes:
+    """Host memory that a device reads at the speed of the bus, without the host's help."""
+    memory: Bytes = mint.empty(nbytes, dtype=ms.int8, device="CPU", pin_memory=True).asnumpy().view(np.uint8)
+    return memory
+
+
 def mark_loaded(parameter: Any) -> None:
     """Tell MindSpore that the Parameter has its data."""
     if hasattr(parameter, "init_param") and not parameter.init_param:
@@ -95,7 +164,7 @@ def mark_loaded(parameter: Any) -> None:
 
 def contents_of(parameter: Any) -> SliceBytes:
     """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another."""
-    if ms.context.get_context("device_target") == "CPU":
+    if not on_device() or _on_host(parameter):
         return SliceBytes(str(parameter.dtype), iter((parameter.asnumpy().reshape(-1).view(np.uint8),)))
     return SliceBytes(str(parameter.dtype), _copies(parameter), copied=True)
 
@@ -132,12 +201,12 @@ class CastSink:
 class ParameterSink:
     """Where one Parameter's slice lands on the CPU; `finish` when all of it has."""
 
-    def __init__(self, match: Match) -> None:
+    def __init__(self, match: Match, kept: bool = False) -> None:
         offer, parameter = match.offer, match.parameter
         self._match = match
         self._buffer: Optional[Bytes] = None
         source = offer.tensor.meta.dtype
-        memory = own_memory(parameter, math.prod(offer.shape))
+        memory = own_memory(parameter, math.prod(offer.shape), kept)
         if memory is None or (parameter.dtype != offer.dtype and source.name not in _NUMPY):
             self._buffer = np.empty(nbytes_of(offer), np.uint8)
             self._sink: Union[HostSink, CastSink] = HostSink(self._buffer, offer.shape, source)

@@ -28,7 +28,16 @@ from ms_ckpt_ext.bridge.match import (
     offers_to,
     told_passed,
 )
-from ms_ckpt_ext.bridge.memory import contents_of, give, mark_loaded, own_memory, tensor_of
+from ms_ckpt_ext.bridge.memory import (
+    contents_of,
+    give,
+    kept_on_host,
+    mark_loaded,
+    on_device,
+    own_memory,
+    pinned,
+    tensor_of,
+)
 from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -201,10 +210,11 @@ def fill_matches(
 
     `filled` is told of every Parameter that has all its bytes, by any thread, while others are still read.
     """
+    kept = kept_on_host([match.parameter for match in matches])
     in_place: list[tuple[Match, Bytes]] = []
     staged: list[Match] = []
     for match in matches:
-        memory = _same_memory(match)
+        memory = _same_memory(match, id(match.parameter) in kept)
         if memory is None:
             staged.append(match)
         else:
@@ -224,22 +234,29 @@ def fill_matches(
         mark_loaded(match.parameter)
         done.append(match.parameter.name)
     for group in _groups(staged, limits):
-        buffers = [np.empty(nbytes_of(match.offer), np.uint8) for match in group]
+        buffers = [_buffer(nbytes_of(match.offer), id(match.parameter) in kept) for match in group]
         try:
             _read([(match.offer, buffer) for match, buffer in zip(group, buffers)], catalog, readers, workers, limits)
             for match, buffer in zip(group, buffers):
                 done.append(match.parameter.name)
-                give(match, buffer)
+                give(match, buffer, id(match.parameter) in kept)
                 filled(match, contents_of(match.parameter))
+            if on_device():
+                ms.runtime.current_stream().synchronize()  # uploads read the buffers until then
         except Exception as error:
             raise half_done(error, done) from error
 
 
-def _same_memory(match: Match) -> Optional[Bytes]:
+def _buffer(nbytes: int, kept: bool) -> Bytes:
+    """What a slice is read into on its way to a Parameter."""
+    return pinned(nbytes) if on_device() and not kept and nbytes else np.empty(nbytes, np.uint8)
+
+
+def _same_memory(match: Match, kept: bool) -> Optional[Bytes]:
     """The Parameter's memory, when it takes the checkpoint's bytes as they are."""
     if match.parameter.dtype != match.offer.dtype:
         return None
-    return own_memory(match.parameter, math.prod(match.offer.shape))
+    return own_memory(match.parameter, math.prod(match.offer.shape), kept)
 
 
 def _groups(matches: Sequence[Match], limits: Limits) -> list[list[Match]]:

@@ -20,7 +20,7 @@ from typing import Any, Callable, NamedTuple, NoReturn, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Matches
-from ms_ckpt_ext.bridge.memory import ParameterSink
+from ms_ckpt_ext.bridge.memory import ParameterSink, kept_on_host
 from ms_ckpt_ext.bridge.network import Filled, LoadRequest, fill_matches, half_done, prove_matches, tell_loaded
 from ms_ckpt_ext.bridge.settle import boxes, matched, open_names
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -248,15 +248,20 @@ def _exchange(
     readers: ReaderPool,
     options: LoadOptions,
 ) -> LoadReport:
-    mover, sink_of = _landing(transport)
+    mover, sink_of = _landing(transport, [match.parameter for match in matches])
     sinks = on_all(transport, lambda: {number: sink_of(match) for number, match in _wanted(ready, matches)})
     return session.exchange(transport, ready, mover, sinks, readers, options)
 
 
-def _landing(transport: Transport[Any]) -> tuple[Any, Callable[[Match], Any]]:
+def _landing(transport: Transport[Any], parameters: Sequence[Any]) -> tuple[Any, Callable[[Match], Any]]:
     """What cuts staged bytes, and what makes the sink of a Parameter: on the device, or in host memory."""
     if not transport.traits.on_device:
         return HostMover(), ParameterSink
-    from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink
+    from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink, KeptSink
 
-    return DeviceMover(transport), partial(DeviceSink, transport=transport)
+    kept = kept_on_host(parameters)
+
+    def sink_of(match: Match) -> Any:
+        return KeptSink(match) if id(match.parameter) in kept else DeviceSink(match, transport)
+
+    return DeviceMover(transport), sink_of

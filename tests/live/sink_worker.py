@@ -17,7 +17,7 @@ from mindspore.nn.utils import no_init_parameters
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import ascend, memory, network, together
 from ms_ckpt_ext.engine.load.session import LoadReport
-from ms_ckpt_ext.errors import ChecksumError, LoadError
+from ms_ckpt_ext.errors import ChecksumError, LoadError, UnsupportedError
 from tests.support.checkpoints import read_file
 
 BUCKET = int(sys.argv[2])
@@ -127,6 +127,48 @@ def not_yet_sliced(root: Path, rank: int, mode: str) -> None:
         assert raw(parameter) == truth[parameter.name].data, parameter.name
 
 
+def placed(root: Path, rank: int, mode: str) -> None:
+    """Fresh and meta Parameters get device memory, and none of their old contents goes up; what is in host memory on
+    purpose stays there; a storage format is refused by name."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    fresh = cell_of({n: poison(n, t.shape, DTYPES[t.dtype]) for n, t in truth.items()})
+    before = [acl_uploaded(True), acl_uploaded(False)]
+    load(fresh, root, mode)
+    wanted = sum(len(t.data) for t in truth.values())
+    went = [acl_uploaded(True) - before[0], acl_uploaded(False) - before[1]]
+    assert all(parameter.device.startswith("Ascend") for parameter in fresh.get_parameters())
+    read = wanted if mode == "direct" else REPORTS[0].reads.nbytes
+    assert read <= went[0] <= read + 16 * len(truth), (went, read)
+    assert went[1] <= 1024, went  # ranks find each other, and the known answer
+    meta = cell_of({n: ms.Parameter(mint.empty(t.shape, dtype=DTYPES[t.dtype], device="meta"), name=n)
+                    for n, t in truth.items()})  # fmt: skip
+    host = cell_of({n: ms.Parameter(ms.Tensor(np.full(t.shape, 77), DTYPES[t.dtype]), name=n, device="CPU")
+                    for n, t in truth.items()})  # fmt: skip
+    away = next(iter(fresh.get_parameters()))
+    away._offload()
+    for cell, where in ((meta, "Ascend"), (host, "CPU"), (fresh, "Ascend")):
+        load(cell, root, mode)
+        for parameter in cell.get_parameters():
+            assert parameter.device.startswith("CPU" if parameter is away else where), parameter.name
+            assert raw(parameter) == truth[parameter.name].data, parameter.name
+    name = next(iter(truth))
+    away.param_info.storage_format = "FRACTAL_NZ"
+    try:
+        load(fresh, root, mode)
+    except UnsupportedError as error:
+        assert repr(name) in str(error) and "FRACTAL_NZ" in str(error), error
+    else:
+        raise AssertionError("a storage format was not refused")
+
+
+def acl_uploaded(pinned: bool) -> int:
+    """Bytes that went up from pinned memory, or from pageable."""
+    ms.runtime.synchronize()
+    count = ctypes.CDLL("libascendcl.so").cannemu_uploaded
+    count.restype = ctypes.c_size_t
+    return sum(int(count(int(pinned), later)) for later in (0, 1))
+
+
 def cast(root: Path, rank: int, mode: str) -> None:
     """Other dtypes of the same family: what MindSpore's own cast makes of the values."""
     truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
@@ -182,8 +224,8 @@ def verified(root: Path, rank: int, mode: str) -> None:
         real(sink)
         flip(sink._parameter)
 
-    def give(match: Any, buffer: Any) -> None:
-        memory.give(match, buffer)
+    def give(match: Any, *more: Any) -> None:
+        memory.give(match, *more)
         flip(match.parameter)
 
     ascend.DeviceSink.finish, network.give = finish, give  # type: ignore[method-assign, assignment]
@@ -226,7 +268,15 @@ def main() -> None:
 
     together.fill_together = observed  # type: ignore[assignment]
     counted(root / "large", rank)
-    cases: list[Callable[[Path, int, str], None]] = [without_init, not_yet_sliced, cast, shared, verified, encrypted]
+    cases: list[Callable[[Path, int, str], None]] = [
+        without_init,
+        not_yet_sliced,
+        placed,
+        cast,
+        shared,
+        verified,
+        encrypted,
+    ]
     for case in cases:
         for mode in ("cooperative", "direct"):
             case(root / "small", rank, mode)

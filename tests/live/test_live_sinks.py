@@ -66,7 +66,7 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
         check_counts(counts)
     assert sum(counts["read"] for counts in told) == 5 * 8 * MIB
     assert sum(counts["link"] for counts in told) <= 1.05 * (3 * 4 + 8) * MIB
-    for case in ("without_init", "not_yet_sliced", "cast", "shared", "verified", "encrypted"):
+    for case in ("without_init", "not_yet_sliced", "placed", "cast", "shared", "verified", "encrypted"):
         for mode in ("cooperative", "direct"):
             assert f"case {case} {mode} is right" in result.worker(0)
 
