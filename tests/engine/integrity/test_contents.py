@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections import Counter
@@ -13,16 +14,19 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, verify
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.engine.integrity import contents
+from ms_ckpt_ext.engine.integrity.compare import Comparison
 from ms_ckpt_ext.engine.integrity.contents import Pass, Portion
 from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.errors import CheckpointError, StorageError
 from ms_ckpt_ext.formats.checksum import Integer, Sums
 from ms_ckpt_ext.formats.registry import read_index
+from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.support.checkpoints import source
 
@@ -149,3 +153,36 @@ def test_every_byte_of_a_checkpoint_is_read_once(form: str, way: str, tmp_path: 
         size, index = os.stat(path).st_size, read_index(path)
         assert once[path] - read[path] <= size
         assert once[path] >= sum(entry.nbytes for entry in index.tensors.values())
+
+
+def test_many_small_tensors_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thousand in four files against the same in one: a read brings many of them, on either side."""
+    rng = np.random.default_rng(0)
+    held = {f"layers.{n}.w": rng.standard_normal((2, 3), np.float32) for n in range(2000)}
+    (tmp_path / "a").mkdir()
+    names = [*held]
+    for part in range(4):
+        save_file({name: held[name] for name in names[part::4]}, tmp_path / "a" / f"{part}.safetensors")
+    index = {name: f"{number % 4}.safetensors" for number, name in enumerate(names)}
+    (tmp_path / "a" / "param_name_map.json").write_text(json.dumps(index))
+    save_file(held, tmp_path / "b.safetensors")
+    sizes: list[int] = []
+    real = ReaderPool.read_into
+
+    def counted(self: ReaderPool, file: int, offset: int, buffer: memoryview) -> None:
+        sizes.append(len(buffer))
+        real(self, file, offset, buffer)
+
+    monkeypatch.setattr(ReaderPool, "read_into", counted)
+    found = verify(tmp_path / "a", tmp_path / "b.safetensors")
+    assert isinstance(found, Comparison) and found.ok and found.parameters == 2000
+    assert len(sizes) <= 10 and sum(sizes) == 2 * 2000 * 24
+    held["layers.7.w"][1, 2] += 1
+    held["layers.1999.w"][0, 0] += 1
+    save_file(held, tmp_path / "b.safetensors")
+    found = verify(tmp_path / "a", tmp_path / "b.safetensors")
+    assert isinstance(found, Comparison)
+    assert [(d.name, d.first[0].at) for d in found.differences] == [
+        ("layers.1999.w", (0, 0)),
+        ("layers.7.w", (1, 2)),
+    ]
