@@ -21,6 +21,8 @@ from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import shares_a_server
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
+from ms_ckpt_ext.core.geometry.layout import cell_region
+from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester
 from ms_ckpt_ext.engine.load.run_exchange import SliceSink, run_exchange
@@ -91,8 +93,31 @@ def prepare(
         raise CoverageError(f"{error} (hosts asked: {', '.join(seen.hosts)})") from error
     plan = plan_of(table)
     agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
-    cooperative = _cooperative(plan, sees is None, options, hardware, transport.traits)
+    mode = _possible_mode(options.mode, demands, sees)
+    cooperative = _cooperative(plan, sees is None, mode, hardware, transport.traits)
     return Prepared(catalog, tuple(demands), plan, cooperative)
+
+
+def _possible_mode(mode: str, demands: Sequence[Demand], sees: Optional[Sees]) -> str:
+    """The mode that was asked for, or "cooperative" where a rank may want bytes that its host does not see."""
+    unseen = _unseen(demands, sees) if mode == "direct" and sees is not None else ""
+    if not unseen:
+        return mode
+    log.warning("mode='direct' is not possible: %s; what a rank does not see it is sent by one that does", unseen)
+    return "cooperative"
+
+
+def _unseen(demands: Sequence[Demand], sees: Sees) -> str:
+    """A rank that may want a file which it does not see, in words; nothing if there is none."""
+    for demand in demands:
+        for grid in demand.grids:
+            for cell, ranks in grid.ranks.items():
+                found = locate(demand.tensor, cell_region(cell, grid.parts, demand.tensor.meta.shape))
+                able = [sees[file] for sourced in found for file in sourced.files]
+                lacking = next((rank for rank in ranks if any(rank not in each for each in able)), None)
+                if lacking is not None:
+                    return f"rank {lacking} does not see all files that hold its slice of {demand.name!r}"
+    return ""
 
 
 def limits_for(demands: Sequence[Demand], world: int, bucket: int) -> ExchangeLimits:
@@ -159,12 +184,12 @@ def traffic_of(counted: RankTotals) -> cost.Traffic:
 
 
 def _cooperative(
-    plan: ExchangePlan, all_see_all: bool, options: LoadOptions, hardware: cost.Hardware, traits: TransportTraits
+    plan: ExchangePlan, all_see_all: bool, mode: str, hardware: cost.Hardware, traits: TransportTraits
 ) -> bool:
-    if options.mode != "direct" and traits.all_to_all != "collective":
+    if mode != "direct" and traits.all_to_all != "collective":
         return _without_all_to_all(all_see_all, traits)
-    if options.mode != "auto" or not all_see_all:
-        return options.mode != "direct"
+    if mode != "auto" or not all_see_all:
+        return mode != "direct"
     traffic, wanted = cost.Traffic(plan.bytes_read(), plan.bytes_received(), len(plan.rounds)), wanted_bytes(plan)
     together, alone = cost.cooperative_seconds(traffic, hardware), cost.direct_seconds(wanted, hardware)
     log.info("predicted: direct %.3f s, cooperative %.3f s", alone, together)

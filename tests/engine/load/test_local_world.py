@@ -177,19 +177,35 @@ class TwoDisks(Load):
         return f"host-{rank % 2}"
 
 
-def two_disks(golden: Path, tmp_path: Path, without: Optional[int] = None) -> TwoDisks:
+def two_disks(golden: Path, tmp_path: Path, without: Optional[int] = None, **options: Any) -> TwoDisks:
     source = golden / "dp2_tp4_zero"
     for rank in range(8):
         if rank != without:
             shutil.copytree(source / "shards" / f"rank_{rank}", tmp_path / f"disk_{rank // 4}" / f"rank_{rank}")
     target = load_strategy(golden / "tp4/strategy.ckpt")
-    load = TwoDisks(tmp_path, load_strategy(source / "strategy.ckpt"), target)
+    load = TwoDisks(tmp_path, load_strategy(source / "strategy.ckpt"), target, **options)
     load.root = tmp_path
     return load
 
 
 def test_local_disks(golden: Path, tmp_path: Path) -> None:
     assert_shards(two_disks(golden, tmp_path).run(), golden / "tp4/shards")
+
+
+def test_a_rank_is_sent_what_its_host_does_not_see_in_direct_mode_too(
+    golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = two_disks(golden, tmp_path, mode="direct").run()
+    assert_shards(loaded, golden / "tp4/shards")
+    assert all(rank.prepared.cooperative for rank in loaded)
+    assert "mode='direct' is not possible: rank 0 does not see all files that hold its slice of" in caplog.text
+    loaded = Load(
+        golden / "dp2_tp4_zero/shards",
+        load_strategy(golden / "dp2_tp4_zero/strategy.ckpt"),
+        load_strategy(golden / "tp4/strategy.ckpt"),
+        mode="direct",
+    ).run()
+    assert not any(rank.prepared.cooperative for rank in loaded)
 
 
 def test_a_folder_that_no_host_sees(golden: Path, tmp_path: Path) -> None:

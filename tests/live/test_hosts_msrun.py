@@ -1,0 +1,102 @@
+"""msrun on several hosts, as the documentation has it: loads are exact in all modes, with shared and with own disks.
+
+Hosts are namespaces of one machine. Few in a default run; `scripts/e2e.sh` runs all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.chosen import long_one
+from tests.harness.hosts import Host, Hosts
+
+pytestmark = pytest.mark.msrun
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("hosts_worker.py")
+RANKS = 4
+MODES = ("direct", "cooperative", "auto")
+
+
+def msrun(hosts: Sequence[Host], tmp_path: Path, cases: Sequence[dict[str, Any]], seconds: float = 240) -> list[str]:
+    """Run the worker on `RANKS` ranks, shared out evenly; the logs of all ranks. All must end well."""
+    (tmp_path / "cases.json").write_text(json.dumps(cases, default=str))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "RANK_"))}
+    env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOG_v="2")
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    first = hosts[0].ipv4 or hosts[0].ipv6
+    launched = [
+        host.start(
+            [
+                *[sys.executable, "-c", "from mindspore.parallel.cluster.run import main; main()"],
+                *[f"--worker_num={RANKS}", f"--local_worker_num={RANKS // len(hosts)}", "--join=True"],
+                *[f"--master_addr={first}", "--master_port=8118", f"--node_rank={host.number}"],
+                *["--cluster_time_out=60", f"--log_dir={tmp_path / f'logs_{host.number}'}", WORKER],
+                tmp_path / "cases.json",
+            ],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )
+        for host in hosts
+    ]
+    codes = [process.wait(seconds) for process in launched]
+    logs = [log.read_text(errors="replace") for log in sorted(tmp_path.glob("logs_*/worker_*.log"))]
+    assert codes == [0] * len(hosts) and len(logs) == RANKS, "\n----\n".join(log[-2000:] for log in logs)
+    return logs
+
+
+@pytest.fixture
+def disks(golden: Path, tmp_path: Path) -> dict[str, Any]:
+    """A case whose source is `tmp_path/disk`, which is all hosts' until they mount their own."""
+    for rank in range(8):
+        shutil.copytree(golden / f"dp2_tp4_zero/shards/rank_{rank}", tmp_path / f"disk/save/rank_{rank}")
+    return {
+        "name": "from shared disks",
+        "source": tmp_path / "disk/save",
+        "trained": golden / "dp2_tp4_zero/strategy.ckpt",
+        "predicted": golden / "tp4/strategy.ckpt",
+        "expected": golden / "tp4/shards",
+    }
+
+
+def give_own_disks(hosts: Sequence[Host], tmp_path: Path) -> None:
+    """Every host gets the files of some ranks under the path at which all files were."""
+    for host in hosts:
+        own = tmp_path / f"disk_{host.number}"
+        for rank in range(host.number, 8, len(hosts)):
+            shutil.copytree(tmp_path / f"disk/save/rank_{rank}", own / f"save/rank_{rank}")
+        host.mount(own, tmp_path / "disk")
+
+
+@pytest.mark.parametrize(
+    ("count", "own", "family", "names"),
+    [
+        (2, True, "ipv4", ["a", "b"]),
+        (2, False, "ipv4", ["a", "b"]),
+        (4, True, "ipv4", ["a", "b", "c", "d"]),
+        (4, False, "ipv4", ["a", "b", "c", "d"]),
+        (2, False, "ipv6", ["a", "b"]),
+    ],
+)
+def test_loads_of_several_hosts_are_exact(
+    count: int, own: bool, family: str, names: list[str], disks: dict[str, Any], tmp_path: Path
+) -> None:
+    if not (count == 2 and own):
+        long_one("two hosts with disks of their own find most")
+    with Hosts(count, names=names, ipv4=family == "ipv4", ipv6=family == "ipv6") as hosts:
+        if own:
+            give_own_disks(hosts, tmp_path)
+            disks["name"] = "from own disks"
+        for log in msrun(hosts, tmp_path, [disks]):
+            for mode in MODES:
+                for way in ("load", "restore"):
+                    assert f"{way} {disks['name']} {mode} is right" in log
