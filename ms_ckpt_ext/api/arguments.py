@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
-from ms_ckpt_ext import log, progress
+from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import (
     Strategy,
     layouts_by_name,
@@ -16,20 +16,18 @@ from ms_ckpt_ext.core.geometry.strategy import (
 )
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.core.planning.io_units import Limits
-from ms_ckpt_ext.engine.files import execution
-from ms_ckpt_ext.engine.files.execution import Report
-from ms_ckpt_ext.engine.files.job import Job
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM
 from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
-from ms_ckpt_ext.formats.strategies.file import load_strategy
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.geometry.supplement import StrategyPart
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.engine.files.encrypted_sink import Seal
+    from ms_ckpt_ext.engine.files.execution import Report
+    from ms_ckpt_ext.engine.files.job import Job
     from ms_ckpt_ext.formats.crypto import Key
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -149,6 +147,8 @@ def as_strategy(value: Any, rank: int = 0, argument: str = "a strategy") -> Opti
     if value is None or isinstance(value, Strategy):
         return value
     if isinstance(value, (str, os.PathLike)):
+        from ms_ckpt_ext.formats.strategies.file import load_strategy
+
         return load_strategy(path_of(value, argument))
     if isinstance(value, Mapping):
         if not value:
@@ -273,6 +273,9 @@ def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Re
 
     Raises UsageError when one of several tasks is not to sync, and whatever the job raises.
     """
+    from ms_ckpt_ext import progress
+    from ms_ckpt_ext.engine.files import execution
+
     job, workers, limits = job.synced(run.sync), run.workers, run.limits
     if run.dry_run:
         from ms_ckpt_ext.engine.files.dry_run import preview

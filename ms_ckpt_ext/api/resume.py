@@ -22,13 +22,13 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
-from ms_ckpt_ext.engine.resume.scalars import Value
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.discovery.whole_models import instead
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.resume.scalars import Value
 
 N = TypeVar("N", int, float)
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"
@@ -134,7 +134,7 @@ def resume(
     if isinstance(optimizer, (str, os.PathLike)):
         raise ArgumentTypeError("optimizer must be a Cell or None; give the directory as checkpoint_dir=…")
     from ms_ckpt_ext.bridge import restore as live
-    from ms_ckpt_ext.bridge.network import LoadRequest
+    from ms_ckpt_ext.bridge.request import LoadRequest
     from ms_ckpt_ext.bridge.settle import Manner
     from ms_ckpt_ext.bridge.together import give_up, host_name
     from ms_ckpt_ext.bridge.world import own_rank

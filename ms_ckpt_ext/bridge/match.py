@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import mindspore as ms
@@ -19,10 +19,12 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
-from ms_ckpt_ext.core.planning.suffixes import Suffixes, match_suffixes
+from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.taking import Takes, Taking
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.suffixes import Suffixes
 
 _FAMILIES = (
     {ms.float16, ms.float32, ms.float64, ms.bfloat16},
@@ -35,7 +37,7 @@ class Offer(NamedTuple):
     """What the checkpoint has for one name on this rank.
 
     Attributes:
-        tensor, region, layout, full, open, doubt: see `engine.unlisted.taking.Takes`.
+        tensor, region, layout, full, open, doubt: see `engine.load.taking.Takes`.
         shape: of the region.
         dtype: MindSpore's, packed int4 included.
     """
@@ -132,10 +134,12 @@ def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer]
                 "bytes of a checkpoint are in no such order: make it without, and convert it after the load",
                 "network",
             )
-    found = Suffixes({}, {}) if exact else suffixes(_names(missing), _names(named), offers, catalog.absent)
-    catalog.require([*_names(missing), *found.found.values()])
-    tell_suffixes(found)
-    stored = {**{name: name for name in _names(named)}, **found.found}
+    found = None if exact or not missing else suffixes(_names(missing), _names(named), offers, catalog.absent)
+    catalog.require([*_names(missing), *(found.found.values() if found else ())])
+    stored = {name: name for name in _names(named)}
+    if found is not None:
+        tell_suffixes(found)
+        stored.update(found.found)
     filled = [(p, stored[p.name]) for p in (*named, *missing) if p.name in stored]
     matches = [Match(parameter, name, offers[name]) for parameter, name in filled]
     taken = {_stored(match.offer) for match in matches}
@@ -143,7 +147,7 @@ def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer]
         matches,
         [name for name in _names(missing) if name not in stored],
         [name for name, offer in offers.items() if _stored(offer) not in taken],
-        found.passed,
+        found.passed if found else {},
     )
 
 
@@ -177,6 +181,8 @@ def suffixes(
     missing: Sequence[str], named: Sequence[str], offers: Mapping[str, Offer], absent: Iterable[str]
 ) -> Suffixes:
     """What missing names are called in the checkpoint, be it there or absent. Raises as `match_suffixes`."""
+    from ms_ckpt_ext.core.planning.suffixes import match_suffixes
+
     contents = {**{name: (name, 0) for name in absent}, **{name: _stored(offer) for name, offer in offers.items()}}
     mapped = [name for name in named if offers[name].tensor.stored_name != name]
     return match_suffixes(missing, named, contents, mapped)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 from mindspore import mint
@@ -23,9 +23,11 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.engine.load.run_exchange import HostSink
 from ms_ckpt_ext.transport.base import Bytes
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
 _COPY = 4 << 20
 """Bytes that come down from a device at once."""
@@ -164,6 +166,8 @@ def mark_loaded(parameter: Any) -> None:
 
 def contents_of(parameter: Any) -> SliceBytes:
     """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another."""
+    from ms_ckpt_ext.engine.load.replicas import SliceBytes
+
     if not on_device() or _on_host(parameter):
         return SliceBytes(str(parameter.dtype), iter((parameter.asnumpy().reshape(-1).view(np.uint8),)))
     return SliceBytes(str(parameter.dtype), _copies(parameter), copied=True)

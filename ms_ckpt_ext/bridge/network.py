@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, Optional
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import numpy as np
 
-from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import world
 from ms_ckpt_ext.bridge.match import (
     Match,
@@ -26,7 +25,6 @@ from ms_ckpt_ext.bridge.match import (
     nbytes_of,
     offer_of,
     offers_to,
-    told_passed,
 )
 from ms_ckpt_ext.bridge.memory import (
     contents_of,
@@ -38,81 +36,21 @@ from ms_ckpt_ext.bridge.memory import (
     pinned,
     tensor_of,
 )
-from ms_ckpt_ext.bridge.settle import Manner, boxes, matched, open_names
+from ms_ckpt_ext.bridge.request import Filled, LoadRequest, half_done, tell_loaded
+from ms_ckpt_ext.bridge.settle import boxes, matched, open_names
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
-from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.integrity import authenticate
-from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.replicas import SliceBytes
-from ms_ckpt_ext.engine.load.session import LoadReport
+from ms_ckpt_ext.engine.load.options import LoadReport
+from ms_ckpt_ext.engine.load.taking import Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.listing import Listing
-from ms_ckpt_ext.engine.source.renaming import Naming
-from ms_ckpt_ext.engine.source.values import TEXT, decode_text
-from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.proven import Compare, ruled, tell_unseen
-from ms_ckpt_ext.engine.unlisted.taking import Taking
-from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
-from ms_ckpt_ext.errors import LoadError
-from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
 
-_SHOWN = 20
-
-
-class LoadRequest(NamedTuple):
-    """What is loaded into whose network, and how; one rank's.
-
-    Attributes:
-        network: the Cell to fill.
-        target: layouts of this job; None for one device.
-        rank: this rank.
-        manner: how Parameters are matched.
-        rules: weight rules that make the network's parameters of what the files hold.
-        naming: how these are called in the network.
-        allow_equal_slices: slices that are all equal are meant, see `engine.unlisted.whole_slices`.
-        options: how all ranks load together.
-        workers, limits: threads and buffers of a rank that reads its own bytes.
-    """
-
-    network: Any
-    target: Optional[Strategy]
-    rank: int
-    manner: Manner
-    rules: tuple[Rule, ...] = ()
-    naming: Naming = Naming()
-    allow_equal_slices: bool = False
-    options: LoadOptions = LoadOptions()
-    workers: int = 1
-    limits: Limits = Limits()
-
-    def named(self, stored: Catalog, compare: Compare = compared) -> Catalog:
-        """What is stored, with the rules applied, by its names in the network; `compare` as in `proven.ruled`."""
-        return self.naming.of(ruled(stored, self.rules, compare))
-
-    def read(self, listing: Listing, strategy: Optional[Strategy], access: Access) -> Catalog:
-        """A checkpoint by its names in the network, its headers read by this rank. Raises as `read_slices`."""
-        return self.named(read_slices(listing, strategy, access, self.allow_equal_slices))
-
-
-class Filled(NamedTuple):
-    """What a load ended with, on one rank.
-
-    Attributes:
-        missing: Parameters that got nothing.
-        unused: names in the checkpoint that went nowhere.
-        report: what this rank read and received.
-    """
-
-    missing: list[str]
-    unused: list[str]
-    report: LoadReport
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
 
 def fill(request: LoadRequest, catalog: Catalog) -> Filled:
@@ -143,25 +81,22 @@ def _settled(request: LoadRequest, catalog: Catalog) -> tuple[Catalog, Matches]:
 
     before = taking(catalog)
     found = matched(request.network, before, request.manner)
-    catalog = compared(catalog, before.needs_comparing(open_names(found)))
-    tell_unseen(catalog)
+    catalog = _compared(catalog, before.needs_comparing(open_names(found)))
+    if not catalog.all_there:
+        from ms_ckpt_ext.engine.unlisted.proven import tell_unseen
+
+        tell_unseen(catalog)
     after = taking(catalog)
     return catalog, boxes(request.network, found, after, after.require_own, request.manner)
 
 
-def tell_loaded(found: Matches, catalog: Catalog) -> None:
-    """Log which Parameters got something from outside the strategy, and which got nothing."""
-    outside = sorted(match.parameter.name for match in found.matches if match.name not in catalog.tensors)
-    if outside:
-        more = f" and {len(outside) - _SHOWN} more" if len(outside) > _SHOWN else ""
-        log.info("loaded as well, from outside the strategy: %s%s", outside[:_SHOWN], more)
-    if found.missing:
-        log.warning(
-            "%d parameters of the network are not in the checkpoint and were not loaded: %s%s",
-            len(found.missing),
-            found.missing,
-            told_passed(found),
-        )
+def _compared(catalog: Catalog, names: Collection[str]) -> Catalog:
+    """`alike.compared` by this rank alone."""
+    if not names:
+        return catalog
+    from ms_ckpt_ext.engine.unlisted.alike import compared
+
+    return compared(catalog, names)
 
 
 def network_dict(request: LoadRequest, catalog: Catalog) -> dict[str, Any]:
@@ -173,7 +108,7 @@ def network_dict(request: LoadRequest, catalog: Catalog) -> dict[str, Any]:
     strategy, rank = request.target, request.rank
     catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
     taking = Taking(catalog, strategy, rank, world.world_size())
-    catalog = compared(catalog, taking.needs_comparing([*catalog.unproven]))
+    catalog = _compared(catalog, taking.needs_comparing([*catalog.unproven]))
     taking = Taking(catalog, strategy, rank, world.world_size())
     taking.require_common()
     taking.refuse_others(catalog.own)
@@ -188,14 +123,19 @@ def network_dict(request: LoadRequest, catalog: Catalog) -> dict[str, Any]:
 
 
 def _parameter(name: str, contents: Bytes, offer: Offer) -> Any:
-    if offer.tensor.meta.dtype.name == TEXT:
+    if offer.tensor.meta.dtype.name == "STR":
+        from ms_ckpt_ext.engine.source.values import decode_text
+
         return decode_text(contents.tobytes())
     return ms.Parameter(tensor_of(contents, offer), name=name)
 
 
 def prove_matches(matches: Sequence[Match], catalog: Catalog, workers: int, limits: Limits) -> None:
     """Decrypt what the matches want, for its tags only. Raises as `proof.prove_tasks`."""
-    authenticate.prove_tasks(_tasks([match.offer for match in matches]), len(matches), catalog, workers, limits)
+    if catalog.authenticated:
+        from ms_ckpt_ext.engine.integrity import authenticate
+
+        authenticate.prove_tasks(_tasks([match.offer for match in matches]), len(matches), catalog, workers, limits)
 
 
 def fill_matches(
@@ -204,7 +144,7 @@ def fill_matches(
     readers: ReaderPool,
     workers: int,
     limits: Limits,
-    filled: Callable[[Match, SliceBytes], None] = lambda _match, _contents: None,
+    filled: Optional[Callable[[Match, SliceBytes], None]] = None,
 ) -> None:
     """Read every match's slice into its Parameter. Raises LoadError, also for what was changed before.
 
@@ -223,8 +163,9 @@ def fill_matches(
         wanted = [(match.offer, memory) for match, memory in in_place]
 
         def landed(number: int) -> None:
-            match, memory = in_place[number]
-            filled(match, SliceBytes(str(match.parameter.dtype), iter((memory,))))
+            match, _ = in_place[number]
+            if filled is not None:
+                filled(match, contents_of(match.parameter))
 
         _read(wanted, catalog, readers, workers, limits, landed)
     except Exception as error:
@@ -240,7 +181,8 @@ def fill_matches(
             for match, buffer in zip(group, buffers):
                 done.append(match.parameter.name)
                 give(match, buffer, id(match.parameter) in kept)
-                filled(match, contents_of(match.parameter))
+                if filled is not None:
+                    filled(match, contents_of(match.parameter))
             if on_device():
                 ms.runtime.current_stream().synchronize()  # uploads read the buffers until then
         except Exception as error:
@@ -271,16 +213,6 @@ def _groups(matches: Sequence[Match], limits: Limits) -> list[list[Match]]:
         groups[-1].append(match)
         held += nbytes
     return groups
-
-
-def half_done(error: Exception, changed: Sequence[str]) -> LoadError:
-    """The error of a load that stopped after it began to change Parameters."""
-    listed = ", ".join(map(repr, changed[:5])) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
-    return LoadError(
-        f"{error}\nThe load stopped on the way: {len(changed)} parameters may already hold new bytes "
-        f"({listed or 'none'}); load again before using the network",
-        tuple(changed),
-    )
 
 
 def _read(

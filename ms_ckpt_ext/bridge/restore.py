@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import check_cell, is_parallel, match_parameters, offers_of
-from ms_ckpt_ext.bridge.network import Filled, LoadRequest
+from ms_ckpt_ext.bridge.request import Filled, LoadRequest
 from ms_ckpt_ext.bridge.together import fill_from, meeting
 from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.engine.load.taking import Taking
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
-from ms_ckpt_ext.engine.resume.scalars import Value
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import alike
-from ms_ckpt_ext.engine.unlisted.taking import Taking
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.resume.scalars import Value
 
 __all__ = ["Resumed", "both", "fill_newest", "layouts_of"]
 

@@ -24,7 +24,7 @@ from ms_ckpt_ext.bridge.match import (
     same_shape,
     told_passed,
 )
-from ms_ckpt_ext.engine.unlisted.taking import Takes, Taking
+from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.errors import LayoutMismatchError
 
 

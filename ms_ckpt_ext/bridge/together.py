@@ -14,40 +14,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, Callable, NamedTuple, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Matches
 from ms_ckpt_ext.bridge.memory import ParameterSink, kept_on_host
-from ms_ckpt_ext.bridge.network import Filled, LoadRequest, fill_matches, half_done, prove_matches, tell_loaded
+from ms_ckpt_ext.bridge.request import Filled, LoadRequest, half_done, tell_loaded
 from ms_ckpt_ext.bridge.settle import boxes, matched, open_names
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
-from ms_ckpt_ext.engine.integrity.recorded import audit, settled
 from ms_ckpt_ext.engine.load import profiles, session
 from ms_ckpt_ext.engine.load.hosts import host_key
-from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.replicas import Digest, Digester, SliceBytes, compare_replicas
-from ms_ckpt_ext.engine.load.session import LoadReport, Prepared
-from ms_ckpt_ext.engine.load.slabs import HostMover
+from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
+from ms_ckpt_ext.engine.load.session import Prepared
 from ms_ckpt_ext.engine.load.survey import Survey, survey
+from ms_ckpt_ext.engine.load.taking import Taking, all_side_by_side
 from ms_ckpt_ext.engine.load.wants import Want
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import Listing
-from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.dealt import Together, on_record_together
-from ms_ckpt_ext.engine.unlisted.proven import tell_unseen
-from ms_ckpt_ext.engine.unlisted.taking import Taking, all_side_by_side
-from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
-from ms_ckpt_ext.engine.unlisted.whole_slices import refuse_gathered
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import agree, on_all, pack, share_status, unpack
 from ms_ckpt_ext.transport.base import Transport
 from ms_ckpt_ext.transport.select import HOST_VARIABLE, select_transport
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import Digest, SliceBytes
+    from ms_ckpt_ext.engine.unlisted.dealt import Together
 
 
 class SharedSource(NamedTuple):
@@ -107,6 +102,8 @@ def fill_from(transport: Transport[Any], request: LoadRequest, seen: Survey, sto
     ready = _prepared(transport, request, seen, catalog, found)
     on_all(transport, lambda: _prove(transport.rank, request, ready, found.matches))
     if request.options.verify == "full":
+        from ms_ckpt_ext.engine.integrity.recorded import audit
+
         audit(transport, catalog, [d.tensor for d in ready.demands], seen.by_number, request.workers)
     report = _load(transport, request, ready, found.matches)
     tell_loaded(found, catalog)
@@ -115,13 +112,16 @@ def fill_from(transport: Transport[Any], request: LoadRequest, seen: Survey, sto
 
 def _settled(transport: Transport[Any], request: LoadRequest, seen: Survey, stored: Catalog) -> tuple[Catalog, Matches]:
     """The source with what any rank wants of it compared, and what every Parameter of this rank takes of it."""
-    look = Together(transport, stored, seen.by_number)
-    refuse_gathered(stored, look, request.allow_equal_slices)
-    warn_unlike(stored, look, tell=transport.rank == 0)
 
-    def compare(held: Catalog, names: Iterable[str]) -> Catalog:
-        return _compared(transport, held, list(names), look, seen)
+    @cache
+    def look() -> Together:
+        from ms_ckpt_ext.engine.unlisted.dealt import Together
 
+        return Together(transport, stored, seen.by_number)
+
+    compare = partial(_compared, transport, seen, look)
+    if stored.strategy is not None:  # else nothing is cut
+        _check_slices(stored, look(), request.allow_equal_slices, tell=transport.rank == 0)
     network, manner, options = request.network, request.manner, request.options
     catalog = on_all(transport, lambda: request.named(stored, compare))
     taking = Taking(catalog, request.target, request.rank, transport.size)
@@ -129,6 +129,8 @@ def _settled(transport: Transport[Any], request: LoadRequest, seen: Survey, stor
     wanted = sorted({name for names in transport.share(pack(open_names(found))) for name in unpack(names)})
     catalog = compare(catalog, wanted)
     if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
+        from ms_ckpt_ext.engine.integrity.recorded import settled
+
         catalog = settled(catalog)
     taking = Taking(catalog, request.target, request.rank, transport.size)
     found = on_all(transport, lambda: boxes(network, found, taking, taking.one_of, manner))
@@ -137,14 +139,30 @@ def _settled(transport: Transport[Any], request: LoadRequest, seen: Survey, stor
     return catalog._replace(tensors=tensors), found
 
 
+def _check_slices(stored: Catalog, look: Together, allow_equal: bool, tell: bool) -> None:
+    """Whether slices are slices, and copies copies; one rank is to `tell` what is odd."""
+    from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
+    from ms_ckpt_ext.engine.unlisted.whole_slices import refuse_gathered
+
+    refuse_gathered(stored, look, allow_equal)
+    warn_unlike(stored, look, tell)
+
+
 def _compared(
-    transport: Transport[Any], catalog: Catalog, names: Sequence[str], look: Together, seen: Survey
+    transport: Transport[Any], seen: Survey, look: Callable[[], Together], catalog: Catalog, names: Iterable[str]
 ) -> Catalog:
     """`alike.compared` by all ranks together, which give the same names."""
-    held = [catalog.unproven[name].stored_name for name in names if name in catalog.unproven]
-    on_record = on_record_together(transport, catalog, seen.by_number, held)
-    catalog = compared(catalog, names, look, on_record)
-    if transport.rank == 0:
+    held = [name for name in names if name in catalog.unproven]
+    if held:
+        from ms_ckpt_ext.engine.unlisted.alike import compared
+        from ms_ckpt_ext.engine.unlisted.dealt import on_record_together
+
+        stored = [catalog.unproven[name].stored_name for name in held]
+        on_record = on_record_together(transport, catalog, seen.by_number, stored)
+        catalog = compared(catalog, held, look(), on_record)
+    if transport.rank == 0 and not catalog.all_there:
+        from ms_ckpt_ext.engine.unlisted.proven import tell_unseen
+
         tell_unseen(catalog)
     return catalog
 
@@ -192,9 +210,15 @@ def _prepared(
 
 def _prove(rank: int, request: LoadRequest, ready: Prepared, matches: Sequence[Match]) -> None:
     """Find altered encrypted files while nothing is changed."""
+    if not ready.catalog.authenticated:
+        return
     if ready.cooperative:
+        from ms_ckpt_ext.engine.integrity.authenticate import prove_chunks
+
         prove_chunks(ready.plan, rank, ready.catalog, request.options.threads)
     else:
+        from ms_ckpt_ext.bridge.network import prove_matches
+
         prove_matches(matches, ready.catalog, request.workers, request.limits)
 
 
@@ -209,6 +233,8 @@ def _load(transport: Transport[Any], request: LoadRequest, ready: Prepared, matc
                 report = LoadReport("direct", readers.count, digests=digests)
             on_all(transport, readers.verify)
         if options.verify != "none":
+            from ms_ckpt_ext.engine.load.replicas import compare_replicas
+
             compare_replicas(transport, ready.demands, report.digests)
     except LoadError:
         raise
@@ -220,9 +246,13 @@ def _load(transport: Transport[Any], request: LoadRequest, ready: Prepared, matc
 
 def _fill(request: LoadRequest, ready: Prepared, matches: Sequence[Match], readers: ReaderPool) -> dict[int, Digest]:
     """A direct load, and digests of what it filled if they are wanted."""
+    from ms_ckpt_ext.bridge.network import fill_matches
+
     if request.options.verify == "none":
         fill_matches(matches, ready.catalog, readers, request.workers, request.limits)
         return {}
+    from ms_ckpt_ext.engine.load.replicas import Digester
+
     numbers = {id(match): number for number, match in _wanted(ready, matches)}
     with Digester() as digester:
 
@@ -256,6 +286,8 @@ def _exchange(
 def _landing(transport: Transport[Any], parameters: Sequence[Any]) -> tuple[Any, Callable[[Match], Any]]:
     """What cuts staged bytes, and what makes the sink of a Parameter: on the device, or in host memory."""
     if not transport.traits.on_device:
+        from ms_ckpt_ext.engine.load.slabs import HostMover
+
         return HostMover(), ParameterSink
     from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink, KeptSink
 

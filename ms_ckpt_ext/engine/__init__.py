@@ -1,7 +1,7 @@
 """Runs plans: a checkpoint as a source, files into files, and the load of a whole job.
 
 source/      what a checkpoint is: its files, its parameters, their names
-unlisted/    what no strategy lists: compared, kept, taken
+unlisted/    what no strategy lists: compared, kept
 copying/     threads that read, cut and write
 files/       file to file: merge, reshard, convert
 load/        ranks to Parameters, together

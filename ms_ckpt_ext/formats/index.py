@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.formats.checksum import Covered
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.checksum import Covered
 
 BUDGET = 1 << 30
 """Most bytes that a table of contents may take beyond its file's size: some two million tensors without contents, more

@@ -11,16 +11,18 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DecryptionError, FormatError, UsageError
 from ms_ckpt_ext.formats import crypto, safetensors
-from ms_ckpt_ext.formats.checksum import StoredChecksum, verify_stored
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.threads import in_order
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.checksum import StoredChecksum
 
 DEC_KEY_VARIABLE, ENC_KEY_VARIABLE = "MS_CKPT_EXT_DEC_KEY", "MS_CKPT_EXT_ENC_KEY"
 """Environment variables with the keys of sources and of outputs; their forms are those of `crypto.load_key`."""
@@ -130,8 +132,11 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
     with open_reader(path, access) as reader:
         by_blocks = _by_blocks(reader, form)
         index = index_through(reader, path)
-        if (access.crc_check or by_blocks) and not verify_stored(reader, form.stored_checksum(index)):
-            log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
+        if access.crc_check or by_blocks:
+            from ms_ckpt_ext.formats.checksum import verify_stored
+
+            if not verify_stored(reader, form.stored_checksum(index)):
+                log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
         return index
 
 

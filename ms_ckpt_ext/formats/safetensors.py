@@ -16,13 +16,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, FILE_ORDER, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import FormatError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats.checksum import CRC_NUM, Covered, Integer, StoredChecksum
 from ms_ckpt_ext.formats.index import (
     MAX_RANK,
     Checksum,
@@ -34,6 +33,9 @@ from ms_ckpt_ext.formats.index import (
 )
 from ms_ckpt_ext.formats.safetensors_header import METADATA, HeaderError, Member, read_header, read_texts
 from ms_ckpt_ext.storage.reader import ByteReader
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.checksum import Covered, StoredChecksum
 
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
@@ -73,6 +75,8 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
 
 def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
     """The checksum in a file's header; None when there is none."""
+    from ms_ckpt_ext.formats.checksum import CRC_NUM, StoredChecksum
+
     stored = index.metadata.get(CRC_NUM)
     if stored is None:
         return None
@@ -90,6 +94,8 @@ def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
 
 def _crc_parts(tensors: Mapping[str, TensorEntry]) -> list[Covered]:
     """What MindSpore's checksum of these tensors covers."""
+    from ms_ckpt_ext.formats.checksum import Integer
+
     parts: list[Covered] = []
     for name in sorted(tensors):
         entry = tensors[name]
@@ -202,6 +208,8 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
     if len(count) <= len(specs):
         clash = next(name for name in count if count[name] > 1)
         raise UsageError(f"cannot write two tensors named {clash!r} into one safetensors file; rename one")
+    from ms_ckpt_ext.formats.checksum import CRC_NUM
+
     texts = sorted(spec.name for spec in specs if spec.dtype is _TEXT)
     notes = {**metadata, CRC_NUM: NO_CRC} if crc else dict(metadata)
     if texts:

@@ -9,10 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
-from ms_ckpt_ext.transport import gate
 from ms_ckpt_ext.transport.base import Transport
-from ms_ckpt_ext.transport.control import FIRST_MEETING
-from ms_ckpt_ext.transport.local import LocalTransport
 
 TRANSPORT_VARIABLE = "MS_CKPT_EXT_TRANSPORT"
 HOST_VARIABLE = "MS_CKPT_EXT_HOST"
@@ -57,6 +54,8 @@ def select_transport(
     if group is not None and name != "hccl":
         raise UsageError(f"group={group!r} needs the hccl transport, and this job uses {name}")
     if name == "local":
+        from ms_ckpt_ext.transport.local import LocalTransport
+
         return LocalTransport()
     if not _initialized():
         raise TransportError(
@@ -83,6 +82,8 @@ def _meet(timeout: float) -> tuple[list[int], int]:
         rank, size = communication.get_local_rank(), communication.get_local_rank_size()
     except RuntimeError:  # the backend does not count hosts
         return [], everybody
+    from ms_ckpt_ext.transport import gate
+
     return gate.meet(rank, size, timeout, size == everybody, number=communication.get_rank()), everybody
 
 
@@ -97,6 +98,8 @@ def naming_absent(here: Sequence[int], size: int) -> Iterator[None]:
     try:
         yield
     except TransportError as error:
+        from ms_ckpt_ext.transport.control import FIRST_MEETING
+
         others = [rank for rank in range(size) if rank not in here]
         if not here or not others or isinstance(error, PeerError) or FIRST_MEETING not in str(error):
             raise

@@ -16,7 +16,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import ascend, memory, network, together
-from ms_ckpt_ext.engine.load.session import LoadReport
+from ms_ckpt_ext.engine.load.options import LoadReport
 from ms_ckpt_ext.errors import ChecksumError, LoadError, UnsupportedError
 from tests.support.checkpoints import read_file
 

@@ -12,10 +12,10 @@ import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import network, together
+from ms_ckpt_ext.bridge.request import LoadRequest
 from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.session import LoadReport
+from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
 POISON = 77
@@ -116,7 +116,7 @@ def fill(
         options = LoadOptions(
             mode="direct" if alone else mode, verify=verify, host=host(rank), bucket_bytes=1 << 20, timeout=20.0
         )
-        request = network.LoadRequest(made, strategy, rank, Manner(strict=False, exact=False), options=options)
+        request = LoadRequest(made, strategy, rank, Manner(strict=False, exact=False), options=options)
         try:
             if alone:
                 found = network.fill(request, request.read(source.look(), source.strategy, source.access))

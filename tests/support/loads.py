@@ -117,7 +117,7 @@ class Load:
                 with Digester() as digester:
                     for number, sink in sinks.items():
                         digester.add(number, sink.contents())
-                    report.digests = digester.wait()
+                    report = report._replace(digests=digester.wait())
         if self.options.verify != "none":
             compare_replicas(transport, ready.demands, report.digests)
         return Loaded({n: a.tobytes() for n, a in memory.items()}, report, ready.plan, ready)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError, UsageError
-from ms_ckpt_ext.transport import select
+from ms_ckpt_ext.transport import gate, select
 from ms_ckpt_ext.transport.control import FIRST_MEETING
 from ms_ckpt_ext.transport.local import LocalTransport
 from ms_ckpt_ext.transport.select import TRANSPORT_VARIABLE, naming_absent, select_transport
@@ -61,7 +61,7 @@ def test_ranks_of_a_host_meet_where_its_name_tells_who_they_are(
     monkeypatch.setitem(sys.modules, "ms_ckpt_ext.transport.mccl", SimpleNamespace(Mccl=lambda timeout: timeout))
     monkeypatch.setenv(select.HOST_VARIABLE, told)
     found: list[Any] = []
-    monkeypatch.setattr(select.gate, "meet", lambda *where, number: found.append(where) or [number - 1, number])
+    monkeypatch.setattr(gate, "meet", lambda *where, number: found.append(where) or [number - 1, number])
     assert select_transport(override="mccl", timeout=5.0) == 5.0
     assert found == met
 

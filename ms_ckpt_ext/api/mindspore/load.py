@@ -22,18 +22,15 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.engine.files.reshard import folders_job
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
-from ms_ckpt_ext.engine.unlisted.proven import ruled
-from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also
-from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.formats.crypto import KeyLike
 
 
 def load_distributed_checkpoint(
@@ -270,7 +267,7 @@ class _Asked(NamedTuple):
 
 def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_dict: bool) -> Any:
     """Into a network, or as a dictionary of Parameters; what is returned then."""
-    from ms_ckpt_ext.bridge import network as live
+    from ms_ckpt_ext.bridge.request import LoadRequest
     from ms_ckpt_ext.bridge.settle import Manner
     from ms_ckpt_ext.bridge.world import own_rank, world_size
 
@@ -285,7 +282,7 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
         from ms_ckpt_ext.bridge.together import give_up
 
         give_up(error, options.timeout)
-    request = live.LoadRequest(
+    request = LoadRequest(
         network,
         target,
         rank,
@@ -302,6 +299,8 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
 
         named = {str(number): path for number, path in enumerate(place.named)}
         return fill_together(request, SharedSource(place.look, place.trained, asked.access, named))[:2]
+    from ms_ckpt_ext.bridge import network as live
+
     if world_size() == 1:
         place.require_named()
     catalog = request.read(place.look(), place.trained, asked.access)
@@ -310,6 +309,10 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
 
 def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **how: Any) -> None:
     """Into files; `how` they are written, see `engine.files.reshard.folders_job`."""
+    from ms_ckpt_ext.engine.files.reshard import folders_job
+    from ms_ckpt_ext.engine.unlisted.proven import ruled
+    from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
+
     place = asked.place(None)
     target = path_of(directory, "dst_safetensors_dir")
     rank_id = None if rank_id is None else integer(rank_id, "rank_id", 0, "an int or None")

@@ -19,6 +19,7 @@ from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge import world
 from ms_ckpt_ext.bridge.mindformers.converters import rules_of
 from ms_ckpt_ext.bridge.mindformers.options import Options
+from ms_ckpt_ext.bridge.request import LoadRequest
 from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.bridge.together import SharedSource, fill_together, give_up
 from ms_ckpt_ext.bridge.world import mindspore as ms
@@ -188,7 +189,7 @@ def _fill(
             raise
         give_up(error, settings.timeout)
     rank = world.own_rank() if wanted is not None else 0
-    request = live.LoadRequest(
+    request = LoadRequest(
         Both(cells), wanted, rank, _MANNER, rules, _listed(listing), options=settings, workers=options.workers
     )
     if alone or wanted is None:

@@ -18,6 +18,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge.mindformers.loader import Both, set_step
 from ms_ckpt_ext.bridge.mindformers.options import Options
+from ms_ckpt_ext.bridge.request import LoadRequest
 from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
 from ms_ckpt_ext.engine.source.values import read_whole
@@ -145,7 +146,7 @@ def _step(config: Any, catalog: Catalog) -> Optional[int]:
 
 def _fill(cells: Iterable[Any], catalog: Catalog, options: Options, step: Optional[int]) -> None:
     cell = Both(cells)
-    request = live.LoadRequest(cell, None, 0, Manner(strict=False, exact=False), workers=options.workers)
+    request = LoadRequest(cell, None, 0, Manner(strict=False, exact=False), workers=options.workers)
     unused = live.fill(request, catalog).unused
     if step is not None:
         set_step(cell, step)

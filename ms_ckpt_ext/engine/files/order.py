@@ -15,7 +15,7 @@ from typing import Optional
 
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.keeping import Box
+from ms_ckpt_ext.engine.source.rank_boxes import Box
 
 Files = Sequence[Sequence[int]]
 """Numbers of source files, in groups that are written one after another; () for the order of the target's strategy."""

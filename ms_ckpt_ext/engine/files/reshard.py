@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Callable, Optional
 
-from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
+from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.files import overwrite
 from ms_ckpt_ext.engine.files.job import Job, output_of, refuse_empty
 from ms_ckpt_ext.engine.files.order import Files, arranged
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.keeping import Box, Keeping, slice_of
-from ms_ckpt_ext.engine.unlisted.proven import refuse_own
-from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+from ms_ckpt_ext.engine.source.rank_boxes import rank_boxes
+from ms_ckpt_ext.engine.unlisted.keeping import Keeping
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.files.encrypted_sink import Seal
@@ -101,47 +99,3 @@ def folders_job(
         job = recut(lambda rank: f"rank_{rank}/net.{form}", target, every_rank=True)
     overwrite.check_apart(catalog, target, job)
     return job, target
-
-
-def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
-    """All that `strategy` gives a rank, as far as the checkpoint has it.
-
-    Raises:
-        LayoutMismatchError, UsageError: as `recut_job`.
-    """
-    found = listed_boxes(catalog, strategy, rank)
-    if strategy is not None and not found:
-        raise nothing_listed(strategy, rank)
-    return found
-
-
-def nothing_listed(strategy: Strategy, rank: int) -> UsageError:
-    """The error of a strategy that has nothing in common with a checkpoint."""
-    return UsageError(
-        f"{strategy.origin} gives rank {rank} no parameter that the checkpoint holds; "
-        "check that strategy and checkpoint belong to the same model, and name_map if you use one"
-    )
-
-
-def listed_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
-    """`rank_boxes`, where that may be nothing."""
-    if strategy is None:
-        return [Box(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
-    found = []
-    names = strategy.names_of(rank)
-    refuse_own(catalog, names, f"it cannot be cut as {strategy.origin} says")
-    for name in names:
-        tensor = catalog.tensors.get(name) or catalog.extras.get(name)
-        if tensor is not None and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-            found.append(box_under(strategy, rank, name, tensor))
-    return found
-
-
-def box_under(strategy: Strategy, rank: int, name: str, tensor: SourceTensor) -> Box:
-    """What a rank has of a parameter by the layout of a name. Raises LayoutMismatchError: it cannot be cut so."""
-    layout = strategy.layout(name, rank)
-    assert layout is not None  # the strategy gives the rank this name
-    try:
-        return slice_of(name, tensor, layout, rank % strategy.devices_per_stage)
-    except LayoutMismatchError as error:
-        raise LayoutMismatchError(f"parameter {name!r} under {strategy.origin}: {error}") from error

@@ -3,6 +3,7 @@
 options        how a load is to be made
 hosts          which ranks see the same files
 survey         who sees which file, and what is in it
+taking         what one rank can take of it
 wants          what all ranks want, known to all
 session        agree, plan, choose the mode, exchange
 run_exchange   the rounds of one rank: read, exchange, place

@@ -29,11 +29,11 @@ from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import bucket_for, choose_way, limits_for
+from ms_ckpt_ext.engine.load.taking import Taking, all_side_by_side
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, Depth, compared
 from ms_ckpt_ext.engine.unlisted.proven import refuse_own
-from ms_ckpt_ext.engine.unlisted.taking import Taking, all_side_by_side
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
 from ms_ckpt_ext.transport.base import HOST_TRAITS, TransportTraits
 

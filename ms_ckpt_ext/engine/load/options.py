@@ -1,12 +1,18 @@
-"""How a load into networks is to be made, as its caller says."""
+"""How a load into networks is to be made, as its caller says; and what a rank did then."""
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core.integer import integer
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.storage.pool import ReadCount
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import Digest
 
 _MODES = ("auto", "direct", "cooperative")
 VERIFY = ("none", "replicas", "full")
@@ -65,3 +71,25 @@ class LoadOptions:
             "verify": self.verify,
             "trace": str(bool(self.trace)),
         }
+
+
+class LoadReport(NamedTuple):
+    """What one rank did.
+
+    Attributes:
+        mode: "direct" or "cooperative".
+        reads: what it read.
+        bytes_received: from other ranks.
+        rounds: of exchange.
+        digests: of its slices by number of the demand, if they were asked for.
+    """
+
+    mode: str
+    reads: ReadCount
+    bytes_received: int = 0
+    rounds: int = 0
+    digests: Mapping[int, Digest] = MappingProxyType({})
+
+    def __str__(self) -> str:
+        read = f"{self.reads.nbytes} bytes in {self.reads.reads} reads"
+        return f"{self.mode}: {read}, {self.bytes_received} bytes received in {self.rounds} rounds"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Generic, NamedTuple, Optional, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol, TypeVar
 
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
@@ -25,13 +25,15 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.replicas import Digester, SliceBytes
 from ms_ckpt_ext.engine.load.slabs import Mover, Slabs
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import B, Bytes, Handle, Transport
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import Digester, SliceBytes
 
 B_in = TypeVar("B_in", contravariant=True)
 
@@ -70,6 +72,8 @@ class HostSink:
 
     def contents(self) -> SliceBytes:
         """The memory itself."""
+        from ms_ckpt_ext.engine.load.replicas import SliceBytes
+
         return SliceBytes(self.dtype.name, iter((self.array,)))
 
 

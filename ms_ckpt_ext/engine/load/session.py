@@ -9,8 +9,9 @@ import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Optional
 
 import xxhash
 
@@ -23,18 +24,19 @@ from ms_ckpt_ext.core.exchange.tiers import shares_a_server
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
 from ms_ckpt_ext.core.geometry.layout import cell_region
 from ms_ckpt_ext.core.planning.pieces import locate
-from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.replicas import Digest, Digester
-from ms_ckpt_ext.engine.load.run_exchange import SliceSink, run_exchange
-from ms_ckpt_ext.engine.load.slabs import Mover
+from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
-from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, UsageError
-from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.agree import agree
 from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import Digest
+    from ms_ckpt_ext.engine.load.run_exchange import SliceSink
+    from ms_ckpt_ext.engine.load.slabs import Mover
 
 _SHARE_OF_LOAD = 24
 """A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
@@ -53,17 +55,6 @@ class Prepared:
     demands: tuple[Demand, ...]
     plan: ExchangePlan
     cooperative: bool
-
-
-@dataclass
-class LoadReport:
-    """What one rank did, in bytes and calls; digests of its slices by number of the demand, if they were asked for."""
-
-    mode: str
-    reads: ReadCount = field(default_factory=ReadCount)
-    bytes_received: int = 0
-    rounds: int = 0
-    digests: dict[int, Digest] = field(default_factory=dict, repr=False)
 
 
 def prepare(
@@ -232,13 +223,21 @@ def exchange(
     options: LoadOptions,
 ) -> LoadReport:
     """Run a prepared cooperative load, and digest what lands unless `verify` is "none". Raises as `run_exchange`."""
+    from ms_ckpt_ext.engine.load.run_exchange import run_exchange
+    from ms_ckpt_ext.engine.load.trace import Trace
+
     trace = Trace(transport.rank, bool(options.trace))
-    with Digester(trace) as digester:
-        digesting = digester if options.verify != "none" else None
-        run_exchange(
-            prepared.plan, transport, mover, sinks, readers, options.prefetch, options.threads, trace, digesting
-        )
-        digests = digester.wait()
+    how = options.prefetch, options.threads, trace
+    run = partial(run_exchange, prepared.plan, transport, mover, sinks, readers, *how)
+    digests: dict[int, Digest] = {}
+    if options.verify == "none":
+        run()
+    else:
+        from ms_ckpt_ext.engine.load.replicas import Digester
+
+        with Digester(trace) as digester:
+            run(digester)
+            digests = digester.wait()
     if options.trace:
         events = transport.share(zlib.compress(json.dumps(trace.events).encode()))
         if transport.rank == 0:

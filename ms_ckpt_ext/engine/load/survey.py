@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 import xxhash
 
@@ -25,12 +25,14 @@ from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError
-from ms_ckpt_ext.formats.discovery.mindformers import Folder
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage.threads import in_order
 from ms_ckpt_ext.transport.agree import pack, told_by_all, unpack
 from ms_ckpt_ext.transport.base import Transport
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 _READERS = 8
 """Headers that a rank reads at a time."""
@@ -165,6 +167,7 @@ def _speaker(digests: Sequence[Optional[str]], hosts: Sequence[str]) -> Optional
 def _folder(said: list[Any], indexes: Mapping[str, FileIndex]) -> Folder:
     """A folder of MindFormers as this host sees it, or the one that tells of it."""
     from ms_ckpt_ext.engine.source.folders import cuts_from_json
+    from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
     files = {key: index.path for key, index in indexes.items()}
     return Folder(os.path.dirname(next(iter(files.values()))), files, cuts_from_json(said[0]))

@@ -13,7 +13,6 @@ from ms_ckpt_ext.engine.resume.candidates import Candidate
 from ms_ckpt_ext.engine.resume.records import strategy_folder
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Transport
 
@@ -72,6 +71,8 @@ def _layouts_near(folder: str, candidate: Candidate) -> _Found:
 
 def _items_in(folder: str) -> list[Any]:
     """The layouts of all files of a folder, each once: every rank of a stage may have saved the same."""
+    from ms_ckpt_ext.formats.strategies.file import load_strategy
+
     found: dict[str, Any] = {}
     for path in rank_folders.inside(Path(folder), Path.is_file):
         if path.suffix in (".ckpt", ".json"):

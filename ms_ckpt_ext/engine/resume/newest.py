@@ -18,14 +18,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 import numpy as np
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.engine.integrity.recorded import damaged_files
 from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.resume import candidates, sightings
@@ -45,11 +43,14 @@ from ms_ckpt_ext.errors import (
     name_ranks,
     storage_error,
 )
-from ms_ckpt_ext.formats.discovery.mindformers import Folder, read_common
 from ms_ckpt_ext.formats.discovery.saves import unlike
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.transport.agree import agree, pack, told_by_all, unpack
 from ms_ckpt_ext.transport.base import Transport
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.exchange.demand import Sees
+    from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 
 class Skipped(NamedTuple):
@@ -289,6 +290,8 @@ def _common(transport: Transport[Any], folder: Optional[Folder]) -> dict[str, Va
     """The training scalars of a MindFormers folder."""
     if folder is None:
         return {}
+    from ms_ckpt_ext.formats.discovery.mindformers import read_common
+
     mine: dict[str, Any] = {}
     with contextlib.suppress(FormatError):  # of one that is chosen it was readable a moment ago
         mine = dict(read_common(folder.path))
@@ -298,6 +301,8 @@ def _common(transport: Transport[Any], folder: Optional[Folder]) -> dict[str, Va
 
 def _compare_digests(transport: Transport[Any], catalog: Catalog, sees: Optional[Sees]) -> None:
     """Every file with its manifest, each on ranks that see it. A file that is on no manifest passes."""
+    from ms_ckpt_ext.engine.integrity.recorded import damaged_files
+
     found = damaged_files(transport, catalog, sees, 1)
     if found:
         raise _Unfit("; ".join(map(str, found[:3])))

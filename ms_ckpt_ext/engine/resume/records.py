@@ -33,8 +33,6 @@ from ms_ckpt_ext.core.geometry.layout import MAX_RANKS
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import FormatError, storage_error
-from ms_ckpt_ext.formats.strategies.file import save_strategy
-from ms_ckpt_ext.storage.atomic import write_atomically
 
 RECORDS_FOLDER = "ms_ckpt_ext"
 STRATEGY_FOLDER = "strategy"
@@ -118,6 +116,9 @@ def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bo
     Raises:
         StorageError: the record cannot be written.
     """
+    from ms_ckpt_ext.formats.strategies.file import save_strategy
+    from ms_ckpt_ext.storage.atomic import write_atomically
+
     folder = Path(home.folder, RECORDS_FOLDER, home.name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +139,8 @@ def _complete(folder: Path, own: Record) -> bool:
     records = _parse(folder / f"rank_{rank}.json" for rank in range(own.world))
     if any((r.world, r.step) != (own.world, own.step) for r in records):
         return False  # notes of an older checkpoint of the same name are still being replaced
+    from ms_ckpt_ext.storage.atomic import write_atomically
+
     mine = folder / f".complete_{own.rank}"
     write_atomically(mine, _to_json(records))
     os.replace(mine, folder / COMPLETE)
@@ -207,7 +210,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 def record_from_json(held: Mapping[str, Any]) -> Record:
     """A record from its JSON. Raises TypeError, KeyError or ValueError."""
     record = Record(**held)
-    wrong = [name for name, kinds in _KINDS.items() if type(getattr(record, name)) not in kinds]
+    wrong = [name for name, kinds in _KINDS.items() if type(vars(record)[name]) not in kinds]
     if not wrong and not 0 <= record.rank < record.world <= MAX_RANKS:
         wrong = ["rank or world"]
     if not wrong and not math.isfinite(record.saved):

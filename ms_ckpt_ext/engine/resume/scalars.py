@@ -17,9 +17,6 @@ from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.outside import Held, of_rank
-from ms_ckpt_ext.engine.source.values import TEXT, read_whole
-from ms_ckpt_ext.engine.unlisted.alike import compared
-from ms_ckpt_ext.engine.unlisted.dealt import Together
 from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
@@ -47,8 +44,15 @@ def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Optional[See
     """
     whole = {} if sharded and catalog.strategy is not None else catalog.tensors
     names = [name for name, held in catalog.unproven.items() if _small(catalog, held)]
-    catalog = compared(catalog, names, Together(transport, catalog, sees))
+    if names:
+        from ms_ckpt_ext.engine.unlisted.alike import compared
+        from ms_ckpt_ext.engine.unlisted.dealt import Together
+
+        catalog = compared(catalog, names, Together(transport, catalog, sees))
     wanted = list(_wanted(catalog, whole))
+    if not wanted:
+        return Scalars({}, {})
+    from ms_ckpt_ext.engine.source.values import read_whole
 
     def read() -> list[tuple[int, Any]]:
         with catalog.readers() as readers:
@@ -89,7 +93,7 @@ def _wanted(catalog: Catalog, whole: Mapping[str, SourceTensor]) -> Iterator[_Sc
 
 def _small(catalog: Catalog, held: Union[SourceTensor, Held]) -> bool:
     dtype, shape = catalog.kind(held)
-    return dtype.name == TEXT or math.prod(shape) == 1
+    return dtype.name == "STR" or math.prod(shape) == 1
 
 
 def _reader(tensor: SourceTensor, world: int, sees: Optional[Sees]) -> int:

@@ -15,12 +15,9 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.engine.resume import records
 from ms_ckpt_ext.engine.resume.records import Record, read_records, record_from_json
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
-from ms_ckpt_ext.formats.discovery import mindformers, rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
-from ms_ckpt_ext.formats.discovery.mindformers_metadata import file_name
+from ms_ckpt_ext.formats.discovery import rank_folders
+from ms_ckpt_ext.formats.discovery.kinds import COMMON_NAME, METADATA_NAME, STRATEGY, is_mindformers, kind_of
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
-
-_MINDFORMERS = (mindformers.METADATA_NAME, mindformers.COMMON_NAME)
 
 
 class Sight(NamedTuple):
@@ -116,17 +113,25 @@ def _place(folder: Path, name: str, suffixes: list[str]) -> CheckpointFolder:
         mapped,
         folder.stat().st_mtime,
         dict(_noted(folder)),
-        mindformers.complaint(str(folder)) if mapped else "",
+        _complaint(folder) if mapped else "",
     )
 
 
 def _mapped(folder: Path) -> str:
     """What makes the files of a folder one model; of several the map itself comes first, as MindFormers' files do."""
     there = [child.name for child in rank_folders.inside(folder, Path.is_file)]
-    named = [name for name in there if name in _MINDFORMERS or is_map(name)]
+    named = [name for name in there if name in (METADATA_NAME, COMMON_NAME) or is_map(name)]
     files = [name for name in there if name.endswith(".safetensors")]
-    theirs = bool(files) and None not in map(file_name, files)
+    theirs = bool(files) and all(map(is_mindformers, files))
     return next(iter(named), files[0] if theirs else "")
+
+
+def _complaint(folder: Path) -> str:
+    if not (folder / COMMON_NAME).is_file():
+        return ""
+    from ms_ckpt_ext.formats.discovery.mindformers import complaint
+
+    return complaint(str(folder))
 
 
 def _sights(folder: Path, names: Iterable[str]) -> Iterator[Sight]:

@@ -1,12 +1,13 @@
 """What a checkpoint is. Read in this order:
 
-listing    which files it consists of, before any is opened
-surplus    rank folders beyond those that the strategy speaks of
-siblings   files of other ranks beside those that were named one by one
-folders    MindFormers' folders, which know their layouts
-outside    what the files hold beside the parameters that the strategy lists
-catalog    which parameters there are, and in which files their slices lie
-renaming   the same under other names: choice_func and name_map
-values     small things read out of it: scalars, text
-lazy       all of it as a dictionary that reads what is indexed
+listing     which files it consists of, before any is opened
+surplus     rank folders beyond those that the strategy speaks of
+siblings    files of other ranks beside those that were named one by one
+folders     MindFormers' folders, which know their layouts
+outside     what the files hold beside the parameters that the strategy lists
+catalog     which parameters there are, and in which files their slices lie
+rank_boxes  what a rank has of it under a strategy
+renaming    the same under other names: choice_func and name_map
+values      small things read out of it: scalars, text
+lazy        all of it as a dictionary that reads what is indexed
 """

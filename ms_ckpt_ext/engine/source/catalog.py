@@ -82,6 +82,11 @@ class Catalog(NamedTuple):
         """All names outside the strategy."""
         return sorted({**self.extras, **self.unproven, **self.own}) if self.ranks else list(self.extras)
 
+    @property
+    def all_there(self) -> bool:
+        """Whether there is a file of every rank, so that nothing is known less than it could be."""
+        return self.strategy is None or len(self.ranks) == self.strategy.world
+
     def require(self, names: Iterable[str]) -> None:
         """Raise CoverageError when one of these names is absent."""
         lacking = [name for name in names if name in self.absent]
@@ -397,10 +402,10 @@ def _refuse_deduplicated(indexes: Iterable[FileIndex]) -> None:
 
 def _folder_catalog(index_of: Mapping[str, FileIndex], folder: Folder, access: Access) -> Catalog:
     """A folder of MindFormers from the headers of its files."""
-    indexes = tuple(index_of.values())
-    _refuse_slices(indexes)
     from ms_ckpt_ext.engine.source.folders import folder_contents
 
+    indexes = tuple(index_of.values())
+    _refuse_slices(indexes)
     found = folder_contents(index_of, folder)
     extras, own, unproven = found.outside
     told = _notes(indexes), access, found.absent, own, unproven, found.strategy, found.ranks

@@ -15,7 +15,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import DiscoveryError, also
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
+from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, is_mindformers, kind_of
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.formats.discovery.mindformers import Folder
@@ -77,6 +77,10 @@ def list_checkpoint(
 
 
 def _mindformers_folder(path: str) -> Optional[Folder]:
+    """A folder of MindFormers', if it is one."""
+    names = [child.name for child in rank_folders.inside(Path(path))] if os.path.isdir(path) else []
+    if not any(map(is_mindformers, names)):
+        return None
     from ms_ckpt_ext.formats.discovery.mindformers import find_folder
 
     return find_folder(path)

@@ -122,6 +122,11 @@ def alike(held: Held, files: Sequence[FileIndex]) -> SourceTensor:
     return _whole(held, files, first, tuple(held.files))
 
 
+def ranks_of(tensor: SourceTensor) -> tuple[int, ...]:
+    """The ranks that hold a tensor which is whole wherever it is."""
+    return next(iter(tensor.placements[0].expected.values()))
+
+
 def of_rank(held: Held, files: Sequence[FileIndex], rank: int) -> SourceTensor:
     """What one rank that holds it has of its own, whole."""
     return _whole(held, files, rank, (rank,))

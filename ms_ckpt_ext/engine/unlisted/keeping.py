@@ -15,43 +15,21 @@ such as a frozen model or the number of the step, is wanted all the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from math import prod
-from typing import NamedTuple, Optional
+from typing import Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.groups import STATES, group_of
-from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.ranks import same_cut
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Held, of_rank
+from ms_ckpt_ext.engine.source.outside import Held, of_rank, ranks_of
+from ms_ckpt_ext.engine.source.rank_boxes import Box, is_cut, slice_of
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
-from ms_ckpt_ext.engine.unlisted.proven import REMEDY, doubted, ranks_of, refuse_own, tell_accumulated
+from ms_ckpt_ext.engine.unlisted.proven import REMEDY, doubted, refuse_own, tell_accumulated
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
-
-
-class Box(NamedTuple):
-    """A parameter that a rank has under a name, and the box of it; None for all of one without elements."""
-
-    name: str
-    tensor: SourceTensor
-    region: Optional[Region]
-
-
-def slice_of(name: str, tensor: SourceTensor, layout: Layout, local: int) -> Box:
-    """What a rank has of a parameter, by its number within the stage. Without elements, the slice has its shape only.
-
-    Raises LayoutMismatchError: the parameter cannot be cut so.
-    """
-    shape = tensor.meta.shape
-    layout = layout.over(len(shape))
-    if all(shape):
-        return Box(name, tensor, layout.region(local, shape))
-    return Box(name, tensor._replace(meta=tensor.meta._replace(shape=layout.slice_shape(shape))), None)
 
 
 class Keeping:
@@ -241,13 +219,6 @@ class Keeping:
             f"parameter {name!r} is not in {origin}, so rank {rank} keeps what its own file holds of it, and no "
             f"file of rank {rank} is given that holds it: give that file as well. {REMEDY}"
         )
-
-
-def is_cut(tensor: SourceTensor) -> bool:
-    """Whether no file holds all of a parameter, by its layout."""
-    if tensor.recipe is not None:
-        return any(is_cut(block.tensor) for block in tensor.recipe.blocks)
-    return all(prod(placement.parts) > 1 for placement in tensor.placements)
 
 
 def _by_names(catalog: Catalog) -> Optional[Strategy]:

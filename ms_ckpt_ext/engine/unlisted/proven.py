@@ -14,7 +14,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Group, Held
+from ms_ckpt_ext.engine.source.outside import Group, Held, ranks_of
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
 
@@ -97,8 +97,7 @@ def doubted(catalog: Catalog) -> Catalog:
     Who is not looked at because its file is not there may hold another slice. Single values, text and small tables with
     one axis are taken for training scalars, of which one stands for all; a warning names the tables.
     """
-    strategy = catalog.strategy
-    if strategy is None or len(catalog.ranks) == strategy.world:
+    if catalog.all_there:
         return catalog
     unseen = {name: tensor for name, tensor in catalog.extras.items() if unseen_ranks(catalog, ranks_of(tensor))}
     _tell_unseen(catalog, [n for n, t in unseen.items() if _is_table(catalog, t) and not _is_single(catalog, n)])
@@ -205,8 +204,3 @@ def _is_single(catalog: Catalog, name: str) -> bool:
 def _is_text(catalog: Catalog, name: str) -> bool:
     held = catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own[name]
     return catalog.kind(held)[0].name == "STR"
-
-
-def ranks_of(tensor: SourceTensor) -> tuple[int, ...]:
-    """The ranks that hold a tensor which is whole wherever it is."""
-    return next(iter(tensor.placements[0].expected.values()))

@@ -9,6 +9,7 @@ of a large file that was not fetched is told by its text.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -27,6 +28,16 @@ _MAGICS = (
     (b"\x80\x02", "a pickle, as PyTorch writes it"),
     (b"\x89HDF\r\n", "HDF5"),
 )
+
+METADATA_NAME, COMMON_NAME = "metadata.json", "common.json"
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+"""Files of MindFormers, see `formats.discovery.mindformers`."""
+MINDFORMERS_FILE = re.compile(r"(?:^|-)(model|opt)-(\d{7,})-(\d{7,})\.safetensors$")
+
+
+def is_mindformers(name: str) -> bool:
+    """Whether a file is one of MindFormers' own, by its name."""
+    return name in (METADATA_NAME, COMMON_NAME, TRACKER_NAME) or MINDFORMERS_FILE.search(name) is not None
 
 
 def kind_of(path: str) -> str:

@@ -22,6 +22,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery import rank_folders
+from ms_ckpt_ext.formats.discovery.kinds import COMMON_NAME, METADATA_NAME, TRACKER_NAME
 from ms_ckpt_ext.formats.discovery.mindformers_metadata import ParameterCut, file_name, layout_of, read_cuts
 
 __all__ = [
@@ -35,9 +36,6 @@ __all__ = [
     "read_common",
     "read_cuts",
 ]
-METADATA_NAME = "metadata.json"
-COMMON_NAME = "common.json"
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
 _ITERATION = re.compile(r"[0-9]{1,18}")
 _COUNTS = ("epoch_num", "step_num", "global_step", "global_batch_size")
 HEALTHY = 0

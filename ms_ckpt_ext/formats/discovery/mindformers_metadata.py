@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
@@ -25,8 +24,8 @@ from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StrategyError, name_ranks
+from ms_ckpt_ext.formats.discovery.kinds import MINDFORMERS_FILE
 
-_FILE = re.compile(r"(?:^|-)(model|opt)-(\d{7,})-(\d{7,})\.safetensors$")
 _OTHER = "the file is damaged or was edited: restore it, or use another iteration"
 _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError)
 """What reading JSON of another shape may raise."""
@@ -73,7 +72,7 @@ def file_name(file: str) -> Optional[FileName]:
     >>> file_name("qwen3-opt-0000001-0000004.safetensors")
     FileName(prefix='qwen3', kind='opt', number=1, total=4)
     """
-    found = _FILE.search(file)
+    found = MINDFORMERS_FILE.search(file)
     return None if found is None else FileName(file[: found.start()], found[1], int(found[2]), int(found[3]))
 
 

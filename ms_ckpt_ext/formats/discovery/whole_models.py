@@ -21,7 +21,6 @@ from types import MappingProxyType
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, also
 from ms_ckpt_ext.formats.discovery.kinds import FOREIGN, STRATEGY, kind_of, pointer_fault
 from ms_ckpt_ext.formats.discovery.rank_folders import (
@@ -290,6 +289,8 @@ def _read_map(path: Path) -> dict[str, str]:
         fault = pointer_fault(str(path), raw)
         if fault is not None:
             raise FormatError(fault)
+        from ms_ckpt_ext.core.parsing import from_json
+
         content = from_json(raw)
         if not isinstance(content, dict):
             raise ValueError(f"a dictionary is expected, and it holds a {type(content).__name__}")

@@ -18,12 +18,10 @@ from ms_ckpt_ext.core.geometry.layout import Layout, whole
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
-from ms_ckpt_ext.engine.files.reshard import box_under, listed_boxes, nothing_listed
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Held, of_rank, side_by_side
+from ms_ckpt_ext.engine.source.outside import Held, of_rank, ranks_of, side_by_side
+from ms_ckpt_ext.engine.source.rank_boxes import Box, box_under, is_cut, listed_boxes, nothing_listed, slice_of
 from ms_ckpt_ext.engine.source.renaming import called
-from ms_ckpt_ext.engine.unlisted.keeping import Box, is_cut, slice_of
-from ms_ckpt_ext.engine.unlisted.proven import doubted, ranks_of, refuse_own
 from ms_ckpt_ext.errors import CoverageError
 
 
@@ -120,13 +118,18 @@ class Taking:
         if not self.stands:
             own = [name for name in names if name in self.catalog.own]
             own.sort(key=lambda name: -self.catalog.nbytes(self.catalog.own[name]))
-            refuse_own(self.catalog, own, "no rank of this job can take it")
+            if own:
+                from ms_ckpt_ext.engine.unlisted.proven import refuse_own
+
+                refuse_own(self.catalog, own, "no rank of this job can take it")
 
     def refuse_unseen(self, names: Iterable[str]) -> None:
         """Raise LayoutMismatchError for what is alike as far as files are there, where the rank's own is not among
         them and no other tells. In a job of one rank the Parameter's shape tells."""
-        if self._world == 1:
+        if self._world == 1 or self.catalog.all_there:
             return
+        from ms_ckpt_ext.engine.unlisted.proven import doubted, refuse_own
+
         doubts = doubted(self.catalog)
         lost = [name for name in names if name in doubts.own and name in self.catalog.extras]
         mine = [name for name in lost if self.stands and self._rank in ranks_of(self.catalog.extras[name])]
