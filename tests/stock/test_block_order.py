@@ -43,7 +43,7 @@ def plain(tmp_path: Path) -> Path:
 
 def sealed(plain: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of many small blocks."""
-    monkeypatch.setattr("ms_ckpt_ext.api.arguments.Seal", partial(Seal, block=BLOCK))
+    monkeypatch.setattr("ms_ckpt_ext.engine.files.encrypted_sink.Seal", partial(Seal, block=BLOCK))
     path = plain.parent / f"{mode}.ckpt"
     convert(plain, path, enc_key=KEY, enc_mode=mode, digests=False)
     return path

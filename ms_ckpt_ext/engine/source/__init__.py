@@ -3,6 +3,7 @@
 listing     which files it consists of, before any is opened
 surplus     rank folders beyond those that the strategy speaks of
 siblings    files of other ranks beside those that were named one by one
+sharded     the files of ranks, by their strategy
 folders     MindFormers' folders, which know their layouts
 outside     what the files hold beside the parameters that the strategy lists
 catalog     which parameters there are, and in which files their slices lie

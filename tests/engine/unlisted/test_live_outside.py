@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, encrypt, load_distributed_checkpoint
-from ms_ckpt_ext.bridge import together as bridge
 from ms_ckpt_ext.bridge.together import SharedSource as Together
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
@@ -349,7 +348,7 @@ def test_what_the_comparison_reads_does_not_grow_with_the_ranks(
         sizes.append(nbytes)
         return real(nbytes)
 
-    monkeypatch.setattr(bridge, "Together", Counted)
+    monkeypatch.setattr(dealt, "Together", Counted)
     monkeypatch.setattr(buffers, "scratch", scratch)
     names = ("cut", "alike", "global_step")
     got = fill(together(src), strategy, wanting(src, names, strategy), ranks)
