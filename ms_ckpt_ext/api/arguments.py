@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto import Key
 
 PathLike = Union[str, "os.PathLike[str]"]
+MODE_VARIABLE = "MS_CKPT_EXT_MODE"
 BUFFER_BYTES = 64 << 20
 """Default buffer budget of one worker, in bytes."""
 _MOST_WORKERS = 16
@@ -108,6 +109,11 @@ def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     if isinstance(rules, (list, tuple)) and all(isinstance(rule, Rule) for rule in rules):
         return tuple(rules)
     raise ArgumentTypeError("rules must be a list of rules from ms_ckpt_ext.rules")
+
+
+def mode_of(mode: Optional[str]) -> str:
+    """How ranks load together: as it was said, else as the environment says."""
+    return mode or os.environ.get(MODE_VARIABLE) or "auto"
 
 
 def workers_of(most: Optional[int], argument: str = "max_process_num", least: int = 1) -> int:

@@ -26,7 +26,7 @@ from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.copying.worker import Assembler
 from ms_ckpt_ext.engine.integrity.numerics import to_python
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
-from ms_ckpt_ext.engine.source.outside import Held, of_rank
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank
 from ms_ckpt_ext.engine.source.values import TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
 from ms_ckpt_ext.errors import FormatError
@@ -190,7 +190,7 @@ def _as_scalar(parameter: ParameterInfo) -> ParameterInfo:
     return parameter._replace(group=SCALARS) if few or parameter.dtype == TEXT else parameter
 
 
-def _own(held: Held, catalog: Catalog) -> ParameterInfo:
+def _own(held: UnlistedTensor, catalog: Catalog) -> ParameterInfo:
     """What differs by rank: of its whole shape, and of copies, nothing is known."""
     entries = [held.entry(catalog.files, rank) for rank in held.files]
     stored = sum(entry.nbytes for entry in entries)
@@ -206,7 +206,7 @@ def _own(held: Held, catalog: Catalog) -> ParameterInfo:
         None,
         None,
         None,
-        differs=held.told(),
+        differs=held.differences(),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, TypeVar
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import (
@@ -17,6 +17,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_naming,
     checked_rules,
     limits_of,
+    mode_of,
     path_of,
     workers_of,
 )
@@ -27,6 +28,8 @@ from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryErro
 from ms_ckpt_ext.formats.discovery.whole_models import instead
 
 if TYPE_CHECKING:
+    from ms_ckpt_ext.bridge.restore import Resumed
+    from ms_ckpt_ext.core.geometry.strategy import Strategy
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.engine.resume.scalars import Value
 
@@ -121,8 +124,9 @@ def resume(
         dec_key, dec_mode: of encrypted files, as in `load_distributed_checkpoint`.
         check: "headers": all files are there and long enough. "digests": also every tensor is as it was saved, where
             digests were recorded; reads the checkpoint once more.
-        mode, bucket_bytes, prefetch, verify, max_process_num, timeout, allow_equal_slices: as in
-            `load_distributed_checkpoint`.
+        mode, bucket_bytes, prefetch, verify, timeout: see `ms_ckpt_ext.engine.load.options.LoadOptions`; the default of
+            `mode` is MS_CKPT_EXT_MODE, else "auto".
+        max_process_num, allow_equal_slices: as in `load_distributed_checkpoint`.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
@@ -133,11 +137,10 @@ def resume(
     """
     if isinstance(optimizer, (str, os.PathLike)):
         raise ArgumentTypeError("optimizer must be a Cell or None; give the directory as checkpoint_dir=…")
-    from ms_ckpt_ext.bridge import restore as live
     from ms_ckpt_ext.bridge.request import LoadRequest
+    from ms_ckpt_ext.bridge.restore import fill_newest
     from ms_ckpt_ext.bridge.settle import Manner
-    from ms_ckpt_ext.bridge.together import give_up, host_name
-    from ms_ckpt_ext.bridge.world import own_rank
+    from ms_ckpt_ext.bridge.together import host_name
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
     checked_format(format, "format", optional=True)
@@ -146,34 +149,15 @@ def resume(
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     naming = checked_naming(choice_func, name_map)
-    options = LoadOptions(
-        mode=mode or os.environ.get("MS_CKPT_EXT_MODE") or "auto",
-        bucket_bytes=bucket_bytes,
-        prefetch=prefetch,
-        verify=verify,
-        timeout=timeout,
-    )
-    given = train_strategy_filename or os.environ.get(STRATEGY_VARIABLE) or None
-    access, weight_rules, rank = access_of(dec_key, dec_mode), checked_rules(rules), own_rank()
-    try:
-        cell = live.both(network, optimizer)
-        trained = as_strategy(given, argument="train_strategy_filename")
-        target = as_strategy(live.layouts_of(network) if predict_strategy is None else predict_strategy, rank)
-    except CheckpointError as error:
-        give_up(error, timeout)
-    wanted = ResumeRequest(
-        directory,
-        host_name(options),
-        trained,
-        format,
-        access,
-        check == "digests",
-        prefix or os.environ.get(PREFIX_VARIABLE) or None,
-    )
+    options = LoadOptions(mode_of(mode), bucket_bytes, prefetch, verify=verify, timeout=timeout)
+    access, weight_rules = access_of(dec_key, dec_mode), checked_rules(rules)
+    ready = _ready(network, optimizer, predict_strategy, train_strategy_filename, timeout)
+    named = prefix or os.environ.get(PREFIX_VARIABLE) or None
+    wanted = ResumeRequest(directory, host_name(options), ready.trained, format, access, check == "digests", named)
     request = LoadRequest(
-        cell,
-        target,
-        rank,
+        ready.cell,
+        ready.target,
+        ready.rank,
         Manner(strict_load, exact=strict_load, require_all=not allow_missing),
         weight_rules,
         naming,
@@ -182,9 +166,39 @@ def resume(
         workers_of(max_process_num),
         limits_of(BUFFER_BYTES),
     )
-    resumed, skipped = live.fill_newest(request, wanted)
+    resumed, skipped = fill_newest(request, wanted)
     if resumed is None:
         return _nothing(directory, required, skipped)
+    return _restored(directory, resumed, skipped)
+
+
+class _Ready(NamedTuple):
+    """What this rank fills, and the layouts: of the job that saved, where they were given, and of this one."""
+
+    cell: Any
+    rank: int
+    trained: Optional[Strategy]
+    target: Optional[Strategy]
+
+
+def _ready(network: Any, optimizer: Any, predicted: Any, trained: Any, timeout: float) -> _Ready:
+    """Raises what is wrong with them, on this rank; the others are told."""
+    from ms_ckpt_ext.bridge.restore import both, layouts_of
+    from ms_ckpt_ext.bridge.together import give_up
+    from ms_ckpt_ext.bridge.world import own_rank
+
+    rank, given = own_rank(), trained or os.environ.get(STRATEGY_VARIABLE) or None
+    try:
+        cell = both(network, optimizer)
+        strategy = as_strategy(given, argument="train_strategy_filename")
+        target = as_strategy(layouts_of(network) if predicted is None else predicted, rank)
+    except CheckpointError as error:
+        give_up(error, timeout)
+    return _Ready(cell, rank, strategy, target)
+
+
+def _restored(directory: str, resumed: Resumed, skipped: tuple[Skipped, ...]) -> Restored:
+    """What was loaded of a directory, in words; the log tells it, too."""
     chosen, filled = resumed
     restored = Restored(
         directory if os.path.isfile(directory) else os.path.normpath(os.path.join(directory, chosen.candidate.title)),

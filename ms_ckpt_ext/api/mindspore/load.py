@@ -16,6 +16,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_naming,
     checked_rules,
     execute_with_progress,
+    mode_of,
     path_of,
     running,
     seal_of,
@@ -92,9 +93,7 @@ def load_distributed_checkpoint(
         strict_load: refuse to cast between dtypes of a family and to match names by suffix. By suffix: where names
             differ by a wrapper's prefix; never an optimizer's state, and never one of several readings, see
             `core.planning.suffixes`.
-        dec_key: key of an encrypted source, of either format: bytes, or what `load_key` gives. Default: the
-            environment variable MS_CKPT_EXT_DEC_KEY.
-        dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
+        dec_key, dec_mode: of an encrypted source, of either format; as in `unified_safetensors`.
         format: "ckpt" or "safetensors".
         unified_safetensors_dir: a merged checkpoint, or a sharded one (`rank_{N}/…`): no merge is needed first.
         dst_safetensors_dir: target of save mode.
@@ -105,32 +104,14 @@ def load_distributed_checkpoint(
             keeps its own name, too; in save mode, where `predict_strategy` lists it.
         max_process_num: upper bound on worker threads; None for as many as help.
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
-        file_suffix: which file of a rank folder of a sharded source; None for the newest.
-        buffer_bytes: buffer budget of each worker.
-        digests: in save mode: write `ms_ckpt_ext.digests.json` beside the files, see `engine.integrity.manifest`.
-        sync: in save mode: the files are on disk when this returns; False as in `unified_safetensors`.
-        mode: "direct": every rank reads its own bytes, no communication at all; "cooperative": every byte of the
-            checkpoint is read by one rank and exchanged over HCCL (MCCL on the CPU); "auto": the cheaper of the two.
-            Default: the environment variable MS_CKPT_EXT_MODE, else "auto".
-        bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits: of a device's
-            free memory an eighth at most, else 64 MiB.
-        prefetch: rounds that are read ahead.
-        verify: "none"; "replicas": compare digests, made meanwhile, of the same region on several ranks; "full": also
-            compare what is stored with the digests in `ms_ckpt_ext.digests.json`, before anything is changed, at the
-            cost of one more read of every wanted byte over all ranks together.
-        trace: write a Chrome trace of a cooperative load there.
-        timeout: seconds that one exchange between ranks may last.
-        crc_check: verify the checksum of every source file that has one, before anything is changed.
-        crc: save mode: give a checksum to every file that is written.
-        enc_key: save mode: encrypt what is written. Default: the environment variable MS_CKPT_EXT_ENC_KEY.
-        enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
-            "AES-GCM", in this package's chunked container. See docs/encryption.md.
+        file_suffix, buffer_bytes, crc_check, allow_equal_slices: as in `unified_safetensors`.
+        digests, sync, crc, enc_key, enc_mode: the same, of save mode.
+        mode, bucket_bytes, prefetch, verify, trace, timeout, hardware: of a load into a network, see
+            `ms_ckpt_ext.engine.load.options.LoadOptions`. Defaults are the environment variables
+            MS_CKPT_EXT_MODE and MS_CKPT_EXT_HARDWARE.
         rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters of the checkpoint's: renamed,
             joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
         choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
-        allow_equal_slices: as in `unified_safetensors`.
-        hardware: profile of the machine for mode "auto" and the way of an exchange, by name or path of a file (see
-            `ms-ckpt measure`); default: the environment variable MS_CKPT_EXT_HARDWARE, else what fits the NPU.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode,
@@ -160,7 +141,7 @@ def load_distributed_checkpoint(
     )
     seal = seal_of(enc_key, enc_mode)
     options = LoadOptions(
-        mode=mode or (network is not None and os.environ.get("MS_CKPT_EXT_MODE")) or "auto",
+        mode=mode_of(mode) if network is not None else mode or "auto",
         bucket_bytes=bucket_bytes,
         prefetch=prefetch,
         verify=verify,

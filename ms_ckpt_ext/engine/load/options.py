@@ -22,18 +22,20 @@ class LoadOptions:
     """How a load is to be made.
 
     Attributes:
-        mode: "direct": every rank reads its own bytes, nobody communicates. "cooperative": every byte is read by one
-            rank and exchanged. "auto": the cheaper of the two by the cost model.
-        bucket_bytes: staging memory of a rank for one round; None for what fits the machine.
-        prefetch: rounds read ahead.
+        mode: "direct": every rank reads its own bytes, and nobody communicates. "cooperative": every byte is read by
+            one rank and exchanged, over HCCL or, on the CPU, MCCL. "auto": the cheaper of the two by the cost model.
+        bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits: of a device's
+            free memory an eighth at most, else 64 MiB.
+        prefetch: rounds that are read ahead.
         threads: reading threads of a rank.
-        verify: "none"; "replicas" compares digests between ranks that hold the same region: made during the load,
-            compared afterwards; "full" also compares what is stored with the digests on record, before anything is
-            changed.
-        trace: path of a Chrome trace to write; "" for none.
-        timeout: seconds that one exchange may last.
+        verify: "none"; "replicas": compare digests, made during the load, of the same region on several ranks; "full":
+            also compare what is stored with the digests in `ms_ckpt_ext.digests.json`, before anything is changed, at
+            the cost of one more read of every wanted byte over all ranks together.
+        trace: path of a Chrome trace of a cooperative load to write; "" for none.
+        timeout: seconds that one exchange between ranks may last.
         host: name of this rank's host; ranks of a host see the same files.
-        hardware: profile that the cost model takes, by name or path; "" for the one that fits.
+        hardware: profile of the machine for mode "auto" and the way of an exchange, by name or path of a file (see
+            `ms-ckpt measure`); "" for the one that fits.
 
     Raises:
         UsageError: at birth, when one of them is none that there is, or too small.

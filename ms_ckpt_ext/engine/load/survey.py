@@ -95,7 +95,7 @@ def survey(
     host = hosts[transport.rank]
     probe = hosts.index(host) == transport.rank
     listed = _list(look) if probe else _Listed()
-    answers = [unpack(answer) for answer in transport.share(pack(listed.told()))]
+    answers = [unpack(answer) for answer in transport.share(pack(listed.for_others()))]
     sightings: dict[str, list[_Sighting]] = {}
     for rank, answer in enumerate(answers):
         for key, (path, identity) in answer["files"].items():
@@ -132,7 +132,7 @@ class _Listed(NamedTuple):
     """What a folder of MindFormers says about itself, as JSON, in a list of one."""
     problem: Optional[Exception] = None
 
-    def told(self) -> dict[str, Any]:
+    def for_others(self) -> dict[str, Any]:
         """For the other hosts; what a folder says about itself is told by one of them, so here only its digest."""
         folder = self.folder and xxhash.xxh3_128_hexdigest(json.dumps(self.folder).encode())
         told = "" if self.problem is None else str(self.problem)

@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Held, of_rank, ranks_of, side_by_side
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank, ranks_of, side_by_side
 from ms_ckpt_ext.engine.source.rank_boxes import Box, box_under, is_cut, listed_boxes, nothing_listed, slice_of
 from ms_ckpt_ext.engine.source.renaming import called
 from ms_ckpt_ext.errors import CoverageError
@@ -181,14 +181,14 @@ class Taking:
             return False
         return source.stage_of(self._rank) not in set(map(source.stage_of, held.files))
 
-    def _lacks(self, held: Held) -> CoverageError:
+    def _lacks(self, held: UnlistedTensor) -> CoverageError:
         return CoverageError(
             f"parameter {held.name!r} is not in the source's strategy, and the ranks' files differ in it "
-            f"({held.told()}), so every rank takes its own; but the file of rank {self._rank} does not hold it: give "
-            "the file that does, or leave it out by choice_func"
+            f"({held.differences()}), so every rank takes its own; but the file of rank {self._rank} does not hold it: "
+            "give the file that does, or leave it out by choice_func"
         )
 
-    def _held(self, name: str) -> Optional[Held]:
+    def _held(self, name: str) -> Optional[UnlistedTensor]:
         return self.catalog.own.get(name) or self.catalog.unproven.get(name)
 
     def _plainly_own(self, name: str) -> bool:

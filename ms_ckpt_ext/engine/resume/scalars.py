@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Held, of_rank
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank
 from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
@@ -91,7 +91,7 @@ def _wanted(catalog: Catalog, whole: Mapping[str, SourceTensor]) -> Iterator[_Sc
             yield from (_Scalar(name, rank, tensor) for rank, tensor in each.items())
 
 
-def _small(catalog: Catalog, held: Union[SourceTensor, Held]) -> bool:
+def _small(catalog: Catalog, held: Union[SourceTensor, UnlistedTensor]) -> bool:
     dtype, shape = catalog.kind(held)
     return dtype.name == "STR" or math.prod(shape) == 1
 

@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Stra
 from ms_ckpt_ext.core.planning.io_units import Extent, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.source.outside import Held, outside_of
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor, outside_of
 from ms_ckpt_ext.errors import (
     CoverageError,
     DiscoveryError,
@@ -66,8 +66,8 @@ class Catalog(NamedTuple):
     notes: Mapping[str, str]
     access: Access = PLAIN
     absent: Mapping[str, str] = MappingProxyType({})
-    own: Mapping[str, Held] = MappingProxyType({})
-    unproven: Mapping[str, Held] = MappingProxyType({})
+    own: Mapping[str, UnlistedTensor] = MappingProxyType({})
+    unproven: Mapping[str, UnlistedTensor] = MappingProxyType({})
     strategy: Optional[Strategy] = None
     ranks: Mapping[int, int] = MappingProxyType({})
     mapped: frozenset[str] = frozenset()
@@ -89,15 +89,15 @@ class Catalog(NamedTuple):
             more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
             raise CoverageError(f"parameter {lacking[0]!r}{more} should be in {self.absent[lacking[0]]}")
 
-    def kind(self, held: Union[SourceTensor, Held]) -> tuple[DType, Shape]:
+    def kind(self, held: Union[SourceTensor, UnlistedTensor]) -> tuple[DType, Shape]:
         """Dtype and shape of a parameter; of what ranks have of their own, those of the first that has it."""
-        if isinstance(held, Held):
+        if isinstance(held, UnlistedTensor):
             return held.entry(self.files, next(iter(held.files)))[:2]
         return held.meta.dtype, held.meta.shape
 
-    def nbytes(self, held: Union[SourceTensor, Held]) -> int:
+    def nbytes(self, held: Union[SourceTensor, UnlistedTensor]) -> int:
         """Bytes of a whole parameter; of what ranks have of their own, those of all of them."""
-        if isinstance(held, Held):
+        if isinstance(held, UnlistedTensor):
             return held.nbytes(self.files)
         return held.meta.dtype.nbytes(prod(held.meta.shape))
 

@@ -34,7 +34,7 @@ class Group(NamedTuple):
     ranks: tuple[int, ...]
 
 
-class Held(NamedTuple):
+class UnlistedTensor(NamedTuple):
     """One name outside the strategy, in the files of several ranks.
 
     Attributes:
@@ -59,10 +59,10 @@ class Held(NamedTuple):
         """Bytes of all copies."""
         return sum(self.entry(files, rank).nbytes for rank in self.files)
 
-    def told(self) -> str:
+    def differences(self) -> str:
         """How it differs, in words.
 
-        >>> Held("w", "w", {}, (Group("F32[4]", (0,)), Group("F32[2]", (1, 2)))).told()
+        >>> UnlistedTensor("w", "w", {}, (Group("F32[4]", (0,)), Group("F32[2]", (1, 2)))).differences()
         'F32[4] on rank 0, F32[2] on ranks 1, 2'
         """
         shown = [f"{group.holds} on {name_ranks(group.ranks)}" for group in self.groups[:_SHOWN]]
@@ -74,8 +74,8 @@ class Outside(NamedTuple):
     """All names outside the strategy, as headers tell them apart; see the module's docstring."""
 
     extras: Mapping[str, SourceTensor]
-    own: Mapping[str, Held]
-    unproven: Mapping[str, Held]
+    own: Mapping[str, UnlistedTensor]
+    unproven: Mapping[str, UnlistedTensor]
 
 
 def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: AbstractSet[str]) -> Outside:
@@ -92,11 +92,11 @@ def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: Abst
                 holders.setdefault(name, []).append(rank)
     shared: dict[tuple[int, ...], Mapping[int, int]] = {}
     extras: dict[str, SourceTensor] = {}
-    own: dict[str, Held] = {}
-    unproven: dict[str, Held] = {}
+    own: dict[str, UnlistedTensor] = {}
+    unproven: dict[str, UnlistedTensor] = {}
     for name in sorted(holders):
         which = tuple(holders[name])
-        held = Held(name, name, shared.setdefault(which, {rank: ranks[rank] for rank in which}))
+        held = UnlistedTensor(name, name, shared.setdefault(which, {rank: ranks[rank] for rank in which}))
         groups = _by_kind(held, files)
         if len(groups) > 1:
             own[name] = held._replace(groups=groups)
@@ -107,7 +107,7 @@ def outside_of(files: Sequence[FileIndex], ranks: Mapping[int, int], known: Abst
     return Outside(extras, own, unproven)
 
 
-def _by_kind(held: Held, files: Sequence[FileIndex]) -> tuple[Group, ...]:
+def _by_kind(held: UnlistedTensor, files: Sequence[FileIndex]) -> tuple[Group, ...]:
     """The ranks by dtype and shape of what they hold."""
     kinds: dict[tuple[str, Shape], list[int]] = {}
     for rank in held.files:
@@ -116,7 +116,7 @@ def _by_kind(held: Held, files: Sequence[FileIndex]) -> tuple[Group, ...]:
     return tuple(Group(f"{dtype}{list(shape)}", tuple(ranks)) for (dtype, shape), ranks in kinds.items())
 
 
-def alike(held: Held, files: Sequence[FileIndex]) -> SourceTensor:
+def alike(held: UnlistedTensor, files: Sequence[FileIndex]) -> SourceTensor:
     """What every holder has alike, from the file of the first; the ranks that hold it are those that are `expected`."""
     first = next(iter(held.files))
     return _whole(held, files, first, tuple(held.files))
@@ -127,19 +127,21 @@ def ranks_of(tensor: SourceTensor) -> tuple[int, ...]:
     return next(iter(tensor.placements[0].expected.values()))
 
 
-def of_rank(held: Held, files: Sequence[FileIndex], rank: int) -> SourceTensor:
+def of_rank(held: UnlistedTensor, files: Sequence[FileIndex], rank: int) -> SourceTensor:
     """What one rank that holds it has of its own, whole."""
     return _whole(held, files, rank, (rank,))
 
 
-def _whole(held: Held, files: Sequence[FileIndex], rank: int, ranks: tuple[int, ...]) -> SourceTensor:
+def _whole(held: UnlistedTensor, files: Sequence[FileIndex], rank: int, ranks: tuple[int, ...]) -> SourceTensor:
     entry = held.entry(files, rank)
     cell = (0,) * len(entry.shape)
     placement = Placement((1,) * len(entry.shape), {cell: (held.files[rank],)}, {cell: ranks})
     return SourceTensor(TensorMeta(held.name, entry.dtype, entry.shape), held.stored_name, (placement,))
 
 
-def side_by_side(held: Held, files: Sequence[FileIndex], world: int) -> Iterator[tuple[SourceTensor, tuple[int, ...]]]:
+def side_by_side(
+    held: UnlistedTensor, files: Sequence[FileIndex], world: int
+) -> Iterator[tuple[SourceTensor, tuple[int, ...]]]:
     """What the ranks have of their own as if it were one parameter that is cut along axis 0 into `world` parts.
 
     Cell r is what rank r holds. A tensor without axes counts as one of shape [1]. Where dtype or shape differ, there is

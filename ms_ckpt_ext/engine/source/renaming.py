@@ -17,12 +17,12 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Held
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 Choice = Callable[[str], Union[bool, str]]
 _LISTED = 5
-_Named = TypeVar("_Named", SourceTensor, Held)
+_Named = TypeVar("_Named", SourceTensor, UnlistedTensor)
 
 
 class Naming(NamedTuple):
@@ -125,12 +125,12 @@ def _is_numpy_bool(value: Any) -> bool:
 
 def called(tensor: _Named, name: str) -> _Named:
     """A parameter under a name; where it is stored stays."""
-    if isinstance(tensor, Held):
+    if isinstance(tensor, UnlistedTensor):
         return tensor._replace(name=name)
     return tensor if tensor.meta.name == name else tensor._replace(meta=tensor.meta._replace(name=name))
 
 
-def _groups(catalog: Catalog) -> tuple[Mapping[str, Union[SourceTensor, Held]], ...]:
+def _groups(catalog: Catalog) -> tuple[Mapping[str, Union[SourceTensor, UnlistedTensor]], ...]:
     return catalog.tensors, catalog.extras, catalog.unproven, catalog.own
 
 

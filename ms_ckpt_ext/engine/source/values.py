@@ -14,7 +14,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
-from ms_ckpt_ext.engine.source.outside import Held, outside_of
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor, outside_of
 from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats.discovery import rank_folders
@@ -55,7 +55,7 @@ def read_extras(
     else:
         catalog, alone = open_catalog(directory, strategy, file_suffix, access=access, kind=kind), False
 
-    def is_scalar(held: Union[SourceTensor, Held]) -> bool:
+    def is_scalar(held: Union[SourceTensor, UnlistedTensor]) -> bool:
         dtype, shape = catalog.kind(held)
         return dtype.name == TEXT or math.prod(shape) == 1 or (len(shape) == 1 and not alone)
 
@@ -64,7 +64,7 @@ def read_extras(
     catalog = compared(catalog, wanted)
     differing = [catalog.own[name] for name in sorted(wanted) if name in catalog.own]
     if differing:
-        told = "; ".join(f"{held.name!r} is {held.told()}" for held in differing[:_NAMED])
+        told = "; ".join(f"{held.name!r} is {held.differences()}" for held in differing[:_NAMED])
         log.warning(
             "%d names outside the strategy differ by rank and are no training scalars: %s", len(differing), told
         )

@@ -26,7 +26,7 @@ from ms_ckpt_ext.core.geometry.neighbours import Axis, Representatives, axes_of,
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest, recorded_digests
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Group, Held, alike
+from ms_ckpt_ext.engine.source.outside import Group, UnlistedTensor, alike
 from ms_ckpt_ext.engine.unlisted.probes import Alone, Look, Probe
 from ms_ckpt_ext.errors import FormatError, StorageError
 
@@ -93,7 +93,7 @@ def _nothing(_files: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
 
 
 def _groups(
-    catalog: Catalog, todo: Sequence[Held], look: Look, on_record: OnRecord, depth: Depth
+    catalog: Catalog, todo: Sequence[UnlistedTensor], look: Look, on_record: OnRecord, depth: Depth
 ) -> dict[str, tuple[Group, ...]]:
     """By name, the ranks that were looked at in groups that hold the same."""
     found = _by_records(todo, on_record(sorted({file for held in todo for file in held.files.values()})))
@@ -116,13 +116,13 @@ class _Standing:
         self._axes: tuple[Axis, ...] = axes_of(strategy.layouts) if strategy else ()
         self._known: dict[tuple[int, ...], Representatives] = {}
 
-    def _of(self, held: Held) -> Representatives:
+    def _of(self, held: UnlistedTensor) -> Representatives:
         ranks = tuple(held.files)
         if ranks not in self._known:
             self._known[ranks] = representatives(ranks, self._devices, self._axes)
         return self._known[ranks]
 
-    def first(self, held: Held) -> Copies:
+    def first(self, held: UnlistedTensor) -> Copies:
         """All copies of a small tensor, or samples of some of a larger one."""
         nbytes = self._nbytes(held)
         if nbytes <= SMALL or self._depth is Depth.ALL:
@@ -130,18 +130,18 @@ class _Standing:
         stand = self._of(held)
         return _copies(held, sorted((*stand.whole, *stand.sampled)), samples(nbytes))
 
-    def second(self, held: Held) -> Copies:
+    def second(self, held: UnlistedTensor) -> Copies:
         """The whole of some copies, unless the first look saw all of it."""
         nbytes = self._nbytes(held)
         whole = (Extent(0, nbytes),)
         seen = nbytes <= SMALL or samples(nbytes) == whole
         return {} if seen or self._depth is not Depth.STANDING else _copies(held, self._of(held).whole, whole)
 
-    def _nbytes(self, held: Held) -> int:
+    def _nbytes(self, held: UnlistedTensor) -> int:
         return held.entry(self._files, next(iter(held.files))).nbytes
 
 
-def _copies(held: Held, ranks: Iterable[int], stretches: Sequence[Extent]) -> Copies:
+def _copies(held: UnlistedTensor, ranks: Iterable[int], stretches: Sequence[Extent]) -> Copies:
     return {
         (held.name, rank): tuple(Probe(held.files[rank], held.stored_name, *s) for s in stretches) for rank in ranks
     }
@@ -160,7 +160,9 @@ def samples(nbytes: int) -> tuple[Extent, ...]:
     return (*(Extent(start, SAMPLE) for start in starts[:-1]), Extent(starts[-1], nbytes - starts[-1]))
 
 
-def _by_records(todo: Sequence[Held], recorded: Mapping[int, Mapping[str, str]]) -> dict[str, tuple[Group, ...]]:
+def _by_records(
+    todo: Sequence[UnlistedTensor], recorded: Mapping[int, Mapping[str, str]]
+) -> dict[str, tuple[Group, ...]]:
     """Names of which every copy has a digest on record, and the ranks by these."""
     found: dict[str, tuple[Group, ...]] = {}
     for held in todo:

@@ -23,7 +23,7 @@ from ms_ckpt_ext.core.geometry.ranks import same_cut
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Held, of_rank, ranks_of
+from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank, ranks_of
 from ms_ckpt_ext.engine.source.rank_boxes import Box, is_cut, slice_of
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
@@ -204,7 +204,7 @@ class Keeping:
             raise self._lost(rank, tensor.meta.name)
         return True
 
-    def _refuse_lost(self, rank: int, held: Held) -> None:
+    def _refuse_lost(self, rank: int, held: UnlistedTensor) -> None:
         """Raise CoverageError when a rank should have its own, and its file is not there, or left it to others."""
         assert self._target is not None
         if self._target.stage_of(rank) not in self._stages[held.name]:

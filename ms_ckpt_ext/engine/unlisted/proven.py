@@ -14,7 +14,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Group, Held, ranks_of
+from ms_ckpt_ext.engine.source.outside import Group, UnlistedTensor, ranks_of
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
 
@@ -36,11 +36,11 @@ def refuse_own(catalog: Catalog, names: Iterable[str], purpose: str) -> None:
     if differing:
         held, more = differing[0], f" (and {len(differing) - 1} more like it)" if differing[1:] else ""
         origin = catalog.strategy.origin if catalog.strategy else "the strategy"
-        why = f"the ranks' files differ in it: {held.told()}"
+        why = f"the ranks' files differ in it: {held.differences()}"
         if held.unseen:
             why = (
-                f"too few ranks' files are given to tell whether all hold the same of it: {held.told()}; give the file "
-                f"of {name_ranks(held.unseen)} as well"
+                f"too few ranks' files are given to tell whether all hold the same of it: {held.differences()}; "
+                f"give the file of {name_ranks(held.unseen)} as well"
             )
         raise LayoutMismatchError(
             f"parameter {held.name!r}{more} is not in {origin}, and {why}. So {purpose}: nothing tells which slice of "
@@ -135,12 +135,12 @@ def _is_table(catalog: Catalog, tensor: SourceTensor) -> bool:
     return len(tensor.meta.shape) < 2 and catalog.nbytes(tensor) <= SMALL
 
 
-def _doubt(catalog: Catalog, tensor: SourceTensor) -> Held:
+def _doubt(catalog: Catalog, tensor: SourceTensor) -> UnlistedTensor:
     """A tensor that is alike as far as it is known, as one of which not all is known."""
     ranks = ranks_of(tensor)
     file = next(iter(tensor.placements[0].holders.values()))[0]
     groups = (Group(f"{tensor.meta.dtype.name}{list(tensor.meta.shape)}", ranks),)
-    return Held(tensor.meta.name, tensor.stored_name, {ranks[0]: file}, groups, unseen_ranks(catalog, ranks))
+    return UnlistedTensor(tensor.meta.name, tensor.stored_name, {ranks[0]: file}, groups, unseen_ranks(catalog, ranks))
 
 
 def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:

@@ -70,8 +70,8 @@ def test_headers_alone_tell_shapes_and_dtypes(tmp_path: Path) -> None:
     }
     held = source(tmp_path / "s", listed(4), {**kinds, "z": LARGE}).catalog()
     assert (set(held.own), set(held.unproven), set(held.extras)) == ({"x", "y"}, {"z"}, set())
-    assert held.own["x"].told() == "F32[4, 96] on ranks 0, 2, F32[5, 96] on ranks 1, 3"
-    assert held.own["y"].told() == "I32[1] on ranks 0, 1, 2, I64[1] on rank 3"
+    assert held.own["x"].differences() == "F32[4, 96] on ranks 0, 2, F32[5, 96] on ranks 1, 3"
+    assert held.own["y"].differences() == "I32[1] on ranks 0, 1, 2, I64[1] on rank 3"
 
 
 def test_only_what_is_asked_for_is_compared(tmp_path: Path) -> None:
