@@ -64,7 +64,7 @@ def layouts_of(network: Any) -> Optional[Mapping[str, Any]]:
 
 
 def _lacks(request: LoadRequest, stored: Catalog) -> str:
-    """What the network wants of the checkpoint and no file holds; "" if nothing. What nobody wants may be absent."""
+    """What the network wants and no file of the checkpoint holds, in words; "" if nothing."""
     if not stored.absent:
         return ""
     try:

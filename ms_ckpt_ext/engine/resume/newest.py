@@ -163,7 +163,7 @@ def _skip(
 
 
 def _tell(candidate: Candidate) -> None:
-    """What was taken for granted about a checkpoint that is chosen."""
+    """Log what is assumed about the chosen checkpoint."""
     names = {} if candidate.parts else {number: held.file for number, held in candidate.files.items()}
     differing = unlike(names) if names else None
     if differing is not None:
@@ -243,7 +243,7 @@ def _try(transport: Transport[Any], wanted: ResumeRequest, candidate: Candidate,
 def _tell_apart(
     transport: Transport[Any], candidate: Candidate, common: Mapping[str, Value], held: Mapping[str, Value]
 ) -> None:
-    """Warn of what MindFormers' `common.json` and the files tell differently; the files count, as there."""
+    """Warn where MindFormers' `common.json` and the files disagree; the files count, as in MindFormers."""
     for name in common.keys() & held.keys() if transport.rank == 0 else ():
         if not np.array_equal(np.asarray(common[name]), np.asarray(held[name]).reshape(())):
             told = candidate.title, name, common[name], held[name]
@@ -257,7 +257,7 @@ def _text(strategy: Optional[Strategy]) -> str:
 def _read_headers(
     transport: Transport[Any], wanted: ResumeRequest, look: Callable[[], Listing], strategy: Optional[Strategy]
 ) -> tuple[Survey, Catalog]:
-    """Tables of contents of all files, that they fit the layouts, and that nothing is missing."""
+    """Read all headers, and check that they fit the layouts and that nothing is missing."""
     problem, result = "", None
     try:
         seen = survey(transport, look, partial(read_index, access=wanted.access), wanted.host)

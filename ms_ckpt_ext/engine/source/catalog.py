@@ -52,7 +52,7 @@ class Catalog(NamedTuple):
         notes: parameter name -> metadata that must travel with it ("Int4").
         access: how the files are opened.
         absent: name -> where it should be and is not: a parameter of a pipeline stage without any file, or one that a
-            map places in a file without it. Who wants it is told so, and nobody else.
+            map places in a file without it. Only who wants it is refused.
         own: name -> what lies outside it and differs: each rank has its own.
         unproven: name -> what lies outside it in several files, not compared yet: see `engine.unlisted.alike`.
         strategy: what cut the source, its parameters by the names that are stored; None for whole ones.

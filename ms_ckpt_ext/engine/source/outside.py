@@ -9,7 +9,7 @@ a name is one of three, in a catalog of its own each:
 - `own`: known to differ. Each rank has its own, and no rank's is another's: a frozen parameter that is cut though the
   strategy does not say so, the state of a random generator, a cursor in the data.
 
-Nobody takes one copy for all of what is unproven or own.
+One copy never stands for all of what is unproven or own.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> No
 
 
 def _mapped(held: Mapping[str, _Named], name_map: Mapping[str, str]) -> dict[str, _Named]:
-    """A group with what the map adds; a name whose source is missing is nobody's, not its namesake's."""
+    """A group with what the map adds; a mapped name whose source is missing is dropped."""
     kept = {name: tensor for name, tensor in held.items() if name not in name_map}
     kept.update({name: called(held[source], name) for name, source in name_map.items() if source in held})
     return kept

@@ -45,8 +45,8 @@ def read_extras(
 ) -> dict[str, Union[npt.NDArray[Any], str]]:
     """The contents of every training scalar: text, and what has no more than one axis, outside the strategy.
 
-    Without a strategy, every text and single-element parameter. What differs between ranks is nobody's: a warning names
-    it.
+    Without a strategy, every text and single-element parameter. What differs between ranks is left out, and a warning
+    names it.
     """
     if strategy is None and os.path.isfile(directory):
         catalog, alone = _of_ranks({0: directory}, access), True

@@ -7,7 +7,7 @@
 4. Where the samples are equal, those of the ranks that differ on an axis the strategy knows are read whole.
 
 So a tensor of n bytes costs at most n for each pipeline stage that has it and for each device axis, and 64 KiB for each
-other divisor of a stage's device count. What differs only between ranks that stand for nobody is not found so:
+other divisor of a stage's device count. What differs only between ranks that are not looked at is not found so:
 `Depth.ALL`, as `verify` has it, looks at every byte of every copy.
 
 Who looks is an argument: one process alone (`probes.Alone`), or all ranks of a job that share the work.
@@ -188,7 +188,7 @@ def _seen(copies: Copies, look: Look) -> dict[str, tuple[Group, ...]]:
 
 
 def _in_groups(name: str, ranks: Mapping[tuple[str, ...], Sequence[int]], copies: Copies) -> Iterator[Group]:
-    """In words where the first difference is."""
+    """The groups, with the place of the first difference in words."""
     at = next((number for number, seen in enumerate(zip(*ranks)) if len(set(seen)) > 1), 0)
     for digests, which in ranks.items():
         _, _, start, length = copies[name, which[0]][at]
@@ -207,6 +207,6 @@ def recorded(catalog: Catalog, files: Sequence[int]) -> dict[int, Mapping[str, s
                 continue
             if os.stat(os.path.join(record[0], MANIFEST_NAME)).st_mtime_ns >= index.mtime_ns:
                 found[file] = record[2].tensors
-        except (FormatError, StorageError, OSError):  # what cannot be read is as good as none
+        except (FormatError, StorageError, OSError):  # a record that cannot be read counts as none
             continue
     return found

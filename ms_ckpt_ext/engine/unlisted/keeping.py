@@ -110,7 +110,7 @@ class Keeping:
     def _refuse_cut(self) -> None:
         if self._target is None or self._target.devices_per_stage == 1:
             return  # one device takes everything whole
-        kept = self._tensors.items()  # what rules make is nobody's own
+        kept = self._tensors.items()  # what rules make belongs to no rank
         cut = [name for name, tensor in kept if is_cut(tensor) and (not self._same or tensor.recipe is not None)]
         if cut:
             origin = self.catalog.strategy.origin if self.catalog.strategy else "the source"
@@ -195,7 +195,7 @@ class Keeping:
     def _from_another(self, rank: int, tensor: SourceTensor) -> bool:
         """Whether a rank whose own file lacks it gets what others of its stage hold alike.
 
-        A file that is there may have left it to others (`remove_redundancy`). Of one that is not there nobody knows.
+        A file that is there may have left it to others (`remove_redundancy`). What a missing file holds is unknown.
         """
         assert self._target is not None
         if self._target.stage_of(rank) not in self._stages[tensor.meta.name]:

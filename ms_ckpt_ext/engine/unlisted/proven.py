@@ -92,7 +92,7 @@ def tell_accumulated(catalog: Catalog) -> None:
 
 
 def doubted(catalog: Catalog) -> Catalog:
-    """The catalog with what too few files are given of to tell whether all ranks hold the same among its `own`.
+    """The catalog with tensors among its `own` of which too few files are given to tell whether all ranks hold the same.
 
     Who is not looked at because its file is not there may hold another slice. Single values, text and small tables with
     one axis are taken for training scalars, of which one stands for all; a warning names the tables.
@@ -112,7 +112,7 @@ def doubted(catalog: Catalog) -> Catalog:
 
 
 def tell_unseen(catalog: Catalog) -> None:
-    """Warn of what is taken for alike though too few files are given to tell; for loads, where shapes tell the rest."""
+    """Warn of tensors taken to be alike though too few files are given to compare; for loads, which check shapes."""
     found = (n for n, t in catalog.extras.items() if not _is_single(catalog, n))
     _tell_unseen(catalog, [name for name in found if unseen_ranks(catalog, ranks_of(catalog.extras[name]))])
 
@@ -136,7 +136,7 @@ def _is_table(catalog: Catalog, tensor: SourceTensor) -> bool:
 
 
 def _doubt(catalog: Catalog, tensor: SourceTensor) -> UnlistedTensor:
-    """A tensor that is alike as far as it is known, as one of which not all is known."""
+    """A tensor whose known copies are alike, as one that may differ."""
     ranks = ranks_of(tensor)
     file = next(iter(tensor.placements[0].holders.values()))[0]
     groups = (Group(f"{tensor.meta.dtype.name}{list(tensor.meta.shape)}", ranks),)

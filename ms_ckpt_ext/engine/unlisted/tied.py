@@ -1,4 +1,4 @@
-"""Are copies that pipeline stages cut differently the same? Samples of them, for jobs that take one for all.
+"""Do copies that pipeline stages cut differently agree? Samples of them, for jobs that read one of the copies.
 
 Tied embeddings lie in the files of two stages, and where both cut them alike, the files are copies that a job may read
 in place of each other. Where not, a job reads one cut, and what another holds goes unseen. Of every two cuts some rows
