@@ -92,7 +92,7 @@ def tell_accumulated(catalog: Catalog) -> None:
 
 
 def doubted(catalog: Catalog) -> Catalog:
-    """The catalog with tensors among its `own` of which too few files are given to tell whether all ranks hold the same.
+    """The catalog with tensors among its `own` that too few files are given to compare between ranks.
 
     Who is not looked at because its file is not there may hold another slice. Single values, text and small tables with
     one axis are taken for training scalars, of which one stands for all; a warning names the tables.
