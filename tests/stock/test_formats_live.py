@@ -10,7 +10,6 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, LoadError
 from ms_ckpt_ext.formats.crypto import Key
@@ -55,12 +54,16 @@ def opened(golden: Path, kind: str, source: Path) -> tuple[Catalog, Strategy]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_direct(kind: str, ms: Any, golden: Path, tmp_path: Path) -> None:
     from ms_ckpt_ext.bridge.network import fill
+    from ms_ckpt_ext.bridge.request import LoadRequest
+    from ms_ckpt_ext.bridge.settle import Manner
 
+    manner = Manner(strict=False, exact=False)
     catalog, target = opened(golden, kind, make_source(golden, CASE, kind, tmp_path / "src"))
     for rank in range(4):
         expected = read_file(shard(golden / "dp2_tp2/shards" / f"rank_{rank}")) | scalars_of(golden, CASE, kind)
         cell = poisoned(ms, expected)
-        assert fill(cell, catalog, target, rank, False, 2, Limits()) == ([], [])
+        found = fill(LoadRequest(cell, target, rank, manner, workers=2), catalog)
+        assert (found.missing, found.unused) == ([], [])
         assert bytes_of(cell) == {name: tensor.data for name, tensor in expected.items()}
 
 
