@@ -17,7 +17,7 @@ NOT_NEEDED = (
     "formats.crypto.keys",
     "core.planning.weight_rules",
 )
-MOST = {"load": 78, "resume": 88}
+MOST = {"load": 87, "resume": 95}
 """Packages included. A third are of the plan of an exchange and its geometry, which every such load makes."""
 
 
