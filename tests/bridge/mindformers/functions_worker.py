@@ -48,10 +48,16 @@ CONFIG = SimpleNamespace(
 )
 
 
-def converted(operator: Any, sources: dict[str, np.ndarray], stock_sources: dict[str, np.ndarray]) -> None:
+ONE_HEAD_A_GROUP = SimpleNamespace(**{**vars(CONFIG), "num_attention_heads": CONFIG.num_query_groups})
+"""All that MindFormers' operator for biases can do: it takes as many rows of queries as of keys."""
+
+
+def converted(
+    operator: Any, sources: dict[str, np.ndarray], stock_sources: dict[str, np.ndarray], config: Any = CONFIG
+) -> None:
     """Compare what the operator makes with what a merge through its rules writes."""
     if hasattr(operator, "set_model_config"):
-        operator.set_model_config(CONFIG)
+        operator.set_model_config(config)
     operator.optimizer_parallel_size = 1
     expected = operator(stock_sources)
     folder = scratch / type(operator).__name__ / "-".join(expected)
@@ -73,8 +79,8 @@ def operators() -> None:
     def draw(**shapes: tuple[int, ...]) -> dict[str, np.ndarray]:
         return {f"h.0.{name}": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
-    def same(operator: Any, sources: dict[str, np.ndarray]) -> None:
-        converted(operator, sources, sources)
+    def same(operator: Any, sources: dict[str, np.ndarray], config: Any = CONFIG) -> None:
+        converted(operator, sources, sources, config)
 
     three = ["h.{}.q", "h.{}.k", "h.{}.v"]
     same(convert_op.RenameConvertOp("h.{}.a", "m.{}.a"), draw(a=(3, 4)))
@@ -82,7 +88,7 @@ def operators() -> None:
         same(convert_op.ConcatConvertOp(["h.{}.a", "h.{}.b"], f"m.{{}}.c{dim}", dim=dim), draw(a=(3, 4), b=(3, 4)))
         same(convert_op.StackConvertOp(["h.{}.a", "h.{}.b"], f"m.{{}}.s{dim}", dim=dim), draw(a=(3, 4), b=(3, 4)))
     same(convert_op.QKVConvertOp(three, "m.{}.qkv"), draw(q=(16, 6), k=(8, 6), v=(8, 6)))
-    same(convert_op.QKVBiasConvertOp(three, "m.{}.bias"), draw(q=(8,), k=(8,), v=(8,)))
+    same(convert_op.QKVBiasConvertOp(three, "m.{}.bias"), draw(q=(8,), k=(8,), v=(8,)), ONE_HEAD_A_GROUP)
     if hasattr(convert_op, "ScaleSplitConvertOp"):  # since 2.1
         same(convert_op.ScaleSplitConvertOp("h.{}.s", ["m.{}.x", "m.{}.y", "m.{}.z"]), draw(s=(3,)))
         plain = convert_op.ConcatConvertOp(["h.{}.a", "h.{}.b"], "m.{}.plain", interleaved=False)
