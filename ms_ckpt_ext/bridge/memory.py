@@ -148,7 +148,8 @@ def _upload(match: Match, buffer: Bytes) -> None:
         staged = mint.empty(tensor.shape, dtype=tensor.dtype)
         staged.copy_(tensor, non_blocking=True)
         tensor = staged
-    parameter.view(*tensor.shape).copy_(tensor, non_blocking=True)
+    target = parameter.view(*tensor.shape) if tensor.shape else parameter  # a scalar has no shape to view
+    target.copy_(tensor, non_blocking=True)
     mark_loaded(parameter)
 
 
