@@ -214,8 +214,8 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
         raise ArgumentTypeError(f"dec_mode must be a str, got {type(dec_mode).__name__}")
     if dec_key is None and DEC_KEY_VARIABLE in os.environ:
         mode = None if dec_mode == GCM else dec_mode  # MindSpore's default, so nobody may have meant it
-        return Access(_key_of(None, DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
-    return Access(_key_of(dec_key), dec_mode, bool(crc_check))
+        return Access(_key_of(None, "dec_key", DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
+    return Access(_key_of(dec_key, "dec_key"), dec_mode, bool(crc_check))
 
 
 def any_mode(dec_key: Any, dec_mode: Optional[str], crc_check: bool = False) -> Access:
@@ -232,7 +232,7 @@ def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
     if not isinstance(enc_mode, str):
         raise ArgumentTypeError(f"enc_mode must be a str, got {type(enc_mode).__name__}")
     env = ENC_KEY_VARIABLE if enc_key is None and ENC_KEY_VARIABLE in os.environ else None
-    key = _key_of(enc_key, env)
+    key = _key_of(enc_key, "enc_key", env)
     if key is None:
         return None
     from ms_ckpt_ext.engine.files.encrypted_sink import Seal
@@ -240,13 +240,16 @@ def seal_of(enc_key: Any, enc_mode: Any) -> Optional[Seal]:
     return Seal(key, enc_mode)
 
 
-def _key_of(key: Any, env: Optional[str] = None) -> Optional[Key]:
-    """`load_key`, which is imported when there is something to load."""
+def _key_of(key: Any, argument: str, env: Optional[str] = None) -> Optional[Key]:
+    """`load_key`, which is imported when there is something to load; errors name the argument."""
     if key is None and env is None:
         return None
     from ms_ckpt_ext.formats.crypto import load_key
 
-    return load_key(key, env=env)
+    try:
+        return load_key(key, env=env)
+    except UsageError as error:
+        raise type(error)(f"{argument}: {error}" if env is None else str(error)) from None
 
 
 class Running(NamedTuple):

@@ -258,11 +258,12 @@ def _convert(found: Inputs, job: Job, run: Running) -> Report:
 
 
 def _pattern(text: Optional[str]) -> Optional[re.Pattern[str]]:
+    if text is not None and not isinstance(text, str):
+        raise ArgumentTypeError(f"file_name_regex {text!r} is not a regular expression: it must be a str")
     try:
         return None if text is None else re.compile(text)
-    except (re.error, TypeError) as error:
-        kind = ArgumentTypeError if isinstance(error, TypeError) else UsageError
-        raise kind(f"file_name_regex {text!r} is not a regular expression: {error}") from None
+    except re.error as error:
+        raise UsageError(f"file_name_regex {text!r} is not a regular expression: {error}") from None
 
 
 def _warn_idle(name_map: Optional[Mapping[str, str]], choice: Optional[Choice], job: Job) -> None:

@@ -87,7 +87,8 @@ def diff_strategy(a: Any, b: Any, *, shapes: Any = None, match: Globs = (), excl
     """
     if a is None or b is None:
         raise UsageError("two strategies are compared: give both")
-    one, two, wanted = as_strategy(a), as_strategy(b), Filter(match, exclude)
+    one, two = as_strategy(a, argument="a"), as_strategy(b, argument="b")
+    wanted = Filter(match, exclude)
     assert one is not None  # as_strategy gives None for None only
     assert two is not None
     wanted.check((*one.layouts, *two.layouts))

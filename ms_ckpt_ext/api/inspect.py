@@ -74,7 +74,7 @@ def inspect(
     if _is_strategy(source):
         return _of_strategy(source, load_strategy(source), wanted)
     access = any_mode(dec_key, dec_mode)
-    known = as_strategy(strategy)
+    known = as_strategy(strategy, argument="strategy")
     if os.path.isdir(source) and known is None:
         loose = _loose_files(source, file_suffix, format)
         if loose:

@@ -183,7 +183,7 @@ def reshard(
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    layout = as_strategy(to_strategy)
+    layout = as_strategy(to_strategy, argument="to_strategy")
     from ms_ckpt_ext.engine.files.reshard import folders_job  # which a merge does without
 
     ranks = _ranks(layout, rank)

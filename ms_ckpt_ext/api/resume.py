@@ -191,7 +191,7 @@ def _ready(network: Any, optimizer: Any, predicted: Any, trained: Any, timeout: 
     try:
         cell = both(network, optimizer)
         strategy = as_strategy(given, argument="train_strategy_filename")
-        target = as_strategy(layouts_of(network) if predicted is None else predicted, rank)
+        target = as_strategy(layouts_of(network) if predicted is None else predicted, rank, "predict_strategy")
     except CheckpointError as error:
         give_up(error, timeout)
     return _Ready(cell, rank, strategy, target)

@@ -61,7 +61,7 @@ def find_source(
     access = any_mode(None, None) if access is None else access
     if not os.path.exists(path):
         raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {path!r}; check the path")
-    known = as_strategy(strategy)
+    known = as_strategy(strategy, argument="strategy")
     return Source(path, list_checkpoint(path, known, file_suffix, kind=format), known, access)
 
 
@@ -102,7 +102,7 @@ def _any(name: str, globs: tuple[str, ...]) -> bool:
 
 
 def _globs(value: Globs, argument: str) -> tuple[str, ...]:
-    found = (value,) if isinstance(value, str) else tuple(value)
+    found = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not all(isinstance(glob, str) for glob in found):
         raise ArgumentTypeError(f"{argument} must be a glob or several, as str")
     return found

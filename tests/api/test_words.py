@@ -40,7 +40,16 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("merge", {"rules": ["a"]}, "rules must be a list of rules"),
     ("merge", {"enc_mode": 5}, "enc_mode must be a str"),
     ("merge", {"dec_mode": 5}, "dec_mode must be a str"),
+    ("merge", {"dec_key": "text"}, "dec_key: a key must be bytes, not str"),
+    ("merge", {"enc_key": b"short"}, "enc_key: a key of 5 bytes"),
+    ("merge", {"match": 5}, "match must be a glob or several, as str"),
+    ("merge", {"exclude": None}, "exclude must be a glob or several, as str"),
+    ("merge", {"strategy": 5}, "strategy must be a path, got int"),
+    ("merge", {"file_suffix": "9_9"}, "as file_suffix"),
     ("reshard", {"to": "npz"}, "to must be one of safetensors, ckpt"),
+    ("reshard", {"to_strategy": 5}, "to_strategy must be a path, got int"),
+    ("reshard", {"to_strategy": []}, "to_strategy is an empty list"),
+    ("reshard", {"enc_key": 5}, "enc_key: a key must be bytes, not int"),
     ("reshard", {"rank": -1}, "rank must be at least 0"),
     ("reshard", {"rank": 9}, "rank must be between 0 and 0 under to_strategy, got 9"),
     ("reshard", {"dst": None}, "dst is needed here"),
@@ -52,6 +61,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("unified_safetensors", {"src_strategy_file": 5}, "src_strategy_file must be a path, got int"),
     ("convert", {"to": "npz"}, "to must be one of safetensors, ckpt"),
     ("convert", {"src": 5}, "src must be a path, got int"),
+    ("convert", {"dec_key": b"0123"}, "dec_key: a key of 4 bytes"),
+    ("convert", {"file_name_regex": b"x"}, "file_name_regex b'x' is not a regular expression"),
 ]
 
 

@@ -75,7 +75,9 @@ def plan(
     """
     options = LoadOptions(mode=mode, bucket_bytes=bucket_bytes, prefetch=prefetch)
     machines = [profiles.profile(name) for name in (profiles.names() if hardware is None else hardware)]
-    saved, target, naming = as_strategy(src_strategy), as_strategy(dst_strategy), checked_naming(choice_func, name_map)
+    saved = as_strategy(src_strategy, argument="src_strategy")
+    target = as_strategy(dst_strategy, argument="dst_strategy")
+    naming = checked_naming(choice_func, name_map)
     if shapes is not None:
         if naming != Naming():
             raise UsageError("choice_func and name_map are for a checkpoint: give shapes by the names that are loaded")

@@ -256,7 +256,7 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
     rank = own_rank()
     try:
         place = asked.place(network)
-        target = as_strategy(asked.target, rank)
+        target = as_strategy(asked.target, rank, "predict_strategy")
     except CheckpointError as error:
         if alone:
             raise
@@ -297,7 +297,7 @@ def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **ho
     place = asked.place(None)
     target = path_of(directory, "dst_safetensors_dir")
     rank_id = None if rank_id is None else integer(rank_id, "rank_id", 0, "an int or None")
-    strategy = as_strategy(asked.target, rank_id or 0)
+    strategy = as_strategy(asked.target, rank_id or 0, "predict_strategy")
     ranks = _ranks_of(rank_id, strategy)
     place.require_named()
     stored = read_slices(place.look(), place.trained, asked.access, asked.allow_equal_slices)

@@ -311,7 +311,7 @@ def _catalog(
         if kind is not None and not path.endswith(f".{kind}"):
             raise UsageError(f"path must end in .{kind}, as format says, got {path!r}")
         return file_catalog(path, access)
-    known = as_strategy(strategy)
+    known = as_strategy(strategy, argument="strategy")
     return read_slices(list_checkpoint(path, known, file_suffix, kind=kind), known, access, allow_equal)
 
 
@@ -323,7 +323,7 @@ def _require_file(path: str) -> None:
 def _patterns(names: Union[str, Iterable[str], None]) -> Optional[list[str]]:
     if names is None:
         return None
-    listed = [names] if isinstance(names, str) else list(names)
+    listed = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     if not all(isinstance(name, str) for name in listed):
         raise ArgumentTypeError("names must be a str, several of them, or None")
     return listed

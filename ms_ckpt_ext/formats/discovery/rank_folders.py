@@ -300,7 +300,7 @@ def by_suffix(names: Sequence[str], suffix: str, file_suffix: str, folder: str) 
     if not matching:
         raise DiscoveryError(
             f"no file in {folder!r} ends with '{file_suffix}.{suffix}'; it holds {list(names)}: "
-            "give the longest common suffix of the wanted files"
+            "give the longest common suffix of the wanted files as file_suffix"
         )
     best = _exact(matching, suffix, file_suffix) if len(matching) > 1 else matching
     if len(best) > 1:

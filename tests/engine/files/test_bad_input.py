@@ -331,7 +331,7 @@ WRONG_LOAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rank_id": True}, errors.ArgumentTypeError, "rank_id must be an int or None, got bool"),
     ({"rank_id": -1}, errors.UsageError, "rank_id must be at least 0, got -1"),
     ({"rank_id": 4}, errors.UsageError, "rank_id must be between 0 and 3 under predict_strategy, got 4"),
-    ({"predict_strategy": 5}, errors.ArgumentTypeError, "a strategy must be a path.*got int"),
+    ({"predict_strategy": 5}, errors.ArgumentTypeError, "predict_strategy must be a path.*got int"),
     ({"unified_safetensors_dir": None}, errors.UsageError, "unified_safetensors_dir is needed"),
     ({"dst_safetensors_dir": None}, errors.UsageError, "dst_safetensors_dir is needed"),
     ({"format": "onnx"}, errors.UsageError, "format must be .*'onnx'"),
