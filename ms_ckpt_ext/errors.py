@@ -26,7 +26,8 @@
 
 The built-in bases are those stock MindSpore raises in the same place, so existing `except` clauses keep working. Where
 it raises one of the system's, such as NotADirectoryError, ours is one of these as well: see `also`.
-A message tells what happened, where (parameter, rank, file, offset), what was expected and what to do next.
+A message tells what happened, where (parameter, rank, file, offset), what was expected and what to do next. Its text
+stands where it is raised: search the package for a few of its words.
 """
 
 from __future__ import annotations
