@@ -263,7 +263,7 @@ def test_what_no_file_can_be_called(wrong: str, tmp_path: Path) -> None:
         "dst_dir": lambda: unified_safetensors(shards, strategy, f"{target}{wrong}"),
         "src_strategy_file": lambda: unified_safetensors(shards, f"{strategy}{wrong}", target),
         "ckpt_prefix": lambda: transform_checkpoints(shards, target, wrong, strategy, strategy),
-        "a strategy": lambda: ms_ckpt_ext.reshard(shards, target, strategy=strategy, to_strategy=wrong),
+        "to_strategy": lambda: ms_ckpt_ext.reshard(shards, target, strategy=strategy, to_strategy=wrong),
         "checkpoint_filenames": lambda: load_distributed_checkpoint(
             None, wrong, None, strategy, format="ckpt", dst_safetensors_dir=target
         ),
