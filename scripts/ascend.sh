@@ -37,5 +37,6 @@ run a2-two-unequal Ascend910B2 3,1 "$four"
 run a3-two-servers Ascend910_9392 2 "$four"
 run 300i-four Ascend310P3 "" "$four"
 run 300i-eight Ascend310P3 "" "$eight"
-run 910a-eight Ascend910A "" "$eight"
+# MindSpore takes all device memory of a 910A at once, and poison fills it: eight ranks of 16 GiB are too much.
+HCCL_BUFFSIZE=16 CANNEMU_HBM_MB=1536 run 910a-eight Ascend910A "" "$eight"
 exit $failed
