@@ -25,7 +25,7 @@ class LoadOptions:
         mode: "direct": every rank reads its own bytes, and nobody communicates. "cooperative": every byte is read by
             one rank and exchanged, over HCCL or, on the CPU, MCCL. "auto": the cheaper of the two by the cost model.
         bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits: of a device's
-            free memory an eighth at most, else 64 MiB.
+            free memory an eighth at most; 64 MiB where that is not known (MindSpore 2.10 does not tell it).
         prefetch: rounds that are read ahead.
         threads: reading threads of a rank.
         verify: "none"; "replicas": compare digests, made during the load, of the same region on several ranks; "full":
