@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.planning.pieces import Block, SourceTensor, TensorMeta, st
 from ms_ckpt_ext.core.planning.recipes import made_of, seen_as
 from ms_ckpt_ext.core.planning.rule import Rule, all_of
 from ms_ckpt_ext.core.planning.weight_rules import Concat, Part
-from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 
 
 def invert(rules: Iterable[Rule]) -> list[Rule]:
@@ -29,6 +29,7 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
     `Concat` are), it must say so: `shares=`, `experts=`.
 
     Raises:
+        ArgumentTypeError: there is something else among the rules.
         UsageError: a rule has no inverse, or two rules are made of one source, so that there were two of it; says
             which and why.
 
@@ -36,11 +37,13 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
     >>> [rule.sources for rule in invert([Rename("a", "b"), Stack("e.{n}", "all")])]
     [('b',), ('all',)]
     """
-    rules = list(rules)
-    _refuse_twice(rules)
+    given = list(rules) if isinstance(rules, Iterable) else [None]
+    if not all(isinstance(rule, Rule) for rule in given):
+        raise ArgumentTypeError("rules must be a list of rules from ms_ckpt_ext.rules")
+    _refuse_twice(given)
     parts: dict[tuple[tuple[str, ...], int, int], dict[int, Part]] = {}
     back: list[Rule] = []
-    for rule in rules:
+    for rule in given:
         if isinstance(rule, Part):
             parts.setdefault((rule.sources, rule.parts, rule.axis), {})[rule.number] = rule
         elif isinstance(rule, Inverse):

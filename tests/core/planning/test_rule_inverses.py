@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
-from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose, invert
 from tests.core.planning.test_weight_rules import Case, cases, layout_for, strategy
 from tests.support.checkpoints import cut
@@ -140,3 +141,9 @@ def test_shares_and_numbers_are_held_against_the_sources() -> None:
             apply_rules(held, [rule])
     with pytest.raises(UsageError, match="shares must be 2 whole numbers"):
         Concat(["a", "b"], "t", shares=(1,))
+
+
+@pytest.mark.parametrize("rules", [None, 5, "Rename", [Rename("a", "b"), "c"], Rename("a", "b")])
+def test_what_is_no_list_of_rules_cannot_be_inverted(rules: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match="must be a list of rules"):
+        invert(rules)
