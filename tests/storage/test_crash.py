@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 
-from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint
+from ms_ckpt_ext import CheckpointError, load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
-from tests.storage import crash_child
-from tests.storage.crash_child import SEALED, run_job
+from tests.support import dying
 from tests.support.checkpoints import Stored, read_file, source, strategy_of, tree
+from tests.support.dying import any_call, killed, nth
 from tests.support.formats import contents
 
-ROOT = Path(__file__).resolve().parents[2]
+SEALED = b"0123456789ABCDEF"
 
 
-def run_killed(job: str, kill_at: int, root: Path, target: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.storage.crash_child", job, str(kill_at), str(root), str(target)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def run_job(job: str, root: Path, target: Path) -> Any:
+    """The job that is killed: a merge in parts, synced or not or encrypted, or a re-cut for every rank."""
+    shards, strategy = root / "shards", root / "strategy.ckpt"
+    if job == "sealed":
+        more = {"output_format": "ckpt", "enc_key": SEALED, "crc": True}
+        return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2, **more)
+    if job in ("merge", "unsynced"):
+        return unified_safetensors(shards, strategy, target, part_bytes=9000, max_process_num=2, sync=job == "merge")
+    return load_distributed_checkpoint(
+        None, None, root / "target.ckpt", strategy, format="safetensors", unified_safetensors_dir=shards,
+        dst_safetensors_dir=target, max_process_num=2,
+    )  # fmt: skip
+
+
+def run_killed(job: str, kill_at: int, root: Path, target: Path) -> None:
+    killed(lambda: run_job(job, root, target), nth(kill_at, any_call))
 
 
 def calls_of(job: str, root: Path, target: Path) -> int:
-    done = run_killed(job, 0, root, target)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+    return dying.calls_of(lambda: run_job(job, root, target))
 
 
 def loaded(target: Path, scratch: Path) -> Optional[dict[str, Stored]]:
@@ -70,7 +78,7 @@ def test_merge_killed_at_random_points(job: str, before: str, tmp_path: Path) ->
         target = tmp_path / f"out_{kill_at}"
         if before != "nothing":
             run_job("merge", old, target)
-        assert run_killed(job, kill_at, new, target).returncode == -9
+        run_killed(job, kill_at, new, target)
         state = loaded(target, tmp_path / f"scratch_{kill_at}") if target.exists() else None
         assert state is None or state in complete.values(), f"killed before call {kill_at}: loads, but is wrong"
         # MindSpore takes a folder with one .safetensors file for a whole checkpoint, whatever its index says.
@@ -84,8 +92,8 @@ def test_merge_killed_at_random_points(job: str, before: str, tmp_path: Path) ->
         assert load_manifest(str(target)) == load_manifest(str(tmp_path / "expected"))
         assert not list(target.glob(".ms_ckpt_ext")) or report.bytes_written == 0
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, points(calls, last=20, some=10)))
+    for kill_at in points(calls, last=20, some=10):
+        one(kill_at)
 
 
 def test_recut_killed_at_random_points(tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_recut_killed_at_random_points(tmp_path: Path) -> None:
     def one(kill_at: int) -> None:
         target = tmp_path / f"out_{kill_at}"
         run_job("recut", old, target)
-        assert run_killed("recut", kill_at, new, target).returncode == -9
+        run_killed("recut", kill_at, new, target)
         found = tree(target)
         expected, older = tree(tmp_path / "expected"), tree(tmp_path / "older")
         assert found.items() <= expected.items() or found.items() <= older.items()
@@ -111,8 +119,8 @@ def test_recut_killed_at_random_points(tmp_path: Path) -> None:
         assert tree(target) == expected
         assert load_manifest(str(target)) == load_manifest(str(tmp_path / "expected"))
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, points(calls, last=20, some=4)))
+    for kill_at in points(calls, last=20, some=4):
+        one(kill_at)
 
 
 @pytest.mark.parametrize("change", ["source", "strategy"])
@@ -143,7 +151,7 @@ def test_the_counted_calls_are_the_ones_in_use(tmp_path: Path) -> None:
     """A run makes some of each important call, so that the points above are where they should be."""
     root = source(tmp_path / "src")
     assert calls_of("merge", root, tmp_path / "out") > 40
-    assert {"rename", "replace", "unlink", "fsync", "pwrite"} <= set(crash_child.CALLS)
+    assert {"rename", "replace", "unlink", "fsync", "pwrite"} <= set(dying.CALLS)
 
 
 def test_encrypted_merge_killed_at_random_points(tmp_path: Path) -> None:
@@ -156,12 +164,12 @@ def test_encrypted_merge_killed_at_random_points(tmp_path: Path) -> None:
 
     def one(kill_at: int) -> None:
         target = tmp_path / f"out_{kill_at}"
-        assert run_killed("sealed", kill_at, root, target).returncode == -9
+        run_killed("sealed", kill_at, root, target)
         finished = {p.name: p.read_bytes() for p in target.glob(".ms_ckpt_ext/*/*.ckpt")}
         report = run_job("sealed", root, target)
         assert report.published and (report.bytes_written == 0 or set(finished) <= set(report.files_kept))
         assert all((target / name).read_bytes() == data for name, data in finished.items())
         assert {name: contents(target / name, access) for name in names} == expected
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, points(calls, last=20, some=4)))
+    for kill_at in points(calls, last=20, some=4):
+        one(kill_at)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -16,16 +19,29 @@ from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage import journal, published, staging
 from ms_ckpt_ext.storage.journal import OBSTACLE, is_unfinished
-from tests.engine.files.test_convert import stopped, write_ckpt
+from tests.engine.files.test_convert import write_ckpt
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, tree
+from tests.support.dying import (
+    Before,
+    behind,
+    changes_names,
+    killed,
+    never,
+    notes_what_to_publish,
+    nth,
+    puts_on_record,
+    removes,
+    survives,
+)
+from tests.support.machine import booted
 
 PARTS = {"part_bytes": 9000}
 
 
-class Killed(BaseException):
-    """No handler of the package is to tidy up after it."""
+def moves_into(target: Path) -> Before:
+    """A file of a result is about to have its place in this very folder."""
+    return lambda name, args: name == "rename" and Path(args[1]).parent == target
 
 
 def cut(root: Path, target: Path, **more: Any) -> Any:
@@ -39,37 +55,9 @@ def by_rank(root: Path, target: Path, rank: int) -> Any:
     return transform_checkpoint_by_rank(rank, files, target / f"r{rank}.safetensors", strategy, strategy)
 
 
-def killed(job: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, owner: Any, call: str, after: int = 0) -> None:
-    """A job that dies at a call of the module `owner`, when there were `after` before."""
-    real, left = getattr(owner, call), [after]
-
-    def dying(*args: Any, **more: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        return real(*args, **more)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, call, dying)
-        patch.setattr(staging.Staging, "abandon", lambda *_: None)
-        job()
-
-
-def killed_while_moving(root: Path, target: Path, moves: int, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+def killed_while_moving(root: Path, target: Path, moves: int, **more: Any) -> None:
     """A merge that dies after `moves` of its files are in place."""
-    real, left = os.rename, [moves]
-
-    def rename(old: Path, new: Path) -> None:
-        if Path(new).parent == target:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Killed
-        real(old, new)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "rename", rename)
-        patch.setattr(staging.Staging, "abandon", lambda *_: None)
-        merge(root, target, **PARTS, **more)
+    killed(lambda: merge(root, target, **PARTS, **more), nth(moves + 1, moves_into(target)))
     assert (target / OBSTACLE).exists() and is_unfinished(target / "param_name_map.json")
     with pytest.raises(CheckpointError):
         training_scalars(target)
@@ -85,14 +73,12 @@ OTHERS: dict[str, Callable[[Path, Path], Any]] = {
 
 @pytest.mark.parametrize("moves", [0, 1, 3])
 @pytest.mark.parametrize("other", OTHERS)
-def test_another_job_finishes_what_was_begun(
-    other: str, moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_job_finishes_what_was_begun(other: str, moves: int, tmp_path: Path) -> None:
     """The merge is whole, nothing of the older one is left, and the other job's files are there as well."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(source(tmp_path / "old", 1), target, part_bytes=4500)
     merge(root, tmp_path / "expected", **PARTS)
-    killed_while_moving(root, target, moves, monkeypatch)
+    killed_while_moving(root, target, moves)
     OTHERS[other](root, target)
     OTHERS[other](root, tmp_path / "alone")
     assert tree(target) == {**tree(tmp_path / "alone"), **tree(tmp_path / "expected")}
@@ -101,18 +87,18 @@ def test_another_job_finishes_what_was_begun(
     assert merge(root, target, **PARTS).bytes_written == 0
 
 
-def test_a_merge_under_other_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_under_other_names(tmp_path: Path) -> None:
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    killed_while_moving(root, target, 2, monkeypatch)
+    killed_while_moving(root, target, 2)
     merge(root, target, naming="huggingface")
     merge(root, tmp_path / "expected", naming="huggingface")
     assert tree(target) == tree(tmp_path / "expected")
 
 
-def test_what_nobody_knows_does_not_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_knows_does_not_load(tmp_path: Path) -> None:
     """The hidden folder is gone, so who moved what cannot be told: the obstacle stays until there is a new merge."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    killed_while_moving(root, target, 1, monkeypatch)
+    killed_while_moving(root, target, 1)
     shutil.rmtree(target / ".ms_ckpt_ext")
     cut(root, target)
     assert (target / OBSTACLE).exists()
@@ -126,13 +112,13 @@ def test_a_set_that_cannot_be_completed_goes(lost: str, tmp_path: Path, monkeypa
     root, target = source(tmp_path / "src"), tmp_path / "out"
     (target / "mine").mkdir(parents=True)
     (target / "mine/part0.safetensors").write_bytes(b"mine")
-    killed_while_moving(root, target, 2, monkeypatch, sync=lost != "a boot")
+    killed_while_moving(root, target, 2, sync=lost != "a boot")
     moved = [name for name in tree(target) if name.startswith("part")]
     assert len(moved) >= 1
     if lost == "a file":
         next(target.glob(".ms_ckpt_ext/*/*.safetensors")).unlink()
     else:
-        monkeypatch.setattr(journal, "boot_id", lambda: b"another")
+        booted(monkeypatch, b"another")
     by_rank(root, target, 1)
     assert {"mine/part0.safetensors", "r1.safetensors"} <= tree(target).keys()
     assert not {name for name in tree(target) if name.startswith(("part", "hyper"))} - {"param_name_map.json"}
@@ -143,16 +129,16 @@ def test_a_set_that_cannot_be_completed_goes(lost: str, tmp_path: Path, monkeypa
     assert not (target / ".ms_ckpt_ext").exists() and not (target / OBSTACLE).exists()
 
 
-def test_an_old_result_that_still_loads_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_result_that_still_loads_is_left(tmp_path: Path) -> None:
     """Killed before anything was decided, or when all was done: both results are whole, and stay."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(source(tmp_path / "old", 1), target)
     before = tree(target)
-    killed(lambda: merge(root, target), monkeypatch, journal, "write_atomically")
+    killed(lambda: merge(root, target), notes_what_to_publish)
     cut(root, target)
     assert {name: data for name, data in tree(target).items() if not name.startswith("rank_")} == before
     shutil.rmtree(target)
-    killed(lambda: merge(root, target), monkeypatch, journal.shutil, "rmtree")
+    killed(lambda: merge(root, target), behind(removes(".journal")))
     before = tree(target)
     (target / "part0.safetensors").write_bytes(b"changed since, which is not the dead job's business")
     cut(root, target)
@@ -161,34 +147,31 @@ def test_an_old_result_that_still_loads_is_left(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
-def test_what_lacks_only_its_record_gets_it(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lacks_only_its_record_gets_it(form: str, tmp_path: Path) -> None:
     """And is replaced as a result on record is: by the same in another format."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    killed(lambda: cut(root, target), monkeypatch, published, "write_atomically")
+    killed(lambda: cut(root, target), puts_on_record)
     cut(root, target, to=form)
     assert sorted(tree(target)) == [f"rank_{rank}/net.{form}" for rank in range(4)]
 
 
-def test_a_model_that_lacks_only_its_record_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_lacks_only_its_record_is_ours(tmp_path: Path) -> None:
     """Whoever merges again, or otherwise, or asks what that would do, is not told that somebody else made it."""
     root = source(tmp_path / "src")
     for naming, part_bytes in (("huggingface", 9000), ("huggingface", 20_000), ("mindspore", 9000)):
         target, expected = tmp_path / f"{naming}_{part_bytes}", tmp_path / f"expected_{naming}_{part_bytes}"
-        killed(lambda to=target: merge(root, to, naming="huggingface"), monkeypatch, published, "write_atomically")
+        killed(lambda to=target: merge(root, to, naming="huggingface"), puts_on_record)
         options = {"naming": naming, "part_bytes": part_bytes}
         unified_safetensors(root / "shards", root / "strategy.ckpt", target, **options)
         merge(root, expected, **options)
         assert tree(target) == tree(expected)
 
 
-def test_a_rank_in_a_flat_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_in_a_flat_folder(tmp_path: Path) -> None:
     """What one rank had finished, and what it had begun to publish, is no loss when another comes."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    killed(lambda: by_rank(root, target, 0), monkeypatch, published, "write_atomically")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(staging.Staging, "publish", lambda *_: (_ for _ in ()).throw(Killed()))
-        patch.setattr(staging.Staging, "abandon", lambda *_: None)
-        by_rank(root, target, 1)
+    killed(lambda: by_rank(root, target, 0), puts_on_record)
+    killed(lambda: by_rank(root, target, 1), notes_what_to_publish)
     by_rank(root, target, 2)
     assert sorted(tree(target)) == ["r0.safetensors", "r2.safetensors"]
     assert by_rank(root, target, 0).bytes_written == 0
@@ -206,7 +189,8 @@ def test_ranks_of_a_flat_folder_killed_anywhere(tmp_path: Path) -> None:
             write_ckpt(root / f"in/net{rank}.ckpt")
         convert(root / "in/net0.ckpt", root / "out", to="safetensors")
         first = tree(root / "out")
-        finished = stopped(lambda at=root: convert(at / "in/net1.ckpt", at / "out", to="safetensors"), stop_at)
+        stop = nth(stop_at, changes_names)
+        finished = survives(lambda at=root: convert(at / "in/net1.ckpt", at / "out", to="safetensors"), stop)
         convert(root / "in/net2.ckpt", root / "out", to="safetensors")
         found = tree(root / "out")
         assert first.items() <= found.items() and found.keys() >= {"net0.safetensors", "net2.safetensors"}
@@ -219,24 +203,16 @@ def test_ranks_of_a_flat_folder_killed_anywhere(tmp_path: Path) -> None:
     raise AssertionError("never came to its end")
 
 
-def test_a_recut_that_was_half_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recut_that_was_half_moved(tmp_path: Path) -> None:
     """Also when the next job's target is one of its rank folders, or is the folder above."""
     root = source(tmp_path / "src")
     for name, following in (("same", ""), ("rank", "rank_1"), ("above", "..")):
         target = tmp_path / name / "out"
-        moves: list[Path] = []
 
-        def rename(old: Path, new: Path, to: Path = target, moves: list[Path] = moves) -> None:
-            if new.parent.parent == to and ".ms_ckpt_ext" not in str(new):
-                moves.append(new)
-                if len(moves) > 2:
-                    raise Killed
-            os.replace(old, new)
+        def moves(call: str, args: Sequence[Any], to: Path = target) -> bool:
+            return call == "rename" and args[1].parent.parent == to and ".ms_ckpt_ext" not in str(args[1])
 
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(os, "rename", rename)
-            patch.setattr(staging.Staging, "abandon", lambda *_: None)
-            cut(root, target)
+        killed(lambda to=target: cut(root, to), nth(3, moves))
         assert len(tree(target)) == 2
         by_rank(root, target / following, 1)
         if name == "above":  # nothing of that job lies where the other's files do, so it is left to its own rerun
@@ -255,7 +231,7 @@ def test_folders_on_other_file_systems(sync: bool, tmp_path: Path, monkeypatch: 
         (tmp_path / f"disk{rank}").mkdir()
         target.mkdir(exist_ok=True)
         (target / f"rank_{rank}").symlink_to(tmp_path / f"disk{rank}")
-    real, copied = os.rename, []
+    real, copied = os.rename, multiprocessing.Value("i", 0)
 
     def rename(old: Path, new: Path) -> None:
         if ".ms_ckpt_ext" not in str(new):
@@ -263,20 +239,18 @@ def test_folders_on_other_file_systems(sync: bool, tmp_path: Path, monkeypatch: 
         real(old, new)
 
     def copy(old: Path, new: Path) -> None:
-        copied.append(new)
-        if len(copied) == 2:
+        copied.value += 1
+        if copied.value == 2:
             Path(new).write_bytes(Path(old).read_bytes()[:9])
-            raise Killed
+            os.kill(os.getpid(), signal.SIGKILL)
         shutil.copyfile(old, new)
         shutil.copystat(old, new)
 
     monkeypatch.setattr(os, "rename", rename)
-    monkeypatch.setattr(journal.shutil, "copy2", copy)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(staging.Staging, "abandon", lambda *_: None)
-        reshard(root / "shards", target, strategy=strategy, to_strategy=strategy, sync=sync)
+    monkeypatch.setattr(shutil, "copy2", copy)
+    killed(lambda: reshard(root / "shards", target, strategy=strategy, to_strategy=strategy, sync=sync), never)
     report = reshard(root / "shards", target, strategy=strategy, to_strategy=strategy, sync=sync)
-    assert report.bytes_written == 0 and len(copied) == 5
+    assert report.bytes_written == 0 and copied.value == 5
     cut(root, tmp_path / "expected")
     found = {
         f"rank_{rank}/{path.name}": path.read_bytes()
@@ -288,22 +262,11 @@ def test_folders_on_other_file_systems(sync: bool, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("stop_at", ["journal", "folder", "claims"])
-def test_killed_when_all_was_in_place(stop_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_when_all_was_in_place(stop_at: str, tmp_path: Path) -> None:
     """The same job has nothing to do, and leaves nothing of it."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    real = Path.unlink
-
-    def unlink(path: Path, *args: Any, **more: Any) -> None:
-        if path.name.endswith({"journal": ".journal", "claims": "claims"}.get(stop_at, "?")):
-            raise Killed
-        real(path, *args, **more)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        if stop_at == "folder":
-            patch.setattr(journal.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Killed()))
-        patch.setattr(Path, "unlink", unlink)
-        patch.setattr(staging.Staging, "abandon", lambda *_: None)
-        merge(root, target)
+    stops = {"journal": removes(".journal"), "folder": behind(removes(".journal")), "claims": removes("claims")}
+    killed(lambda: merge(root, target), stops[stop_at])
     assert (target / ".ms_ckpt_ext").exists()
     assert merge(root, target).bytes_written == 0
     assert not (target / ".ms_ckpt_ext").exists()
@@ -314,7 +277,7 @@ def test_killed_when_all_was_in_place(stop_at: str, tmp_path: Path, monkeypatch:
 def test_what_cannot_be_finished(needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's files, say. It matters to who would write the same names."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    killed_while_moving(root, target, 1, monkeypatch)
+    killed_while_moving(root, target, 1)
     real = os.rename
 
     def rename(old: Path, new: Path) -> None:

@@ -24,8 +24,9 @@ from ms_ckpt_ext import (
 from ms_ckpt_ext.engine.resume.records import Record, home_of, read_records, write_record
 from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from ms_ckpt_ext.storage.atomic import derived
-from tests.engine.files.test_convert import KEY, contents, stopped, write_ckpt
+from tests.engine.files.test_convert import KEY, contents, write_ckpt
 from tests.support.checkpoints import source, tree
+from tests.support.dying import changes_names, nth, survives
 
 
 def long(ending: str, length: int, letter: str = "q") -> str:
@@ -116,7 +117,7 @@ def test_killed_anywhere(tmp_path: Path) -> None:
     for stop_at in range(1, 30):
         at = tmp_path / str(stop_at)
         write_ckpt(at / "in" / name)
-        finished = stopped(lambda at=at: convert(at / "in", at / "out", crc=True), stop_at)
+        finished = survives(lambda at=at: convert(at / "in", at / "out", crc=True), nth(stop_at, changes_names))
         convert(at / "in", at / "out", crc=True)
         assert set(tree(at / "out")) == {name}
         if finished:

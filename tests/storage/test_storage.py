@@ -22,7 +22,8 @@ from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage import sink
 from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
-from tests.support.checkpoints import assert_merged, begun, merge, read_merged, source, strategy_of, tree
+from tests.support.checkpoints import assert_merged, merge, read_merged, source, strategy_of, tree
+from tests.support.dying import begun
 
 ROWS = 1 << 14  # slices of 512 KiB and more: long enough for direct copies
 

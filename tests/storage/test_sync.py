@@ -19,11 +19,11 @@ from ms_ckpt_ext import (
     transform_checkpoints,
     unified_safetensors,
 )
-from ms_ckpt_ext.engine.files import job
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage import linux, sink
-from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import source, tree
+from tests.support.dying import killed, notes_what_to_publish
+from tests.support.machine import booted
 
 KEY = bytes(range(32))
 
@@ -41,10 +41,6 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(fd), real(fd))[1])
     monkeypatch.setattr(sink, "start_writeback", lambda fd, *_: calls.append(fd))
     return calls
-
-
-def boot(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
-    monkeypatch.setattr(job, "boot_id", lambda: name)
 
 
 def run(root: Path, target: Path, **more: Any) -> Any:
@@ -91,14 +87,11 @@ def test_nothing_of_an_earlier_boot_is_taken_for_done(
     """A crash of the machine may leave files of the right size with holes where their bytes were."""
     target, expected = tmp_path / "out", tmp_path / "expected"
     run(root, expected)
-    boot(monkeypatch, b"before")
-    with monkeypatch.context() as patched:
-        if not published:
-            patched.setattr(Staging, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
-                run(root, target, sync=False)
-        else:
-            run(root, target, sync=False)
+    booted(monkeypatch, b"before")
+    if published:
+        run(root, target, sync=False)
+    else:
+        killed(lambda: run(root, target, sync=False), notes_what_to_publish)
     parts = sorted(target.glob("*.safetensors") if published else target.glob(".ms_ckpt_ext/*/part*.safetensors"))
     assert len(parts) > 1
     for part in parts:
@@ -106,7 +99,7 @@ def test_nothing_of_an_earlier_boot_is_taken_for_done(
         held = part.read_bytes()
         part.write_bytes(held[: len(held) // 2] + bytes(len(held) - len(held) // 2))
         os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
-    boot(monkeypatch, b"after")
+    booted(monkeypatch, b"after")
     report = run(root, target, sync=False)
     assert report.files_kept == () and tree(target) == tree(expected)
     assert not list(target.glob(".ms_ckpt_ext"))

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
-import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.formats.strategies.file import save_strategy
-from ms_ckpt_ext.storage.staging import Staging
 
 FULL = {
     "dp2_tp2": "full",
@@ -181,19 +179,3 @@ def assert_merged(target: Path, seed: int = 0, rows: int = 64, names: Callable[[
     expected = {names(name): array.tobytes() for name, array in arrays(seed, rows).items() if names(name)}
     assert {n: t.data for n, t in found.items()} == expected
     assert {n: t.data for n, t in extras.items()} == {n: a.tobytes() for n, a in scalars(seed).items()}
-
-
-def begun(job: Callable[[], Any], files: int = 1) -> None:
-    """Run a job that dies when so many of its files are complete."""
-    real, finished = Staging.accept, []
-
-    def accept(self: Staging, name: str) -> None:
-        if len(finished) == files:
-            raise KeyboardInterrupt
-        finished.append(name)
-        real(self, name)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Staging, "accept", accept)
-        patch.setattr(Staging, "abandon", lambda *_: None)
-        job()

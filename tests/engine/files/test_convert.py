@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import shutil
 import zlib
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +28,9 @@ from ms_ckpt_ext.formats import ckpt_writer, registry
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import assert_nothing_complete, tree
 from tests.support.damage import time_limit
+from tests.support.dying import changes_names, completes, nth, survives
 
 KEY = b"0123456789ABCDEF"
 CASE = "formats_dp2_tp4_zero"
@@ -208,7 +207,7 @@ def test_a_conversion_beside_its_source_goes_on_after_a_kill(tmp_path: Path) -> 
         ckpt_to_safetensors(root)
         for name in ("net", "other"):
             write_ckpt(root / "rank_0" / f"{name}.ckpt", crc=True)
-        finished = stopped(lambda root=root: ckpt_to_safetensors(root), stop_at)
+        finished = survives(lambda root=root: ckpt_to_safetensors(root), nth(stop_at, changes_names))
         ckpt_to_safetensors(root)
         for name in ("net", "other"):
             path = root / "rank_0" / f"{name}.ckpt"
@@ -216,34 +215,6 @@ def test_a_conversion_beside_its_source_goes_on_after_a_kill(tmp_path: Path) -> 
         if finished:
             return
     raise AssertionError("never came to its end")
-
-
-class Killed(BaseException):
-    """Nothing in the code under test catches it."""
-
-
-def stopped(job: Callable[[], object], stop_at: int) -> bool:
-    """Run a job up to its n-th call that changes names of files, without any tidying; True when it came to its end."""
-    calls = itertools.count(1)
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **more: Any) -> Any:
-            if next(calls) >= stop_at:
-                raise Killed
-            return call(*args, **more)
-
-        return wrapper
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("rename", "replace", "unlink"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
-        patch.setattr(Staging, "abandon", lambda *_: None)
-        try:
-            job()
-        except Killed:
-            return False
-    return True
 
 
 def test_a_mixture(tmp_path: Path) -> None:
@@ -343,19 +314,19 @@ def test_a_rerun_keeps_what_was_finished(key: Any, tmp_path: Path, monkeypatch: 
     for rank in range(3):
         write_ckpt(tmp_path / "in" / f"rank_{rank}" / "net.ckpt")
     finished: list[str] = []
-    accept = Staging.accept
+    rename = os.rename
 
-    def first_only(self: Staging, name: str, *more: Any) -> None:
-        if finished:
-            raise KeyboardInterrupt
-        finished.append(name)
-        accept(self, name, *more)
+    def first_only(old: Path, new: Path) -> None:
+        if completes("rename", (old, new)):
+            if finished:
+                raise KeyboardInterrupt
+            finished.append("/".join(new.parts[new.parts.index(".ms_ckpt_ext") + 2 :]))
+        rename(old, new)
 
-    monkeypatch.setattr(Staging, "accept", first_only)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "rename", first_only)
         convert(tmp_path / "in", tmp_path / "out", to="safetensors", enc_key=key)
     assert_nothing_complete(tmp_path / "out")
-    monkeypatch.setattr(Staging, "accept", accept)
     report = convert(tmp_path / "in", tmp_path / "out", to="safetensors", enc_key=key)
     assert report.files_kept == tuple(finished)
     assert len(report.files_written) == 2

@@ -23,10 +23,11 @@ from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
 from ms_ckpt_ext.formats.crypto import blocks
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
-from ms_ckpt_ext.storage import digest_sink, staging
+from ms_ckpt_ext.storage import digest_sink
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from tests.engine.files.test_convert import CASE, KEY, contents, write_ckpt
 from tests.support.checkpoints import assert_nothing_complete, tree
+from tests.support.dying import killed, notes_what_to_publish
 from tests.support.formats import encrypt as encrypt_file
 
 MODES = ["AES-GCM", "AES-CBC", "SM4-CBC", "chunked"]
@@ -264,15 +265,9 @@ def test_what_cannot_be_listed_is_decrypted_all_the_same(
     assert "no digests of 'sealed.ckpt' are recorded" in caplog.text and ".partial" not in caplog.text
 
 
-class Stop(Exception):
-    """The run is over."""
-
-
 @pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_what_an_interrupted_run_copied_is_compared_as_a_whole(
-    mode: str, listed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_interrupted_run_copied_is_compared_as_a_whole(mode: str, listed: bool, tmp_path: Path) -> None:
     """Names, shapes and notes too, of which a copy knows nothing beforehand; what holds none is taken as it is."""
     plain = write_ckpt(tmp_path / "net.ckpt").read_bytes()
     plain = plain if listed else plain[:-9]
@@ -280,13 +275,8 @@ def test_what_an_interrupted_run_copied_is_compared_as_a_whole(
     for name in "ab":
         (tmp_path / f"{name}.ckpt").write_bytes(plain)
         encrypt_file(tmp_path / f"{name}.ckpt", tmp_path / f"sealed/{name}.ckpt", None if mode == "chunked" else mode)
-    real = staging.Staging.publish
-    with monkeypatch.context() as patch:
-        patch.setattr(staging.Staging, "publish", lambda *_: (_ for _ in ()).throw(Stop))
-        with pytest.raises(Stop):
-            decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY)
+    killed(lambda: decrypt(tmp_path / "sealed", tmp_path / "out", dec_key=KEY), notes_what_to_publish)
     (held,) = (tmp_path / "out").glob(".ms_ckpt_ext/*/a.ckpt")
-    assert staging.Staging.publish is real
     raw = bytearray(held.read_bytes())
     at = raw.index(b"z.weight")
     raw[at : at + 1] = b"y"

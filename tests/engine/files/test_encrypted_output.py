@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-import threading
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -35,8 +35,8 @@ from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import Access, lay_out, open_reader, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.digest_sink import DigestingSink
-from ms_ckpt_ext.storage.sink import FileSink
 from tests.support.checkpoints import Stored, cut, read_file, shard, source, strategy_of, tree
+from tests.support.dying import begun
 from tests.support.formats import KEY, WRONG, contents, scalars_of
 
 CASE = "formats_dp2_tp4_zero"
@@ -160,13 +160,13 @@ def test_no_plaintext_is_written(
     form: str, mode: str, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[bytes] = []
-    real = FileSink.write
+    real = os.pwrite
 
-    def remember(self: FileSink, offset: int, buffer: memoryview) -> None:
+    def remember(fd: int, buffer: memoryview, offset: int) -> int:
         written.append(bytes(buffer))
-        real(self, offset, buffer)
+        return real(fd, buffer, offset)
 
-    monkeypatch.setattr(FileSink, "write", remember)
+    monkeypatch.setattr(os, "pwrite", remember)
     monkeypatch.setattr("os.copy_file_range", None)  # would not be seen
     unified_safetensors(
         golden / CASE / "ckpt",
@@ -187,29 +187,13 @@ class Stop(Exception):
     """The run is over."""
 
 
-def interrupted(job: Job, target: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def interrupted(job: Job, target: Path, after: int) -> None:
     """Run a job that ends, as by a crash, when so many files are complete."""
-    count, lock = [0], threading.Lock()
-    real = execution.Staging.accept
-
-    def accept(self: Any, name: str) -> None:
-        with lock:
-            count[0] += 1
-            if count[0] > after:
-                raise Stop
-        real(self, name)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(execution.Staging, "accept", accept)
-        patch.setattr(execution.Staging, "abandon", lambda *_: None)
-        with pytest.raises(Stop):
-            execution.execute(job, str(target), 1, Limits())
+    begun(lambda: execution.execute(job, str(target), 1, Limits()), after)
 
 
 @pytest.mark.parametrize("form, mode", SEALS)
-def test_a_rerun_keeps_finished_files_of_the_same_key_only(
-    form: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rerun_keeps_finished_files_of_the_same_key_only(form: str, mode: str, tmp_path: Path) -> None:
     root = source(tmp_path / "src")
     strategy = load_strategy(root / "strategy.ckpt")
     catalog = open_catalog(str(root / "shards"), strategy)
@@ -219,7 +203,7 @@ def test_a_rerun_keeps_finished_files_of_the_same_key_only(
         return recut_job(catalog, strategy, range(4), name, crc=crc, seal=Seal(Key(key), mode))
 
     target = tmp_path / "out"
-    interrupted(job(KEY), target, monkeypatch, after=2)
+    interrupted(job(KEY), target, after=2)
     assert tree(target) == {}
     report = execution.execute(job(KEY), str(target), 1, Limits())
     assert (len(report.files_kept), len(report.files_written), report.published) == (2, 2, True)
@@ -236,17 +220,23 @@ def test_a_rerun_keeps_finished_files_of_the_same_key_only(
             contents(file, Access(Key(KEY)))
 
 
-def test_finished_files_that_another_key_wrote_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Undistinguished(Seal):
+    """One whose key the name of the job's folder does not tell."""
+
+    def identity(self) -> str:
+        return "the same"
+
+
+def test_finished_files_that_another_key_wrote_are_not_taken(tmp_path: Path) -> None:
     """Even where the folder of the job would let them pass."""
     root = source(tmp_path / "src")
     strategy = load_strategy(root / "strategy.ckpt")
     catalog = open_catalog(str(root / "shards"), strategy)
-    monkeypatch.setattr(Seal, "identity", lambda self: "the same")
     jobs = [
-        recut_job(catalog, strategy, range(4), lambda r: f"rank_{r}/net.ckpt", seal=Seal(Key(key)))
+        recut_job(catalog, strategy, range(4), lambda r: f"rank_{r}/net.ckpt", seal=Undistinguished(Key(key)))
         for key in (KEY, WRONG)
     ]
-    interrupted(jobs[0], tmp_path / "out", monkeypatch, after=3)
+    interrupted(jobs[0], tmp_path / "out", after=3)
     report = execution.execute(jobs[1], str(tmp_path / "out"), 1, Limits())
     assert report.files_kept == ()
 

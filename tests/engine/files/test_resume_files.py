@@ -16,7 +16,8 @@ from ms_ckpt_ext.engine.files.job import job_fingerprint
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from tests.support.checkpoints import arrays, begun, read_merged, source
+from tests.support.checkpoints import arrays, read_merged, source
+from tests.support.dying import begun
 
 
 def merge(root: Path, target: Path, share: Any = (), **more: Any) -> Any:

@@ -18,7 +18,8 @@ from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
 from ms_ckpt_ext.storage import published
 from ms_ckpt_ext.storage.staging import Staging
-from tests.support.checkpoints import assert_merged, begun, merge, read_merged, source, tree
+from tests.support.checkpoints import assert_merged, merge, read_merged, source, tree
+from tests.support.dying import begun
 
 SMALL = {"part_bytes": 8192}
 

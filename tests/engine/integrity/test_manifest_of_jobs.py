@@ -32,7 +32,8 @@ from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage import sink
-from tests.support.checkpoints import begun, read_file, source, strategy_of, tree
+from tests.support.checkpoints import read_file, source, strategy_of, tree
+from tests.support.dying import begun
 
 KEY = bytes(range(32))
 SEALS = [("ckpt", mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")] + [("safetensors", "AES-GCM")]
