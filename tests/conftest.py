@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ GOLDEN = ROOT / "tests" / "data" / "golden"
 
 # Before the first import of mindspore, here and in every process that a test starts.
 os.environ.setdefault("GLOG_v", "3")
+
+# Jobs sync what they write, for which a disk takes far longer than for all else that tests do: where there is memory
+# enough, temporary files lie there.
+_MEMORY, _ROOM = "/dev/shm", 8 << 30
+if os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
 
 # No deadlines: the machines that run this are shared, and a slow example is no wrong one.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
