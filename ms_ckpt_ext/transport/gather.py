@@ -38,7 +38,8 @@ def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes
     longer = {root: length - width for root, length in enumerate(lengths) if length > width}
     for root, rest in _broadcast_rests(transport, payload[width:], longer, to_host).items():
         contents[root] += rest
-    return [contents[first[note]][: length_noted(note)] for note in notes]
+    distinct = {note: contents[rank][: length_noted(note)] for note, rank in first.items()}
+    return [distinct[note] for note in notes]
 
 
 def front_width(lengths: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from heapq import heapify, heapreplace
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.demand import Sees
@@ -32,13 +33,37 @@ def deal(work: Sequence[Work], load: list[int], sees: Optional[Sees]) -> list[in
         sees: file number -> ranks that can open it; None when all see all.
     """
     ranks = [0] * len(work)
+    turns = _Turns(load)
     for bundle in sorted(_bundles(work), key=_nbytes, reverse=True):
-        able = range(len(load)) if sees is None else sorted(sees[bundle.file])
-        rank = min(able, key=load.__getitem__)
-        load[rank] += bundle.nbytes
+        rank = turns.take(None if sees is None else frozenset(sees[bundle.file]), bundle.nbytes)
         for number in bundle.numbers:
             ranks[number] = rank
     return ranks
+
+
+class _Turns:
+    """Who has the least, of some ranks, without looking at all of them each time: a heap for every set of ranks.
+
+    A load that grew by another set's turn is put right when its rank comes to the top.
+    """
+
+    def __init__(self, load: list[int]) -> None:
+        self._load = load
+        self._heaps: dict[Optional[frozenset[int]], list[tuple[int, int]]] = {}
+
+    def take(self, able: Optional[frozenset[int]], nbytes: int) -> int:
+        """Give so much more to one of those who are able, None being all; the lowest of those who have the least."""
+        load = self._load
+        if able not in self._heaps:
+            self._heaps[able] = [(load[rank], rank) for rank in (range(len(load)) if able is None else able)]
+            heapify(self._heaps[able])
+        heap = self._heaps[able]
+        while heap[0][0] != load[heap[0][1]]:
+            heapreplace(heap, (load[heap[0][1]], heap[0][1]))
+        rank = heap[0][1]
+        load[rank] += nbytes
+        heapreplace(heap, (load[rank], rank))
+        return rank
 
 
 def _nbytes(bundle: _Bundle) -> int:

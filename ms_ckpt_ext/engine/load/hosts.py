@@ -44,11 +44,13 @@ def told_apart(keys: Sequence[str]) -> list[str]:
     ['a', 'node', 'node (2)', 'node']
     """
     names: dict[str, str] = {}
+    taken: set[str] = set()
+    numbers: dict[str, int] = {}
     for key in dict.fromkeys(keys):
-        name, number = key.split(_SEPARATOR)[0], 1
-        shown = name
-        while shown in names.values():
-            number += 1
-            shown = f"{name} ({number})"
+        name = shown = key.split(_SEPARATOR)[0]
+        while shown in taken:
+            numbers[name] = numbers.get(name, 1) + 1
+            shown = f"{name} ({numbers[name]})"
+        taken.add(shown)
         names[key] = shown
     return [names[key] for key in keys]

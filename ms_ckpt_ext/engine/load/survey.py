@@ -7,6 +7,8 @@
 
 So 1,024 ranks open 1,024 files once in all, and hosts need not share storage. All ranks end with the same tables, in
 the same order, and the same knowledge of who can read what. Nothing behind this lists files or reads headers again.
+
+What is equal is looked at once: time grows with files and with ranks, not with their product.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import xxhash
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.engine.integrity.dealing import Work, deal
 from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import Listing
@@ -68,9 +71,9 @@ class Survey(NamedTuple):
 
 
 class _Sighting(NamedTuple):
-    """A file as one host lists it."""
+    """A file as hosts list it whose listings are equal."""
 
-    host: str
+    hosts: frozenset[str]
     path: str
     identity: tuple[int, ...]
     """Size, time of modification, time of change, inode."""
@@ -95,25 +98,28 @@ def survey(
     host = hosts[transport.rank]
     probe = hosts.index(host) == transport.rank
     listed = _list(look) if probe else _Listed()
-    answers = [unpack(answer) for answer in transport.share(pack(listed.for_others()))]
+    ranks_of = _positions(transport.share(pack(listed.for_others())))
+    answers = [unpack(answer) for answer in ranks_of]
     sightings: dict[str, list[_Sighting]] = {}
-    for rank, answer in enumerate(answers):
+    for ranks, answer in zip(ranks_of.values(), answers):
+        lists = frozenset(hosts[rank] for rank in ranks)
         for key, (path, identity) in answer["files"].items():
-            sightings.setdefault(key, []).append(_Sighting(hosts[rank], path, tuple(identity)))
+            sightings.setdefault(key, []).append(_Sighting(lists, path, tuple(identity)))
     if not sightings and isinstance(listed.problem, DiscoveryError):
         raise listed.problem
     if not sightings:
         told = next((answer["problem"] for answer in answers if answer["problem"]), "")
         raise DiscoveryError(told or "no host sees a file of the checkpoint")
-    speaker = _speaker([answer["folder"] for answer in answers], hosts)
+    speaker = _speaker({ranks[0]: answer["folder"] for ranks, answer in zip(ranks_of.values(), answers)}, hosts)
     keys = sorted(sightings, key=lambda key: (len(key), key) if key.isdigit() else (0, key))
     said = listed.folder if speaker == transport.rank else None
-    tables, folder = _read_together(transport, keys, sightings, hosts, read, said)
-    everywhere = all(len({s.host for s in sightings[key]}) == len(set(hosts)) for key in keys)
+    able = _Able(hosts)
+    tables, folder = _read_together(transport, keys, sightings, able, read, said)
     indexes = {key: _local(tables[key], sightings[key], host) for key in keys}
+    sees = {key: able.ranks(sightings[key]) for key in keys}
     return Survey(
         indexes,
-        None if everywhere else {key: _ranks_on({s.host for s in sightings[key]}, hosts) for key in keys},
+        None if all(len(ranks) == transport.size for ranks in sees.values()) else sees,
         any(answer["sharded"] for answer in answers),
         next((answer["names"] for answer in answers if answer["names"]), None),
         None if speaker is None else _folder(folder, indexes),
@@ -152,9 +158,21 @@ def _list(look: Callable[[], Listing]) -> _Listed:
     return _Listed(files, listing.sharded, listing.names, [cuts_to_json(listing.folder)])
 
 
-def _speaker(digests: Sequence[Optional[str]], hosts: Sequence[str]) -> Optional[int]:
-    """The rank that tells all what a folder says about itself; None where there is nothing to tell."""
-    known = {rank: digest for rank, digest in enumerate(digests) if digest}
+def _positions(payloads: Sequence[bytes]) -> dict[bytes, list[int]]:
+    """Distinct payloads, and the ranks that have each: hosts that share their storage tell the same."""
+    found: dict[bytes, list[int]] = {}
+    for rank, payload in enumerate(payloads):
+        found.setdefault(payload, []).append(rank)
+    return found
+
+
+def _speaker(digests: Mapping[int, Optional[str]], hosts: Sequence[str]) -> Optional[int]:
+    """The rank that tells all what a folder says about itself; None where there is nothing to tell.
+
+    Args:
+        digests: of what it says, by the lowest rank that tells so.
+    """
+    known = {rank: digest for rank, digest in digests.items() if digest}
     if len(set(known.values())) > 1:
         told = ", ".join(hosts[rank] for rank in known)
         raise LayoutMismatchError(
@@ -179,28 +197,47 @@ def _identity(path: str) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _ranks_on(which: set[str], hosts: Sequence[str]) -> frozenset[int]:
-    return frozenset(rank for rank, host in enumerate(hosts) if host in which)
+class _Able:
+    """The ranks that can open a file: those of the hosts that list it.
+
+    Args:
+        hosts: every rank's host.
+    """
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self.hosts = hosts
+        self._on: dict[str, list[int]] = {}
+        for rank, host in enumerate(hosts):
+            self._on.setdefault(host, []).append(rank)
+        self._known: dict[frozenset[str], frozenset[int]] = {}
+
+    def ranks(self, sightings: Sequence[_Sighting]) -> frozenset[int]:
+        """Who can; found once for all files of the same hosts."""
+        first, *others = sightings
+        which = first.hosts.union(*(sighting.hosts for sighting in others)) if others else first.hosts
+        if which not in self._known:
+            self._known[which] = frozenset(rank for host in which for rank in self._on[host])
+        return self._known[which]
 
 
 def _read_together(
     transport: Transport[Any],
     keys: Sequence[str],
     sightings: Mapping[str, list[_Sighting]],
-    hosts: Sequence[str],
+    able: _Able,
     read: Callable[[str], FileIndex],
     said: Optional[list[Any]],
 ) -> tuple[dict[str, FileIndex], Any]:
     """Read every distinct file's header on one rank, and share the tables; and what one rank has `said`."""
-    load = [0] * len(hosts)
-    mine: list[tuple[str, str]] = []
-    for key in keys:
-        for copies in _distinct(sightings[key]):
-            able = _ranks_on({copy.host for copy in copies}, hosts)
-            reader = min(able, key=lambda rank: (load[rank], rank))
-            load[reader] += 1
-            if reader == transport.rank:
-                mine.append((key, next(c.path for c in copies if c.host == hosts[reader])))
+    files = [(key, copies) for key in keys for copies in _distinct(sightings[key])]
+    sees = {number: able.ranks(copies) for number, (_, copies) in enumerate(files)}
+    readers = deal([Work(number, 1) for number in sees], [0] * transport.size, sees)
+    here = able.hosts[transport.rank]
+    mine = [
+        (key, next(copy.path for copy in copies if here in copy.hosts))
+        for (key, copies), reader in zip(files, readers)
+        if reader == transport.rank
+    ]
 
     def look_into() -> dict[str, Any]:
         tables = in_order(read, [path for _, path in mine], _READERS)
@@ -212,16 +249,16 @@ def _read_together(
         for key, raw in answer["tables"]:
             index = _from_json(raw)
             before = found.setdefault(key, index)
-            if header_digest(before) != header_digest(index):
+            if before is not index and header_digest(before) != header_digest(index):
                 raise LayoutMismatchError(
-                    f"{before.path!r} and {index.path!r} on different hosts ({_hosts_of(sightings[key])}) should be "
-                    "copies of one file, but their headers differ: copy the same checkpoint to all hosts"
+                    f"{before.path!r} and {index.path!r} on different hosts ({_hosts_of(sightings[key], able)}) "
+                    "should be copies of one file, but their headers differ: copy the same checkpoint to all hosts"
                 )
     return found, next((answer["said"] for answer in answers if answer["said"]), None)
 
 
-def _hosts_of(sightings: Sequence[_Sighting]) -> str:
-    return ", ".join(dict.fromkeys(s.host for s in sightings))
+def _hosts_of(sightings: Sequence[_Sighting], able: _Able) -> str:
+    return ", ".join(dict.fromkeys(able.hosts[rank] for rank in sorted(able.ranks(sightings))))
 
 
 def _distinct(sightings: Sequence[_Sighting]) -> list[list[_Sighting]]:
@@ -240,7 +277,7 @@ def header_digest(index: FileIndex) -> str:
 
 def _local(index: FileIndex, sightings: Sequence[_Sighting], host: str) -> FileIndex:
     """The table with this host's path and time, where this host sees the file."""
-    here = next((s for s in sightings if s.host == host), None)
+    here = next((s for s in sightings if host in s.hosts), None)
     if here is None:
         return index
     return FileIndex(here.path, index.size, here.identity[1], index.tensors, index.metadata, index.reader)
