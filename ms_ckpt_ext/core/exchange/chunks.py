@@ -42,6 +42,12 @@ class Chunks:
     groups: tuple[int, ...]
 
     @property
+    def staged(self) -> Ints:
+        """Bytes of every chunk that are to be read, or brought to where they are cut: none of what is in memory."""
+        found: Ints = np.where(self.parts.in_memory(self.file), 0, self.nbytes)
+        return found
+
+    @property
     def of_part(self) -> Ints:
         """The chunk of every part."""
         return np.repeat(np.arange(len(self.nbytes), dtype=self.start.dtype), np.diff(self.start))
@@ -56,6 +62,8 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
     del found
     file = parts.file[start[:-1]]
     row = parts.row[start[:-1]]
+    if parts.holders:
+        sees = _with_holders(parts, file, world, sees)
     wanted = _gathered(parts, start[:-1], file, world, sees, ways)
     groups = _groups(parts, wanted, nbytes, world, limits, ways)
     number = np.full(len(parts.sets.members) + 1, -1, np.int64)
@@ -65,6 +73,15 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
     reader = (world + group).astype(narrow(world + len(groups)))
     reader[alone] = _readers(parts, row[alone], nbytes[alone], file[alone], world, sees)
     return Chunks(parts, start, nbytes, file, reader, groups)
+
+
+def _with_holders(parts: Parts, file: Ints, world: int, sees: Optional[Sees]) -> Sees:
+    """Who can give the bytes of every file: of what is in memory, the ranks that hold it."""
+    everyone = frozenset(range(world))
+    files = {
+        number: everyone if sees is None else sees[number] for number in file.tolist() if number not in parts.holders
+    }
+    return {**files, **{number: frozenset(ranks) for number, ranks in parts.holders.items()}}
 
 
 def _gathered(parts: Parts, first: Ints, file: Ints, world: int, sees: Optional[Sees], ways: Ways) -> Ints:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.layout import Cell, cell_region
+from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
 Sees = Mapping[int, frozenset[int]]
@@ -17,10 +17,20 @@ ALIGNMENT = 16
 
 
 class Grid(NamedTuple):
-    """How a set of ranks wants one parameter: a number of slices on every axis, and the ranks of every cell."""
+    """How a set of ranks wants one parameter: a number of slices on every axis, and the ranks of every cell.
+
+    `uneven`: the boxes are no equal slices; a cell is the start of its box, then the stop.
+    """
 
     parts: Shape
     ranks: Mapping[Cell, tuple[int, ...]]
+    uneven: bool = False
+
+    def region(self, cell: Cell, shape: Shape) -> Region:
+        """The box of a cell, of a parameter of `shape`."""
+        if self.uneven:
+            return Region(cell[: len(shape)], cell[len(shape) :])
+        return cell_region(cell, self.parts, shape)
 
 
 class Demand(NamedTuple):

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.cuts import Cut, cuts_of
+from ms_ckpt_ext.core.exchange.cuts import Cut
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
+from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
-from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.core.exchange.slices import Geometry, Travelling, geometry_of, travelling
+from ms_ckpt_ext.core.geometry.layout import slice_shape
 from ms_ckpt_ext.core.planning.io_units import Extent, Stored, ranges
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
 Located = Union[Stored, Mapping[str, Extent]]
 """Where stored tensors lie: a function of file and name, or, where all files are alike, name -> its one stretch."""
@@ -60,11 +60,12 @@ class Parts:
     Attributes:
         demand: number of the parameter in the list of demands.
         row: number of its row.
-        file: number of the file it is read from.
+        file: number of the file it is read from; of bytes in memory, that of a set of ranks in `holders`.
         offset: where it begins in that file.
         scattered: number of a part -> its extents, where it does not lie in one stretch.
         rows: the rows.
         sets: the sets of ranks.
+        holders: number of a file that is none -> the ranks that hold its bytes in memory, any of which may give them.
     """
 
     demand: Ints
@@ -74,54 +75,29 @@ class Parts:
     scattered: Mapping[int, tuple[Extent, ...]]
     rows: Rows
     sets: Sets
+    holders: Mapping[int, tuple[int, ...]]
+
+    def in_memory(self, file: Ints) -> Ints:
+        """For some files, whether they are ranks' memory, of which nothing need be read."""
+        found: Ints = file >= min(self.holders) if self.holders else np.zeros(len(file), bool)
+        return found
 
 
-def parts_of(demands: Sequence[Demand], world: int, stored: Located, limits: ExchangeLimits) -> Parts:
-    """Cut everything that is wanted.
+def parts_of(
+    demands: Sequence[Demand], world: int, stored: Located, limits: ExchangeLimits, memory: Optional[InMemory] = None
+) -> Parts:
+    """Cut everything that is wanted, and that has to travel or to be read.
 
     Raises:
         CoverageError: a region that a rank needs is in no file.
     """
-    return _Builder(world, stored, limits).build(demands)
-
-
-class _Need(NamedTuple):
-    """What lands where, of one source slice; `target` is the number of a cell among those of all grids."""
-
-    target: int
-    receivers: int
-    in_source: Region
-    in_target: Region
-    target_shape: Shape
-    view: Optional[View]
-
-
-class _Slot(NamedTuple):
-    """A source slice: its tensor's name in the files, shape, cell, and the files that hold it."""
-
-    name: str
-    shape: Shape
-    cell: Cell
-    files: tuple[int, ...]
-
-
-class _Geometry(NamedTuple):
-    """How a demand is cut. `slot`, `cuts`, `offset` and `nbytes` by row; `start`, `target` and `moved`: deliveries."""
-
-    slots: tuple[_Slot, ...]
-    slot: Ints
-    cuts: tuple[Cut, ...]
-    offset: Ints
-    nbytes: Ints
-    start: Ints
-    target: Ints
-    moved: Ints
+    return _Builder(world, stored, limits, memory).build(demands)
 
 
 class _Made(NamedTuple):
     """A demand, cut: number of its unit of rows, for every slot the number of its set of files."""
 
-    geometry: _Geometry
+    geometry: Geometry
     unit: int
     replicas: Ints
     names: tuple[str, ...]
@@ -129,17 +105,18 @@ class _Made(NamedTuple):
 
 
 class _Builder:
-    def __init__(self, world: int, stored: Located, limits: ExchangeLimits) -> None:
-        self._world, self._stored, self._limits = world, stored, limits
+    def __init__(self, world: int, stored: Located, limits: ExchangeLimits, memory: Optional[InMemory]) -> None:
+        self._world, self._stored, self._limits, self._memory = world, stored, limits, memory
         self._keys: dict[Hashable, int] = {}
         self._key_of: dict[int, int] = {}
-        self._geometries: dict[Hashable, _Geometry] = {}
-        self._sets, self._replicas = Sets(), Sets()
+        self._geometries: dict[Hashable, Geometry] = {}
+        self._sets, self._replicas, self._holders = Sets(), Sets(), Sets()
         self._set_numbers: dict[int, Ints] = {}
         self._files_of: dict[Hashable, Ints] = {}
         self._units: dict[Hashable, int] = {}
-        self._unit_list: list[tuple[_Geometry, Ints]] = []
+        self._unit_list: list[tuple[Geometry, Ints]] = []
         self._unit_start = [0]
+        self._left: dict[Hashable, Travelling] = {}
 
     def build(self, demands: Sequence[Demand]) -> Parts:
         made = [self._demand(number, demand) for number, demand in enumerate(demands)]
@@ -154,7 +131,9 @@ class _Builder:
         demand = np.repeat(np.arange(len(demands), dtype=narrow(len(demands))), np.diff(start))[order]
         back = {int(number): at for at, number in enumerate(order)} if scattered else {}
         scattered = {back[number]: extents for number, extents in scattered.items()}
-        return Parts(demand, row, file, offset, scattered, rows, self._sets)
+        first = self._memory.first if self._memory else 0
+        holders = dict(enumerate(self._holders.members, first))
+        return Parts(demand, row, file, offset, scattered, rows, self._sets, holders)
 
     def _demand(self, number: int, demand: Demand) -> _Made:
         tensor = demand.tensor
@@ -165,10 +144,15 @@ class _Builder:
             key = (tensor.meta.dtype.name, tensor.meta.shape, placements, grids)
         geometry = self._geometries.get(key)
         if geometry is None:
-            geometry = self._geometries[key] = _geometry(demand, self._world, self._limits)
+            geometry = self._geometries[key] = geometry_of(demand, self._world, self._limits)
         replicas = self._files(key, geometry, tensor)
+        wanted = joined([self._numbers_of(grid) for grid in demand.grids])
+        if self._memory is not None:
+            key = (key, wanted.tobytes(), replicas.tobytes())
+            geometry, wanted, files = self._travelling(key, geometry, wanted, replicas)
+            replicas = self._replicas.numbers(files).astype(np.int32)
         names = (tensor.stored_name,) if tensor.recipe is None else tuple(slot.name for slot in geometry.slots)
-        return _Made(geometry, self._unit(key, geometry, demand.grids), replicas, names)
+        return _Made(geometry, self._unit(key, geometry, wanted), replicas, names)
 
     def _number(self, mapping: object, content: Hashable) -> int:
         """A number for the content of a mapping."""
@@ -177,9 +161,8 @@ class _Builder:
             found = self._key_of[id(mapping)] = self._keys.setdefault(content, len(self._keys))
         return found
 
-    def _unit(self, key: Hashable, geometry: _Geometry, grids: Sequence[Grid]) -> int:
-        """The number of the rows that this geometry has with these ranks."""
-        wanted = joined([self._numbers_of(grid) for grid in grids])
+    def _unit(self, key: Hashable, geometry: Geometry, wanted: Ints) -> int:
+        """The number of the rows that this geometry has with these ranks; `wanted`: the set of them of every target."""
         unit = self._units.setdefault((key, wanted.tobytes()), len(self._unit_list))
         if unit == len(self._unit_list):
             self._unit_list.append((geometry, wanted[geometry.target].astype(np.int32)))
@@ -192,7 +175,7 @@ class _Builder:
             found = self._set_numbers[id(grid.ranks)] = self._sets.numbers(grid.ranks.values())
         return found
 
-    def _files(self, key: Hashable, geometry: _Geometry, tensor: SourceTensor) -> Ints:
+    def _files(self, key: Hashable, geometry: Geometry, tensor: SourceTensor) -> Ints:
         """For every slot the number of the set of files that hold it."""
         where = (key, *(id(placement.holders) for placement in tensor.placements))
         found = self._files_of.get(where)
@@ -201,6 +184,16 @@ class _Builder:
             made = tensor.recipe is not None
             holders = (slot.files if made else by_shape[slot.shape][slot.cell] for slot in geometry.slots)
             found = self._files_of[where] = self._replicas.numbers(holders).astype(np.int32)
+        return found
+
+    def _travelling(self, key: Hashable, geometry: Geometry, wanted: Ints, replicas: Ints) -> Travelling:
+        """What of a demand is left when ranks take what they hold themselves, see `core.exchange.holders`."""
+        found = self._left.get(key)
+        if found is None:
+            assert self._memory is not None
+            files = [self._replicas.members[number] for number in replicas.tolist()]
+            sets = self._sets, self._holders
+            found = self._left[key] = travelling(geometry, wanted, files, self._memory, *sets)
         return found
 
     def _rows(self) -> Rows:
@@ -284,31 +277,3 @@ def _interest(start: Ints, ranks: Ints, moved: Ints) -> Ints:
     distinct, interest = np.unique(np.add.reduceat(content, start[:-1]), return_inverse=True)
     narrowed: Ints = interest.astype(narrow(len(distinct)))
     return narrowed
-
-
-def _geometry(demand: Demand, world: int, limits: ExchangeLimits) -> _Geometry:
-    slices: dict[_Slot, list[_Need]] = {}
-    shape, target_number = demand.tensor.meta.shape, 0
-    for grid in demand.grids:
-        for cell, ranks in grid.ranks.items():
-            target = cell_region(cell, grid.parts, shape)
-            for piece, files, name in locate(demand.tensor, target):
-                needs = slices.setdefault(_Slot(name, piece.source_shape, piece.cell, files), [])
-                where = (piece.in_source, piece.in_target, target.shape, piece.view)
-                needs.append(_Need(target_number, len(ranks), *where))
-            target_number += 1
-    dtype = demand.tensor.meta.dtype
-    slot, cuts, counts, targets, moved = [], [], [], [], []
-    for number, (source, needs) in enumerate(slices.items()):
-        receivers = sum(need.receivers for need in needs)
-        placings = tuple(need[2:] for need in needs)
-        for cut in cuts_of(source.shape, placings, receivers, receivers == world, dtype, limits):
-            slot.append(number)
-            cuts.append(cut)
-            counts.append(len(cut.shares))
-            targets += [needs[share.need].target for share in cut.shares]
-            moved += [share.nbytes for share in cut.shares]
-    offset = np.array([cut.offset for cut in cuts], np.int64)
-    nbytes = np.array([cut.nbytes for cut in cuts], np.int64)
-    columns = (np.array(slot, np.int64), tuple(cuts), offset, nbytes, starts(counts))
-    return _Geometry(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))

@@ -25,6 +25,7 @@ import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import Chunks, chunks_of
 from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
+from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
@@ -74,7 +75,7 @@ class SlicePart(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """One read: `extents` of a file, one after another, by one rank."""
+    """One read: `extents` of a file, one after another, by one rank; or a stretch of what it has in memory."""
 
     file: int
     extents: tuple[Extent, ...]
@@ -186,6 +187,7 @@ def decide(
     limits: ExchangeLimits,
     sees: Optional[Sees] = None,
     ways: Ways = ALL_RANKS,
+    memory: Optional[InMemory] = None,
 ) -> ExchangeTable:
     """Decide a cooperative load.
 
@@ -196,11 +198,12 @@ def decide(
         limits: bucket and chunk sizes.
         sees: file -> ranks that can open it; None when all see all.
         ways: how bytes may travel.
+        memory: which files are none, but the memory of ranks; None when all are files.
 
     Raises:
         CoverageError: a region that a rank needs is in no file.
     """
-    chunks = chunks_of(parts_of(demands, world, stored, limits), world, limits, sees, ways)
+    chunks = chunks_of(parts_of(demands, world, stored, limits, memory), world, limits, sees, ways)
     classes = classes_of(chunks, world)
     round_of = rounds_of(chunks, classes, limits, ways)
     return ExchangeTable(world, tuple(demands), chunks, classes, round_of, limits.read, ways)
@@ -213,9 +216,10 @@ def plan_exchange(
     limits: ExchangeLimits,
     sees: Optional[Sees] = None,
     ways: Ways = ALL_RANKS,
+    memory: Optional[InMemory] = None,
 ) -> ExchangePlan:
     """Plan a cooperative load. Arguments and errors are those of `decide`."""
-    return plan_of(decide(demands, world, stored, limits, sees, ways))
+    return plan_of(decide(demands, world, stored, limits, sees, ways, memory))
 
 
 def plan_of(table: ExchangeTable) -> ExchangePlan:

@@ -124,7 +124,7 @@ class _Filler:
         self._stop = np.cumsum(offers)
         self._head = self._stop - offers
         self._reads = np.zeros(len(parts.row), chunks.nbytes.dtype)
-        self._reads[chunks.start[:-1]] = chunks.nbytes
+        self._reads[chunks.start[:-1]] = chunks.staged
         gathered = (chunks.reader >= self._world)[chunks.of_part]
         self._reads[gathered] = rows.nbytes[parts.row[gathered]]
         self._shares = shares_of(self._totals(chunks), limits)
@@ -132,7 +132,7 @@ class _Filler:
 
     def _totals(self, chunks: Chunks) -> Shares:
         """What the ranks with the most of it read, send and receive in all; what a reader keeps counts as sent, too."""
-        reads = sums(chunks.reader, chunks.nbytes, len(self._members))
+        reads = sums(chunks.reader, chunks.staged, len(self._members))
         gathered = (chunks.reader >= self._world)[chunks.of_part]
         copies = np.where(gathered, self._nbytes[self._row], self._copies[self._row])
         sent = sums(chunks.reader[chunks.of_part], copies, len(self._members))

@@ -21,7 +21,7 @@ from ms_ckpt_ext.core.exchange.plan import ExchangeTable, decide
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
 from ms_ckpt_ext.core.geometry.dtype import FILE_ORDER
-from ms_ckpt_ext.core.geometry.layout import Cell, Layout, cell_region, whole
+from ms_ckpt_ext.core.geometry.layout import Cell, Layout, whole
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.io_units import Direct, Extent, Landing, Limits, Stored, Target, Task, Unit
@@ -258,7 +258,7 @@ def _direct_bytes(demands: Sequence[Demand], cells: _Cells, rank: int, stored: S
         for grid in demand.grids:
             cell = cells.of(grid).get(rank)
             if cell is not None:
-                box = cell_region(cell, grid.parts, demand.tensor.meta.shape)
+                box = grid.region(cell, demand.tensor.meta.shape)
                 landing = Landing(0, (Extent(0, demand.tensor.meta.dtype.nbytes(box.size)),))
                 tasks.append(Task(demand.tensor, (Target(box, (landing,)),)))
     return sum(_unit_bytes(unit) for unit in schedule(tasks, stored, limits))

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, Optional
 import xxhash
 
 from ms_ckpt_ext.core.exchange.demand import Demand
-from ms_ckpt_ext.core.geometry.layout import cell_region
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.errors import ChecksumError, name_ranks
 from ms_ckpt_ext.transport.base import Bytes, Transport
@@ -106,7 +105,7 @@ def compare_replicas(transport: Transport[Any], demands: Sequence[Demand], diges
                 for dtype, one in first.items():
                     odd = [rank for rank, other in held.items() if other.dtype == dtype and other != held[one]]
                     if odd:
-                        region = cell_region(cell, grid.parts, demand.tensor.meta.shape)
+                        region = grid.region(cell, demand.tensor.meta.shape)
                         raise ChecksumError(
                             f"parameter {demand.name!r}, region {region}: {name_ranks([one])} holds digest "
                             f"{held[one].value}, {name_ranks(odd)} {held[odd[0]].value}; replicas must be equal: "

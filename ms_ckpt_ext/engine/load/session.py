@@ -18,11 +18,11 @@ import xxhash
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange import cost
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways
+from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import shares_a_server
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
-from ms_ckpt_ext.core.geometry.layout import cell_region
 from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
@@ -76,8 +76,8 @@ def prepare(
     agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
     demands = demands_of(catalog, share_wants(transport, wants))
     sees = seen.by_number
-    limits = limits_for(demands, transport.size, bucket_for(options, transport.traits, _least_free(transport)))
-    ways = Ways(groups=transport.traits.groups, servers=_numbers(seen.host_of))
+    limits = limits_for(demands, transport.size, bucket_for(options, transport.traits, least_free(transport)))
+    ways = Ways(groups=transport.traits.groups, servers=servers_of(seen.host_of))
     try:
         table = choose_way(demands, transport.size, catalog.stored, limits, sees, ways, hardware)
     except CoverageError as error:
@@ -103,7 +103,7 @@ def _unseen(demands: Sequence[Demand], sees: Sees) -> str:
     for demand in demands:
         for grid in demand.grids:
             for cell, ranks in grid.ranks.items():
-                found = locate(demand.tensor, cell_region(cell, grid.parts, demand.tensor.meta.shape))
+                found = locate(demand.tensor, grid.region(cell, demand.tensor.meta.shape))
                 able = [sees[file] for sourced in found for file in sourced.files]
                 lacking = next((rank for rank in ranks if any(rank not in each for each in able)), None)
                 if lacking is not None:
@@ -130,12 +130,12 @@ def bucket_for(options: LoadOptions, traits: TransportTraits, free: int) -> int:
     return max(_LEAST_BUCKET, min(wanted, free // 8)) if free else ExchangeLimits().bucket
 
 
-def _least_free(transport: Transport[Any]) -> int:
+def least_free(transport: Transport[Any]) -> int:
     """Bytes that every rank has free at least; 0 if some do not know."""
     return min(int(answer) for answer in transport.share(str(transport.free_bytes()).encode()))
 
 
-def _numbers(hosts: Sequence[str]) -> tuple[int, ...]:
+def servers_of(hosts: Sequence[str]) -> tuple[int, ...]:
     """A number for every rank's host; none where there is only one."""
     known = {host: number for number, host in enumerate(dict.fromkeys(hosts))}
     return tuple(known[host] for host in hosts) if len(known) > 1 else ()
@@ -149,19 +149,20 @@ def choose_way(
     sees: Optional[Sees],
     ways: Ways,
     hardware: cost.Hardware,
+    memory: Optional[InMemory] = None,
 ) -> ExchangeTable:
     """Decide a load, flat or tiered, whichever the cost model finds faster; tiered where it is as good.
 
     Arguments and errors are those of `decide`.
     """
-    flat = decide(demands, world, stored, limits, sees, ways)
+    flat = decide(demands, world, stored, limits, sees, ways, memory)
     sets = flat.chunks.parts.sets.members
     if not ways.servers or not any(shares_a_server(members, ways.servers) for members in sets):
         return flat
     counted = tally(flat)
     if not counted.crossing.any():
         return flat
-    tiered = decide(demands, world, stored, limits, sees, ways._replace(tiered=True))
+    tiered = decide(demands, world, stored, limits, sees, ways._replace(tiered=True), memory)
     seconds = [cost.cooperative_seconds(traffic_of(each), hardware) for each in (counted, tally(tiered))]
     log.info("predicted: flat %.3f s, by tiers %.3f s", *seconds)
     return tiered if seconds[1] <= seconds[0] * _AS_GOOD_AS else flat

@@ -1,0 +1,163 @@
+"""What lands where, by source slice: a demand cut into rows, from shapes alone.
+
+Every distinct target box is located in the source; what lands where is grouped by source slice, and the needed rows of
+a slice are cut into boxes that are contiguous there (`core.exchange.cuts`). Which ranks want them is not known here, so
+parameters that are cut alike share this.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import numpy as np
+
+from ms_ckpt_ext.core.exchange.cuts import Cut, cuts_of
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
+from ms_ckpt_ext.core.exchange.holders import InMemory, legs
+from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, starts
+from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.core.planning.pieces import locate
+
+
+class _Need(NamedTuple):
+    """What lands where, of one source slice; `target` is the number of a cell among those of all grids."""
+
+    target: int
+    receivers: int
+    in_source: Region
+    in_target: Region
+    target_shape: Shape
+    view: Optional[View]
+
+
+class Slot(NamedTuple):
+    """A source slice: its tensor's name in the files, shape, cell, and the files that hold it."""
+
+    name: str
+    shape: Shape
+    cell: Cell
+    files: tuple[int, ...]
+
+
+class Geometry(NamedTuple):
+    """How a demand is cut. `slot`, `cuts`, `offset` and `nbytes` by row; `start`, `target` and `moved`: deliveries."""
+
+    slots: tuple[Slot, ...]
+    slot: Ints
+    cuts: tuple[Cut, ...]
+    offset: Ints
+    nbytes: Ints
+    start: Ints
+    target: Ints
+    moved: Ints
+
+
+def geometry_of(demand: Demand, world: int, limits: ExchangeLimits) -> Geometry:
+    """Cut a demand. Raises CoverageError: a region that a rank needs is in no file."""
+    slices: dict[Slot, list[_Need]] = {}
+    shape, target_number = demand.tensor.meta.shape, 0
+    for grid in demand.grids:
+        for cell, ranks in grid.ranks.items():
+            target = grid.region(cell, shape)
+            for piece, files, name in locate(demand.tensor, target):
+                needs = slices.setdefault(Slot(name, piece.source_shape, piece.cell, files), [])
+                where = (piece.in_source, piece.in_target, target.shape, piece.view)
+                needs.append(_Need(target_number, len(ranks), *where))
+            target_number += 1
+    dtype = demand.tensor.meta.dtype
+    slot, cuts, counts, targets, moved = [], [], [], [], []
+    for number, (source, needs) in enumerate(slices.items()):
+        receivers = sum(need.receivers for need in needs)
+        placings = tuple(need[2:] for need in needs)
+        for cut in cuts_of(source.shape, placings, receivers, receivers == world, dtype, limits):
+            slot.append(number)
+            cuts.append(cut)
+            counts.append(len(cut.shares))
+            targets += [needs[share.need].target for share in cut.shares]
+            moved += [share.nbytes for share in cut.shares]
+    offset = np.array([cut.offset for cut in cuts], np.int64)
+    nbytes = np.array([cut.nbytes for cut in cuts], np.int64)
+    columns = (np.array(slot, np.int64), tuple(cuts), offset, nbytes, starts(counts))
+    return Geometry(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))
+
+
+class Travelling(NamedTuple):
+    """What of a demand has to travel or to be read.
+
+    Attributes:
+        geometry: the rows that are left, with the deliveries that are left.
+        wanted: the number of the set of ranks of every delivery.
+        files: for every slot the files that serve it.
+    """
+
+    geometry: Geometry
+    wanted: Ints
+    files: tuple[tuple[int, ...], ...]
+
+
+def travelling(
+    geometry: Geometry, wanted: Ints, files: list[tuple[int, ...]], memory: InMemory, sets: Sets, holders: Sets
+) -> Travelling:
+    """A demand without what ranks hold themselves.
+
+    Args:
+        wanted: the number in `sets` of the ranks that want every target.
+        files: of every slot.
+        holders: sets of ranks that give what they have in memory; the n-th counts as file `memory.first + n`.
+    """
+    left = _Left(geometry)
+    bounds = geometry.start.tolist()
+    for row, (low, high) in enumerate(zip(bounds, bounds[1:])):
+        there = files[int(geometry.slot[row])]
+        entries = [(entry, int(wanted[geometry.target[entry]])) for entry in range(low, high)]
+        if there[0] < memory.first:
+            left.add(row, there, entries)
+            continue
+        by_holders: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        having = tuple(file - memory.first for file in there)
+        for entry, number in entries:
+            for leg in legs(sets.members[number], having, memory.servers):
+                by_holders.setdefault(leg.holders, []).append((entry, sets.number(leg.receivers)))
+        for giving, some in by_holders.items():
+            left.add(row, (memory.first + holders.number(giving),), some)
+    return left.made()
+
+
+class _Left:
+    """Some rows of a geometry, with some of their deliveries, as a geometry of its own."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._slots: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._rows: list[int] = []
+        self._slot: list[int] = []
+        self._cuts: list[Cut] = []
+        self._entries: list[tuple[int, int]] = []
+
+    def add(self, row: int, files: tuple[int, ...], entries: list[tuple[int, int]]) -> None:
+        """A row that some files serve, with some of its deliveries: which, and the number of the ranks of each."""
+        cut, first = self._geometry.cuts[row], int(self._geometry.start[row])
+        shares = tuple(cut.shares[entry - first] for entry, _ in entries)
+        self._rows.append(row)
+        self._slot.append(self._slots.setdefault((int(self._geometry.slot[row]), files), len(self._slots)))
+        self._cuts.append(cut._replace(shares=shares))
+        self._entries += entries
+
+    def made(self) -> Travelling:
+        """All of it; a delivery is a target of its own."""
+        before, row = self._geometry, np.array(self._rows, np.int64)
+        entry = np.array([entry for entry, _ in self._entries], np.int64)
+        geometry = Geometry(
+            tuple(before.slots[slot] for slot, _ in self._slots),
+            np.array(self._slot, np.int64),
+            tuple(self._cuts),
+            before.offset[row],
+            before.nbytes[row],
+            starts(len(cut.shares) for cut in self._cuts),
+            np.arange(len(entry)),
+            before.moved[entry],
+        )
+        wanted = np.array([number for _, number in self._entries], np.int64)
+        return Travelling(geometry, wanted, tuple(files for _, files in self._slots))
