@@ -3,7 +3,7 @@
 A source slice may lie in the memory of ranks rather than in files: in Parameters of a network, from which another is to
 be filled. Such a slice is placed in *files* of its own kind, one for every rank, numbered behind all files.
 
-1. What a rank holds itself it takes from itself: that never travels, and is no part of the exchange (`kept`).
+1. What a rank holds itself it takes from itself: that never travels, and is no part of the exchange (`local_pieces`).
 2. What it lacks it gets from a rank of its own server that holds it, where there is one.
 3. Else any holder will do; which one gives is settled when it is known what each has to give.
 """
@@ -57,7 +57,7 @@ def legs(wanting: tuple[int, ...], holders: tuple[int, ...], servers: tuple[int,
     return tuple(Leg(giving, tuple(ranks)) for giving, ranks in found.items())
 
 
-class Kept(NamedTuple):
+class LocalPiece(NamedTuple):
     """What a rank takes of its own memory: a box of a slice of `shape` that it holds under a name.
 
     Attributes:
@@ -75,7 +75,7 @@ class Kept(NamedTuple):
     view: Optional[View]
 
 
-def kept(demand: Demand, number: int, rank: int, memory: InMemory) -> list[Kept]:
+def local_pieces(demand: Demand, number: int, rank: int, memory: InMemory) -> list[LocalPiece]:
     """What of a demand, the `number`-th, a rank takes of its own memory.
 
     Raises:
@@ -89,5 +89,5 @@ def kept(demand: Demand, number: int, rank: int, memory: InMemory) -> list[Kept]
             for piece, files, name in locate(demand.tensor, grid.region(cell, demand.tensor.meta.shape)):
                 if memory.first + rank in files:
                     landing = (piece.in_target, piece.view)
-                    found.append(Kept(number, name, piece.source_shape, piece.in_source, *landing))
+                    found.append(LocalPiece(number, name, piece.source_shape, piece.in_source, *landing))
     return found

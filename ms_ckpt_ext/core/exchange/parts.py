@@ -1,6 +1,6 @@
 """The parts of an exchange: what is cut out of which source slice, and which sets of ranks want what of it.
 
-1. *Geometry.* Every distinct target box is located in the source; what lands where is grouped by source slice, and the
+1. *Cutting.* Every distinct target box is located in the source; what lands where is grouped by source slice, and the
    needed rows of a slice are cut into parts. This depends on shapes only, so it is computed once for all parameters
    that share them, and once for all slices that are cut alike.
 2. *Rows.* A geometry with the sets of ranks that want it: shared by all parameters of a pipeline stage that are alike.
@@ -20,7 +20,7 @@ from ms_ckpt_ext.core.exchange.cuts import Cut
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
-from ms_ckpt_ext.core.exchange.slices import Geometry, Travelling, geometry_of, travelling
+from ms_ckpt_ext.core.exchange.slices import Cutting, Travelling, cutting_of, travelling
 from ms_ckpt_ext.core.geometry.layout import slice_shape
 from ms_ckpt_ext.core.planning.io_units import Extent, Stored, ranges
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
@@ -97,7 +97,7 @@ def parts_of(
 class _Made(NamedTuple):
     """A demand, cut: number of its unit of rows, for every slot the number of its set of files."""
 
-    geometry: Geometry
+    geometry: Cutting
     unit: int
     replicas: Ints
     names: tuple[str, ...]
@@ -109,12 +109,12 @@ class _Builder:
         self._world, self._stored, self._limits, self._memory = world, stored, limits, memory
         self._keys: dict[Hashable, int] = {}
         self._key_of: dict[int, int] = {}
-        self._geometries: dict[Hashable, Geometry] = {}
+        self._geometries: dict[Hashable, Cutting] = {}
         self._sets, self._replicas, self._holders = Sets(), Sets(), Sets()
         self._set_numbers: dict[int, Ints] = {}
         self._files_of: dict[Hashable, Ints] = {}
         self._units: dict[Hashable, int] = {}
-        self._unit_list: list[tuple[Geometry, Ints]] = []
+        self._unit_list: list[tuple[Cutting, Ints]] = []
         self._unit_start = [0]
         self._left: dict[Hashable, Travelling] = {}
 
@@ -144,7 +144,7 @@ class _Builder:
             key = (tensor.meta.dtype.name, tensor.meta.shape, placements, grids)
         geometry = self._geometries.get(key)
         if geometry is None:
-            geometry = self._geometries[key] = geometry_of(demand, self._world, self._limits)
+            geometry = self._geometries[key] = cutting_of(demand, self._world, self._limits)
         replicas = self._files(key, geometry, tensor)
         wanted = joined([self._numbers_of(grid) for grid in demand.grids])
         if self._memory is not None:
@@ -161,7 +161,7 @@ class _Builder:
             found = self._key_of[id(mapping)] = self._keys.setdefault(content, len(self._keys))
         return found
 
-    def _unit(self, key: Hashable, geometry: Geometry, wanted: Ints) -> int:
+    def _unit(self, key: Hashable, geometry: Cutting, wanted: Ints) -> int:
         """The number of the rows that this geometry has with these ranks; `wanted`: the set of them of every target."""
         unit = self._units.setdefault((key, wanted.tobytes()), len(self._unit_list))
         if unit == len(self._unit_list):
@@ -175,7 +175,7 @@ class _Builder:
             found = self._set_numbers[id(grid.ranks)] = self._sets.numbers(grid.ranks.values())
         return found
 
-    def _files(self, key: Hashable, geometry: Geometry, tensor: SourceTensor) -> Ints:
+    def _files(self, key: Hashable, geometry: Cutting, tensor: SourceTensor) -> Ints:
         """For every slot the number of the set of files that hold it."""
         where = (key, *(id(placement.holders) for placement in tensor.placements))
         found = self._files_of.get(where)
@@ -186,7 +186,7 @@ class _Builder:
             found = self._files_of[where] = self._replicas.numbers(holders).astype(np.int32)
         return found
 
-    def _travelling(self, key: Hashable, geometry: Geometry, wanted: Ints, replicas: Ints) -> Travelling:
+    def _travelling(self, key: Hashable, geometry: Cutting, wanted: Ints, replicas: Ints) -> Travelling:
         """What of a demand is left when ranks take what they hold themselves, see `core.exchange.holders`."""
         found = self._left.get(key)
         if found is None:

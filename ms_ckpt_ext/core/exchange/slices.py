@@ -41,7 +41,7 @@ class Slot(NamedTuple):
     files: tuple[int, ...]
 
 
-class Geometry(NamedTuple):
+class Cutting(NamedTuple):
     """How a demand is cut. `slot`, `cuts`, `offset` and `nbytes` by row; `start`, `target` and `moved`: deliveries."""
 
     slots: tuple[Slot, ...]
@@ -54,7 +54,7 @@ class Geometry(NamedTuple):
     moved: Ints
 
 
-def geometry_of(demand: Demand, world: int, limits: ExchangeLimits) -> Geometry:
+def cutting_of(demand: Demand, world: int, limits: ExchangeLimits) -> Cutting:
     """Cut a demand. Raises CoverageError: a region that a rank needs is in no file."""
     slices: dict[Slot, list[_Need]] = {}
     shape, target_number = demand.tensor.meta.shape, 0
@@ -80,7 +80,7 @@ def geometry_of(demand: Demand, world: int, limits: ExchangeLimits) -> Geometry:
     offset = np.array([cut.offset for cut in cuts], np.int64)
     nbytes = np.array([cut.nbytes for cut in cuts], np.int64)
     columns = (np.array(slot, np.int64), tuple(cuts), offset, nbytes, starts(counts))
-    return Geometry(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))
+    return Cutting(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))
 
 
 class Travelling(NamedTuple):
@@ -92,13 +92,13 @@ class Travelling(NamedTuple):
         files: for every slot the files that serve it.
     """
 
-    geometry: Geometry
+    geometry: Cutting
     wanted: Ints
     files: tuple[tuple[int, ...], ...]
 
 
 def travelling(
-    geometry: Geometry, wanted: Ints, files: list[tuple[int, ...]], memory: InMemory, sets: Sets, holders: Sets
+    geometry: Cutting, wanted: Ints, files: list[tuple[int, ...]], memory: InMemory, sets: Sets, holders: Sets
 ) -> Travelling:
     """A demand without what ranks hold themselves.
 
@@ -128,7 +128,7 @@ def travelling(
 class _Left:
     """Some rows of a geometry, with some of their deliveries, as a geometry of its own."""
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, geometry: Cutting) -> None:
         self._geometry = geometry
         self._slots: dict[tuple[int, tuple[int, ...]], int] = {}
         self._rows: list[int] = []
@@ -149,7 +149,7 @@ class _Left:
         """All of it; a delivery is a target of its own."""
         before, row = self._geometry, np.array(self._rows, np.int64)
         entry = np.array([entry for entry, _ in self._entries], np.int64)
-        geometry = Geometry(
+        geometry = Cutting(
             tuple(before.slots[slot] for slot, _ in self._slots),
             np.array(self._slot, np.int64),
             tuple(self._cuts),

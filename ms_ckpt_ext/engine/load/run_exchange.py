@@ -9,7 +9,9 @@
    is waited for, in buffers of its own.
 5. A sink is finished in the round that brings its last piece, and digested on a thread during the rounds that follow.
 
-Where the buffers are (host memory, or an NPU's) is the mover's and the transport's business.
+Where the buffers are (host memory, or an NPU's) is the mover's and the transport's business. Where bytes come from is
+that of the `ByteSource`: files (`slabs`), or what ranks hold in memory already (`engine.transfer`). What a rank takes of
+its own memory is placed while the first round is under way.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol, TypeVar
 
+from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
@@ -25,7 +28,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.slabs import Mover, Slabs
+from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, Staged
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.storage.pool import ReaderPool
@@ -52,6 +55,32 @@ class SliceSink(Protocol[B_in]):
 
     def contents(self) -> SliceBytes:
         """What the slice holds, after `finish`."""
+
+
+class ByteSource(Protocol[B]):
+    """Where what this rank gives comes from, round by round."""
+
+    @property
+    def local(self) -> Sequence[LocalPiece]:
+        """What this rank takes of its own memory."""
+
+    def start(self, number: int) -> None:
+        """Begin to read what round `number` needs, unless that was begun."""
+
+    def stage(self, number: int) -> None:
+        """Wait for it, and bring it to where it is cut. Raises what a read raised."""
+
+    def __getitem__(self, chunk: int) -> Staged[B]:
+        """Where a staged chunk lies."""
+
+    def held(self, name: str) -> B:
+        """What this rank has in memory under a name, as flat bytes."""
+
+    def release(self, number: int) -> None:
+        """Round `number` is over: give back what no later one cuts."""
+
+    def close(self) -> None:
+        """Stop reading."""
 
 
 class HostSink:
@@ -99,7 +128,15 @@ def run_exchange(
     Raises:
         the rank's own error, or PeerError on every other rank; TransportError when a rank has gone.
     """
-    _Run(plan, transport, mover, sinks, readers, max(0, prefetch), threads, trace or Trace(), digester).go()
+    trace = trace or Trace()
+    turns = turns_of(plan, transport.rank)
+    slabs = Slabs(plan, turns, mover, readers, threads, trace)
+    ExchangeRun(plan, turns, transport, mover, slabs, max(0, prefetch), trace).go(sinks, digester)
+
+
+def turns_of(plan: ExchangePlan, rank: int) -> list[RankRound]:
+    """One rank's side of every round."""
+    return [rank_round(plan, round_, rank) for round_ in plan.rounds]
 
 
 class _Flight(NamedTuple):
@@ -110,32 +147,42 @@ class _Flight(NamedTuple):
     handles: list[Handle]
 
 
-class _Run(Generic[B]):
+class ExchangeRun(Generic[B]):
+    """A plan on one rank, with buffers that are made once: it may be run again where its bytes come from memory.
+
+    Args:
+        turns: this rank's side of every round.
+        staging: where the bytes come from; closed at the end of every run.
+        prefetch: rounds that are read ahead.
+    """
+
     def __init__(
         self,
         plan: ExchangePlan,
+        turns: Sequence[RankRound],
         transport: Transport[B],
         mover: Mover[B],
-        sinks: Mapping[int, SliceSink[B]],
-        readers: ReaderPool,
+        staging: ByteSource[B],
         prefetch: int,
-        threads: int,
         trace: Trace,
-        digester: Optional[Digester],
     ) -> None:
-        self._plan, self._transport, self._mover, self._sinks = plan, transport, mover, sinks
-        self._prefetch, self._trace, self._digester = prefetch, trace, digester
-        self._turns = [rank_round(plan, round_, transport.rank) for round_ in plan.rounds]
-        self._complete = _complete(self._turns)
-        self._slabs = Slabs(plan, self._turns, mover, readers, threads, trace)
+        self._plan, self._transport, self._mover, self._slabs = plan, transport, mover, staging
+        self._prefetch, self._trace, self._turns = prefetch, trace, turns
+        self._complete = _complete(turns, staging.local)
         self._buffers: list[dict[str, B]] = []
         self._flights: list[_Flight] = []
+        self._sinks: Mapping[int, SliceSink[B]] = {}
+        self._digester: Optional[Digester] = None
 
-    def go(self) -> None:
+    def go(self, sinks: Mapping[int, SliceSink[B]], digester: Optional[Digester] = None) -> None:
+        """Run it. Arguments and errors are those of `run_exchange`."""
+        self._sinks, self._digester = sinks, digester
         under_way = 2 if self._transport.traits.overlaps and len(self._turns) > 1 else 1
         error: Optional[BaseException] = None
         try:
-            self._buffers = [self._allocate() for _ in range(under_way)]
+            self._buffers = self._buffers or [self._allocate() for _ in range(under_way)]
+            if not self._turns:
+                error = self._place_local() or self._finish(0, self._complete.get(0, ()))
             for number, current in enumerate(self._turns):
                 for ahead in range(number, number + 1 + self._prefetch):
                     self._slabs.start(ahead)
@@ -150,6 +197,7 @@ class _Run(Generic[B]):
         finally:
             self._slabs.close()
             self._drain()
+            self._sinks, self._digester = {}, None
 
     def _allocate(self) -> dict[str, B]:
         """The buffers of a round."""
@@ -217,7 +265,8 @@ class _Run(Generic[B]):
             for place, gather in enumerate(current.gathers):
                 give, into = buffers[f"give {place}"], buffers[f"gather {place}"]
                 handles.append(self._transport.start_all_gather(give, gather.share, into, gather.ranks))
-        return self._place_own(number, current)
+        error = None if number else self._place_local()
+        return error or self._place_own(number, current)
 
     def _land(self) -> Optional[BaseException]:
         """Wait for the oldest exchange, place what came, and finish; an error of a sink is returned."""
@@ -237,6 +286,7 @@ class _Run(Generic[B]):
             for handle in flight.handles:
                 with suppress(TransportError):
                     handle.wait()
+        self._flights.clear()
 
     def _send_on(self, number: int, spread: SecondHop) -> Optional[BaseException]:
         """Send on what this rank carries for others of its server. They wait for it: an error comes after that."""
@@ -259,6 +309,17 @@ class _Run(Generic[B]):
                     staged = self._slabs[part.chunk]
                     sink, box, at = self._sinks[part.demand], delivery.in_part, staged.offset + offset
                     sink.place(staged.buffer, at, part.shape, box, delivery.in_target, delivery.view)
+        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
+            return error
+        return None
+
+    def _place_local(self) -> Optional[BaseException]:
+        """Place what this rank takes of its own memory."""
+        try:
+            with self._trace.span("place local"):
+                for piece in self._slabs.local:
+                    source, sink = self._slabs.held(piece.name), self._sinks[piece.demand]
+                    sink.place(source, 0, piece.shape, piece.in_source, piece.in_target, piece.view)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
@@ -302,9 +363,9 @@ class _Run(Generic[B]):
         return None
 
 
-def _complete(turns: Sequence[RankRound]) -> dict[int, list[int]]:
+def _complete(turns: Sequence[RankRound], local: Sequence[LocalPiece]) -> dict[int, list[int]]:
     """Round -> the demands whose last piece it brings to this rank."""
-    last: dict[int, int] = {}
+    last = dict.fromkeys((piece.demand for piece in local), 0)
     for number, current in enumerate(turns):
         late = current.spread.incoming if current.spread is not None else ()
         for items in (current.own, current.incoming, late, *(gather.items for gather in current.gathers)):

@@ -17,6 +17,7 @@ from typing import Generic, NamedTuple, Protocol
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
+from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import RankRound
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.dtype import DType
@@ -103,6 +104,8 @@ class Slabs(Generic[B]):
         threads: reading threads.
     """
 
+    local: tuple[LocalPiece, ...] = ()
+
     def __init__(
         self,
         plan: ExchangePlan,
@@ -149,6 +152,10 @@ class Slabs(Generic[B]):
     def __getitem__(self, chunk: int) -> Staged[B]:
         """Where a staged chunk lies."""
         return self._staged[chunk]
+
+    def held(self, name: str) -> B:
+        """Nothing is in memory."""
+        raise KeyError(name)
 
     def release(self, number: int) -> None:
         """Round `number` is over: give back what no later one cuts."""
