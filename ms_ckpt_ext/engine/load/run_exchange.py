@@ -10,8 +10,8 @@
 5. A sink is finished in the round that brings its last piece, and digested on a thread during the rounds that follow.
 
 Where the buffers are (host memory, or an NPU's) is the mover's and the transport's business. Where bytes come from is
-that of the `ByteSource`: files (`slabs`), or what ranks hold in memory already (`engine.transfer`). What a rank takes of
-its own memory is placed while the first round is under way.
+that of the `ByteSource`: files (`slabs`), or what ranks hold in memory already. What a rank takes of its own memory is
+placed while the first round is under way.
 """
 
 from __future__ import annotations
