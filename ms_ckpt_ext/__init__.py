@@ -8,12 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ms_ckpt_ext._version import __version__
-
 _PUBLIC = {
     "CheckpointError": "errors",
     "CheckpointRecorder": "bridge.callback",
     "Restored": "api.resume",
+    "__version__": "_version",
     "as_parameters": "api.mindspore.parameters",
     "as_strategy": "api.arguments",
     "build_searched_strategy": "api.mindspore.family",

@@ -1,12 +1,15 @@
-"""What is told on the way, to the logger `ms_ckpt_ext`.
+"""What is told on the way: to the logger `ms_ckpt_ext`, and on terminals by a progress bar.
 
-`logging` is imported when there is something to tell, for that takes 10 ms. Who has not imported it has no handler for
-what is only for information.
+`logging` is imported when there is something to tell, for that takes 10 ms. If it was never imported, no handler can
+want INFO records.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Callable
 
 NAME = "ms_ckpt_ext"
 
@@ -31,3 +34,26 @@ def warning(message: str, *values: object) -> None:
     import logging
 
     logging.getLogger(NAME).warning(message, *values, stacklevel=2)
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A callable that takes the bytes done since its last call, from any thread.
+
+    On a terminal they show as a bar with rate and time left, unless `TQDM_DISABLE=1`; elsewhere nothing shows.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    import threading
+
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=title, dynamic_ncols=True) as shown:
+
+        def advance(nbytes: int) -> None:
+            with lock:
+                shown.update(nbytes)
+
+        yield advance

@@ -16,17 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # Room -> what it may import besides itself and _version: rooms, or single modules of them.
 # cli -> api -> {bridge, engine} -> {formats, storage, transport} -> core -> errors
 MAY_IMPORT = {
-    "cli": ["api", "bridge", "engine", "formats", "storage", "transport", "core", "errors", "log", "progress"],
-    "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "log", "progress"],
+    "cli": ["api", "bridge", "engine", "formats", "storage", "transport", "core", "errors", "log"],
+    "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "log"],
     "bridge": ["engine", "formats", "storage", "transport", "core", "errors", "log"],
     "engine": ["formats", "storage", "transport", "core", "errors", "log"],
-    "formats": ["storage.reader", "storage.buffers", "storage.atomic", "storage.threads", "core", "errors", "log"],
+    "formats": ["storage.reader", "storage.linux", "storage.atomic", "storage.threads", "core", "errors", "log"],
     "storage": ["core", "errors", "log"],
     "transport": ["core", "errors"],
     "core": ["errors"],
     "errors": [],
     "log": [],
-    "progress": [],
     "plugins": ["api", "bridge"],
     "rules": ["core", "errors"],
     "__main__": ["cli"],
@@ -156,7 +155,7 @@ FORBIDDEN = [
         "import importlib\nimportlib.import_module('ms_ckpt_ext.api')",
         "core may not import api",
     ),
-    ("core/planning/pieces.py", "from ms_ckpt_ext import progress", "core may not import progress"),
+    ("core/planning/pieces.py", "from ms_ckpt_ext import log", "core may not import log"),
     ("core/planning/pieces.py", "import ms_ckpt_ext", "core may not import ms_ckpt_ext; it may import: errors"),
     (
         "core/planning/pieces.py",
@@ -185,7 +184,7 @@ ALLOWED = [
     ("formats/ckpt.py", "from ms_ckpt_ext.storage import reader\nfrom ms_ckpt_ext.storage.reader import ByteReader"),
     ("bridge/world.py", "import mindspore\nfrom ms_ckpt_ext.engine import load"),
     ("transport/hccl.py", "from mindspore import mint"),
-    ("api/mindspore/load.py", "from ms_ckpt_ext import progress\ndef f():\n    from ms_ckpt_ext.bridge import world"),
+    ("api/mindspore/load.py", "from ms_ckpt_ext import log\ndef f():\n    from ms_ckpt_ext.bridge import world"),
     ("cli/main.py", "from ms_ckpt_ext.api import load"),
     ("__init__.py", "from ms_ckpt_ext._version import __version__"),
 ]

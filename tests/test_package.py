@@ -18,7 +18,7 @@ import ms_ckpt_ext
 # Heavy, optional or only for some jobs: never loaded by the import alone.
 NOT_LOADED = {"mindspore", "numpy", "google.protobuf", "cryptography", "matplotlib", "psutil", "safetensors", "tqdm"}
 MOST_MODULES = 40
-"""Modules that `import ms_ckpt_ext` may load beyond those Python has loaded by itself; 3 are its own."""
+"""Modules that `import ms_ckpt_ext` may load beyond those Python has loaded by itself."""
 
 
 def loaded_by(statement: str, tmp_path: Path) -> set[str]:
@@ -34,12 +34,12 @@ def loaded_by(statement: str, tmp_path: Path) -> set[str]:
 
 def test_import_is_light(tmp_path: Path) -> None:
     loaded = loaded_by("import ms_ckpt_ext", tmp_path)
-    assert "ms_ckpt_ext._version" in loaded
+    assert "ms_ckpt_ext" in loaded
     assert not loaded & NOT_LOADED
     assert len(loaded) <= MOST_MODULES, sorted(loaded)
 
 
-MERGE_MODULES = 62
+MERGE_MODULES = 50
 """Modules of this package, doors of rooms aside, that a merge of safetensors shards may load."""
 
 

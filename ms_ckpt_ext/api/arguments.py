@@ -14,7 +14,7 @@ from ms_ckpt_ext.core.geometry.strategy import (
     strategy_from_layout_dict,
     strategy_from_messages,
 )
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.core.geometry.supplement import StrategyPart
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.engine.files.encrypted_sink import Seal
-    from ms_ckpt_ext.engine.files.execution import Report
-    from ms_ckpt_ext.engine.files.job import Job
+    from ms_ckpt_ext.engine.files.job import Job, Report
     from ms_ckpt_ext.formats.crypto import Key
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -282,7 +281,7 @@ def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Re
 
     Raises UsageError when one of several tasks is not to sync, and whatever the job raises.
     """
-    from ms_ckpt_ext import progress
+    from ms_ckpt_ext import log
     from ms_ckpt_ext.engine.files import execution
 
     job, workers, limits = job.synced(run.sync), run.workers, run.limits
@@ -291,7 +290,7 @@ def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Re
 
         return preview(job, target, workers, limits)
     total = sum(entry.nbytes for output in job.outputs for entry in output.layout.tensors.values())
-    with progress.bar(title, total) as advance:
+    with log.progress_bar(title, total) as advance:
         report = execution.execute(job, target, workers, limits, advance)
     log.info("%s into %s: read %d bytes in %d reads, wrote %s", title, target, report.bytes_read, report.reads, report)
     return report

@@ -29,8 +29,7 @@ from ms_ckpt_ext.api.inputs import Inputs, find_in_ranks, find_inputs, other_suf
 from ms_ckpt_ext.engine.files.beside import settle
 from ms_ckpt_ext.engine.files.convert import RenameFunction, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
-from ms_ckpt_ext.engine.files.execution import Report
-from ms_ckpt_ext.engine.files.job import Job
+from ms_ckpt_ext.engine.files.job import Job, Report
 from ms_ckpt_ext.engine.source.renaming import Choice, chosen_name, warn_unknown
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike

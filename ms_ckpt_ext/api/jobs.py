@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -23,23 +24,31 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
-from ms_ckpt_ext.api.share import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.engine.files.execution import Report
-from ms_ckpt_ext.engine.files.job import refuse_empty
+from ms_ckpt_ext.core.parsing import integer
+from ms_ckpt_ext.engine.files.job import Report, check_apart, refuse_empty
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions, merge_job
-from ms_ckpt_ext.engine.files.overwrite import check_apart
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.formats.crypto import KeyLike
+
+# (rank, world) as rank tables, msrun, torchrun, Open MPI, MPICH and Intel MPI, and SLURM's srun give them; the first
+# pair that is set counts. SLURM comes last, for its variables are there under every launcher that it starts.
+_LAUNCHERS = (
+    ("RANK_ID", "RANK_SIZE"),
+    ("RANK_ID", "MS_WORKER_NUM"),
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
 
 
 def merge(
@@ -133,7 +142,7 @@ def run_merge(
     wanted.check((*catalog.tensors, *catalog.absent))
     catalog = naming.of(judged(catalog))
     job = merge_job(catalog, target, options)
-    check_apart(catalog, target, job)
+    check_apart(job, target)
     return execute_with_progress(job, target, run, "merge")
 
 
@@ -209,3 +218,40 @@ def _ranks(strategy: Optional[Strategy], rank: Optional[int]) -> list[int]:
     if rank >= world:
         raise UsageError(f"rank must be between 0 and {world - 1} under to_strategy, got {rank}")
     return [rank]
+
+
+def share_of(share: Any, argument: str) -> tuple[int, int]:
+    """(i, n): share i of n, from 1. "auto" takes it from the launcher's environment; nothing means all of it.
+
+    Raises:
+        ArgumentTypeError: `argument`, as it is called, is neither that nor a pair of ints.
+        UsageError: there is no such share, or the launcher's variables are no numbers.
+    """
+    if isinstance(share, str) and share == "auto":
+        return _checked(argument, *_from_environment(argument))
+    if not share:
+        return 1, 1
+    try:
+        task, tasks = share if isinstance(share, (tuple, list)) else ()
+        task, tasks = integer(task, argument), integer(tasks, argument)
+    except ValueError:
+        raise ArgumentTypeError(
+            f"{argument} must be () or (task, tasks), two ints from 1, or 'auto'; got {share!r}"
+        ) from None
+    return _checked(argument, task, tasks)
+
+
+def _checked(argument: str, task: int, tasks: int) -> tuple[int, int]:
+    if not 1 <= task <= tasks:
+        raise UsageError(f"{argument} must be (task, tasks) with 1 <= task <= tasks, got ({task}, {tasks})")
+    return task, tasks
+
+
+def _from_environment(argument: str) -> tuple[int, int]:
+    for names in _LAUNCHERS:
+        rank, world = map(os.environ.get, names)
+        if rank and world:
+            if not (rank.isdecimal() and world.isdecimal()):
+                raise UsageError(f"{argument}='auto' needs numbers in {names[0]}={rank!r}, {names[1]}={world!r}")
+            return int(rank) + 1, int(world)
+    return 1, 1

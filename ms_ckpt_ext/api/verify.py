@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext import progress
+from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.engine.integrity import soundness
@@ -100,7 +100,7 @@ def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, w
     one.require(filter(wanted, one.absent))
     two.require(name for name in two.absent if wanted(names.get(name, name)))
     pairing = pair_up(wanted.of(mine, known), wanted.of(held, known))
-    with progress.bar("verify", pairing.nbytes) as advance:
+    with log.progress_bar("verify", pairing.nbytes) as advance:
         return compare(pairing, one, two, workers, progress=advance)
 
 
@@ -120,11 +120,11 @@ def _by_itself(catalog: Catalog, strategy: Any, wanted: Filter, workers: int, al
     outside = {**catalog.extras, **catalog.unproven, **catalog.own}
     wanted.check((*catalog.tensors, *outside, *(strategy.layouts if strategy else ())))
     tensors = wanted.of(catalog.tensors)
-    with progress.bar("verify", soundness.bytes_to_read(catalog, tensors, wanted)) as advance:
+    with log.progress_bar("verify", soundness.bytes_to_read(catalog, tensors, wanted)) as advance:
         return soundness.check_values(catalog, tensors, strategy, wanted, workers, advance, allow_equal)
 
 
 def _by_manifest(path: str, access: Access, workers: int) -> ManifestCheck:
     listed = find_listed(path)
-    with progress.bar("verify", listed.nbytes) as advance:
+    with log.progress_bar("verify", listed.nbytes) as advance:
         return check_listed(listed, access, workers, advance)

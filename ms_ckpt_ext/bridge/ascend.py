@@ -18,9 +18,9 @@ from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import ParameterSink, contents_of, give_device_memory, mark_loaded, pinned
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import byte_box
-from ms_ckpt_ext.core.geometry.view import View, nests
+from ms_ckpt_ext.core.geometry.view import nests
 from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.transport.base import Bytes, Transport
 

@@ -21,7 +21,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy, strategy_from_layout_dict
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests, update_manifest
 from ms_ckpt_ext.engine.resume.records import Record, forget_deleted, home_of, write_record

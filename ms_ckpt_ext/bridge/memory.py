@@ -19,9 +19,8 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
-from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.run_exchange import HostSink
 from ms_ckpt_ext.transport.base import Bytes

@@ -13,7 +13,7 @@ from ms_ckpt_ext.cli.command import Answer, takes_path
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.files.dry_run import Preview
-    from ms_ckpt_ext.engine.files.execution import Report
+    from ms_ckpt_ext.engine.files.job import Report
 
 FORMATS = ("safetensors", "ckpt")
 

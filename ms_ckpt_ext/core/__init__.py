@@ -3,6 +3,5 @@
 geometry/   boxes, and where MindSpore's layouts put each rank's
 planning/   from boxes to pieces, and from pieces to reads
 exchange/   who reads what and sends what to whom, when all ranks of a job load together
-integer     integers as callers give them
-parsing     JSON that others wrote
+parsing     values as others give them: integers, JSON
 """

@@ -1,9 +1,12 @@
-"""JSON that others wrote: what can be wrong with it is one kind of error."""
+"""Values as others give them: integers of callers, JSON of files."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, Union
+import operator
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 
 def from_json(text: Union[bytes, str]) -> Any:
@@ -16,3 +19,21 @@ def from_json(text: Union[bytes, str]) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def integer(value: Any, argument: str, least: Optional[int] = None, kind: str = "an int") -> int:
+    """An integer of any kind as an int. True and False are none.
+
+    Raises:
+        ArgumentTypeError: it is no integer; `argument` is what it is called, `kind` what it may be.
+        UsageError: it is below `least`.
+    """
+    try:
+        if type(value).__name__ in ("bool", "bool_"):  # Python's, and numpy's, which is not imported here
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(f"{argument} must be {kind}, got {type(value).__name__} {value!r:.60}") from None
+    if least is not None and number < least:
+        raise UsageError(f"{argument} must be at least {least}, got {number}")
+    return number

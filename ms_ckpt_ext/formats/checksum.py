@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import ChecksumError
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ByteReader
 
 CRC_NUM = "crc_num"
@@ -62,7 +62,7 @@ _ALL = 2**32 - 1
 
 def crc_of(reader: ByteReader, parts: Iterable[Covered], piece: int = _PIECE) -> int:
     """CRC-32 of parts of a file one after another, read `piece` bytes at a time."""
-    buffer = buffers.scratch(0)
+    buffer = linux.scratch(0)
     crc = 0
     for part in parts:
         if isinstance(part, bytes):
@@ -74,7 +74,7 @@ def crc_of(reader: ByteReader, parts: Iterable[Covered], piece: int = _PIECE) ->
             crc = part.extend(crc, bytes(contents))
             continue
         if len(buffer) < min(piece, part.length):
-            buffer = buffers.scratch(min(piece, part.length))
+            buffer = linux.scratch(min(piece, part.length))
         for done in range(0, part.length, piece):
             read = buffer[: min(piece, part.length - done)]
             reader.read_into(part.offset + done, read)

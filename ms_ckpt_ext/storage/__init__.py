@@ -2,14 +2,12 @@
 
 reader        ranged reads
 pool          open readers, shared and bounded
-buffers       scratch memory
 sink          where bytes land
 digest_sink   the same, digested on the way
 threads       work that ends with its first error
 staging       output that appears whole or not at all; with
-              `claims` the right to write files, `hidden` the folder where they are prepared,
-              `journal` what is begun to be published, `published` what is
-flock         locks that end with their process
+              `claims` the right to write files, `publishing` what is begun to be published, and what is
+locks         locks that end with their process, and the hidden folder where files are prepared
 atomic        small files replaced whole
-linux         calls that Python lacks
+linux         calls that Python lacks, and scratch memory
 """

@@ -2,7 +2,7 @@
 
 1. A task enters the hidden folder of its target, of those above and of the folders that it writes into, as far as there
    are any, from the top down: so of two that meet somewhere, one comes first.
-2. What others had begun to publish there is finished (`storage.journal`).
+2. What others had begun to publish there is finished (`storage.publishing`).
 3. It locks a file of its own in its job's folder, looks at what others claim whose locks are held, and claims the names
    that it is going to write. It is refused where one of them is another's, and where this very job is run by tasks that
    share it out among another number, and would meet in the same files.
@@ -25,14 +25,14 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError, storage_error
-from ms_ckpt_ext.storage import flock, journal
+from ms_ckpt_ext.storage import locks, publishing
 from ms_ckpt_ext.storage.atomic import sync_path
-from ms_ckpt_ext.storage.hidden import HiddenFolder
-from ms_ckpt_ext.storage.published import places_of
+from ms_ckpt_ext.storage.locks import HiddenFolder
+from ms_ckpt_ext.storage.publishing import places_of
 
 NOTE, PARTIAL = ".note", ".partial"
 """Ends of names of what belongs to a file of a job, or is one that is not complete."""
-_NOT_FINISHED = (NOTE, PARTIAL, flock.SUFFIX)
+_NOT_FINISHED = (NOTE, PARTIAL, locks.SUFFIX)
 _TASK = re.compile(r"^task-\d+(-of-\d+)\.lock$")
 
 
@@ -68,7 +68,7 @@ class Claim:
         ledger: what is finished for others is put on record there.
     """
 
-    def __init__(self, hidden: HiddenFolder, job: str, task: str, sync: bool, ledger: journal.Ledger) -> None:
+    def __init__(self, hidden: HiddenFolder, job: str, task: str, sync: bool, ledger: publishing.Ledger) -> None:
         self._hidden, self._target, self._job, self._task = hidden, hidden.target, job, task
         self._folder = hidden.job(job)
         self._sync, self._ledger = sync, ledger
@@ -113,7 +113,7 @@ class Claim:
                 entered.callback(place.hidden.leave)
                 there.append(place)
             for place in there:
-                journal.finish_all(place.hidden, self._ledger, partial(place.meets, names))
+                publishing.finish_all(place.hidden, self._ledger, partial(place.meets, names))
             self._take_lock()
             self._look(there, names)
             self._write(names)
@@ -141,9 +141,9 @@ class Claim:
             return
         self._folder.mkdir(exist_ok=True)
         path = self._folder / self._own_lock
-        descriptor = flock.open_lock(path)
+        descriptor = locks.open_lock(path)
         try:
-            locked = flock.try_lock(descriptor, path)
+            locked = locks.try_lock(descriptor, path)
         except StorageError:  # no locks here, so nobody holds this one
             path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -155,7 +155,7 @@ class Claim:
 
     @property
     def _own_lock(self) -> str:
-        return f"{self._task}{flock.SUFFIX}"
+        return f"{self._task}{locks.SUFFIX}"
 
     def _look(self, places: Collection[_Place], names: Set[str]) -> None:
         """Refuse what another run claims, and remove here what nobody runs and would write the same."""
@@ -166,11 +166,11 @@ class Claim:
                 both, folder = place.meets(names, claimed), place.hidden.job(job)
                 if not both or (here and job == self._job) or not os.path.isdir(folder):
                     continue
-                if any(flock.held(folder)):
+                if any(locks.held(folder)):
                     more = f" and {len(both) - 1} more files" if both - {min(both)} else ""
                     raise _busy(place.hidden.target, f"both write {min(both)!r}{more}")
                 left += [folder] if here else []
-        if any(map(self._is_another_split, flock.held(self._folder, self._own_lock))):
+        if any(map(self._is_another_split, locks.held(self._folder, self._own_lock))):
             raise _busy(self._target, "it shares out this very job among another number of tasks")
         for folder in left:
             self._drop(folder)
@@ -202,14 +202,14 @@ class Claim:
     def _write(self, names: Collection[str]) -> None:
         """Claim the names. A line that a killed process left half written stays one."""
         line = json.dumps({"job": self._job, "names": sorted(names)})
-        with open(flock.open_lock(self._hidden.claims), "wb") as file:
+        with open(locks.open_lock(self._hidden.claims), "wb") as file:
             file.seek(0, os.SEEK_END)
             file.write(f"\n{line}\n".encode())
 
     def seen(self) -> set[str]:
         """Tasks of this job that have begun here, whatever became of them, as far as the job is unfinished."""
-        locked = (path.name for path in self._folder.glob(f"*{flock.SUFFIX}"))
-        return {name[: -len(flock.SUFFIX)] for name in locked}
+        locked = (path.name for path in self._folder.glob(f"*{locks.SUFFIX}"))
+        return {name[: -len(locks.SUFFIX)] for name in locked}
 
     def _leave(self) -> None:
         """Go away without a trace, but for finished files of an earlier run."""
@@ -224,7 +224,7 @@ class Claim:
         try:
             besides = "" if self._lock is None else self._own_lock
             with self._hidden.entered():
-                if not unfinished(self._folder) and not any(flock.held(self._folder, besides)):
+                if not unfinished(self._folder) and not any(locks.held(self._folder, besides)):
                     shutil.rmtree(self._folder, ignore_errors=True)
         finally:
             for made in self._made:
@@ -255,7 +255,7 @@ def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
 def unfinished(folder: Path) -> list[Path]:
     """What runs left in a job's folder, besides locks."""
     walked = ((Path(inside), name) for inside, _, names in os.walk(folder) for name in names)
-    return [inside / name for inside, name in walked if not name.endswith(flock.SUFFIX)]
+    return [inside / name for inside, name in walked if not name.endswith(locks.SUFFIX)]
 
 
 def _busy(target: Path, why: str) -> StorageError:

@@ -18,7 +18,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 import xxhash
 
 from ms_ckpt_ext.core.planning.io_units import Extent, ranges
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.sink import FileLike
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
@@ -179,7 +179,7 @@ class DigestStream:
     def _catch_up(self, length: int) -> None:
         """Digest bytes that were written before; of an encrypted file, whole units."""
         step = max(_BUFFER, self._sink.unit)
-        scratch = buffers.scratch(min(step, length))
+        scratch = linux.scratch(min(step, length))
         for offset, count in ranges(self._extents, self._next, length):
             stop = offset + count
             while offset < stop:

@@ -3,7 +3,7 @@
 1. A job writes into a folder of its own in the target's hidden folder, named after a fingerprint of everything that
    decides the result. A file is written under a temporary name, synced, and renamed when it is complete.
 2. A second run of the same job finds the finished files by that fingerprint and does not write them again.
-3. When what is to appear together is complete, it is published (`storage.journal`). Killed in between, the target
+3. When what is to appear together is complete, it is published (`storage.publishing`). Killed in between, the target
    refuses to load; the next run there, whatever it is for, finishes that first.
 4. While it runs a job claims the names of its files (`storage.claims`), so that no two write the same.
 """
@@ -20,12 +20,11 @@ from types import MappingProxyType
 from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
-from ms_ckpt_ext.storage import flock, journal, published
+from ms_ckpt_ext.storage import locks, publishing
 from ms_ckpt_ext.storage.atomic import derived
 from ms_ckpt_ext.storage.claims import NOTE, PARTIAL, Claim
-from ms_ckpt_ext.storage.hidden import HiddenFolder
-from ms_ckpt_ext.storage.journal import Journal, Ledger
-from ms_ckpt_ext.storage.published import RECORD, State, state_of
+from ms_ckpt_ext.storage.locks import HiddenFolder
+from ms_ckpt_ext.storage.publishing import RECORD, Journal, Ledger, State, state_of
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 
 ONE_TASK = "task-1-of-1"
@@ -122,12 +121,12 @@ class Staging:
     def published(self) -> dict[str, State]:
         """Files that this very job has published here, and nobody touched; nor lost where their digests were."""
         digests = (self.target / self._ledger.MANIFEST_NAME).exists()
-        mine = {n: e for n, e in published.read_published(self.target).files.items() if e.job == self.job}
+        mine = {n: e for n, e in publishing.read_published(self.target).files.items() if e.job == self.job}
         return {n: e.state for n, e in mine.items() if state_of(self.target / n) == e.state and e.digested <= digests}
 
     def begun(self) -> dict[str, State]:
         """Files that this very job was publishing when it was interrupted: `open` finishes that."""
-        found = journal.read_journal(self._hidden.journal(self.job))
+        found = publishing.read_journal(self._hidden.journal(self.job))
         return {} if found is None else dict(found.files)
 
     def is_at(self, index: Mapping[str, bytes]) -> bool:
@@ -142,8 +141,8 @@ class Staging:
         with contextlib.suppress(OSError):
             if self._hidden.enter_if_there():
                 try:
-                    journal.finish_all(self._hidden, self._ledger, lambda _: ())
-                    if not any(flock.held(self.folder)):
+                    publishing.finish_all(self._hidden, self._ledger, lambda _: ())
+                    if not any(locks.held(self.folder)):
                         shutil.rmtree(self.folder, ignore_errors=True)
                 finally:
                     self._hidden.leave()
@@ -181,11 +180,11 @@ class Staging:
         """
         states = {name: state for name in names if (state := state_of(self.folder / name)) is not None}
         texts = {name: contents.decode() for name, contents in index.items()}
-        boot = None if self._sync else journal.this_boot()
+        boot = None if self._sync else publishing.this_boot()
         todo = Journal(self.job, states, texts, sorted(gone), dict(digests), sorted(missing), boot)
         with _told("publish the result in", self.target):
             _require_room(self.target, (*todo.names, RECORD, self._ledger.MANIFEST_NAME))
-            journal.publish(self._hidden, todo, self._ledger)
+            publishing.publish(self._hidden, todo, self._ledger)
 
     def abandon(self, names: Iterable[str]) -> None:
         """After an error while writing these files: keep finished ones for the next run, remove all else."""

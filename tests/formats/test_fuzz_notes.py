@@ -27,8 +27,8 @@ from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.resume.newest import ResumeRequest, choose_checkpoint
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage import claims, journal, published
-from ms_ckpt_ext.storage.hidden import HiddenFolder
+from ms_ckpt_ext.storage import claims, publishing
+from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.transport.local import LocalTransport
 from tests.support.checkpoints import arrays, scalars, source
 from tests.support.damage import HOPELESS, damaged, edits, mutate, time_limit
@@ -133,7 +133,7 @@ def again(root: Path) -> Note:
         ms_ckpt_ext.merge(made / "shards", target, strategy=made / "strategy.ckpt", part_bytes=9000, sync=False)
         return loaded(target)
 
-    return Note(target / published.RECORD, read, TRUTH)
+    return Note(target / publishing.RECORD, read, TRUTH)
 
 
 def hidden(root: Path, name: str, document: Any, read: Callable[[Path], Any]) -> Note:
@@ -199,7 +199,7 @@ NOTES: dict[str, Callable[[Path], Note]] = {
     "name map": name_map,
     "published": again,
     "journal": lambda root: hidden(
-        root, "j.journal", JOURNAL, lambda at: journal.read_journal(at / ".ms_ckpt_ext/j.journal")
+        root, "j.journal", JOURNAL, lambda at: publishing.read_journal(at / ".ms_ckpt_ext/j.journal")
     ),
     "journal of an interrupted job": interrupted,
     "claims": lambda root: hidden(

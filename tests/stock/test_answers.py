@@ -8,7 +8,7 @@ from typing import Any, Callable
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.engine.files.execution import Report
+from ms_ckpt_ext.engine.files.job import Report
 from tests.support import family
 
 pytestmark = pytest.mark.stock

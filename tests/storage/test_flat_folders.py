@@ -22,7 +22,7 @@ from ms_ckpt_ext import (
 )
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest
-from ms_ckpt_ext.storage import published
+from ms_ckpt_ext.storage import publishing
 from tests.engine.files.test_convert import KEY, contents, write_ckpt
 from tests.support.checkpoints import merge, source, tree
 
@@ -80,11 +80,11 @@ def assert_all_on_record(target: Path, key: Any = None) -> None:
     held = load_manifest(str(target))
     assert held is not None and held.files.keys() == files
     assert [each for each in check_digests(str(target), held) if each.checked] == []
-    known = published.read_published(target)
+    known = publishing.read_published(target)
     assert known.files.keys() == files
-    assert all(published.state_of(target / name) == entry.state for name, entry in known.files.items())
+    assert all(publishing.state_of(target / name) == entry.state for name, entry in known.files.items())
     extra = {p.name for p in target.iterdir() if p.name.startswith(".")}
-    assert extra == {published.RECORD}
+    assert extra == {publishing.RECORD}
 
 
 @pytest.mark.parametrize("call", CALLS)

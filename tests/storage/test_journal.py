@@ -19,7 +19,7 @@ from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage.journal import OBSTACLE, is_unfinished
+from ms_ckpt_ext.storage.publishing import OBSTACLE, is_unfinished
 from tests.engine.files.test_convert import write_ckpt
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, tree
 from tests.support.dying import (

@@ -19,8 +19,8 @@ import pytest
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.engine.integrity import manifest
-from ms_ckpt_ext.storage.hidden import HiddenFolder
-from ms_ckpt_ext.storage.journal import OBSTACLE
+from ms_ckpt_ext.storage.locks import HiddenFolder
+from ms_ckpt_ext.storage.publishing import OBSTACLE
 from ms_ckpt_ext.storage.staging import ONE_TASK, Staging
 from tests.support.checkpoints import merge, source
 

@@ -22,7 +22,7 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.engine.source.renaming import Choice, Naming

@@ -18,10 +18,9 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
-from ms_ckpt_ext.api.jobs import run_merge
-from ms_ckpt_ext.api.share import share_of
+from ms_ckpt_ext.api.jobs import run_merge, share_of
 from ms_ckpt_ext.api.source import Filter
-from ms_ckpt_ext.engine.files.execution import Report
+from ms_ckpt_ext.engine.files.job import Report
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Choice

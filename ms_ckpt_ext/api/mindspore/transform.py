@@ -24,10 +24,9 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.geometry.ranks import needed_for_whole, needed_ranks, same_cut
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.integer import integer
-from ms_ckpt_ext.engine.files.execution import Report
+from ms_ckpt_ext.core.parsing import integer
+from ms_ckpt_ext.engine.files.job import Report, check_apart
 from ms_ckpt_ext.engine.files.order import of_ranks, of_transform
-from ms_ckpt_ext.engine.files.overwrite import check_apart
 from ms_ckpt_ext.engine.files.reshard import recut_job
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import list_files
@@ -134,7 +133,7 @@ def transform_checkpoints(
     order = partial(of_transform, catalog, kind, wanted, part is not None and kind == "ckpt")
     recut = partial(recut_job, catalog, wanted, ranks, files=order, crc=crc, seal=seal, digests=digests)
     job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
-    check_apart(catalog, target, job)
+    check_apart(job, target)
     return execute_with_progress(job, target, run, "transform")
 
 
@@ -211,7 +210,7 @@ def transform_checkpoint_by_rank(
     job = recut_job(
         catalog, wanted, [rank_id], lambda _: name, files=lambda _: order, crc=crc, seal=seal, digests=digests
     )
-    check_apart(catalog, folder, job)
+    check_apart(job, folder)
     return execute_with_progress(job, folder, run, "transform")
 
 

@@ -13,9 +13,8 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits
 from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import byte_box, strides_of
-from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.core.planning.io_units import cut
 
 _CRUMB = 64 << 10

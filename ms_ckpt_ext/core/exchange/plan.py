@@ -32,8 +32,7 @@ from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
 from ms_ckpt_ext.core.exchange.streams import Gathering, gatherings
 from ms_ckpt_ext.core.exchange.tiers import turns
 from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.planning.io_units import Extent
 
 

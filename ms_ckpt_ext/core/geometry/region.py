@@ -76,3 +76,10 @@ class Region(_Corners):
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{low}:{high}" for low, high in zip(self.start, self.stop)) + "]"
+
+
+class View(NamedTuple):
+    """A target box seen otherwise than row-major: element `x` lies at `offset + sum(x * strides)`, in elements."""
+
+    offset: int
+    strides: Shape

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View
-from ms_ckpt_ext.core.planning.pieces import Piece
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.errors import LayoutMismatchError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.pieces import Piece
 
 
 class StridedCopy(NamedTuple):

@@ -13,14 +13,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-
-
-class View(NamedTuple):
-    """A target box seen otherwise than row-major: element `x` lies at `offset + sum(x * strides)`, in elements."""
-
-    offset: int
-    strides: Shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 
 
 class Frame(NamedTuple):

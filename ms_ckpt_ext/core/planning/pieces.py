@@ -20,8 +20,7 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View, frames
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.errors import CoverageError
 
 
@@ -215,6 +214,8 @@ def _cell_at(placement: Placement, region: Region, tensor: SourceTensor) -> Cell
 
 def _made(shape: Shape, recipe: Recipe, target: Region) -> Iterator[Sourced]:
     """The pieces of a parameter that is made of others."""
+    from ms_ckpt_ext.core.geometry.view import frames  # rules only
+
     for frame in frames(shape, recipe.view, target):
         first, last = (frame.box.start[0], frame.box.stop[0]) if recipe.view else (0, 1)
         for block in recipe.blocks:

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from ms_ckpt_ext.core.geometry.strided import StridedCopy, offsets_of
 from ms_ckpt_ext.core.planning.io_units import ReadCopy
-from ms_ckpt_ext.storage.buffers import address_of
+from ms_ckpt_ext.storage.linux import address_of
 
 _FEW = 64
 """Runs that are copied one by one sooner than numpy is imported, or its arrays made."""

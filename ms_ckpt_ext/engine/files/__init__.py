@@ -5,10 +5,9 @@ merge            the job of a merge
 reshard          the job of a re-cut
 order            the order of parameters in .ckpt files
 convert          the job of a conversion
-overwrite        what a job may overwrite, and what it must not
+overwrite        what of its target a job may overwrite
 beside           results beside their inputs
-resume_point     what an earlier run finished
-execution        runs a job
+execution        runs a job, from where an earlier run stopped
 dry_run          tells what running it would do
 encrypted_sink   output that is encrypted on the way
 crc_sink         output whose checksum is put together on the way

@@ -23,7 +23,7 @@ from ms_ckpt_ext.formats import ckpt, registry
 from ms_ckpt_ext.formats.checksum import CRC_NUM
 from ms_ckpt_ext.formats.ckpt import CRC_OFFSET
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
-from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC
+from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC
 from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
 from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access

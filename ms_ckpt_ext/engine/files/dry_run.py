@@ -7,9 +7,8 @@ from typing import Optional
 
 from ms_ckpt_ext.core.planning.io_units import Direct, Limits, Unit
 from ms_ckpt_ext.core.planning.schedule import schedule
-from ms_ckpt_ext.engine.files.execution import Report, in_rounds
-from ms_ckpt_ext.engine.files.job import Job, check_job, job_fingerprint
-from ms_ckpt_ext.engine.files.resume_point import is_done, published
+from ms_ckpt_ext.engine.files.execution import in_rounds, is_done, published
+from ms_ckpt_ext.engine.files.job import Job, Report, check_job, job_fingerprint
 from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage.staging import Staging, free_space
 

@@ -24,7 +24,7 @@ from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS
 from ms_ckpt_ext.formats.crypto.units import thread_scratch
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.sink import FileSink
 
 _CHUNK, _BLOCK = 1 << 20, 4 << 20
@@ -230,7 +230,7 @@ class SealedSink:
             elif len(part) == high - low:
                 self._unseal(index, part)
             else:
-                whole = buffers.scratch(high - low)
+                whole = linux.scratch(high - low)
                 self._unseal(index, whole)
                 part[:] = whole[offset - low : offset - low + len(part)]
             offset, buffer = offset + len(part), buffer[len(part) :]

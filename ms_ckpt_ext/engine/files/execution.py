@@ -1,7 +1,7 @@
 """File-to-file jobs: merge, re-cut, convert. All differ only in the list of files they want.
 
 1. The job has every output file laid out (`engine.files.job`), so every offset is known before a byte moves.
-2. What an interrupted run finished is kept, when it is still what was written (`engine.files.resume_point`).
+2. What an interrupted run finished is kept, when it is still what was written (`is_intact`).
 3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
    Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
    after the next boot nothing of such a job is taken for done.
@@ -14,21 +14,21 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Callable, Optional, Union
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.core.planning.io_units import Limits, Task
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.files.job import Job, Output, check_job, job_fingerprint, tasks_of
-from ms_ckpt_ext.engine.files.resume_point import is_done, is_intact, noted, published
+from ms_ckpt_ext.engine.files.job import Job, Output, Report, check_job, job_fingerprint, tasks_of
 from ms_ckpt_ext.engine.integrity import manifest
-from ms_ckpt_ext.engine.integrity.digests import digest_file, streams
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests
-from ms_ckpt_ext.errors import FormatError
-from ms_ckpt_ext.storage.digest_sink import DigestingSink
-from ms_ckpt_ext.storage.journal import obstacles
+from ms_ckpt_ext.errors import CheckpointError, FormatError
+from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from ms_ckpt_ext.storage.linux import allow_open_files
+from ms_ckpt_ext.storage.publishing import obstacles
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
@@ -37,30 +37,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink
-
-
-class Report:
-    """What a job did: counts in bytes and calls.
-
-    `published` says whether the whole result is in place; else `missing` are files that other shares have to write yet.
-    """
-
-    def __init__(
-        self,
-        bytes_read: int,
-        reads: int,
-        bytes_written: int,
-        files_written: tuple[str, ...],
-        files_kept: tuple[str, ...],
-        published: bool,
-        missing: tuple[str, ...] = (),
-    ) -> None:
-        self.bytes_read, self.reads, self.bytes_written = bytes_read, reads, bytes_written
-        self.files_written, self.files_kept, self.published = files_written, files_kept, published
-        self.missing = missing
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 Progress = Callable[[int], None]
@@ -144,6 +120,49 @@ def _publish(job: Job, staging: Staging, replaced: Sequence[str]) -> tuple[str, 
             ", ".join(missing),
         )
     return missing
+
+
+def noted(staging: Staging, name: str) -> Optional[FileDigests]:
+    """What the manifest is to say of a complete file, as it was noted when it was written; None where that is lost."""
+    try:
+        return FileDigests.from_json(from_json(staging.note(name) or b"null"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def published(job: Job, staging: Staging) -> set[str]:
+    """Files of this very job that are in place, untouched, with its index."""
+    sizes = {name: job.size(output) for name, output in job.everything.items()}
+    there = {name for name, state in staging.published().items() if sizes.get(name) == state.size}
+    return there if there and staging.is_at(job.index) else set()
+
+
+def is_done(job: Job, output: Output, staging: Staging) -> bool:
+    """True when an output waits: complete by its size and framing, and where it is encrypted, by key and beginning."""
+    literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
+    if job.digests and noted(staging, output.name) is None:
+        return False
+    return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
+
+
+def is_intact(job: Job, output: Output, staging: Staging, workers: int) -> bool:
+    """Whether a complete output still holds what was written: its digests are those noted at the time.
+
+    Reads the file, so it is for what an earlier run left, once. Without digests there is nothing to compare: True.
+    """
+    if not job.digests:
+        return True
+    held = noted(staging, output.name)
+    if held is None or not held.known:
+        return held is not None
+    from ms_ckpt_ext.engine.integrity.digests import digest_file
+
+    try:
+        expected = held.opened_by(None if job.seal is None else job.seal.key, output.name)
+        index = job.contents(output, str(staging.folder / output.name))
+        return digest_file(index, workers, partial(job.open, output))[1:] == expected[1:]
+    except (OSError, CheckpointError):  # what cannot be read is written again
+        return False
 
 
 def _fill(
@@ -236,7 +255,9 @@ class _Files:
                 file.write(offset, memoryview(literal))
         sink: Sink = file
         if self._job.digests and holds is not None:
-            sink = DigestingSink(file, lambda: streams(holds(), layout.size), layout.fixed)
+            sink = DigestingSink(
+                file, lambda: streams_of({n: entry.extents for n, entry in holds().items()}, layout.size), layout.fixed
+            )
             self._digesting[number] = sink
         self.sinks[number] = sink
         if layout.checksum is not None:
@@ -277,6 +298,8 @@ class _Files:
         except FormatError:
             log.warning("no digests of %r are recorded, for what it holds is nothing that can be listed", output.name)
             return FileDigests(size, {})
+        from ms_ckpt_ext.engine.integrity.digests import digest_file
+
         return digest_file(index, self._workers, PlainReader)
 
     def settle(self) -> None:

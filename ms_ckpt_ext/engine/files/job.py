@@ -19,6 +19,7 @@ from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import registry
+from ms_ckpt_ext.formats.discovery.rank_folders import RANK_FOLDER
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import index_through, open_reader
 from ms_ckpt_ext.storage.linux import boot_id
@@ -129,6 +130,30 @@ class Job:
             return index_through(reader, output.name)
 
 
+class Report:
+    """What a job did: counts in bytes and calls.
+
+    `published` says whether the whole result is in place; else `missing` are files that other shares have to write yet.
+    """
+
+    def __init__(
+        self,
+        bytes_read: int,
+        reads: int,
+        bytes_written: int,
+        files_written: tuple[str, ...],
+        files_kept: tuple[str, ...],
+        published: bool,
+        missing: tuple[str, ...] = (),
+    ) -> None:
+        self.bytes_read, self.reads, self.bytes_written = bytes_read, reads, bytes_written
+        self.files_written, self.files_kept, self.published = files_written, files_kept, published
+        self.missing = missing
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+
 def check_job(job: Job, target: str) -> Sequence[str]:
     """Find what is wrong before anything is written. Gives the files that the result replaces, as `Job.replaces`."""
     for task in tasks_of(job.outputs):
@@ -147,6 +172,38 @@ def _refuse_overwrite(job: Job, target: str, replaced: Sequence[str]) -> None:
             raise UsageError(
                 f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
             )
+
+
+def check_apart(job: Job, folder: str) -> None:
+    """Refuse a job in `folder` that would put files where a rank of the source has its own, or could have.
+
+    The newest file of a rank folder counts as that rank's, so a result beside it would be the shard of the next job.
+    That is any of several folders that hold source files, and every `ROOT/rank_N`, there or not, of a root in whose
+    rank folders source files lie. One folder that is no rank's is nobody's: a result may go beside its source.
+
+    Raises UsageError.
+    """
+    sources = set(_spellings(file.path for file in job.source.files))
+    taken = set(_spellings(os.path.join(folder, name) for name in job.everything))
+    roots = {os.path.dirname(each) for each in sources if _is_rank_folder(each)}
+    held = taken & sources if len({os.path.realpath(each) for each in sources}) > 1 else set()
+    wrong = held | {each for each in taken if _is_rank_folder(each) and os.path.dirname(each) in roots}
+    if wrong:
+        raise UsageError(
+            f"{min(wrong)!r} is a rank folder of the source, and a file that is written there would be taken "
+            "for that rank's; choose another target directory"
+        )
+
+
+def _is_rank_folder(folder: str) -> bool:
+    return RANK_FOLDER.match(os.path.basename(folder)) is not None
+
+
+def _spellings(paths: Iterable[str]) -> Iterator[str]:
+    """The folders of files: where they really are, and where they are by name, for a rank folder may be a link."""
+    for folder in {os.path.dirname(os.path.abspath(path)) for path in paths}:
+        yield os.path.realpath(folder)
+        yield os.path.join(os.path.realpath(os.path.dirname(folder)), os.path.basename(folder))
 
 
 def tasks_of(outputs: Sequence[Output]) -> list[Task]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from heapq import heapreplace
 from typing import TYPE_CHECKING, Optional
 
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
-from ms_ckpt_ext.engine.files import overwrite
 from ms_ckpt_ext.engine.files.job import Job, output_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.proven import merged
@@ -103,18 +103,35 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     tasks = {f"task-{task}-of-{options.tasks}": tuple(share) for task, share in enumerate(shares, 1)}
     mine = f"task-{options.task}-of-{options.tasks}"
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    index_name = overwrite.INDEXES[options.naming]
+    index_name = rank_folders.INDEX_NAMES[options.naming]
     written = {index_name, *(output.name for share in shares for output in share)}
     return Job(
         catalog,
         tasks.pop(mine),
         tasks,
         {index_name: json.dumps(index, indent=4).encode()},
-        lambda: [name for name in overwrite.of_merge(target, options.naming) if name not in written],
+        lambda: [name for name in _older(target, options.naming) if name not in written],
         mine,
         options.seal,
         options.digests,
     )
+
+
+def _older(target: str, naming: str) -> list[str]:
+    """`overwrite.of_merge`, which is imported when there is anything in the target."""
+    if _is_empty(target):
+        return []
+    from ms_ckpt_ext.engine.files.overwrite import of_merge
+
+    return of_merge(target, naming)
+
+
+def _is_empty(folder: str) -> bool:
+    """Whether a folder holds nothing that shows, or is not there."""
+    try:
+        return all(name.startswith(".") for name in os.listdir(folder))
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
 
 
 def _nbytes(tensor: SourceTensor) -> int:

@@ -1,70 +1,33 @@
-"""What a job may overwrite and what not: results of this package, files of others, folders of the source's ranks.
+"""What a job may overwrite and what not: results of this package, files of others.
 
 What another program or person put into the target is not ours to remove: a file goes when the job's own naming says it
 is an older result of the kind, when MindSpore's map does, or when it is on record as published by this package and
-untouched. Results stay out of the folders where the source's ranks have their files: the newest file of a rank folder
-counts as that rank's, so a result beside it would be the shard of the next job.
+untouched.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
-from ms_ckpt_ext.engine.files.job import Job
-from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError, storage_error
-from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.storage import journal
-from ms_ckpt_ext.storage.hidden import HiddenFolder
-from ms_ckpt_ext.storage.published import Published, places_of, read_published, state_of
+from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS, HYPER_NAMES, INDEX_NAMES, RANK_FOLDER
+from ms_ckpt_ext.storage import publishing
+from ms_ckpt_ext.storage.locks import HiddenFolder
+from ms_ckpt_ext.storage.publishing import Published, places_of, read_published, state_of
 
 _PARTS = {
     "mindspore": re.compile(r"^part\d+\.(safetensors|ckpt)$"),
     "huggingface": re.compile(r"^model-\d{5}-of-\d{5}\.safetensors$"),
 }
-INDEXES = {"mindspore": rank_folders.MAP_NAME, "huggingface": rank_folders.HF_INDEX_NAME}
-"""Naming of a merge -> its index."""
 _SINGLE = "model.safetensors"
 _WHY = {
     "mindspore": "beside a map of MindSpore's nobody could tell which of the two is meant",
     "huggingface": "this merge would replace it",
 }
-_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
-
-
-def check_apart(catalog: Catalog, folder: str, job: Job) -> None:
-    """Refuse a job in `folder` that would put files where a rank of the source has its own, or could have.
-
-    That is any of several folders that hold source files, and every `ROOT/rank_N`, there or not, of a root in whose
-    rank folders source files lie. One folder that is no rank's is nobody's: a result may go beside its source.
-
-    Raises UsageError.
-    """
-    sources = set(_spellings(file.path for file in catalog.files))
-    taken = set(_spellings(os.path.join(folder, name) for name in job.everything))
-    roots = {os.path.dirname(each) for each in sources if _is_rank_folder(each)}
-    held = taken & sources if len({os.path.realpath(each) for each in sources}) > 1 else set()
-    wrong = held | {each for each in taken if _is_rank_folder(each) and os.path.dirname(each) in roots}
-    if wrong:
-        raise UsageError(
-            f"{min(wrong)!r} is a rank folder of the source, and a file that is written there would be taken "
-            "for that rank's; choose another target directory"
-        )
-
-
-def _is_rank_folder(folder: str) -> bool:
-    return _RANK_FOLDER.match(os.path.basename(folder)) is not None
-
-
-def _spellings(paths: Iterable[str]) -> Iterator[str]:
-    """The folders of files: where they really are, and where they are by name, for a rank folder may be a link."""
-    for folder in {os.path.dirname(os.path.abspath(path)) for path in paths}:
-        yield os.path.realpath(folder)
-        yield os.path.join(os.path.realpath(os.path.dirname(folder)), os.path.basename(folder))
 
 
 def of_merge(target: str, naming: str) -> list[str]:
@@ -83,9 +46,9 @@ def of_merge(target: str, naming: str) -> list[str]:
             raise _not_ours(target, [_SINGLE], "transformers takes it before the index of this merge")
         model.append(_SINGLE)
     parts = [name for name in there if _is_of(name, "mindspore")]
-    if naming == "huggingface" and INDEXES["mindspore"] not in parts and not _made_here(target, parts, "mindspore"):
+    if naming == "huggingface" and INDEX_NAMES["mindspore"] not in parts and not _made_here(target, parts, "mindspore"):
         parts = []
-    return [*model, *parts, *(name for name in there if name in rank_folders.HYPER_NAMES)]
+    return [*model, *parts, *(name for name in there if name in HYPER_NAMES)]
 
 
 def _not_ours(target: str, names: Sequence[str], why: str) -> UsageError:
@@ -106,13 +69,13 @@ def _names_in(target: str) -> list[str]:
 
 
 def _is_of(name: str, naming: str) -> bool:
-    return name == INDEXES[naming] or _PARTS[naming].match(name) is not None
+    return name == INDEX_NAMES[naming] or _PARTS[naming].match(name) is not None
 
 
 def _made_here(target: str, names: Sequence[str], naming: str) -> bool:
     """Whether this package published files of a naming, or was killed while it did."""
-    index, records = INDEXES[naming], Records()
-    if journal.is_unfinished(Path(target, index)):
+    index, records = INDEX_NAMES[naming], Records()
+    if publishing.is_unfinished(Path(target, index)):
         return True
     known = any(_PARTS[naming].match(name) for name in records.names(target))
     return known and all(name == index or records.holds(target, name) for name in names)
@@ -130,7 +93,7 @@ def of_recut(
     """
     if not os.path.isdir(target):
         return ()
-    ranks = [int(match[1]) for match in map(_RANK_FOLDER.match, _names_in(target)) if match]
+    ranks = [int(match[1]) for match in map(RANK_FOLDER.match, _names_in(target)) if match]
     beyond, records = dict.fromkeys(map(file_name, ranks)), Records()
     gone = [
         name
@@ -145,7 +108,7 @@ def of_recut(
 def in_any_format(name: str) -> Iterator[str]:
     """What a file is called in each of the formats."""
     stem, _ = os.path.splitext(name)
-    return (f"{stem}.{form}" for form in rank_folders.FORMATS)
+    return (f"{stem}.{form}" for form in FORMATS)
 
 
 class Records:
@@ -175,6 +138,6 @@ class Records:
 
     def _of(self, folder: str) -> tuple[Published, set[str]]:
         if folder not in self._read:
-            begun = map(journal.read_journal, HiddenFolder(Path(folder)).journals())
+            begun = map(publishing.read_journal, HiddenFolder(Path(folder)).journals())
             self._read[folder] = read_published(Path(folder)), {name for each in begun if each for name in each.files}
         return self._read[folder]

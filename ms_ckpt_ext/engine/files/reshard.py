@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Callable, Optional
 
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.files import overwrite
-from ms_ckpt_ext.engine.files.job import Job, output_of, refuse_empty
+from ms_ckpt_ext.engine.files.job import Job, check_apart, output_of, refuse_empty
 from ms_ckpt_ext.engine.files.order import Files, arranged
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.rank_boxes import rank_boxes
@@ -97,5 +97,5 @@ def folders_job(
         job = recut(lambda _: f"net.{form}", target)
     else:
         job = recut(lambda rank: f"rank_{rank}/net.{form}", target, every_rank=True)
-    overwrite.check_apart(catalog, target, job)
+    check_apart(job, target)
     return job, target

@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.integrity.contents import RUN, Run, Section, runs
 from ms_ckpt_ext.engine.integrity.numerics import SAME, Differences, Number, differences, equal_bytes
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, Pair, Pairing
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.storage.threads import spread
 from ms_ckpt_ext.transport.base import Bytes
@@ -268,7 +268,7 @@ class _Side:
             self._readers.read_into(file, start, into[at : at + stop - start])
             return
         if len(self._scratch) < RUN:
-            self._scratch = buffers.scratch(RUN)
+            self._scratch = linux.scratch(RUN)
         read = self._scratch[: stop - start]
         self._readers.read_into(file, start, read)
         for section in sections:

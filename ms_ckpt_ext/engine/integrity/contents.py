@@ -15,17 +15,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Callable, NamedTuple, Optional, Protocol
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Protocol
 
 import xxhash
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import CheckpointError
-from ms_ckpt_ext.formats.checksum import Sums
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.digest_sink import KEPT, DigestStream
 from ms_ckpt_ext.storage.threads import spread
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.checksum import Sums
 
 RUN = 1 << 20
 """Most bytes of one read: they stay in a core's cache until they are digested or copied."""
@@ -123,7 +125,7 @@ class Pass:
         bundles = (bundle for file in sorted(sections) for bundle in self._bundles(file, sorted(sections[file])))
 
         def worker(_stopped: Callable[[], bool]) -> Callable[[_Bundle], None]:
-            buffer = buffers.scratch(self._read_bytes)
+            buffer = linux.scratch(self._read_bytes)
             return lambda bundle: self._try(bundle, buffer, progress, failed)
 
         spread(bundles, max(1, min(workers, self._most(sections))), worker)

@@ -5,14 +5,14 @@ For files that are there. Those of a file that is being written come with its by
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Callable, Optional
 
 from ms_ckpt_ext.engine.integrity.contents import Pass, Portion
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests
-from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
+from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import open_reader
-from ms_ckpt_ext.storage.digest_sink import Streams, streams_of
+from ms_ckpt_ext.storage.digest_sink import streams_of
 from ms_ckpt_ext.storage.reader import ByteReader
 
 Opener = Callable[[str], ByteReader]
@@ -55,15 +55,11 @@ def portions(file: int, index: FileIndex, names: Iterable[Optional[str]], size: 
     found: dict[Optional[str], Portion] = {}
     for name in names:
         if name is None:
-            found[name] = Portion(file, tuple(streams(index.tensors, size)[None]), framing=True)
+            streams = streams_of({each: entry.extents for each, entry in index.tensors.items()}, size)
+            found[name] = Portion(file, tuple(streams[None]), framing=True)
         else:
             found[name] = Portion(file, index.tensors[name].extents)
     return found
-
-
-def streams(tensors: Mapping[str, TensorEntry], size: int) -> Streams:
-    """What is digested of a file of `size` bytes: its tensors, and its framing."""
-    return streams_of({name: entry.extents for name, entry in tensors.items()}, size)
 
 
 class _OneFile:

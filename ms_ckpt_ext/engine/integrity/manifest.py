@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
-from ms_ckpt_ext.storage import flock
+from ms_ckpt_ext.storage import locks
 from ms_ckpt_ext.storage.atomic import write_atomically
-from ms_ckpt_ext.storage.published import places_of
+from ms_ckpt_ext.storage.publishing import places_of
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.integrity.finding import Finding
@@ -290,10 +290,10 @@ def _take_off(directory: str, files: Collection[str], sync: bool) -> None:
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
     """Keep out others that change a folder's manifest: jobs for several ranks, files and trees may run at once."""
-    path = Path(directory, f".{MANIFEST_NAME}{flock.SUFFIX}")
+    path = Path(directory, f".{MANIFEST_NAME}{locks.SUFFIX}")
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(flock.alone(path))
+            held.enter_context(locks.alone(path))
         except OSError as error:
             raise error if isinstance(error, StorageError) else storage_error("lock", str(path), error) from error
         yield

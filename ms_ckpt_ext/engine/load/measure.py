@@ -14,7 +14,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext.errors import DiscoveryError, storage_error
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
@@ -168,7 +168,7 @@ class _Reading:
         share_status(transport, error)
         mine = stretches[transport.rank :: transport.size] or stretches
         self._stretches = self._endless(mine)
-        self._buffer = buffers.scratch(_STEP)
+        self._buffer = linux.scratch(_STEP)
 
     @staticmethod
     def _endless(stretches: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext._version import __version__
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.storage.pool import ReadCount
 

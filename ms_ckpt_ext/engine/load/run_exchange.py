@@ -24,9 +24,8 @@ from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
-from ms_ckpt_ext.core.geometry.view import View
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, Staged
 from ms_ckpt_ext.engine.load.trace import Trace

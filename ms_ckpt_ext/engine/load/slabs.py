@@ -25,7 +25,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.trace import Trace
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.pool import ReaderPool
 from ms_ckpt_ext.transport.base import B, Bytes
 
@@ -57,7 +57,7 @@ class HostMover:
 
     def host(self, nbytes: int) -> Bytes:
         """Reused where there is one."""
-        return self._idle.pop() if self._idle else np.frombuffer(buffers.scratch(nbytes), np.uint8)
+        return self._idle.pop() if self._idle else np.frombuffer(linux.scratch(nbytes), np.uint8)
 
     def stage(self, host: Bytes, nbytes: int) -> Bytes:
         """The memory itself, whose turn to be reused comes with `release`."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from ms_ckpt_ext.core.geometry.dtype import INT4
 from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.schedule import schedule

@@ -1,6 +1,5 @@
 """Encryption: MindSpore's own block format for `.ckpt`, and a chunked container for everything else.
 
-    sniff            which container a file is, by its first bytes
     keys             where keys come from; they never show
     blocks           DecryptingReader: MindSpore's AES-GCM, AES-CBC, SM4-CBC, at plaintext offsets
     blocks_writer    EncryptingWriter, BlockSealer: the same, written as a stream or block by block
@@ -10,6 +9,9 @@
     envelope         a few bytes encrypted as a whole: the digests of an encrypted file
     backend          the only module that imports `cryptography`, late
 
+The first bytes of a file say which container it is. A safetensors file begins with the length of its header, at most
+100 MB in eight little-endian bytes, a `.ckpt` with 0x0a; so neither can begin with one of the magics here.
+
 Importing this package costs nothing: what knows a container is imported when one is met, `cryptography` when something
 is encrypted or decrypted.
 """
@@ -17,10 +19,10 @@ is encrypted or decrypted.
 from __future__ import annotations
 
 import importlib
+import struct
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext.errors import DecryptionError
-from ms_ckpt_ext.formats.crypto.sniff import CBC, CHUNKED, GCM, SM4, SNIFF_BYTES, is_encrypted, sniff
 from ms_ckpt_ext.storage.reader import ByteReader
 
 if TYPE_CHECKING:
@@ -29,6 +31,19 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto.container import ChunkedReader
     from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
     from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
+
+GCM, CBC, SM4 = "AES-GCM", "AES-CBC", "SM4-CBC"
+"""MindSpore's names of its block formats, as in `enc_mode` and `dec_mode`."""
+CHUNKED = "chunked"
+"""The container of this package, see container.py."""
+
+BLOCK_MAGIC = {0x7F3A5ED8: GCM, 0x7F3A5ED9: CBC, 0x7F3A5EDA: SM4}
+"""First four bytes, little-endian, of every block that MindSpore encrypts."""
+CHUNK_MAGIC = b"\x89MSX\r\n\x1a\x01"
+"""As PNG does it: not text, and damaged by anything that takes it for text. Read as a length it is 8e16."""
+
+SNIFF_BYTES = 8
+"""How many first bytes `sniff` wants."""
 
 _LATE = {
     "BlockSealer": "blocks_writer",
@@ -45,6 +60,8 @@ _LATE = {
 }
 
 __all__ = [
+    "BLOCK_MAGIC",
+    "CHUNK_MAGIC",
     "CBC",
     "CHUNKED",
     "GCM",
@@ -72,6 +89,24 @@ def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+
+
+def sniff(head: bytes) -> Optional[str]:
+    """Name of the encrypted container that begins with `head`: a MindSpore mode, "chunked", or None.
+
+    >>> sniff(bytes.fromhex("d85e3a7f") + bytes(4))
+    'AES-GCM'
+    >>> sniff(b"\\n\\x14\\n\\x01w") is None
+    True
+    """
+    if head.startswith(CHUNK_MAGIC):
+        return CHUNKED
+    return BLOCK_MAGIC.get(struct.unpack_from("<I", head)[0]) if len(head) >= 4 else None
+
+
+def is_encrypted(head: bytes) -> bool:
+    """Whether a file that begins with `head` (8 bytes suffice) is one of the encrypted containers."""
+    return sniff(head) is not None
 
 
 def key_fingerprint(key: Key, label: bytes) -> str:

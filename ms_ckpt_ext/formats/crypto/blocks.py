@@ -37,10 +37,9 @@ from typing import NamedTuple, Optional, Union
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.checksum import combine, crc_of
-from ms_ckpt_ext.formats.crypto import backend
+from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC, GCM, SM4, backend
 from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
-from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
 from ms_ckpt_ext.formats.crypto.units import PIECE, STREAMED, Sealed, UnitReader, require_range, thread_scratch, unseal
 from ms_ckpt_ext.formats.index import BUDGET
 from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits

@@ -13,13 +13,12 @@ import struct
 from typing import BinaryIO, Optional, Protocol, Union
 
 from ms_ckpt_ext.errors import UsageError, storage_error
-from ms_ckpt_ext.formats.crypto import backend
+from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC, GCM, SM4, backend
 from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
 from ms_ckpt_ext.formats.crypto.blocks import BLOCK_BYTES, IV_BYTES, NONCE_BYTES, TAG_BYTES
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
-from ms_ckpt_ext.formats.crypto.sniff import BLOCK_MAGIC, GCM, SM4
 from ms_ckpt_ext.formats.crypto.units import PIECE
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ByteReader
 
 _MAGIC = {mode: magic for magic, mode in BLOCK_MAGIC.items()}
@@ -45,7 +44,7 @@ class EncryptingWriter:
         self._key = _checked(key, mode, block)
         self._mode = mode
         self._most = block
-        self._sealed = buffers.scratch(block + CIPHER_BLOCK)
+        self._sealed = linux.scratch(block + CIPHER_BLOCK)
         self._filled = 0
         self._rest = b""
         self._context: Optional[backend.Context] = None
@@ -227,7 +226,7 @@ class Writer(Protocol):
 
 def encrypt_all(reader: ByteReader, writer: Writer) -> None:
     """Pass the whole of a plain file through an encrypting writer, in bounded memory; `finish` is the caller's."""
-    buffer = buffers.scratch(min(PIECE, reader.size))
+    buffer = linux.scratch(min(PIECE, reader.size))
     for offset in range(0, reader.size, PIECE):
         part = buffer[: min(PIECE, reader.size - offset)]
         reader.read_into(offset, part)

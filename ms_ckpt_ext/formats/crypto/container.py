@@ -28,10 +28,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, TruncatedFileError
-from ms_ckpt_ext.formats.crypto import backend
+from ms_ckpt_ext.formats.crypto import CHUNK_MAGIC, CHUNKED, backend
 from ms_ckpt_ext.formats.crypto.backend import pour
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, Key, KeyLike, as_key
-from ms_ckpt_ext.formats.crypto.sniff import CHUNK_MAGIC, CHUNKED
 from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, thread_scratch
 from ms_ckpt_ext.storage.reader import ByteReader
 

@@ -25,7 +25,7 @@ from typing import Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.errors import DecryptionError, StorageError, TruncatedFileError
 from ms_ckpt_ext.formats.crypto import backend
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ByteReader, Take, Traits
 
 PIECE = 4 << 20
@@ -44,7 +44,7 @@ def thread_scratch(length: int) -> memoryview:
     """
     buffer: Optional[memoryview] = getattr(_local, "buffer", None)
     if buffer is None or len(buffer) < length:
-        buffer = _local.buffer = buffers.scratch(max(length, PIECE))
+        buffer = _local.buffer = linux.scratch(max(length, PIECE))
     return buffer[:length]
 
 
@@ -201,7 +201,7 @@ class UnitReader:
         torn = any(not whole for *_, whole in parts)
         # Threads that want parts of units go one after another, lest they take the one that is kept from each other.
         with self._turn if self._large and torn else nullcontext():
-            buffer = buffers.scratch(min(self._piece_bytes, length))
+            buffer = linux.scratch(min(self._piece_bytes, length))
             for unit, low, high, whole in parts:
                 most = self._piece_bytes
                 places = (buffer[: min(most, high - at)] for at in range(low, high, most))
@@ -237,7 +237,7 @@ class UnitReader:
             if slot.unit != unit:
                 slot.unit = None
                 if len(slot.data) < high - low:
-                    slot.data = buffers.scratch(high - low)
+                    slot.data = linux.scratch(high - low)
                 self._units.decrypt(unit, unit + 1, slot.data[: high - low])
                 slot.unit = unit
             out[:] = slot.data[skip : skip + len(out)]

@@ -26,6 +26,8 @@ MAP_NAME = "param_name_map.json"
 HYPER_STEM = "hyper_param"
 HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
+INDEX_NAMES = {"mindspore": MAP_NAME, "huggingface": HF_INDEX_NAME}
+"""Naming of a merge -> its index."""
 RANK_FOLDER = re.compile(r"^rank_(\d+)$")
 _SUFFIX_FORMS = (
     (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step

@@ -26,7 +26,7 @@ from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
 from ms_ckpt_ext.storage import linux, reader
-from ms_ckpt_ext.storage.buffers import address_of
+from ms_ckpt_ext.storage.linux import address_of
 from ms_ckpt_ext.storage.reader import PlainReader
 from tests.engine.files.test_golden import assert_is, recut
 from tests.support.checkpoints import FULL, cut, read_file, read_merged, strategy_of, tree

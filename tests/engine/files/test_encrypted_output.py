@@ -27,14 +27,14 @@ from ms_ckpt_ext.engine.files.encrypted_sink import HeldBytes, Seal, SealedSink
 from ms_ckpt_ext.engine.files.job import Job
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.reshard import recut_job
-from ms_ckpt_ext.engine.integrity.digests import digest_file, streams
+from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats import checksum
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
 from ms_ckpt_ext.formats.registry import Access, lay_out, open_reader, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage.digest_sink import DigestingSink
+from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from tests.support.checkpoints import Stored, cut, read_file, shard, source, strategy_of, tree
 from tests.support.dying import begun
 from tests.support.formats import KEY, WRONG, contents, scalars_of
@@ -297,8 +297,9 @@ def test_any_order_of_writes_gives_the_same_plaintext(
     seal = Seal(Key(KEY), mode, chunk=64 + seed % 200, block=16 * (1 + seed % 20), tally=HeldBytes())
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/a.{form}"
+        where = {name: entry.extents for name, entry in layout.tensors.items()}
         sealed = SealedSink(path, f"a.{form}", layout, seal)
-        digesting = DigestingSink(sealed, lambda: streams(layout.tensors, layout.size), layout.fixed)
+        digesting = DigestingSink(sealed, lambda: streams_of(where, layout.size), layout.fixed)
         sink = digesting if layout.checksum is None else SummingSink(digesting, layout)
         work = [
             (extent.offset + low, data[name][low:high])

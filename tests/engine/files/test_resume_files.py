@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from ms_ckpt_ext import unified_safetensors
-from ms_ckpt_ext.engine.files import resume_point
 from ms_ckpt_ext.engine.files.job import job_fingerprint
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
+from ms_ckpt_ext.engine.integrity import digests
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import arrays, read_merged, source
@@ -37,13 +37,13 @@ def assert_merged(target: Path) -> None:
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read to be compared."""
     seen: list[str] = []
-    real = resume_point.digest_file
+    real = digests.digest_file
 
     def counted(index: Any, *args: Any, **more: Any) -> Any:
         seen.append(os.path.basename(index.path))
         return real(index, *args, **more)
 
-    monkeypatch.setattr(resume_point, "digest_file", counted)
+    monkeypatch.setattr(digests, "digest_file", counted)
     return seen
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.api.share import share_of
+from ms_ckpt_ext.api.jobs import share_of
 from ms_ckpt_ext.engine.files import execution
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
-from ms_ckpt_ext.storage import published
+from ms_ckpt_ext.storage import publishing
 from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, tree
 from tests.support.dying import begun
@@ -61,7 +61,7 @@ def test_shares_on_disks_of_their_own(form: str, naming: str, tmp_path: Path, ca
             report = merge(root, disk, split_dst_file=(n, 3), **options)
         assert not report.published and {*report.missing} == tree(tmp_path / "whole").keys() - tree(disk).keys()
         assert f"it is complete with {', '.join(report.missing)}" in caplog.text
-        assert [*published.read_published(disk).missing.values()] == [sorted(report.missing)]
+        assert [*publishing.read_published(disk).missing.values()] == [sorted(report.missing)]
         assert tree(disk).items() <= tree(tmp_path / "whole").items() and report.files_written
         with pytest.raises(CheckpointError, match=re.escape(next(m for m in report.missing if "hyper" not in m))):
             ms_ckpt_ext.load(disk)

@@ -22,7 +22,7 @@ from ms_ckpt_ext.engine.unlisted import dealt
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, PeerError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage import buffers
+from ms_ckpt_ext.storage import linux
 from tests.support.cells import HERE, POISON, Filled, cell, fill, load, threads
 from tests.support.outside import Content, Source, listed, slices, source, whole
 
@@ -342,14 +342,14 @@ def test_what_the_comparison_reads_does_not_grow_with_the_ranks(
             super().__init__(*arguments)
             looks.append(self)
 
-    real = buffers.scratch
+    real = linux.scratch
 
     def scratch(nbytes: int) -> memoryview:
         sizes.append(nbytes)
         return real(nbytes)
 
     monkeypatch.setattr(dealt, "Together", Counted)
-    monkeypatch.setattr(buffers, "scratch", scratch)
+    monkeypatch.setattr(linux, "scratch", scratch)
     names = ("cut", "alike", "global_step")
     got = fill(together(src), strategy, wanting(src, names, strategy), ranks)
     assert_own(got, src, names)

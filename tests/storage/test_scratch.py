@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.storage.buffers import PAGE, Buffer, scratch
+from ms_ckpt_ext.storage.linux import PAGE, Buffer, scratch
 
 
 def page_offset(view: memoryview) -> int:

@@ -1,11 +1,15 @@
-"""A result appears in a target whole: what a job has begun to publish is finished, by itself or by whoever comes next.
+"""A result appears in a target whole, and what appeared there is on record.
 
 1. When every file of a job is complete in its hidden folder, it notes in a journal all that is to be done: files to
    move, files of an older result to remove, indexes to write, digests to put on record. From then on the result is the
    new one: if this process is killed, whoever enters the hidden folder next finishes what the journal says.
 2. Meanwhile loaders refuse the target: indexes are replaced by ones that lead to an empty file, the old result is taken
    away, the files are moved, and the true indexes come last.
-3. Of a job that does not sync, a journal is good until the machine is started anew. Then what was moved may have holes:
+3. What is published in a folder is on record in it: `.ms_ckpt_ext.json`, a line for every file. A file that is as it
+   was published is this package's, and may be replaced by another result; and a job whose files all are has nothing to
+   do. Jobs into one folder share the record, each for its files, and change it one at a time (`storage.locks`). Names
+   are relative to the folder, so a file may be on record there or in a folder further up.
+4. Of a job that does not sync, a journal is good until the machine is started anew. Then what was moved may have holes:
    it is taken away. So is what was moved of a set of which a file was lost by other hands.
 """
 
@@ -16,23 +20,79 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage import published
 from ms_ckpt_ext.storage.atomic import derived, sync_path, write_atomically
-from ms_ckpt_ext.storage.hidden import HiddenFolder
 from ms_ckpt_ext.storage.linux import boot_id
-from ms_ckpt_ext.storage.published import Entry, State, state_of
+from ms_ckpt_ext.storage.locks import HiddenFolder
 
+RECORD = ".ms_ckpt_ext.json"
 # Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.
 # While files are moved there is thus one more, empty, and an index that leads to it. Its name is the error message.
 OBSTACLE = "publishing-was-interrupted-run-the-job-again.safetensors"
 UNFINISHED = json.dumps({"metadata": {"total_size": 0}, "weight_map": {"": OBSTACLE}}).encode()
+
+
+class State(NamedTuple):
+    """How a file was when it was published: bytes, and modification time in ns."""
+
+    size: int
+    mtime_ns: int
+
+
+class Entry(NamedTuple):
+    """What is on record of a file: how it was published last, by which job, and whether its digests were recorded."""
+
+    state: State
+    job: Optional[str]
+    digested: bool = False
+
+
+class Published(NamedTuple):
+    """What is on record in a folder.
+
+    Attributes:
+        files: name -> what is known of it.
+        missing: job -> files of it that its other shares are to publish, here or elsewhere.
+    """
+
+    files: Mapping[str, Entry] = {}
+    missing: Mapping[str, Collection[str]] = {}
+
+    def is_as_published(self, name: str, state: Optional[State]) -> bool:
+        """Whether a file that is like this is on record so."""
+        return name in self.files and self.files[name].state == state
+
+
+def state_of(path: Path) -> Optional[State]:
+    """The state of a file; None when there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return State(status.st_size, status.st_mtime_ns)
+
+
+def read_published(folder: Path) -> Published:
+    """What is on record in a folder; nothing, where there is no record or it cannot be understood."""
+    try:
+        held: Any = from_json((folder / RECORD).read_bytes())
+        of_one_job = (held.get("job"), True)  # as records were when they were of one job each
+        entries = ((name, (*entry, *of_one_job)[:4]) for name, entry in held["files"].items())
+        files = {name: Entry(State(size, mtime), job, bool(digested)) for name, (size, mtime, job, digested) in entries}
+        missing = {job: [*map(str, names)] for job, names in held.get("missing", {}).items()}
+        return Published(files, missing) if all(map(_is_sound, files.values())) else Published()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Published()
+
+
+def _is_sound(entry: Entry) -> bool:
+    return type(entry.state.size) is type(entry.state.mtime_ns) is int and isinstance(entry.job, (str, type(None)))
 
 
 class Ledger(Protocol):
@@ -166,13 +226,13 @@ def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
 
 def _is_done(target: Path, journal: Journal) -> bool:
     """Whether all is on record, which comes last. What has changed since is not this job's business."""
-    known = published.read_published(target).files
+    known = read_published(target).files
     return all(name in known and known[name][:2] == (state, journal.job) for name, state in journal.files.items())
 
 
 def _take_away(target: Path, journal: Journal) -> None:
     """Remove what was moved; an older result that is still there stays, and so does what keeps loaders away."""
-    known = published.read_published(target)
+    known = read_published(target)
     for name, state in journal.files.items():
         found = state_of(target / name)
         if found == state or not (journal.sync or known.is_as_published(name, found)):
@@ -206,9 +266,27 @@ def _apply(target: Path, folder: Path, journal: Journal, ledger: Ledger) -> None
     for name, text in journal.indexes.items():
         write_atomically(target / name, text.encode(), sync)
     entries = {name: Entry(state, journal.job, name in journal.digests) for name, state in journal.files.items()}
-    published.put(target, entries, journal.gone, journal.missing, sync)
+    put_on_record(target, entries, journal.gone, journal.missing, sync)
     if sync:
         sync_path(target)
+
+
+def put_on_record(
+    folder: Path, files: Mapping[str, Entry], gone: Collection[str], missing: Collection[str], sync: bool
+) -> None:
+    """Put files of a job on record, and take others off it. For one at a time. Raises OSError."""
+    known = read_published(folder)
+    kept = {name: entry for name, entry in known.files.items() if name not in gone}
+    entries = {**kept, **files}
+    mine, jobs = {entry.job for entry in files.values()}, {entry.job for entry in entries.values()}
+    lacking = {job: names for job, names in known.missing.items() if job in jobs - mine}
+    lacking.update({str(job): sorted(missing) for job in mine if missing})
+    lines = ",\n  ".join(
+        f"{json.dumps(name)}: {json.dumps([*entry.state, entry.job, entry.digested])}"
+        for name, entry in entries.items()
+    )
+    text = f'{{"version": 2, "missing": {json.dumps(lacking)}, "files": {{\n  {lines}\n}}}}\n'
+    write_atomically(folder / RECORD, text.encode(), sync)
 
 
 def _move(old: Path, new: Path, sync: bool) -> None:
@@ -238,3 +316,20 @@ def _others_unfinished(folder: Path, mine: Collection[str]) -> bool:
     """Whether an unfinished index stands in a folder besides those of these names."""
     names = {os.path.basename(name) for name in mine}
     return any(path.name not in names and is_unfinished(path) for path in folder.glob("*.json"))
+
+
+def places_of(folder: str) -> Iterator[tuple[str, str]]:
+    """A folder and those above it, each with how names in the first begin there.
+
+    Of a folder that is named through links, by that name and where it really is.
+
+    >>> list(places_of("/a/b"))
+    [('/a/b', ''), ('/a', 'b/'), ('/', 'a/b/')]
+    """
+    for spelled in dict.fromkeys((os.path.abspath(folder), os.path.realpath(folder))):
+        above, begins = spelled, ""
+        yield above, begins
+        while above != os.path.dirname(above):
+            above, base = os.path.split(above)
+            begins = f"{base}/{begins}"
+            yield above, begins
