@@ -14,8 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.demand import Demand
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.planning.pieces import locate
 
 

@@ -16,8 +16,7 @@ from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
 from ms_ckpt_ext.core.exchange.holders import InMemory, legs
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, starts
 from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.planning.pieces import locate
 
 
