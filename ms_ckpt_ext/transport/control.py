@@ -13,8 +13,9 @@ one process to send are gathered over the backend (`gather`), and the hub only s
   MCCL all-gather takes 6 to 10 ms.
 
 A host that vanishes without closing its connections (power, cable) is noticed by its silence, within 30 s, whether or
-not something was on the way to it; a process that lives but does not come, or does not read, by the hub after
-`timeout`, which then names it; a hub that is silent, by each rank itself, a little later. Where rank 0 is, only a
+not something was on the way to it; a process that is stopped, within 60 s, since the thread that listens gives signs of
+life while the others compute or read; a process that lives but does not come, or does not read, by the hub after
+`timeout`, which then names it; a hub that is silent, by each rank itself. Where rank 0 is, only a
 collective can say: the ranks of a host make sure before that all of them are there (`gate`), and wait for others by
 `guard`.
 

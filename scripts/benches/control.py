@@ -175,10 +175,12 @@ def _gathered_bytes(steps: Sequence[Payload], size: int) -> int:
 
 
 def _hub(pipe: Connection, size: int) -> None:
+    from ms_ckpt_ext.transport.hub.limits import DEFAULT
     from ms_ckpt_ext.transport.hub.server import Hub
 
     server = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    hub = Hub(size, 600.0, server, TOKEN)
+    # Clients that prepare the tables of thousands of ranks answer nothing meanwhile.
+    hub = Hub(size, 600.0, server, TOKEN, limits=DEFAULT._replace(stopped_seconds=3600.0))
     pipe.send(server.getsockname()[1])
     while pipe.recv() is not None:
         pipe.send((hub.bytes_in + hub.bytes_out, time.process_time()))

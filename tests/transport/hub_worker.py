@@ -1,6 +1,9 @@
-"""One rank of a job that has nothing but a control plane: `hub_worker.py RANK SIZE TIMEOUT VANISHED ADDRESS [PORT]`.
+"""One rank of a job that has nothing but a control plane.
 
-Rank 0 has the hub, at that address. VANISHED is after how many seconds of silence a host counts as out of reach.
+    hub_worker.py RANK SIZE TIMEOUT VANISHED STOPPED ADDRESS [PORT]
+
+Rank 0 has the hub, at that address. VANISHED and STOPPED are after how many seconds of silence a host counts as out of
+reach, and a process as stopped.
 
 It prints its port, "ready" when it has been let in, and, after a line on its standard input, what it is told in a
 share, and when.
@@ -24,15 +27,16 @@ TOKEN = "of this job"
 
 def main() -> None:
     """See the module."""
-    rank, size, timeout, vanished, host = *map(int, sys.argv[1:3]), *map(float, sys.argv[3:5]), sys.argv[5]
-    limits = ControlLimits(slack_seconds=1.0, vanished_seconds=vanished)
+    rank, size, timeout, vanished, stopped = *map(int, sys.argv[1:3]), *map(float, sys.argv[3:6])
+    host = sys.argv[6]
+    limits = ControlLimits(slack_seconds=1.0, vanished_seconds=vanished, stopped_seconds=stopped)
     if rank == 0:
         server = socket.create_server((host, 0))
         port = server.getsockname()[1]
         Hub(size, timeout, server, TOKEN, limits=limits)
         print(port, flush=True)
     else:
-        port = int(sys.argv[6])
+        port = int(sys.argv[7])
     line = Line(rank, size, timeout, limits)
     line.attach(arrive(socket.create_connection((host, port), 10), Guest(TOKEN, rank, size)))
     print("ready", flush=True)

@@ -25,7 +25,7 @@ from typing import Any, Callable, NamedTuple, Optional
 import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError
-from ms_ckpt_ext.transport.hub.frames import FRAME, TELL, frame
+from ms_ckpt_ext.transport.hub.frames import FRAME, HERE, TELL, frame
 from ms_ckpt_ext.transport.hub.limits import ControlLimits
 from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.server import Hub
@@ -123,14 +123,16 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def processes(size: int, timeout: float, vanished: float = HANG, hosts: Sequence[Host] = ()) -> Iterator[list[Process]]:
+def processes(
+    size: int, timeout: float, vanished: float = HANG, stopped: float = HANG, hosts: Sequence[Host] = ()
+) -> Iterator[list[Process]]:
     """Ranks that have been let in; each on a host of its own, if there are any."""
     started: list[Process] = []
     port = ""
     try:
         for rank in range(size):
             address = hosts[0].ipv4 if hosts else "127.0.0.1"
-            told = [rank, size, timeout, vanished, address, port]
+            told = [rank, size, timeout, vanished, stopped, address, port]
             command = [sys.executable, str(WORKER), *map(str, told)]
             start = hosts[rank].start if hosts else partial(subprocess.Popen, text=True)
             started.append(Process(rank, start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)))
@@ -144,28 +146,77 @@ def processes(size: int, timeout: float, vanished: float = HANG, hosts: Sequence
             process.popen.communicate()
 
 
-@pytest.mark.parametrize("victim", [2, 0], ids=["a rank", "rank 0"])
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_process_that_is_killed_or_stopped(victim: int, sent: signal.Signals, took: Took) -> None:
-    with processes(4, timeout=3.0 if sent == signal.SIGSTOP else HANG) as ranks:
+def outcomes(size: int, victim: int, sent: signal.Signals, timeout: float, stopped: float) -> tuple[list[str], float]:
+    """What the others are told in a share when one has been sent a signal, and after how many seconds the last is."""
+    with processes(size, timeout, stopped=stopped) as ranks:
         others = [process for process in ranks if process.rank != victim]
         began = time.monotonic()
         os.kill(ranks[victim].popen.pid, sent)
         for process in others:
             process.go()
-        heard = [process.line() for process in others]
-    took("seconds", max(float(line.split(" ", 1)[0]) for line in heard) - began)
-    for line in heard:
-        _, kind, number, message = line.split(" ", 3)
-        if sent == signal.SIGKILL:
-            assert (kind, number) == ("PeerError", str(victim)), line
-            assert f"rank {victim} is gone: its process ended or was killed" in message
-        elif victim:
-            assert kind == "TransportError", line
-            assert f"rank {victim} did not come within 3 s, though alive" in message
-        else:
-            assert kind == "TransportError", line
-            assert "rank 0, which hears the others and answers them, was silent for 3 s" in message
+        heard = [process.line().split(" ", 1) for process in others]
+    return [told for _, told in heard], max(float(at) for at, _ in heard) - began
+
+
+@pytest.mark.parametrize("victim", [2, 0], ids=["a rank", "rank 0"])
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (signal.SIGKILL, "is gone: its process ended or was killed"),
+        (signal.SIGSTOP, "answered nothing for 3 s, though its host does: a process was stopped"),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_a_process_that_is_killed_or_stopped(victim: int, sent: signal.Signals, why: str, took: Took) -> None:
+    heard, seconds = outcomes(4, victim, sent, HANG, 3.0 if sent == signal.SIGSTOP else HANG)
+    took("seconds", seconds)
+    for told in heard:
+        assert told.startswith(f"PeerError {victim} rank ") and f"rank {victim} {why}" in told
+
+
+@pytest.mark.parametrize(
+    ("victim", "why"),
+    [
+        (2, "rank 2 did not come within 2 s, though alive"),
+        (0, "rank 0, which hears the others and answers them, was silent for 2 s"),
+    ],
+    ids=["a rank", "rank 0"],
+)
+def test_a_stopped_process_is_waited_for_no_longer_than_any_other(victim: int, why: str) -> None:
+    heard, _ = outcomes(3, victim, signal.SIGSTOP, timeout=2.0, stopped=HANG)
+    for told in heard:
+        assert told.startswith("TransportError None ") and why in told
+
+
+def test_a_stopped_process_is_noticed_where_nobody_shares_anything() -> None:
+    """While a collective of the backend is under way, say."""
+    with processes(3, HANG, stopped=2.0) as ranks:
+        os.kill(ranks[1].popen.pid, signal.SIGSTOP)
+        time.sleep(2.5)
+        ranks[2].go()
+        _, kind, number, _ = ranks[2].line().split(" ", 3)
+    assert (kind, number) == ("PeerError", "1")
+
+
+def test_a_rank_that_is_busy_is_not_taken_for_a_stopped_one() -> None:
+    """Its main thread computes, or reads; what answers is another thread."""
+    with job(3, HANG, ControlLimits(stopped_seconds=1.0)) as found:
+        with ThreadPoolExecutor(2) as pool:
+            early = pool.submit(all_share, found.lines[:2])
+            until = time.monotonic() + 2.5
+            while time.monotonic() < until:
+                sum(range(1000))
+            assert all_share(found.lines[2:]) == [[b""] * 3]
+            assert early.result() == [[b""] * 3] * 2
+
+
+def test_several_that_are_silent_are_all_named() -> None:
+    """They answer nothing after they have said something at the same time."""
+    limits = ControlLimits(stopped_seconds=2.0)
+    with job(4, HANG, limits, absent=[1, 3]) as found, found.connect(1) as one, found.connect(3) as other:
+        for deaf in (one, other):
+            deaf.sendall(frame(HERE))
+        told(all_share([found.lines[0], found.lines[2]]), TransportError, "ranks 1, 3 answered nothing for 2 s")
 
 
 @pytest.mark.parametrize(

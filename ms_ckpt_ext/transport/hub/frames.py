@@ -6,7 +6,8 @@ A frame is a kind, a number (of a rank, where it is about one) and a body. In on
     the hub sends  ALIKE all payloads are equal: each rank has it already;  ALL the distinct ones, and who has which;
                    ASK send yours;  GATHER they are too much for a hub: all-gather them over the backend
 
-and at any time BYE a rank leaves; GONE, LATE the job is broken, with the rank that is the cause and what to say of it.
+and at any time BYE a rank leaves; PING the hub asks a rank that is quiet whether it lives, HERE it does; GONE, LATE the
+job is broken, with the rank that is the cause and what to say of it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 
 FRAME = struct.Struct("<4sIQ")  # kind, number, length of the body
 LENGTH = struct.Struct("<Q")
-TELL, NOTED, GIVE, BYE = b"tell", b"note", b"give", b"bye."
-ALIKE, ALL, ASK, GATHER, GONE, LATE = b"same", b"all.", b"ask.", b"gath", b"gone", b"late"
+TELL, NOTED, GIVE, HERE, BYE = b"tell", b"note", b"give", b"here", b"bye."
+ALIKE, ALL, ASK, GATHER, PING, GONE, LATE = b"same", b"all.", b"ask.", b"gath", b"ping", b"gone", b"late"
 NOTE_BYTES = 24
 """A digest of 16 bytes and a length of 8."""
 _NOTE = struct.Struct("<16sQ")

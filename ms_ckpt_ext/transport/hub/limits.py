@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PULSES = 5
+"""Who says nothing from one pulse to the next is asked for a sign of life, and is given up at this one."""
+
 
 class ControlLimits(NamedTuple):
     """Bounds that do not depend on the job; how long ranks wait for each other is `timeout`, which users give.
@@ -11,6 +14,8 @@ class ControlLimits(NamedTuple):
     Attributes:
         greeting_seconds: within which a connection to a hub has to say who it is.
         vanished_seconds: of silence, after which a host that should have answered counts as out of reach.
+        stopped_seconds: within which a process is given up whose connection stands, and which answers nothing: it was
+            stopped, or does not let its threads run. One that answers again after three fifths of that is not.
         slack_seconds: by which a hub may miss its own timeout before it counts as stopped.
         grace_seconds: to wait for threads that are about to end, and for news that are about to come.
         strangers: connections that have not said who they are, beside those of the ranks that are still to come.
@@ -21,11 +26,17 @@ class ControlLimits(NamedTuple):
 
     greeting_seconds: float = 10.0
     vanished_seconds: float = 25.0
+    stopped_seconds: float = 60.0
     slack_seconds: float = 3.0
     grace_seconds: float = 2.0
     strangers: int = 128
     share_bytes: int = 16 << 20
     least_answer: int = 8 << 10
+
+    @property
+    def pulse_seconds(self) -> float:
+        """How often a hub looks for who says nothing; see `PULSES`."""
+        return self.stopped_seconds / PULSES
 
     def answer_bytes(self, size: int) -> int:
         """The longest answer of a hub to `size` ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import selectors
 import socket
 import threading
 from typing import Optional
@@ -16,8 +17,10 @@ from ms_ckpt_ext.transport.hub.frames import (
     GATHER,
     GIVE,
     GONE,
+    HERE,
     LATE,
     NOTED,
+    PING,
     TELL,
     Message,
     decode_answer,
@@ -25,10 +28,13 @@ from ms_ckpt_ext.transport.hub.frames import (
     note_of,
     take_frames,
 )
-from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
-from ms_ckpt_ext.transport.hub.peer import tune, why_gone
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, PULSES, ControlLimits
+from ms_ckpt_ext.transport.hub.peer import tune, why_gone, why_silent
 from ms_ckpt_ext.transport.rendezvous.search import Arrival
 
+_HERE = frame(HERE)
+_Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""One that needs no descriptor of its own, and takes any."""
 _LONGEST_SECONDS = 1e6
 """What the operating system takes as a socket's timeout ends at 24 days."""
 
@@ -53,6 +59,7 @@ class Line:
         self._socket: Optional[socket.socket] = None
         self._listener: Optional[threading.Thread] = None
         self._keeper = 0
+        self._sending = threading.Lock()
 
     def attach(self, arrival: Arrival) -> None:
         """Go on with a connection to a hub that has let this rank in; it is this line's from here on."""
@@ -96,7 +103,7 @@ class Line:
         self._closed = True
         if self._socket is None or self._listener is None:
             return
-        with contextlib.suppress(OSError):  # the hub is gone already
+        with contextlib.suppress(OSError), self._sending:  # the hub is gone already
             self._socket.settimeout(self.limits.grace_seconds)
             self._socket.sendall(frame(BYE, self.rank))
             self._socket.shutdown(socket.SHUT_WR)
@@ -109,7 +116,8 @@ class Line:
     def _send(self, message: bytes) -> None:
         assert self._socket is not None
         try:
-            self._socket.sendall(message)
+            with self._sending:
+                self._socket.sendall(message)
         except OSError as error:
             if _is_late(error):
                 self._failure = self._failure or self._silent()
@@ -135,28 +143,50 @@ class Line:
         )
 
     def _listen(self, connection: socket.socket, received: bytearray) -> None:
-        """Thread: receive what the hub sends until it or this rank leaves."""
+        """Thread: receive what the hub sends until it or this rank leaves, or the hub is silent for too long."""
         error: Optional[OSError] = None
-        while True:
+        with _Selector() as selector:
+            selector.register(connection, selectors.EVENT_READ)
             self._take(received)
-            try:
-                chunk = connection.recv(1 << 16)
-            except OSError as problem:
-                if _is_late(problem) and not self._closed:
-                    continue
-                error, chunk = problem, b""
-            if not chunk:
-                break
-            received += chunk
+            while self._comes(selector):
+                try:
+                    chunk = connection.recv(1 << 16)
+                except OSError as problem:
+                    error, chunk = problem, b""
+                if not chunk:
+                    break
+                received += chunk
+                self._take(received)
         self._break(GONE, self._keeper, why_gone(self._keeper, error, self.limits))
+        with contextlib.suppress(OSError):  # a thread that sends something meanwhile is woken
+            connection.shutdown(socket.SHUT_RDWR)
         connection.close()
+
+    def _comes(self, selector: selectors.BaseSelector) -> bool:
+        """Wait for the hub to say something, which it does now and then; False when it was silent for too long."""
+        if any(selector.select(self.limits.pulse_seconds) for _ in range(PULSES)):
+            return True
+        self._break(GONE, self._keeper, why_silent([self._keeper], self.limits))
+        return False
 
     def _take(self, received: bytearray) -> None:
         for said in take_frames(received):
             if said.kind in (GONE, LATE):
                 self._break(said.kind, said.number, said.body.decode(errors="replace"))
+            elif said.kind == PING:
+                self._live()
             else:
                 self._answers.put(said)
+
+    def _live(self) -> None:
+        """Give a sign of life, unless another is just being sent."""
+        assert self._socket is not None
+        if self._sending.acquire(blocking=False):
+            try:
+                with contextlib.suppress(OSError):
+                    self._socket.sendall(_HERE)
+            finally:
+                self._sending.release()
 
     def _break(self, kind: bytes, rank: int, message: str) -> None:
         if self._failure is None:

@@ -7,8 +7,10 @@ import errno
 import selectors
 import socket
 from collections import deque
+from collections.abc import Sequence
 from typing import Optional
 
+from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.transport.hub.frames import Malformed, Message, take_frames
 from ms_ckpt_ext.transport.hub.limits import ControlLimits
 from ms_ckpt_ext.transport.rendezvous.greeting import Door
@@ -29,6 +31,7 @@ class Peer:
     Attributes:
         rank: its number, once it was let in.
         unread: bytes that wait to be sent.
+        quiet: pulses of the hub since it said anything.
         error: what went wrong when it was sent something. Its connection is over, which the next read finds.
     """
 
@@ -39,6 +42,7 @@ class Peer:
         self.since = since
         self.rank: Optional[int] = None
         self.unread = 0
+        self.quiet = 0
         self.error: Optional[OSError] = None
         self._socket = connection
         self._selector = selector
@@ -52,6 +56,7 @@ class Peer:
         """Take what has come, and say how much; 0 at the end. Raises OSError."""
         chunk = self._socket.recv(_CHUNK)
         self._received += chunk
+        self.quiet = 0
         return len(chunk)
 
     def ask(self) -> Optional[int]:
@@ -146,3 +151,12 @@ def why_gone(rank: int, error: Optional[Exception], limits: ControlLimits) -> st
     if isinstance(error, Malformed) or (isinstance(error, OSError) and error.errno == errno.ENOBUFS):
         return f"rank {rank} was put out: {error}; do all ranks run the same version of this package?"
     return f"rank {rank} is gone: its process ended or was killed; look at its log for the cause"
+
+
+def why_silent(ranks: Sequence[int], limits: ControlLimits) -> str:
+    """What the others are told of ranks that answer nothing, though nothing is wrong with their connections."""
+    host = "its host does" if len(ranks) == 1 else "their hosts do"
+    return (
+        f"{name_ranks(ranks)} answered nothing for {limits.stopped_seconds:g} s, though {host}: a process was stopped "
+        "(SIGSTOP, a debugger), or does not let its threads run; look at it with ps"
+    )

@@ -17,9 +17,9 @@ from typing import Callable, Optional
 
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.transport.hub.descriptors import make_room
-from ms_ckpt_ext.transport.hub.frames import BYE, FRAME, GONE, LATE, Malformed, Message, frame
-from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
-from ms_ckpt_ext.transport.hub.peer import Peer, tune, why_gone
+from ms_ckpt_ext.transport.hub.frames import BYE, FRAME, GONE, HERE, LATE, PING, Malformed, Message, frame
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, PULSES, ControlLimits
+from ms_ckpt_ext.transport.hub.peer import Peer, tune, why_gone, why_silent
 from ms_ckpt_ext.transport.hub.reduction import Reduction, Reply
 from ms_ckpt_ext.transport.rendezvous.greeting import Door
 
@@ -27,6 +27,7 @@ _LOOK_SECONDS = 1.0
 """How often the hub looks whether it is to end, where nothing else is due before."""
 _RETRY_SECONDS = 0.1
 """How long it accepts nobody after it could open no file."""
+_PING = frame(PING)
 _NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -79,6 +80,7 @@ class Hub:
         self._broken: Optional[bytes] = None
         self._failed: list[Peer] = []  # at sending
         self._accepts_at: Optional[float] = None
+        self._pulse_at = time.monotonic() + limits.pulse_seconds
         self._ends_at: Optional[float] = None
         try:
             make_room(size, limits.strangers + size)
@@ -173,7 +175,7 @@ class Hub:
         assert peer.rank is not None
         if said.kind == BYE:
             self._left[peer.rank] = f"rank {peer.rank} has left: its transport was closed before"
-        elif self._broken is None:  # else it has been told
+        elif said.kind != HERE and self._broken is None:  # else it has been told
             self._shared(peer.rank, said)
         if self._share is not None and self._left:
             first = min(self._left)
@@ -208,6 +210,9 @@ class Hub:
         if self._accepts_at is not None and now >= self._accepts_at:
             self._accepts_at = None
             self._selector.register(self._server, selectors.EVENT_READ)
+        if now >= self._pulse_at:
+            self._pulse_at = now + self._limits.pulse_seconds
+            self._pulse()
         failed, self._failed = self._failed, []
         for peer in failed:
             self._lost(peer, peer.error)
@@ -218,10 +223,22 @@ class Hub:
         if why is not None:
             self._break(GONE if len(never) == 1 else LATE, never[0], why)
 
+    def _pulse(self) -> None:
+        """Ask who is quiet for a sign of life; who has not given one for long keeps all others waiting."""
+        silent = []
+        for rank, peer in self._peers.items():
+            peer.quiet += 1
+            if peer.quiet >= PULSES:
+                silent.append(rank)
+            elif peer.quiet > 1:
+                self._send(peer, _PING)
+        if silent:
+            self._break(GONE if len(silent) == 1 else LATE, min(silent), why_silent(sorted(silent), self._limits))
+
     def _pause(self) -> float:
         """Seconds until the next look around."""
-        due = [_LOOK_SECONDS]
         now = time.monotonic()
+        due = [_LOOK_SECONDS, self._pulse_at - now]
         if self._ends_at is not None:
             due.append(self._ends_at - now)
         if self._share is not None and self._broken is None:
