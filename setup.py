@@ -74,7 +74,14 @@ setup(
     keywords="mindspore checkpoint resharding safetensors ascend distributed-training",
     python_requires=">=3.9",
     packages=find_packages(include=["ms_ckpt_ext", "ms_ckpt_ext.*"]),
-    package_data={"ms_ckpt_ext": ["py.typed", "engine/load/hardware/*.json", "api/dry_run/*.html"]},
+    package_data={
+        "ms_ckpt_ext": [
+            "py.typed",
+            "engine/load/hardware/*.json",
+            "engine/huggingface/rules/*.json",
+            "api/dry_run/*.html",
+        ]
+    },
     install_requires=REQUIRES,
     extras_require={"plot": PLOT, "dev": DEV},
     entry_points={"console_scripts": ["ms-ckpt = ms_ckpt_ext.cli.main:main"]},

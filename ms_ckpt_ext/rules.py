@@ -18,6 +18,7 @@ from ms_ckpt_ext.core.planning.rule_inverses import invert
 from ms_ckpt_ext.core.planning.weight_rules import (
     QKV,
     Concat,
+    Duplicate,
     Experts,
     Interleave,
     Part,
@@ -26,4 +27,5 @@ from ms_ckpt_ext.core.planning.weight_rules import (
     Transpose,
 )
 
-__all__ = ["QKV", "Concat", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose", "invert"]
+__all__ = ["QKV", "Concat", "Duplicate", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose"]
+__all__ += ["invert"]

@@ -2,6 +2,7 @@
 
 mindspore/    MindSpore's names and signatures
 dry_run/      the plan of a load
+huggingface/  rules of families of models, and export
 arguments     what users may pass, checked once; `source` a checkpoint by any name, `inputs` of a conversion
 measure       what a machine does, as a profile for plans and loads
 jobs          merge and reshard

@@ -4,6 +4,7 @@ source/      what a checkpoint is: its files, its parameters, their names
 unlisted/    what no strategy lists: compared, kept
 copying/     threads that read, cut and write
 files/       file to file: merge, reshard, convert
+huggingface/ rules as data, and what of a training goes out
 load/        ranks to Parameters, together
 integrity/   is it what was written
 resume/      which checkpoint a training goes on from

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.rule import Rule, all_of, shapes_of
-from ms_ckpt_ext.core.planning.weight_rules import Rename
+from ms_ckpt_ext.core.planning.weight_rules import Duplicate, Rename
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 
 
@@ -24,6 +24,8 @@ def apply_rules(tensors: Mapping[str, SourceTensor], rules: Iterable[Rule]) -> d
     made: dict[str, SourceTensor] = {}
     used: set[str] = set()
     for rule in rules:
+        if isinstance(rule, Duplicate):
+            used.update(sources_among(tensors, [rule]))
         for name, members in rule.members(tensors).items():
             if name in made:
                 raise UsageError(f"two rules make {name!r}; the second one is {rule}")

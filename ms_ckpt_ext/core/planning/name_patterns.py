@@ -1,14 +1,18 @@
-"""Names with placeholders: `layers.{layer}.w`, or `layers.{}.w`, where a placeholder stands for digits."""
+"""Names with placeholders: `layers.{layer}.w`, or `layers.{}.w`, where a placeholder stands for digits.
+
+`{layer<61}` stands for numbers below 61 only, and `{3<=layer<61}` for those from 3 on.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Optional
 
 from ms_ckpt_ext.errors import UsageError
 
-_PLACEHOLDER = re.compile(r"\{(\w*)\}")
+_PLACEHOLDER = re.compile(r"\{(?:(\d+)<=)?(\w*)(?:<(\d+))?\}")
 
 
 class Pattern:
@@ -28,12 +32,16 @@ class Pattern:
         self.text = text
         self.keys: list[str] = []
         plain = 0
-        for key in pieces[1::2]:
+        for key in pieces[2::4]:
             self.keys.append(key or f"_{plain}")
             plain += not key
         if len(set(self.keys)) != len(self.keys):
             raise UsageError(f"{text!r} names a placeholder twice")
-        self._literals = pieces[::2]
+        self._literals = pieces[::4]
+        bounds = zip(self.keys, pieces[1::4], pieces[3::4])
+        self._bounds = {
+            key: (int(low or 0), None if high is None else int(high)) for key, low, high in bounds if low or high
+        }
         body = re.escape(self._literals[0])
         for key, literal in zip(self.keys, self._literals[1:]):
             body += rf"(?P<{key}>\d+)" + re.escape(literal)
@@ -42,7 +50,24 @@ class Pattern:
     def match(self, name: str) -> Optional[dict[str, str]]:
         """Placeholder -> digits, or None when `name` is another one."""
         found = self._match.fullmatch(name)
-        return None if found is None else found.groupdict()
+        if found is None or not all(self._within(key, int(found[key])) for key in self._bounds):
+            return None
+        return found.groupdict()
+
+    def _within(self, key: str, number: int) -> bool:
+        low, high = self._bounds[key]
+        return low <= number and (high is None or number < high)
+
+    def every(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(name, its numbers) for all numbers that the placeholders stand for; nothing where one has no end.
+
+        >>> [name for name, _ in Pattern("blocks.{1<=n<3}.w").every()]
+        ['blocks.1.w', 'blocks.2.w']
+        """
+        bounds = [self._bounds.get(key, (0, None)) for key in self.keys]
+        if all(high is not None for _, high in bounds):
+            for numbers in product(*(map(str, range(low, high or 0)) for low, high in bounds)):
+                yield self.fill(dict(zip(self.keys, numbers))), numbers
 
     def fill(self, values: Mapping[str, str]) -> str:
         """The name with digits put in. Raises UsageError for a placeholder without a value."""

@@ -16,7 +16,7 @@ values 0, 1, 2, … are the members of a stack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -56,6 +56,14 @@ class Rename(Rule):
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """See `Rule`."""
         return [[shape]]
+
+
+class Duplicate(Rename):
+    """A second copy of a parameter that another rule makes: it is not read, and written on the way back."""
+
+    def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
+        """Nothing: see `Rule`."""
+        return {}
 
 
 @dataclass(frozen=True)

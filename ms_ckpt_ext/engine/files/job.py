@@ -113,6 +113,10 @@ class Job:
         """The same job, whose result is on disk when it ends, or need not be. Raises UsageError as at birth."""
         return Job(**{**vars(self), "sync": sync})
 
+    def beside(self, files: Mapping[str, bytes]) -> Job:
+        """The same job with more files, published with its index."""
+        return Job(**{**vars(self), "index": {**files, **self.index}})
+
     def size(self, output: Output) -> int:
         """Bytes of an output as it lies on disk."""
         size = output.layout.size

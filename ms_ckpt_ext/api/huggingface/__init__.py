@@ -1,0 +1,5 @@
+"""Hugging Face's names: what comes from there, and what goes back.
+
+families  weight rules of a family of models, or of a rule file
+export    a training's weights for Hugging Face's libraries
+"""

@@ -1,0 +1,87 @@
+"""The files that lie beside a model's weights: configuration, tokenizer, code. Copied as they are, but for two keys.
+
+`config.json` tells transformers which dtype the weights have and how they are quantised. Where an export changes that,
+it says so there as well; else the model would be loaded as something that it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Optional
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.core.parsing import from_json
+from ms_ckpt_ext.engine.huggingface.sizes import CONFIG_NAME
+from ms_ckpt_ext.errors import storage_error
+
+_GLOBS = ("config.json", "configuration.json", "generation_config.json", "*processor_config.json", "tokenizer*") + (
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+)
+_MOST = 256 << 20
+"""Bytes of one file; tokenizers have some tens of MiB at most."""
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def read_companions(folder: str) -> dict[str, bytes]:
+    """Name -> contents of what lies beside the weights in a folder, or of the one file that is named.
+
+    Raises StorageError.
+    """
+    if os.path.isfile(folder):
+        paths = {CONFIG_NAME: folder}
+    else:
+        names = (name for name in _listed(folder) if any(fnmatchcase(name, glob) for glob in _GLOBS))
+        paths = {name: os.path.join(folder, name) for name in names}
+    return {name: read_companion(path) for name, path in paths.items() if _is_copied(path)}
+
+
+def _is_copied(path: str) -> bool:
+    large = os.path.isfile(path) and os.path.getsize(path) > _MOST
+    if large:
+        log.warning("%r is too large to be a tokenizer or a configuration, and is not copied", path)
+    return os.path.isfile(path) and not large
+
+
+def _listed(folder: str) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise storage_error("list the folder of config.json", folder, error) from error
+
+
+def read_companion(path: str) -> bytes:
+    """The contents of a file. Raises StorageError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+
+
+def adapted(files: Mapping[str, bytes], names: Iterable[str], dtype: Optional[str]) -> dict[str, bytes]:
+    """The files, with a config.json that says what is written: names of tensors, and their dtype if it was chosen."""
+    found = dict(files)
+    if CONFIG_NAME not in found:
+        return found
+    config = from_json(found[CONFIG_NAME])
+    changed = dict(config)
+    if dtype in _DTYPES:
+        changed.update({key: _DTYPES[dtype] for key in ("torch_dtype", "dtype") if key in config})
+    scaled = any(name.endswith(("_scale_inv", "_scale", "_scales")) for name in names)
+    if "quantization_config" in config and not scaled:
+        log.warning("config.json speaks of quantisation, and the exported weights are plain: the entry is left out")
+        del changed["quantization_config"]
+    if changed != config:
+        found[CONFIG_NAME] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+    return found

@@ -1,0 +1,100 @@
+"""Numbers and switches that a rule file speaks of by the keys of Hugging Face's config.json.
+
+What the caller gives comes before config.json, and that before the file's own defaults. Where a number is wanted, a sum
+of products of keys will do: `"num_attention_heads * head_dim + 8"`. A default may be such a text, too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from math import prod
+from typing import Any, NamedTuple, Optional
+
+from ms_ckpt_ext.core.parsing import from_json
+from ms_ckpt_ext.errors import FormatError, UsageError, storage_error
+
+CONFIG_NAME = "config.json"
+
+
+class Config(NamedTuple):
+    """What a config.json says, and where it is; "" when there is none."""
+
+    values: Mapping[str, Any]
+    path: str
+
+
+def read_config(path: Optional[str], needed: bool = False) -> Config:
+    """The config.json of a path: the file itself, or one in the folder; without a path, or without one there, nothing.
+
+    Raises:
+        UsageError: there is none, and it is `needed`.
+        FormatError: it is not JSON, or no object.
+        StorageError: it cannot be read.
+    """
+    if path is not None and not path.endswith(".json"):
+        path = os.path.join(path, CONFIG_NAME)
+        if not os.path.isfile(path) and needed:
+            raise UsageError(f"there is no {path!r}: give Hugging Face's config.json, or a folder that has one")
+        path = path if os.path.isfile(path) else None
+    if path is None:
+        return Config({}, "")
+    try:
+        with open(path, "rb") as file:
+            values = from_json(file.read())
+    except OSError as error:
+        raise storage_error("read the configuration", path, error) from error
+    except ValueError as error:
+        raise FormatError(f"the configuration {path!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise FormatError(f"the configuration {path!r} is no JSON object, but {type(values).__name__}")
+    return Config(values, path)
+
+
+class Sizes:
+    """What the keys in a rule file stand for.
+
+    Attributes:
+        config: where most of them come from.
+    """
+
+    def __init__(self, given: Mapping[str, Any], config: Config, defaults: Mapping[str, Any]) -> None:
+        self._given, self.config, self._defaults = given, config, defaults
+
+    def value(self, key: str) -> Any:
+        """What a key stands for. Raises UsageError when nothing says so."""
+        if key in self._given:
+            return self._given[key]
+        found = self.config.values.get(key)
+        if found is not None:
+            return found
+        if key not in self._defaults:
+            where = f"{self.config.path!r} does not have" if self.config.path else "no config.json was found to have"
+            raise UsageError(
+                f"{key!r}, which {where}: name the folder or file of Hugging Face's config.json, or give the number"
+            )
+        default = self._defaults[key]
+        if not isinstance(default, str):
+            return default
+        others = {name: other for name, other in self._defaults.items() if name != key}
+        return Sizes(self._given, self.config, others).number(default)
+
+    def number(self, text: Any) -> int:
+        """An int, or a sum of products of ints and keys. Raises UsageError for anything else."""
+        if isinstance(text, bool) or not isinstance(text, (int, str)):
+            raise UsageError(f"{text!r:.60}, which is no whole number and no key of config.json")
+        if isinstance(text, int):
+            return text
+        return sum(prod(self._factor(factor.strip()) for factor in term.split("*")) for term in text.split("+"))
+
+    def _factor(self, text: str) -> int:
+        if text.isdecimal():
+            return int(text)
+        if not text.isidentifier():
+            raise UsageError(
+                f"{text!r}, which is no key of config.json: a sum of products of keys and numbers is meant"
+            )
+        found = self.value(text)
+        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+            raise UsageError(f"{text!r}, which is {found!r:.60} where a whole number is needed")
+        return found

@@ -1,0 +1,145 @@
+"""Which parameters of a training go out: its weights, and nothing that is not one.
+
+A parameter that a rule names is a weight. Optimizer states are told by their prefix, training scalars by having one
+value, and a rule file lists what else a family's training holds. Whatever remains is in question, and refused: what is
+missing from an exported model is seen by nobody until it answers nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Callable, NamedTuple, TypeVar
+
+from ms_ckpt_ext.core.geometry.groups import STATES, group_of
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.planning.apply_rules import sources_among
+from ms_ckpt_ext.core.planning.io_units import Limits, cut
+from ms_ckpt_ext.core.planning.name_patterns import Pattern
+from ms_ckpt_ext.core.planning.rule import Rule
+from ms_ckpt_ext.engine.huggingface.rule_file import Family
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.renaming import some
+from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
+
+_Held = TypeVar("_Held")
+
+
+class Outgoing(NamedTuple):
+    """Names of a training: weights go out, `left` do not, and about `open` nobody says."""
+
+    weights: tuple[str, ...]
+    left: tuple[str, ...]
+    open: tuple[str, ...]
+
+
+def sort_names(catalog: Catalog, rules: Sequence[Rule], leaves: Iterable[str]) -> Outgoing:
+    """The names that a checkpoint holds or should hold; `rules` are those for the way out."""
+    names = {*catalog.tensors, *catalog.outside, *catalog.absent}
+    weights = set(sources_among(names, rules))
+    patterns = [Pattern(leaf) for leaf in leaves]
+
+    def is_left(name: str) -> bool:
+        if group_of(name, names) == STATES or any(pattern.match(name) is not None for pattern in patterns):
+            return True
+        return name not in catalog.tensors and name not in catalog.absent and _is_scalar(catalog, name)
+
+    rest = sorted(names - weights)
+    left = [name for name in rest if is_left(name)]
+    return Outgoing(tuple(sorted(weights)), tuple(left), tuple(sorted({*rest} - {*left})))
+
+
+def only(catalog: Catalog, wanted: Callable[[str], bool]) -> Catalog:
+    """The checkpoint without the parameters that are not wanted."""
+
+    def kept(group: Mapping[str, _Held]) -> dict[str, _Held]:
+        return {name: held for name, held in group.items() if wanted(name)}
+
+    return catalog._replace(
+        tensors=kept(catalog.tensors),
+        extras=kept(catalog.extras),
+        unproven=kept(catalog.unproven),
+        own=kept(catalog.own),
+        absent=kept(catalog.absent),
+    )
+
+
+def _is_scalar(catalog: Catalog, name: str) -> bool:
+    """Whether what lies outside the strategy is text, or has one value."""
+    held = catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own[name]
+    dtype, shape = catalog.kind(held)
+    return dtype.name == "STR" or prod(shape) == 1
+
+
+def require_weights(found: Outgoing, catalog: Catalog, family: Family, back: Sequence[Rule]) -> None:
+    """Raise unless every weight has a rule, and every rule of the family its weight.
+
+    Raises:
+        UsageError: no rule names a parameter, or all of them.
+        CoverageError: a parameter of the model is not there.
+    """
+    if not found.weights:
+        names = {*catalog.tensors, *catalog.outside}
+        there = some(sorted(names))
+        if any(Pattern(rule.target).match(name) is not None for rule in back for name in names):
+            raise UsageError(
+                f"the checkpoint already has the names that the rules lead to ({there}): export takes a training's "
+                "checkpoint, and rules from Hugging Face's names to the training's, as every load does"
+            )
+        raise UsageError(
+            f"no rule names a parameter of the checkpoint, which holds {there}: are the rules its model's?"
+        )
+    if found.open:
+        raise UsageError(
+            f"no rule names {len(found.open)} of the checkpoint's parameters: {some(found.open)}. {_hint(family)}"
+        )
+    missing = family.missing(set(found.weights))
+    if missing:
+        raise CoverageError(
+            f"the model has {len(missing)} parameters that the checkpoint does not hold: {some(missing)}. Check that "
+            f"the checkpoint is whole, and that config.json is that of its model. {_hint(family)}"
+        )
+
+
+def _hint(family: Family) -> str:
+    leave = "What is no weight is left out by exclude"
+    if not family.origin:
+        return f"Add a rule for each. {leave}"
+    switches = ", ".join(family.switches)
+    return f"The rule file {family.origin!r} has switches for other arrangements ({switches}), set by sizes. {leave}"
+
+
+def without_ties(catalog: Catalog, family: Family) -> Catalog:
+    """The tensors that go out, of tied ones the first only.
+
+    Raises LayoutMismatchError when tied ones differ, and FormatError or StorageError when they cannot be read.
+    """
+    tied = {name: first for name, first in family.tied.items() if {name, first} <= catalog.tensors.keys()}
+    for name, first in tied.items():
+        if not _alike(catalog, name, first):
+            raise LayoutMismatchError(
+                f"config.json says tie_word_embeddings, but {name!r} and {first!r} differ in the checkpoint, so one of "
+                "them would be lost: say tie_word_embeddings=False in sizes and in config.json, or leave one out"
+            )
+    return catalog._replace(tensors={name: held for name, held in catalog.tensors.items() if name not in tied})
+
+
+def _alike(catalog: Catalog, one: str, other: str) -> bool:
+    """Whether two tensors have the same bytes, compared tile by tile."""
+    from ms_ckpt_ext.engine.copying.worker import Assembler
+
+    first, second = catalog.tensors[one], catalog.tensors[other]
+    if first.meta[1:] != second.meta[1:]:
+        return False
+    dtype, tile = first.meta.dtype, Limits().tile
+    with catalog.readers() as readers:
+        assembler = Assembler(readers, catalog.stored, Limits())
+        for box in cut(Region.whole(first.meta.shape), 0, dtype, tile):
+            import numpy as np
+
+            pair = [np.empty(dtype.nbytes(box.size), np.uint8) for _ in range(2)]
+            for tensor, into in zip((first, second), pair):
+                assembler.read(tensor, box, into)
+            if pair[0].tobytes() != pair[1].tobytes():
+                return False
+    return True
