@@ -92,6 +92,8 @@ def resume(
     bucket_bytes: Optional[int] = None,
     prefetch: int = 1,
     verify: str = "none",
+    trace: Optional[PathLike] = None,
+    hardware: PathLike = "",
     max_process_num: int = 64,
     timeout: float = 600.0,
     allow_equal_slices: bool = False,
@@ -124,8 +126,9 @@ def resume(
         dec_key, dec_mode: of encrypted files, as in `load_distributed_checkpoint`.
         check: "headers": all files are there and long enough. "digests": also every tensor is as it was saved, where
             digests were recorded; reads the checkpoint once more.
-        mode, bucket_bytes, prefetch, verify, timeout: see `ms_ckpt_ext.engine.load.options.LoadOptions`; the default of
-            `mode` is MS_CKPT_EXT_MODE, else "auto".
+        mode, bucket_bytes, prefetch, verify, trace, hardware, timeout: see
+            `ms_ckpt_ext.engine.load.options.LoadOptions`; the default of `mode` is MS_CKPT_EXT_MODE, else "auto"; of
+            `hardware` MS_CKPT_EXT_HARDWARE, else what fits the NPU.
         max_process_num, allow_equal_slices: as in `load_distributed_checkpoint`.
 
     Raises:
@@ -149,7 +152,15 @@ def resume(
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     naming = checked_naming(choice_func, name_map)
-    options = LoadOptions(mode_of(mode), bucket_bytes, prefetch, verify=verify, timeout=timeout)
+    options = LoadOptions(
+        mode_of(mode),
+        bucket_bytes,
+        prefetch,
+        verify=verify,
+        trace="" if trace is None else path_of(trace, "trace"),
+        timeout=timeout,
+        hardware=hardware,
+    )
     access, weight_rules = access_of(dec_key, dec_mode), checked_rules(rules)
     ready = _ready(network, optimizer, predict_strategy, train_strategy_filename, timeout)
     named = prefix or os.environ.get(PREFIX_VARIABLE) or None

@@ -76,6 +76,13 @@ def kept_on_host(parameters: Sequence[Any]) -> frozenset[int]:
     )
 
 
+def bytes_to_come(parameters: Sequence[Any]) -> int:
+    """Bytes that Parameters will take of the device when they are filled, beside what they have there."""
+    kept = kept_on_host(parameters)
+    lacking = (p for p in parameters if id(p) not in kept and (_on_host(p) or _is_meta(p)))
+    return sum(math.prod(parameter.shape) * int(parameter.itemsize) for parameter in lacking)
+
+
 def _on_host(parameter: Any) -> bool:
     return str(getattr(parameter, "device", "CPU")) == "CPU"
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Matches
-from ms_ckpt_ext.bridge.memory import ParameterSink, kept_on_host
+from ms_ckpt_ext.bridge.memory import ParameterSink, bytes_to_come, kept_on_host
 from ms_ckpt_ext.bridge.request import Filled, LoadRequest, half_done, tell_loaded
 from ms_ckpt_ext.bridge.settle import boxes, matched, open_names
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -202,10 +202,12 @@ def _prepared(
         "choice_func": repr([(*catalog.tensors,), (*catalog.extras,)]),  # a function is told by what it left
     }
     traits = transport.traits
-    hardware = profiles.chosen(request.options.hardware, traits.product, traits.on_device).hardware
+    asked = request.options.hardware
+    hardware = on_all(transport, lambda: profiles.chosen(asked, traits.product, traits.on_device).hardware)
     facts["hardware"] = repr(hardware)
     wants = {match.name: Want(match.offer.tensor.meta.name, match.offer.layout) for match in found.matches}
-    return session.prepare(transport, seen, catalog, wants, request.options, hardware, facts)
+    to_come = bytes_to_come([match.parameter for match in found.matches])
+    return session.prepare(transport, seen, catalog, wants, request.options, hardware, facts, to_come)
 
 
 def _prove(rank: int, request: LoadRequest, ready: Prepared, matches: Sequence[Match]) -> None:

@@ -3,7 +3,7 @@
     python -m ms_ckpt_ext.cli.launch {resume,infer,merge} [--config FILE] [--dry-run] [options]
 
 On several hosts the same command runs on each of them, with `--host-rank`. `resume` and `infer` start MindSpore's
-msrun; the script that it runs finds checkpoint_dir, train_strategy, prefix and mode in its environment, where
+msrun; the script that it runs finds checkpoint_dir, train_strategy, prefix, mode and hardware in its environment, where
 `ms_ckpt_ext.resume()` and `load_for_inference()` look. `merge` needs no MindSpore: each host writes its share.
 """
 
@@ -33,6 +33,7 @@ _VARIABLES = {
     "train_strategy": "MS_CKPT_EXT_TRAIN_STRATEGY",
     "prefix": "MS_CKPT_EXT_PREFIX",
     "mode": "MS_CKPT_EXT_MODE",
+    "hardware": "MS_CKPT_EXT_HARDWARE",
 }
 _TAIL = 15
 

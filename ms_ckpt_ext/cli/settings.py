@@ -59,6 +59,13 @@ SETTINGS = (
     Setting("load", "train_strategy", str, "", "layouts of the job that saved; default: recorded or found with them"),
     Setting("load", "prefix", str, "", "of the saves that count, where several savers share the directory"),
     Setting("load", "mode", ("auto", "direct", "cooperative"), "auto", "who reads: see docs/training-resume.md"),
+    Setting(
+        "load",
+        "hardware",
+        str,
+        "",
+        "profile of the machine: a name from configs/hardware, or a file; default: by the NPU",
+    ),
     Setting("merge", "source", str, None, "the sharded checkpoint: holds rank_0, rank_1, …", MERGE),
     Setting("merge", "strategy", str, "", "layouts of the job that saved: a file, or a directory of stages", MERGE),
     Setting("merge", "target", str, None, "gets the merged checkpoint, whole or not at all", MERGE),

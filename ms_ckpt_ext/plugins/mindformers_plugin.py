@@ -13,7 +13,7 @@ because MindFormers makes its callbacks before it loads a checkpoint; during tra
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Optional
 
 from mindspore.train.callback import Callback
 
@@ -28,13 +28,20 @@ class Resharding(Callback):
     Args:
         mode: "direct", "cooperative" or "auto", as in `ms_ckpt_ext.load_distributed_checkpoint`.
         verify: "none" or "replicas".
-        bucket_bytes: staging memory of a rank for one round of a cooperative load.
+        bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits.
         workers: reading threads of a rank.
+        hardware: profile of the machine, by name or path of a file; "" for the one that fits.
     """
 
     def __init__(
-        self, mode: str = "auto", verify: str = "none", bucket_bytes: int = 64 << 20, workers: int = 4, **_: Any
+        self,
+        mode: str = "auto",
+        verify: str = "none",
+        bucket_bytes: Optional[int] = None,
+        workers: int = 4,
+        hardware: str = "",
+        **_: Any,
     ) -> None:
         super().__init__()
         install()
-        seam.install(Options(mode, verify, bucket_bytes, workers))
+        seam.install(Options(mode, verify, bucket_bytes, workers, hardware))

@@ -94,8 +94,8 @@ class Hccl:
         return self._control.share(payload)
 
     def free_bytes(self) -> int:
-        """MindSpore does not tell it."""
-        return 0
+        """What MindSpore's pool may still take of the device, and what it holds idle; 0 where that is not told."""
+        return _free_bytes()
 
     def start_all_gather(
         self, send: mindspore.Tensor, nbytes: int, recv: mindspore.Tensor, group: Ranks = ()
@@ -281,6 +281,20 @@ def _soc_version() -> str:
     from mindspore._c_expression import MSContext
 
     return str(MSContext.get_instance().get_ascend_soc_version()).lower()
+
+
+def _free_bytes() -> int:
+    try:
+        device = mindspore.hal.get_device_properties(0, "Ascend")
+        pool = mindspore.runtime.memory_stats()
+        taken = int(device.total_memory) - int(device.free_memory)
+        allocated, more = int(pool["total_allocated_memory"]), int(pool["total_eager_free_memory"])
+        idle = max(int(pool["total_reserved_memory"]) - allocated, 0)
+    except (AttributeError, KeyError, RuntimeError):  # another version tells it otherwise
+        return 0
+    if more:
+        return idle + min(more, int(device.free_memory))
+    return max(idle, taken - allocated)  # a pool that takes its memory at the start, as on 310P and 910A
 
 
 def _buffer_mb() -> int:

@@ -47,10 +47,11 @@ def test_the_command_of_two_hosts() -> None:
         "msrun", "--worker_num=8", "--local_worker_num=4", "--master_addr=10.0.0.1", "--master_port=8118",
         "--node_rank=1", "--log_dir=log", "--cluster_time_out=600", "--join=True", "t.py", "--a", "b c",
     ]  # fmt: skip
-    assert launch.variables({**values, "train_strategy": "s"}, {"GLOG_v": "3"}) == {
+    assert launch.variables({**values, "train_strategy": "s", "hardware": "h.json"}, {"GLOG_v": "3"}) == {
         "MS_CKPT_EXT_CHECKPOINT_DIR": "c",
         "MS_CKPT_EXT_TRAIN_STRATEGY": "s",
         "MS_CKPT_EXT_MODE": "auto",
+        "MS_CKPT_EXT_HARDWARE": "h.json",
         "GLOG_v": "3",
     }
 

@@ -68,7 +68,7 @@ def load_distributed_checkpoint(
     rules: Sequence[Rule] = (),
     choice_func: Optional[Choice] = None,
     allow_equal_slices: bool = False,
-    hardware: str = "",
+    hardware: PathLike = "",
 ) -> Any:
     """Load a checkpoint into a network under another strategy, or cut it anew into files.
 

@@ -80,6 +80,7 @@ class _Redirected(ModuleType):
             named.update(_read_note(note))
             options = self._options
             named.update(mode=options.way, verify=options.verify, bucket_bytes=options.bucket_bytes)
+            named.update(hardware=options.hardware)
             log.info("loading %s straight from the rank folders", named["unified_safetensors_dir"])
         return ms.load_distributed_checkpoint(*args, **named)
 

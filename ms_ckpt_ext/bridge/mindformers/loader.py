@@ -180,7 +180,13 @@ def _fill(
 ) -> list[str]:
     """Fill the Parameters; returns the names of those that got nothing."""
     mode = "cooperative" if balanced and options.way == "auto" else options.way
-    settings = LoadOptions(mode=mode, bucket_bytes=options.bucket_bytes, threads=options.workers, verify=options.verify)
+    settings = LoadOptions(
+        mode=mode,
+        bucket_bytes=options.bucket_bytes,
+        threads=options.workers,
+        verify=options.verify,
+        hardware=options.hardware,
+    )
     alone = world.world_size() == 1 or (mode == "direct" and options.verify == "none")
     try:
         listing, wanted = list_checkpoint(directory, None), target()

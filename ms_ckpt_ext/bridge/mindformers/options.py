@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 
 class Options(NamedTuple):
@@ -11,8 +11,9 @@ class Options(NamedTuple):
 
     mode: str = "auto"
     verify: str = "none"
-    bucket_bytes: int = 64 << 20
+    bucket_bytes: Optional[int] = None
     workers: int = 4
+    hardware: str = ""
 
     @property
     def way(self) -> str:

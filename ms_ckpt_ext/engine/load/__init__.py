@@ -5,6 +5,7 @@ hosts          which ranks see the same files
 survey         who sees which file, and what is in it
 taking         what one rank can take of it
 wants          what all ranks want, known to all
+bucket         how large a round may be
 session        agree, plan, choose the mode, exchange
 run_exchange   the rounds of one rank: read, exchange, place
 slabs          chunks on their way from files to where they are cut

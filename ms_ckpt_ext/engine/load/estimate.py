@@ -27,15 +27,15 @@ from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Stra
 from ms_ckpt_ext.core.planning.io_units import Direct, Extent, Landing, Limits, Stored, Target, Task, Unit
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.engine.load.bucket import bucket_for, left_by, limits_for
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.session import bucket_for, choose_way, limits_for
+from ms_ckpt_ext.engine.load.session import choose_way
 from ms_ckpt_ext.engine.load.taking import Taking, all_side_by_side
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, Depth, compared
 from ms_ckpt_ext.engine.unlisted.proven import refuse_own
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
-from ms_ckpt_ext.transport.base import HOST_TRAITS, TransportTraits
 
 Stages = tuple[tuple[int, Layout], ...]
 _UNITS = 6000
@@ -208,7 +208,8 @@ def dry_run(
     """
     world = target.world if target else 1
     demands = demands_under(source, target)
-    limits = limits_for(demands, world, _bucket(demands, world, options, hardware))
+    call, left = (int(hardware.call), left_by(demands, world, hardware)) if hardware else (0, 0)
+    limits = limits_for(demands, world, bucket_for(options.bucket_bytes, call, left))
     if hardware is None:
         table = decide(demands, world, source.located, limits, ways=ways or ALL_RANKS)
     else:
@@ -222,19 +223,6 @@ def ways_of(world: int, hardware: Hardware) -> Ways:
     size = hardware.ranks_per_host
     servers = tuple(rank // size for rank in range(world)) if world > size else ()
     return Ways(groups=hardware.memory > 0, servers=servers)
-
-
-def _bucket(demands: Sequence[Demand], world: int, options: LoadOptions, hardware: Optional[Hardware]) -> int:
-    """What a load would take: of the device's memory what the Parameters leave."""
-    if hardware is None or not hardware.memory:
-        return bucket_for(options, HOST_TRAITS, 0)
-    wanted = np.zeros(world, np.int64)
-    for demand in demands:
-        for grid in demand.grids:
-            nbytes = demand.tensor.meta.dtype.nbytes(_size(demand.tensor.meta.shape, grid.parts))
-            wanted[[rank for ranks in grid.ranks.values() for rank in ranks]] += nbytes
-    free = max(int(hardware.memory) - int(wanted.max(initial=0)), 1)
-    return bucket_for(options, TransportTraits(on_device=True, call_bytes=int(hardware.call)), free)
 
 
 def _direct_reads(demands: Sequence[Demand], wanted: Ints, located: Located) -> DirectReads:

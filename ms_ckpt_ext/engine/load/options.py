@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.core.parsing import integer
@@ -24,8 +25,8 @@ class LoadOptions:
     Attributes:
         mode: "direct": every rank reads its own bytes, and nobody communicates. "cooperative": every byte is read by
             one rank and exchanged, over HCCL or, on the CPU, MCCL. "auto": the cheaper of the two by the cost model.
-        bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits: of a device's
-            free memory an eighth at most; 64 MiB where that is not known (MindSpore 2.10 does not tell it).
+        bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits: on a
+            device three times HCCL_BUFFSIZE, an eighth of what the Parameters leave at most; else 64 MiB.
         prefetch: rounds that are read ahead.
         threads: reading threads of a rank.
         verify: "none"; "replicas": compare digests, made during the load, of the same region on several ranks; "full":
@@ -39,6 +40,8 @@ class LoadOptions:
 
     Raises:
         UsageError: at birth, when one of them is none that there is, or too small.
+        ArgumentTypeError: `timeout` is no number, or `hardware` neither a name nor a path.
+        StorageError: the profile cannot be read.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class LoadOptions:
         trace: str = "",
         timeout: float = 600.0,
         host: str = "",
-        hardware: str = "",
+        hardware: Union[str, os.PathLike[str]] = "",
     ) -> None:
         for name, value, allowed in (("mode", mode, _MODES), ("verify", verify, VERIFY)):
             if value not in allowed:
@@ -62,7 +65,7 @@ class LoadOptions:
             )
         if not timeout > 0:
             raise UsageError(f"timeout must be above 0 seconds, got {timeout}")
-        self.mode, self.verify, self.trace, self.host, self.hardware = mode, verify, trace, host, hardware
+        self.mode, self.verify, self.trace, self.host, self.hardware = mode, verify, trace, host, _hardware(hardware)
         self.bucket_bytes = None if bucket_bytes is None else integer(bucket_bytes, "bucket_bytes", 4096)
         self.prefetch = integer(prefetch, "prefetch", 0)
         self.threads, self.timeout = integer(threads, "threads", 1), float(min(timeout, 1e300))
@@ -73,6 +76,17 @@ class LoadOptions:
             "verify": self.verify,
             "trace": str(bool(self.trace)),
         }
+
+
+def _hardware(named: Union[str, os.PathLike[str]]) -> str:
+    """The name or path of a profile that exists."""
+    if not isinstance(named, (str, os.PathLike)):
+        raise ArgumentTypeError(f"hardware must be a profile's name or path, got {type(named).__name__} {named!r:.60}")
+    if name := os.fspath(named):
+        from ms_ckpt_ext.engine.load.profiles import profile
+
+        profile(name)
+    return name
 
 
 class LoadReport(NamedTuple):

@@ -6,7 +6,6 @@ The steps are collective: every rank calls them in this order, and an error on o
 from __future__ import annotations
 
 import json
-import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, 
 from ms_ckpt_ext.core.exchange.tiers import shares_a_server
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
 from ms_ckpt_ext.core.planning.pieces import locate
+from ms_ckpt_ext.engine.load.bucket import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants
@@ -38,13 +38,8 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.run_exchange import SliceSink
     from ms_ckpt_ext.engine.load.slabs import Mover
 
-_SHARE_OF_LOAD = 24
-"""A chunk is at most this fraction of a rank's fair share of the reading: readers can be balanced within 5 %."""
-
 _AS_GOOD_AS = 1.02
 """Where reading takes longest both ways take as long; what crosses less then leaves the network to others."""
-_LEAST_BUCKET = 4 << 20
-"""Bytes; below, reads are short."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,12 @@ def prepare(
     options: LoadOptions,
     hardware: cost.Hardware,
     more_facts: Mapping[str, str],
+    to_come: int = 0,
 ) -> Prepared:
     """Agree on the inputs, learn what all ranks want, plan, and choose the mode.
+
+    Args:
+        to_come: bytes that this rank's Parameters will still take of its device.
 
     Raises:
         DisagreementError: ranks were started with different inputs.
@@ -76,7 +75,8 @@ def prepare(
     agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
     demands = demands_of(catalog, share_wants(transport, wants))
     sees = seen.by_number
-    limits = limits_for(demands, transport.size, bucket_for(options, transport.traits, least_free(transport)))
+    left = left_on_all(transport, to_come, demands, hardware)
+    limits = limits_for(demands, transport.size, bucket_for(options.bucket_bytes, transport.traits.call_bytes, left))
     ways = Ways(groups=transport.traits.groups, servers=servers_of(seen.host_of))
     try:
         table = choose_way(demands, transport.size, catalog.stored, limits, sees, ways, hardware)
@@ -109,30 +109,6 @@ def _unseen(demands: Sequence[Demand], sees: Sees) -> str:
                 if lacking is not None:
                     return f"rank {lacking} does not see all files that hold its slice of {demand.name!r}"
     return ""
-
-
-def limits_for(demands: Sequence[Demand], world: int, bucket: int) -> ExchangeLimits:
-    """Chunks of several MiB, smaller where the checkpoint is, so that every reader has several."""
-    total = sum(d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands)
-    chunk = min(ExchangeLimits().chunk, max(1024, total // (world * _SHARE_OF_LOAD)))
-    return ExchangeLimits(bucket, chunk)
-
-
-def bucket_for(options: LoadOptions, traits: TransportTraits, free: int) -> int:
-    """The bucket that was asked for, or one that fits: `free` is what the rank with the least has, 0 if unknown.
-
-    On a device a round costs a status, and a call is slow beyond HCCL_BUFFSIZE: so a round reads, sends and receives
-    about that much each, as long as two rounds under way take no more than a quarter of what is free.
-    """
-    if options.bucket_bytes is not None:
-        return options.bucket_bytes
-    wanted = max(3 * traits.call_bytes, ExchangeLimits().bucket)
-    return max(_LEAST_BUCKET, min(wanted, free // 8)) if free else ExchangeLimits().bucket
-
-
-def least_free(transport: Transport[Any]) -> int:
-    """Bytes that every rank has free at least; 0 if some do not know."""
-    return min(int(answer) for answer in transport.share(str(transport.free_bytes()).encode()))
 
 
 def servers_of(hosts: Sequence[str]) -> tuple[int, ...]:

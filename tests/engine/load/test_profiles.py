@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import ms_ckpt_ext
+from ms_ckpt_ext.bridge.mindformers.options import Options
+from ms_ckpt_ext.cli import settings
 from ms_ckpt_ext.core.exchange.cost import Hardware, Traffic, cooperates, cooperative_seconds, direct_seconds
 from ms_ckpt_ext.engine.load import profiles
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 SHARED = Hardware(storage=100.0, shared=True, ranks_per_host=2, link=10.0, latency=1.0, host=80.0)
 
@@ -143,3 +149,29 @@ def test_no_such_profile(tmp_path: Path) -> None:
         profiles.profile(str(tmp_path / "x.json"))
     with pytest.raises(UsageError, match="neither one of .*atlas-800t-a2, .* nor the path of a .json file"):
         profiles.profile("atlas-9000")
+
+
+def test_every_load_takes_the_same_hardware() -> None:
+    """One name for it: in calls, in MindFormers' YAML, in the launchers, and in what all ranks load with."""
+    takes = [
+        inspect.signature(taken).parameters
+        for taken in (ms_ckpt_ext.load_distributed_checkpoint, ms_ckpt_ext.resume, LoadOptions, ms_ckpt_ext.plan)
+    ]
+    assert all("hardware" in parameters for parameters in takes)
+    assert Options().hardware == "" and Options().bucket_bytes is None
+    assert "hardware" in {setting.name for setting in settings.known("resume") + settings.known("infer")}
+
+
+@pytest.mark.parametrize(
+    ("hardware", "error", "message"),
+    [
+        ("atlas-9000", UsageError, "no hardware profile 'atlas-9000'"),
+        (Path("nowhere.json"), UsageError, "no hardware profile 'nowhere.json'"),
+        (5, ArgumentTypeError, "hardware must be a profile's name or path, got int 5"),
+        (None, ArgumentTypeError, "hardware must be a profile's name or path, got NoneType None"),
+    ],
+)
+def test_a_load_is_told_at_once(hardware: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LoadOptions(hardware=hardware)
+    assert LoadOptions(hardware=Path("cpu")).hardware == "cpu"

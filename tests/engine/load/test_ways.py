@@ -8,15 +8,16 @@ from typing import Any, Optional
 import pytest
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
-from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.rounds import Shares, shares_of
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.session import bucket_for
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
+from ms_ckpt_ext.engine.load.bucket import bucket_for, left_by, left_on_all
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.base import TransportTraits
-from ms_ckpt_ext.transport.local import LocalTransport
+from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.loads import Load, Loaded, assert_shards, golden_load, wide_source
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -35,8 +36,43 @@ MIB, GIB = 1 << 20, 1 << 30
     ],
 )
 def test_the_bucket_fits_the_machine(asked: Optional[int], call: int, free: int, bucket: int) -> None:
-    traits = TransportTraits(on_device=True, call_bytes=call)
-    assert bucket_for(LoadOptions(bucket_bytes=asked), traits, free) == bucket
+    assert bucket_for(asked, call, free) == bucket
+
+
+@pytest.mark.parametrize(
+    ("free", "to_come", "left"),
+    [
+        ((40, 30, 35), (0, 0, 0), 30 * GIB),
+        ((40, 30, 35), (20, 0, 0), 20 * GIB),  # what is still to be put there comes first
+        ((40, 30, 35), (50, 0, 0), 1),
+        (
+            (40, None, 35),
+            (0, 0, 0),
+            56 * GIB - 6 * MIB,
+        ),  # of 64 GiB an eighth is others', and the Parameters take 6 MiB
+        ((None, None, None), (9, 9, 9), 56 * GIB - 6 * MIB),
+    ],
+)
+def test_what_is_left_of_a_device(free: tuple[Optional[int], ...], to_come: tuple[int, ...], left: int) -> None:
+    grids = (Grid((2, 1), {(0, 0): (0, 1), (1, 0): (2,)}),)
+    demands = [Demand("w", SourceTensor(TensorMeta("w", DTYPES["F32"], (3 << 10, 1 << 10)), "w", ()), grids)]
+    hardware = Hardware(1e9, True, 8, 1e9, 1e-6, memory=64 * GIB)
+
+    def rank(transport: LocalTransport) -> int:
+        transport.traits = TransportTraits(on_device=True)
+        told = free[transport.rank]
+        transport.free_bytes = lambda: 0 if told is None else told * GIB  # type: ignore[method-assign]
+        return left_on_all(transport, to_come[transport.rank] * GIB, demands, hardware)
+
+    assert LocalWorld(3).run(rank) == [left] * 3
+
+
+def test_host_memory_has_no_device_to_be_left() -> None:
+    assert LocalWorld(2).run(lambda transport: left_on_all(transport, 0, [], Hardware(1, True, 1, 1, 1, memory=9))) == [
+        0,
+        0,
+    ]
+    assert left_by([], 2, Hardware(1, True, 1, 1, 1)) == 0
 
 
 @pytest.mark.parametrize(
