@@ -120,9 +120,24 @@ def talk(t: Transport[Any]) -> None:
     assert "no such shard" in message, message
 
 
+def room(t: Transport[Any]) -> None:
+    """What is free of a device is told, and goes down by what is taken; what comes back to the pool is free again."""
+    if not t.traits.on_device:
+        assert t.free_bytes() == 0
+        return
+    before, taken = t.free_bytes(), 512 << 20
+    assert taken < before <= mindspore.hal.get_device_properties(0, "Ascend").total_memory
+    held = t.allocate(taken)
+    mindspore.runtime.synchronize()
+    assert abs(before - t.free_bytes() - taken) < 8 << 20, "but for what the pool takes in one piece"
+    del held
+    assert before - t.free_bytes() < taken // 2
+
+
 def everything(t: Transport[Any]) -> None:
     """Every method of a transport, with every kind of count."""
     talk(t)
+    room(t)
     for count in (1000, LARGE, 257, 0):
         gather(t, count)
     broadcast(t, 1000, t.size - 1)
