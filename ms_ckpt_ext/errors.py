@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
 Kind = TypeVar("Kind", bound="CheckpointError")
@@ -209,3 +209,14 @@ def name_ranks(ranks: Sequence[int], limit: int = 16) -> str:
     """
     shown = ", ".join(map(str, ranks[:limit])) + (f" and {len(ranks) - limit} more" if len(ranks) > limit else "")
     return f"rank{'s' if len(ranks) != 1 else ''} {shown}"
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """Names for a message, cut short when there are many.
+
+    >>> some("abcdefg")
+    "'a', 'b', 'c', 'd', 'e' and 2 more"
+    """
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(map(repr, listed[:limit])) + more

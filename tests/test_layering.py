@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "api": ["bridge", "engine", "formats", "storage", "transport", "core", "errors", "log"],
     "bridge": ["engine", "formats", "storage", "transport", "core", "errors", "log"],
     "engine": ["formats", "storage", "transport", "core", "errors", "log"],
-    "formats": ["storage.reader", "storage.linux", "storage.atomic", "storage.threads", "core", "errors", "log"],
+    "formats": ["storage.reader", "storage.linux", "storage.threads", "core", "errors", "log"],
     "storage": ["core", "errors", "log"],
     "transport": ["core", "errors"],
     "core": ["errors"],

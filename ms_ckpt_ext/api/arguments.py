@@ -16,7 +16,6 @@ from ms_ckpt_ext.core.geometry.strategy import (
 )
 from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.io_units import Limits
-from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM
 from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.engine.files.encrypted_sink import Seal
     from ms_ckpt_ext.engine.files.job import Job, Report
+    from ms_ckpt_ext.engine.source.renaming import Choice, Naming
     from ms_ckpt_ext.formats.crypto import Key
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -88,16 +88,20 @@ def checked_choice(choice_func: Any) -> Optional[Choice]:
     return checked
 
 
-def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **more: Any) -> Naming:
-    """`choice_func` and `name_map` (name in the result -> name in the checkpoint) as one value.
+def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **more: Any) -> Optional[Naming]:
+    """`choice_func` and `name_map` (name in the result -> name in the checkpoint) as one value; None for no change.
 
     `more` are the other attributes of `Naming`. Logs sources that the map gives to several names: tied weights mean it.
     """
-    names = checked_name_map(name_map)
+    names, choice = checked_name_map(name_map), checked_choice(choice_func)
+    if choice is None and not names:
+        return None
     twice = sorted(name for name, count in Counter(names.values()).items() if count > 1)
     if twice:
         log.warning("name_map gives several parameters the same source: %s", twice)
-    return Naming(checked_choice(choice_func), names, **more)
+    from ms_ckpt_ext.engine.source.renaming import Naming
+
+    return Naming(choice, names, **more)
 
 
 def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:

@@ -26,7 +26,7 @@ from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.copying.worker import Assembler
 from ms_ckpt_ext.engine.integrity.numerics import to_python
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank
 from ms_ckpt_ext.engine.source.values import TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
 from ms_ckpt_ext.errors import FormatError
@@ -38,7 +38,7 @@ from ms_ckpt_ext.formats.discovery.whole_models import is_map
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, read_indexes
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 
 _MOST_ELEMENTS = 64
 """A scalar's contents are told up to this many elements."""

@@ -30,13 +30,12 @@ from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.files.job import Report, check_apart, refuse_empty
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.renaming import Choice, Naming
-from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.source.renaming import Choice, Naming
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 # (rank, world) as rank tables, msrun, torchrun, Open MPI, MPICH and Intel MPI, and SLURM's srun give them; the first
@@ -133,14 +132,21 @@ def run_merge(
     options: MergeOptions,
     run: Running,
     rules: Sequence[Rule],
-    naming: Naming,
+    naming: Optional[Naming],
     wanted: Filter,
 ) -> Report:
     """A merge of what was read, by arguments that are checked; `wanted` must leave something. Raises as `merge`."""
-    catalog = ruled(catalog, rules)
+    if rules:
+        from ms_ckpt_ext.engine.unlisted.proven import ruled
+
+        catalog = ruled(catalog, rules)
     refuse_empty(catalog)
     wanted.check((*catalog.tensors, *catalog.absent))
-    catalog = naming.of(judged(catalog))
+    if catalog.outside:
+        from ms_ckpt_ext.engine.unlisted.proven import judged
+
+        catalog = judged(catalog)
+    catalog = catalog.called(naming)
     job = merge_job(catalog, target, options)
     check_apart(job, target)
     return execute_with_progress(job, target, run, "merge")
@@ -194,9 +200,10 @@ def reshard(
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy, argument="to_strategy")
     from ms_ckpt_ext.engine.files.reshard import folders_job  # which a merge does without
+    from ms_ckpt_ext.engine.unlisted.proven import ruled
 
     ranks = _ranks(layout, rank)
-    catalog = naming.of(ruled(source.slices(allow_equal_slices), weight_rules))
+    catalog = ruled(source.slices(allow_equal_slices), weight_rules).called(naming)
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
     return execute_with_progress(job, target, run, "reshard")

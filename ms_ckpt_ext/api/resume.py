@@ -23,7 +23,6 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
-from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.discovery.whole_models import instead
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.core.geometry.strategy import Strategy
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.engine.resume.scalars import Value
+    from ms_ckpt_ext.engine.source.renaming import Choice
 
 N = TypeVar("N", int, float)
 DIRECTORY_VARIABLE = "MS_CKPT_EXT_CHECKPOINT_DIR"

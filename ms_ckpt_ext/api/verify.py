@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_choice, checked_name_map, path_of, workers_of
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_name_map, checked_naming, path_of, workers_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.engine.integrity import soundness
 from ms_ckpt_ext.engine.integrity.compare import Comparison, compare
@@ -14,7 +14,7 @@ from ms_ckpt_ext.engine.integrity.folder import ManifestCheck, check_listed, fin
 from ms_ckpt_ext.engine.integrity.pairing import Kept, everything, pair_up
 from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.renaming import Choice, Naming
+from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -75,7 +75,7 @@ def verify(
         StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
     """
     workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, dec_mode)
-    naming, names = Naming(checked_choice(choice_func)), checked_name_map(name_map)
+    naming, names = checked_naming(choice_func, None), checked_name_map(name_map)
     if b is None and (choice_func is not None or names):
         raise UsageError("choice_func and name_map say what of a is called how in b: give b, or leave them out")
     if manifest:
@@ -86,7 +86,7 @@ def verify(
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find_source(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    return _against(naming.of(first.open()), second.open(), names, wanted, workers)
+    return _against(first.open().called(naming), second.open(), names, wanted, workers)
 
 
 def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, workers: int) -> Comparison:

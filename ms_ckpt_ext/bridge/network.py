@@ -45,7 +45,7 @@ from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.load.options import LoadReport
 from ms_ckpt_ext.engine.load.taking import Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.base import Bytes
 

@@ -13,12 +13,12 @@ from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import Listing
-from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.errors import LoadError
 from ms_ckpt_ext.formats.registry import Access
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.source.renaming import Naming
     from ms_ckpt_ext.engine.unlisted.proven import Compare
 
 _SHOWN = 20
@@ -33,7 +33,7 @@ class LoadRequest(NamedTuple):
         rank: this rank.
         manner: how Parameters are matched.
         rules: weight rules that make the network's parameters of what the files hold.
-        naming: how these are called in the network.
+        naming: how these are called in the network; None for as they are.
         allow_equal_slices: slices that are all equal are meant, see `engine.unlisted.whole_slices`.
         options: how all ranks load together.
         workers, limits: threads and buffers of a rank that reads its own bytes.
@@ -44,7 +44,7 @@ class LoadRequest(NamedTuple):
     rank: int
     manner: Manner
     rules: tuple[Rule, ...] = ()
-    naming: Naming = Naming()
+    naming: Optional[Naming] = None
     allow_equal_slices: bool = False
     options: LoadOptions = LoadOptions()
     workers: int = 1
@@ -57,7 +57,7 @@ class LoadRequest(NamedTuple):
             from ms_ckpt_ext.engine.unlisted.proven import ruled
 
             stored = ruled(stored, self.rules, compare or compared)
-        return self.naming.of(stored)
+        return stored.called(self.naming)
 
     def read(self, listing: Listing, strategy: Optional[Strategy], access: Access) -> Catalog:
         """A checkpoint by its names in the network, its headers read by this rank. Raises as `read_slices`."""

@@ -15,7 +15,7 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.engine.load.taking import Taking
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import alike
+from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def fill_newest(request: LoadRequest, wanted: ResumeRequest) -> tuple[Optional[R
         if chosen is None:
             return None, skipped
         if chosen.own:
-            named = request.naming.of(chosen.catalog)
+            named = chosen.catalog.called(request.naming)
             stands = Taking(named, request.target, request.rank, transport.size).stands
             chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, request.rank, stands)})
         filled = fill_from(transport, request, chosen.seen, chosen.catalog)

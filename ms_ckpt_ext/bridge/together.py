@@ -35,7 +35,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.agree import agree, on_all, pack, share_status, unpack
 from ms_ckpt_ext.transport.base import Transport
 from ms_ckpt_ext.transport.select import HOST_VARIABLE, select_transport
@@ -198,7 +198,7 @@ def _prepared(
     facts = {
         "rules": repr(request.rules),
         "target strategy": repr(target and target.devices_per_stage),  # a layout dict is of one stage only
-        "name_map": repr(sorted(request.naming.name_map.items())),
+        "name_map": repr(sorted(request.naming.name_map.items()) if request.naming else []),
         "choice_func": repr([(*catalog.tensors,), (*catalog.extras,)]),  # a function is told by what it left
     }
     traits = transport.traits

@@ -17,9 +17,6 @@ from ms_ckpt_ext.errors import ChecksumError
 from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ByteReader
 
-CRC_NUM = "crc_num"
-"""MindSpore's metadata key of the checksum, a decimal number."""
-
 
 class Integer(NamedTuple):
     """An integer scalar of a file, which MindSpore's checksum of safetensors sums as that many zero bytes.

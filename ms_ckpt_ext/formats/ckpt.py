@@ -29,10 +29,10 @@ from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES, INT4, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, MapParameterError, TruncatedFileError
-from ms_ckpt_ext.formats.checksum import CRC_NUM, StoredChecksum
+from ms_ckpt_ext.formats.checksum import StoredChecksum
 from ms_ckpt_ext.formats.crypto import sniff
 from ms_ckpt_ext.formats.discovery import kinds
-from ms_ckpt_ext.formats.index import BUDGET, MAX_RANK, FileIndex, TensorEntry, countable
+from ms_ckpt_ext.formats.index import BUDGET, CRC_NUM, MAX_RANK, FileIndex, TensorEntry, countable
 from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
 from ms_ckpt_ext.storage.reader import ByteReader
 

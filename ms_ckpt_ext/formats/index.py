@@ -18,6 +18,8 @@ BUDGET = 1 << 30
 """Most bytes that a table of contents may take beyond its file's size: some two million tensors without contents, more
 than the longest header of safetensors can list."""
 
+CRC_NUM = "crc_num"
+"""MindSpore's metadata key of a file's checksum, a decimal number."""
 MAX_RANK = 32
 """Most axes of a tensor: numpy's limit below 2.0, and more than MindSpore allows."""
 

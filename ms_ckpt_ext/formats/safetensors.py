@@ -23,6 +23,7 @@ from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import (
+    CRC_NUM,
     MAX_RANK,
     Checksum,
     FileIndex,
@@ -75,7 +76,7 @@ def read_index(reader: ByteReader, mtime_ns: int = 0) -> FileIndex:
 
 def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
     """The checksum in a file's header; None when there is none."""
-    from ms_ckpt_ext.formats.checksum import CRC_NUM, StoredChecksum
+    from ms_ckpt_ext.formats.checksum import StoredChecksum
 
     stored = index.metadata.get(CRC_NUM)
     if stored is None:
@@ -208,7 +209,6 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
     if len(count) <= len(specs):
         clash = next(name for name in count if count[name] > 1)
         raise UsageError(f"cannot write two tensors named {clash!r} into one safetensors file; rename one")
-    from ms_ckpt_ext.formats.checksum import CRC_NUM
 
     texts = sorted(spec.name for spec in specs if spec.dtype is _TEXT)
     notes = {**metadata, CRC_NUM: NO_CRC} if crc else dict(metadata)

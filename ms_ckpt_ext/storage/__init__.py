@@ -1,13 +1,11 @@
 """Moving bytes to and from files.
 
-reader        ranged reads
-pool          open readers, shared and bounded
+reader        ranged reads, and open readers, shared and bounded
 sink          where bytes land
 digest_sink   the same, digested on the way
 threads       work that ends with its first error
 staging       output that appears whole or not at all; with
               `claims` the right to write files, `publishing` what is begun to be published, and what is
 locks         locks that end with their process, and the hidden folder where files are prepared
-atomic        small files replaced whole
-linux         calls that Python lacks, and scratch memory
+linux         what Python lacks: files replaced whole, calls of Linux, scratch memory
 """

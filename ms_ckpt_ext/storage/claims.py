@@ -26,7 +26,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
-from ms_ckpt_ext.storage.atomic import sync_path
+from ms_ckpt_ext.storage.linux import sync_path
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import places_of
 

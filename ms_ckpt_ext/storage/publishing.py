@@ -27,8 +27,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage.atomic import derived, sync_path, write_atomically
-from ms_ckpt_ext.storage.linux import boot_id
+from ms_ckpt_ext.storage.linux import boot_id, derived, sync_path, write_atomically
 from ms_ckpt_ext.storage.locks import HiddenFolder
 
 RECORD = ".ms_ckpt_ext.json"

@@ -21,8 +21,8 @@ from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
-from ms_ckpt_ext.storage.atomic import derived
 from ms_ckpt_ext.storage.claims import NOTE, PARTIAL, Claim
+from ms_ckpt_ext.storage.linux import derived
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import RECORD, Journal, Ledger, State, state_of
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader

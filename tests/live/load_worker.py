@@ -16,7 +16,7 @@ from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
 from ms_ckpt_ext.errors import CheckpointError
-from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from ms_ckpt_ext.storage.reader import ReadCount, ReaderPool
 from tests.support.checkpoints import Stored, read_file
 
 _DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32, "I64": ms.int64}

@@ -258,7 +258,7 @@ def test_a_read_that_fails_on_the_way_names_what_may_have_changed(
     mode: str, ms: Any, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ms_ckpt_ext.errors import StorageError
-    from ms_ckpt_ext.storage.pool import ReaderPool
+    from ms_ckpt_ext.storage.reader import ReaderPool
 
     def refuse(*_: Any) -> None:
         raise StorageError(5, "the disk is broken")

@@ -33,7 +33,7 @@ from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats.registry import PLAIN, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.checkpoints import cut, read_file, strategy_of

@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.planning.pieces import TensorMeta
 from ms_ckpt_ext.engine.load import estimate, profiles
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.catalog import open_catalog
-from ms_ckpt_ext.engine.source.renaming import Choice, Naming
+from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.errors import ArgumentTypeError, FormatError, UsageError, storage_error
 
 Shapes = Mapping[str, Mapping[str, Any]]
@@ -79,7 +79,7 @@ def plan(
     target = as_strategy(dst_strategy, argument="dst_strategy")
     naming = checked_naming(choice_func, name_map)
     if shapes is not None:
-        if naming != Naming():
+        if naming is not None:
             raise UsageError("choice_func and name_map are for a checkpoint: give shapes by the names that are loaded")
         source = estimate.of_shapes(_metas(shapes), saved)
         origin = (
@@ -89,7 +89,7 @@ def plan(
         )
     else:
         directory, access = path_of(src, "src"), any_mode(dec_key, dec_mode)
-        held = naming.of(open_catalog(directory, saved, file_suffix, access=access, kind=format))
+        held = open_catalog(directory, saved, file_suffix, access=access, kind=format).called(naming)
         source = estimate.of_catalog(held, target)
         origin = directory
     first = machines[0] if hardware is not None and machines else profiles.chosen("", on_device=True)

@@ -9,11 +9,12 @@ from ms_ckpt_ext.api.arguments import PathLike, path_of
 from ms_ckpt_ext.api.mindspore.parameters import load_checkpoint
 from ms_ckpt_ext.api.mindspore.prefixes import Prefix
 from ms_ckpt_ext.api.mindspore.unserved import refuse_what_is_no_file
-from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.formats.crypto import KeyLike
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from ms_ckpt_ext.engine.source.renaming import Choice
 
 
 def load_checkpoint_async(

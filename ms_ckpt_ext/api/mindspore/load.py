@@ -25,12 +25,12 @@ from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
-from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.registry import Access
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.source.renaming import Choice, Naming
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 
@@ -231,7 +231,7 @@ class _Asked(NamedTuple):
     trained: Any
     target: Any
     access: Access
-    naming: Naming
+    naming: Optional[Naming]
     rules: tuple[Rule, ...]
     allow_equal_slices: bool
     run: Running
@@ -301,7 +301,7 @@ def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **ho
     ranks = _ranks_of(rank_id, strategy)
     place.require_named()
     stored = read_slices(place.look(), place.trained, asked.access, asked.allow_equal_slices)
-    catalog = asked.naming.of(ruled(stored, asked.rules))
+    catalog = ruled(stored, asked.rules).called(asked.naming)
     job, target = folders_job(catalog, strategy, ranks, rank_id is not None, target, form, **how)
     execute_with_progress(job, target, asked.run, "reshard")
 

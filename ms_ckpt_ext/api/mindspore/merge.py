@@ -23,12 +23,12 @@ from ms_ckpt_ext.api.source import Filter
 from ms_ckpt_ext.engine.files.job import Report
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
-from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.source.renaming import Choice
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 

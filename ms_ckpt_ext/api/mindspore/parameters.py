@@ -28,8 +28,8 @@ from ms_ckpt_ext.engine.integrity.recorded import audit_alone
 from ms_ckpt_ext.engine.source.catalog import Catalog, file_catalog, files_catalog
 from ms_ckpt_ext.engine.source.lazy import Parameters
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
-from ms_ckpt_ext.engine.source.outside import alike
 from ms_ckpt_ext.engine.source.renaming import Choice
+from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.crypto import KeyLike
@@ -100,7 +100,8 @@ def load(
     catalog = _catalog(source, strategy, access, format, file_suffix, allow_equal_slices)
     stored = dict.fromkeys((*catalog.tensors, *catalog.outside))
     wanted = _wanted({**stored, **catalog.absent}, patterns)
-    catalog = naming._replace(aside=frozenset(stored.keys() - wanted)).of(_only(catalog, wanted))
+    naming = naming and naming._replace(aside=frozenset(stored.keys() - wanted))
+    catalog = _only(catalog, wanted).called(naming)
     catalog.require(catalog.absent)
     workers, limits = workers_of(max_process_num), limits_of(buffer_bytes)
     if full:
@@ -195,7 +196,7 @@ def load_checkpoint(
     naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     _require_file(source)
-    with _held(naming.of(file_without_tables(source, access)), full) as held:
+    with _held(file_without_tables(source, access).called(naming), full) as held:
         found = as_parameters(held, sorted(held) if format == "safetensors" else None)  # as MindSpore lists them
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
     if not found:
@@ -246,7 +247,7 @@ def load_segmented_checkpoints(
     naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     catalog = files_catalog(list(map(str, paths)), access)
-    chosen = naming.of(catalog)
+    chosen = catalog.called(naming)
     _refuse_doubles(catalog, {tensor.stored_name for tensor in chosen.tensors.values()}, folder)
     with _held(chosen, full) as held:
         found = as_parameters(held)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Optional, Union
+from typing import TYPE_CHECKING, Optional, Union
 
 from ms_ckpt_ext.api.arguments import checked_naming
-from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.source.renaming import Choice, Naming
 
 Prefix = Union[str, list[str], tuple[str, ...], None]
 
 
 def as_stock(
     specify: Prefix, filters: Prefix, choice_func: Optional[Choice], name_map: Optional[Mapping[str, str]]
-) -> Naming:
+) -> Optional[Naming]:
     """Names as MindSpore's loads choose them: prefixes before `choice_func`, and what is no str counts by its truth.
 
     Raises:

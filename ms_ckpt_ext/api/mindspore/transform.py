@@ -124,7 +124,7 @@ def transform_checkpoints(
         files = {rank - first: path for rank, path in files.items() if 0 <= rank - first < trained.devices_per_stage}
         trained = _only_stage(trained, part)
     suffix = f"_part{part}.{output_format}" if part is not None and kind == "ckpt" else f".{output_format}"
-    catalog = naming.of(_catalog(files, trained, access, allow_equal_slices))
+    catalog = _catalog(files, trained, access, allow_equal_slices).called(naming)
     if part is not None and trained is not None and kind == "ckpt":
         wanted = _only_names(wanted, {*trained.layouts, *catalog.tensors, *catalog.outside})
     if wanted is not None:
@@ -203,7 +203,7 @@ def transform_checkpoint_by_rank(
     catalog = _catalog(files, trained, access, allow_equal_slices)
     if trained is not None and (wanted is None or not same_cut(trained, wanted)):
         catalog = with_files_beside(catalog, files)
-    catalog = naming.of(catalog)
+    catalog = catalog.called(naming)
     folder, name = os.path.split(target)
     folder = folder or os.curdir
     order = of_ranks(catalog, given)

@@ -209,10 +209,10 @@ def _fill(
 _MANNER = Manner(strict=False, exact=True)
 
 
-def _listed(listing: Listing) -> Naming:
+def _listed(listing: Listing) -> Optional[Naming]:
     """Only what a `metadata.json` lists: MindFormers loads nothing else, such as an old learning rate."""
     cuts = None if listing.folder is None else listing.folder.cuts
-    return Naming() if cuts is None else Naming(cuts.__contains__)
+    return None if cuts is None else Naming(cuts.__contains__)
 
 
 def _step(directory: str, given: Optional[int]) -> int:

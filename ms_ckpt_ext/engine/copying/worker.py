@@ -30,8 +30,7 @@ from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
 from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.digest_sink import DigestingSink
 from ms_ckpt_ext.storage.linux import Buffer
-from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink, Sink, kernel_copy
 from ms_ckpt_ext.storage.threads import spread
 

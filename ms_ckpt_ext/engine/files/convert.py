@@ -20,15 +20,13 @@ from ms_ckpt_ext.engine.files.job import Job, ListTensors, Output, Wanted
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
 from ms_ckpt_ext.errors import ChecksumError, FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt, registry
-from ms_ckpt_ext.formats.checksum import CRC_NUM
 from ms_ckpt_ext.formats.ckpt import CRC_OFFSET
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC
 from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
-from ms_ckpt_ext.formats.index import Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
+from ms_ckpt_ext.formats.index import CRC_NUM, Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
-from ms_ckpt_ext.storage.pool import refuse_changed
-from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, refuse_changed
 
 RenameFunction = Callable[[str], Optional[str]]
 _CONTENTS = "the file"

@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.files.job import Job, output_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.proven import merged
+from ms_ckpt_ext.engine.source.sharded import tell_accumulated
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.discovery import rank_folders
@@ -76,7 +76,11 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         LayoutMismatchError: what lies outside the strategy differs by rank.
     """
     catalog.require(catalog.absent)
-    catalog = merged(catalog)
+    if catalog.outside:
+        from ms_ckpt_ext.engine.unlisted.proven import merged
+
+        catalog = merged(catalog)
+    tell_accumulated(catalog.files)
     named = catalog.tensors
     if not named:
         raise UsageError("choice_func dropped every parameter; nothing would be written")

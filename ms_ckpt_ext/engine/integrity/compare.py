@@ -30,7 +30,7 @@ from ms_ckpt_ext.engine.integrity.numerics import SAME, Differences, Number, dif
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, Pair, Pairing
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.storage import linux
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.storage.threads import spread
 from ms_ckpt_ext.transport.base import Bytes
 

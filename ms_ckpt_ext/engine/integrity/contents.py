@@ -72,7 +72,7 @@ _EMPTY = Seen(xxhash.xxh3_128_hexdigest(b""), True)
 
 
 class NumberedFiles(Protocol):
-    """Files by number, such as a `storage.pool.ReaderPool`."""
+    """Files by number, such as a `storage.reader.ReaderPool`."""
 
     def read_into(self, file: int, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset` of a file."""

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks
-from ms_ckpt_ext.storage.atomic import write_atomically
+from ms_ckpt_ext.storage.linux import write_atomically
 from ms_ckpt_ext.storage.publishing import places_of
 
 if TYPE_CHECKING:

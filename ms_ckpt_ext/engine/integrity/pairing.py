@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
 from ms_ckpt_ext.engine.integrity.copies import copies_of, holders_of, regions_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import of_rank
+from ms_ckpt_ext.engine.source.sharded import of_rank
 from ms_ckpt_ext.errors import name_ranks
 
 Own = Mapping[int, SourceTensor]

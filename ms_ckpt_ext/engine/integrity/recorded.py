@@ -30,7 +30,7 @@ from ms_ckpt_ext.errors import CheckpointError, ChecksumError, UsageError
 from ms_ckpt_ext.formats.checksum import StoredChecksum, Sums
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import AUTHENTICATED
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 

@@ -32,10 +32,9 @@ from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import choose_way
 from ms_ckpt_ext.engine.load.taking import Taking, all_side_by_side
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.renaming import some
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, Depth, compared
 from ms_ckpt_ext.engine.unlisted.proven import refuse_own
-from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError
+from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError, UsageError, some
 
 Stages = tuple[tuple[int, Layout], ...]
 _UNITS = 6000

@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, UsageError
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.agree import agree
 from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
 

@@ -26,7 +26,7 @@ from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.storage import linux
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.base import B, Bytes
 
 _SLAB = 4 << 20

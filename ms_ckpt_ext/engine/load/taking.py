@@ -19,9 +19,8 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank, ranks_of, side_by_side
 from ms_ckpt_ext.engine.source.rank_boxes import Box, box_under, is_cut, listed_boxes, nothing_listed, slice_of
-from ms_ckpt_ext.engine.source.renaming import called
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, called, of_rank, ranks_of, side_by_side
 from ms_ckpt_ext.errors import CoverageError
 
 

@@ -117,7 +117,7 @@ def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bo
         StorageError: the record cannot be written.
     """
     from ms_ckpt_ext.formats.strategies.file import save_strategy
-    from ms_ckpt_ext.storage.atomic import write_atomically
+    from ms_ckpt_ext.storage.linux import write_atomically
 
     folder = Path(home.folder, RECORDS_FOLDER, home.name)
     try:
@@ -139,7 +139,7 @@ def _complete(folder: Path, own: Record) -> bool:
     records = _parse(folder / f"rank_{rank}.json" for rank in range(own.world))
     if any((r.world, r.step) != (own.world, own.step) for r in records):
         return False  # notes of an older checkpoint of the same name are still being replaced
-    from ms_ckpt_ext.storage.atomic import write_atomically
+    from ms_ckpt_ext.storage.linux import write_atomically
 
     mine = folder / f".complete_{own.rank}"
     write_atomically(mine, _to_json(records))

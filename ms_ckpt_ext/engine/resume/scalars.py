@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank
 from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 

@@ -3,9 +3,8 @@
 listing     which files it consists of, before any is opened
 surplus     rank folders beyond those that the strategy speaks of
 siblings    files of other ranks beside those that were named one by one
-sharded     the files of ranks, by their strategy
+sharded     the files of ranks: what their strategy lists, and what they hold beside it
 folders     MindFormers' folders, which know their layouts
-outside     what the files hold beside the parameters that the strategy lists
 catalog     which parameters there are, and in which files their slices lie
 rank_boxes  what a rank has of it under a strategy
 renaming    the same under other names: choice_func and name_map

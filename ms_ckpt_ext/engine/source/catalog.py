@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Stra
 from ms_ckpt_ext.core.planning.io_units import Extent, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor, outside_of
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, outside_of, sharded_tensors
 from ms_ckpt_ext.errors import (
     CoverageError,
     DiscoveryError,
@@ -29,11 +29,11 @@ from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_indexes, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED, SHARDING_INFO
-from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import ByteReader
+from ms_ckpt_ext.storage.reader import ByteReader, ReaderPool
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.source.renaming import Naming
     from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 MOST_OPEN = 256
@@ -111,6 +111,10 @@ class Catalog(NamedTuple):
         file = min(files[0] for placement in tensor.placements for files in placement.holders.values())
         return file, self.stored(file, tensor.stored_name)[:1]
 
+    def called(self, naming: Optional[Naming]) -> Catalog:
+        """The checkpoint under other names; None for its own. Raises as `Naming.of`."""
+        return self if naming is None else naming.of(self)
+
     def ruled(self, rules: Sequence[Rule]) -> Catalog:
         """The checkpoint as weight rules present it.
 
@@ -157,8 +161,6 @@ def ranks_catalog(index_of: Mapping[int, FileIndex], strategy: Strategy, access:
         FormatError: a file holds slices of torch's distributed checkpoint.
         others: as `surplus.of_strategy` and `sharded_tensors`.
     """
-    from ms_ckpt_ext.engine.source.sharded import sharded_tensors
-
     if any(rank >= strategy.world for rank in index_of):
         from ms_ckpt_ext.engine.source.surplus import of_strategy
 

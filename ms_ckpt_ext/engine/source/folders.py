@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.core.geometry.layout import Cell, layout_from_json
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
-from ms_ckpt_ext.engine.source.outside import Outside, outside_of
+from ms_ckpt_ext.engine.source.sharded import Outside, outside_of
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 from ms_ckpt_ext.formats.discovery.mindformers import METADATA_NAME, Folder, ParameterCut, file_name
 from ms_ckpt_ext.formats.index import FileIndex

@@ -26,12 +26,12 @@ from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import alike
+from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.engine.source.values import NUMPY, TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.engine.unlisted.proven import refuse_own
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
-from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from ms_ckpt_ext.storage.reader import ReadCount, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 
 _LIMITS = Limits()

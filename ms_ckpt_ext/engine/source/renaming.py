@@ -17,8 +17,8 @@ from typing import Any, Callable, NamedTuple, Optional, TypeVar, Union
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, called
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, some
 
 Choice = Callable[[str], Union[bool, str]]
 _LISTED = 5
@@ -49,8 +49,6 @@ class Naming(NamedTuple):
             ArgumentTypeError: the choice function returned something other than bool or str.
             UsageError: two parameters, or a parameter and a scalar, get the same name; or nothing is left.
         """
-        if self.choice is None and not self.name_map:
-            return catalog
         taken: dict[str, str] = {}
         outside = self.choice if self.scalars else None
         tensors = self._chosen(self.choice, catalog.tensors, taken)
@@ -123,13 +121,6 @@ def _is_numpy_bool(value: Any) -> bool:
     return kind.__module__ == "numpy" and kind.__name__ in ("bool", "bool_")
 
 
-def called(tensor: _Named, name: str) -> _Named:
-    """A parameter under a name; where it is stored stays."""
-    if isinstance(tensor, UnlistedTensor):
-        return tensor._replace(name=name)
-    return tensor if tensor.meta.name == name else tensor._replace(meta=tensor.meta._replace(name=name))
-
-
 def _groups(catalog: Catalog) -> tuple[Mapping[str, Union[SourceTensor, UnlistedTensor]], ...]:
     return catalog.tensors, catalog.extras, catalog.unproven, catalog.own
 
@@ -141,17 +132,6 @@ def _tell_dropped(catalog: Catalog, kept: Iterable[str]) -> None:
     if dropped:
         nbytes = sum(map(catalog.nbytes, dropped.values()))
         log.info("choice_func leaves out %d parameters, %d bytes: %s", len(dropped), nbytes, some(dropped))
-
-
-def some(names: Iterable[str]) -> str:
-    """Names for a message, cut short when there are many.
-
-    >>> some("abcdefg")
-    "'a', 'b', 'c', 'd', 'e' and 2 more"
-    """
-    listed = list(names)
-    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
-    return ", ".join(map(repr, listed[:_LISTED])) + more
 
 
 def warn_unknown(sources: Iterable[str], known: Iterable[str], which: str) -> None:

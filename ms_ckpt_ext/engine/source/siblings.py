@@ -13,7 +13,7 @@ from typing import Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Outside, outside_of
+from ms_ckpt_ext.engine.source.sharded import Outside, outside_of
 from ms_ckpt_ext.engine.unlisted.proven import unseen_ranks
 from ms_ckpt_ext.errors import CheckpointError, name_ranks
 from ms_ckpt_ext.formats.index import FileIndex

@@ -14,12 +14,12 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor, outside_of
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, outside_of
 from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 
 _NAMED = 3
 TEXT = "STR"

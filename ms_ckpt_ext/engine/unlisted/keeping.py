@@ -23,12 +23,11 @@ from ms_ckpt_ext.core.geometry.ranks import same_cut
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import UnlistedTensor, of_rank, ranks_of
 from ms_ckpt_ext.engine.source.rank_boxes import Box, is_cut, slice_of
-from ms_ckpt_ext.engine.source.renaming import some
+from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank, ranks_of, tell_accumulated
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
-from ms_ckpt_ext.engine.unlisted.proven import REMEDY, doubted, refuse_own, tell_accumulated
-from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
+from ms_ckpt_ext.engine.unlisted.proven import REMEDY, doubted, refuse_own
+from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, some
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 
 
@@ -58,7 +57,7 @@ class Keeping:
         self._cut_by = _by_names(catalog)
         self._same = target is not None and self._cut_by is not None and same_cut(self._cut_by, target)
         self.catalog = compared(catalog, self._to_compare(catalog)) if self._same else doubted(compared(catalog))
-        tell_accumulated(catalog)
+        tell_accumulated(catalog.files)
         left_out = set() if states or target is None else self._left_out(alone)
         self._tensors = {n: t for n, t in self._unlisted(self.catalog.tensors) if n not in left_out}
         if not self._same:

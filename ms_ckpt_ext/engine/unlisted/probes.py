@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 from ms_ckpt_ext.core.planning.io_units import ranges
 from ms_ckpt_ext.engine.integrity.contents import Pass, Portion, Seen
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.storage.pool import ReadCount
+from ms_ckpt_ext.storage.reader import ReadCount
 
 
 class Probe(NamedTuple):

@@ -11,12 +11,10 @@ from math import prod
 from typing import TYPE_CHECKING, Callable, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.outside import Group, UnlistedTensor, ranks_of
-from ms_ckpt_ext.engine.source.renaming import some
-from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks
+from ms_ckpt_ext.engine.source.sharded import Group, UnlistedTensor, ranks_of
+from ms_ckpt_ext.errors import LayoutMismatchError, name_ranks, some
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -57,7 +55,6 @@ def merged(catalog: Catalog) -> Catalog:
     """
     found = judged(catalog)
     refuse_own(found, found.own, "it cannot be put together")
-    tell_accumulated(found)
     return found
 
 
@@ -76,19 +73,6 @@ def _compared(catalog: Catalog, names: Iterable[str]) -> Catalog:
     from ms_ckpt_ext.engine.unlisted.alike import compared
 
     return compared(catalog, names)
-
-
-def tell_accumulated(catalog: Catalog) -> None:
-    """Log which accumulated gradients no job takes along: they are zero between steps."""
-    found = {
-        name: entry.nbytes
-        for index in catalog.files
-        for name, entry in index.tensors.items()
-        if name.startswith(ACCUMULATED_GRADIENT_PREFIX)
-    }
-    if found:
-        told = len(found), sum(found.values()), some(sorted(found))
-        log.info("left out: %d accumulated gradients of %d bytes in a rank's file, zero between steps: %s", *told)
 
 
 def doubted(catalog: Catalog) -> Catalog:

@@ -16,7 +16,7 @@ from ms_ckpt_ext.errors import StrategyError, also, storage_error
 from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.strategies import messages as proto
 from ms_ckpt_ext.formats.strategies.messages import IntRows
-from ms_ckpt_ext.storage.atomic import write_atomically
+from ms_ckpt_ext.storage.linux import write_atomically
 
 _FRESH, MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
 

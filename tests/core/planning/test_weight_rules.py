@@ -40,7 +40,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of, open_catalog
 from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.formats.registry import open_reader
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 from tests.support.checkpoints import cut
 from tests.support.loads import Load

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ms_ckpt_ext.api.mindspore.load import load_distributed_checkpoint
 from ms_ckpt_ext.api.mindspore.merge import unified_safetensors
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 
 
 def main() -> None:

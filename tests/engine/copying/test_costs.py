@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.source import catalog
-from ms_ckpt_ext.storage.pool import ReadCount, ReaderPool
+from ms_ckpt_ext.storage.reader import ReadCount, ReaderPool
 from tests.support.checkpoints import cut, read_file, source, strategy_of
 
 ROOT = Path(__file__).resolve().parents[3]

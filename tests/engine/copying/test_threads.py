@@ -19,8 +19,7 @@ from ms_ckpt_ext.core.planning.io_units import Direct, Unit
 from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files import execution
 from ms_ckpt_ext.formats.registry import open_reader, read_index
-from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import PlainReader, Traits
+from ms_ckpt_ext.storage.reader import PlainReader, ReaderPool, Traits
 from ms_ckpt_ext.storage.sink import MemorySink
 from tests.harness.msrun import ROOT
 from tests.support.checkpoints import source, strategy_of, tree

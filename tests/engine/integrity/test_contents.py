@@ -26,8 +26,7 @@ from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.errors import CheckpointError, StorageError
 from ms_ckpt_ext.formats.checksum import Integer, Sums
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.storage.pool import ReaderPool
-from ms_ckpt_ext.storage.reader import PlainReader
+from ms_ckpt_ext.storage.reader import PlainReader, ReaderPool
 from tests.support.checkpoints import source
 
 SIZE = 5000

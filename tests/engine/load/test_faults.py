@@ -17,7 +17,7 @@ from ms_ckpt_ext.errors import (
 )
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from tests.support.loads import Load, golden_load
 
 

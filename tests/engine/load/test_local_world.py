@@ -27,7 +27,7 @@ from ms_ckpt_ext.errors import (
 )
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage.pool import ReaderPool
+from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.local import LocalWorld
 from tests.harness.chosen import long_one
 from tests.support.checkpoints import PAIRS, cut, read_file, strategy_of
