@@ -19,8 +19,7 @@ from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.engine.huggingface.rule_file import Family
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.renaming import some
-from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError, some
 
 _Held = TypeVar("_Held")
 

@@ -5,7 +5,6 @@ manifest       what is on record: a digest of every tensor
 digests        digests of a file that is there
 finding        what is not as it should be in a file
 recorded       files against what is on record of them, by one process or by all ranks
-dealing        work on files, shared among ranks
 folder         a folder against its manifests
 authenticate   encrypted files proved before a Parameter changes
 pairing        what of two checkpoints is compared with what

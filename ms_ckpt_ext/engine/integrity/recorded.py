@@ -1,7 +1,7 @@
 """Stored bytes against the digests on record: by one process, or by all ranks together.
 
 1. Of a slice that several files hold one file is chosen, and a load reads no other: what is read was checked.
-2. What is wanted, and the framing of the files, is dealt out to the ranks that see it (`engine.integrity.dealing`). A
+2. What is wanted, and the framing of the files, is dealt out to the ranks that see it (`engine.load.hosts`). A
    tensor is digested once, by one rank, whole: what is on record is a digest of the whole.
 3. All ranks are told what was found, and go on alike.
 
@@ -21,10 +21,10 @@ from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import Block, Placement, SourceTensor
 from ms_ckpt_ext.engine.integrity.contents import Pass, Portion
-from ms_ckpt_ext.engine.integrity.dealing import Work, deal
 from ms_ckpt_ext.engine.integrity.digests import portions
 from ms_ckpt_ext.engine.integrity.finding import Finding
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Load, load_manifest, recorded_digests
+from ms_ckpt_ext.engine.load.hosts import Work, deal
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, UsageError
 from ms_ckpt_ext.formats.checksum import StoredChecksum, Sums

@@ -1,7 +1,7 @@
 """Ranks to Parameters, together. Read in this order:
 
 options        how a load is to be made
-hosts          which ranks see the same files
+hosts          which ranks see the same files, and which of them does what
 survey         who sees which file, and what is in it
 taking         what one rank can take of it
 wants          what all ranks want, known to all

@@ -23,8 +23,7 @@ import xxhash
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.engine.integrity.dealing import Work, deal
-from ms_ckpt_ext.engine.load.hosts import told_apart
+from ms_ckpt_ext.engine.load.hosts import Work, deal, told_apart
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError

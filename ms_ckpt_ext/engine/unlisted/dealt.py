@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.engine.integrity.contents import Seen
-from ms_ckpt_ext.engine.integrity.dealing import Work, deal
+from ms_ckpt_ext.engine.load.hosts import Work, deal
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.alike import OnRecord, recorded
 from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe

@@ -9,7 +9,7 @@ from typing import Any, Optional
 import pytest
 
 from ms_ckpt_ext.core.exchange.demand import Sees
-from ms_ckpt_ext.engine.integrity.dealing import Work, deal
+from ms_ckpt_ext.engine.load.hosts import Work, deal
 
 LARGE = 1 << 20
 """As much of one file is not put together with more of it."""
