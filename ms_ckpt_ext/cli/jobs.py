@@ -1,4 +1,4 @@
-"""What merge, reshard, convert, encrypt and decrypt have in common: options, the call, and the words for a report."""
+"""What jobs that write checkpoints have in common: options, the call, and the words for a report."""
 
 from __future__ import annotations
 
@@ -45,9 +45,14 @@ def add_rewriting(parser: argparse.ArgumentParser) -> None:
     """Options of every job that reads tensors and writes them anew."""
     add_decryption(parser)
     add_encryption(parser)
-    parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
+    add_crc_check(parser)
     parser.add_argument("--crc", action="store_true", help="write a checksum into every file")
     add_common(parser)
+
+
+def add_crc_check(parser: argparse.ArgumentParser) -> None:
+    """Look at checksums first."""
+    parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
 
 
 def rewriting(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -33,6 +33,7 @@ COMMANDS = (
     "diff_strategy",
     "merge",
     "reshard",
+    "export",
     "convert",
     "encrypt",
     "decrypt",

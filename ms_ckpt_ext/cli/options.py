@@ -44,9 +44,67 @@ def add_filter(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--match", action="append", default=[], metavar="GLOB", help="only parameters that match, e.g. 'layers.0.*'"
     )
+    add_exclude(parser)
+
+
+def add_exclude(parser: ArgumentParser) -> None:
+    """Globs of what is left out."""
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="GLOB", help="no parameters that match, e.g. 'adam_*'"
     )
+
+
+def add_share(parser: ArgumentParser) -> None:
+    """Which share of a job this is."""
+    help_ = "write share I of N, so that several hosts can share the work; auto: as msrun, mpirun or srun numbers them"
+    parser.add_argument("--share", type=share, default=(1, 1), metavar="I/N", help=help_)
+
+
+def add_rules(parser: ArgumentParser, default: str, config: str) -> None:
+    """Weight rules of a family or a file; `default` and `config` say what holds without, and what else is done."""
+    rules = f"a family of models (llama, qwen2, qwen3, qwen3-moe, deepseek-v3), or a rule file (default: {default})"
+    takes_path(parser.add_argument("--rules", metavar="FAMILY", help=rules))
+    folder = f"Hugging Face's config.json, or a folder with one, for numbers of heads and layers; {config}"
+    takes_path(parser.add_argument("--config", metavar="PATH", help=folder))
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        type=setting,
+        help="a key of config.json or a switch of the rule file, e.g. use_interleaved_weight_layout_mlp=false",
+    )
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """A key and its value on the command line.
+
+    >>> setting("num_experts=8"), setting("mla_qkv_concat=false"), setting("q_lora_rank=null")
+    (('num_experts', 8), ('mla_qkv_concat', False), ('q_lora_rank', None))
+    """
+    key, equals, value = text.partition("=")
+    words = {"true": True, "false": False, "null": None}
+    if not key or not equals or not (value in words or value.isdecimal()):
+        raise ArgumentTypeError(f"{text!r} is no KEY=VALUE with a whole number, true, false or null as value")
+    return key, words[value] if value in words else int(value)
+
+
+def sizes(arguments: Namespace) -> dict[str, Any]:
+    """What `--set` gave, of `add_rules`."""
+    return dict(arguments.set)
+
+
+def rules(arguments: Namespace) -> Any:
+    """The rules that `add_rules` asked for, for what comes from Hugging Face. Raises as `load_rules`."""
+    if arguments.rules is None:
+        return ()
+    import os
+
+    from ms_ckpt_ext.api.huggingface.families import load_rules
+
+    beside = os.path.join(arguments.src, "config.json")
+    config = arguments.config or (beside if os.path.isfile(beside) else None)
+    return load_rules(arguments.rules, config, sizes(arguments))
 
 
 def add_equal_slices(parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -29,6 +30,19 @@ with open(sys.argv[1], "r+b") as file:
     file.seek(at)
     file.write(struct.pack("<I", bits ^ 4))
 """
+LAYER = "layers.{layer}."
+RENAMED = {
+    "model.embed_tokens.weight": "tok_embeddings.embedding_weight",
+    "lm_head.weight": "head.weight",
+    f"model.{LAYER}norm.weight": f"{LAYER}norm",
+    f"model.{LAYER}attn.bias": f"{LAYER}wqkv.bias",
+    **{f"model.{LAYER}{part}.weight": f"{LAYER}{part}.weight" for part in ("w1", "w2", "wo", "wqkv")},
+}
+RULES = {
+    "title": "the small model of the golden files",
+    "bounds": {"layer": "layers"},
+    "rules": [{"rule": "Rename", "sources": name, "target": held} for name, held in RENAMED.items()],
+}
 SHELL = re.compile(r"[|>&;]")
 TIMES = re.compile(r"\d+\.\d s \([\d.]+ \w+/s\)")
 
@@ -53,6 +67,7 @@ def folder(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(golden / "formats_dp2_tp4" / "safetensors", tmp_path / "checkpoint")
     shutil.copy(golden / "formats_dp2_tp4" / "strategy.ckpt", tmp_path / "strategy_8p.ckpt")
     shutil.copy(golden / "tp4" / "strategy.ckpt", tmp_path / "strategy_4p.ckpt")
+    (tmp_path / "own_rules.json").write_text(json.dumps(RULES))
     (tmp_path / "change_one_weight.py").write_text(CHANGE)
     monkeypatch.chdir(tmp_path)
     return tmp_path

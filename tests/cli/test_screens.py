@@ -6,6 +6,7 @@ What commands find is compared as data in the other modules. After a change that
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -58,6 +59,9 @@ COMMANDS = {
     "merge-share": (0, "merge shards out --strategy strategy.ckpt --part-size 8K --share 1/2"),
     "merge-dry-run": (0, "merge shards out --strategy strategy.ckpt --dry-run"),
     "reshard": (0, "reshard merged out --to-strategy strategy.ckpt"),
+    "export": (0, "export shards out --rules rules.json --strategy strategy.ckpt"),
+    "export-unnamed": (2, "export shards out --rules few.json --strategy strategy.ckpt"),
+    "reshard-rules": (0, "reshard merged out --rules back.json --set layers=1"),
     "convert": (0, "convert merged out --to ckpt --crc"),
     "encrypt": (0, "encrypt merged out --enc-key-file key"),
     "decrypt": (0, "decrypt sealed out --dec-key-file key"),
@@ -69,6 +73,11 @@ def prepare(here: Path) -> None:
     source(here)
     (here / "golden").symlink_to(GOLDEN)
     (here / "key").write_text("0123456789ABCDEF")
+    renames = [{"rule": "Rename", "sources": f"model.{name}", "target": f"{name}.w"} for name in "abcd"]
+    turned = [{"rule": "Stack", "sources": ["a.w", "b.w"], "target": "{=layers}.ab"}]
+    (here / "back.json").write_text(json.dumps({"rules": turned}))
+    (here / "rules.json").write_text(json.dumps({"rules": renames}))
+    (here / "few.json").write_text(json.dumps({"rules": renames[:3]}))
     unified_safetensors(here / "shards", here / "strategy.ckpt", here / "merged")
     arrays = load_file(here / "merged" / "part0.safetensors")
     shutil.copytree(here / "merged", here / "damaged")

@@ -1,3 +1,3 @@
-"""The commands, one module each: `completion`, `convert`, `decrypt`, `diff_strategy`, `encrypt`, `inspect`,
+"""The commands, one module each: `completion`, `convert`, `decrypt`, `diff_strategy`, `encrypt`, `export`, `inspect`,
 `measure`, `merge`, `plan`, `reshard`, `verify`.
 """

@@ -18,8 +18,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--naming", choices=("mindspore", "huggingface"), default="mindspore", help=naming)
     size = "size of a part to aim for; with Hugging Face's names a limit (default 3G)"
     parser.add_argument("--part-size", type=options.byte_size, default=3 << 30, metavar="SIZE", help=size)
-    share = "write share I of N, so that several hosts can share the work; auto: as msrun, mpirun or srun numbers them"
-    parser.add_argument("--share", type=options.share, default=(1, 1), metavar="I/N", help=share)
+    options.add_share(parser)
+    options.add_rules(parser, "names stay", "by default the one in SRC")
     jobs.add_which(parser)
     jobs.add_rewriting(parser)
 
@@ -34,6 +34,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             strategy=arguments.strategy,
             match=arguments.match,
             exclude=arguments.exclude,
+            rules=options.rules(arguments),
             naming=arguments.naming,
             part_bytes=arguments.part_size,
             share=arguments.share,

@@ -15,6 +15,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     options.add_strategy(parser, "--to-strategy", "of the job that will load it (default: one device)")
     parser.add_argument("--rank", type=int, metavar="N", help="write this rank's folder only")
     options.add_name_map(parser, '{"name in the result": "name in the source"}')
+    options.add_rules(parser, "names stay", "by default the one in SRC")
     options.add_equal_slices(parser)
     jobs.add_which(parser)
     jobs.add_rewriting(parser)
@@ -31,6 +32,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             to_strategy=arguments.to_strategy,
             rank=arguments.rank,
             name_map=options.name_map(arguments),
+            rules=options.rules(arguments),
             allow_equal_slices=arguments.allow_equal_slices,
             **jobs.which(arguments),
             **jobs.rewriting(arguments),
@@ -51,6 +53,10 @@ COMMAND = Command(
             "8 ranks to 4",
         ),
         ("ms-ckpt reshard merged checkpoint_4p --to-strategy strategy_4p.ckpt --to ckpt", "a merged one, as .ckpt"),
+        (
+            "ms-ckpt reshard Qwen3-8B checkpoint --rules qwen3 --to-strategy strategy.ckpt",
+            "a model of the hub for a training by MindFormers",
+        ),
         ("ms-ckpt reshard checkpoint out --strategy a.ckpt --to-strategy b.ckpt --rank 0", "one rank of it"),
     ),
     configure=_configure,

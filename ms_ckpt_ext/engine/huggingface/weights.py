@@ -90,7 +90,8 @@ def require_weights(found: Outgoing, catalog: Catalog, family: Family, back: Seq
         )
     if found.open:
         raise UsageError(
-            f"no rule names {len(found.open)} of the checkpoint's parameters: {some(found.open)}. {_hint(family)}"
+            f"no rule names {len(found.open)} of the checkpoint's parameters: {some(found.open)}. {_hint(family)}; "
+            "what is no weight is left out by exclude"
         )
     missing = family.missing(set(found.weights))
     if missing:
@@ -101,11 +102,11 @@ def require_weights(found: Outgoing, catalog: Catalog, family: Family, back: Seq
 
 
 def _hint(family: Family) -> str:
-    leave = "What is no weight is left out by exclude"
+    """What may be wrong with the rules."""
     if not family.origin:
-        return f"Add a rule for each. {leave}"
-    switches = ", ".join(family.switches)
-    return f"The rule file {family.origin!r} has switches for other arrangements ({switches}), set by sizes. {leave}"
+        return "Add a rule for each"
+    switches = f"has switches for other arrangements ({', '.join(family.switches)}), set by sizes"
+    return f"The rule file {family.origin!r} {switches if family.switches else 'may lack a rule'}"
 
 
 def without_ties(catalog: Catalog, family: Family) -> Catalog:
