@@ -236,7 +236,7 @@ def _read(
             whole(number)
 
     tasks = _tasks([offer for offer, _ in wanted])
-    worker.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, landed)
+    worker.run(schedule(tasks, catalog.stored, limits), readers, sinks, workers, landed, limits)
 
 
 def _tasks(offers: Sequence[Offer]) -> list[Task]:

@@ -82,7 +82,13 @@ def sync_path(path: Path) -> None:
 
 @lru_cache(maxsize=1)
 def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "preadv"):
+        libc.preadv.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
+        libc.preadv.restype = ctypes.c_ssize_t
+    return libc
 
 
 def preallocate(fd: int, size: int) -> None:
@@ -125,20 +131,12 @@ def scatter(fd: int, vector: array[int], offset: int) -> int:
     """
     address, items = vector.buffer_info()
     while True:
-        got: int = _preadv()(fd, address, items // 2, offset)
+        got: int = _libc().preadv(fd, address, items // 2, offset)
         if got >= 0:
             return got
         code = ctypes.get_errno()
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
-
-
-@lru_cache(maxsize=1)
-def _preadv() -> Any:
-    call = _libc().preadv
-    call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64)
-    call.restype = ctypes.c_ssize_t
-    return call
 
 
 def allow_open_files(count: int) -> None:

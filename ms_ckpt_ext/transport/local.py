@@ -28,6 +28,7 @@ from ms_ckpt_ext.transport.base import (
     flat_bytes,
     offsets,
 )
+from ms_ckpt_ext.transport.select import lent
 
 _T = TypeVar("_T")
 
@@ -71,6 +72,8 @@ class LocalWorld:
     def run(self, fn: Callable[[LocalTransport], _T]) -> list[_T]:
         """Run `fn(transport)` on every rank, each in a thread, and return their results in rank order.
 
+        What `fn` calls finds its rank by `select_transport`, too, and may close that as often as it likes.
+
         Raises:
             what the first rank that failed raised; `errors` has the others' too. A world that failed stays failed.
         """
@@ -81,7 +84,9 @@ class LocalWorld:
 
         def work(rank: int) -> None:
             try:
-                results[rank] = fn(self.transport(rank))
+                transport = self.transport(rank)
+                with lent(_Lent(transport)):
+                    results[rank] = fn(transport)
             except BaseException as error:  # noqa: BLE001 - handed to the caller
                 self.errors[rank] = error
                 self.abort(rank, error)
@@ -295,3 +300,13 @@ class LocalTransport:
             if peer != self.rank:
                 self.given[peer] += count
                 self.messages += count > 0
+
+
+class _Lent(LocalTransport):
+    """The same end of the same world, for callers that come and go."""
+
+    def __init__(self, transport: LocalTransport) -> None:
+        self.__dict__ = transport.__dict__
+
+    def close(self) -> None:
+        """The rank stays."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
@@ -24,6 +25,20 @@ _LONGEST = 1e7
 """Seconds, a third of a year: who waits longer waits for ever, and the operating system's clocks have an end."""
 
 
+_LENT = threading.local()
+
+
+@contextlib.contextmanager
+def lent(transport: Transport[Any]) -> Iterator[None]:
+    """Meanwhile this thread is a rank of its own: `select_transport` gives it `transport`."""
+    before = getattr(_LENT, "transport", None)
+    _LENT.transport = transport
+    try:
+        yield
+    finally:
+        _LENT.transport = before
+
+
 def select_transport(
     device_target: Optional[str] = None,
     override: Optional[str] = None,
@@ -33,7 +48,8 @@ def select_transport(
     """The transport between the ranks of this job.
 
     A process whose communication was not initialized, or is alone in its job, is on its own: "local". All ranks must
-    come to the same answer: they call this together, and with the same arguments.
+    come to the same answer: they call this together, and with the same arguments. A thread of a `LocalWorld` is a rank
+    of that, whatever the arguments.
 
     Args:
         device_target: "Ascend" or "CPU"; default: what mindspore is set to.
@@ -46,6 +62,9 @@ def select_transport(
         TransportError: a backend was asked for whose communication is not initialized; or a rank did not come in time.
         PeerError: a rank has gone while the others waited for more.
     """
+    found: Optional[Transport[Any]] = getattr(_LENT, "transport", None)
+    if found is not None:
+        return found
     timeout = min(timeout, _LONGEST)
     name = override or os.environ.get(TRANSPORT_VARIABLE) or _fitting(device_target)
     if name not in _NAMES:

@@ -15,9 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, load_for_inference, resume
-from ms_ckpt_ext.bridge import restore, together
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError
 from ms_ckpt_ext.transport.local import LocalTransport
+from ms_ckpt_ext.transport.select import lent
 from tests.support.mindformers_folder import STATES, WHOLE, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -175,29 +175,23 @@ def test_what_a_killed_first_start_left_does_not_block_a_first_start(left: str, 
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_ranks_meet_once_to_choose_and_to_load(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_meet_once_to_choose_and_to_load(fails: bool, tmp_path: Path) -> None:
     """A rank that fails between the two leaves the meeting, and nobody waits for it at another."""
     iterations(tmp_path, 10)
-    met: list[LocalTransport] = []
     left: list[LocalTransport] = []
 
     class Transport(LocalTransport):
-        def __init__(self) -> None:
-            super().__init__()
-            met.append(self)
-
         def close(self) -> None:
             left.append(self)
 
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise MemoryError
+    class Failing(Network):
+        def parameters_and_names(self, *_: Any, **__: Any) -> Any:
+            raise MemoryError
 
-    monkeypatch.setattr(together, "select_transport", lambda timeout: Transport())
-    if fails:
-        monkeypatch.setattr(restore, "fill_from", refuse)
-    with pytest.raises(MemoryError) if fails else nullcontext():
-        resume(Network(trains=True), checkpoint_dir=tmp_path)
-    assert len(met) == 1 and left == met
+    transport = Transport()
+    with lent(transport), pytest.raises(MemoryError) if fails else nullcontext():
+        resume((Failing if fails else Network)(trains=True), checkpoint_dir=tmp_path)
+    assert left == [transport]
 
 
 def test_what_common_json_and_the_files_tell_differently_is_told(

@@ -14,8 +14,9 @@ from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, 
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import PLAIN, Access, lay_out, open_reader, read_index, read_indexes, reopen
-from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.reader import ByteReader
 from tests.support.damage import time_limit
+from tests.support.machine import watch_reads
 
 SECRET = b"0123456789ABCDEF"
 """The key of the golden files."""
@@ -125,20 +126,13 @@ def test_keys_do_not_show() -> None:
 
 
 def test_a_plain_file_costs_one_short_read_or_none(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    real = PlainReader.read_into
-
-    def counting(self: PlainReader, offset: int, buffer: memoryview) -> None:
-        read.append(len(buffer))
-        real(self, offset, buffer)
-
     index = read_index(golden_file(golden, "ckpt"))
-    monkeypatch.setattr(PlainReader, "read_into", counting)
+    reads = watch_reads(monkeypatch)
     open_reader(index.path).close()
-    assert read == [8]
+    assert [read.nbytes for read in reads] == [8]
     reopen(index, PLAIN).close()
     reopen(index, Access(KEY, optional=True)).close()
-    assert read == [8]
+    assert [read.nbytes for read in reads] == [8]
 
 
 @pytest.mark.parametrize("kind", ["ckpt_crc", "safetensors"])

@@ -17,7 +17,6 @@ from ms_ckpt_ext import errors, transform_checkpoints, unified_safetensors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.engine.integrity.manifest import Manifest
 from ms_ckpt_ext.engine.resume.sightings import look
-from ms_ckpt_ext.storage import sink
 from tests.support.checkpoints import (
     arrays,
     assert_merged,
@@ -27,6 +26,7 @@ from tests.support.checkpoints import (
     source,
     tree,
 )
+from tests.support.machine import c_library, fails
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_disk_full_on_the_way_and_a_rerun(small_disk: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-@pytest.mark.parametrize("call", ["preallocate", "pwrite", "fsync"])
+@pytest.mark.parametrize("call", ["fallocate", "pwrite", "fsync"])
 def test_the_disk_refuses(code: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = source(tmp_path / "src")
 
@@ -76,7 +76,10 @@ def test_the_disk_refuses(code: int, call: str, tmp_path: Path, monkeypatch: pyt
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(sink if call == "preallocate" else os, call, refuse)
+        if call == "fallocate":
+            c_library(patch, fallocate=fails(code))
+        else:
+            patch.setattr(os, call, refuse)
         with pytest.raises(errors.StorageError, match=os.strerror(code)) as caught:
             unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out")
         assert caught.value.errno == code
@@ -290,7 +293,7 @@ def test_a_name_that_is_too_long(length: int, tmp_path: Path, monkeypatch: pytes
     """Found before anything is written."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     known = root / "strategy.ckpt"
-    monkeypatch.setattr(sink, "preallocate", None)
+    c_library(monkeypatch, fallocate=lambda *_: pytest.fail("room was reserved"))
     with pytest.raises(errors.StorageError, match=f"File name too long: it has {length + 13} bytes.*takes 255"):
         transform_checkpoints(root / "shards", target, "n" * length, known, known, output_format="safetensors")
     assert not target.exists()

@@ -24,6 +24,7 @@ from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, strategy_of, tree
 from tests.support.dying import begun
+from tests.support.machine import c_library, copies_by_itself, fails
 
 ROWS = 1 << 14  # slices of 512 KiB and more: long enough for direct copies
 
@@ -36,7 +37,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copying(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's file system copies by itself, as NFS 4.2 does."""
-    monkeypatch.setattr(sink, "copies_by_itself", lambda _: True)
+    copies_by_itself(monkeypatch)
 
 
 def refusing(code: int) -> Callable[..., int]:
@@ -97,25 +98,11 @@ def test_local_file_systems_are_not_asked_to_copy(large: Path, tmp_path: Path, m
     assert_merged(tmp_path, rows=ROWS)
 
 
-@pytest.mark.parametrize("call", ["_libc", "fallocate"])
+@pytest.mark.parametrize("call", ["no C library", "fallocate"])
 def test_without_preallocation(call: str, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other systems have no fallocate, and network file systems refuse it."""
-    from ms_ckpt_ext.storage import linux
-
-    class Refusing:
-        def fallocate(self, *_: Any) -> int:
-            import ctypes
-
-            ctypes.set_errno(errno.EOPNOTSUPP)
-            return -1
-
-        def sync_file_range(self, *_: Any) -> int:
-            return -1
-
-        def fstatfs(self, *_: Any) -> int:
-            return -1
-
-    monkeypatch.setattr(linux, "_libc", lambda: None if call == "_libc" else Refusing())
+    refuses = fails(errno.EOPNOTSUPP)
+    c_library(monkeypatch, call == "fallocate", fallocate=refuses, sync_file_range=refuses, fstatfs=refuses)
     merge(large, tmp_path)
     assert_merged(tmp_path, rows=ROWS)
 

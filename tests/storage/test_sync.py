@@ -20,10 +20,10 @@ from ms_ckpt_ext import (
     unified_safetensors,
 )
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.storage import linux, sink
+from ms_ckpt_ext.storage import linux
 from tests.support.checkpoints import source, tree
 from tests.support.dying import killed, notes_what_to_publish
-from tests.support.machine import booted
+from tests.support.machine import booted, c_library
 
 KEY = bytes(range(32))
 
@@ -39,7 +39,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(fd), real(fd))[1])
-    monkeypatch.setattr(sink, "start_writeback", lambda fd, *_: calls.append(fd))
+    c_library(monkeypatch, sync_file_range=lambda fd, *_: calls.append(fd) or 0)
     return calls
 
 

@@ -51,23 +51,9 @@ def held_by(made: Any) -> dict[str, np.ndarray]:
     return {parameter.name: parameter.asnumpy().copy() for parameter in made.get_parameters()}
 
 
-class _Lasting:
-    """A transport that serves one load after another: a resume closes its own and opens the next."""
-
-    def __init__(self, inner: LocalTransport) -> None:
-        self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def close(self) -> None:
-        """Stay open."""
-
-
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transport of a load is that of its thread, and so are rank and world."""
-    monkeypatch.setattr(together, "select_transport", lambda timeout: _Lasting(HERE.transport))
+    """MindSpore says of a thread that it is the rank whose transport it has."""
     monkeypatch.setattr(ms.communication, "get_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(ms.communication, "get_group_size", lambda: HERE.transport.size)
 

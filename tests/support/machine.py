@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import builtins
+import ctypes
 import io
-from typing import Any
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
 
 import pytest
+
+from ms_ckpt_ext.storage import linux
 
 BOOT_FILE = "/proc/sys/kernel/random/boot_id"
 
@@ -19,3 +26,79 @@ def booted(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
         return io.BytesIO(name) if path == BOOT_FILE else real(path, *args, **more)
 
     monkeypatch.setattr(builtins, "open", opened)
+
+
+class _Library:
+    """The C library, with some of its functions replaced; None for one that it lacks."""
+
+    def __init__(self, real: Any, calls: dict[str, Optional[Callable[..., int]]]) -> None:
+        self._real, self._calls = real, calls
+
+    def __getattr__(self, name: str) -> Any:
+        call = self._calls[name] if name in self._calls else getattr(self._real, name)
+        if call is None:
+            raise AttributeError(name)
+        return call
+
+
+def c_library(
+    monkeypatch: pytest.MonkeyPatch, there: bool = True, **calls: Optional[Callable[..., int]]
+) -> Optional[_Library]:
+    """The C library does `calls` otherwise; or is not `there`, as on other systems. Gives what it was before."""
+    real = linux._libc()
+    monkeypatch.setattr(linux, "_libc", lambda: _Library(real, calls) if there else None)
+    return real  # type: ignore[no-any-return]
+
+
+def fails(code: int) -> Callable[..., int]:
+    """A function of the C library that fails with this error number."""
+
+    def call(*_: Any) -> int:
+        ctypes.set_errno(code)
+        return -1
+
+    return call
+
+
+def copies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file system copies by itself, as NFS 4.2 does."""
+
+    def fstatfs(_fd: int, status: Any) -> int:
+        status[0] = 0x6969
+        return 0
+
+    c_library(monkeypatch, fstatfs=fstatfs)
+
+
+class ReadMade(NamedTuple):
+    """One read of a file: its path, where, and how many bytes came."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
+    """Grows by every read at an offset of a file, from now on."""
+    found: list[ReadMade] = []
+    preadv, library = os.preadv, linux._libc()
+
+    def noted(fd: int, offset: int, got: int) -> int:
+        found.append(ReadMade(os.readlink(f"/proc/self/fd/{fd}"), offset, max(got, 0)))
+        return got
+
+    def by_python(fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return noted(fd, offset, preadv(fd, buffers, offset))
+
+    def by_address(fd: int, vector: int, count: int, offset: int) -> int:
+        return noted(fd, offset, library.preadv(fd, vector, count, offset))
+
+    monkeypatch.setattr(os, "preadv", by_python)
+    c_library(monkeypatch, preadv=by_address)
+    return found
+
+
+def contents_read(reads: Sequence[ReadMade], *paths: Path) -> list[ReadMade]:
+    """Reads of safetensors files behind their headers, in the order in which they were made."""
+    begins = {str(path): 8 + int.from_bytes(path.read_bytes()[:8], "little") for path in paths}
+    return [read for read in reads if read.offset >= begins.get(read.path, sys.maxsize)]

@@ -55,12 +55,17 @@ class Limits(NamedTuple):
         gap: gaps up to this are read over.
         direct: runs from this length on are copied without a buffer.
         chunk: the longest single direct copy, so that workers share a long one: a block of MindSpore's encryption.
+        share: what one worker takes of an array at once.
+        run: runs of this length on average are put in place by the read itself; shorter ones are cheaper to copy
+            afterwards.
     """
 
     tile: int = 8 << 20
     gap: int = 4096
     direct: int = 256 << 10
     chunk: int = 64 << 20
+    share: int = 128 << 20
+    run: int = 4 << 10
 
 
 class Direct(NamedTuple):

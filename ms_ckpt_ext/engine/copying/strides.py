@@ -12,8 +12,6 @@ from ms_ckpt_ext.storage.linux import address_of
 
 _FEW = 64
 """Runs that are copied one by one sooner than numpy is imported, or its arrays made."""
-_LONG = 4 << 10
-"""Runs of this length on average are put in place by the read itself; shorter ones are cheaper to copy afterwards."""
 
 
 def copy_strided(copy: StridedCopy, source: Any, target: Any) -> None:
@@ -36,7 +34,7 @@ def _copy_many(copy: StridedCopy, source: Any, target: Any) -> None:
 
 
 def scattered(
-    copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryview], shortest: int = _LONG
+    copies: Sequence[ReadCopy], nbytes: int, buffers: Sequence[memoryview], shortest: int
 ) -> Optional[array[int]]:
     """Where in memory the bytes of a read go, in their order: address and length of every run, in turn.
 

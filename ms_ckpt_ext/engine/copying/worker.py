@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 _COPY = 1 << 20  # stays in a core's cache between read and write
-PLENTY = 128 << 20
-"""Bytes of an array that one worker takes at once, unless its caller knows better."""
+_LIMITS = Limits()
 _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
 
@@ -54,12 +53,12 @@ def run(
     sinks: Sequence[Sink],
     workers: int,
     landed: Landed,
-    plenty: int = PLENTY,
+    limits: Limits = _LIMITS,
 ) -> None:
-    """Run all units, of which a worker takes an array's, or `plenty` bytes; the first error stops all and is raised."""
+    """Run all units, of which a worker takes an array's, or `limits.share`; the first error stops all and is raised."""
 
     def worker(stopped: Callable[[], bool]) -> Callable[[list[Unit]], None]:
-        mine = _Worker(readers, sinks, landed)
+        mine = _Worker(readers, sinks, landed, limits.run)
 
         def do(taken: list[Unit]) -> None:
             for unit in taken:
@@ -69,7 +68,7 @@ def run(
 
         return do
 
-    spread(_shares(units, plenty), workers, worker)
+    spread(_shares(units, limits.share), workers, worker)
 
 
 def _shares(units: Iterator[Unit], plenty: int) -> Iterator[list[Unit]]:
@@ -92,7 +91,7 @@ class Assembler:
     def __init__(self, readers: ReaderPool, stored: Stored, limits: Limits) -> None:
         self._stored, self._limits = stored, limits
         self._sinks: list[Sink] = []
-        self._worker = _Worker(readers, self._sinks, lambda _sink, _nbytes: None)
+        self._worker = _Worker(readers, self._sinks, lambda _sink, _nbytes: None, limits.run)
 
     def read(self, tensor: SourceTensor, region: Region, into: Bytes) -> None:
         """Fill `into` (flat bytes) with a box, row-major. Raises CoverageError, FormatError or StorageError."""
@@ -114,8 +113,8 @@ def _grain(reader: ByteReader, source: int, sink: Sink, target: int) -> tuple[in
 
 
 class _Worker:
-    def __init__(self, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed) -> None:
-        self._readers, self._sinks, self._landed = readers, sinks, landed
+    def __init__(self, readers: ReaderPool, sinks: Sequence[Sink], landed: Landed, long_run: int) -> None:
+        self._readers, self._sinks, self._landed, self._long_run = readers, sinks, landed, long_run
         self._assembly, self._scratch = Buffer(), Buffer()
 
     def unit(self, unit: Unit) -> None:
@@ -200,7 +199,7 @@ class _Worker:
         with self._readers.use(read.file) as reader:
             if not isinstance(reader, PlainReader):
                 return False
-            vector = scattered(read.copies, read.nbytes, buffers)
+            vector = scattered(read.copies, read.nbytes, buffers, self._long_run)
             if vector is None:
                 return False
             reader.scatter(read.extents[0].offset, vector)

@@ -29,17 +29,19 @@ from ms_ckpt_ext.storage.sink import FileSink
 
 _CHUNK, _BLOCK = 1 << 20, 4 << 20
 """Plaintext bytes of a unit: a chunk of the container, a block of MindSpore's format."""
-ROUND_BYTES = 32 << 20
-"""What is written before the next round begins, unless a single parameter is larger."""
-BUDGET_BYTES = 256 << 20
-"""Memory for incomplete units, of all files together."""
 _KEY_LABEL = b"ms_ckpt_ext: which key a job writes with"
 
 
 class HeldBytes:
-    """Bytes of incomplete units in memory, now and at most."""
+    """Bytes of incomplete units in memory, of all files together: now, and at most until now.
 
-    def __init__(self) -> None:
+    Attributes:
+        budget: how many there may be.
+        at_once: what is written before the next round begins, unless a single parameter is larger.
+    """
+
+    def __init__(self, budget: int = 256 << 20, at_once: int = 32 << 20) -> None:
+        self.budget, self.at_once = budget, at_once
         self.held = self.peak = 0
         self.lock = threading.Lock()
 
@@ -275,10 +277,11 @@ def rounds(tasks: Sequence[Task], names: Sequence[str], seal: Seal, workers: int
     edges of what it is writing, and small parameters wait for neighbours of the same round.
     """
     unit = max(map(seal.unit_bytes, names), default=_CHUNK)
-    files = max(1, (BUDGET_BYTES - ROUND_BYTES) // (unit * (2 * workers + 2)))
+    tally = seal.tally
+    files = max(1, (tally.budget - tally.at_once) // (unit * (2 * workers + 2)))
     for first in range(0, len(names), files):
         group = [part for task in tasks if (part := _within(task, range(first, first + files))) is not None]
-        yield from _consecutive(sorted(group, key=_position))
+        yield from _consecutive(sorted(group, key=_position), tally.at_once)
 
 
 def _within(task: Task, sinks: range) -> Optional[Task]:
@@ -296,12 +299,12 @@ def _position(task: Task) -> tuple[int, int]:
     return min((x.sink, x.extents[0].offset) for target in task.targets for x in target.landings)
 
 
-def _consecutive(tasks: Sequence[Task]) -> Iterator[list[Task]]:
+def _consecutive(tasks: Sequence[Task], most: int) -> Iterator[list[Task]]:
     held, nbytes = [], 0
     for task in tasks:
         held.append(task)
         nbytes += sum(e.length for target in task.targets for x in target.landings for e in x.extents)
-        if nbytes >= ROUND_BYTES:
+        if nbytes >= most:
             yield held
             held, nbytes = [], 0
     if held:

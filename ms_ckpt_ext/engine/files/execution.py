@@ -180,20 +180,20 @@ def _fill(
 
         for tasks in in_rounds(job, todo, workers):
             units = schedule(tasks, job.source.stored, limits)
-            worker.run(units, readers, files.sinks, workers, landed, _plenty(job, written, workers))
+            worker.run(units, readers, files.sinks, workers, landed, _shared_out(limits, job, written, workers))
         files.settle()
         readers.verify()
         return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
 
 
-def _plenty(job: Job, nbytes: int, workers: int) -> int:
-    """Bytes of an array that one worker takes at once.
+def _shared_out(limits: Limits, job: Job, nbytes: int, workers: int) -> Limits:
+    """The limits with what one worker takes of an array at once.
 
     Most arrays whole, for what two workers bring of one is read back to be digested; but no worker shall be left with
     more than an eighth of its share while the others have nothing to do. Of what was encrypted in large blocks a block,
     or what lies in it: parts of one block then meet in the block that a reader keeps.
     """
-    return 0 if job.source.authenticated else max(worker.PLENTY, nbytes // (8 * workers))
+    return limits._replace(share=0 if job.source.authenticated else max(limits.share, nbytes // (8 * workers)))
 
 
 def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:

@@ -45,7 +45,7 @@ def prove_tasks(tasks: Iterable[Task], count: int, catalog: Catalog, workers: in
     if catalog.authenticated:
         with catalog.readers() as readers:
             units = schedule(tasks, catalog.stored, limits)
-            worker.run(units, readers, [_Nowhere()] * count, workers, lambda *_: None)
+            worker.run(units, readers, [_Nowhere()] * count, workers, lambda *_: None, limits)
 
 
 def prove_chunks(plan: ExchangePlan, rank: int, catalog: Catalog, threads: int) -> None:

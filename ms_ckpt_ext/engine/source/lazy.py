@@ -219,7 +219,8 @@ class Parameters(Mapping[str, Union[LazyTensor, str]]):
             if box is not None
         ]
         units = schedule(tasks, self.catalog.stored, self.limits)
-        worker.run(units, self._readers, [MemorySink(buffer) for buffer in buffers], self.workers, lambda *_: None)
+        sinks = [MemorySink(buffer) for buffer in buffers]
+        worker.run(units, self._readers, sinks, self.workers, lambda *_: None, self.limits)
         self._readers.verify()
         return buffers
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,44 +14,46 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.source import catalog
-from ms_ckpt_ext.storage.reader import ReadCount, ReaderPool
 from tests.support.checkpoints import cut, read_file, source, strategy_of
+from tests.support.machine import ReadMade, contents_read, watch_reads
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
 
 
 @pytest.fixture
-def counts(monkeypatch: pytest.MonkeyPatch) -> list[ReadCount]:
-    """What every pool of readers was asked for; the last one is the job's."""
-    made: list[ReadCount] = []
-
-    class Counting(ReaderPool):
-        def __init__(self, *args: Any, **more: Any) -> None:
-            super().__init__(*args, **more)
-            made.append(self.count)
-
-    monkeypatch.setattr(catalog, "ReaderPool", Counting)
-    return made
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
+    return watch_reads(monkeypatch)
 
 
-def test_a_merge_reads_every_byte_once(tmp_path: Path, counts: list[ReadCount]) -> None:
+def by_the_job(reads: Sequence[ReadMade], shards: Path, before: Sequence[int] = (4096, 4096)) -> list[ReadMade]:
+    """Reads of contents, after those of so many bytes each that come before the job.
+
+    These are of the heads of two slices, see engine.unlisted.whole_slices, and of scalars, of every rank.
+    """
+    made = contents_read(reads, *shards.rglob("*.safetensors"))
+    compared, job = made[: len(before)], made[len(before) :]
+    assert [read.nbytes for read in compared] == [*before] and compared[0].path != compared[1].path
+    return job
+
+
+def nbytes_of(reads: Sequence[ReadMade]) -> int:
+    return sum(read.nbytes for read in reads)
+
+
+def test_a_merge_reads_every_byte_once(tmp_path: Path, reads: list[ReadMade]) -> None:
     """Every slice is there twice or more; each is read from one file, and the reading is spread."""
     names = ("a.w", "b.w", "c.w", "d.w")
     root = source(tmp_path / "src", names=names, rows=512)
     report = unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out")
     scalars = 4 + 4
-    assert report.bytes_read == counts[-1].nbytes == 4 * 512 * 32 * 4 + scalars
-    assert len(counts[-1].files) == 4
-    heads = counts[
-        0
-    ]  # of two slices, which show that they are no copies of the whole: see engine.unlisted.whole_slices
-    assert (heads.reads, heads.nbytes, len(heads.files)) == (2, 2 * 4096, 2)
+    job = by_the_job(reads, root / "shards", (4096, 4096, *[scalars] * 4))
+    assert report.bytes_read == nbytes_of(job) == 4 * 512 * 32 * 4 + scalars
+    assert len({read.path for read in job}) == 4
 
 
 @pytest.mark.parametrize("rank", range(4))
-def test_one_rank_reads_its_own_bytes(rank: int, tmp_path: Path, counts: list[ReadCount]) -> None:
+def test_one_rank_reads_its_own_bytes(rank: int, tmp_path: Path, reads: list[ReadMade]) -> None:
     """Rows, columns and both, from wide rows: what lies between is not read."""
     full = {name: np.random.default_rng(n).standard_normal((8, 16384), np.float32) for n, name in enumerate("rcb")}
     trained = strategy_of({n: Layout((2, 2), ((0,), ())) for n in full}, tmp_path / "s.ckpt")
@@ -63,14 +65,14 @@ def test_one_rank_reads_its_own_bytes(rank: int, tmp_path: Path, counts: list[Re
         dst_safetensors_dir=tmp_path / "out", rank_id=rank,
     )  # fmt: skip
     written = read_file(tmp_path / f"out/rank_{rank}/net.safetensors")
-    assert counts[-1].nbytes == sum(len(tensor.data) for tensor in written.values())
+    assert nbytes_of(by_the_job(reads, tmp_path / "shards")) == sum(len(tensor.data) for tensor in written.values())
     for name, tensor in written.items():
         layout = predicted.layout(name, rank)
         assert layout is not None
         assert tensor.data == full[name][layout.region(rank, (8, 16384)).slices].tobytes()
 
 
-def test_all_ranks_share_what_they_read(tmp_path: Path, counts: list[ReadCount]) -> None:
+def test_all_ranks_share_what_they_read(tmp_path: Path, reads: list[ReadMade]) -> None:
     """Every byte of the source is wanted by three ranks and read once."""
     full = {"w": np.random.default_rng(1).standard_normal((64, 4096), np.float32)}
     cut(strategy_of({"w": Layout((2,), ((0,), ()))}, tmp_path / "s.ckpt"), full, tmp_path / "shards")
@@ -79,14 +81,14 @@ def test_all_ranks_share_what_they_read(tmp_path: Path, counts: list[ReadCount])
         None, None, predicted, tmp_path / "s.ckpt", format="safetensors", unified_safetensors_dir=tmp_path / "shards",
         dst_safetensors_dir=tmp_path / "out",
     )  # fmt: skip
-    assert counts[-1].nbytes == full["w"].nbytes
+    assert nbytes_of(by_the_job(reads, tmp_path / "shards")) == full["w"].nbytes
 
 
-def test_small_slices_are_read_in_few_calls(tmp_path: Path, counts: list[ReadCount]) -> None:
+def test_small_slices_are_read_in_few_calls(tmp_path: Path, reads: list[ReadMade]) -> None:
     names = tuple(f"p{n:03}" for n in range(300))
     root = source(tmp_path / "src", names=names, rows=4)
     unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out", max_process_num=1)
-    assert counts[-1].reads < 100
+    assert len(by_the_job(reads, root / "shards", (128, 128, *[4] * 8))) < 100
 
 
 @pytest.fixture(scope="module")

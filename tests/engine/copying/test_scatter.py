@@ -12,24 +12,31 @@ from array import array
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext import encrypt, unified_safetensors
+from ms_ckpt_ext import encrypt
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
-from ms_ckpt_ext.core.planning.io_units import ReadCopy
-from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.core.planning.io_units import Limits, ReadCopy
 from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
+from ms_ckpt_ext.engine.files.execution import execute
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
+from ms_ckpt_ext.engine.files.reshard import recut_job
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import StorageError, TruncatedFileError
-from ms_ckpt_ext.storage import linux, reader
+from ms_ckpt_ext.formats.crypto import Key
+from ms_ckpt_ext.formats.registry import PLAIN, Access
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.linux import address_of
 from ms_ckpt_ext.storage.reader import PlainReader
-from tests.engine.files.test_golden import assert_is, recut
+from tests.engine.files.test_golden import assert_is
 from tests.support.checkpoints import FULL, cut, read_file, read_merged, strategy_of, tree
+from tests.support.machine import c_library
 
 K = 4096
 
@@ -70,7 +77,7 @@ def test_where_the_bytes_of_a_read_go(
     copies: list[StridedCopy], nbytes: int, expected: list[tuple[int, int, int]]
 ) -> None:
     buffers = [memoryview(bytearray(6 * K)) for _ in copies]
-    vector = scattered([ReadCopy(n, copy) for n, copy in enumerate(copies)], nbytes, buffers)
+    vector = scattered([ReadCopy(n, copy) for n, copy in enumerate(copies)], nbytes, buffers, K)
     starts = [address_of(buffer) for buffer in buffers]
     places = [(starts[n] + low, high - low) for n, low, high in expected]
     assert vector == (array("Q", chain.from_iterable(places)) if expected else None)
@@ -116,26 +123,25 @@ def apart_of(copy: StridedCopy) -> int:
 def test_a_reader_fills_buffers_in_order(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Whatever the kernel gives at once, from any offset, into more buffers than one call takes."""
     path = tmp_path_factory.getbasetemp() / "scattered"
-    content = np.random.default_rng(0).bytes(5000)
+    content = np.random.default_rng(0).bytes(4000 + 300 * 11 * 90)
     path.write_bytes(content)
     offset = data.draw(st.integers(0, 4000))
-    sizes = data.draw(st.lists(st.integers(0, 90), max_size=11))
+    sizes = data.draw(st.lists(st.integers(0, 90), max_size=11)) * data.draw(st.sampled_from([1, 1, 300]))
     calls = iter(data.draw(st.lists(st.integers(1, 200), max_size=20)))
     buffers = [memoryview(bytearray(size)) for size in sizes]
-    real = linux.scatter
 
-    def stopping_early(fd: int, some: array[int], at: int) -> int:
-        assert len(some) <= 2 * 4
+    def stopping_early(fd: int, vector: int, count: int, at: int) -> int:
+        assert count <= os.sysconf("SC_IOV_MAX")
+        some = (ctypes.c_uint64 * (2 * count)).from_address(vector)
         most = next(calls, 1 << 20)
-        places = []
+        places = array("Q")
         for address, length in zip(some[::2], some[1::2]):
-            places += [address, min(most, length)]
+            places.extend((address, min(most, length)))
             most -= min(most, length)
-        return real(fd, array("Q", places), at)
+        return real.preadv(fd, places.buffer_info()[0], count, at)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(linux, "scatter", stopping_early)
-        patched.setattr(reader, "_MOST_PLACES", 4)
+        real: Any = c_library(patched, preadv=stopping_early)
         with PlainReader(str(path)) as source:
             source.scatter(offset, places_of(buffers))
     assert b"".join(buffers) == content[offset : offset + sum(sizes)]
@@ -169,12 +175,32 @@ def places_of(buffers: Sequence[memoryview]) -> array[int]:
     return array("Q", chain.from_iterable((address_of(buffer), len(buffer)) for buffer in buffers))
 
 
+LONG = Limits(run=1)
+"""Every run is a long one, as the slices of large models have them."""
+
+
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What reads were made out to be. Every run is a long one, as the slices of large models have them."""
-    found: list[object] = []
-    monkeypatch.setattr(worker, "scattered", lambda *read: found.append(scattered(*read, shortest=1)) or found[-1])
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many places each read by the kernel has filled."""
+    found: list[int] = []
+
+    def noted(fd: int, vector: int, count: int, at: int) -> int:
+        found.append(count)
+        return real.preadv(fd, vector, count, at)
+
+    real: Any = c_library(monkeypatch, preadv=noted)
     return found
+
+
+def merge(shards: Path, strategy: Path, target: Path, access: Access = PLAIN) -> None:
+    catalog = open_catalog(str(shards), load_strategy(strategy), access=access)
+    execute(merge_job(catalog, str(target), MergeOptions()), str(target), 2, LONG)
+
+
+def recut(shards: Path, strategy: Path, wanted: Path, target: Path) -> None:
+    catalog, cuts = open_catalog(str(shards), load_strategy(strategy)), load_strategy(wanted)
+    job = recut_job(catalog, cuts, range(cuts.world), lambda rank: f"rank_{rank}/net.safetensors")
+    execute(job, str(target), 2, LONG)
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -188,23 +214,24 @@ def test_golden_files(
     able: bool,
     golden: Path,
     tmp_path: Path,
-    made: list[object],
+    calls: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linux, "can_scatter", lambda: able)
+    if not able:
+        c_library(monkeypatch, preadv=None)
     shards, strategy = golden / case / "shards", golden / case / "strategy.ckpt"
-    unified_safetensors(shards, strategy, tmp_path / "merged")
+    merge(shards, strategy, tmp_path / "merged")
     assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL[case] / "model.safetensors")
     recut(shards, strategy, golden / other / "strategy.ckpt", tmp_path / "cut")
     assert_is(tmp_path / "cut", golden / other / "shards")
-    assert any(made) is (able and case == "dp2_tp4_zero")  # the reads of the others have gaps
+    assert bool(calls) is (able and case == "dp2_tp4_zero")  # the reads of the others have gaps
 
 
-@pytest.mark.usefixtures("made")
-def test_encrypted_files_are_not_read_by_the_kernel(golden: Path, tmp_path: Path) -> None:
+def test_encrypted_files_are_not_read_by_the_kernel(golden: Path, tmp_path: Path, calls: list[int]) -> None:
     shards, strategy = golden / "dp2_tp4_zero" / "shards", golden / "dp2_tp4_zero" / "strategy.ckpt"
     encrypt(shards, tmp_path / "sealed", enc_key=bytes(range(32)))
-    unified_safetensors(tmp_path / "sealed", strategy, tmp_path / "merged", dec_key=bytes(range(32)))
+    merge(tmp_path / "sealed", strategy, tmp_path / "merged", Access(Key(bytes(range(32)))))
+    assert not calls
     assert read_merged(tmp_path / "merged")[0] == read_file(golden / FULL["dp2_tp4_zero"] / "model.safetensors")
 
 

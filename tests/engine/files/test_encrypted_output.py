@@ -21,7 +21,7 @@ from ms_ckpt_ext import errors, load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.io_units import Limits
-from ms_ckpt_ext.engine.files import encrypted_sink, execution
+from ms_ckpt_ext.engine.files import execution
 from ms_ckpt_ext.engine.files.crc_sink import SummingSink
 from ms_ckpt_ext.engine.files.encrypted_sink import HeldBytes, Seal, SealedSink
 from ms_ckpt_ext.engine.files.job import Job
@@ -127,15 +127,11 @@ def many(root: Path, count: int = 120, seed: int = 0) -> tuple[Path, Path, dict[
 
 @pytest.mark.parametrize("form", ["ckpt", "safetensors"])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_memory_is_bounded_by_the_budget(
-    form: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_bounded_by_the_budget(form: str, workers: int, tmp_path: Path) -> None:
     """Six times the budget of plaintext goes through; what waits at any time is counted."""
-    monkeypatch.setattr(encrypted_sink, "ROUND_BYTES", 128 << 10)
-    monkeypatch.setattr(encrypted_sink, "BUDGET_BYTES", 512 << 10)
     shards, strategy, full = many(tmp_path / "src")
     catalog = open_catalog(str(shards), load_strategy(strategy))
-    seal = Seal(Key(KEY), "chunked", chunk=16 << 10)
+    seal = Seal(Key(KEY), "chunked", chunk=16 << 10, tally=HeldBytes(budget=512 << 10, at_once=128 << 10))
     options = MergeOptions(part_bytes=1 << 20, format=form, crc=True, seal=seal)
     merge = merge_job(catalog, str(tmp_path / "merged"), options)
     recut = recut_job(

@@ -26,8 +26,8 @@ from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.errors import CheckpointError, StorageError
 from ms_ckpt_ext.formats.checksum import Integer, Sums
 from ms_ckpt_ext.formats.registry import read_index
-from ms_ckpt_ext.storage.reader import PlainReader, ReaderPool
 from tests.support.checkpoints import source
+from tests.support.machine import ReadMade, contents_read, watch_reads
 
 SIZE = 5000
 
@@ -117,27 +117,26 @@ def test_a_checksum_from_stretches_in_any_order(cuts: set[int], order: Any) -> N
     assert sums.total() == zlib.crc32(b"name" + bytes(data[100:]) + bytes(9) + bytes(data[:60]))
 
 
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def bytes_of(reads: list[ReadMade]) -> Counter[str]:
     """Path -> bytes that were read of it."""
     found: Counter[str] = Counter()
-    real = PlainReader.read_into
-
-    def counted(self: PlainReader, offset: int, buffer: memoryview) -> None:
-        found[self.path] += len(buffer)
-        real(self, offset, buffer)
-
-    monkeypatch.setattr(PlainReader, "read_into", counted)
+    for read in reads:
+        found[read.path] += read.nbytes
     return found
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
+    return watch_reads(monkeypatch)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("way", ["manifest", "itself"])
-def test_every_byte_of_a_checkpoint_is_read_once(form: str, way: str, tmp_path: Path, read: Counter[str]) -> None:
+def test_every_byte_of_a_checkpoint_is_read_once(form: str, way: str, tmp_path: Path, reads: list[ReadMade]) -> None:
     """Digests, the file's checksum, copies, NaN, slices that are none: one pass; headers are read before."""
     root = source(tmp_path / "source")
     convert(root / "shards", tmp_path / "out", to=form, crc=True)
-    read.clear()
+    reads.clear()
     if way == "manifest":
         found: Any = verify(tmp_path / "out", manifest=True)
     else:
@@ -146,11 +145,11 @@ def test_every_byte_of_a_checkpoint_is_read_once(form: str, way: str, tmp_path: 
     assert found.ok
     paths = [str(path) for path in (tmp_path / "out").rglob(f"*.{form}") if path.name.startswith("net")]
     assert len(paths) == 4
-    once = dict(read)
-    read.clear()
+    once = bytes_of(reads)
+    reads.clear()
     for path in paths:
         size, index = os.stat(path).st_size, read_index(path)
-        assert once[path] - read[path] <= size
+        assert once[path] - bytes_of(reads)[path] <= size
         assert once[path] >= sum(entry.nbytes for entry in index.tensors.values())
 
 
@@ -165,15 +164,10 @@ def test_many_small_tensors_are_read_together(tmp_path: Path, monkeypatch: pytes
     index = {name: f"{number % 4}.safetensors" for number, name in enumerate(names)}
     (tmp_path / "a" / "param_name_map.json").write_text(json.dumps(index))
     save_file(held, tmp_path / "b.safetensors")
-    sizes: list[int] = []
-    real = ReaderPool.read_into
-
-    def counted(self: ReaderPool, file: int, offset: int, buffer: memoryview) -> None:
-        sizes.append(len(buffer))
-        real(self, file, offset, buffer)
-
-    monkeypatch.setattr(ReaderPool, "read_into", counted)
+    reads = watch_reads(monkeypatch)
     found = verify(tmp_path / "a", tmp_path / "b.safetensors")
+    paths = [*(tmp_path / "a").glob("*.safetensors"), tmp_path / "b.safetensors"]
+    sizes = [read.nbytes for read in contents_read(reads, *paths)]
     assert isinstance(found, Comparison) and found.ok and found.parameters == 2000
     assert len(sizes) <= 10 and sum(sizes) == 2 * 2000 * 24
     held["layers.7.w"][1, 2] += 1

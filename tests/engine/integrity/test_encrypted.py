@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from ms_ckpt_ext.cli.main import main
 from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, write_manifest
 from ms_ckpt_ext.engine.integrity.recorded import _why
-from ms_ckpt_ext.errors import ChecksumError, DecryptionError, StorageError
+from ms_ckpt_ext.errors import ChecksumError, DecryptionError
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access
 from tests.support.command_line import as_json, fine
@@ -155,18 +157,16 @@ def test_sealed_digests_are_never_taken_for_proved(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_a_fault_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ms_ckpt_ext.storage.reader import PlainReader
-
     one, two = two_files(tmp_path, "AES-GCM")
     two.write_bytes(two.read_bytes()[:-1] + b"x")
-    real = PlainReader.read_into
+    real = os.preadv
 
-    def refuse(self: PlainReader, offset: int, buffer: memoryview) -> None:
-        if self.path == str(one):
-            raise StorageError(5, f"cannot read {self.path!r}: Input/output error")
-        real(self, offset, buffer)
+    def refuse(fd: int, buffers: Any, offset: int) -> int:
+        if os.path.samestat(os.fstat(fd), one.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
 
-    monkeypatch.setattr(PlainReader, "read_into", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
     found = checked(tmp_path / "sealed", dec_key=KEY)
     assert {fault.file: "Input/output error" in fault.found for fault in found.faults} == {
         "rank_0/net.ckpt": True,

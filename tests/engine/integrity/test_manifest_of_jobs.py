@@ -17,7 +17,9 @@ from ms_ckpt_ext import (
     unified_safetensors,
 )
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.copying import worker
+from ms_ckpt_ext.core.planning.io_units import Limits
+from ms_ckpt_ext.engine.files.execution import execute
+from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import (
     MANIFEST_NAME,
@@ -28,12 +30,14 @@ from ms_ckpt_ext.engine.integrity.manifest import (
     recorded_digests,
     write_manifest,
 )
+from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import DecryptionError
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.storage import sink
+from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import read_file, source, strategy_of, tree
 from tests.support.dying import begun
+from tests.support.machine import ReadMade, copies_by_itself, watch_reads
 
 KEY = bytes(range(32))
 SEALS = [("ckpt", mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")] + [("safetensors", "AES-GCM")]
@@ -74,42 +78,33 @@ def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def read_again(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of every piece that a digest reads back."""
-    read: list[int] = []
-    real = sink.FileSink.read_back
-
-    def counted(self: sink.FileSink, offset: int, buffer: memoryview) -> None:
-        read.append(len(buffer))
-        real(self, offset, buffer)
-
-    monkeypatch.setattr(sink.FileSink, "read_back", counted)
-    return read
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
+    """All reads; those of what is being written are of a digest, which reads back."""
+    return watch_reads(monkeypatch)
 
 
-def test_nothing_is_read_twice_by_one_worker(read_again: list[int], tmp_path: Path) -> None:
+def test_nothing_is_read_twice_by_one_worker(reads: list[ReadMade], tmp_path: Path) -> None:
     """Arrays are filled from front to back, so no digest waits for bytes and reads them back."""
     root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "d"))
     merge(root, tmp_path / "out", max_process_num=1)
     assert_true(tmp_path / "out")
-    assert sum(read_again) == 0
+    assert reads and not any(read.path.endswith(".partial") for read in reads)
 
 
-def test_of_many_arrays_each_worker_takes_whole_ones(
-    read_again: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also of those that are longer than what is plenty, and that fill their last tile: eight of 16 KiB."""
-    monkeypatch.setattr(worker, "PLENTY", 4096)
+def test_of_many_arrays_each_worker_takes_whole_ones(reads: list[ReadMade], tmp_path: Path) -> None:
+    """Also of those that are more than it takes at once, and that fill their last tile: eight of 16 KiB."""
     root = source(tmp_path / "src", rows=1 << 10, names=tuple("abcdefghijklmnopqrst"))
-    merge(root, tmp_path / "out", max_process_num=2, buffer_bytes=1 << 16)
+    catalog = open_catalog(str(root / "shards"), load_strategy(root / "strategy.ckpt"))
+    job = merge_job(catalog, str(tmp_path / "out"), MergeOptions(part_bytes=9000))
+    execute(job, str(tmp_path / "out"), 2, Limits(tile=16 << 10, share=4096))
     assert_true(tmp_path / "out")
-    assert sum(read_again) == 0
+    assert reads and not any(read.path.endswith(".partial") for read in reads)
 
 
 def test_what_the_file_system_copies_is_digested_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "copy_file_range"):
         pytest.skip("no copy_file_range here")
-    monkeypatch.setattr(sink, "copies_by_itself", lambda _: True)
+    copies_by_itself(monkeypatch)
     root = source(tmp_path / "src", rows=1 << 15, names=("a", "b"))
     merge(root, tmp_path / "out")
     assert_true(tmp_path / "out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load_distributed_checkpoint, load_for_inference, resume
-from ms_ckpt_ext.bridge import together
 from ms_ckpt_ext.bridge.mindformers import loader
 from ms_ckpt_ext.bridge.mindformers.options import Options
-from ms_ckpt_ext.storage.reader import PlainReader
+from ms_ckpt_ext.transport.local import LocalTransport
+from ms_ckpt_ext.transport.select import lent
 from tests.support.cells import HERE, Filled, cell, held_by, on_ranks, threads
+from tests.support.machine import ReadMade, watch_reads
 from tests.support.mindformers_folder import WHOLE
 from tests.support.mindformers_folder import saved as saved_by_mindformers
 from tests.support.saved import RANKS, save
@@ -29,39 +29,39 @@ BEHIND_LENGTH = 8
 
 
 class Seen(NamedTuple):
-    """Meetings of all ranks, and path -> times that the file's header was read, by any rank."""
+    """Meetings that every rank has left, and all reads of files."""
 
     meetings: Counter[int]
-    headers: Counter[str]
+    reads: list[ReadMade]
+
+    @property
+    def headers(self) -> Counter[str]:
+        """Path -> times that the file's header was read, by any rank."""
+        return Counter(read.path for read in self.reads if read.offset == BEHIND_LENGTH)
+
+
+class Counted(LocalTransport):
+    """A rank's transport, which counts how often it is left."""
+
+    def __init__(self, transport: LocalTransport, left: Counter[int]) -> None:
+        self.__dict__ = {**transport.__dict__, "left": left}
+
+    def close(self) -> None:
+        self.left[self.rank] += 1
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, threads: None) -> Seen:
-    lock, found = threading.Lock(), Seen(Counter(), Counter())
-    read, meet = PlainReader.read_into, together.select_transport
-
-    def read_into(self: PlainReader, offset: int, buffer: memoryview) -> None:
-        if offset == BEHIND_LENGTH:
-            with lock:
-                found.headers[self.path] += 1
-        read(self, offset, buffer)
-
-    def select(timeout: float) -> Any:
-        with lock:
-            found.meetings[HERE.transport.rank] += 1
-        return meet(timeout=timeout)
-
-    monkeypatch.setattr(PlainReader, "read_into", read_into)
-    monkeypatch.setattr(together, "select_transport", select)
-    return found
+    return Seen(Counter(), watch_reads(monkeypatch))
 
 
-def loaded(shapes: Any, call: Callable[[Any], Any]) -> None:
+def loaded(seen: Seen, shapes: Any, call: Callable[[Any], Any]) -> None:
     """`call` fills a network of these Parameters on every rank."""
 
-    def work(transport: Any) -> Filled:
+    def work(transport: LocalTransport) -> Filled:
         made = cell(shapes)
-        call(made)
+        with lent(Counted(transport, seen.meetings)):
+            call(made)
         return Filled(held_by(made), [], [], None, None)
 
     for filled in on_ranks(RANKS, work):
@@ -92,8 +92,10 @@ def test_a_resume_meets_once_and_reads_every_header_once(
     torn = tmp_path / "c/rank_2/net-1_20.safetensors"
     torn.write_bytes(torn.read_bytes()[:64].ljust(torn.stat().st_size, b"\0"))
     step = kept(tmp_path / "c")["global_step"]
-    seen.headers.clear()
-    loaded({"global_step": step}, lambda made: function(made, checkpoint_dir=tmp_path / "c", timeout=20.0, **options))
+    seen.reads.clear()
+    loaded(
+        seen, {"global_step": step}, lambda made: function(made, checkpoint_dir=tmp_path / "c", timeout=20.0, **options)
+    )
     assert seen.meetings == dict.fromkeys(range(RANKS), 1)
     assert seen.headers == once(tmp_path, "c/rank_*/net-1_*.safetensors"), "those of the torn save, and of the older"
 
@@ -105,8 +107,8 @@ def test_a_load_by_all_ranks_meets_once_and_reads_every_header_once(
     save(tmp_path / "c", 10)
     step = {"global_step": kept(tmp_path / "c")["global_step"]}
     where = {"unified_safetensors_dir": tmp_path / "c", "train_strategy_filename": tmp_path / "made_10/strategy.ckpt"}
-    seen.headers.clear()
-    loaded(step, lambda made: load_distributed_checkpoint(made, format="safetensors", **where, **options))
+    seen.reads.clear()
+    loaded(seen, step, lambda made: load_distributed_checkpoint(made, format="safetensors", **where, **options))
     assert seen.meetings == dict.fromkeys(range(RANKS), 1)
     assert seen.headers == once(tmp_path, "c/rank_*/*.safetensors")
 
@@ -115,8 +117,8 @@ def test_a_load_by_each_rank_alone_meets_nobody_and_reads_every_header_once_a_ra
     save(tmp_path / "c", 10)
     step = {"global_step": kept(tmp_path / "c")["global_step"]}
     where = {"unified_safetensors_dir": tmp_path / "c", "train_strategy_filename": tmp_path / "made_10/strategy.ckpt"}
-    seen.headers.clear()
-    loaded(step, lambda made: load_distributed_checkpoint(made, format="safetensors", mode="direct", **where))
+    seen.reads.clear()
+    loaded(seen, step, lambda made: load_distributed_checkpoint(made, format="safetensors", mode="direct", **where))
     assert not seen.meetings
     assert seen.headers == dict.fromkeys(once(tmp_path, "c/rank_*/*.safetensors"), RANKS)
 
@@ -138,7 +140,7 @@ def test_mindformers_loader_meets_once_and_reads_every_header_once(
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     options = Options(mode=mode)
-    loaded(WHOLE, lambda made: loader.load_checkpoint(lambda: pytest.fail("stock"), options, str(folder), made))
+    loaded(seen, WHOLE, lambda made: loader.load_checkpoint(lambda: pytest.fail("stock"), options, str(folder), made))
     alone = mode == "direct"
     assert seen.meetings == ({} if alone else dict.fromkeys(range(RANKS), 1))
     files = {str(path) for path in folder.glob("*.safetensors")}

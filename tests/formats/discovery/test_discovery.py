@@ -132,8 +132,9 @@ def test_one_file_of_a_family_tells_its_kind(tmp_path: Path, monkeypatch: pytest
         (tmp_path / f"rank_{rank}").mkdir()
         for step in range(9):
             (tmp_path / f"rank_{rank}" / f"net_rank_{rank}-1_{step}.ckpt").write_bytes(bytes.fromhex("0a0a"))
-    looked: list[str] = []
-    monkeypatch.setattr(rank_folders, "kind_of", lambda path: looked.append(path) or "checkpoint")
+    looked: list[Path] = []
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *mode: looked.append(path) or real(path, *mode))
     assert len(rank_folders.rank_files(str(tmp_path), None)) == 8
     assert len(looked) == 1
 
