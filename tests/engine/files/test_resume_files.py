@@ -13,7 +13,6 @@ import pytest
 from ms_ckpt_ext import unified_safetensors
 from ms_ckpt_ext.engine.files.job import job_fingerprint
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
-from ms_ckpt_ext.engine.integrity import digests
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import arrays, read_merged, source
