@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
+    "Box": "core.geometry.box",
     "CheckpointError": "errors",
     "CheckpointRecorder": "bridge.callback",
     "Restored": "api.resume",
@@ -40,6 +41,7 @@ _PUBLIC = {
     "merge_pipeline_strategys": "api.mindspore.merge",
     "merge_sliced_parameter": "api.mindspore.family",
     "plan": "api.dry_run.plan",
+    "plan_transfer": "api.transfer",
     "rank_list_for_convert": "api.mindspore.transform",
     "rank_list_for_transform": "api.mindspore.transform",
     "reshard": "api.jobs",
@@ -48,6 +50,7 @@ _PUBLIC = {
     "safetensors_to_ckpt": "api.convert",
     "training_scalars": "api.scalars",
     "transform_checkpoint_by_rank": "api.mindspore.transform",
+    "transfer": "api.transfer",
     "transform_checkpoints": "api.mindspore.transform",
     "unified_safetensors": "api.mindspore.merge",
     "uninstall": "api.mindspore.install",
@@ -55,6 +58,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "Box",
     "CheckpointError",
     "CheckpointRecorder",
     "Restored",
@@ -86,6 +90,7 @@ __all__ = [
     "merge_pipeline_strategys",
     "merge_sliced_parameter",
     "plan",
+    "plan_transfer",
     "rank_list_for_convert",
     "rank_list_for_transform",
     "reshard",
@@ -94,6 +99,7 @@ __all__ = [
     "safetensors_to_ckpt",
     "training_scalars",
     "transform_checkpoint_by_rank",
+    "transfer",
     "transform_checkpoints",
     "unified_safetensors",
     "uninstall",

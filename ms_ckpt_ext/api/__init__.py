@@ -8,6 +8,7 @@ measure       what a machine does, as a profile for plans and loads
 jobs          merge and reshard
 convert       between formats; encrypt and decrypt
 resume        go on training, or serve
+transfer      from network to network
 scalars       training scalars
 inspect       what is in a checkpoint, told as an `inspection`
 diff          what changes between two strategies

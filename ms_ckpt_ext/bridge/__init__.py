@@ -8,9 +8,9 @@ request       what is loaded into whose network, and what came of it
 network       a direct load
 together      a load of all ranks
 restore       the newest complete checkpoint into networks
-parameters    Parameters outside any network; `slices` put together
+transfer/     Parameters of networks into those of others
+parameters    Parameters outside any network; `slices` put together, and layouts as messages
 callback      notes at a save
 names         MindSpore's functions under all their names
-messages      layouts as MindSpore's messages
 mindformers/  MindFormers
 """

@@ -7,7 +7,7 @@ Bytes written to `Parameter.asnumpy()` are in the Parameter; that this holds is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
@@ -171,20 +171,27 @@ def mark_loaded(parameter: Any) -> None:
         parameter.init_param = True
 
 
-def contents_of(parameter: Any) -> SliceBytes:
-    """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another."""
+def contents_of(parameter: Any, samples: Optional[tuple[int, int]] = None) -> SliceBytes:
+    """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another.
+
+    `samples`: how many, and bytes of each, of what is on a device; from end to end. None for all of it.
+    """
     from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
     if not on_device() or _on_host(parameter):
         return SliceBytes(str(parameter.dtype), iter((parameter.asnumpy().reshape(-1).view(np.uint8),)))
-    return SliceBytes(str(parameter.dtype), _copies(parameter), copied=True)
+    return SliceBytes(str(parameter.dtype), _copies(parameter, samples), copied=True)
 
 
-def _copies(parameter: Any) -> Iterator[Bytes]:
+def _copies(parameter: Any, samples: Optional[tuple[int, int]]) -> Iterator[Bytes]:
     flat = parameter.view(-1)
-    step = _COPY // parameter.itemsize
-    for start in range(0, flat.shape[0], step):
-        piece = mint.narrow(flat, 0, start, min(step, flat.shape[0] - start))
+    size, step = flat.shape[0], _COPY // parameter.itemsize
+    starts: Iterable[int] = range(0, size, step)
+    if samples is not None and size * parameter.itemsize > samples[0] * samples[1]:
+        step = samples[1] // parameter.itemsize
+        starts = (number * (size - step) // (samples[0] - 1) for number in range(samples[0]))
+    for start in starts:
+        piece = mint.narrow(flat, 0, start, min(step, size - start))
         yield piece.asnumpy().view(np.uint8)
 
 
@@ -212,7 +219,7 @@ class CastSink:
 class ParameterSink:
     """Where one Parameter's slice lands on the CPU; `finish` when all of it has."""
 
-    def __init__(self, match: Match, kept: bool = False) -> None:
+    def __init__(self, match: Match, kept: bool = False, tell: bool = True) -> None:
         offer, parameter = match.offer, match.parameter
         self._match = match
         self._buffer: Optional[Bytes] = None
@@ -224,7 +231,8 @@ class ParameterSink:
         elif parameter.dtype == offer.dtype:
             self._sink = HostSink(memory, offer.shape, source)
         else:
-            log.warning("parameter %r is cast from %s to %s", parameter.name, offer.dtype, parameter.dtype)
+            if tell:
+                log.warning("parameter %r is cast from %s to %s", parameter.name, offer.dtype, parameter.dtype)
             self._sink = CastSink(memory, offer.shape, source, parameter)
 
     def place(

@@ -95,11 +95,11 @@ def tell_loaded(found: Matches, catalog: Catalog) -> None:
         )
 
 
-def half_done(error: Exception, changed: Sequence[str]) -> LoadError:
-    """The error of a load that stopped after it began to change Parameters."""
+def half_done(error: Exception, changed: Sequence[str], what: str = "load", advice: str = "load again") -> LoadError:
+    """The error of a load, or another job, that stopped after it began to change Parameters."""
     listed = ", ".join(map(repr, changed[:5])) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
     return LoadError(
-        f"{error}\nThe load stopped on the way: {len(changed)} parameters may already hold new bytes "
-        f"({listed or 'none'}); load again before using the network",
+        f"{error}\nThe {what} stopped on the way: {len(changed)} parameters may already hold new bytes "
+        f"({listed or 'none'}); {advice} before using the network",
         tuple(changed),
     )

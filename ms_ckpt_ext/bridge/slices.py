@@ -1,8 +1,8 @@
-"""Slices that are in memory, put together: one Parameter out of those of all ranks."""
+"""Slices that are in memory, put together: one Parameter out of those of all ranks; layouts as MindSpore's messages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -16,6 +16,12 @@ from ms_ckpt_ext.core.geometry.strategy import layout_item
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, MissingNameError, StrategyError, UsageError
 
 Array = NDArray[Any]
+
+
+def messages_of(items: Iterable[Any]) -> dict[str, Any]:
+    """Entries of a strategy file by their names there, as MindSpore's messages: `ParallelLayouts`, byte for byte."""
+    theirs = ms.train.node_strategy_pb2.ParallelLayouts
+    return {item.param_name: theirs.FromString(item.parallel_layouts.SerializePartialToString()) for item in items}
 
 
 def merge_slices(slices: Sequence[Any], strategy: Mapping[str, Any]) -> Any:

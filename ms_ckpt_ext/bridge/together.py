@@ -167,6 +167,17 @@ def _compared(
     return catalog
 
 
+def join(timeout: float, refused: Optional[CheckpointError] = None) -> Transport[Any]:
+    """All ranks meet, for as long as they want: to be closed. Arguments and errors are those of `meeting`."""
+    transport = select_transport(timeout=timeout)
+    try:
+        share_status(transport, refused)
+    except BaseException:
+        transport.close()
+        raise
+    return transport
+
+
 @contextmanager
 def meeting(timeout: float, refused: Optional[CheckpointError] = None) -> Iterator[Transport[Any]]:
     """All ranks meet, and leave together.
@@ -177,9 +188,8 @@ def meeting(timeout: float, refused: Optional[CheckpointError] = None) -> Iterat
 
     Raises PeerError, TransportError, or what was refused.
     """
-    transport = select_transport(timeout=timeout)
+    transport = join(timeout, refused)
     try:
-        share_status(transport, refused)
         yield transport
     finally:
         transport.close()
@@ -280,22 +290,31 @@ def _exchange(
     readers: ReaderPool,
     options: LoadOptions,
 ) -> LoadReport:
-    mover, sink_of = _landing(transport, [match.parameter for match in matches])
+    sink_of = sinks_of(transport, [match.parameter for match in matches])
     sinks = on_all(transport, lambda: {number: sink_of(match) for number, match in _wanted(ready, matches)})
-    return session.exchange(transport, ready, mover, sinks, readers, options)
+    return session.exchange(transport, ready, mover_of(transport), sinks, readers, options)
 
 
-def _landing(transport: Transport[Any], parameters: Sequence[Any]) -> tuple[Any, Callable[[Match], Any]]:
-    """What cuts staged bytes, and what makes the sink of a Parameter: on the device, or in host memory."""
+def mover_of(transport: Transport[Any]) -> Any:
+    """What cuts staged bytes: on the device, or in host memory."""
     if not transport.traits.on_device:
         from ms_ckpt_ext.engine.load.slabs import HostMover
 
-        return HostMover(), ParameterSink
-    from ms_ckpt_ext.bridge.ascend import DeviceMover, DeviceSink, KeptSink
+        return HostMover()
+    from ms_ckpt_ext.bridge.ascend import DeviceMover
+
+    return DeviceMover(transport)
+
+
+def sinks_of(transport: Transport[Any], parameters: Sequence[Any], tell: bool = True) -> Callable[[Match], Any]:
+    """What makes the sink of a Parameter, one of these: on the device, or in host memory. `tell`: log what is cast."""
+    if not transport.traits.on_device:
+        return partial(ParameterSink, tell=tell)
+    from ms_ckpt_ext.bridge.ascend import DeviceSink, KeptSink
 
     kept = kept_on_host(parameters)
 
     def sink_of(match: Match) -> Any:
         return KeptSink(match) if id(match.parameter) in kept else DeviceSink(match, transport)
 
-    return DeviceMover(transport), sink_of
+    return sink_of

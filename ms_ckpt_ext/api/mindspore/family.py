@@ -35,7 +35,7 @@ def build_searched_strategy(strategy_filename: Optional[PathLike]) -> Optional[d
     if strategy_filename is None:
         return None
     content = read_map(path_of(strategy_filename, "strategy_filename"), empty=True)
-    from ms_ckpt_ext.bridge.messages import messages_of
+    from ms_ckpt_ext.bridge.slices import messages_of
 
     return messages_of(content.parallel_layout_item)
 

@@ -2,6 +2,7 @@
 
 region       boxes: half-open, axis-aligned
 layout       which box a rank holds of one parameter
+box          the same said outright, for one rank
 strategy     which layout every parameter has on every pipeline stage
 supplement   layouts from several places put together
 dtype        the table of element types

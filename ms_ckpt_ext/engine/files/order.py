@@ -15,13 +15,13 @@ from typing import Optional
 
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.rank_boxes import Box
+from ms_ckpt_ext.engine.source.rank_boxes import RankBox
 
 Files = Sequence[Sequence[int]]
 """Numbers of source files, in groups that are written one after another; () for the order of the target's strategy."""
 
 
-def arranged(catalog: Catalog, listed: Iterable[Box], others: Iterable[Box], files: Files) -> list[Box]:
+def arranged(catalog: Catalog, listed: Iterable[RankBox], others: Iterable[RankBox], files: Files) -> list[RankBox]:
     """What one file of the target holds, in order; `others` are what its strategy does not list."""
     places: dict[str, tuple[int, int]] = {}
     for number, group in enumerate(files):
@@ -29,7 +29,7 @@ def arranged(catalog: Catalog, listed: Iterable[Box], others: Iterable[Box], fil
             for name in catalog.files[file].tensors:
                 places.setdefault(name, (number, len(places)))
 
-    def place(found: tuple[Box, bool]) -> tuple[int, bool, int]:
+    def place(found: tuple[RankBox, bool]) -> tuple[int, bool, int]:
         box, unlisted = found
         group, at = places.get(box.tensor.stored_name, (len(files), 0))
         return group, unlisted, at

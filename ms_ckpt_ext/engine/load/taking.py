@@ -19,7 +19,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.rank_boxes import Box, box_under, is_cut, listed_boxes, nothing_listed, slice_of
+from ms_ckpt_ext.engine.source.rank_boxes import RankBox, box_under, is_cut, listed_boxes, nothing_listed, slice_of
 from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, called, of_rank, ranks_of, side_by_side
 from ms_ckpt_ext.errors import CoverageError
 
@@ -201,7 +201,7 @@ class Taking:
         layout = layout.over(len(shape)) if layout else None
         return shape if layout is None or len(layout.parts) != len(shape) else layout.full_shape(shape)
 
-    def _listed(self, box: Box, stored: str) -> Takes:
+    def _listed(self, box: RankBox, stored: str) -> Takes:
         layout = self._target.layout(box.name, self._rank) if self._target else None
         ndim = len(box.tensor.meta.shape)
         full = (self.catalog.tensors.get(stored) or self.catalog.extras[stored]).meta.shape

@@ -13,7 +13,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 
 
-class Box(NamedTuple):
+class RankBox(NamedTuple):
     """A parameter that a rank has under a name, and the box of it; None for all of one without elements."""
 
     name: str
@@ -21,7 +21,7 @@ class Box(NamedTuple):
     region: Optional[Region]
 
 
-def slice_of(name: str, tensor: SourceTensor, layout: Layout, local: int) -> Box:
+def slice_of(name: str, tensor: SourceTensor, layout: Layout, local: int) -> RankBox:
     """What a rank has of a parameter, by its number within the stage. Without elements, the slice has its shape only.
 
     Raises LayoutMismatchError: the parameter cannot be cut so.
@@ -29,11 +29,11 @@ def slice_of(name: str, tensor: SourceTensor, layout: Layout, local: int) -> Box
     shape = tensor.meta.shape
     layout = layout.over(len(shape))
     if all(shape):
-        return Box(name, tensor, layout.region(local, shape))
-    return Box(name, tensor._replace(meta=tensor.meta._replace(shape=layout.slice_shape(shape))), None)
+        return RankBox(name, tensor, layout.region(local, shape))
+    return RankBox(name, tensor._replace(meta=tensor.meta._replace(shape=layout.slice_shape(shape))), None)
 
 
-def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
+def rank_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[RankBox]:
     """All that `strategy` gives a rank, as far as the checkpoint has it.
 
     Raises:
@@ -53,10 +53,10 @@ def nothing_listed(strategy: Strategy, rank: int) -> UsageError:
     )
 
 
-def listed_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[Box]:
+def listed_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> list[RankBox]:
     """`rank_boxes`, where that may be nothing."""
     if strategy is None:
-        return [Box(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
+        return [RankBox(name, tensor, whole_box(tensor)) for name, tensor in catalog.tensors.items()]
     found = []
     names = strategy.names_of(rank)
     if catalog.own:
@@ -70,7 +70,7 @@ def listed_boxes(catalog: Catalog, strategy: Optional[Strategy], rank: int) -> l
     return found
 
 
-def box_under(strategy: Strategy, rank: int, name: str, tensor: SourceTensor) -> Box:
+def box_under(strategy: Strategy, rank: int, name: str, tensor: SourceTensor) -> RankBox:
     """What a rank has of a parameter by the layout of a name. Raises LayoutMismatchError: it cannot be cut so."""
     layout = strategy.layout(name, rank)
     assert layout is not None  # the strategy gives the rank this name

@@ -23,7 +23,7 @@ from ms_ckpt_ext.core.geometry.ranks import same_cut
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.rank_boxes import Box, is_cut, slice_of
+from ms_ckpt_ext.engine.source.rank_boxes import RankBox, is_cut, slice_of
 from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank, ranks_of, tell_accumulated
 from ms_ckpt_ext.engine.unlisted.alike import SMALL, compared
 from ms_ckpt_ext.engine.unlisted.proven import REMEDY, doubted, refuse_own
@@ -65,7 +65,7 @@ class Keeping:
         self._refuse_cut()
         self._reach = {} if self._same else self._stages_by_stage()
         self._stages = self._stages_outside() if self._same else {}
-        self._boxes: dict[int, list[Box]] = {}
+        self._boxes: dict[int, list[RankBox]] = {}
 
     def _unlisted(self, held: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
         return ((name, tensor) for name, tensor in held.items() if name not in self._listed)
@@ -119,14 +119,14 @@ class Keeping:
                 f"or slices, does not list it: nothing tells which slice of it a rank is to get. {REMEDY}"
             )
 
-    def of(self, rank: int) -> list[Box]:
+    def of(self, rank: int) -> list[RankBox]:
         """What a rank keeps, whole or, where the source's ranks are the target's, as its own file has it.
 
         Raises:
             CoverageError: it should be in the file of the rank itself, which is not there.
         """
         if self._target is None:
-            return [Box(name, tensor, whole_box(tensor)) for name, tensor in self.catalog.extras.items()]
+            return [RankBox(name, tensor, whole_box(tensor)) for name, tensor in self.catalog.extras.items()]
         if self._same:
             return [*self._own(rank)]
         stage = self._target.stage_of(rank)
@@ -134,11 +134,11 @@ class Keeping:
             self._boxes[stage] = [*self._for_stage(stage)]
         return self._boxes[stage]
 
-    def _for_stage(self, stage: int) -> Iterator[Box]:
+    def _for_stage(self, stage: int) -> Iterator[RankBox]:
         for group in (self._tensors, self.catalog.extras):
             for name, tensor in self._unlisted(group):
                 if self._reaches(tensor, stage):
-                    yield Box(name, tensor, whole_box(tensor))
+                    yield RankBox(name, tensor, whole_box(tensor))
 
     def _stages_by_stage(self) -> dict[int, set[int]]:
         """Stage of the target -> stages of the source that have parameters of it."""
@@ -170,7 +170,7 @@ class Keeping:
         held.update({name: tuple(h.files) for name, h in {**self.catalog.unproven, **self.catalog.own}.items()})
         return {name: set(map(self._target.stage_of, ranks)) for name, ranks in held.items()}
 
-    def _own(self, rank: int) -> Iterator[Box]:
+    def _own(self, rank: int) -> Iterator[RankBox]:
         """What a rank's own file has of what is not listed."""
         assert self._target is not None and self._cut_by is not None
         for name, tensor in self._tensors.items():
@@ -178,16 +178,16 @@ class Keeping:
             if layout is not None:
                 yield slice_of(name, tensor, layout, rank % self._target.devices_per_stage)
             elif tensor.recipe is not None:
-                yield Box(name, tensor, whole_box(tensor))
+                yield RankBox(name, tensor, whole_box(tensor))
         for name, tensor in self._unlisted(self.catalog.extras):
             if rank in ranks_of(tensor) or self._from_another(rank, tensor):
-                yield Box(name, tensor, whole_box(tensor))
+                yield RankBox(name, tensor, whole_box(tensor))
         for name, held in {**self.catalog.unproven, **self.catalog.own}.items():
             if name in self._listed:
                 continue
             if rank in held.files:
                 tensor = of_rank(held, self.catalog.files, rank)
-                yield Box(name, tensor, whole_box(tensor))
+                yield RankBox(name, tensor, whole_box(tensor))
             else:
                 self._refuse_lost(rank, held)
 

@@ -1,0 +1,159 @@
+"""Parameters of one network into those of another under any other layout, without storage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Optional
+
+from ms_ckpt_ext.api.arguments import as_strategy, checked_flags, checked_naming, checked_rules
+from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.source.renaming import Choice
+from ms_ckpt_ext.engine.transfer.report import TransferReport
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.bridge.transfer.moving import PlannedMove, TransferRequest
+    from ms_ckpt_ext.core.planning.rule import Rule
+
+
+def transfer(source: Any, target: Any, **how: Any) -> TransferReport:
+    """Fill the Parameters of `target` with what those of `source` hold, under whatever layouts the two have.
+
+    Collective: every rank of the job calls it. The ranks that hold the source and those that hold the target may be the
+    same, overlap, or be others. Bytes go from device to device; what a rank holds already does not travel. All ranks
+    agree before anything moves, and an error on one is raised on all.
+
+    Args:
+        source, target: a Cell, or a dictionary of Parameters by name; None on ranks that hold no part of it.
+        **how: see `plan_transfer`.
+
+    Returns:
+        What was moved on this rank.
+
+    Raises:
+        as `plan_transfer` and `TransferPlan.run`.
+    """
+    with plan_transfer(source, target, **how) as plan:
+        return plan.run()
+
+
+def plan_transfer(
+    source: Any,
+    target: Any,
+    *,
+    source_strategy: Any = None,
+    target_strategy: Any = None,
+    source_ranks: Optional[Iterable[int]] = None,
+    target_ranks: Optional[Iterable[int]] = None,
+    name_map: Optional[Mapping[str, str]] = None,
+    choice_func: Optional[Choice] = None,
+    rules: Optional[Sequence[Rule]] = None,
+    strict: bool = True,
+    verify: str = "none",
+    offload_source: bool = False,
+    load_target: bool = False,
+    bucket_bytes: Optional[int] = None,
+    timeout: float = 600.0,
+    hardware: str = "",
+) -> TransferPlan:
+    """Plan a transfer that is run again and again, after every training step for instance. Collective.
+
+    Args:
+        source, target: as in `transfer`.
+        source_strategy, target_strategy: layouts, in any form that `load_distributed_checkpoint` takes for
+            `predict_strategy`; or `{name: Box(global_shape, offsets, shape)}`, what this rank has. By default those of
+            the Cell; a dictionary holds whole Parameters, and distributed tensors, which say themselves how they lie.
+        source_ranks, target_ranks: the ranks of each side, the first of which has place 0 in its layouts. By default
+            those whose argument is not None, ascending.
+        name_map: name in the target -> name in the source, as `choice_func` left it.
+        choice_func: name in the source -> True (move it), False (leave it) or a str (new name).
+        rules: weight rules (`ms_ckpt_ext.rules`) that make the target's Parameters of the source's.
+        strict: every Parameter of the target must take something, by its exact name, unless `choice_func` leaves it
+            out. Else names are matched by suffix as well, as in a load, and who gets nothing keeps its values. Dtypes
+            are cast within floats and within ints either way.
+        verify: "replicas": after every run compare digests of the same region on several ranks.
+        offload_source: offload the source's Parameters to host memory after every run (Ascend).
+        load_target: bring the target's Parameters to the device before every run (Ascend).
+        bucket_bytes, timeout, hardware: see `ms_ckpt_ext.engine.load.options.LoadOptions`.
+
+    Raises:
+        UsageError, ArgumentTypeError, UnsupportedError, StrategyError: wrong arguments.
+        CoverageError: the source lacks a Parameter, or a region of one; names it, and the ranks.
+        LayoutMismatchError: layouts contradict each other, or shapes or dtypes do not fit.
+        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another failed, or is gone.
+    """
+    from ms_ckpt_ext.bridge.transfer.moving import GivenSide, TransferRequest
+
+    checked_flags(strict=strict, offload_source=offload_source, load_target=load_target)
+    if verify not in ("none", "replicas"):
+        raise UsageError(f"verify must be one of none, replicas; got {verify!r}")
+    request = TransferRequest(
+        None if source is None else GivenSide(source, source_strategy),
+        None if target is None else GivenSide(target, target_strategy),
+        as_strategy,
+        _ranks(source_ranks, "source_ranks"),
+        _ranks(target_ranks, "target_ranks"),
+        bool(strict),
+        checked_rules(() if rules is None else rules),
+        checked_naming(choice_func, name_map),
+        bool(offload_source),
+        bool(load_target),
+        LoadOptions(bucket_bytes=bucket_bytes, verify=verify, timeout=timeout, hardware=hardware),
+    )
+    return TransferPlan(request)
+
+
+class TransferPlan:
+    """A transfer that was planned: `run` moves the present values, as often as wanted. Made by `plan_transfer`.
+
+    To be closed, or used in a `with` statement: it keeps the ranks in touch, and staging memory.
+
+    Attributes:
+        report: what every run moves on this rank.
+    """
+
+    def __init__(self, request: TransferRequest) -> None:
+        from ms_ckpt_ext.bridge.together import join
+        from ms_ckpt_ext.bridge.transfer.moving import plan_move
+
+        transport = join(request.options.timeout)
+        try:
+            self._move: Optional[PlannedMove] = plan_move(transport, request)
+        except BaseException:
+            transport.close()
+            raise
+        self.report: TransferReport = self._move.report
+
+    def run(self) -> TransferReport:
+        """Move what the source's Parameters hold now. Collective; nothing is planned, and after the first run nothing
+        allocated.
+
+        Raises:
+            UsageError: the plan is closed; or Parameters of both sides share memory; nothing was moved.
+            LoadError: it stopped on the way; `changed` names the Parameters of this rank that may hold new bytes.
+            PeerError, TransportError: another rank refused, or is gone.
+        """
+        if self._move is None:
+            raise UsageError("the plan is closed: make a new one by plan_transfer")
+        return self._move.run()
+
+    def close(self) -> None:
+        """Give up the staging memory, and leave the other ranks. May be called twice."""
+        move, self._move = self._move, None
+        if move is not None:
+            move.close()
+
+    def __enter__(self) -> TransferPlan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _ranks(given: Optional[Iterable[int]], argument: str) -> Optional[tuple[int, ...]]:
+    if given is None:
+        return None
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ArgumentTypeError(f"{argument} must be ranks, got {given!r:.60}")
+    return tuple(integer(rank, f"every item of {argument}", 0) for rank in given)

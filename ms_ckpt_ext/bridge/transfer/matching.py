@@ -1,0 +1,143 @@
+"""Which Parameter of the target takes what of the source; settled before anything is moved.
+
+By name, after the rules, `choice_func` and `name_map`; unless strict also by suffix, as a load does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
+
+from ms_ckpt_ext import log
+from ms_ckpt_ext.bridge.match import Match, Offer, check_fit, offer_of, offers_to, suffixes, tell_suffixes
+from ms_ckpt_ext.bridge.transfer.sides import Side
+from ms_ckpt_ext.core.geometry.box import Box
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.engine.load.taking import Takes, Taking
+from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.engine.source.renaming import Naming, chosen_name, some
+from ms_ckpt_ext.engine.transfer.wanted import Wanted
+from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
+
+
+class Matching(NamedTuple):
+    """What goes where on one rank.
+
+    Attributes:
+        matches: Parameters that take something; a match's name is that of the source.
+        missing: names of Parameters that take nothing.
+        unused: names of the source that go nowhere.
+    """
+
+    matches: tuple[Match, ...] = ()
+    missing: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def wants(self, boxes: Mapping[str, Box]) -> dict[str, Wanted]:
+        """What that is of the source, by the Parameter's name."""
+        return {match.parameter.name: _wanted(match, boxes.get(match.parameter.name)) for match in self.matches}
+
+
+def _wanted(match: Match, box: Optional[Box]) -> Wanted:
+    region: Optional[Region] = None if box is None else box.region
+    where = match.offer.layout.over(len(match.offer.tensor.meta.shape)) if region is None else region
+    return Wanted(match.offer.tensor.meta.name, where)
+
+
+def match_sides(
+    catalog: Catalog, named: Catalog, side: Side, place: int, members: int, naming: Naming, strict: bool,
+    differing: Mapping[str, str],
+) -> Matching:  # fmt: skip
+    """Pair the Parameters of this rank's target with what the source has.
+
+    Args:
+        catalog, named: the source, and under its names in the target.
+        place, members: this rank's place among the ranks of the target, and how many they are.
+        strict: every Parameter must take something, by its exact name, unless `choice_func` leaves it out.
+        differing: names of the source that ranks hold with different contents, and which.
+
+    Raises:
+        CoverageError: strict, and the source has nothing for a Parameter.
+        LayoutMismatchError: shapes or dtypes do not fit, or a Parameter would take what differs by rank.
+    """
+    offers = _offers(named, side, place, members)
+    parameters = side.parameters
+    stored = {name: name for name in parameters if name in offers}
+    missing = [name for name in parameters if name not in offers]
+    if missing and not strict:
+        found = suffixes(missing, list(stored), offers, {})
+        tell_suffixes(found)
+        stored.update(found.found)
+        missing = [name for name in missing if name not in stored]
+    _refuse_differing(missing, differing, naming)
+    _require(catalog, missing, naming, strict)
+    matches = []
+    for name, source in stored.items():
+        match = Match(parameters[name], source, _boxed(offers[source], named, side.boxes.get(name), name))
+        check_fit(match, strict=False)
+        matches.append(match)
+    taken = {match.name for match in matches}
+    return Matching(tuple(matches), tuple(missing), tuple(name for name in offers if name not in taken))
+
+
+def _offers(named: Catalog, side: Side, place: int, members: int) -> dict[str, Offer]:
+    """What the source has for this rank, by its name in the target; of a target of boxes everything, whole."""
+    offers = offers_to(Taking(named, side.strategy, place, members))
+    for name in side.boxes:
+        tensor = named.tensors.get(name) or named.extras.get(name)
+        if tensor is not None:
+            whole = Layout((1,), ((),) * len(tensor.meta.shape))
+            region = Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
+            offers[name] = offer_of(named, Takes(tensor, region, whole, tensor.meta.shape))
+    return offers
+
+
+def _boxed(offer: Offer, named: Catalog, box: Optional[Box], name: str) -> Offer:
+    if box is None:
+        return offer
+    full = offer.full
+    if box.global_shape != full:
+        raise LayoutMismatchError(
+            f"parameter {name!r} has global_shape {list(box.global_shape)} by its Box in the target, and full shape "
+            f"{list(full)} in the source"
+        )
+    return offer._replace(region=box.region, shape=box.shape, doubt="its Box in the target says so")
+
+
+def _refuse_differing(missing: list[str], differing: Mapping[str, str], naming: Naming) -> None:
+    """Raise LayoutMismatchError where a Parameter would take what every rank of the source has of its own."""
+    for name in missing:
+        source = naming.name_map.get(name, name)
+        if source in differing:
+            raise LayoutMismatchError(
+                f"parameter {name!r}: no layout of the source lists {source!r}, and the ranks that hold it have "
+                f"different contents ({differing[source]}), so it is no copy of one value: give its layout "
+                "(source_strategy=[…, {name: layout}], or a Box), or leave it out by choice_func"
+            )
+
+
+def _require(catalog: Catalog, missing: list[str], naming: Naming, strict: bool) -> None:
+    """Raise CoverageError, if strict, for Parameters that take nothing though nobody left them out."""
+    held = {**catalog.tensors, **catalog.extras}
+    left = {name for name in held if chosen_name(naming.choice, name) is None}
+    lacking = [name for name in missing if name not in left]
+    if lacking and strict:
+        raise CoverageError(
+            f"the source has nothing for {len(lacking)} parameters of the target: {some(lacking)}; give name_map where "
+            "they go by other names, leave them out by choice_func, or strict=False to keep their values"
+        )
+    if lacking:
+        log.warning(
+            "%d parameters of the target are not in the source and keep their values: %s", len(lacking), lacking
+        )
+
+
+def tell_casts(matches: tuple[Match, ...]) -> None:
+    """Log, once, which Parameters are cast on the way."""
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for match in matches:
+        if match.parameter.dtype != match.offer.dtype:
+            kinds.setdefault((str(match.offer.dtype), str(match.parameter.dtype)), []).append(match.parameter.name)
+    for (source, target), names in kinds.items():
+        log.warning("%d parameters are cast from %s to %s: %s", len(names), source, target, some(names))

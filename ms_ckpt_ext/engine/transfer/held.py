@@ -1,0 +1,95 @@
+"""What every rank holds of one side of a transfer, told to all.
+
+A slice says how it lies: as one cell of a layout, as a box, or not at all: then it is whole, and alike wherever it is,
+which is looked at. The n-th rank of a side has the n-th place in its layouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+from ms_ckpt_ext.core.geometry.box import Box
+from ms_ckpt_ext.core.geometry.layout import Layout, layout_from_json
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.errors import UsageError, name_ranks
+from ms_ckpt_ext.transport.agree import pack, unpack
+from ms_ckpt_ext.transport.base import Transport
+
+
+class HeldSlice(NamedTuple):
+    """What a rank holds under a name.
+
+    Attributes:
+        dtype: as safetensors names it.
+        shape: of the slice.
+        layout: of which it is a cell; None where none is known.
+        box: which it is; None where a layout says so.
+    """
+
+    dtype: str
+    shape: Shape
+    layout: Optional[Layout] = None
+    box: Optional[Box] = None
+
+    @property
+    def listed(self) -> bool:
+        """Whether something says how it lies."""
+        return self.layout is not None or self.box is not None
+
+
+Holds = Mapping[str, HeldSlice]
+
+
+def members_of(
+    transport: Transport[Any], takes_part: bool, named: Optional[Sequence[int]], side: str
+) -> tuple[int, ...]:
+    """The ranks of a side, in the order of their places. Collective.
+
+    Args:
+        takes_part: whether this rank has something for it.
+        named: the ranks that were named instead; the same on all ranks.
+        side: "source" or "target".
+
+    Raises UsageError: on all ranks, when nobody takes part, or a rank that is named does not.
+    """
+    there = [rank for rank, answer in enumerate(transport.share(b"y" if takes_part else b"")) if answer]
+    ranks = tuple(there) if named is None else tuple(named)
+    if len(set(ranks)) != len(ranks) or not set(ranks) <= set(range(transport.size)):
+        raise UsageError(f"{side}_ranks must be different ranks below {transport.size}, got {list(ranks)}")
+    absent = [rank for rank in ranks if rank not in there]
+    if absent:
+        raise UsageError(
+            f"{side}_ranks names {name_ranks(absent)}, where `{side}` is None: give the network there, or leave the "
+            "rank out"
+        )
+    if not ranks:
+        raise UsageError(f"`{side}` is None on all ranks: some must hold what is to be moved, and some take it")
+    return ranks
+
+
+def share_holds(transport: Transport[Any], mine: Holds) -> list[Holds]:
+    """What every rank holds, by rank. Ranks that hold the same in the same layouts share one mapping. Collective."""
+    known: dict[bytes, Holds] = {}
+    found = []
+    for answer in transport.share(pack(_to_json(mine))):
+        if answer not in known:
+            known[answer] = _from_json(unpack(answer))
+        found.append(known[answer])
+    return found
+
+
+def _to_json(holds: Holds) -> list[Any]:
+    layouts = list(dict.fromkeys(each.layout for each in holds.values() if each.layout is not None))
+    number: dict[Optional[Layout], int] = {layout: n for n, layout in enumerate(layouts)}
+    rows = [[name, h.dtype, h.shape, number.get(h.layout, -1), h.box] for name, h in holds.items()]
+    return [layouts, rows]
+
+
+def _from_json(raw: Any) -> Holds:
+    described, rows = raw
+    layouts = [layout_from_json(each) for each in described]
+    return {
+        name: HeldSlice(dtype, tuple(shape), layouts[number] if number >= 0 else None, Box(*box) if box else None)
+        for name, dtype, shape, number, box in rows
+    }

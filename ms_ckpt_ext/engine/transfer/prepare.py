@@ -1,0 +1,123 @@
+"""A transfer that all ranks agree on, planned by each of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ms_ckpt_ext.core.exchange.cost import Hardware
+from ms_ckpt_ext.core.exchange.demand import Demand, Ways
+from ms_ckpt_ext.core.exchange.holders import InMemory, LocalPiece, local_pieces
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_of
+from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+from ms_ckpt_ext.engine.load.hosts import told_apart
+from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.session import bucket_for, choose_way, least_free, limits_for, servers_of
+from ms_ckpt_ext.engine.transfer.addresses import Addresses
+from ms_ckpt_ext.engine.transfer.wanted import Wants, demands_among, share_wanted
+from ms_ckpt_ext.errors import CoverageError, UsageError, name_ranks
+from ms_ckpt_ext.transport.agree import agree
+from ms_ckpt_ext.transport.base import Transport
+
+
+class PreparedTransfer(NamedTuple):
+    """A transfer, planned.
+
+    Attributes:
+        demands: what all ranks want.
+        plan: what travels.
+        local: what this rank takes of its own memory.
+        addresses: where slices lie, as the plan numbers it.
+        bucket: staging memory of a rank for one round, in bytes.
+    """
+
+    demands: tuple[Demand, ...]
+    plan: ExchangePlan
+    local: tuple[LocalPiece, ...]
+    addresses: Addresses
+    bucket: int
+
+    @property
+    def bytes_local(self) -> int:
+        """Bytes that this rank takes of its own memory."""
+        return sum(self.demands[p.demand].tensor.meta.dtype.nbytes(p.in_source.size) for p in self.local)
+
+    def bytes_sent(self, rank: int) -> int:
+        """Payload that a rank sends to others."""
+        total = 0
+        for part in self.plan.parts:
+            if self.plan.chunks[part.chunk].reader == rank:
+                dtype = self.plan.dtype(part)
+                total += sum(dtype.nbytes(each.in_part.size) * len(each.ranks) for each in part.deliveries)
+        return total
+
+
+def prepare_transfer(
+    transport: Transport[Any],
+    tensors: Mapping[str, SourceTensor],
+    wants: Wants,
+    places: Mapping[int, int],
+    options: LoadOptions,
+    hardware: Hardware,
+    host: str,
+    facts: Mapping[str, str],
+) -> PreparedTransfer:
+    """Agree on the inputs, learn what all ranks want, and plan. Collective.
+
+    Args:
+        tensors: the source, by the names that `wants` speak of.
+        wants: of this rank.
+        places: rank of the target -> its place in the layouts.
+        host: key of this rank's host.
+        facts: what must be the same on all ranks, beside the options.
+
+    Raises:
+        DisagreementError: ranks were started with different inputs.
+        CoverageError: a region that some rank wants is held by none.
+        UsageError: the product has no all-to-all for these ranks.
+    """
+    described = repr([(name, tensor.meta, tensor.placements) for name, tensor in tensors.items()])
+    agree(transport, {**options.facts(), "what the source holds": described, **facts})
+    demands = demands_among(tensors, share_wanted(transport, wants), places)
+    if not transport.traits.all_to_all:
+        raise UsageError(f"{transport.traits.product} has no all-to-all for these ranks, which a transfer needs")
+    hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
+    ways = Ways(gather=False, servers=servers_of(hosts))
+    memory = InMemory(0, ways.servers)
+    bucket = bucket_for(options, transport.traits, least_free(transport))
+    limits = limits_for(demands, transport.size, bucket)
+    addresses = Addresses(demand.tensor for demand in demands)
+    require_held(demands)
+    table = choose_way(demands, transport.size, addresses.stored, limits, None, ways, hardware, memory)
+    plan = plan_of(table)
+    agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
+    local = [
+        piece for number, demand in enumerate(demands) for piece in local_pieces(demand, number, transport.rank, memory)
+    ]
+    return PreparedTransfer(tuple(demands), plan, tuple(local), addresses, bucket)
+
+
+def require_held(demands: Sequence[Demand]) -> None:
+    """Raise CoverageError for the first region that is wanted and that no rank holds; names the ranks that want it."""
+    for demand in demands:
+        for grid in demand.grids:
+            for cell, ranks in grid.ranks.items():
+                box = grid.region(cell, demand.tensor.meta.shape)
+                try:
+                    locate(demand.tensor, box)
+                except CoverageError as error:
+                    raise CoverageError(_unheld(demand, box, ranks)) from error
+
+
+def _unheld(demand: Demand, box: Region, ranks: Sequence[int]) -> str:
+    told = []
+    for placement in demand.tensor.placements:
+        holding = sorted({rank for some in placement.holders.values() for rank in some})
+        told.append(f"in {list(placement.parts)} slices by {name_ranks(holding)}")
+    return (
+        f"parameter {demand.name!r}: the source does not hold all of region {box} of its shape "
+        f"{list(demand.tensor.meta.shape)}, which {name_ranks(ranks)} want; "
+        f"it is held {' and '.join(told) or 'in parts'}: check source_strategy, and that every rank of the source "
+        "gives its network"
+    )
