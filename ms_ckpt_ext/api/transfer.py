@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import as_strategy, checked_flags, checked_naming, checked_rules
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.transfer.report import TransferReport

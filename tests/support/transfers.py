@@ -22,8 +22,8 @@ from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.transfer.held import HeldSlice, members_of, share_holds
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer, prepare_transfer
-from ms_ckpt_ext.engine.transfer.sources import catalog_of_holders, holders_of
-from ms_ckpt_ext.engine.transfer.wanted import Wanted
+from ms_ckpt_ext.engine.transfer.sources import catalog_of_holders, slice_holders
+from ms_ckpt_ext.engine.transfer.wanted import WantedBox
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.checkpoints import Stored, read_file, shard
 
@@ -88,9 +88,9 @@ def _one(
     ranks = members_of(transport, rank in source, None, "source")
     takers = members_of(transport, rank in target, None, "target")
     holds = {name: _held(stored, how) for name, (stored, how) in mine.items()}
-    catalog = catalog_of_holders(holders_of(share_holds(transport, holds), ranks), ranks, {})
+    catalog = catalog_of_holders(slice_holders(share_holds(transport, holds), ranks), ranks, {})
     tensors = apply_rules({**catalog.tensors, **catalog.extras}, rules)
-    wants = {name: Wanted(name, _where(stored, how)) for name, (stored, how) in theirs.items()}
+    wants = {name: WantedBox(name, _where(stored, how)) for name, (stored, how) in theirs.items()}
     places = {rank: place for place, rank in enumerate(takers)}
     told = host(rank)
     ready = prepare_transfer(transport, tensors, wants, places, options, CPU, told, {})

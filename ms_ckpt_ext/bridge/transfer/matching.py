@@ -10,14 +10,14 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Offer, check_fit, offer_of, offers_to, suffixes, tell_suffixes
-from ms_ckpt_ext.bridge.transfer.sides import Side
+from ms_ckpt_ext.bridge.transfer.sides import SideHere
 from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import Naming, chosen_name, some
-from ms_ckpt_ext.engine.transfer.wanted import Wanted
+from ms_ckpt_ext.engine.transfer.wanted import WantedBox
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
 
 
@@ -34,19 +34,19 @@ class Matching(NamedTuple):
     missing: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
-    def wants(self, boxes: Mapping[str, Box]) -> dict[str, Wanted]:
+    def wants(self, boxes: Mapping[str, Box]) -> dict[str, WantedBox]:
         """What that is of the source, by the Parameter's name."""
         return {match.parameter.name: _wanted(match, boxes.get(match.parameter.name)) for match in self.matches}
 
 
-def _wanted(match: Match, box: Optional[Box]) -> Wanted:
+def _wanted(match: Match, box: Optional[Box]) -> WantedBox:
     region: Optional[Region] = None if box is None else box.region
     where = match.offer.layout.over(len(match.offer.tensor.meta.shape)) if region is None else region
-    return Wanted(match.offer.tensor.meta.name, where)
+    return WantedBox(match.offer.tensor.meta.name, where)
 
 
 def match_sides(
-    catalog: Catalog, named: Catalog, side: Side, place: int, members: int, naming: Naming, strict: bool,
+    catalog: Catalog, named: Catalog, side: SideHere, place: int, members: int, naming: Naming, strict: bool,
     differing: Mapping[str, str],
 ) -> Matching:  # fmt: skip
     """Pair the Parameters of this rank's target with what the source has.
@@ -81,7 +81,7 @@ def match_sides(
     return Matching(tuple(matches), tuple(missing), tuple(name for name in offers if name not in taken))
 
 
-def _offers(named: Catalog, side: Side, place: int, members: int) -> dict[str, Offer]:
+def _offers(named: Catalog, side: SideHere, place: int, members: int) -> dict[str, Offer]:
     """What the source has for this rank, by its name in the target; of a target of boxes everything, whole."""
     offers = offers_to(Taking(named, side.strategy, place, members))
     for name in side.boxes:

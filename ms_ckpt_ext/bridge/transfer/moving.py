@@ -14,14 +14,14 @@ import xxhash
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match
-from ms_ckpt_ext.bridge.memory import contents_of, kept_on_host, on_device
+from ms_ckpt_ext.bridge.memory import bytes_to_come, contents_of, kept_on_host, on_device
 from ms_ckpt_ext.bridge.request import half_done
 from ms_ckpt_ext.bridge.together import host_name, mover_of, sinks_of
 from ms_ckpt_ext.bridge.transfer.distributed import own_boxes
 from ms_ckpt_ext.bridge.transfer.matching import Matching, match_sides, tell_casts
 from ms_ckpt_ext.bridge.transfer.overlap import refuse_overlaps, stays
 from ms_ckpt_ext.bridge.transfer.sides import (
-    Side,
+    SideHere,
     check_boxes,
     may_be_staged,
     named_parameters,
@@ -42,7 +42,7 @@ from ms_ckpt_ext.engine.transfer.held import Holds, members_of, share_holds
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer, prepare_transfer
 from ms_ckpt_ext.engine.transfer.report import TransferReport
-from ms_ckpt_ext.engine.transfer.sources import catalog_of_holders, holders_of, untold
+from ms_ckpt_ext.engine.transfer.sources import catalog_of_holders, slice_holders, untold
 from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.errors import StrategyError, UsageError, name_ranks
 from ms_ckpt_ext.transport.agree import agree, on_all, told_by_all
@@ -61,7 +61,7 @@ class GivenSide(NamedTuple):
     parameters: Any
     layouts: Any
 
-    def side(self, argument: str, place: int, read: ReadStrategy, members: int) -> Side:
+    def side(self, argument: str, place: int, read: ReadStrategy, members: int) -> SideHere:
         """What it comes to, on the rank of this place in the layouts. Raises as `side_of` and `as_strategy`."""
         rest, boxes = split_boxes(self.layouts, f"{argument}_strategy")
         if rest is None and not boxes and isinstance(self.parameters, ms.nn.Cell):
@@ -73,7 +73,7 @@ class GivenSide(NamedTuple):
         assert found is not None
         boxes = {**own_boxes(named_parameters(self.parameters, argument), own_rank()), **boxes}
         check_boxes(found, boxes, f"{argument}_strategy")
-        return Side(found, strategy, boxes, may_be_staged(self.parameters, strategy, members))
+        return SideHere(found, strategy, boxes, may_be_staged(self.parameters, strategy, members))
 
 
 ReadStrategy = Callable[[Any, int, str], Optional[Strategy]]
@@ -239,7 +239,7 @@ def plan_move(transport: Transport[Any], request: TransferRequest) -> PlannedMov
     target = _side(transport, request.target, request.read, targets, "target")
     mine = source.parameters if source else {}
     holds = on_all(transport, lambda: source.holds(sources.index(transport.rank)) if source else {})
-    holders = holders_of(share_holds(transport, holds), sources)
+    holders = slice_holders(share_holds(transport, holds), sources)
     differing = _differing(transport, untold(holders), mine, holds, request.options.verify != "none")
     catalog = on_all(transport, lambda: catalog_of_holders(holders, sources, differing))
     named = on_all(transport, lambda: request.naming.of(ruled(catalog, request.rules)))
@@ -254,12 +254,14 @@ def plan_move(transport: Transport[Any], request: TransferRequest) -> PlannedMov
     matching = on_all(transport, match)
     tell_casts(matching.matches)
     traits = transport.traits
-    hardware = profiles.chosen(request.options.hardware, traits.product, traits.on_device).hardware
+    asked = request.options.hardware
+    hardware = on_all(transport, lambda: profiles.chosen(asked, traits.product, traits.on_device).hardware)
     facts = {"hardware": repr(hardware), "choice_func": repr([(*named.tensors,), (*named.extras,)])}
     wants = matching.wants(target.boxes if target else {})
     places = {rank: place for place, rank in enumerate(targets)}
     tensors = {**named.tensors, **named.extras}
-    told = request.options, hardware, host_name(request.options), facts
+    to_come = bytes_to_come([match.parameter for match in matching.matches])
+    told = request.options, hardware, host_name(request.options), facts, to_come
     ready = prepare_transfer(transport, tensors, wants, places, *told)
     planned = on_all(transport, lambda: PlannedMove(transport, request, mine, matching, ready))
     log.info("planned a transfer of %s", planned.report)
@@ -268,10 +270,10 @@ def plan_move(transport: Transport[Any], request: TransferRequest) -> PlannedMov
 
 def _side(
     transport: Transport[Any], given: Optional[GivenSide], read: ReadStrategy, ranks: Sequence[int], argument: str
-) -> Optional[Side]:
+) -> Optional[SideHere]:
     """What this rank has of a side; None where it has no part. Raises StrategyError: its layouts are of another job."""
 
-    def find() -> Optional[Side]:
+    def find() -> Optional[SideHere]:
         if given is None or transport.rank not in ranks:
             return None
         return given.side(argument, ranks.index(transport.rank), read, len(ranks))

@@ -19,7 +19,7 @@ from ms_ckpt_ext.engine.transfer.held import HeldSlice
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError
 
 
-class Side(NamedTuple):
+class SideHere(NamedTuple):
     """What one rank has of a side.
 
     Attributes:

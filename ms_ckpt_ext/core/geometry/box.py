@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.integer import integer
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError
 
 

@@ -69,6 +69,10 @@ def left_by(demands: Sequence[Demand], world: int, hardware: Hardware) -> int:
     for demand in demands:
         meta = demand.tensor.meta
         for grid in demand.grids:
+            if grid.uneven:
+                for cell, ranks in grid.ranks.items():
+                    wanted[list(ranks)] += meta.dtype.nbytes(grid.region(cell, meta.shape).size)
+                continue
             sizes = (extent // count for extent, count in zip(meta.shape, grid.parts))
             wanted[[rank for ranks in grid.ranks.values() for rank in ranks]] += meta.dtype.nbytes(math.prod(sizes))
     usable = int(hardware.memory) * (_OTHERS - 1) // _OTHERS

@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
 
-class Address(NamedTuple):
+class HeldPlace(NamedTuple):
     """A place in a slice: the name it is held under, and the byte."""
 
     name: str
@@ -43,10 +43,10 @@ class Addresses:
         """Where a slice lies, on any rank that holds it; as planning asks for a tensor in a file."""
         return (self._extents[name],)
 
-    def at(self, number: int) -> Address:
+    def at(self, number: int) -> HeldPlace:
         """What lies at a number."""
         place = bisect_right(self._starts, number) - 1
-        return Address(self._names[place], number - self._starts[place])
+        return HeldPlace(self._names[place], number - self._starts[place])
 
 
 def _stored(tensor: SourceTensor) -> list[SourceTensor]:

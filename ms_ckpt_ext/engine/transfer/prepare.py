@@ -11,9 +11,10 @@ from ms_ckpt_ext.core.exchange.holders import InMemory, LocalPiece, local_pieces
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_of
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+from ms_ckpt_ext.engine.load.bucket import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.session import bucket_for, choose_way, least_free, limits_for, servers_of
+from ms_ckpt_ext.engine.load.session import choose_way, servers_of
 from ms_ckpt_ext.engine.transfer.addresses import Addresses
 from ms_ckpt_ext.engine.transfer.wanted import Wants, demands_among, share_wanted
 from ms_ckpt_ext.errors import CoverageError, UsageError, name_ranks
@@ -62,6 +63,7 @@ def prepare_transfer(
     hardware: Hardware,
     host: str,
     facts: Mapping[str, str],
+    to_come: int = 0,
 ) -> PreparedTransfer:
     """Agree on the inputs, learn what all ranks want, and plan. Collective.
 
@@ -71,6 +73,7 @@ def prepare_transfer(
         places: rank of the target -> its place in the layouts.
         host: key of this rank's host.
         facts: what must be the same on all ranks, beside the options.
+        to_come: bytes that this rank's target will still take of its device.
 
     Raises:
         DisagreementError: ranks were started with different inputs.
@@ -85,7 +88,8 @@ def prepare_transfer(
     hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
     ways = Ways(gather=False, servers=servers_of(hosts))
     memory = InMemory(0, ways.servers)
-    bucket = bucket_for(options, transport.traits, least_free(transport))
+    left = left_on_all(transport, to_come, demands, hardware)
+    bucket = bucket_for(options.bucket_bytes, transport.traits.call_bytes, left)
     limits = limits_for(demands, transport.size, bucket)
     addresses = Addresses(demand.tensor for demand in demands)
     require_held(demands)

@@ -46,7 +46,7 @@ class _Holder(NamedTuple):
         return Box(full, tuple(n * extent for n, extent in zip(cell, held.shape)), held.shape)
 
 
-def holders_of(holds: Sequence[Holds], ranks: Sequence[int]) -> dict[str, list[_Holder]]:
+def slice_holders(holds: Sequence[Holds], ranks: Sequence[int]) -> dict[str, list[_Holder]]:
     """Name -> who holds it. Where some ranks say how it lies, those that do not hold none of it.
 
     Args:

@@ -13,14 +13,14 @@ from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Transport
 
 
-class Wanted(NamedTuple):
+class WantedBox(NamedTuple):
     """One thing that a rank wants: a parameter of the source, and the box of it: of a layout the rank's cell."""
 
     source: str
     where: Union[Layout, Region]
 
 
-Wants = Mapping[str, Wanted]
+Wants = Mapping[str, WantedBox]
 
 
 def share_wanted(transport: Transport[Any], mine: Wants) -> list[Wants]:
@@ -48,7 +48,7 @@ def _from_json(raw: Any) -> Wants:
     def where(told: Any) -> Union[Layout, Region]:
         return layouts[told] if isinstance(told, int) else Region(*map(tuple, told))
 
-    return {name: Wanted(source, where(told)) for name, source, told in rows}
+    return {name: WantedBox(source, where(told)) for name, source, told in rows}
 
 
 def demands_among(

@@ -68,10 +68,16 @@ def held_by(made: Any) -> dict[str, bytes]:
     return {parameter.name: parameter.asnumpy().tobytes() for parameter in made.get_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "first", "world"),
-    [("dp2_tp2", "tp4", 0, 4), ("dp2_tp2_pp2_zero", "dp2_tp2", 0, 8), ("dp2_tp2", "tp4_pp2", 4, 12), ("tp4", "dp2_tp2", 2, 6)],
-)  # fmt: skip
+PAIRS = (
+    ("dp2_tp2", "tp4", 0, 4),
+    ("dp2_tp2_pp2_zero", "dp2_tp2", 0, 8),
+    ("dp2_tp2", "tp4_pp2", 4, 12),
+    ("tp4", "dp2_tp2", 2, 6),
+)
+"""Source, target, the first rank of the target, ranks of the job."""
+
+
+@pytest.mark.parametrize(("one", "other", "first", "world"), PAIRS)
 def test_golden_networks(one: str, other: str, first: int, world: int) -> None:
     ranks = {"dp2_tp2": 4, "tp4": 4, "dp2_tp2_pp2_zero": 8, "tp4_pp2": 8}
 
