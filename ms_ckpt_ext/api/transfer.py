@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Optional
 from ms_ckpt_ext.api.arguments import as_strategy, checked_flags, checked_naming, checked_rules
 from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.transfer.report import TransferReport
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.bridge.transfer.moving import PlannedMove, TransferRequest
     from ms_ckpt_ext.core.planning.rule import Rule
+    from ms_ckpt_ext.engine.source.renaming import Choice
 
 
 def transfer(source: Any, target: Any, **how: Any) -> TransferReport:
@@ -84,6 +84,7 @@ def plan_transfer(
         DisagreementError, PeerError, TransportError: ranks differ in their inputs, another failed, or is gone.
     """
     from ms_ckpt_ext.bridge.transfer.moving import GivenSide, TransferRequest
+    from ms_ckpt_ext.engine.source.renaming import Naming
 
     checked_flags(strict=strict, offload_source=offload_source, load_target=load_target)
     if verify not in ("none", "replicas"):
@@ -96,7 +97,7 @@ def plan_transfer(
         _ranks(target_ranks, "target_ranks"),
         bool(strict),
         checked_rules(() if rules is None else rules),
-        checked_naming(choice_func, name_map),
+        checked_naming(choice_func, name_map) or Naming(),
         bool(offload_source),
         bool(load_target),
         LoadOptions(bucket_bytes=bucket_bytes, verify=verify, timeout=timeout, hardware=hardware),

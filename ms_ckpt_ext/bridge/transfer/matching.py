@@ -16,9 +16,9 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.source.renaming import Naming, chosen_name, some
+from ms_ckpt_ext.engine.source.renaming import Naming, chosen_name
 from ms_ckpt_ext.engine.transfer.wanted import WantedBox
-from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
+from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, some
 
 
 class Matching(NamedTuple):

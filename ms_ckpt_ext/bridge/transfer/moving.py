@@ -29,7 +29,6 @@ from ms_ckpt_ext.bridge.transfer.sides import (
     split_boxes,
 )
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.bridge.world import own_rank
 from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load import profiles
@@ -61,19 +60,19 @@ class GivenSide(NamedTuple):
     parameters: Any
     layouts: Any
 
-    def side(self, argument: str, place: int, read: ReadStrategy, members: int) -> SideHere:
-        """What it comes to, on the rank of this place in the layouts. Raises as `side_of` and `as_strategy`."""
+    def side(self, argument: str, rank: int, ranks: Sequence[int], read: ReadStrategy) -> SideHere:
+        """What it comes to on a rank, one of the side's. Raises as `side_of` and `as_strategy`."""
         rest, boxes = split_boxes(self.layouts, f"{argument}_strategy")
         if rest is None and not boxes and isinstance(self.parameters, ms.nn.Cell):
             from ms_ckpt_ext.bridge.restore import layouts_of
 
             rest = layouts_of(self.parameters)
-        strategy = read(rest, place, f"{argument}_strategy")
+        strategy = read(rest, ranks.index(rank), f"{argument}_strategy")
         found = side_of(self.parameters, argument)
         assert found is not None
-        boxes = {**own_boxes(named_parameters(self.parameters, argument), own_rank()), **boxes}
+        boxes = {**own_boxes(named_parameters(self.parameters, argument), rank), **boxes}
         check_boxes(found, boxes, f"{argument}_strategy")
-        return SideHere(found, strategy, boxes, may_be_staged(self.parameters, strategy, members))
+        return SideHere(found, strategy, boxes, may_be_staged(self.parameters, strategy, len(ranks)))
 
 
 ReadStrategy = Callable[[Any, int, str], Optional[Strategy]]
@@ -276,7 +275,7 @@ def _side(
     def find() -> Optional[SideHere]:
         if given is None or transport.rank not in ranks:
             return None
-        return given.side(argument, ranks.index(transport.rank), read, len(ranks))
+        return given.side(argument, transport.rank, ranks, read)
 
     found = on_all(transport, find)
     strategy = found.strategy if found else None
