@@ -3,6 +3,7 @@
 #   ensure_venv    makes it or brings it up to date, then puts it first on PATH
 #   find_python    lets the environment be that is active, if it has MindSpore and this project; else ensure_venv
 #   ensure_mindformers    adds MindFormers to the environment, for its tests
+#   ensure_torch   makes another one with torch and transformers, for the tests that load what was exported
 #
 #   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
 #   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
@@ -77,4 +78,20 @@ ensure_mindformers() {
     echo "$stamp" >"$VIRTUAL_ENV/.mindformers"
   fi
   export MS_CKPT_EXT_REQUIRE_MINDFORMERS=1
+}
+
+# torch and transformers on the CPU, in an environment of their own: some hundreds of MB. MS_CKPT_EXT_TORCH_PYTHON names
+# a Python that has them already; MS_CKPT_EXT_TORCH is what pip installs (a wheel without CUDA is the smallest).
+ensure_torch() {
+  local venv="$VIRTUAL_ENV-torch"
+  if [[ -z ${MS_CKPT_EXT_TORCH_PYTHON:-} ]]; then
+    if ! "$venv/bin/python" -c 'import torch, transformers' 2>/dev/null; then
+      say "Making an environment with torch and transformers in $venv"
+      python -m venv --clear "$venv"
+      "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
+        "${MS_CKPT_EXT_TORCH:-torch}" transformers==4.57.1 safetensors "numpy<2"
+    fi
+    MS_CKPT_EXT_TORCH_PYTHON="$venv/bin/python"
+  fi
+  export MS_CKPT_EXT_TORCH_PYTHON
 }

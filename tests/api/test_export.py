@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
@@ -190,7 +190,7 @@ def test_what_no_rule_names_is_refused_unless_it_is_left_out(tmp_path: Path) -> 
 def test_a_parameter_that_is_not_there(name: str, tmp_path: Path) -> None:
     made = Trained(tmp_path)
     del made.parameters[name]
-    with pytest.raises(CoverageError, match=f"has 1 parameters that .* does not hold: '{name}'"):
+    with pytest.raises(CoverageError, match=f"lacks 1 of the model's parameters: '{name}'"):
         made.export()
     assert not (tmp_path / "out").exists()
 
@@ -198,7 +198,7 @@ def test_a_parameter_that_is_not_there(name: str, tmp_path: Path) -> None:
 def test_a_layer_without_a_mixture_nor_a_plain_one(tmp_path: Path) -> None:
     made = Trained(tmp_path, "qwen3-moe")
     made.parameters = {name: array for name, array in made.parameters.items() if "layers.3.mlp" not in name}
-    with pytest.raises(CoverageError, match="3 parameters .*'decoder.layers.3.mlp"):
+    with pytest.raises(CoverageError, match="lacks 3 of .*'decoder.layers.3.mlp"):
         made.export()
 
 
@@ -286,3 +286,20 @@ def test_shares_of_hosts_appear_together(tmp_path: Path) -> None:
     for share in ((1, 2), (2, 2)):
         made.export(share=share, max_shard_size="20KB")
     assert told(made.out()) == told(made.weights)
+
+
+def test_scalars_and_states_among_the_parameters(tmp_path: Path) -> None:
+    """One device: nothing tells them but their names and their size. One value in a network is in question."""
+    made = Trained(tmp_path)
+    states = {
+        f"{prefix}.{name}": array * 2 for prefix in ("adam_m", "moment1") for name, array in made.parameters.items()
+    }
+    save_file({**made.parameters, **states, **SCALARS}, tmp_path / "one.safetensors")
+    ms_ckpt_ext.safetensors_to_ckpt(str(tmp_path / "one.safetensors"), str(tmp_path / "ckpt"))
+    (ckpt,) = (tmp_path / "ckpt").rglob("*.ckpt")
+    for file in (tmp_path / "one.safetensors", ckpt):
+        ms_ckpt_ext.export(file, tmp_path / "out", config=made.hub)
+        assert told(made.out()) == told(made.weights)
+    save_file({**made.parameters, "decoder.scale": np.ones(1, np.float32)}, tmp_path / "one.safetensors")
+    with pytest.raises(UsageError, match="no rule names 1 of .*'decoder.scale'"):
+        ms_ckpt_ext.export(tmp_path / "one.safetensors", tmp_path / "out", config=made.hub)

@@ -41,10 +41,11 @@ def config_of(family: str, **more: Any) -> dict[str, Any]:
         "torch_dtype": "float32",
     }
     if family == "qwen3-moe":
-        found.update(num_experts=EXPERTS, moe_intermediate_size=EXPERT_INNER)
+        found.update(num_experts=EXPERTS, moe_intermediate_size=EXPERT_INNER, num_experts_per_tok=2)
     if family == "deepseek-v3":
         found.update(_MLA, n_routed_experts=EXPERTS, moe_intermediate_size=EXPERT_INNER, first_k_dense_replace=1)
-        found.update(n_shared_experts=1, num_nextn_predict_layers=1, num_key_value_heads=8)
+        found.update(n_shared_experts=1, num_nextn_predict_layers=1, num_key_value_heads=8, num_experts_per_tok=2)
+        found.update(n_group=1, topk_group=1, head_dim=_MLA["qk_rope_head_dim"])
     return {**found, **more}
 
 

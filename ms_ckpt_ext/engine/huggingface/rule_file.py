@@ -10,8 +10,8 @@
 
 A rule is a class of `ms_ckpt_ext.rules` and its arguments, from Hugging Face's names to those of the training. Numbers
 may be said by keys of config.json (`engine.huggingface.sizes`), in names as `{=key}`; `{low<=layer<high}` bounds a
-placeholder. `when` and `unless` hold a rule against keys. `optional` is true where a parameter may be absent, or a word
-that several rules share of which one must be there for every layer.
+placeholder. `when` and `unless` hold a rule against keys. `optional` is true where a parameter may be absent, or words:
+of the rules that share one, one must have made something for every layer.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ _BOUNDED = re.compile(r"\{(?:([^{}<]+)<=)?(\w+)(?:<([^{}<]+))?\}")
 
 
 class _Need(NamedTuple):
-    """A parameter that must be there for every value of its placeholders; of those with one word, one of them."""
+    """A parameter that must be there for every value of its placeholders; with words, it or another that shares one."""
 
     target: str
-    word: str
+    words: tuple[str, ...]
 
 
 class Family(NamedTuple):
@@ -86,9 +86,10 @@ class Family(NamedTuple):
         alternatives: dict[tuple[str, ...], list[str]] = {}
         for need in self.needs:
             for name, values in Pattern(need.target).every():
-                key = (need.word, *values) if need.word else (name,)
-                alternatives.setdefault(key, []).append(name)
-        return [found[0] for found in alternatives.values() if not any(name in names for name in found)]
+                for key in [(word, *values) for word in need.words] or [(name,)]:
+                    alternatives.setdefault(key, []).append(name)
+        lacking = (found[0] for found in alternatives.values() if not any(name in names for name in found))
+        return list(dict.fromkeys(lacking))
 
 
 def family_of(document: Any, origin: str, config: Config, given: Mapping[str, Any]) -> Family:
@@ -117,10 +118,14 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
         rules.append(rule)
         optional = entry.get("optional", False)
         if optional is not True and not isinstance(rule, Duplicate):
-            needs.append(_Need(rule.target, optional or ""))
+            needs.append(_Need(rule.target, _words(optional)))
     leaves = tuple(_told(f"rule file {origin!r}: leave", names.of, name) for name in document.get("leave", []))
     tied = document.get("tied", {}) if _tied(sizes) else {}
     return Family(origin, tuple(rules), tuple(needs), leaves, tied, tuple(document.get("defaults", {})))
+
+
+def _words(optional: Any) -> tuple[str, ...]:
+    return () if optional is False else (optional,) if isinstance(optional, str) else tuple(optional)
 
 
 def family_of_rules(rules: Sequence[Rule], config: Config, given: Mapping[str, Any]) -> Family:
@@ -146,21 +151,25 @@ def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(entry, dict) or entry.get("rule") not in [*KINDS]:
         raise UsageError(f"{where}: an object whose 'rule' is one of {', '.join(KINDS)} is expected, got {entry!r:.80}")
     sources = entry.get("sources")
-    named = sources if isinstance(sources, list) else [sources]
-    if not named or not all(isinstance(name, str) and name for name in named):
+    if not sources or not all(isinstance(name, str) and name for name in _listed(sources)):
         raise UsageError(f"{where}: 'sources' must be a name or a list of names, got {sources!r:.60}")
     if not isinstance(entry.get("target"), str) or not entry["target"]:
         raise UsageError(f"{where}: 'target' must be a name, got {entry.get('target')!r:.60}")
     for key in ("when", "unless"):
         if not isinstance(entry.get(key, {}), dict):
             raise UsageError(f"{where}: {key!r} must be an object: key -> value, got {entry[key]!r:.60}")
-    if not isinstance(entry.get("optional", False), (bool, str)):
-        raise UsageError(f"{where}: 'optional' must be true, false or a word, got {entry['optional']!r:.60}")
+    optional = entry.get("optional", False)
+    if not isinstance(optional, bool) and not all(isinstance(word, str) for word in _listed(optional)):
+        raise UsageError(f"{where}: 'optional' must be true, false, a word or words, got {optional!r:.60}")
     known = _arguments(KINDS[entry["rule"]])
     for key in entry:
         if key not in _OWN and key not in known:
             may = ", ".join(sorted(_OWN | known.keys()))
             raise UsageError(f"{where}: {entry['rule']} has no {key!r}; it may have {may}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _arguments(kind: type[Rule]) -> dict[str, inspect.Parameter]:
@@ -194,9 +203,8 @@ def _told(where: str, make: Callable[..., Any], *arguments: Any) -> Any:
 
 def _rule(entry: Mapping[str, Any], names: _Names, where: str) -> Rule:
     kind = KINDS[entry["rule"]]
-    sources = entry["sources"] if isinstance(entry["sources"], list) else [entry["sources"]]
     arguments: dict[str, Any] = {
-        "sources": [_told(f"{where}: 'sources' speaks of", names.of, name) for name in sources],
+        "sources": [_told(f"{where}: 'sources' speaks of", names.of, name) for name in _listed(entry["sources"])],
         "target": _told(f"{where}: 'target' speaks of", names.of, entry["target"]),
     }
     for key, parameter in _arguments(kind).items():

@@ -41,7 +41,7 @@ def sort_names(catalog: Catalog, rules: Sequence[Rule], leaves: Iterable[str]) -
     def is_left(name: str) -> bool:
         if group_of(name, names) == STATES or any(pattern.match(name) is not None for pattern in patterns):
             return True
-        return name not in catalog.tensors and name not in catalog.absent and _is_scalar(catalog, name)
+        return _is_scalar(catalog, name)
 
     rest = sorted(names - weights)
     left = [name for name in rest if is_left(name)]
@@ -64,10 +64,13 @@ def only(catalog: Catalog, wanted: Callable[[str], bool]) -> Catalog:
 
 
 def _is_scalar(catalog: Catalog, name: str) -> bool:
-    """Whether what lies outside the strategy is text, or has one value."""
-    held = catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own[name]
+    """Whether it is text, or has one value and is no part of a network: by its name, or outside the strategy."""
+    held = catalog.tensors.get(name) or catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own.get(name)
+    if held is None:
+        return False
     dtype, shape = catalog.kind(held)
-    return dtype.name == "STR" or prod(shape) == 1
+    outside = name not in catalog.tensors or "." not in name
+    return dtype.name == "STR" or (prod(shape) == 1 and outside)
 
 
 def require_weights(found: Outgoing, catalog: Catalog, family: Family, back: Sequence[Rule]) -> None:
@@ -96,8 +99,8 @@ def require_weights(found: Outgoing, catalog: Catalog, family: Family, back: Seq
     missing = family.missing(set(found.weights))
     if missing:
         raise CoverageError(
-            f"the model has {len(missing)} parameters that the checkpoint does not hold: {some(missing)}. Check that "
-            f"the checkpoint is whole, and that config.json is that of its model. {_hint(family)}"
+            f"the checkpoint lacks {len(missing)} of the model's parameters: {some(missing)}. Check that it is whole, "
+            f"and that config.json is that of its model. {_hint(family)}"
         )
 
 

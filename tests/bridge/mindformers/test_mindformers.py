@@ -11,12 +11,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
@@ -26,6 +28,7 @@ from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from tests.docs.test_pages import blocks
 from tests.harness.msrun import run_msrun
+from tests.support.torch_python import needs_torch, transformers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -240,6 +243,56 @@ def test_a_hugging_face_directory_by_yaml_alone(trained: Trained) -> None:
     assert ours.losses == stock.losses
     assert ours.begun == stock.begun
     assert ours.saved(4) == stock.saved(4)
+
+
+@pytest.fixture(scope="module")
+def exported(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page's training as Hugging Face's libraries read it."""
+    root = tmp_path_factory.mktemp("exported")
+    model = yaml.safe_load(YAML.read_text())["model"]["model_config"]
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads") + (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "architectures",
+        "model_type",
+    )
+    config = {**{key: model[key] for key in keys}, "torch_dtype": "float32", "hidden_act": "silu"}
+    (root / "config.json").write_text(json.dumps(config))
+    ms_ckpt_ext.export(page.first.output / "checkpoint/iteration_00000004", root / "model", config=root / "config.json")
+    return root / "model"
+
+
+def test_what_was_trained_goes_back_to_hugging_face(page: Page, exported: Path) -> None:
+    """Weights alone; taken apart by hand, they are what the training holds."""
+    held = {name: array for file in exported.glob("*.safetensors") for name, array in load_file(file).items()}
+    saved = page.first.saved(4)
+    assert held.keys() == hugging_face_names()
+    groups, depth, hidden = 2, 16, 64
+    for layer in range(2):
+        here, there = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        parts = (held[f"{here}self_attn.{p}_proj.weight"].reshape(groups, -1, hidden) for p in "qkv")
+        fused = np.concatenate(list(parts), axis=1)
+        assert fused.shape == (groups, 4 * depth, hidden)
+        assert fused.tobytes() == saved[f"{there}self_attention.linear_qkv.weight"]
+        rows = np.stack([held[f"{here}mlp.{p}_proj.weight"] for p in ("gate", "up")], axis=1)
+        assert rows.tobytes() == saved[f"{there}mlp.linear_fc1.weight"]
+        assert held[f"{here}mlp.down_proj.weight"].tobytes() == saved[f"{there}mlp.linear_fc2.weight"]
+    assert held["lm_head.weight"].tobytes() == saved["output_layer.weight"]
+    assert held["model.embed_tokens.weight"].tobytes() == saved["embedding.word_embeddings.weight"]
+
+
+@needs_torch
+def test_transformers_generates_with_what_was_trained(exported: Path) -> None:
+    tokens = transformers("generate", exported)
+    assert len(tokens) == 12 and all(0 <= token < 256 for token in tokens)
+
+
+def hugging_face_names() -> set[str]:
+    """The tensors of transformers' model of the YAML."""
+    with tempfile.TemporaryDirectory() as root:
+        return {name for file in hugging_face(Path(root, "hf")).glob("*.safetensors") for name in load_file(file)}
 
 
 @pytest.fixture(scope="module")

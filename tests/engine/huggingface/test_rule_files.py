@@ -136,7 +136,7 @@ HEADS = {"rule": "QKV", "sources": ["q", "k", "v"], "target": "t", "groups": 2}
         ({"rules": [{**RENAME, "axis": 0}]}, "rule 1: Rename has no 'axis'; it may have optional, rule, sources"),
         ({"rules": [{**RENAME, "when": "x"}]}, "rule 1: 'when' must be an object"),
         ({"rules": [{**RENAME, "when": {"x": 1}}]}, r"rule 1 \(Rename to 'b'\): a condition on 'x', which no config"),
-        ({"rules": [{**RENAME, "optional": 3}]}, "rule 1: 'optional' must be true, false or a word"),
+        ({"rules": [{**RENAME, "optional": 3}]}, "rule 1: 'optional' must be true, false, a word or words"),
         ({"rules": [{k: v for k, v in HEADS.items() if k != "groups"}]}, r"rule 1 \(QKV to 't'\): 'groups' is missing"),
         ({"rules": [{**HEADS, "groups": "heads"}]}, "'groups' speaks of 'heads', which no config.json was found"),
         ({"rules": [{**HEADS, "groups": True}]}, "'groups' speaks of True, which is no whole number"),
