@@ -180,7 +180,8 @@ def _hub(pipe: Connection, size: int) -> None:
 
     server = socket.create_server(("127.0.0.1", 0), backlog=4096)
     # Clients that prepare the tables of thousands of ranks answer nothing meanwhile.
-    hub = Hub(size, 600.0, server, TOKEN, limits=DEFAULT._replace(stopped_seconds=3600.0))
+    limits = DEFAULT._replace(stopped_seconds=3600.0, vanished_seconds=3600.0)
+    hub = Hub(size, 600.0, server, TOKEN, limits=limits)
     pipe.send(server.getsockname()[1])
     while pipe.recv() is not None:
         pipe.send((hub.bytes_in + hub.bytes_out, time.process_time()))

@@ -10,9 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -22,25 +23,24 @@ from tests.harness.hosts import Host, Hosts
 pytestmark = pytest.mark.msrun
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hosts_worker.py")
+LINK_WORKER = Path(__file__).with_name("link_worker.py")
 RANKS = 4
 MODES = ("direct", "cooperative", "auto")
 
 
-def msrun(hosts: Sequence[Host], tmp_path: Path, cases: Sequence[dict[str, Any]], seconds: float = 240) -> list[str]:
-    """Run the worker on `RANKS` ranks, shared out evenly; the logs of all ranks. All must end well."""
-    (tmp_path / "cases.json").write_text(json.dumps(cases, default=str))
+def start(hosts: Sequence[Host], tmp_path: Path, worker: Path, *arguments: object) -> list[subprocess.Popen[str]]:
+    """msrun on every host, `RANKS` ranks in all, shared out evenly. What ranks say is in `logs` later."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MS_", "RANK_"))}
     env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", GLOG_v="2")
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     first = hosts[0].ipv4 or hosts[0].ipv6
-    launched = [
+    return [
         host.start(
             [
                 *[sys.executable, "-c", "from mindspore.parallel.cluster.run import main; main()"],
                 *[f"--worker_num={RANKS}", f"--local_worker_num={RANKS // len(hosts)}", "--join=True"],
                 *[f"--master_addr={first}", "--master_port=8118", f"--node_rank={host.number}"],
-                *["--cluster_time_out=60", f"--log_dir={tmp_path / f'logs_{host.number}'}", WORKER],
-                tmp_path / "cases.json",
+                *["--cluster_time_out=60", f"--log_dir={tmp_path / f'logs_{host.number}'}", worker, *arguments],
             ],
             env=env,
             stdout=subprocess.DEVNULL,
@@ -48,10 +48,26 @@ def msrun(hosts: Sequence[Host], tmp_path: Path, cases: Sequence[dict[str, Any]]
         )
         for host in hosts
     ]
+
+
+def logs(tmp_path: Path) -> list[str]:
+    """Of all ranks, in their order."""
+    return [log.read_text(errors="replace") for log in sorted(tmp_path.glob("logs_*/worker_*.log"))]
+
+
+def msrun(hosts: Sequence[Host], tmp_path: Path, cases: Sequence[dict[str, Any]], seconds: float = 240) -> list[str]:
+    """Run the worker on all ranks; the logs of all. All must end well."""
+    (tmp_path / "cases.json").write_text(json.dumps(cases, default=str))
+    launched = start(hosts, tmp_path, WORKER, tmp_path / "cases.json")
     codes = [process.wait(seconds) for process in launched]
-    logs = [log.read_text(errors="replace") for log in sorted(tmp_path.glob("logs_*/worker_*.log"))]
-    assert codes == [0] * len(hosts) and len(logs) == RANKS, "\n----\n".join(log[-2000:] for log in logs)
-    return logs
+    said = logs(tmp_path)
+    assert codes == [0] * len(hosts) and len(said) == RANKS, tails(said)
+    return said
+
+
+def tails(said: Sequence[str]) -> str:
+    """The end of every log, for a message."""
+    return "\n----\n".join(log[-2000:] for log in said)
 
 
 @pytest.fixture
@@ -100,3 +116,31 @@ def test_loads_of_several_hosts_are_exact(
             for mode in MODES:
                 for way in ("load", "restore"):
                     assert f"{way} {disks['name']} {mode} is right" in log
+
+
+@pytest.mark.parametrize("victim", [1, 0], ids=["a host", "rank 0's host"])
+def test_a_link_that_goes_down_in_the_middle_of_a_load(victim: int, disks: dict[str, Any], tmp_path: Path) -> None:
+    """Every rank is told who is out of reach, on both sides, before MindSpore ends the job without a word."""
+    long_one("a vanished host is waited for as long as in a job of users, 30 s")
+    (tmp_path / "case.json").write_text(json.dumps(disks, default=str))
+    switch = Hosts(2, names=["a", "b"])
+    with switch as hosts:
+        start(hosts, tmp_path, LINK_WORKER, tmp_path / "case.json", tmp_path)
+        wait_for(lambda: len(list(tmp_path.glob("under_way_*"))) == RANKS, tmp_path)
+        switch.cut(hosts[victim])
+        began = time.monotonic()
+        (tmp_path / "cut").touch()
+        wait_for(lambda: len(list(tmp_path.glob("told_*"))) == RANKS, tmp_path)
+    for rank in range(RANKS):
+        told = json.loads((tmp_path / f"told_{rank}").read_text())
+        print(f"TOOK {told['at'] - began:.1f} seconds, rank {rank}: {told['kind']} {told['text']}")
+        assert told["kind"] == "LoadError", told
+        assert any(f"rank {other} is out of reach" in told["text"] for other in range(RANKS) if other // 2 != rank // 2)
+
+
+def wait_for(condition: Callable[[], bool], tmp_path: Path, seconds: float = 120.0) -> None:
+    """Until it holds; fails with what the ranks said."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, tails(logs(tmp_path))
+        time.sleep(0.1)

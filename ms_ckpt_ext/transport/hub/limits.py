@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PULSES = 5
-"""Who says nothing from one pulse to the next is asked for a sign of life, and is given up at this one."""
-
 
 class ControlLimits(NamedTuple):
     """Bounds that do not depend on the job; how long ranks wait for each other is `timeout`, which users give.
 
     Attributes:
         greeting_seconds: within which a connection to a hub has to say who it is.
-        vanished_seconds: of silence, after which a host that should have answered counts as out of reach.
+        vanished_seconds: after which a host that does not acknowledge what it is sent counts as out of reach. Something
+            is sent two pulses after its last word at the latest.
         stopped_seconds: within which a process is given up whose connection stands, and which answers nothing: it was
-            stopped, or does not let its threads run. One that answers again after three fifths of that is not.
+            stopped, or does not let its threads run.
         slack_seconds: by which a hub may miss its own timeout before it counts as stopped.
         grace_seconds: to wait for threads that are about to end, and for news that are about to come.
         strangers: connections that have not said who they are, beside those of the ranks that are still to come.
@@ -25,7 +23,7 @@ class ControlLimits(NamedTuple):
     """
 
     greeting_seconds: float = 10.0
-    vanished_seconds: float = 25.0
+    vanished_seconds: float = 20.0
     stopped_seconds: float = 60.0
     slack_seconds: float = 3.0
     grace_seconds: float = 2.0
@@ -35,8 +33,17 @@ class ControlLimits(NamedTuple):
 
     @property
     def pulse_seconds(self) -> float:
-        """How often a hub looks for who says nothing; see `PULSES`."""
-        return self.stopped_seconds / PULSES
+        """How often a process looks for who says nothing, to ask it for a sign of life."""
+        return min(self.vanished_seconds, self.stopped_seconds) / 5
+
+    @property
+    def pulses(self) -> int:
+        """How many may go by without a sign of life.
+
+        >>> ControlLimits().pulse_seconds, ControlLimits().pulses
+        (4.0, 15)
+        """
+        return round(self.stopped_seconds / self.pulse_seconds)
 
     def answer_bytes(self, size: int) -> int:
         """The longest answer of a hub to `size` ranks."""

@@ -28,7 +28,7 @@ from ms_ckpt_ext.transport.hub.frames import (
     note_of,
     take_frames,
 )
-from ms_ckpt_ext.transport.hub.limits import DEFAULT, PULSES, ControlLimits
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
 from ms_ckpt_ext.transport.hub.peer import tune, why_gone, why_silent
 from ms_ckpt_ext.transport.rendezvous.search import Arrival
 
@@ -163,9 +163,15 @@ class Line:
         connection.close()
 
     def _comes(self, selector: selectors.BaseSelector) -> bool:
-        """Wait for the hub to say something, which it does now and then; False when it was silent for too long."""
-        if any(selector.select(self.limits.pulse_seconds) for _ in range(PULSES)):
-            return True
+        """Wait for the hub to say something, which it does now and then; False when it was silent for too long.
+
+        Meanwhile it is told something: a host that does not acknowledge that is out of reach.
+        """
+        for pulse in range(self.limits.pulses):
+            if selector.select(self.limits.pulse_seconds):
+                return True
+            if pulse:
+                self._live()
         self._break(GONE, self._keeper, why_silent([self._keeper], self.limits))
         return False
 

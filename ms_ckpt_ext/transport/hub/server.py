@@ -18,7 +18,7 @@ from typing import Callable, Optional
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.transport.hub.descriptors import make_room
 from ms_ckpt_ext.transport.hub.frames import BYE, FRAME, GONE, HERE, LATE, PING, Malformed, Message, frame
-from ms_ckpt_ext.transport.hub.limits import DEFAULT, PULSES, ControlLimits
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
 from ms_ckpt_ext.transport.hub.peer import Peer, tune, why_gone, why_silent
 from ms_ckpt_ext.transport.hub.reduction import Reduction, Reply
 from ms_ckpt_ext.transport.rendezvous.greeting import Door
@@ -228,7 +228,7 @@ class Hub:
         silent = []
         for rank, peer in self._peers.items():
             peer.quiet += 1
-            if peer.quiet >= PULSES:
+            if peer.quiet >= self._limits.pulses:
                 silent.append(rank)
             elif peer.quiet > 1:
                 self._send(peer, _PING)
