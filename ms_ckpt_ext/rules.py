@@ -1,5 +1,7 @@
 """Weight rules for `rules=`: parameters made of a checkpoint's tensors by renaming, joining, stacking, transposing.
 
+Some compute: `Dequantize`, `Scale`, and `Pad`, whose inverse is `Crop`.
+
 `invert` turns rules round: from a network's parameters back to the tensors that made them.
 
 >>> from ms_ckpt_ext.rules import Interleave, QKV, Rename
@@ -13,6 +15,7 @@
 
 from __future__ import annotations
 
+from ms_ckpt_ext.core.computing.rules import Crop, Dequantize, Pad, Scale
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.rule_inverses import invert
 from ms_ckpt_ext.core.planning.weight_rules import (
@@ -27,5 +30,20 @@ from ms_ckpt_ext.core.planning.weight_rules import (
     Transpose,
 )
 
-__all__ = ["QKV", "Concat", "Duplicate", "Experts", "Interleave", "Part", "Rename", "Rule", "Stack", "Transpose"]
-__all__ += ["invert"]
+__all__ = [
+    "QKV",
+    "Concat",
+    "Crop",
+    "Dequantize",
+    "Duplicate",
+    "Experts",
+    "Interleave",
+    "Pad",
+    "Part",
+    "Rename",
+    "Rule",
+    "Scale",
+    "Stack",
+    "Transpose",
+    "invert",
+]

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Optional, Union
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.api.arguments import PathLike, any_mode, checked_name_map, checked_naming, path_of, workers_of
+from ms_ckpt_ext.api.arguments import (
+    PathLike,
+    any_mode,
+    checked_name_map,
+    checked_naming,
+    checked_rules,
+    path_of,
+    workers_of,
+)
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.engine.integrity import soundness
 from ms_ckpt_ext.engine.integrity.compare import Comparison, compare
@@ -16,9 +24,13 @@ from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
+from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 
 def verify(
@@ -32,6 +44,7 @@ def verify(
     exclude: Globs = (),
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
+    rules: Sequence[Rule] = (),
     file_suffix: Optional[str] = None,
     file_suffix_b: Optional[str] = None,
     dec_key: Optional[KeyLike] = None,
@@ -58,6 +71,8 @@ def verify(
         choice_func: with `b`: parameter name in `a` -> True (compare it), False (leave it out) or a str (a new name).
         name_map: with `b`: parameter name in `b` -> name in `a` after that. Both as the job had them that made `b` of
             `a`, unless it was a conversion, which reads its map the other way round.
+        rules: with `b`: weight rules (`ms_ckpt_ext.rules`) that made `b` of `a`, applied to `a` first. What they
+            compute is computed again, and compared bit for bit.
         file_suffix, file_suffix_b: which file of a rank folder; None for the newest.
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
         dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
@@ -76,8 +91,9 @@ def verify(
     """
     workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, dec_mode)
     naming, names = checked_naming(choice_func, None), checked_name_map(name_map)
-    if b is None and (choice_func is not None or names):
-        raise UsageError("choice_func and name_map say what of a is called how in b: give b, or leave them out")
+    weight_rules = checked_rules(rules)
+    if b is None and (choice_func is not None or names or weight_rules):
+        raise UsageError("choice_func, name_map and rules say what of a is called how in b: give b, or leave them out")
     if manifest:
         if b is not None or strategy is not None or wanted:
             raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
@@ -86,7 +102,7 @@ def verify(
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find_source(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    return _against(first.open().called(naming), second.open(), names, wanted, workers)
+    return _against(ruled(first.open(), weight_rules).called(naming), second.open(), names, wanted, workers)
 
 
 def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, workers: int) -> Comparison:

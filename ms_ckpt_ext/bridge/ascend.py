@@ -75,6 +75,22 @@ class DeviceMover:
         cut = _cut(_array(source, offset, shape, carrier, width), box)
         _array(target, at, box.shape, carrier, width).copy_(cut)
 
+    def fetch(self, source: Any, offset: int, nbytes: int) -> Bytes:
+        """A copy from the device."""
+        return fetched(source, offset, nbytes)
+
+    def put(self, host: Bytes) -> Any:
+        """A copy on the device."""
+        buffer = self._transport.allocate(host.nbytes)
+        buffer.copy_(ms.Tensor.from_numpy(host.view(np.int8)))
+        return buffer
+
+
+def fetched(source: Any, offset: int, nbytes: int) -> Bytes:
+    """Bytes of a device buffer, in host memory."""
+    found: Bytes = mint.narrow(source, 0, offset, nbytes).asnumpy().view(np.uint8)
+    return found
+
 
 class DeviceSink:
     """A Parameter on the device."""
@@ -147,8 +163,7 @@ class KeptSink(ParameterSink):
 
     def place(self, source: Any, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
         """One copy down, one strided copy."""
-        host = mint.narrow(source, 0, offset, self._dtype.nbytes(math.prod(shape))).asnumpy().view(np.uint8)
-        super().place(host, 0, shape, box, region, view)
+        super().place(fetched(source, offset, self._dtype.nbytes(math.prod(shape))), 0, shape, box, region, view)
 
 
 def _carried(shape: Shape, box: Region, dtype: DType, *offsets: int) -> tuple[Shape, Region, Any, int]:

@@ -238,7 +238,7 @@ class ParameterSink:
     def place(
         self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
     ) -> None:
-        """See `engine.load.run_exchange.SliceSink`."""
+        """See `engine.load.slabs.SliceSink`."""
         self._sink.place(source, offset, shape, box, region, view)
 
     def finish(self) -> None:

@@ -22,20 +22,21 @@ _CRUMB = 64 << 10
 
 
 class Share(NamedTuple):
-    """A box of a part that lands somewhere; `need` counts the needs of the slice."""
+    """A box of a part that lands somewhere; `need` counts the needs of the slice, the others are as of `Placing`."""
 
     need: int
     in_part: Region
     in_target: Region
     target_shape: Shape
     view: Optional[View]
+    into: int
     nbytes: int
 
 
 class Cut(NamedTuple):
     """A box of a slice, contiguous in it: shape in elements, offset and length in bytes, what lands where.
 
-    `whole`: who wants some of it wants all of it.
+    `whole`: who wants some of it wants all of it. `dtype`: of its elements.
     """
 
     shape: Shape
@@ -43,10 +44,20 @@ class Cut(NamedTuple):
     nbytes: int
     shares: tuple[Share, ...]
     whole: bool
+    dtype: DType
 
 
-Placing = tuple[Region, Region, Shape, Optional[View]]
-"""A need: the box of the slice, where it lands in a target box, of which shape, seen through which view."""
+class Placing(NamedTuple):
+    """A need: the box of the slice, where it lands in a target box, of which shape, seen through which view.
+
+    `into` is 0 for the box that a rank wants, else it counts those that are computed with: see `Assembly.number`.
+    """
+
+    in_source: Region
+    in_target: Region
+    target_shape: Shape
+    view: Optional[View]
+    into: int = 0
 
 
 @lru_cache(maxsize=8192)
@@ -66,7 +77,7 @@ def cuts_of(
         offset, nbytes = _linear(box, shape, dtype)
         shares = tuple(_shares(needs, box, dtype))
         whole = all(share.in_part.shape == box.shape for share in shares)
-        found.append(Cut(box.shape, offset, nbytes, shares, whole))
+        found.append(Cut(box.shape, offset, nbytes, shares, whole, dtype))
     return tuple(found)
 
 
@@ -106,7 +117,7 @@ def _linear(box: Region, shape: Shape, dtype: DType) -> tuple[int, int]:
 
 
 def _shares(needs: Iterable[Placing], box: Region, dtype: DType) -> Iterator[Share]:
-    for number, (in_source, in_target, target_shape, view) in enumerate(needs):
+    for number, (in_source, in_target, target_shape, view, into) in enumerate(needs):
         common = in_source.intersect(box)
         if common is None:
             continue
@@ -114,4 +125,4 @@ def _shares(needs: Iterable[Placing], box: Region, dtype: DType) -> Iterator[Sha
         start = tuple(a + b for a, b in zip(in_target.start, moved.start))
         stop = tuple(a + b for a, b in zip(in_target.start, moved.stop))
         nbytes = dtype.nbytes(common.size)
-        yield Share(number, common.relative_to(box.start), Region(start, stop), target_shape, view, nbytes)
+        yield Share(number, common.relative_to(box.start), Region(start, stop), target_shape, view, into, nbytes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region
 from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.pieces import Sourced, SourceTensor, locate
 
 Sees = Mapping[int, frozenset[int]]
 """File number -> ranks that can open it."""
@@ -39,6 +40,29 @@ class Demand(NamedTuple):
     name: str
     tensor: SourceTensor
     grids: tuple[Grid, ...]
+
+
+class MovedBox(NamedTuple):
+    """A box that stored pieces land in: that which a rank wants (`into` is 0), or one that it is computed with.
+
+    `into` is `Assembly.number`; `dtype` and `shape` are of the box.
+    """
+
+    into: int
+    dtype: DType
+    shape: Shape
+    pieces: Sequence[Sourced]
+
+
+def boxes_moved(tensor: SourceTensor, target: Region) -> Iterator[MovedBox]:
+    """What is moved for a box. Raises CoverageError: a region is in no file."""
+    if not tensor.is_computed:
+        yield MovedBox(0, tensor.meta.dtype, target.shape, locate(tensor, target))
+        return
+    from ms_ckpt_ext.core.planning.assembly import assembled
+
+    for each in assembled(tensor, target).every():
+        yield MovedBox(each.number, each.tensor.meta.dtype, each.region.shape, each.moved)
 
 
 @dataclass(frozen=True)

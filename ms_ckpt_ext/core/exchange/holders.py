@@ -13,9 +13,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.exchange.demand import Demand
+from ms_ckpt_ext.core.exchange.demand import Demand, boxes_moved
+from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View
-from ms_ckpt_ext.core.planning.pieces import locate
 
 
 class InMemory(NamedTuple):
@@ -64,6 +64,7 @@ class LocalPiece(NamedTuple):
         name: what the slice is called where it is held.
         shape, in_source: of the slice, and the box of it.
         in_target, view: where that lands in the target's box, and how that is seen, see `core.planning.pieces`.
+        into, dtype: which box that is, see `MovedBox`.
     """
 
     demand: int
@@ -72,6 +73,8 @@ class LocalPiece(NamedTuple):
     in_source: Region
     in_target: Region
     view: Optional[View]
+    into: int
+    dtype: DType
 
 
 def local_pieces(demand: Demand, number: int, rank: int, memory: InMemory) -> list[LocalPiece]:
@@ -85,8 +88,9 @@ def local_pieces(demand: Demand, number: int, rank: int, memory: InMemory) -> li
         for cell, ranks in grid.ranks.items():
             if rank not in ranks:
                 continue
-            for piece, files, name in locate(demand.tensor, grid.region(cell, demand.tensor.meta.shape)):
-                if memory.first + rank in files:
-                    landing = (piece.in_target, piece.view)
-                    found.append(LocalPiece(number, name, piece.source_shape, piece.in_source, *landing))
+            for box in boxes_moved(demand.tensor, grid.region(cell, demand.tensor.meta.shape)):
+                for piece, files, name, _ in box.pieces:
+                    if memory.first + rank in files:
+                        landing = (piece.in_target, piece.view, box.into, box.dtype)
+                        found.append(LocalPiece(number, name, piece.source_shape, piece.in_source, *landing))
     return found

@@ -164,12 +164,9 @@ def _gather(plan: ExchangePlan, gather: GroupGather, rank: int) -> RankGather:
     reads = zip(gather.chunks, gather.places)
     given = tuple(Contribution(n, at - begin) for n, at in reads if plan.chunks[n].reader == rank)
     parts = (plan.parts[number] for number in gather.parts)
-    items = tuple(Item(part, _delivery_to(part, rank), part.offset, part.nbytes) for part in parts)
+    mine = ((part, delivery) for part in parts for delivery in part.deliveries if rank in delivery.ranks)
+    items = tuple(Item(part, delivery, part.offset, part.nbytes) for part, delivery in mine)
     return RankGather(gather.ranks, gather.share, given, items)
-
-
-def _delivery_to(part: SlicePart, rank: int) -> Delivery:
-    return next(delivery for delivery in part.deliveries if rank in delivery.ranks)
 
 
 def _blocks(

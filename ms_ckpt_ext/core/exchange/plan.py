@@ -37,13 +37,17 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 
 
 class Delivery(NamedTuple):
-    """A box of a part, wanted at the same place of the target box of each of `ranks`, seen through `view` if any."""
+    """A box of a part, wanted at the same place of the target box of each of `ranks`, seen through `view` if any.
+
+    The target box is the one wanted where `into` is 0, else one that it is computed with: see `Assembly.number`.
+    """
 
     ranks: tuple[int, ...]
     in_part: Region
     in_target: Region
     target_shape: Shape
     view: Optional[View]
+    into: int = 0
 
 
 class SlicePart(NamedTuple):
@@ -56,6 +60,7 @@ class SlicePart(NamedTuple):
         nbytes: its length in bytes.
         shape: its shape in elements.
         deliveries: who wants what of it.
+        dtype: of its elements: the parameter's, or of what that is computed with.
     """
 
     demand: int
@@ -64,6 +69,7 @@ class SlicePart(NamedTuple):
     nbytes: int
     shape: Shape
     deliveries: tuple[Delivery, ...]
+    dtype: DType
     turn: float = 0.0
     """Who carries it, in a tiered plan: see `core.exchange.tiers`."""
 
@@ -176,7 +182,7 @@ class ExchangePlan:
 
     def dtype(self, part: SlicePart) -> DType:
         """Element type of a part."""
-        return self.demands[part.demand].tensor.meta.dtype
+        return part.dtype
 
 
 def decide(
@@ -282,11 +288,13 @@ def _parts(
         cut = rows.cuts[row]
         ranks = rows.ranks[rows.start[row] : rows.start[row + 1]].tolist()
         deliveries = tuple(
-            Delivery(parts.sets.members[number], share.in_part, share.in_target, share.target_shape, share.view)
+            Delivery(
+                parts.sets.members[number], share.in_part, share.in_target, share.target_shape, share.view, share.into
+            )
             for number, share in zip(ranks, cut.shares)
         )
         at = places.get(part, at)
-        yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, turn[part] if turn else 0.0)
+        yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, cut.dtype, turn[part] if turn else 0.0)
 
 
 def _rounds(table: ExchangeTable, number: Ints, gathers: _Gathers) -> Iterator[Round]:

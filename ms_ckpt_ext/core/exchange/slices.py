@@ -7,17 +7,19 @@ parameters that are cut alike share this.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.cuts import Cut, cuts_of
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
+from ms_ckpt_ext.core.exchange.cuts import Cut, Placing, cuts_of
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, boxes_moved
 from ms_ckpt_ext.core.exchange.holders import InMemory, legs
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, starts
+from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
-from ms_ckpt_ext.core.planning.pieces import locate
+from ms_ckpt_ext.core.geometry.region import Shape
 
 
 class _Need(NamedTuple):
@@ -25,19 +27,17 @@ class _Need(NamedTuple):
 
     target: int
     receivers: int
-    in_source: Region
-    in_target: Region
-    target_shape: Shape
-    view: Optional[View]
+    placing: Placing
 
 
 class Slot(NamedTuple):
-    """A source slice: its tensor's name in the files, shape, cell, and the files that hold it."""
+    """A source slice: its tensor's name in the files, shape, cell, the files that hold it, and its dtype."""
 
     name: str
     shape: Shape
     cell: Cell
     files: tuple[int, ...]
+    dtype: DType
 
 
 class Cutting(NamedTuple):
@@ -55,22 +55,12 @@ class Cutting(NamedTuple):
 
 def cutting_of(demand: Demand, world: int, limits: ExchangeLimits) -> Cutting:
     """Cut a demand. Raises CoverageError: a region that a rank needs is in no file."""
-    slices: dict[Slot, list[_Need]] = {}
-    shape, target_number = demand.tensor.meta.shape, 0
-    for grid in demand.grids:
-        for cell, ranks in grid.ranks.items():
-            target = grid.region(cell, shape)
-            for piece, files, name in locate(demand.tensor, target):
-                needs = slices.setdefault(Slot(name, piece.source_shape, piece.cell, files), [])
-                where = (piece.in_source, piece.in_target, target.shape, piece.view)
-                needs.append(_Need(target_number, len(ranks), *where))
-            target_number += 1
-    dtype = demand.tensor.meta.dtype
+    slices = _needs(demand)
     slot, cuts, counts, targets, moved = [], [], [], [], []
     for number, (source, needs) in enumerate(slices.items()):
-        receivers = sum(need.receivers for need in needs)
-        placings = tuple(need[2:] for need in needs)
-        for cut in cuts_of(source.shape, placings, receivers, receivers == world, dtype, limits):
+        receivers = _receivers(needs)
+        placings = tuple(need.placing for need in needs)
+        for cut in cuts_of(source.shape, placings, receivers, receivers == world, source.dtype, limits):
             slot.append(number)
             cuts.append(cut)
             counts.append(len(cut.shares))
@@ -80,6 +70,35 @@ def cutting_of(demand: Demand, world: int, limits: ExchangeLimits) -> Cutting:
     nbytes = np.array([cut.nbytes for cut in cuts], np.int64)
     columns = (np.array(slot, np.int64), tuple(cuts), offset, nbytes, starts(counts))
     return Cutting(tuple(slices), *columns, np.array(targets, np.int64), np.array(moved, np.int64))
+
+
+def _needs(demand: Demand) -> dict[Slot, list[_Need]]:
+    """What every source slice is needed for; of what is computed, what that takes."""
+    slices: dict[Slot, list[_Need]] = {}
+    target_number = 0
+    for grid in demand.grids:
+        for cell, ranks in grid.ranks.items():
+            for box in boxes_moved(demand.tensor, grid.region(cell, demand.tensor.meta.shape)):
+                for piece, files, name, _ in box.pieces:
+                    slot = Slot(name, piece.source_shape, piece.cell, files, box.dtype)
+                    placing = Placing(piece.in_source, piece.in_target, box.shape, piece.view, box.into)
+                    slices.setdefault(slot, []).append(_Need(target_number, len(ranks), placing))
+            target_number += 1
+    return slices
+
+
+def _receivers(needs: Sequence[_Need]) -> int:
+    """How many ranks need something of a slice; what one needs in several pieces is not counted for each."""
+    if len({need.target for need in needs}) == len(needs):
+        return sum(need.receivers for need in needs)
+    wanted: dict[int, int] = {}
+    for need in needs:
+        wanted[need.target] = wanted.get(need.target, 0) + need.placing.in_source.size
+    receivers = {need.target: need.receivers for need in needs}
+    start = map(min, zip(*(need.placing.in_source.start for need in needs)))
+    stop = map(max, zip(*(need.placing.in_source.stop for need in needs)))
+    hull = prod(high - low for low, high in zip(start, stop))
+    return sum(count * -(-wanted[target] // hull) for target, count in receivers.items())
 
 
 class Travelling(NamedTuple):

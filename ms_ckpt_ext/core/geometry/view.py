@@ -69,6 +69,47 @@ def split_axes(shape: Shape, view: Shape) -> tuple[Shape, ...]:
     return tuple(groups)
 
 
+def unsplit(shape: Shape, seen: Shape, box: Region, view: View) -> Iterator[tuple[Region, View]]:
+    """Cut `box`, of an array of `shape` that is seen as `seen`, into boxes of the array as it is.
+
+    Args:
+        view: how the box lies in a target; each of the boxes comes with how it lies there.
+
+    >>> [found.start for found, _ in unsplit((6,), (3, 2), Region((0, 1), (2, 2)), View(0, (1, 1)))]
+    [(1,), (3,)]
+    """
+    axes, at = [], 0
+    for group in split_axes(shape, seen):
+        here = slice(at, at + len(group))
+        axes.append([*_axis_runs(group, box.start[here], box.stop[here], view.strides[here])])
+        at += len(group)
+    for choice in product(*axes):
+        start, stop = tuple(run.low for run in choice), tuple(run.high for run in choice)
+        offset = view.offset + sum(run.offset for run in choice)
+        yield Region(start, stop), View(offset, tuple(run.stride for run in choice))
+
+
+class _Run(NamedTuple):
+    """A range of an axis that lies at even distances in the target."""
+
+    low: int
+    high: int
+    offset: int
+    stride: int
+
+
+def _axis_runs(extents: Shape, start: Shape, stop: Shape, strides: Shape) -> Iterator[_Run]:
+    """A box of the axes that make up one axis, as ranges of that."""
+    if not extents:
+        yield _Run(0, 1, 0, 0)
+        return
+    steps = _row_major(extents)
+    for outer in product(*(range(low, high) for low, high in zip(start[:-1], stop[:-1]))):
+        base = sum(index * step for index, step in zip(outer, steps))
+        offset = sum((index - low) * stride for index, low, stride in zip(outer, start, strides))
+        yield _Run(base + start[-1], base + stop[-1], offset, strides[-1])
+
+
 def _row_major(extents: Shape) -> list[int]:
     return [prod(extents[axis + 1 :]) for axis in range(len(extents))]
 

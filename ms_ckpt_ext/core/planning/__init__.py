@@ -1,6 +1,7 @@
 """From boxes to pieces, and from pieces to reads. Read in this order:
 
 pieces         which part of which source slice lands where in a target box
+assembly       a box as it is put together of what is moved and what is computed
 rule           what a weight rule is: names of sources and of a target
 weight_rules   parameters made of others: renamed, joined, interleaved, stacked
 joining        sources joined group by group, and their shares

@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple, Union
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
-from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.pieces import Operation, SourceTensor
 
 
 class Extent(NamedTuple):
@@ -114,16 +114,34 @@ class Place(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Contiguous bytes that a batch assembles, and every place where they go."""
+    """Contiguous bytes that a batch assembles, and every place where they go; none for what is only computed with."""
 
     nbytes: int
     places: tuple[Place, ...]
 
 
+class Taken(NamedTuple):
+    """A stretch that holds a box of an operand."""
+
+    stretch: int
+    region: Region
+
+
+class Compute(NamedTuple):
+    """A box of an operation's result: computed from other stretches, then copied into `stretch`."""
+
+    operation: Operation
+    box: Region
+    operands: tuple[Taken, ...]
+    stretch: int
+    copy: StridedCopy
+
+
 class Batch(NamedTuple):
-    """Reads that together fill stretches completely.
+    """Reads that together fill stretches, after which what is computed fills the rest.
 
     Attributes:
+        computes: what is computed, in this order.
         last: a target array ends with this unit, so the next one may well go to another worker. Until then, a worker
             that takes units one after another fills an array from front to back.
     """
@@ -131,6 +149,7 @@ class Batch(NamedTuple):
     reads: tuple[Read, ...]
     stretches: tuple[Stretch, ...]
     last: bool = False
+    computes: tuple[Compute, ...] = ()
 
     @property
     def nbytes(self) -> int:

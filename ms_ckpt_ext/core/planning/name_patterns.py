@@ -1,6 +1,6 @@
 """Names with placeholders: `layers.{layer}.w`, or `layers.{}.w`, where a placeholder stands for digits.
 
-`{layer<61}` stands for numbers below 61 only, and `{3<=layer<61}` for those from 3 on.
+`{layer<61}` stands for numbers below 61 only, and `{3<=layer<61}` for those from 3 on. `{*}` stands for any text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Optional
 
 from ms_ckpt_ext.errors import UsageError
 
-_PLACEHOLDER = re.compile(r"\{(?:(\d+)<=)?(\w*)(?:<(\d+))?\}")
+_PLACEHOLDER = re.compile(r"\{(?:(\d+)<=)?(\w*|\*)(?:<(\d+))?\}")
+ANY = "*"
+"""The key of the placeholder that stands for any text."""
 
 
 class Pattern:
@@ -44,15 +46,15 @@ class Pattern:
         }
         body = re.escape(self._literals[0])
         for key, literal in zip(self.keys, self._literals[1:]):
-            body += rf"(?P<{key}>\d+)" + re.escape(literal)
+            body += (r"(?P<_any>.+)" if key == ANY else rf"(?P<{key}>\d+)") + re.escape(literal)
         self._match = re.compile(body)
 
     def match(self, name: str) -> Optional[dict[str, str]]:
-        """Placeholder -> digits, or None when `name` is another one."""
+        """Placeholder -> what it stands for, or None when `name` is another one."""
         found = self._match.fullmatch(name)
         if found is None or not all(self._within(key, int(found[key])) for key in self._bounds):
             return None
-        return found.groupdict()
+        return {ANY if key == "_any" else key: text for key, text in found.groupdict().items()}
 
     def _within(self, key: str, number: int) -> bool:
         low, high = self._bounds[key]
@@ -70,7 +72,7 @@ class Pattern:
                 yield self.fill(dict(zip(self.keys, numbers))), numbers
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The name with digits put in. Raises UsageError for a placeholder without a value."""
+        """The name with values put in. Raises UsageError for a placeholder without a value."""
         absent = [key for key in self.keys if key not in values]
         if absent:
             raise UsageError(f"{self.text!r} has the placeholder {absent[0].lstrip('_')!r}, which its sources have not")

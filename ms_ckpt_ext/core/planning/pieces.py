@@ -7,16 +7,18 @@
    the target. The pieces of a target are disjoint and cover it, or planning fails by name.
 4. A parameter may be *made* of others (fused, stacked, transposed: `core.planning.recipes`). Its pieces come from
    several stored tensors, and where one lands is a box of a view of the target: axes split, interleaved or permuted.
+5. A parameter may be *computed* from others (`core.computing.operation`). A box of it is one piece, which says what
+   computes it; what that takes of the operands is located in turn (`core.planning.assembly`).
 
 The geometry depends on shapes only, so it is computed once for all parameters that share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Protocol, Union
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
@@ -75,6 +77,42 @@ class Recipe(NamedTuple):
     blocks: tuple[Block, ...]
 
 
+class Operand(NamedTuple):
+    """A box of an operand: its flat bytes, row-major, and where it lies in the operand."""
+
+    bytes: memoryview
+    region: Region
+
+
+class Operation(Protocol):
+    """What computes a box of a parameter from boxes of others. Its `repr` tells all that decides the result.
+
+    It computes any box on its own, so that tiles, ranks and layouts do not change a bit of the result.
+    """
+
+    def takes(self, box: Region) -> tuple[Region, ...]:
+        """The box of every operand that a box of the result takes."""
+
+    def gives(self, first: Region) -> Region:
+        """The box of the result that a box of the first operand is needed for; it may reach over the result's end."""
+
+    def compute(self, box: Region, operands: Sequence[Operand], out: memoryview) -> None:
+        """Fill `out`, flat bytes, with a box of the result; every operand holds at least what `takes` says."""
+
+
+class Computation(NamedTuple):
+    """How a parameter is computed, and from what."""
+
+    operation: Operation
+    operands: tuple[SourceTensor, ...]
+
+
+class SplitAxes(NamedTuple):
+    """Another tensor whose axes are split further, so that it has more of them."""
+
+    tensor: SourceTensor
+
+
 class SourceTensor(NamedTuple):
     """A parameter and where its bytes are.
 
@@ -87,7 +125,41 @@ class SourceTensor(NamedTuple):
     meta: TensorMeta
     stored_name: str
     placements: tuple[Placement, ...]
-    recipe: Optional[Recipe] = None
+    recipe: Optional[Union[Recipe, Computation, SplitAxes]] = None
+
+    @property
+    def sources(self) -> tuple[SourceTensor, ...]:
+        """The tensors that it is made of; () when it is stored."""
+        if isinstance(self.recipe, Recipe):
+            return tuple(block.tensor for block in self.recipe.blocks)
+        if isinstance(self.recipe, Computation):
+            return self.recipe.operands
+        return () if self.recipe is None else (self.recipe.tensor,)
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether something of it is computed."""
+        return isinstance(self.recipe, Computation) or any(source.is_computed for source in self.sources)
+
+    def stored(self) -> Iterator[SourceTensor]:
+        """The stored tensors that it is made of, in the end; itself when it is one."""
+        if self.recipe is None:
+            yield self
+        for source in self.sources:
+            yield from source.stored()
+
+    def remade(self, change: Callable[[SourceTensor], SourceTensor]) -> SourceTensor:
+        """The same of other stored tensors: each is given to `change`."""
+        recipe = self.recipe
+        if recipe is None:
+            return change(self)
+        if isinstance(recipe, Recipe):
+            blocks = (block._replace(tensor=block.tensor.remade(change)) for block in recipe.blocks)
+            return self._replace(recipe=recipe._replace(blocks=tuple(blocks)))
+        if isinstance(recipe, Computation):
+            operands = tuple(operand.remade(change) for operand in recipe.operands)
+            return self._replace(recipe=recipe._replace(operands=operands))
+        return self._replace(recipe=SplitAxes(recipe.tensor.remade(change)))
 
 
 def stored_whole(meta: TensorMeta, files: tuple[int, ...]) -> SourceTensor:
@@ -133,12 +205,23 @@ class Piece(_Projections):
         return super().__new__(cls, cell, source_shape, in_source, in_target, view)
 
 
+class Computed(NamedTuple):
+    """A box of a parameter that is computed."""
+
+    computation: Computation
+    box: Region
+
+
 class Sourced(NamedTuple):
-    """A piece, the files that can serve it, and the name of its tensor inside them."""
+    """A piece, the files that can serve it, and the name of its tensor inside them.
+
+    Where it is `computed` there are none, and its source is the box that is computed.
+    """
 
     piece: Piece
     files: tuple[int, ...]
     stored_name: str
+    computed: Optional[Computed] = None
 
 
 @lru_cache(maxsize=8192)
@@ -166,8 +249,10 @@ def locate(tensor: SourceTensor, target: Region) -> list[Sourced]:
     Raises:
         CoverageError: no placement holds some region; names parameter, region and the ranks that should hold it.
     """
-    if tensor.recipe is not None:
+    if isinstance(tensor.recipe, Recipe):
         return list(_made(tensor.meta.shape, tensor.recipe, target))
+    if isinstance(tensor.recipe, Computation):
+        return [_computed(tensor.recipe, target)]
     found: list[Sourced] = []
     missing = _locate(tensor, target, target, 0, found)
     if missing is not None:
@@ -232,8 +317,28 @@ def _made(shape: Shape, recipe: Recipe, target: Region) -> Iterator[Sourced]:
             inside = common.relative_to(frame.box.start).start
             offset = frame.offset + sum(low * stride for low, stride in zip(inside, frame.strides))
             view = View(offset, tuple(frame.strides[axis] for axis in block.axes))
-            for piece, files, stored_name in locate(block.tensor, wanted):
-                yield Sourced(_viewed(piece, view), files, stored_name)
+            yield from _through(block.tensor, wanted, view)
+
+
+def _through(tensor: SourceTensor, wanted: Region, view: View) -> Iterator[Sourced]:
+    """The pieces of a box, for a target that sees it through `view`."""
+    if isinstance(tensor.recipe, SplitAxes):
+        inner = tensor.recipe.tensor
+        from ms_ckpt_ext.core.geometry.view import unsplit
+
+        for box, seen in unsplit(inner.meta.shape, tensor.meta.shape, wanted, view):
+            yield from _through(inner, box, seen)
+        return
+    for sourced in locate(tensor, wanted):
+        yield sourced._replace(piece=_viewed(sourced.piece, view))
+
+
+def _computed(computation: Computation, box: Region) -> Sourced:
+    """A box that is computed, when all that it takes is there."""
+    for operand, taken in zip(computation.operands, computation.operation.takes(box)):
+        locate(operand, taken)
+    whole = Region.whole(box.shape)
+    return Sourced(Piece((), box.shape, whole, whole), (), "", Computed(computation, box))
 
 
 def _viewed(piece: Piece, view: View) -> Piece:

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Cell
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.view import split_axes
-from ms_ckpt_ext.core.planning.pieces import Block, Placement, Recipe, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.pieces import Block, Placement, Recipe, SourceTensor, SplitAxes, TensorMeta
 from ms_ckpt_ext.errors import LayoutMismatchError
 
 
 def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:
-    """A stored tensor in another shape of the same row-major order: its axes split, or neighbours joined.
+    """A tensor in another shape of the same row-major order: its axes split, or neighbours joined.
 
     Raises:
         LayoutMismatchError: the shapes have different sizes, or a slice of the tensor is not a box in the new shape.
@@ -26,6 +27,12 @@ def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:
     shape = tensor.meta.shape
     if prod(shape) != prod(view):
         raise LayoutMismatchError(f"{tensor.meta.name!r} of shape {list(shape)} cannot be seen as {list(view)}")
+    if tensor.recipe is not None:
+        try:
+            split_axes(shape, view)
+        except ValueError as error:
+            raise LayoutMismatchError(f"{tensor.meta.name!r}, which is made by a rule: {error}") from error
+        return SourceTensor(tensor.meta._replace(shape=view), "", (), SplitAxes(tensor))
     placements = tuple(_seen(tensor, placement, view) for placement in tensor.placements)
     return SourceTensor(tensor.meta._replace(shape=view), tensor.stored_name, placements)
 
@@ -57,6 +64,37 @@ def _seen(tensor: SourceTensor, placement: Placement, view: Shape) -> Placement:
         {move(cell): files for cell, files in placement.holders.items()},
         {move(cell): ranks for cell, ranks in placement.expected.items()},
     )
+
+
+def joined_axes(tensor: SourceTensor) -> SourceTensor:
+    """A tensor whose last two axes are one. Raises LayoutMismatchError: a slice of it is no box then."""
+    *outer, many, few = tensor.meta.shape
+    meta = tensor.meta._replace(shape=(*outer, many * few))
+    if tensor.recipe is not None or any(placement.parts[-1] != 1 for placement in tensor.placements):
+        raise LayoutMismatchError(
+            f"the last two axes of {tensor.meta.name!r} of shape {list(tensor.meta.shape)} are to be one, but it is "
+            "cut along the last one, or made by another rule: merge the checkpoint first, then apply the rules"
+        )
+    return SourceTensor(meta, tensor.stored_name, tuple(_without_last(each) for each in tensor.placements))
+
+
+def _without_last(placement: Placement) -> Placement:
+    return Placement(
+        placement.parts[:-1],
+        {cell[:-1]: files for cell, files in placement.holders.items()},
+        {cell[:-1]: ranks for cell, ranks in placement.expected.items()},
+    )
+
+
+def packed_as_bytes(tensor: SourceTensor) -> SourceTensor:
+    """A tensor of 4-bit elements as the bytes that hold two each. Raises LayoutMismatchError: it is cut inside one."""
+    *outer, last = tensor.meta.shape
+    if tensor.recipe is not None or any(last % (2 * placement.parts[-1]) for placement in tensor.placements):
+        raise LayoutMismatchError(
+            f"{tensor.meta.name!r} of shape {list(tensor.meta.shape)} holds two {tensor.meta.dtype.name} a byte, and "
+            "is cut inside one, or made by another rule"
+        )
+    return tensor._replace(meta=TensorMeta(tensor.meta.name, DTYPES["U8"], (*outer, last // 2)))
 
 
 def _split(count: int, extents: Shape) -> Shape:

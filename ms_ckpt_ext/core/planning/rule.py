@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
+from typing import ClassVar, Union
 
 from ms_ckpt_ext.core.geometry.region import Shape
-from ms_ckpt_ext.core.planning.name_patterns import Pattern
+from ms_ckpt_ext.core.planning.name_patterns import ANY, Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.errors import CoverageError, UsageError
 
@@ -22,16 +22,20 @@ class Rule(ABC):
     Attributes:
         sources: names in the checkpoint.
         target: name in the network.
+        computes: elements are computed, and rules behind it in a list take what it makes.
     """
 
     sources: tuple[str, ...]
     target: str
+    computes: ClassVar[bool] = False
 
     def __init__(self, sources: Names, target: str) -> None:
         object.__setattr__(self, "sources", (sources,) if isinstance(sources, str) else tuple(sources))
         object.__setattr__(self, "target", target)
         if not self.sources or not all(isinstance(name, str) and name for name in (*self.sources, target)):
             raise UsageError(f"a rule needs the names of its sources and of its target, got {sources!r} and {target!r}")
+        if ANY not in Pattern(target).keys and any(ANY in Pattern(name).keys for name in self.sources):
+            raise UsageError(f"a source of the rule for {target!r} has {{*}}, which stands for any text: so must it")
 
     @abstractmethod
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
@@ -45,7 +49,19 @@ class Rule(ABC):
 
         Raises CoverageError when some sources of a target are there and others are not.
         """
-        return _groups(self, tensors)
+        return {name: self.complete(name, slots) for name, slots in self.slots(tensors).items()}
+
+    def slots(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[dict[tuple[int, ...], SourceTensor]]]:
+        """Name of every target of which a source is there -> for every source pattern counter -> tensor."""
+        return _slots(self, tensors)
+
+    def complete(self, name: str, slots: list[dict[tuple[int, ...], SourceTensor]]) -> list[list[SourceTensor]]:
+        """The members of a target. Raises CoverageError when one is not there."""
+        return _complete(self, name, slots)
+
+    def inverse(self) -> Rule | None:
+        """The rule for the way back, where it is one of another kind; None where that follows from `source_shapes`."""
+        return None
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """The inverse of `make` in shapes: what makes a target of this shape, for every source pattern by its counter.
@@ -68,8 +84,7 @@ class Rule(ABC):
         return any(not known.issuperset(Pattern(source).keys) for source in self.sources)
 
 
-def _groups(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
-    """target name -> for every source pattern its tensors, by their counter."""
+def _slots(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[dict[tuple[int, ...], SourceTensor]]]:
     target = Pattern(rule.target)
     found: dict[str, list[dict[tuple[int, ...], SourceTensor]]] = {}
     for number, source in enumerate(rule.sources):
@@ -81,7 +96,7 @@ def _groups(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[l
             slots = found.setdefault(target.fill(values), [{} for _ in rule.sources])
             counter = tuple(int(value) for key, value in values.items() if key not in target.keys)
             slots[number][counter] = tensor
-    return {name: _complete(rule, name, slots) for name, slots in found.items()}
+    return found
 
 
 def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTensor]]) -> list[list[SourceTensor]]:
@@ -106,3 +121,17 @@ def all_of(members: Sequence[Sequence[SourceTensor]]) -> list[SourceTensor]:
 def shapes_of(tensors: Sequence[SourceTensor]) -> str:
     told = [f"{tensor.meta.name!r} {list(tensor.meta.shape)}" for tensor in tensors[:4]]
     return ", ".join(told) + (", …" if len(tensors) > 4 else "")
+
+
+def only_one(name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+    """The one source of a rule. Raises UsageError when there are more."""
+    tensors = all_of(members)
+    if len(tensors) != 1:
+        raise UsageError(f"the rule for {name!r} takes one source, but {len(tensors)} match: {shapes_of(tensors)}")
+    return tensors[0]
+
+
+def set_fields(rule: Rule, **fields: object) -> None:
+    """Set fields of a rule at its birth."""
+    for name, value in fields.items():
+        object.__setattr__(rule, name, value)

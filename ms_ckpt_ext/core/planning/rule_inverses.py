@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
-from ms_ckpt_ext.core.planning.pieces import Block, SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.pieces import Block, Recipe, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.recipes import made_of, seen_as
 from ms_ckpt_ext.core.planning.rule import Rule, all_of
 from ms_ckpt_ext.core.planning.weight_rules import Concat, Part
@@ -26,7 +26,8 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
     """The rules for the way back: what they make becomes what they are made of.
 
     `Part`s of one tensor are joined again. Where a rule leaves open what the way back needs (how wide the sources of a
-    `Concat` are), it must say so: `shares=`, `experts=`.
+    `Concat` are), it must say so: `shares=`, `experts=`, `source_size=`. Where rules compute, the way back goes through
+    them from the last to the first.
 
     Raises:
         ArgumentTypeError: there is something else among the rules.
@@ -51,8 +52,9 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
         elif rule.ambiguity:
             raise UsageError(f"{type(rule).__name__} to {rule.target!r} cannot be inverted: {rule.ambiguity}")
         else:
-            back.append(Inverse(rule))
-    return back + [_joined(source, axis, found, count) for (source, count, axis), found in parts.items()]
+            back.append(rule.inverse() or Inverse(rule))
+    back += [_joined(source, axis, found, count) for (source, count, axis), found in parts.items()]
+    return back[::-1] if any(rule.computes for rule in given) else back
 
 
 def _refuse_twice(rules: Sequence[Rule]) -> None:
@@ -70,6 +72,8 @@ def _refuse_twice(rules: Sequence[Rule]) -> None:
                     f"{source!r} is used twice, so that it could come from two parameters ({rule.target!r} is one): "
                     "leave one of the rules out"
                 )
+        if rule.computes:
+            made.pop(rule.target, None)  # from here on it is what this rule makes
 
 
 def _joined(sources: tuple[str, ...], axis: int, found: Mapping[int, Part], count: int) -> Rule:
@@ -178,7 +182,7 @@ def _plan(rule: Rule, shape: Shape) -> _Plan:
     made = rule.make(rule.target, sources)
     if made.meta.shape != shape:
         raise LayoutMismatchError(f"{rule.target!r} of shape {list(shape)} is not what {type(rule).__name__} makes")
-    if made.recipe is None:
+    if not isinstance(made.recipe, Recipe):
         return _Plan(None, {}, counts)
     origins = {}
     for block in made.recipe.blocks:

@@ -5,6 +5,7 @@
 2. A tile's pieces become strided copies; their source spans, sorted and merged, become reads. A gap smaller than a
    page is read over (the kernel reads it anyway); a span that is mostly gap is read run by run instead.
 3. A piece that is one long run on both sides and lands once needs no buffer: it becomes a `Direct` copy.
+4. Of what is computed, a tile brings its operands into stretches of their own, which go nowhere else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy, byte_box, strided_copy, strides_of
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,
+    Compute,
     Direct,
     Extent,
     Landing,
@@ -26,13 +28,14 @@ from ms_ckpt_ext.core.planning.io_units import (
     ReadCopy,
     Stored,
     Stretch,
+    Taken,
     Target,
     Task,
     Unit,
     cut,
     ranges,
 )
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+from ms_ckpt_ext.core.planning.pieces import Computed, SourceTensor, locate
 
 
 def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[Unit]:
@@ -50,12 +53,13 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
                 (sourced, strided_copy(sourced.piece, target.region.shape, dtype))
                 for sourced in locate(task.tensor, target.region)
             ]
-            if len(target.landings) > 1 or any(copy.run < limits.direct for _, copy in copies):
+            short = any(sourced.computed or copy.run < limits.direct for sourced, copy in copies)
+            if short or len(target.landings) > 1:
                 staged.append(target)
                 continue
-            for (_, files, name), copy in copies:
-                file = chooser.pick(files, copy.nbytes)
-                yield from _direct(file, stored(file, name), target.landings[0], copy, limits)
+            for sourced, copy in copies:
+                file = chooser.pick(sourced.files, copy.nbytes)
+                yield from _direct(file, stored(file, sourced.stored_name), target.landings[0], copy, limits)
         begun = False
         for block in _blocks([target.region for target in staged], dtype, limits.tile):
             if batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
@@ -139,21 +143,38 @@ class _BatchBuilder:
         self._spans: dict[int, list[_Span]] = {}
         self._scattered: list[Read] = []
         self._stretches: list[Stretch] = []
+        self._computes: list[Compute] = []
 
     def add(self, tensor: SourceTensor, target: Target, tile: Region, chooser: _Balance) -> None:
         """Add one tile: a box of `target` that is contiguous there."""
         dtype = tensor.meta.dtype
         shape, box = byte_box(target.region.shape, tile.relative_to(target.region.start), dtype)
         offset = sum(low * stride for low, stride in zip(box.start, strides_of(shape)))
-        number = len(self._stretches)
-        self._stretches.append(Stretch(box.size, self._places(target, offset, box.size)))
-        self.nbytes += box.size
-        for piece, files, stored_name in locate(tensor, tile):
-            whole_copy = strided_copy(piece, tile.shape, dtype)
+        self._bring(tensor, tile, self._places(target, offset, box.size), chooser)
+
+    def _bring(self, tensor: SourceTensor, box: Region, places: tuple[Place, ...], chooser: _Balance) -> int:
+        """Add a stretch for a box, and all that fills it; gives its number."""
+        dtype, shape, number = tensor.meta.dtype, box.shape, len(self._stretches)
+        nbytes = dtype.nbytes(box.size)
+        self._stretches.append(Stretch(nbytes, places))
+        self.nbytes += nbytes
+        for piece, files, stored_name, computed in locate(tensor, box):
+            whole_copy = strided_copy(piece, shape, dtype)
+            if computed is not None:
+                self._compute(computed, whole_copy, number, chooser)
+                continue
             file = chooser.pick(files, whole_copy.nbytes)
             extents = self._stored(file, stored_name)
             for copy in _bounded(whole_copy, self._limits.tile):
                 self._lay(file, extents, number, copy, copy.source)
+        return number
+
+    def _compute(self, computed: Computed, copy: StridedCopy, number: int, chooser: _Balance) -> None:
+        """Add what is computed into a stretch, and stretches for its operands."""
+        (operation, operands), box = computed
+        taken = zip(operands, operation.takes(box))
+        needed = tuple(Taken(self._bring(operand, part, (), chooser), part) for operand, part in taken)
+        self._computes.append(Compute(operation, box, needed, number, copy))
 
     def _lay(self, file: int, extents: tuple[Extent, ...], number: int, copy: StridedCopy, source: int) -> None:
         """Note where in the file a copy's source lies; `source` counts from the beginning of its tensor."""
@@ -180,7 +201,7 @@ class _BatchBuilder:
     def finish(self, last: bool = False) -> Batch:
         """The batch so far; the builder starts anew."""
         reads = [read for file, spans in self._spans.items() for read in self._merge(file, spans)]
-        batch = Batch(tuple(reads + self._scattered), tuple(self._stretches), last)
+        batch = Batch(tuple(reads + self._scattered), tuple(self._stretches), last, tuple(self._computes))
         self._reset()
         return batch
 

@@ -2,10 +2,11 @@
 
 A rule is declarative: names with placeholders, and how the sources are arranged. Applied to what a checkpoint holds it
 gives parameters that planning treats like stored ones: any layout can be cut from them, a rank reads only the bytes of
-its own slice, and fusing happens where the pieces land. Nothing is computed: a rule moves elements.
+its own slice, and fusing happens where the pieces land. Nothing is computed: a rule moves elements. Those that compute
+are in `core.computing.rules`.
 
 A placeholder, `{layer}` or just `{}`, stands for digits. One that a source has and the target has not counts: its
-values 0, 1, 2, … are the members of a stack.
+values 0, 1, 2, … are the members of a stack. `{*}` stands for any text.
 
 `source_shapes` says what shapes the sources of a target have; with it `rule_inverses` turns every rule round.
 
@@ -36,13 +37,8 @@ from ms_ckpt_ext.core.planning.joining import (
 )
 from ms_ckpt_ext.core.planning.pieces import Block, SourceTensor
 from ms_ckpt_ext.core.planning.recipes import made_of
-from ms_ckpt_ext.core.planning.rule import Names, Rule, all_of, shapes_of
+from ms_ckpt_ext.core.planning.rule import Names, Rule, all_of, only_one, set_fields, shapes_of
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
-
-
-def _set(rule: Rule, **fields: object) -> None:
-    for name, value in fields.items():
-        object.__setattr__(rule, name, value)
 
 
 class Rename(Rule):
@@ -50,7 +46,7 @@ class Rename(Rule):
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
-        tensor = _only(name, members)
+        tensor = only_one(name, members)
         return SourceTensor(tensor.meta._replace(name=name), tensor.stored_name, tensor.placements, tensor.recipe)
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
@@ -79,7 +75,7 @@ class Concat(Rule):
 
     def __init__(self, sources: Names, target: str, axis: int = 0, shares: Optional[Sequence[int]] = None) -> None:
         super().__init__(sources, target)
-        _set(self, axis=axis, shares=checked_shares(self, shares))
+        set_fields(self, axis=axis, shares=checked_shares(self, shares))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -113,7 +109,7 @@ class QKV(Rule):
         self, sources: Names, target: str, groups: int, axis: int = 0, shares: Optional[Sequence[int]] = None
     ) -> None:
         super().__init__(sources, target)
-        _set(self, groups=groups, axis=axis, shares=checked_shares(self, shares))
+        set_fields(self, groups=groups, axis=axis, shares=checked_shares(self, shares))
         if groups < 1:
             raise UsageError(f"rule for {target!r}: groups must be at least 1, got {groups}")
 
@@ -140,7 +136,7 @@ class Interleave(Rule):
 
     def __init__(self, sources: Names, target: str, axis: int = 0, rows: int = 1) -> None:
         super().__init__(sources, target)
-        _set(self, axis=axis, rows=rows)
+        set_fields(self, axis=axis, rows=rows)
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -176,7 +172,7 @@ class Stack(Rule):
 
     def __init__(self, sources: Names, target: str, axis: int = 0) -> None:
         super().__init__(sources, target)
-        _set(self, axis=axis)
+        set_fields(self, axis=axis)
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -208,11 +204,11 @@ class Transpose(Rule):
 
     def __init__(self, sources: Names, target: str, axes: Optional[Sequence[int]] = None) -> None:
         super().__init__(sources, target)
-        _set(self, axes=None if axes is None else tuple(axes))
+        set_fields(self, axes=None if axes is None else tuple(axes))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
-        tensor = _only(name, members)
+        tensor = only_one(name, members)
         shape = tensor.meta.shape
         order = tuple(reversed(range(len(shape)))) if self.axes is None else self.axes
         if sorted(order) != list(range(len(shape))):
@@ -254,7 +250,7 @@ class Experts(Rule):
         shares: Optional[Sequence[int]] = None,
     ) -> None:
         super().__init__(sources, target)
-        _set(self, transpose=transpose, merge=merge, experts=experts, shares=checked_shares(self, shares))
+        set_fields(self, transpose=transpose, merge=merge, experts=experts, shares=checked_shares(self, shares))
         if experts is not None and experts < 1:
             raise UsageError(f"rule for {target!r}: experts must be at least 1, got {experts}")
 
@@ -306,13 +302,13 @@ class Part(Rule):
 
     def __init__(self, sources: Names, target: str, number: int, parts: int, axis: int = 0) -> None:
         super().__init__(sources, target)
-        _set(self, number=number, parts=parts, axis=axis)
+        set_fields(self, number=number, parts=parts, axis=axis)
         if not 0 <= number < parts:
             raise UsageError(f"rule for {target!r}: part {number} of {parts}; parts count from 0")
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
-        tensor = _only(name, members)
+        tensor = only_one(name, members)
         shape = list(tensor.meta.shape)
         at = axis_of(name, self.axis, len(shape))
         if shape[at] % self.parts:
@@ -322,13 +318,6 @@ class Part(Rule):
         region = Region(start, tuple(low + extent for low, extent in zip(start, shape)))
         block = Block(tensor, region, tuple(range(len(shape))), (0,) * len(shape))
         return made_of(name, tuple(shape), tuple(shape), [block])
-
-
-def _only(name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
-    tensors = all_of(members)
-    if len(tensors) != 1:
-        raise UsageError(f"the rule for {name!r} takes one source, but {len(tensors)} match: {shapes_of(tensors)}")
-    return tensors[0]
 
 
 def _same_shape(name: str, tensors: Sequence[SourceTensor]) -> None:

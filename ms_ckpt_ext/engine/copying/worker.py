@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Callable, Optional
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,
+    Compute,
     Direct,
     Extent,
     Landing,
@@ -24,7 +25,7 @@ from ms_ckpt_ext.core.planning.io_units import (
     Task,
     Unit,
 )
-from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.pieces import Operand, SourceTensor
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
 from ms_ckpt_ext.storage import linux
@@ -170,15 +171,28 @@ class _Worker:
             at += stretch.nbytes if stage else 0
         for read in batch.reads:
             self._read(read, buffers)
+        for compute in batch.computes:
+            self._compute(compute, buffers)
         self._write(batch, staged, arena)
 
     def _memory(self, stretch: Stretch) -> Optional[memoryview]:
         """The stretch's own memory, when that is the only place it goes."""
+        if len(stretch.places) != 1:
+            return None
         place = stretch.places[0]
         sink = self._sinks[place.sink]
-        if len(stretch.places) == 1 and isinstance(sink, MemorySink):
-            return sink.bytes[place.offset : place.offset + place.length]
-        return None
+        return sink.bytes[place.offset : place.offset + place.length] if isinstance(sink, MemorySink) else None
+
+    def _compute(self, compute: Compute, buffers: list[memoryview]) -> None:
+        """Compute right into the stretch, where the result is one run there."""
+        operands = [Operand(buffers[number], region) for number, region in compute.operands]
+        copy, into = compute.copy, buffers[compute.stretch]
+        if copy.counts:
+            result = self._scratch.take(copy.nbytes)
+            compute.operation.compute(compute.box, operands, result)
+            copy_strided(copy, result, into)
+        else:
+            compute.operation.compute(compute.box, operands, into[copy.target : copy.target + copy.run])
 
     def _read(self, read: Read, buffers: list[memoryview]) -> None:
         nbytes = read.nbytes

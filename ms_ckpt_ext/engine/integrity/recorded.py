@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.io_units import Extent
-from ms_ckpt_ext.core.planning.pieces import Block, Placement, SourceTensor
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor
 from ms_ckpt_ext.engine.integrity.contents import Pass, Portion
 from ms_ckpt_ext.engine.integrity.digests import portions
 from ms_ckpt_ext.engine.integrity.finding import Finding
@@ -162,13 +162,9 @@ def settled(catalog: Catalog) -> Catalog:
         return placement._replace(holders=holders)
 
     def narrowed(tensor: SourceTensor) -> SourceTensor:
-        recipe = tensor.recipe
-        if recipe is not None:
-            blocks = tuple(Block(narrowed(b.tensor), b.region, b.axes, b.start) for b in recipe.blocks)
-            return tensor._replace(recipe=recipe._replace(blocks=blocks))
         return tensor._replace(placements=tuple(one(placement, tensor) for placement in tensor.placements))
 
-    tensors, extras = ({n: narrowed(t) for n, t in group.items()} for group in (catalog.tensors, catalog.extras))
+    tensors, extras = ({n: t.remade(narrowed) for n, t in group.items()} for group in (catalog.tensors, catalog.extras))
     return catalog._replace(tensors=tensors, extras=extras)
 
 
@@ -230,13 +226,11 @@ def _pairs(wanted: Iterable[SourceTensor]) -> list[tuple[int, Optional[str]]]:
 
 def _stored(tensor: SourceTensor) -> Iterator[tuple[int, str]]:
     """(file, stored name) of everything a parameter is made of."""
-    if tensor.recipe is not None:
-        for block in tensor.recipe.blocks:
-            yield from _stored(block.tensor)
-    for placement in tensor.placements:
-        for files in placement.holders.values():
-            for file in files:
-                yield file, tensor.stored_name
+    for each in tensor.stored():
+        for placement in each.placements:
+            for files in placement.holders.values():
+                for file in files:
+                    yield file, each.stored_name
 
 
 def _deal(

@@ -8,6 +8,7 @@ wants          what all ranks want, known to all
 bucket         how large a round may be
 session        agree, plan, choose the mode, exchange
 run_exchange   the rounds of one rank: read, exchange, place
+computing      what is computed of what arrives
 slabs          chunks on their way from files to where they are cut
 replicas       do ranks that hold the same region hold the same bytes?
 trace          what happened when

@@ -7,7 +7,8 @@
    all-gather of equal shares; what arrives is placed in the sinks. What it reads for itself goes there at once.
 4. Where the transport overlaps, two rounds are under way: the next one is staged, packed and started before this one
    is waited for, in buffers of its own.
-5. A sink is finished in the round that brings its last piece, and digested on a thread during the rounds that follow.
+5. Of a parameter that is computed, what arrives is what it is computed from: see `engine.load.computing`.
+6. A sink is finished in the round that brings its last piece, and digested on a thread during the rounds that follow.
 
 Where the buffers are (host memory, or an NPU's) is the mover's and the transport's business. Where bytes come from is
 that of the `ByteSource`: files (`slabs`), or what ranks hold in memory already. What a rank takes of its own memory is
@@ -18,16 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
-from ms_ckpt_ext.core.exchange.plan import ExchangePlan
+from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, SlicePart
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, Staged
+from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, SliceSink, Staged
 from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.storage.reader import ReaderPool
@@ -35,25 +36,8 @@ from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import B, Bytes, Handle, Transport
 
 if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.computing import Computing
     from ms_ckpt_ext.engine.load.replicas import Digester, SliceBytes
-
-B_in = TypeVar("B_in", contravariant=True)
-
-
-class SliceSink(Protocol[B_in]):
-    """Where one parameter of this rank lands."""
-
-    def place(self, source: B_in, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
-        """Copy a box of the array of `shape` at byte `offset` of `source` to `region` of the parameter's slice.
-
-        With a view, `region` is a box of the slice seen through it.
-        """
-
-    def finish(self) -> None:
-        """All pieces have landed."""
-
-    def contents(self) -> SliceBytes:
-        """What the slice holds, after `finish`."""
 
 
 class ByteSource(Protocol[B]):
@@ -146,6 +130,20 @@ class _Flight(NamedTuple):
     handles: list[Handle]
 
 
+class _Landing(NamedTuple):
+    """Where a piece lands: see `Delivery`."""
+
+    demand: int
+    dtype: DType
+    region: Region
+    view: Optional[View]
+    into: int
+
+
+def _landing(part: SlicePart, delivery: Delivery) -> _Landing:
+    return _Landing(part.demand, part.dtype, delivery.in_target, delivery.view, delivery.into)
+
+
 class ExchangeRun(Generic[B]):
     """A plan on one rank, with buffers that are made once: it may be run again where its bytes come from memory.
 
@@ -172,6 +170,7 @@ class ExchangeRun(Generic[B]):
         self._flights: list[_Flight] = []
         self._sinks: Mapping[int, SliceSink[B]] = {}
         self._digester: Optional[Digester] = None
+        self._computing: dict[int, Computing[B]] = {}
 
     def go(self, sinks: Mapping[int, SliceSink[B]], digester: Optional[Digester] = None) -> None:
         """Run it. Arguments and errors are those of `run_exchange`."""
@@ -179,6 +178,10 @@ class ExchangeRun(Generic[B]):
         under_way = 2 if self._transport.traits.overlaps and len(self._turns) > 1 else 1
         error: Optional[BaseException] = None
         try:
+            if any(demand.tensor.is_computed for demand in self._plan.demands):
+                from ms_ckpt_ext.engine.load.computing import computing_of
+
+                self._computing = computing_of(self._plan.demands, self._transport.rank, sinks, self._mover)
             self._buffers = self._buffers or [self._allocate() for _ in range(under_way)]
             if not self._turns:
                 error = self._place_local() or self._finish(0, self._complete.get(0, ()))
@@ -192,6 +195,7 @@ class ExchangeRun(Generic[B]):
                     error = self._land() or error
             while self._flights:
                 error = self._land() or error
+            error = error or self._finish(len(self._turns), self._without_pieces())
             self._share_status(len(self._turns), error or self._await_digests())
         finally:
             self._slabs.close()
@@ -306,8 +310,8 @@ class ExchangeRun(Generic[B]):
             with self._trace.span("place own", round=number):
                 for part, delivery, offset, _ in current.own:
                     staged = self._slabs[part.chunk]
-                    sink, box, at = self._sinks[part.demand], delivery.in_part, staged.offset + offset
-                    sink.place(staged.buffer, at, part.shape, box, delivery.in_target, delivery.view)
+                    at, box = staged.offset + offset, delivery.in_part
+                    self._place_one(_landing(part, delivery), staged.buffer, at, part.shape, box)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
@@ -317,11 +321,18 @@ class ExchangeRun(Generic[B]):
         try:
             with self._trace.span("place local"):
                 for piece in self._slabs.local:
-                    source, sink = self._slabs.held(piece.name), self._sinks[piece.demand]
-                    sink.place(source, 0, piece.shape, piece.in_source, piece.in_target, piece.view)
+                    landing = _Landing(piece.demand, piece.dtype, piece.in_target, piece.view, piece.into)
+                    self._place_one(landing, self._slabs.held(piece.name), 0, piece.shape, piece.in_source)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
+
+    def _place_one(self, to: _Landing, buffer: B, offset: int, shape: Shape, box: Region) -> None:
+        """Place a box of the array of `shape` at byte `offset` of a buffer."""
+        if to.into:
+            self._computing[to.demand].place(to.into, buffer, offset, shape, box, to.dtype, to.region, to.view)
+        else:
+            self._sinks[to.demand].place(buffer, offset, shape, box, to.region, to.view)
 
     def _place(self, number: int, current: RankRound) -> Optional[BaseException]:
         try:
@@ -335,7 +346,7 @@ class ExchangeRun(Generic[B]):
                     for part, delivery, offset, _ in items:
                         shape = part.shape if part.gathered else delivery.in_part.shape
                         box = Region((0,) * len(shape), shape)
-                        self._sinks[part.demand].place(buffer, offset, shape, box, delivery.in_target, delivery.view)
+                        self._place_one(_landing(part, delivery), buffer, offset, shape, box)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
@@ -345,12 +356,19 @@ class ExchangeRun(Generic[B]):
         try:
             with self._trace.span("finish", round=number):
                 for demand in demands:
+                    if demand in self._computing:
+                        self._computing.pop(demand).finish()
                     self._sinks[demand].finish()
                     if self._digester is not None:
                         self._digester.add(demand, self._sinks[demand].contents())
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
+
+    def _without_pieces(self) -> list[int]:
+        """The demands of this rank of which nothing is read: they are computed from nothing."""
+        finished = {demand for demands in self._complete.values() for demand in demands}
+        return [demand for demand in self._sinks if demand not in finished]
 
     def _await_digests(self) -> Optional[BaseException]:
         try:

@@ -16,13 +16,12 @@ import xxhash
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange import cost
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways, boxes_moved
 from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import shares_a_server
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
-from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.load.bucket import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
@@ -35,8 +34,7 @@ from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import Digest
-    from ms_ckpt_ext.engine.load.run_exchange import SliceSink
-    from ms_ckpt_ext.engine.load.slabs import Mover
+    from ms_ckpt_ext.engine.load.slabs import Mover, SliceSink
 
 _AS_GOOD_AS = 1.02
 """Where reading takes longest both ways take as long; what crosses less then leaves the network to others."""
@@ -103,8 +101,8 @@ def _unseen(demands: Sequence[Demand], sees: Sees) -> str:
     for demand in demands:
         for grid in demand.grids:
             for cell, ranks in grid.ranks.items():
-                found = locate(demand.tensor, grid.region(cell, demand.tensor.meta.shape))
-                able = [sees[file] for sourced in found for file in sourced.files]
+                boxes = boxes_moved(demand.tensor, grid.region(cell, demand.tensor.meta.shape))
+                able = [sees[file] for box in boxes for sourced in box.pieces for file in sourced.files]
                 lacking = next((rank for rank in ranks if any(rank not in each for each in able)), None)
                 if lacking is not None:
                     return f"rank {lacking} does not see all files that hold its slice of {demand.name!r}"

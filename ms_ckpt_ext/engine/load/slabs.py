@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import RankRound
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.trace import Trace
@@ -29,6 +29,10 @@ from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.base import B, Bytes
 
+if TYPE_CHECKING:
+    from ms_ckpt_ext.engine.load.replicas import SliceBytes
+
+B_in = TypeVar("B_in", contravariant=True)
 _SLAB = 4 << 20
 """Small chunks share slabs of this size: a copy to a device has a price of its own, and bandwidth from here on."""
 
@@ -47,6 +51,28 @@ class Mover(Protocol[B]):
 
     def pack(self, source: B, offset: int, shape: Shape, box: Region, dtype: DType, target: B, at: int) -> None:
         """Copy a box of the array of `shape` at byte `offset` of `source` to byte `at` of `target`, contiguously."""
+
+    def fetch(self, source: B, offset: int, nbytes: int) -> Bytes:
+        """Bytes of a buffer in host memory, to be read before anything else is asked of the mover."""
+
+    def put(self, host: Bytes) -> B:
+        """A buffer of these bytes, for the sinks."""
+
+
+class SliceSink(Protocol[B_in]):
+    """Where one parameter of this rank lands."""
+
+    def place(self, source: B_in, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]) -> None:
+        """Copy a box of the array of `shape` at byte `offset` of `source` to `region` of the parameter's slice.
+
+        With a view, `region` is a box of the slice seen through it.
+        """
+
+    def finish(self) -> None:
+        """All pieces have landed."""
+
+    def contents(self) -> SliceBytes:
+        """What the slice holds, after `finish`."""
 
 
 class HostMover:
@@ -72,6 +98,14 @@ class HostMover:
         whole = Region((0,) * len(shape), box.shape)
         copy = copy_box(shape, box, box.shape, whole, dtype)
         copy_strided(copy._replace(source=copy.source + offset, target=at), source, target)
+
+    def fetch(self, source: Bytes, offset: int, nbytes: int) -> Bytes:
+        """The memory itself."""
+        return source[offset : offset + nbytes]
+
+    def put(self, host: Bytes) -> Bytes:
+        """The memory itself."""
+        return host
 
 
 class Staged(NamedTuple, Generic[B]):

@@ -107,7 +107,9 @@ class Catalog(NamedTuple):
 
     def position(self, task: Task) -> tuple[int, tuple[Extent, ...]]:
         """The first file that a task reads, and where its parameter begins there."""
-        tensor = task.tensor if task.tensor.recipe is None else task.tensor.recipe.blocks[0].tensor
+        tensor = next(task.tensor.stored(), None)
+        if tensor is None:  # computed from nothing
+            return 0, ()
         file = min(files[0] for placement in tensor.placements for files in placement.holders.values())
         return file, self.stored(file, tensor.stored_name)[:1]
 
@@ -129,9 +131,7 @@ class Catalog(NamedTuple):
         for name, tensor in tensors.items():
             if tensor.recipe is None:
                 continue
-            packed = [
-                block.tensor.stored_name for block in tensor.recipe.blocks if block.tensor.stored_name in self.notes
-            ]
+            packed = [source.stored_name for source in tensor.stored() if source.stored_name in self.notes]
             if packed:
                 raise LayoutMismatchError(
                     f"{name!r} is made of {packed[0]!r}, which is packed int4 (two values in a byte) and can only be "

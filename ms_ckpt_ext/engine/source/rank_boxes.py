@@ -82,6 +82,4 @@ def box_under(strategy: Strategy, rank: int, name: str, tensor: SourceTensor) ->
 
 def is_cut(tensor: SourceTensor) -> bool:
     """Whether no file holds all of a parameter, by its layout."""
-    if tensor.recipe is not None:
-        return any(is_cut(block.tensor) for block in tensor.recipe.blocks)
-    return all(prod(placement.parts) > 1 for placement in tensor.placements)
+    return any(all(prod(placement.parts) > 1 for placement in each.placements) for each in tensor.stored())

@@ -159,7 +159,7 @@ class Keeping:
         if tensor is None or strategy is None:
             return set()
         if tensor.recipe is not None:
-            return set().union(*(self._stages_of(block.tensor) for block in tensor.recipe.blocks))
+            return set().union(*map(self._stages_of, tensor.stored()))
         listed = strategy.layouts.get(tensor.stored_name)
         return set(listed) if listed else {strategy.stage_of(rank) for rank in ranks_of(tensor)}
 

@@ -174,7 +174,7 @@ def test_what_one_placement_lacks_comes_from_the_next() -> None:
     columns = Placement((1, 2), {(0, 0): (2,), (0, 1): (3,)}, {})
     tensor = SourceTensor(TensorMeta("tied", DTYPES["U8"], (4, 4)), "tied", (rows, columns))
     found = locate(tensor, Region.whole((4, 4)))
-    assert [(p.in_target, files) for p, files, _ in found] == [
+    assert [(sourced.piece.in_target, sourced.files) for sourced in found] == [
         (Region((0, 0), (2, 4)), (0,)),
         (Region((2, 0), (4, 2)), (2,)),
         (Region((2, 2), (4, 4)), (3,)),

@@ -1,0 +1,175 @@
+"""The operations of weight rules. numpy is imported when something is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.planning.pieces import Operand
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.computing.arithmetic import Floats
+
+_AT_ONCE = 1 << 17
+"""Elements that are computed in one go: what lies between source and result stays in a core's cache."""
+
+
+class Fill(NamedTuple):
+    """One element everywhere, from nothing."""
+
+    element: bytes
+
+    def takes(self, box: Region) -> tuple[Region, ...]:
+        """See `Operation`."""
+        return ()
+
+    def gives(self, first: Region) -> Region:
+        """See `Operation`."""
+        return first
+
+    def compute(self, box: Region, operands: Sequence[Operand], out: memoryview) -> None:
+        """See `Operation`."""
+        block = self.element * min(_AT_ONCE, box.size)
+        for start in range(0, len(out), len(block)):
+            part = out[start : start + len(block)]
+            part[:] = block[: len(part)]
+
+
+class Scaled(NamedTuple):
+    """`factor` times every element of dtype `source`, in F32 (F64 for F64), rounded to dtype `output`."""
+
+    factor: float
+    source: str
+    output: str
+
+    def takes(self, box: Region) -> tuple[Region, ...]:
+        """See `Operation`."""
+        return (box,)
+
+    def gives(self, first: Region) -> Region:
+        """See `Operation`."""
+        return first
+
+    def compute(self, box: Region, operands: Sequence[Operand], out: memoryview) -> None:
+        """See `Operation`."""
+        from ms_ckpt_ext.core.computing.arithmetic import rounded_into
+
+        for part, values in _by_rows(box, operands[0], self.source):
+            with _ieee():
+                rounded_into(values * values.dtype.type(self.factor), self.output, _part(out, box, part, self.output))
+
+
+class Dequantized(NamedTuple):
+    """Elements of dtype `source` times the scale of their block, in F32, rounded to dtype `output`.
+
+    Attributes:
+        source: dtype of the elements; F4 for two in a byte, along the last axis.
+        scale: dtype of the scales.
+        block: extent of a block along every axis.
+    """
+
+    source: str
+    scale: str
+    output: str
+    block: Shape
+
+    @property
+    def _packed(self) -> int:
+        """Elements in an element of the first operand."""
+        return 2 if self.source == "F4" else 1
+
+    def takes(self, box: Region) -> tuple[Region, ...]:
+        """See `Operation`: the elements, and the scales."""
+        many = self._packed
+        start, stop = (*box.start[:-1], box.start[-1] // many), (*box.stop[:-1], -(-box.stop[-1] // many))
+        low = tuple(at // extent for at, extent in zip(box.start, self.block))
+        high = tuple((at - 1) // extent + 1 for at, extent in zip(box.stop, self.block))
+        return Region(start, stop), Region(low, high)
+
+    def gives(self, first: Region) -> Region:
+        """See `Operation`."""
+        many = self._packed
+        return Region((*first.start[:-1], first.start[-1] * many), (*first.stop[:-1], first.stop[-1] * many))
+
+    def compute(self, box: Region, operands: Sequence[Operand], out: memoryview) -> None:
+        """See `Operation`."""
+        from ms_ckpt_ext.core.computing.arithmetic import decoded, expanded, rounded_into
+
+        values, scales = operands
+        scale = decoded(scales.bytes, self.scale).reshape(scales.region.shape)
+        for axis in range(len(box.shape)):
+            if axis != len(box.shape) - 2:  # rows are left to the last: many have one scale
+                corners = scales.region.start[axis], box.start[axis], box.stop[axis]
+                scale = expanded(scale, axis, *corners, self.block[axis])
+        packed = self._packed
+        for part, found in _by_rows(box, values, self.source, packed):
+            with _ieee():
+                self._multiply(found, scale, box, part, scales.region)
+            rounded_into(found, self.output, _part(out, box, part, self.output))
+
+    def _multiply(self, values: Floats, scale: Floats, box: Region, part: Region, scales: Region) -> None:
+        """Multiply values, the elements of `part`, in place."""
+        outer = tuple(low - first for low, first in zip(part.start[:-2], box.start))
+        if len(part.shape) < 2:
+            values *= scale
+            return
+        factors, extent, first = scale[outer], self.block[-2], scales.start[-2]
+        low, high = part.start[-2], part.stop[-2]
+        rows = values.reshape(high - low, -1)
+        for number in range(low // extent, (high - 1) // extent + 1):
+            here = slice(max(number * extent, low) - low, min((number + 1) * extent, high) - low)
+            rows[here] *= factors[number - first]
+
+
+def _ieee() -> Any:
+    """Infinities and NaN are results like others."""
+    import numpy as np
+
+    return np.errstate(over="ignore", invalid="ignore", under="ignore")
+
+
+def _parts(box: Region) -> Iterator[Region]:
+    """A box cut into rows of its matrices, at most `_AT_ONCE` elements together, or one row."""
+    shape = box.shape
+    if len(shape) < 2:
+        yield box
+        return
+    step = max(1, _AT_ONCE // shape[-1])
+    for outer in product(*map(range, box.start[:-2], box.stop[:-2])):
+        for low in range(box.start[-2], box.stop[-2], step):
+            high = min(low + step, box.stop[-2])
+            stop = tuple(index + 1 for index in outer)
+            yield Region((*outer, low, box.start[-1]), (*stop, high, box.stop[-1]))
+
+
+def _by_rows(box: Region, operand: Operand, dtype: str, packed: int = 1) -> Iterator[tuple[Region, Floats]]:
+    """The elements of a box, a few rows at a time: which, and their values, in memory of their own or read-only."""
+    import numpy as np
+
+    from ms_ckpt_ext.core.computing.arithmetic import decoded
+
+    width = 1 if packed > 1 else DTYPES[dtype].bits // 8
+    held = np.frombuffer(operand.bytes, np.uint8).reshape((*operand.region.shape, width))
+    for part in _parts(box):
+        last = () if not part.shape else ((part.start[-1] // packed, -(-part.stop[-1] // packed)),)
+        ranges = (*zip(part.start[:-1], part.stop[:-1]), *last)
+        inside = tuple(slice(low - first, high - first) for (low, high), first in zip(ranges, operand.region.start))
+        values = decoded(memoryview(np.ascontiguousarray(held[inside])).cast("B"), dtype)
+        if packed > 1:
+            skip = part.start[-1] % packed
+            rows = values.reshape(prod(part.shape[:-1]), -1)
+            values = rows[:, skip : skip + part.shape[-1]]
+        yield part, values.reshape(part.shape)
+
+
+def _part(out: memoryview, box: Region, part: Region, dtype: str) -> memoryview:
+    """Where a part of a box, whole rows of it, lies in its bytes."""
+    width = DTYPES[dtype].bits // 8
+    number = 0
+    for low, first, extent in zip(part.start, box.start, box.shape):
+        number = number * extent + low - first
+    return out[number * width : (number + part.size) * width]

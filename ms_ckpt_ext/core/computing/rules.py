@@ -1,0 +1,316 @@
+"""Rules that compute: block-quantised weights as floats, padding and cropping, scaling.
+
+They are declared as any other, and any layout can be cut from what they make: a rank reads the bytes of its own slice,
+and the scales of the blocks that it touches. Elements are computed where they land, tile by tile.
+
+A rule that computes is applied in its place among the others: it takes what the rules before it make, and the rules
+behind it take what it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import copysign, frexp, isfinite
+from typing import Optional, Union
+
+from ms_ckpt_ext.core.computing.operations import Dequantized, Fill, Scaled
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.planning.joining import axis_of
+from ms_ckpt_ext.core.planning.pieces import Block, Computation, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.recipes import joined_axes, made_of, packed_as_bytes, seen_as
+from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields, shapes_of
+from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+
+_OUTPUTS = ("BF16", "F16", "F32", "F64")
+_QUANTISED = ("F8_E4M3", "F8_E5M2", "F4", "I8", "U8")
+_NEEDY = _QUANTISED[:3]
+"""Dtypes of elements that mean nothing without scales; integers may be meant as such."""
+_LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""Normal numbers of F32."""
+_SCALES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+
+
+def _checked_dtype(rule: Rule, dtype: str, known: Sequence[str]) -> str:
+    if dtype not in known:
+        raise UsageError(f"rule for {rule.target!r}: dtype must be one of {', '.join(known)}, got {dtype!r}")
+    return dtype
+
+
+def _checked_size(rule: Rule, name: str, size: object, least: int = 1) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        raise UsageError(f"rule for {rule.target!r}: {name} must be a whole number from {least}, got {size!r}")
+    return size
+
+
+def _computed(meta: TensorMeta, computation: Computation) -> SourceTensor:
+    return SourceTensor(meta, "", (), computation)
+
+
+@dataclass(frozen=True)
+class Dequantize(Rule):
+    """A weight that is stored in blocks with a scale each, as floats: element times scale, rounded to `dtype`.
+
+    Sources are the elements and their scales. Elements: F8_E4M3, F8_E5M2, or FP4 (E2M1), two in a byte (I8, U8, F4),
+    the first in its low bits; the last axis of the result is twice as long then, and where the scales lack the last
+    axis of the elements (MXFP4, `X_blocks` of shape (…, groups, 16)) that is joined with the one before. Scales: F32,
+    BF16, F16 or powers of two (F8_E8M0, U8), of which 255 is NaN.
+
+    `block` is the extent of a block along the last axes, 0 for a whole axis, and one along the axes before; at the end
+    of an axis blocks may reach over it. DeepSeek-V3 has (128, 128), MXFP4 (32,). A single scale is for all elements.
+
+    The product is computed in F32 and rounded to the nearest, ties to even. With `{*}` in its names a rule is for all
+    weights that have scales; what is stored in a quantised dtype must have them.
+    """
+
+    block: tuple[int, ...] = (128, 128)
+    dtype: str = "BF16"
+
+    computes = True
+
+    def __init__(
+        self, sources: Names, target: str, block: Union[int, Sequence[int]] = (128, 128), dtype: str = "BF16"
+    ) -> None:
+        super().__init__(sources, target)
+        if len(self.sources) != 2:
+            raise UsageError(f"rule for {target!r}: Dequantize takes two sources, elements and scales, got {sources!r}")
+        extents = (block,) if isinstance(block, int) else tuple(block)
+        set_fields(self, block=tuple(_checked_size(self, "block", extent, 0) for extent in extents))
+        set_fields(self, dtype=_checked_dtype(self, dtype, _OUTPUTS[:3]))
+
+    def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
+        """See `Rule`. Raises CoverageError: quantised elements lack their scales, or scales their elements."""
+        found: dict[str, list[list[SourceTensor]]] = {}
+        for name, slots in self.slots(tensors).items():
+            elements, scales = slots
+            if not scales and all(tensor.meta.dtype.name not in _NEEDY for tensor in elements.values()):
+                continue  # not quantised
+            found[name] = self.complete(name, slots)
+        return found
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`."""
+        elements, scales = (only_one(name, [tensors]) for tensors in members)
+        told = shapes_of([elements, scales])
+        stored, factors = elements.meta.dtype.name, scales.meta.dtype.name
+        if stored not in _QUANTISED or factors not in _SCALES:
+            raise LayoutMismatchError(
+                f"{name!r} is to be dequantised of {stored} elements and {factors} scales ({told}); elements are one "
+                f"of {', '.join(_QUANTISED)}, scales one of {', '.join(_SCALES)}"
+            )
+        packed = stored in ("F4", "I8", "U8")
+        if stored == "F4":
+            elements = packed_as_bytes(elements)
+        if packed and len(elements.meta.shape) == len(scales.meta.shape) + 1:
+            elements = joined_axes(elements)
+        shape = elements.meta.shape
+        if packed and shape:
+            shape = (*shape[:-1], 2 * shape[-1])
+        block = self._block(name, shape, scales, told)
+        operation = Dequantized(
+            "F4" if packed else stored, "F8_E8M0" if factors == "U8" else factors, self.dtype, block
+        )
+        if len(scales.meta.shape) != len(shape):  # one for all
+            scales = seen_as(scales, (1,) * len(shape))
+        return _computed(TensorMeta(name, DTYPES[self.dtype], shape), Computation(operation, (elements, scales)))
+
+    def _block(self, name: str, shape: Shape, scales: SourceTensor, told: str) -> Shape:
+        """The extent of a block along every axis."""
+        held = scales.meta.shape
+        if shape and all(extent == 1 for extent in held):
+            return shape
+        block = ((1,) * (len(shape) - len(self.block)) + self.block)[-len(shape) :] if shape else ()
+        block = tuple(extent or whole for extent, whole in zip(block, shape))
+        if not shape or tuple(-(-whole // extent) for whole, extent in zip(shape, block)) != held:
+            wanted = [-(-whole // extent) for whole, extent in zip(shape, block)]
+            raise LayoutMismatchError(
+                f"{name!r} of shape {list(shape)} in blocks of {list(block)} has scales of shape {wanted}, but they "
+                f"are {list(held)} ({told}): give block= as the checkpoint's config has it"
+            )
+        return block
+
+    @property
+    def ambiguity(self) -> str:
+        """See `Rule`."""
+        return (
+            "elements were rounded when they were quantised, and which scales were chosen is not known: what it makes "
+            f"is written as {self.dtype}; leave the rule out on the way back"
+        )
+
+
+@dataclass(frozen=True)
+class Pad(Rule):
+    """The source with elements of one `value` behind it, so that `axis` has `size` indices: vocabularies.
+
+    `source_size`, the indices before, is checked, and needed for the inverse, which is `Crop`.
+    """
+
+    size: int = 1
+    axis: int = 0
+    value: float = 0.0
+    source_size: Optional[int] = None
+
+    def __init__(
+        self,
+        sources: Names,
+        target: str,
+        size: int,
+        axis: int = 0,
+        value: float = 0.0,
+        source_size: Optional[int] = None,
+    ) -> None:
+        super().__init__(sources, target)
+        known = None if source_size is None else _checked_size(self, "source_size", source_size)
+        set_fields(self, size=_checked_size(self, "size", size), axis=axis, value=value, source_size=known)
+        if known is not None and known > size:
+            raise UsageError(f"rule for {target!r}: Pad makes {size} indices of {known}; use Crop")
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`."""
+        tensor = only_one(name, members)
+        shape, dtype = tensor.meta.shape, tensor.meta.dtype
+        at = axis_of(name, self.axis, len(shape))
+        _check_extent(name, shape, at, self.source_size)
+        if shape[at] > self.size:
+            raise LayoutMismatchError(f"{name!r}: axis {at} of {list(shape)} is longer than {self.size}; use Crop")
+        if dtype.bits % 8:
+            raise LayoutMismatchError(f"{name!r} is {dtype.name}, narrower than a byte, and cannot be padded")
+        whole = (*shape[:at], self.size, *shape[at + 1 :])
+        axes, start = tuple(range(len(shape))), (0,) * len(shape)
+        blocks = [Block(tensor, Region.whole(shape), axes, start)]
+        if shape[at] < self.size:
+            rest = (*shape[:at], self.size - shape[at], *shape[at + 1 :])
+            fill = _computed(
+                TensorMeta(name, dtype, rest), Computation(Fill(_element(name, self.value, dtype.name)), ())
+            )
+            blocks.append(Block(fill, Region.whole(rest), axes, (*start[:at], shape[at], *start[at + 1 :])))
+        return made_of(name, whole, whole, blocks)
+
+    def inverse(self) -> Rule:
+        """See `Rule`."""
+        assert self.source_size is not None
+        return Crop(self.target, self.sources[0], self.source_size, self.axis, self.size, self.value)
+
+    @property
+    def ambiguity(self) -> str:
+        """See `Rule`."""
+        return "" if self.source_size else "it does not say how many indices its source has: give source_size="
+
+
+@dataclass(frozen=True)
+class Crop(Rule):
+    """The first `size` indices of the source along `axis`: a vocabulary without its padding.
+
+    `source_size`, the indices before, is checked, and needed for the inverse, which is `Pad` with `value`: what was cut
+    off does not come back.
+    """
+
+    size: int = 1
+    axis: int = 0
+    source_size: Optional[int] = None
+    value: float = 0.0
+
+    def __init__(
+        self,
+        sources: Names,
+        target: str,
+        size: int,
+        axis: int = 0,
+        source_size: Optional[int] = None,
+        value: float = 0.0,
+    ) -> None:
+        super().__init__(sources, target)
+        known = None if source_size is None else _checked_size(self, "source_size", source_size)
+        set_fields(self, size=_checked_size(self, "size", size), axis=axis, source_size=known, value=value)
+        if known is not None and known < size:
+            raise UsageError(f"rule for {target!r}: Crop makes {size} indices of {known}; use Pad")
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`."""
+        tensor = only_one(name, members)
+        shape = tensor.meta.shape
+        at = axis_of(name, self.axis, len(shape))
+        _check_extent(name, shape, at, self.source_size)
+        if shape[at] < self.size:
+            raise LayoutMismatchError(f"{name!r}: axis {at} of {list(shape)} is shorter than {self.size}; use Pad")
+        whole = (*shape[:at], self.size, *shape[at + 1 :])
+        block = Block(tensor, Region.whole(whole), tuple(range(len(shape))), (0,) * len(shape))
+        return made_of(name, whole, whole, [block])
+
+    def inverse(self) -> Rule:
+        """See `Rule`."""
+        assert self.source_size is not None
+        return Pad(self.target, self.sources[0], self.source_size, self.axis, self.value, self.size)
+
+    @property
+    def ambiguity(self) -> str:
+        """See `Rule`."""
+        return "" if self.source_size else "it does not say how many indices its source has: give source_size="
+
+
+@dataclass(frozen=True)
+class Scale(Rule):
+    """The source times `factor`, rounded to `dtype` (BF16, F16, F32 or F64; by default that of the source).
+
+    The factor is rounded to F32 and the product computed in F32 (F64 for a source of F64), then rounded to the nearest,
+    ties to even. A factor of 1 with another `dtype` is a cast.
+    """
+
+    factor: float = 1.0
+    dtype: Optional[str] = None
+
+    computes = True
+
+    def __init__(self, sources: Names, target: str, factor: float = 1.0, dtype: Optional[str] = None) -> None:
+        super().__init__(sources, target)
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor) or not factor:
+            raise UsageError(f"rule for {target!r}: factor must be a finite number other than 0, got {factor!r}")
+        set_fields(self, factor=float(factor), dtype=dtype and _checked_dtype(self, dtype, _OUTPUTS))
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`."""
+        tensor = only_one(name, members)
+        source = tensor.meta.dtype.name
+        if source not in _OUTPUTS:
+            raise LayoutMismatchError(
+                f"{name!r} is made of {source} elements ({shapes_of([tensor])}), and only those of "
+                f"{', '.join(_OUTPUTS)} can be scaled"
+            )
+        if source != "F64" and not _LEAST <= abs(self.factor) <= _MOST:
+            raise LayoutMismatchError(f"{name!r} is {source}, and {self.factor} is no normal number in F32")
+        output = self.dtype or source
+        meta = TensorMeta(name, DTYPES[output], tensor.meta.shape)
+        return _computed(meta, Computation(Scaled(self.factor, source, output), (tensor,)))
+
+    def inverse(self) -> Rule:
+        """See `Rule`."""
+        return Scale(self.target, self.sources[0], 1 / self.factor)
+
+    @property
+    def ambiguity(self) -> str:
+        """See `Rule`."""
+        if self.dtype is not None:
+            return f"it rounds to {self.dtype}, and from which dtype is not known"
+        if abs(frexp(self.factor)[0]) != 0.5:
+            return f"products with {self.factor} are rounded; only powers of two can be divided out exactly"
+        return ""
+
+
+def _check_extent(name: str, shape: Shape, axis: int, known: Optional[int]) -> None:
+    if known is not None and shape[axis] != known:
+        raise LayoutMismatchError(
+            f"{name!r}: axis {axis} of {list(shape)} has not {known} indices, as source_size says"
+        )
+
+
+def _element(name: str, value: float, dtype: str) -> bytes:
+    """One element of this value. Raises LayoutMismatchError: the dtype has none."""
+    if not value and copysign(1, value) > 0 and dtype != "F8_E8M0":  # which has powers of two only
+        return bytes(DTYPES[dtype].bits // 8)
+    from ms_ckpt_ext.core.computing.arithmetic import element
+
+    try:
+        return element(value, dtype)
+    except LayoutMismatchError as error:
+        raise LayoutMismatchError(f"{name!r} cannot be padded with {value!r}: {error}") from error

@@ -1,0 +1,141 @@
+"""How rules that compute are declared, combined and turned round, and what they refuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pytest
+
+from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.planning.apply_rules import apply_rules
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.rules import Concat, Crop, Dequantize, Experts, Pad, Rename, Rule, Scale, Stack, invert
+
+
+def held(**tensors: tuple[str, tuple[int, ...]]) -> dict[str, SourceTensor]:
+    named = {name.replace("__", "."): kind for name, kind in tensors.items()}
+    return {name: stored_whole(TensorMeta(name, DTYPES[dtype], shape), (0,)) for name, (dtype, shape) in named.items()}
+
+
+def kinds(tensors: dict[str, SourceTensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (tensor.meta.dtype.name, tensor.meta.shape) for name, tensor in tensors.items()}
+
+
+FOLDER = held(
+    e__0__w__weight=("F8_E4M3", (256, 300)),
+    e__0__w__weight_scale_inv=("F32", (2, 3)),
+    e__1__w__weight=("F8_E4M3", (256, 300)),
+    e__1__w__weight_scale_inv=("F32", (2, 3)),
+    norm__weight=("BF16", (300,)),
+)
+ALL = Dequantize(["{*}.weight", "{*}.weight_scale_inv"], "{*}.weight")
+
+
+def test_one_rule_is_for_all_weights_that_have_scales() -> None:
+    assert kinds(apply_rules(FOLDER, [ALL])) == {
+        "e.0.w.weight": ("BF16", (256, 300)),
+        "e.1.w.weight": ("BF16", (256, 300)),
+        "norm.weight": ("BF16", (300,)),
+    }
+
+
+def test_rules_behind_take_what_is_computed() -> None:
+    made = apply_rules(FOLDER, [ALL, Stack("e.{n}.w.weight", "all"), Rename("norm.weight", "n")])
+    assert kinds(made) == {"all": ("BF16", (2, 256, 300)), "n": ("BF16", (300,))}
+    made = apply_rules(FOLDER, [ALL, Scale("e.0.w.weight", "e.0.w.weight", 2.0), Stack("e.{n}.w.weight", "all")])
+    assert kinds(made) == {"all": ("BF16", (2, 256, 300)), "norm.weight": ("BF16", (300,))}
+
+
+def test_what_a_rule_that_computes_takes_of_one_that_moves_is_no_result() -> None:
+    made = apply_rules(held(a=("F32", (2, 2)), b=("F32", (3, 2))), [Concat(["a", "b"], "ab"), Scale("ab", "c", 3.0)])
+    assert kinds(made) == {"c": ("F32", (5, 2))}
+
+
+def test_groups_of_fp4_are_joined() -> None:
+    tensors = held(w_blocks=("U8", (2, 6, 3, 16)), w_scales=("U8", (2, 6, 3)))
+    made = apply_rules(tensors, [Dequantize(["w_blocks", "w_scales"], "w", block=32, dtype="F16")])
+    assert kinds(made) == {"w": ("F16", (2, 6, 96))}
+
+
+REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
+    ([Stack("e.{n}.w.weight", "all"), ALL], UsageError, "put the rule that computes before it"),
+    ([Dequantize(["e.0.w.weight", "norm.weight"], "t")], LayoutMismatchError, "has scales of shape [2, 3]"),
+    (
+        [Dequantize(["e.0.w.weight", "e.0.w.weight_scale_inv"], "t", block=(64, 128))],
+        LayoutMismatchError,
+        "give block=",
+    ),
+    ([Dequantize(["norm.weight", "e.0.w.weight"], "t")], LayoutMismatchError, "of BF16 elements and F8_E4M3 scales"),
+    ([Dequantize(["{*}.weight", "{*}.scale"], "{*}.weight")], CoverageError, "nothing called '{*}.scale'"),
+    ([Scale("e.0.w.weight", "t", 2.0)], LayoutMismatchError, "made of F8_E4M3 elements"),
+    ([Scale("norm.weight", "t", 1e300)], LayoutMismatchError, "no normal number in F32"),
+    ([Pad("norm.weight", "t", 200)], LayoutMismatchError, "longer than 200; use Crop"),
+    ([Pad("norm.weight", "t", 400, source_size=301)], LayoutMismatchError, "has not 301 indices"),
+    ([Crop("norm.weight", "t", 400)], LayoutMismatchError, "shorter than 400; use Pad"),
+    ([Pad("e.0.w.weight", "t", 257, value=1000.0)], LayoutMismatchError, "F8_E4M3 has no value 1000.0"),
+    ([Pad("norm.weight", "t", 400), Pad("norm.weight", "t", 400)], UsageError, "two rules make 't'"),
+]
+
+
+@pytest.mark.parametrize(("rules", "error", "told"), REFUSED)
+def test_what_does_not_fit_is_refused(rules: list[Rule], error: type[CheckpointError], told: str) -> None:
+    with pytest.raises(error, match=re.escape(told)):
+        apply_rules(FOLDER, rules)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Dequantize("a", "t"), "takes two sources"),
+        (lambda: Dequantize(["a", "b"], "t", dtype="F64"), "dtype must be one of BF16, F16, F32"),
+        (lambda: Dequantize(["a", "b"], "t", block=(-1,)), "block must be a whole number from 0"),
+        (lambda: Dequantize(["{*}.a", "{*}.b"], "t"), "stands for any text: so must it"),
+        (lambda: Scale("a", "t", 0), "finite number other than 0"),
+        (lambda: Scale("a", "t", float("inf")), "finite number other than 0"),
+        (lambda: Scale("a", "t", dtype="I8"), "dtype must be one of"),
+        (lambda: Pad("a", "t", 0), "size must be a whole number from 1"),
+        (lambda: Pad("a", "t", 4, source_size=5), "use Crop"),
+        (lambda: Crop("a", "t", 6, source_size=5), "use Pad"),
+    ],
+)
+def test_what_means_nothing_is_refused_at_birth(make: object, told: str) -> None:
+    assert callable(make)
+    with pytest.raises(UsageError, match=told):
+        make()
+
+
+def test_inverses() -> None:
+    assert invert([Pad("a", "b", 8, 1, value=2.0, source_size=5)]) == [Crop("b", "a", 5, 1, source_size=8, value=2.0)]
+    assert invert([Crop("b", "a", 5, 1, source_size=8, value=2.0)]) == [Pad("a", "b", 8, 1, value=2.0, source_size=5)]
+    assert invert([Scale("a", "b", -0.25)]) == [Scale("b", "a", -4.0)]
+    back = invert([Scale("a", "a", 0.5), Concat(["a", "b"], "t", shares=(1, 1))])
+    assert [(rule.sources, rule.target) for rule in back] == [(("t",), "a"), (("a",), "a")]
+    assert back[1] == Scale("a", "a", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "why"),
+    [
+        (ALL, "rounded when they were quantised"),
+        (Scale("a", "b", 3.0), "only powers of two"),
+        (Scale("a", "b", 2.0, dtype="BF16"), "it rounds to BF16"),
+        (Pad("a", "b", 8), "give source_size="),
+        (Crop("a", "b", 8), "give source_size="),
+    ],
+)
+def test_what_has_no_inverse_says_why(rule: Rule, why: str) -> None:
+    with pytest.raises(UsageError, match=f"{type(rule).__name__} to .* cannot be inverted: .*{why}"):
+        invert([rule])
+
+
+def test_experts_are_stacked_as_floats() -> None:
+    tensors = held(
+        e__0__g__weight=("F8_E4M3", (4, 6)),
+        e__0__g__weight_scale_inv=("F32", (1, 1)),
+        e__1__g__weight=("F8_E4M3", (4, 6)),
+        e__1__g__weight_scale_inv=("F32", (1, 1)),
+    )
+    made = apply_rules(tensors, [ALL, Experts("e.{n}.g.weight", "w1")])
+    assert kinds(made) == {"w1": ("BF16", (12, 4))}
