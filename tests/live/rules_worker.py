@@ -12,10 +12,14 @@ from mindspore.mint import distributed
 from safetensors.numpy import load_file
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.rules import QKV, Experts, Interleave, Stack, Transpose
+from ms_ckpt_ext.rules import QKV, Dequantize, Experts, Interleave, Pad, Scale, Stack, Transpose
 
 root = Path(sys.argv[1])
 RULES = [
+    Dequantize(["{*}.weight", "{*}.weight_scale_inv"], "{*}.weight", block=(3, 4), dtype="F32"),
+    Scale("h.0.q.weight", "h.0.q.weight", 0.5),
+    QKV(["h.0.q.weight", "h.0.k.weight"], "floats", groups=2),
+    Pad("h.0.e.0.down", "padded", 14, value=2.5),
     QKV(["h.0.q", "h.0.k", "h.0.v"], "qkv", groups=4),
     QKV(["h.0.q", "h.0.k", "h.0.v"], "odd_qkv", groups=2),
     Interleave(["h.0.gate", "h.0.up"], "fc1"),

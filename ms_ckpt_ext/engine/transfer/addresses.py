@@ -30,7 +30,7 @@ class Addresses:
     def __init__(self, tensors: Iterable[SourceTensor]) -> None:
         sizes: dict[str, int] = {}
         for tensor in tensors:
-            for stored in _stored(tensor):
+            for stored in tensor.stored():
                 sizes[stored.stored_name] = max(sizes.get(stored.stored_name, 0), _largest(stored))
         self._extents: dict[str, Extent] = {}
         at = 0
@@ -47,13 +47,6 @@ class Addresses:
         """What lies at a number."""
         place = bisect_right(self._starts, number) - 1
         return HeldPlace(self._names[place], number - self._starts[place])
-
-
-def _stored(tensor: SourceTensor) -> list[SourceTensor]:
-    """The tensors that a parameter is made of; itself where it is stored."""
-    if tensor.recipe is None:
-        return [tensor]
-    return [stored for block in tensor.recipe.blocks for stored in _stored(block.tensor)]
 
 
 def _largest(tensor: SourceTensor) -> int:
