@@ -7,6 +7,7 @@
 #
 #   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
 #   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
+#   MS_CKPT_EXT_MINDSPORE   the version of MindSpore  (default: the newest that setup.py allows)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -26,7 +27,7 @@ pick_python() {
 }
 
 # What the environment was made for: another project directory, Python or list of requirements means a new install.
-wanted_stamp() { { echo "$ROOT"; "$1" --version; cat "$ROOT/setup.py" "$ROOT/pyproject.toml"; } | cksum; }
+wanted_stamp() { { echo "$ROOT ${MS_CKPT_EXT_MINDSPORE:-}"; "$1" --version; cat "$ROOT/setup.py" "$ROOT/pyproject.toml"; } | cksum; }
 
 make_venv() {
   local venv="$1" python
@@ -44,7 +45,8 @@ ensure_venv() {
   stamp="$(wanted_stamp "$venv/bin/python")"
   if [[ $(cat "$venv/.ms_ckpt_ext" 2>/dev/null) != "$stamp" ]]; then
     say "Installing ms-ckpt-ext and its tools (MindSpore is a download of 800 MB)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e "$ROOT[dev]"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e "$ROOT[dev]" \
+      ${MS_CKPT_EXT_MINDSPORE:+"mindspore==$MS_CKPT_EXT_MINDSPORE"}
     echo "$stamp" >"$venv/.ms_ckpt_ext"
   fi
   venv="$(cd "$venv" && pwd)"

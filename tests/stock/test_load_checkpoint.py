@@ -84,7 +84,11 @@ def test_what_ours_does_not_load_goes_to_stock(
     held, more = make(ms, tmp_path)
     ms_ckpt_ext.install()
     try:
-        assert ms.load_checkpoint(held, **more)
+        if make is in_memory and ms.__version__.startswith("2.7"):  # which takes names only, and says so
+            with pytest.raises(TypeError, match="must be string"):
+                ms.load_checkpoint(held, **more)
+        else:
+            assert ms.load_checkpoint(held, **more)
     finally:
         ms_ckpt_ext.uninstall()
     assert "mindspore.load_checkpoint: ms_ckpt_ext does not take ckpt_file_name" in caplog.text
