@@ -6,6 +6,9 @@ name that all ranks of the job on this host know, and keeps a hub there; when al
 not come in time, all who have are told which, and the backend was never called. One that has ended before it came is
 noticed within seconds where the kernel tells (`living`).
 
+MindSpore counts the ranks of a host's name. Where all ranks seem to be of one host, and some are not, those that are go
+on without the others, who meet on a host of the same name.
+
 The name is in the kernel's abstract namespace, made of the address of MindSpore's scheduler, which is the job's alone:
 no port that another program may want, nothing to delete. Where there is no scheduler (a job started by a rank table),
 or no such namespace, ranks pass. Ranks of other hosts are not waited for here: they meet in the collective that
@@ -63,10 +66,10 @@ def meet(
                     f"rank {rank}, in {_DOING}: it was not let in within {timeout:g} s. Another process of this host "
                     "has its number, or a rank was stopped; look at the other ranks' logs"
                 )
-            opened = _open(name, line) if hub is None else None
+            opened = _open(name, line, everybody) if hub is None else None
             hub = hub or opened
             time.sleep(0 if opened else _RETRY_SECONDS)
-        return [int(told) for told in line.share(str(mine).encode(), _DOING)]
+        return [int(told) for told in line.share(str(mine).encode(), _DOING) if told]
     except TransportError as error:
         if everybody:
             raise
@@ -88,7 +91,7 @@ def _name() -> Optional[str]:
     return f"\0{_TOKEN} {scheduler[:60]} {port[:8]}"
 
 
-def _open(name: str, line: Line) -> Optional[Hub]:
+def _open(name: str, line: Line, everybody: bool) -> Optional[Hub]:
     """The hub of this name, None where there is one already."""
     server = socket.socket(socket.AF_UNIX)
     try:
@@ -100,7 +103,7 @@ def _open(name: str, line: Line) -> Optional[Hub]:
             return None
         raise TransportError(f"rank {line.rank}, in {_DOING}: no socket can be made: {error}") from error
     port = os.environ.get("MS_SCHED_PORT", "")
-    look = Watch(line.size, int(port)).look if port.isdecimal() else None
+    look = Watch(line.size, int(port), everybody).look if port.isdecimal() else None
     return Hub(line.size, line.timeout, server, _TOKEN, line.rank, line.limits, look)
 
 

@@ -4,6 +4,9 @@ A rank that has come to a hub is known to live by its connection there. One that
 scheduler, which says nothing for half a minute. But the kernel lists the connections to it from this network, and
 closes those of a process that ends: where every one of them is held by a process that can be looked into, so many such
 processes live, and no more can come. In all other cases (another container, another user, no Linux) nothing is known.
+
+A connection to the scheduler whose other end is not in this network leads to another host. In a job of several hosts
+that MindSpore counts as one, for they have one name, the ranks that are not here live elsewhere.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.errors import name_ranks
 
 _TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 _ESTABLISHED = "01"
+_MAPPED = "0000000000000000FFFF0000"
+"""What an IPv4 address begins with in the table of IPv6."""
 _AGAIN_SECONDS = 0.4
 _LOOKS = 3
 """So many looks, `_AGAIN_SECONDS` apart, must say the same, for a connection may be made anew."""
@@ -29,16 +34,21 @@ class Watch:
     Args:
         size: ranks of this host.
         port: of MindSpore's scheduler.
+        everybody: these are all ranks of the job, as MindSpore counts hosts.
     """
 
-    def __init__(self, size: int, port: int) -> None:
+    def __init__(self, size: int, port: int, everybody: bool = True) -> None:
         self._size = size
         self._port = port
+        self._everybody = everybody
         self._due = time.monotonic() + _AGAIN_SECONDS  # mostly all come before
         self._fewer = 0
 
     def look(self, missing: Sequence[int]) -> Optional[str]:
-        """What to tell of ranks that have not come yet, when some of them never will; None when that is not known."""
+        """What to tell of ranks that have not come yet, when some of them never will; None when that is not known.
+
+        Nothing is to be told of them, "", when they are on another host.
+        """
         now = time.monotonic()
         if now < self._due:
             return None
@@ -47,6 +57,8 @@ class Watch:
         self._fewer = 0 if living is None or living >= self._size else self._fewer + 1
         if living is None or self._fewer < _LOOKS:
             return None
+        if self._everybody and leads_elsewhere(self._port):
+            return "" if living == self._size - len(missing) else None
         ended = self._size - living
         some = "" if ended >= len(missing) else f"{ended} of "
         return (
@@ -67,15 +79,48 @@ def living_ranks(port: int, size: int) -> Optional[int]:
         return None
 
 
-def _connections(port: int) -> set[str]:
-    """Inodes of the established connections from this network to a port."""
-    found = set()
+def leads_elsewhere(port: int) -> bool:
+    """Whether a connection with the scheduler, from here or to here, has its other end in another network."""
+    found = {(end.here, end.there) for end in _ends() if port in (end.here.port, end.there.port)}
+    return any((there, here) not in found for here, there in found)
+
+
+class _Endpoint(NamedTuple):
+    """An address as the kernel writes it, in hexadecimal digits, and a port."""
+
+    address: str
+    port: int
+
+
+class _End(NamedTuple):
+    """This network's end of an established connection, and the number of the socket."""
+
+    here: _Endpoint
+    there: _Endpoint
+    inode: str
+
+
+def _ends() -> Iterator[_End]:
     for table in _TABLES:
         with contextlib.suppress(FileNotFoundError), open(table, encoding="ascii") as lines:
             for fields in (line.split() for line in lines):
-                if fields[3] == _ESTABLISHED and int(fields[2].rpartition(":")[2], 16) == port:
-                    found.add(fields[9])
-    return found
+                if fields[3] == _ESTABLISHED:
+                    yield _End(_endpoint(fields[1]), _endpoint(fields[2]), fields[9])
+
+
+def _endpoint(text: str) -> _Endpoint:
+    """IPv4 is the same in both tables.
+
+    >>> _endpoint("0000000000000000FFFF00000100007F:1FB6") == _endpoint("0100007F:1FB6")
+    True
+    """
+    address, _, port = text.rpartition(":")
+    return _Endpoint(address[len(_MAPPED) :] if address.startswith(_MAPPED) else address, int(port, 16))
+
+
+def _connections(port: int) -> set[str]:
+    """Inodes of the established connections from this network to a port."""
+    return {end.inode for end in _ends() if end.there.port == port}
 
 
 def _holders(held: set[str]) -> Optional[int]:

@@ -12,14 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 import pytest
 
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport import gate
-from ms_ckpt_ext.transport.living import living_ranks
+from ms_ckpt_ext.transport.living import leads_elsewhere, living_ranks
+from tests.harness.hosts import Hosts
 
+ROOT = Path(__file__).resolve().parents[2]
 SOON = 10.0
 
 
@@ -172,20 +175,21 @@ def test_a_process_that_dies_or_is_stopped_while_it_waits(sent: int, kind: type[
 
 
 BUSY = """
-import socket, subprocess, sys, time
+import os, socket, subprocess, sys, time
 from ms_ckpt_ext.transport import gate
 
-rank, size, port, forks = map(int, sys.argv[1:])
-scheduler = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+rank, size, port, forks = map(int, sys.argv[1:5])
+where = sys.argv[5] if sys.argv[5:] else "127.0.0.1"
+scheduler = [socket.create_connection((where, port)) for _ in range(2)]
 if forks:  # a worker that loads data, say: it holds the same connections, and is no rank
     for each in scheduler:
         each.set_inheritable(True)
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
 print("ready", flush=True)
-sys.stdin.readline()
+if sys.stdin.readline() == "die\\n":
+    os._exit(1)
 try:
-    gate.meet(rank, size, 60.0, True)
-    print("met", flush=True)
+    print("met", *gate.meet(rank, size, 60.0, True), flush=True)
 except Exception as error:
     print(type(error).__name__, getattr(error, "rank", None), error, flush=True)
 """
@@ -236,12 +240,48 @@ def test_who_dies_before_coming_is_noticed_long_before_the_timeout(
                 each.communicate()
 
 
-def come(ranks: list[subprocess.Popen[str]]) -> None:
-    """Have them go to the gate."""
+def come(ranks: list[subprocess.Popen[str]], word: str = "") -> None:
+    """Have them go to the gate, or "die" before."""
     for rank in ranks:
         assert rank.stdin is not None
-        rank.stdin.write("\n")
+        rank.stdin.write(f"{word}\n")
         rank.stdin.flush()
+
+
+SCHEDULER = """
+import socket
+server = socket.create_server(("", 8118), backlog=16)
+print("ready", flush=True)
+kept = []
+while True:
+    kept.append(server.accept())
+"""
+
+
+@pytest.mark.parametrize("dead", [None, 3], ids=["all come", "one has died"])
+def test_hosts_of_one_name_meet_each_by_itself(dead: Optional[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpore counts the ranks of a name, here all. That another has died is then for the next meeting to notice."""
+    with Hosts(2, names=["node", "node"]) as hosts:
+        monkeypatch.setenv("MS_SCHED_HOST", hosts[0].ipv4)
+        heard(hosts[0].start([sys.executable, "-c", SCHEDULER], stdout=subprocess.PIPE), "ready")
+        ranks = [
+            hosts[rank // 2].start(
+                [sys.executable, "-c", BUSY, rank, 4, 8118, 0, hosts[0].ipv4],
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(4)
+        ]
+        for rank in ranks:
+            heard(rank, "ready")
+        if dead is not None:
+            come([ranks[dead]], "die")
+            ranks[dead].wait(SOON)
+        come([each for rank, each in enumerate(ranks) if rank != dead])
+        for rank, each in enumerate(ranks):
+            if rank != dead:
+                heard(each, "met 0 1" if rank < 2 else "met 2 3" if dead is None else "met 2")
 
 
 def test_a_rank_that_is_merely_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +304,7 @@ def test_a_rank_that_is_merely_late_is_waited_for(monkeypatch: pytest.MonkeyPatc
             time.sleep(2.0)  # many looks
             come(ranks[1:])
             for rank in ranks:
-                heard(rank, "met")
+                heard(rank, "met 0 1")
         finally:
             for connection, _ in accepted:
                 connection.close()
@@ -281,3 +321,14 @@ def test_what_cannot_be_known_is_not_concluded() -> None:
         with socket.create_connection(("127.0.0.1", port)):
             assert living_ranks(port, 1) == 1
             assert living_ranks(port, 3) == 1
+            assert not leads_elsewhere(port)
+
+
+def test_a_connection_is_seen_to_stay_here_in_both_tables_of_the_kernel() -> None:
+    """The listener takes IPv4 and IPv6, as MindSpore's may; who comes has an address of IPv4."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no socket takes both IPv4 and IPv6 here")
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as scheduler:
+        port = scheduler.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            assert living_ranks(port, 1) == 1 and not leads_elsewhere(port)

@@ -17,7 +17,7 @@ from typing import Callable, Optional
 
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.transport.hub.descriptors import make_room
-from ms_ckpt_ext.transport.hub.frames import BYE, FRAME, GONE, HERE, LATE, PING, Malformed, Message, frame
+from ms_ckpt_ext.transport.hub.frames import BYE, FRAME, GONE, HERE, LATE, PING, TELL, Malformed, Message, frame
 from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
 from ms_ckpt_ext.transport.hub.peer import Peer, tune, why_gone, why_silent
 from ms_ckpt_ext.transport.hub.reduction import Reduction, Reply
@@ -42,7 +42,7 @@ class Hub:
         keeper: the rank whose process this is.
         limits: see there.
         look: called now and then with the ranks that never came, while others wait for them; what to tell when it is
-            known that not all of them will.
+            known that not all of them will. An empty text: they are not of this meeting, which goes on without them.
 
     Attributes:
         bytes_in, bytes_out: what has travelled.
@@ -218,10 +218,14 @@ class Hub:
             self._lost(peer, peer.error)
 
     def _look_for_ended(self, look: Callable[[Sequence[int]], Optional[str]]) -> None:
-        never = [rank for rank in range(self._size) if rank not in self._greeted]
+        assert self._share is not None
+        never = [rank for rank in self._share.awaited() if rank not in self._greeted]
         why = look(never) if never else None
-        if why is not None:
+        if why:
             self._break(GONE if len(never) == 1 else LATE, never[0], why)
+        elif why is not None:
+            for rank in never:
+                self._shared(rank, Message(TELL, rank, b""))
 
     def _pulse(self) -> None:
         """Ask who is quiet for a sign of life; who has not given one for long keeps all others waiting."""
