@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import mint
 
 from ms_ckpt_ext.bridge.match import Match
-from ms_ckpt_ext.bridge.memory import ParameterSink, contents_of, give_device_memory, mark_loaded, pinned
+from ms_ckpt_ext.bridge.memory import ParameterSink, contents_of, give_device_memory, mark_loaded
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View
@@ -50,7 +50,7 @@ class DeviceMover:
         """Pinned memory, reused when its upload is over."""
         while self._going and self._going[0].over.query():
             self._free.append(self._going.popleft().host)
-        return self._free.pop() if self._free else pinned(nbytes)
+        return self._free.pop() if self._free else self._transport.pinned(nbytes)
 
     def stage(self, host: Bytes, nbytes: int) -> Any:
         """A device buffer into which these bytes are under way; what is launched from now on waits for them."""

@@ -159,12 +159,6 @@ def _upload(match: Match, buffer: Bytes) -> None:
     mark_loaded(parameter)
 
 
-def pinned(nbytes: int) -> Bytes:
-    """Host memory that a device reads at the speed of the bus, without the host's help."""
-    memory: Bytes = mint.empty(nbytes, dtype=ms.int8, device="CPU", pin_memory=True).asnumpy().view(np.uint8)
-    return memory
-
-
 def mark_loaded(parameter: Any) -> None:
     """Tell MindSpore that the Parameter has its data."""
     if hasattr(parameter, "init_param") and not parameter.init_param:

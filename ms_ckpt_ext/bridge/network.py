@@ -33,7 +33,6 @@ from ms_ckpt_ext.bridge.memory import (
     mark_loaded,
     on_device,
     own_memory,
-    pinned,
     tensor_of,
 )
 from ms_ckpt_ext.bridge.request import Filled, LoadRequest, half_done, tell_loaded
@@ -191,7 +190,11 @@ def fill_matches(
 
 def _buffer(nbytes: int, kept: bool) -> Bytes:
     """What a slice is read into on its way to a Parameter."""
-    return pinned(nbytes) if on_device() and not kept and nbytes else np.empty(nbytes, np.uint8)
+    if not on_device() or kept or not nbytes:
+        return np.empty(nbytes, np.uint8)
+    from ms_ckpt_ext.transport.hccl import pinned
+
+    return pinned(nbytes)
 
 
 def _same_memory(match: Match, kept: bool) -> Optional[Bytes]:

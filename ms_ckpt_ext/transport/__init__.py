@@ -7,6 +7,7 @@ mccl      ranks of a MindSpore job on the CPU
 hccl      ranks of a MindSpore job on Ascend
 control   small messages between the processes of a job, and who of them is still alive (used by mccl and hccl)
 gather    payloads that are too much for the control plane, over the backend
+known_answer  what goes before the first round, to find a backend that delivers other bytes than were sent
 gate      all ranks of a host, before any calls the backend for the first time
 living    how many ranks of this host still live, also those that never came to a gate
 hub/      where the ranks of a control plane, or of a gate, meet

@@ -75,6 +75,9 @@ class Transport(Protocol[B]):
     def allocate(self, nbytes: int) -> B:
         """A staging buffer of `nbytes` bytes, contents undefined."""
 
+    def pinned(self, nbytes: int) -> Bytes:
+        """Host memory from which `upload` is fastest, contents undefined."""
+
     def upload(self, host: Bytes, buffer: B, offset: int) -> None:
         """Copy `host` into `buffer` from byte `offset` on. `host` may be written again when this returns."""
 
@@ -86,6 +89,12 @@ class Transport(Protocol[B]):
 
     def free_bytes(self) -> int:
         """Memory that staging buffers of this rank can be made of; 0 where that is not known. May differ by rank."""
+
+    def prove(self) -> None:
+        """Before the first round of a process: make sure that exchanges deliver what was sent. Collective.
+
+        Raises TransportError on every rank, which names the call and what was expected and found.
+        """
 
     def start_all_gather(self, send: B, nbytes: int, recv: B, group: Ranks = ()) -> Handle:
         """Every rank contributes the first `nbytes` bytes of its `send`; `recv` starts with all of them in rank order.

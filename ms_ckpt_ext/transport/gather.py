@@ -59,7 +59,7 @@ def front_width(lengths: Sequence[int]) -> int:
 def _gather_fronts(transport: Transport[B], mine: bytes, width: int, to_host: Callable[[B], Bytes]) -> list[bytes]:
     def prepare() -> tuple[B, B]:
         send, receive = transport.allocate(width), transport.allocate(width * transport.size)
-        transport.upload(np.frombuffer(mine.ljust(width, b"\0"), np.uint8), send, 0)
+        _upload(transport, mine.ljust(width, b"\0"), send)
         return send, receive
 
     send, receive = on_all(transport, prepare)
@@ -75,10 +75,16 @@ def _broadcast_rests(
     def prepare() -> dict[int, B]:
         buffers = {root: transport.allocate(nbytes) for root, nbytes in lengths.items()}
         if transport.rank in buffers:
-            transport.upload(np.frombuffer(mine, np.uint8), buffers[transport.rank], 0)
+            _upload(transport, mine, buffers[transport.rank])
         return buffers
 
     buffers = on_all(transport, prepare) if lengths else {}
     for root, nbytes in lengths.items():
         transport.start_broadcast(buffers[root], nbytes, root).wait()
     return {root: to_host(buffer).tobytes() for root, buffer in buffers.items()}
+
+
+def _upload(transport: Transport[B], payload: bytes, buffer: B) -> None:
+    host = transport.pinned(len(payload))
+    host[:] = np.frombuffer(payload, np.uint8)
+    transport.upload(host, buffer, 0)

@@ -14,13 +14,14 @@ lock, which would stop the threads that read files meanwhile. So the stream firs
 It is a stream of its own, so that what was launched for the next round is not waited for.
 
 Only the given group's communicator is used and none is created: each costs two HCCL buffers of device memory.
-Before the first exchange of a process known bytes make the round : a backend may return success and zeros.
+Known bytes go before the first exchange of a process, see `known_answer`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Optional
 
@@ -29,7 +30,7 @@ import numpy as np
 from mindspore import mint
 from mindspore.mint import distributed
 
-from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.transport.base import (
     Bytes,
     Handle,
@@ -43,13 +44,12 @@ from ms_ckpt_ext.transport.base import (
 )
 from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
 from ms_ckpt_ext.transport.gather import gather
+from ms_ckpt_ext.transport.known_answer import prove
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _BUFFER_MB = 200
 """HCCL_BUFFSIZE where it is not set, in MiB."""
 _MIB = 1 << 20
-_KNOWN = 16
-"""Bytes that every pair of ranks exchanges before the first real round."""
 _proven: set[Optional[str]] = set()
 """Groups whose communicator gave the known answer in this process."""
 
@@ -81,13 +81,19 @@ class Hccl:
         """A device tensor of `nbytes` bytes."""
         return mint.empty((nbytes,), dtype=mindspore.int8)
 
+    def pinned(self, nbytes: int) -> Bytes:
+        """Memory that the device reads by itself, at the speed of the bus."""
+        return pinned(nbytes)
+
     def upload(self, host: Bytes, buffer: mindspore.Tensor, offset: int) -> None:
         """Copy `host` into `buffer`."""
         source = flat_bytes(host)
         if offset + source.nbytes > buffer.shape[0]:
             raise UsageError(f"{source.nbytes} bytes at offset {offset} do not fit into a buffer of {buffer.shape[0]}")
         if source.nbytes:
-            _front(buffer, source.nbytes, offset).copy_(mindspore.Tensor(source.view(np.int8)))
+            tensor = mindspore.Tensor.from_numpy(source.view(np.int8))
+            _front(buffer, source.nbytes, offset).copy_(tensor, non_blocking=True)
+            mindspore.runtime.current_stream().synchronize()
 
     def share(self, payload: bytes) -> list[bytes]:
         """Every rank's payload."""
@@ -105,7 +111,7 @@ class Hccl:
         check_room("all_gather", nbytes, "send", send.shape[0])
         check_room("all_gather", nbytes * len(members), "recv", recv.shape[0])
         self._all(members)
-        self._prove()
+        self.prove()
         self._control.check("all_gather")
         doing = f"all_gather of {nbytes} bytes each"
         source, target = _front(send, nbytes), _front(recv, nbytes * self.size)
@@ -117,7 +123,7 @@ class Hccl:
         """See `Transport`; all ranks only."""
         self._all(check_members("broadcast", group, self.size, self.rank, root))
         check_room("broadcast", nbytes, "buffer", buffer.shape[0])
-        self._prove()
+        self.prove()
         self._control.check("broadcast")
         return self._broadcast(buffer, nbytes, root)
 
@@ -138,7 +144,7 @@ class Hccl:
         """See `Transport`."""
         check_counts("all_to_all", send_counts, self.size, "send", send.shape[0])
         check_counts("all_to_all", recv_counts, self.size, "recv", recv.shape[0])
-        self._prove()
+        self.prove()
         self._control.check("all_to_all")
         return self._to_all(send, send_counts, recv, recv_counts)
 
@@ -181,55 +187,39 @@ class Hccl:
             return rank
         return int(mindspore.communication.get_world_rank_from_group_rank(self._group, rank))
 
-    def _prove(self) -> None:
-        """Once a process: known bytes from each to each, and from the last rank to all, before anything real."""
-        if self._telling or self._group in _proven:
-            return
-        answers = {"all_to_all": self._known_pairs(), "broadcast": self._known_root()}
-        wrong = [call for call, right in answers.items() if not right]
-        told = [each.decode() for each in self._control.share(",".join(wrong).encode(), "the known answer")]
-        if any(told):
-            where = "; ".join(f"rank {rank}: {calls}" for rank, calls in enumerate(told) if calls)
-            raise TransportError(
-                f"HCCL on {self.traits.product or 'this device'} returned success and other bytes than were sent, in a "
-                f'test with known contents ({where}). Load with mode="direct", which needs no '
-                "exchange, or install a CANN release without this fault"
-            )
-        _proven.add(self._group)
+    def prove(self) -> None:
+        """See `Transport`."""
+        if not self._telling and self._group not in _proven:
+            with self._among_ranks():
+                prove(self, _to_host, f"HCCL on {self.traits.product or 'this device'}")
+            _proven.add(self._group)
 
-    def _known_pairs(self) -> bool:
-        counts, size = [_KNOWN] * self.size, self.size
-        send, recv = self.allocate(_KNOWN * size), self.allocate(_KNOWN * size)
-        self.upload(np.concatenate([_known(self.rank, peer) for peer in range(size)]), send, 0)
-        self._to_all(send, counts, recv, counts).wait()
-        wanted = np.concatenate([_known(peer, self.rank) for peer in range(size)])
-        return bool(np.array_equal(recv.asnumpy().view(np.uint8), wanted))
-
-    def _known_root(self) -> bool:
-        root, wanted = self.size - 1, _known(self.size, self.size)
-        buffer = self.allocate(_KNOWN)
-        self.upload(wanted if self.rank == root else ~wanted, buffer, 0)
-        self._broadcast(buffer, _KNOWN, root).wait()
-        return bool(np.array_equal(buffer.asnumpy().view(np.uint8), wanted))
+    @contextmanager
+    def _among_ranks(self) -> Iterator[None]:
+        """What ranks tell each other inside is no round, and needs no proof."""
+        before, self._telling = self._telling, True
+        try:
+            yield
+        finally:
+            self._telling = before
 
     def close(self) -> None:
         """Leave the control plane; the group stays."""
         self._control.close()
 
     def _gather(self, payload: bytes) -> list[bytes]:
-        self._telling = True
-        try:
-            return gather(self, payload, lambda buffer: np.asarray(buffer.asnumpy()).view(np.uint8))
-        finally:
-            self._telling = False
+        with self._among_ranks():
+            return gather(self, payload, _to_host)
 
     def _announce(self, payload: bytes) -> list[bytes]:
         """All-gather over HCCL itself, before there is a control plane."""
-        cells, mine = self.allocate(CELL_BYTES * self.size), mindspore.Tensor(pack_cell(payload).view(np.int8))
+        cells, mine, host = self.allocate(CELL_BYTES * self.size), self.allocate(CELL_BYTES), pinned(CELL_BYTES)
+        host[:] = pack_cell(payload)
+        self.upload(host, mine, 0)
         with self._control.explaining(FIRST_MEETING):
             handle = distributed.all_gather_into_tensor(cells, mine, self._group, async_op=True)
         _Pending(self._control, (handle,), FIRST_MEETING, (cells, mine)).wait()
-        return [unpack_cell(cell) for cell in np.split(cells.asnumpy().view(np.uint8), self.size)]
+        return [unpack_cell(cell) for cell in np.split(_to_host(cells), self.size)]
 
 
 class _Pending:
@@ -277,6 +267,30 @@ def _front(buffer: mindspore.Tensor, length: int, start: int = 0) -> mindspore.T
     return mint.narrow(buffer, 0, start, length)
 
 
+def pinned(nbytes: int) -> Bytes:
+    """Pinned host memory. It stays while the array or a tensor made of it does."""
+    memory: Bytes = mint.empty(nbytes, dtype=mindspore.int8, device="CPU", pin_memory=True).asnumpy().view(np.uint8)
+    return memory
+
+
+def _to_host(buffer: mindspore.Tensor) -> Bytes:
+    return np.asarray(buffer.asnumpy()).view(np.uint8)
+
+
+def _can_give(pool: Mapping[str, int], free: int, total: int) -> int:
+    """Bytes that a memory pool can give at least.
+
+    Args:
+        pool: as `mindspore.runtime.memory_stats` tells. Its "eager free" bytes are addresses that the pool has
+            reserved, up to its limit, and not backed yet; 0 where it takes memory in blocks (310P), or took all of it
+            at the start and tells only the blocks in use (910A).
+        free, total: bytes of the device, of which MindSpore leaves a sixteenth alone.
+    """
+    idle = pool["total_reserved_memory"] - pool["total_allocated_memory"]
+    may_take = pool["total_eager_free_memory"] or max(0, free - total // 16)
+    return idle + min(free, may_take)
+
+
 def _soc_version() -> str:
     from mindspore._c_expression import MSContext
 
@@ -285,16 +299,11 @@ def _soc_version() -> str:
 
 def _free_bytes() -> int:
     try:
-        device = mindspore.hal.get_device_properties(0, "Ascend")
+        device = mindspore.hal.get_device_properties(0, "Ascend")  # of this process's device, whatever the number
         pool = mindspore.runtime.memory_stats()
-        taken = int(device.total_memory) - int(device.free_memory)
-        allocated, more = int(pool["total_allocated_memory"]), int(pool["total_eager_free_memory"])
-        idle = max(int(pool["total_reserved_memory"]) - allocated, 0)
+        return _can_give(pool, int(device.free_memory), int(device.total_memory))
     except (AttributeError, KeyError, RuntimeError):  # another version tells it otherwise
         return 0
-    if more:
-        return idle + min(more, int(device.free_memory))
-    return max(idle, taken - allocated)  # a pool that takes its memory at the start, as on 310P and 910A
 
 
 def _buffer_mb() -> int:
@@ -315,8 +324,3 @@ def _lacks_all_to_all(product: str, size: int, one_server: bool) -> bool:
     if product.startswith("ascend310p"):
         return size > 4 or not one_server
     return product == "ascend910" and size > 2 and size % 4 != 0
-
-
-def _known(source: int, target: int) -> Bytes:
-    """No two pairs of neighbours have the same bytes, and none is zero."""
-    return ((np.arange(_KNOWN) * 7 + source * 31 + target * 101) % 251 + 1).astype(np.uint8)

@@ -219,6 +219,10 @@ class LocalTransport:
         """An array of `nbytes` bytes."""
         return np.empty(nbytes, np.uint8)
 
+    def pinned(self, nbytes: int) -> Bytes:
+        """As `allocate`: there is no device."""
+        return self.allocate(nbytes)
+
     def upload(self, host: Bytes, buffer: Bytes, offset: int) -> None:
         """Copy `host` into `buffer`; nothing is copied where it already lies there."""
         source, target = flat_bytes(host), buffer[offset : offset + host.nbytes]
@@ -234,6 +238,9 @@ class LocalTransport:
     def free_bytes(self) -> int:
         """Not known."""
         return 0
+
+    def prove(self) -> None:
+        """Ranks are threads: what one gives is the memory that another copies."""
 
     def start_all_gather(self, send: Bytes, nbytes: int, recv: Bytes, group: Ranks = ()) -> Handle:
         """See `Transport`."""

@@ -40,6 +40,7 @@ from ms_ckpt_ext.transport.base import (
 )
 from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
 from ms_ckpt_ext.transport.gather import gather
+from ms_ckpt_ext.transport.known_answer import prove
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _STEP_BYTES = 16 << 20
@@ -61,12 +62,17 @@ class Mccl:
     def __init__(self, timeout: float) -> None:
         self.rank: int = distributed.get_rank()
         self.size: int = distributed.get_world_size()
+        self._proven = False
         self._control = ControlPlane(self.rank, self.size, timeout, self._gather)
         self._control.enter(self._announce)
 
     def allocate(self, nbytes: int) -> Bytes:
         """An array of `nbytes` bytes."""
         return np.empty(nbytes, np.uint8)
+
+    def pinned(self, nbytes: int) -> Bytes:
+        """As `allocate`: there is no device."""
+        return self.allocate(nbytes)
 
     def upload(self, host: Bytes, buffer: Bytes, offset: int) -> None:
         """Copy `host` into `buffer`; nothing is copied where it already lies there."""
@@ -81,6 +87,12 @@ class Mccl:
     def free_bytes(self) -> int:
         """Not known."""
         return 0
+
+    def prove(self) -> None:
+        """See `Transport`."""
+        if not self._proven:
+            prove(self, lambda buffer: buffer, "MCCL")
+            self._proven = True
 
     def start_all_gather(self, send: Bytes, nbytes: int, recv: Bytes, group: Ranks = ()) -> Handle:
         """See `Transport`; all ranks only."""

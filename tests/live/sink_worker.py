@@ -138,8 +138,8 @@ def placed(root: Path, rank: int, mode: str) -> None:
     went = [acl_uploaded(True) - before[0], acl_uploaded(False) - before[1]]
     assert all(parameter.device.startswith("Ascend") for parameter in fresh.get_parameters())
     read = wanted if mode == "direct" else REPORTS[0].reads.nbytes
-    assert read <= went[0] <= read + 16 * len(truth), (went, read)
-    assert went[1] <= 1024, went  # ranks find each other, and the known answer
+    assert read <= went[0] <= read + 16 * len(truth) + 512, (went, read)  # by 512 ranks find each other
+    assert went[1] == 0, went
     meta = cell_of({n: ms.Parameter(mint.empty(t.shape, dtype=DTYPES[t.dtype], device="meta"), name=n)
                     for n, t in truth.items()})  # fmt: skip
     host = cell_of({n: ms.Parameter(ms.Tensor(np.full(t.shape, 77), DTYPES[t.dtype]), name=n, device="CPU")

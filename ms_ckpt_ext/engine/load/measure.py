@@ -11,8 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
-import numpy as np
-
 from ms_ckpt_ext.errors import DiscoveryError, storage_error
 from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.transport.agree import share_status
@@ -65,7 +63,9 @@ def measure_machine(transport: Transport[Any], folder: str, host: str, seconds: 
     Raises:
         DiscoveryError: a rank sees no file that is worth reading.
         StorageError: a file cannot be read; PeerError on the other ranks.
+        TransportError: an exchange delivers other bytes than were sent.
     """
+    transport.prove()
     told = [answer.decode().split("\0") for answer in transport.share("\0".join((host, _identity(folder))).encode())]
     hosts, seen = [name for name, _ in told], {files for _, files in told}
     step = _Step(transport, hosts, seconds / 6)
@@ -194,7 +194,8 @@ class _Upload:
 
     def __init__(self, transport: Transport[Any]) -> None:
         self._transport = transport
-        self._host: Bytes = np.ones(_BLOCK, np.uint8)
+        self._host: Bytes = transport.pinned(_BLOCK)
+        self._host.fill(1)
         self._device = transport.allocate(_BLOCK)
 
     def run(self) -> int:

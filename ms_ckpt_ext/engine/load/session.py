@@ -68,6 +68,7 @@ def prepare(
     Raises:
         DisagreementError: ranks were started with different inputs.
         CoverageError: a region that some rank wants is in no file that anyone sees.
+        TransportError: the backend delivers other bytes than were sent.
     """
     headers = xxhash.xxh3_128("".join(header_digest(index) for index in catalog.files).encode()).hexdigest()
     agree(transport, {**options.facts(), "checkpoint": headers, **more_facts})
@@ -84,6 +85,8 @@ def prepare(
     agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
     mode = _possible_mode(options.mode, demands, sees)
     cooperative = _cooperative(plan, sees is None, mode, hardware, transport.traits)
+    if cooperative:
+        transport.prove()
     return Prepared(catalog, tuple(demands), plan, cooperative)
 
 
