@@ -79,6 +79,7 @@ def prepare_transfer(
         DisagreementError: ranks were started with different inputs.
         CoverageError: a region that some rank wants is held by none.
         UsageError: the product has no all-to-all for these ranks.
+        TransportError: the backend delivers other bytes than were sent.
     """
     described = repr([(name, tensor.meta, tensor.placements) for name, tensor in tensors.items()])
     agree(transport, {**options.facts(), "what the source holds": described, **facts})
@@ -96,6 +97,8 @@ def prepare_transfer(
     table = choose_way(demands, transport.size, addresses.stored, limits, None, ways, hardware, memory)
     plan = plan_of(table)
     agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
+    if plan.rounds:
+        transport.prove()
     local = [
         piece for number, demand in enumerate(demands) for piece in local_pieces(demand, number, transport.rank, memory)
     ]
