@@ -9,31 +9,42 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Callable
+from typing import Any, Callable, Optional
 
 NAME = "ms_ckpt_ext"
+_prepare: Optional[Callable[[], None]] = None
+
+
+def prepared_by(prepare: Callable[[], None]) -> None:
+    """Have handlers set up when there is first something to tell: a program need not import `logging` before."""
+    global _prepare
+    _prepare = prepare
+
+
+def _logger() -> Any:
+    global _prepare
+    import logging
+
+    prepare, _prepare = _prepare, None
+    if prepare is not None:
+        prepare()
+    return logging.getLogger(NAME)
 
 
 def info(message: str, *values: object) -> None:
     """Tell what was done. Arguments as of `logging.Logger.info`."""
     if "logging" in sys.modules:
-        import logging
-
-        logging.getLogger(NAME).info(message, *values, stacklevel=2)
+        _logger().info(message, *values, stacklevel=2)
 
 
 def error(message: str, *values: object) -> None:
     """Tell what went wrong and is not raised. Arguments as of `logging.Logger.error`."""
-    import logging
-
-    logging.getLogger(NAME).error(message, *values, stacklevel=2)
+    _logger().error(message, *values, stacklevel=2)
 
 
 def warning(message: str, *values: object) -> None:
     """Tell what may not be what was meant. Arguments as of `logging.Logger.warning`."""
-    import logging
-
-    logging.getLogger(NAME).warning(message, *values, stacklevel=2)
+    _logger().warning(message, *values, stacklevel=2)
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import ms_ckpt_ext
 
@@ -52,6 +54,26 @@ def test_a_merge_loads_what_it_needs(tmp_path: Path) -> None:
     assert {"ms_ckpt_ext.engine.files.merge", "ms_ckpt_ext.storage.staging"} <= own
     assert len(own) <= MERGE_MODULES, sorted(own)
     assert not {"cryptography", "mindspore", "ms_ckpt_ext.formats.ckpt", "ms_ckpt_ext.formats.crypto.keys"} & loaded
+
+
+SLOW = {"numpy", "logging", "dataclasses", "inspect", "traceback", "ctypes", "xxhash", "concurrent.futures"}
+"""Modules of others that take as long to import as all that a command needs to begin."""
+
+
+@pytest.mark.parametrize(("words", "most"), [(["--version"], 5), (["inspect", "FILE"], 38), (["merge", "--help"], 9)])
+def test_a_command_starts_with_what_it_needs(words: list[str], most: int, tmp_path: Path) -> None:
+    file = tmp_path / "one.safetensors"
+    save_file({"w": np.ones((2, 3), np.float32), "scale": np.ones((), np.float32), "step": np.ones(1, np.int64)}, file)
+    argv = [str(file) if word == "FILE" else word for word in words]
+    loaded = loaded_by(
+        "import contextlib, io; from ms_ckpt_ext.cli.main import main\n"
+        f"with contextlib.redirect_stdout(io.StringIO()): assert main({argv!r}) == 0",
+        tmp_path,
+    )
+    package = Path(ms_ckpt_ext.__file__).parent.parent
+    own = {name for name in loaded if (package / f"{name.replace('.', '/')}.py").is_file()}
+    assert not loaded & SLOW
+    assert len(own) <= most, sorted(own)
 
 
 NEED_MINDSPORE = {"CheckpointRecorder"}

@@ -9,36 +9,29 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Optional
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
 from ms_ckpt_ext.api.source import Filter, Globs, Source, find_source
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, describe, describe_strategy
 from ms_ckpt_ext.core.geometry.groups import GROUPS, SCALARS, group_of, natural
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
-from ms_ckpt_ext.engine.copying.worker import Assembler
-from ms_ckpt_ext.engine.integrity.numerics import to_python
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
 from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank
-from ms_ckpt_ext.engine.source.values import TEXT, decode_text
-from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
+from ms_ckpt_ext.engine.source.values import TEXT, bytes_of, decode_text, to_python
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import crypto
-from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, read_indexes
-from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.reader import ReaderPool
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.formats.crypto import KeyLike
 
 _MOST_ELEMENTS = 64
 """A scalar's contents are told up to this many elements."""
@@ -72,6 +65,8 @@ def inspect(
     """
     source, wanted = path_of(path, "path"), Filter(match, exclude)
     if _is_strategy(source):
+        from ms_ckpt_ext.formats.strategies.file import load_strategy
+
         return _of_strategy(source, load_strategy(source), wanted)
     access = any_mode(dec_key, dec_mode)
     known = as_strategy(strategy, argument="strategy")
@@ -162,7 +157,11 @@ def _loose(name: str, files: list[FileIndex], names: Mapping[str, Any]) -> Param
 
 
 def _of_catalog(source: Source, wanted: Filter) -> Inspection:
-    catalog, strategy = compared(source.open(), depth=Depth.SAMPLES), source.strategy
+    catalog, strategy = source.open(), source.strategy
+    if catalog.unproven:
+        from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
+
+        catalog = compared(catalog, depth=Depth.SAMPLES)
     held = wanted.of(catalog.tensors)
     sharded = source.listing.sharded
     inside = [_parameter(name, t, catalog, strategy, catalog.tensors) for name, t in held.items()]
@@ -295,15 +294,13 @@ def _contents(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> An
     size = math.prod(shape)
     if size > _MOST_ELEMENTS and dtype.name != TEXT:
         return None
-    data = np.empty(dtype.nbytes(size), np.uint8)
-    if size:
-        Assembler(readers, catalog.stored, Limits()).read(tensor, Region.whole(shape), data)
+    data = bytes_of(catalog, readers, tensor) if size else b""
     return _text(data) if dtype.name == TEXT else to_python(data, dtype, shape)
 
 
-def _text(data: npt.NDArray[Any]) -> Optional[str]:
+def _text(data: bytes) -> Optional[str]:
     """Text as `load` gives it; None for a damaged one, for the rest of a checkpoint can be told in spite of it."""
     try:
-        return decode_text(data.tobytes())
+        return decode_text(data)
     except FormatError:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo
@@ -82,8 +81,7 @@ class Redundancy(NamedTuple):
         return "dropped" if self.stored <= self.slices else "partly dropped"
 
 
-@dataclass(frozen=True)
-class Inspection:
+class Inspection(NamedTuple):
     """What was found.
 
     Attributes:

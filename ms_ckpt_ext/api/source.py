@@ -11,7 +11,6 @@ from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, pat
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.source.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
-from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.registry import Access
 
@@ -33,6 +32,8 @@ class Source(NamedTuple):
 
     def slices(self, allow_equal_slices: bool) -> Catalog:
         """Read the headers, and that slices are slices. Raises as `engine.unlisted.whole_slices.read_slices`."""
+        from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
+
         return read_slices(self.listing, self.strategy, self.access, allow_equal_slices)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 
 class Exit(IntEnum):
@@ -36,8 +35,7 @@ class Exit(IntEnum):
     PIPE = 141, "whoever read the output went away"
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a command found.
 
     Attributes:
@@ -51,8 +49,7 @@ class Answer:
     code: Exit = Exit.FINE
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """A subcommand.
 
     Attributes:

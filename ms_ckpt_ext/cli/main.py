@@ -9,19 +9,17 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any, Optional
 
-from ms_ckpt_ext import errors
+from ms_ckpt_ext import errors, log
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
 
@@ -58,19 +56,19 @@ _CODES = (
 )
 
 
-def commands() -> list[Command]:
-    """Every subcommand."""
-    return [importlib.import_module(f"{__package__}.commands.{name}").COMMAND for name in COMMANDS]
+def commands(names: Sequence[str] = COMMANDS) -> list[Command]:
+    """Every subcommand, or those of some modules."""
+    return [importlib.import_module(f"{__package__}.commands.{name}").COMMAND for name in names]
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line. A parsed one has `command`, a `Command`, and `parser`, that of the command."""
+def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """The command line, whole or of some subcommands. A parsed one has `command` and `parser`, that of the command."""
     top = argparse.ArgumentParser(
         prog=PROG, description=_DESCRIPTION, epilog=_exit_codes(), formatter_class=_Formatter, allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"{PROG} {__version__}")
-    below = top.add_subparsers(metavar="COMMAND", title="commands", required=True)
-    for command in commands():
+    below = top.add_subparsers(prog=PROG, metavar="COMMAND", title="commands", required=True)
+    for command in commands(names):
         made = below.add_parser(
             command.name,
             help=command.summary,
@@ -194,9 +192,10 @@ def _main(argv: list[str], interrupted: Sequence[int]) -> int:
     except SystemExit as asked:  # --help, --version, or a usage error that argparse has printed
         return int(asked.code or 0)
     command: Command = arguments.command
-    logging.basicConfig(
-        format=f"{PROG} {command.name}: %(message)s", level=logging.INFO if arguments.verbose else logging.WARNING
-    )
+    if arguments.verbose:
+        _show_messages(command, "INFO")
+    else:
+        log.prepared_by(lambda: _show_messages(command, "WARNING"))
     try:
         return _print(command.run(arguments), arguments.json)
     except _OutputError:
@@ -207,8 +206,14 @@ def _main(argv: list[str], interrupted: Sequence[int]) -> int:
         return _failed(error, command, arguments)
 
 
+def _show_messages(command: Command, level: str) -> None:
+    import logging
+
+    logging.basicConfig(format=f"{PROG} {command.name}: %(message)s", level=level)
+
+
 def _parsed(argv: list[str]) -> argparse.Namespace:
-    arguments, unknown = parser().parse_known_args(argv)
+    arguments, unknown = parser(_meant(argv[0])).parse_known_args(argv)
     if unknown:
         import difflib
 
@@ -217,6 +222,12 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
         hint = f"; did you mean {near[0]}?" if near else ""
         made.error(f"unrecognized arguments: {' '.join(_quotable(unknown))}{hint}")
     return arguments
+
+
+def _meant(word: str) -> Sequence[str]:
+    """The modules of the commands that a first word may mean."""
+    module = word.replace("-", "_")
+    return () if word == "--version" else (module,) if module in COMMANDS else COMMANDS
 
 
 def _quotable(unknown: Sequence[str]) -> list[str]:
@@ -246,6 +257,8 @@ def _print_json(data: Any) -> None:
 def _failed(error: Exception, command: Command, arguments: argparse.Namespace) -> int:
     code = next((code for kind, code in _CODES if isinstance(error, kind)), Exit.BUG)
     if code is Exit.BUG or arguments.verbose:
+        import traceback
+
         traceback.print_exception(type(error), error, error.__traceback__)
     what = "error in this program, please report it" if code is Exit.BUG else "error"
     print(f"{PROG} {command.name}: {what}: {error}", file=sys.stderr)

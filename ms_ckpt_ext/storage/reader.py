@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.errors import ReadError, StorageError, TruncatedFileError, storage_error
-from ms_ckpt_ext.storage import linux
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
 _MOST_PLACES = 1024
@@ -103,6 +102,8 @@ class PlainReader:
 
     def scatter(self, offset: int, vector: array[int]) -> None:
         """Fill the places in `vector`, as `linux.scatter` takes it, with the bytes from `offset` on; as `read_into`."""
+        from ms_ckpt_ext.storage import linux  # and ctypes with it
+
         done = 0
         while done < len(vector):
             some = vector[done : done + 2 * _MOST_PLACES]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,8 +70,8 @@ def test_an_unknown_command_is_a_usage_error() -> None:
 
 def use(run_: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make `completion` do something else."""
-    made = replace(ALL[-1], run=run_, json=True)  # type: ignore[arg-type]
-    monkeypatch.setattr(cli, "commands", lambda: [made])
+    made = ALL[-1]._replace(run=run_, json=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(cli, "commands", lambda _: [made])
 
 
 @pytest.mark.parametrize(

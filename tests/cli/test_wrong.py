@@ -128,14 +128,14 @@ def test_output_that_cannot_show_a_sign(golden: Path, tmp_path: Path) -> None:
 def test_ctrl_c_in_an_import_that_turns_it_into_another_error() -> None:
     """As numpy's does: C code that finds no array API raises an ImportError of its own."""
     code = (
-        "import os, signal, sys; from dataclasses import replace; from ms_ckpt_ext.cli import main as cli\n"
+        "import os, signal, sys; from ms_ckpt_ext.cli import main as cli\n"
         "def importing(_):\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGINT); signal.pause()\n"
         "    except KeyboardInterrupt:\n"
         "        pass\n"
         "    raise ImportError('failed to import')\n"
-        "made = replace(cli.commands()[-1], run=importing); cli.commands = lambda: [made]\n"
+        "made = cli.commands()[-1]._replace(run=importing); cli.commands = lambda _: [made]\n"
         "sys.exit(cli.main(['completion', 'bash']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)

@@ -8,7 +8,7 @@ interpreter lock. A worker owns two buffers, one for a batch's stretches and one
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional, Union
 
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import (
@@ -94,10 +94,10 @@ class Assembler:
         self._sinks: list[Sink] = []
         self._worker = _Worker(readers, self._sinks, lambda _sink, _nbytes: None, limits.run)
 
-    def read(self, tensor: SourceTensor, region: Region, into: Bytes) -> None:
+    def read(self, tensor: SourceTensor, region: Region, into: Union[Bytes, memoryview]) -> None:
         """Fill `into` (flat bytes) with a box, row-major. Raises CoverageError, FormatError or StorageError."""
         self._sinks[:] = [MemorySink(into)]
-        task = Task(tensor, (Target(region, (Landing(0, (Extent(0, into.size),)),)),))
+        task = Task(tensor, (Target(region, (Landing(0, (Extent(0, len(into)),)),)),))
         for unit in schedule([task], self._stored, self._limits):
             self._worker.unit(unit)
 

@@ -213,23 +213,6 @@ def _number(bits: np.unsignedinteger[Any], name: str) -> str:
 _NUMPY = {"F32": np.float32, "F16": np.float16}
 
 
-def to_python(data: Bytes, dtype: DType, shape: tuple[int, ...]) -> object:
-    """Contents of a small tensor as a number or a nested list of them; None for what Python has no word for."""
-    if dtype.bits < 8 or dtype.name in _PARTS:
-        return None
-    bits = data.view(f"u{dtype.bits // 8}")
-    if dtype.name in _NUMPY:  # the shortest decimal that means the same number in its own type
-        numbers = np.array([float(str(number)) for number in bits.view(_NUMPY[dtype.name])])
-    elif dtype.name in _FLOATS:
-        numbers = values(bits, dtype.name)
-    elif dtype.family == "bool":
-        numbers = bits.astype(bool)
-    else:
-        numbers = bits.view(f"i{dtype.bits // 8}") if dtype.family == "int" else bits
-    found: object = numbers.reshape(shape).tolist()
-    return found
-
-
 class Odd(NamedTuple):
     """How many elements are NaN, and how many infinite."""
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
-from typing import Any, Optional, Union
-
-import numpy as np
-import numpy.typing as npt
+import struct
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, outside_of
-from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_indexes
 from ms_ckpt_ext.storage.reader import ReaderPool
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 _NAMED = 3
 TEXT = "STR"
@@ -34,6 +37,22 @@ NUMPY = {"BOOL": "?", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "
     "BF16": "u2",
 }
 """dtype -> numpy's; BF16 as its bit patterns. What numpy lacks, 8-bit floats and packed types, is missing."""
+_STRUCT = {
+    "BOOL": "?",
+    "I8": "b",
+    "I16": "h",
+    "I32": "i",
+    "I64": "q",
+    "U8": "B",
+    "U16": "H",
+    "U32": "I",
+    "U64": "Q",
+} | {
+    "F16": "e",
+    "F32": "f",
+    "F64": "d",
+}
+"""dtype -> that of Python's `struct`."""
 
 
 def read_extras(
@@ -61,6 +80,8 @@ def read_extras(
 
     groups = (catalog.extras, catalog.unproven, catalog.own)
     wanted = {name for group in groups for name, held in group.items() if is_scalar(held)}
+    from ms_ckpt_ext.engine.unlisted.alike import compared
+
     catalog = compared(catalog, wanted)
     differing = [catalog.own[name] for name in sorted(wanted) if name in catalog.own]
     if differing:
@@ -92,15 +113,73 @@ def decode_text(contents: bytes) -> str:
 
 
 def read_whole(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> Union[npt.NDArray[Any], str]:
-    """One small tensor, read in one go."""
-    file = next(iter(tensor.placements[0].holders.values()))[0]
-    data = b""
-    for offset, length in catalog.stored(file, tensor.stored_name):
-        part = bytearray(length)
-        readers.read_into(file, offset, memoryview(part))
-        data += part
+    """One small tensor, read in one go. Raises as `bytes_of` and `decode_text`."""
+    data = bytes_of(catalog, readers, tensor)
     if tensor.meta.dtype.name == TEXT:
         return decode_text(data)
+    import numpy as np
+
     dtype = NUMPY.get(tensor.meta.dtype.name)
     flat = np.frombuffer(data, np.dtype(dtype or "u1"))
     return flat.reshape(tensor.meta.shape) if dtype else flat
+
+
+def bytes_of(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> bytes:
+    """All bytes of a small tensor, row-major. Raises CoverageError, FormatError or StorageError."""
+    if tensor.recipe is not None or any(parts != 1 for placement in tensor.placements for parts in placement.parts):
+        from ms_ckpt_ext.engine.copying.worker import Assembler
+
+        data = bytearray(catalog.nbytes(tensor))
+        Assembler(readers, catalog.stored, Limits()).read(tensor, Region.whole(tensor.meta.shape), memoryview(data))
+        return bytes(data)
+    file = next(iter(tensor.placements[0].holders.values()))[0]
+    parts = []
+    for offset, length in catalog.stored(file, tensor.stored_name):
+        parts.append(bytearray(length))
+        readers.read_into(file, offset, memoryview(parts[-1]))
+    return b"".join(parts)
+
+
+def to_python(data: bytes, dtype: DType, shape: Shape) -> object:
+    """Contents of a small tensor as a number or a nested list of them; None for what Python has no word for.
+
+    Without numpy, which takes longer to import than all else that tells a few numbers.
+    """
+    numbers = _numbers(data, dtype)
+    return None if numbers is None else _nested(iter(numbers), shape)
+
+
+def _numbers(data: bytes, dtype: DType) -> Optional[list[Any]]:
+    if dtype.family not in ("bool", "int", "uint", "float"):
+        return None
+    count, code = len(data) * 8 // dtype.bits, _STRUCT.get(dtype.name)
+    if code is not None:
+        found = [*struct.unpack(f"<{count}{code}", data)]
+        return [_shortest(number, f"<{code}") for number in found] if code in "ef" else found
+    if dtype.name == "BF16":  # the upper half of an F32
+        return [*struct.unpack(f"<{count}f", b"".join(b"\0\0" + data[2 * n : 2 * n + 2] for n in range(count)))]
+    import numpy as np
+
+    from ms_ckpt_ext.engine.integrity.numerics import values
+
+    numbers: list[Any] = values(np.frombuffer(data, np.uint8), dtype.name).tolist()
+    return numbers
+
+
+def _shortest(number: float, form: str) -> float:
+    """The shortest decimal that means the same number in its own type."""
+    if not math.isfinite(number):
+        return number
+    own = struct.pack(form, number)
+    for digits in range(1, 10):
+        near = float(f"{number:.{digits}g}")
+        try:
+            if struct.pack(form, near) == own:
+                return near
+        except OverflowError:  # rounded up, beyond the type's largest
+            continue
+    return number
+
+
+def _nested(numbers: Iterator[Any], shape: Shape) -> Any:
+    return [_nested(numbers, shape[1:]) for _ in range(shape[0])] if shape else next(numbers)

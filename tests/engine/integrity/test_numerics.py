@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.engine.integrity.numerics import SAME, Odd, Spot, differences, odd_numbers, to_python, values
+from ms_ckpt_ext.engine.integrity.numerics import SAME, Odd, Spot, differences, odd_numbers, values
 
 NAN_A, NAN_B = 0x7FC00001, 0x7FC00002
 
@@ -153,19 +153,3 @@ ODD = [
 def test_what_is_not_finite_is_counted(dtype: str, kind: str, numbers: list[float], expected: Odd) -> None:
     assert odd_numbers(raw(numbers, kind), DTYPES[dtype]) == expected
     assert odd_numbers(raw(numbers * 20_000, kind), DTYPES[dtype]) == Odd(*(20_000 * count for count in expected))
-
-
-@pytest.mark.parametrize(
-    ("dtype", "kind", "numbers", "shape", "expected"),
-    [
-        ("F32", "<f4", [0.1], (), 0.1),
-        ("BF16", "<u2", [0x3F80, 0x4000], (2,), [1.0, 2.0]),
-        ("I32", "<i4", [[-1, 2]], (1, 2), [[-1, 2]]),
-        ("BOOL", "<u1", [1], (1,), [True]),
-        ("F4", "<u1", [1], (2,), None),
-    ],
-)
-def test_contents_as_python_has_them(
-    dtype: str, kind: str, numbers: list[float], shape: tuple[int, ...], expected: object
-) -> None:
-    assert to_python(raw(numbers, kind), DTYPES[dtype], shape) == expected
