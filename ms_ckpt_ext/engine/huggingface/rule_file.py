@@ -21,6 +21,7 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
+from ms_ckpt_ext.core.computing.rules import Crop, Dequantize, Pad, Scale
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.weight_rules import (
@@ -37,9 +38,9 @@ from ms_ckpt_ext.core.planning.weight_rules import (
 from ms_ckpt_ext.engine.huggingface.sizes import Config, Sizes
 from ms_ckpt_ext.errors import UsageError
 
-KINDS: Mapping[str, type[Rule]] = {
-    kind.__name__: kind for kind in (QKV, Concat, Duplicate, Experts, Interleave, Part, Rename, Stack, Transpose)
-}
+_MOVING = (QKV, Concat, Duplicate, Experts, Interleave, Part, Rename, Stack, Transpose)
+_COMPUTING = (Crop, Dequantize, Pad, Scale)
+KINDS: Mapping[str, type[Rule]] = {kind.__name__: kind for kind in (*_MOVING, *_COMPUTING)}
 """What a rule can be, by its name."""
 _TOP = {
     "title": (str, "a text"),

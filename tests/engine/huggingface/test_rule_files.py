@@ -17,7 +17,7 @@ from ms_ckpt_ext.engine.huggingface.families import document_of, family_for, fam
 from ms_ckpt_ext.engine.huggingface.rule_file import KINDS, family_of
 from ms_ckpt_ext.engine.huggingface.sizes import Config
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StorageError, UsageError
-from ms_ckpt_ext.rules import QKV, Concat, Experts, Interleave, Rename, invert
+from ms_ckpt_ext.rules import QKV, Concat, Crop, Dequantize, Experts, Interleave, Pad, Rename, Scale, invert
 from tests.support.families import ARCHITECTURES, config_of, shapes_of
 
 ROOT = Path(ms_ckpt_ext.__file__).parent.parent
@@ -113,6 +113,22 @@ def test_layers_are_bounded() -> None:
     assert "model.layers.{layer<4}.input_layernorm.weight" in sources
     assert "model.layers.{1<=layer<4}.mlp.gate.weight" in sources
     assert "model.layers.4.mlp.gate.weight" in sources
+
+
+def test_rules_that_compute_may_be_in_a_file() -> None:
+    entries = [
+        {"rule": "Dequantize", "sources": ["{*}.w", "{*}.s"], "target": "{*}.w", "block": [1, 32], "dtype": "F16"},
+        {"rule": "Scale", "sources": "q", "target": "q", "factor": 0.5},
+        {"rule": "Pad", "sources": "e", "target": "e", "size": "vocab_size", "value": -1.5, "source_size": 5},
+        {"rule": "Crop", "sources": "h", "target": "h", "size": 3, "axis": 1},
+    ]
+    found = family_of({"rules": entries}, "f", Config({"vocab_size": 8}, "config.json"), {}).rules
+    assert list(found) == [
+        Dequantize(["{*}.w", "{*}.s"], "{*}.w", block=(1, 32), dtype="F16"),
+        Scale("q", "q", 0.5),
+        Pad("e", "e", 8, value=-1.5, source_size=5),
+        Crop("h", "h", 3, axis=1),
+    ]
 
 
 RENAME = {"rule": "Rename", "sources": "a", "target": "b"}
