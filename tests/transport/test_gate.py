@@ -190,6 +190,7 @@ if sys.stdin.readline() == "die\\n":
     os._exit(1)
 try:
     print("met", *gate.meet(rank, size, 60.0, True), flush=True)
+    sys.stdin.readline()  # its connections are there as long as it lives
 except Exception as error:
     print(type(error).__name__, getattr(error, "rank", None), error, flush=True)
 """
