@@ -12,7 +12,8 @@ from ms_ckpt_ext.engine.transfer.report import TransferReport
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 
 if TYPE_CHECKING:
-    from ms_ckpt_ext.bridge.transfer.moving import PlannedMove, TransferRequest
+    from ms_ckpt_ext.bridge.transfer.asked import TransferRequest
+    from ms_ckpt_ext.bridge.transfer.moving import PlannedMove
     from ms_ckpt_ext.core.planning.rule import Rule
     from ms_ckpt_ext.engine.source.renaming import Choice
 
@@ -83,13 +84,55 @@ def plan_transfer(
         LayoutMismatchError: layouts contradict each other, or shapes or dtypes do not fit.
         DisagreementError, PeerError, TransportError: ranks differ in their inputs, another failed, or is gone.
     """
-    from ms_ckpt_ext.bridge.transfer.moving import GivenSide, TransferRequest
+    return TransferPlan(
+        request_of(
+            source,
+            target,
+            source_strategy=source_strategy,
+            target_strategy=target_strategy,
+            source_ranks=source_ranks,
+            target_ranks=target_ranks,
+            name_map=name_map,
+            choice_func=choice_func,
+            rules=rules,
+            strict=strict,
+            verify=verify,
+            offload_source=offload_source,
+            load_target=load_target,
+            bucket_bytes=bucket_bytes,
+            timeout=timeout,
+            hardware=hardware,
+        )
+    )
+
+
+def request_of(
+    source: Any,
+    target: Any,
+    *,
+    source_strategy: Any = None,
+    target_strategy: Any = None,
+    source_ranks: Optional[Iterable[int]] = None,
+    target_ranks: Optional[Iterable[int]] = None,
+    name_map: Optional[Mapping[str, str]] = None,
+    choice_func: Optional[Choice] = None,
+    rules: Optional[Sequence[Rule]] = None,
+    strict: bool = True,
+    verify: str = "none",
+    offload_source: bool = False,
+    load_target: bool = False,
+    bucket_bytes: Optional[int] = None,
+    timeout: float = 600.0,
+    hardware: str = "",
+) -> TransferRequest:
+    """The arguments of `plan_transfer`, checked. Raises UsageError, ArgumentTypeError."""
+    from ms_ckpt_ext.bridge.transfer.asked import GivenSide, TransferRequest
     from ms_ckpt_ext.engine.source.renaming import Naming
 
     checked_flags(strict=strict, offload_source=offload_source, load_target=load_target)
     if verify not in ("none", "replicas"):
         raise UsageError(f"verify must be one of none, replicas; got {verify!r}")
-    request = TransferRequest(
+    return TransferRequest(
         None if source is None else GivenSide(source, source_strategy),
         None if target is None else GivenSide(target, target_strategy),
         as_strategy,
@@ -98,11 +141,10 @@ def plan_transfer(
         bool(strict),
         checked_rules(() if rules is None else rules),
         checked_naming(choice_func, name_map) or Naming(),
-        bool(offload_source),
-        bool(load_target),
-        LoadOptions(bucket_bytes=bucket_bytes, verify=verify, timeout=timeout, hardware=hardware),
+        offload_source=bool(offload_source),
+        load_target=bool(load_target),
+        options=LoadOptions(bucket_bytes=bucket_bytes, verify=verify, timeout=timeout, hardware=hardware),
     )
-    return TransferPlan(request)
 
 
 class TransferPlan:
@@ -116,7 +158,7 @@ class TransferPlan:
 
     def __init__(self, request: TransferRequest) -> None:
         from ms_ckpt_ext.bridge.together import join
-        from ms_ckpt_ext.bridge.transfer.moving import plan_move
+        from ms_ckpt_ext.bridge.transfer.planned import plan_move
 
         transport = join(request.options.timeout)
         try:
@@ -126,9 +168,13 @@ class TransferPlan:
             raise
         self.report: TransferReport = self._move.report
 
-    def run(self) -> TransferReport:
+    def run(self, *, offloaded: bool = False) -> TransferReport:
         """Move what the source's Parameters hold now. Collective; nothing is planned, and after the first run nothing
         allocated.
+
+        Args:
+            offloaded: the Parameters of both sides are in host memory: they come to the device, and leave it again
+                (Ascend).
 
         Raises:
             UsageError: the plan is closed; or Parameters of both sides share memory; nothing was moved.
@@ -137,7 +183,7 @@ class TransferPlan:
         """
         if self._move is None:
             raise UsageError("the plan is closed: make a new one by plan_transfer")
-        return self._move.run()
+        return self._move.run(offloaded)
 
     def close(self) -> None:
         """Give up the staging memory, and leave the other ranks. May be called twice."""

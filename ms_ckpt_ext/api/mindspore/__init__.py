@@ -6,6 +6,7 @@ transform    transform_checkpoints and its relatives
 parameters   load_checkpoint, load_segmented_checkpoints; and `load`, which is ours
 background   load_checkpoint_async
 family       what else there is
+d2d          TransformParametersD2D of mindrlhf
 install      all of them under MindSpore's own names
 prefixes     which names a prefix keeps or leaves out
 unserved     what only MindSpore's own load_checkpoint serves

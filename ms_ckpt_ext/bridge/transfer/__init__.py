@@ -1,8 +1,10 @@
 """Parameters of networks into those of others. Read in this order:
 
+asked         what is to be moved, and how
 sides         Parameters of a Cell or a dictionary, and how they lie
 distributed   tensors that say so themselves
 matching      which Parameter takes what
 overlap       memory that is of both sides
-moving        agree and plan, then move
+planned       agree and plan
+moving        then move
 """

@@ -5,7 +5,7 @@ By name, after the rules, `choice_func` and `name_map`; unless strict also by su
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext import log
@@ -46,15 +46,23 @@ def _wanted(match: Match, box: Optional[Box]) -> WantedBox:
 
 
 def match_sides(
-    catalog: Catalog, named: Catalog, side: SideHere, place: int, members: int, naming: Naming, strict: bool,
+    catalog: Catalog,
+    named: Catalog,
+    side: SideHere,
+    place: int,
+    members: int,
+    naming: Naming,
+    strict: bool,
+    exact: bool,
     differing: Mapping[str, str],
-) -> Matching:  # fmt: skip
+) -> Matching:
     """Pair the Parameters of this rank's target with what the source has.
 
     Args:
         catalog, named: the source, and under its names in the target.
         place, members: this rank's place among the ranks of the target, and how many they are.
-        strict: every Parameter must take something, by its exact name, unless `choice_func` leaves it out.
+        strict: every Parameter must take something, unless `choice_func` leaves it out.
+        exact: no names by suffix.
         differing: names of the source that ranks hold with different contents, and which.
 
     Raises:
@@ -65,13 +73,13 @@ def match_sides(
     parameters = side.parameters
     stored = {name: name for name in parameters if name in offers}
     missing = [name for name in parameters if name not in offers]
-    if missing and not strict:
+    if missing and not exact:
         found = suffixes(missing, list(stored), offers, {})
         tell_suffixes(found)
         stored.update(found.found)
         missing = [name for name in missing if name not in stored]
     _refuse_differing(missing, differing, naming)
-    _require(catalog, missing, naming, strict)
+    _require({**catalog.tensors, **catalog.extras, **differing}, missing, naming, strict)
     matches = []
     for name, source in stored.items():
         match = Match(parameters[name], source, _boxed(offers[source], named, side.boxes.get(name), name))
@@ -105,21 +113,26 @@ def _boxed(offer: Offer, named: Catalog, box: Optional[Box], name: str) -> Offer
     return offer._replace(region=box.region, shape=box.shape, doubt="its Box in the target says so")
 
 
-def _refuse_differing(missing: list[str], differing: Mapping[str, str], naming: Naming) -> None:
+def _refuse_differing(missing: Iterable[str], differing: Mapping[str, str], naming: Naming) -> None:
     """Raise LayoutMismatchError where a Parameter would take what every rank of the source has of its own."""
+    called = {chosen_name(naming.choice, name): name for name in differing}
     for name in missing:
-        source = naming.name_map.get(name, name)
-        if source in differing:
-            raise LayoutMismatchError(
-                f"parameter {name!r}: no layout of the source lists {source!r}, and the ranks that hold it have "
-                f"different contents ({differing[source]}), so it is no copy of one value: give its layout "
-                "(source_strategy=[…, {name: layout}], or a Box), or leave it out by choice_func"
-            )
+        source = called.get(naming.name_map.get(name, name))
+        if source is not None:
+            raise differs(source, differing[source], f"parameter {name!r} of the target")
 
 
-def _require(catalog: Catalog, missing: list[str], naming: Naming, strict: bool) -> None:
+def differs(name: str, told: str, who: str) -> LayoutMismatchError:
+    """The error of somebody who wants what ranks of the source have different contents of."""
+    return LayoutMismatchError(
+        f"{who} would take {name!r}, which no layout of the source lists, and the ranks that hold it have different "
+        f"contents ({told}), so it is no copy of one value: give its layout (source_strategy=[…, {{name: layout}}], or "
+        "a Box), or leave it out by choice_func"
+    )
+
+
+def _require(held: Iterable[str], missing: Sequence[str], naming: Naming, strict: bool) -> None:
     """Raise CoverageError, if strict, for Parameters that take nothing though nobody left them out."""
-    held = {**catalog.tensors, **catalog.extras}
     left = {name for name in held if chosen_name(naming.choice, name) is None}
     lacking = [name for name in missing if name not in left]
     if lacking and strict:
