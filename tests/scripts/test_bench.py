@@ -27,6 +27,16 @@ def test_offline(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
+def test_export(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH), "export", "--size", "0.001", "--rounds", "1", "--dir", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert {row["job"] for row in rows} == {"export of qwen3", "export of qwen3-moe"}
+    assert all(row["seconds"] > 0 and row["x cp"] > 0 and row["output bytes"] > 1 << 18 for row in rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 @pytest.mark.msrun
 def test_live(tmp_path: Path) -> None:
     """One start of 4 ranks; they compare every byte themselves. The peer that cannot be had is left out, and told."""
