@@ -27,14 +27,13 @@ from ms_ckpt_ext.api.huggingface.families import SizesLike, family_from
 from ms_ckpt_ext.api.jobs import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.core.parsing import integer
-from ms_ckpt_ext.core.planning.rule_inverses import invert
 from ms_ckpt_ext.engine.files.job import Report, check_apart
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.overwrite import Records
 from ms_ckpt_ext.engine.huggingface.companions import adapted, read_companion, read_companions
 from ms_ckpt_ext.engine.huggingface.rule_file import Family, family_of_rules
 from ms_ckpt_ext.engine.huggingface.sizes import read_config
-from ms_ckpt_ext.engine.huggingface.weights import only, require_weights, sort_names, without_ties
+from ms_ckpt_ext.engine.huggingface.weights import cast, only, require_weights, sort_names, without_ties
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
 from ms_ckpt_ext.errors import UsageError
@@ -45,6 +44,11 @@ if TYPE_CHECKING:
 
 SHARD_SIZE = "5GB"
 """What transformers takes by default."""
+_DTYPES = {
+    **dict.fromkeys(("bf16", "bfloat16"), "BF16"),
+    **dict.fromkeys(("f16", "fp16", "float16"), "F16"),
+    **dict.fromkeys(("f32", "fp32", "float32"), "F32"),
+}
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -56,6 +60,7 @@ def export(
     config: Optional[PathLike] = None,
     sizes: Optional[SizesLike] = None,
     strategy: Any = None,
+    dtype: Optional[str] = None,
     exclude: Globs = (),
     max_shard_size: Union[int, str] = SHARD_SIZE,
     share: Union[tuple[int, int], str] = (1, 1),
@@ -83,6 +88,8 @@ def export(
             is copied, with the tokenizer's files if it is a folder. By default config.json in `src`, not copied.
         sizes: key of config.json -> number, and switch of the rule file -> value, which come first.
         strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
+        dtype: of the floats that are written: "bfloat16", "float16" or "float32"; None for that of the training. Values
+            are rounded to the nearest, ties to even. What a rule file says must keep its dtype keeps it.
         exclude: shell-style globs of names in the training that are left out.
         max_shard_size: bytes of a file at most, or a text as transformers takes it: "5GB" is 5 * 10**9, "5GiB" 5 << 30.
             Only a single larger tensor exceeds it.
@@ -100,12 +107,15 @@ def export(
     task, tasks = share_of(share, "share")
     options = MergeOptions(task, tasks, "huggingface", _bytes_of(max_shard_size), digests=digests)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
+    wanted_dtype = _dtype_of(dtype)
     named = None if config is None else path_of(config, "config")
     family = _family(rules, path_of(src, "src"), named, sizes)
     beside = {} if named is None else read_companions(named)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     catalog = outgoing(source.slices(allow_equal_slices), family, wanted)
-    files = adapted(beside, catalog.tensors, None)
+    if wanted_dtype is not None:
+        catalog = cast(catalog, wanted_dtype, family.keeps)
+    files = adapted(beside, catalog.tensors, wanted_dtype)
     job = merge_job(catalog, target, options).beside(files)
     _refuse_others(target, files)
     check_apart(job, target)
@@ -114,7 +124,7 @@ def export(
 
 def outgoing(catalog: Catalog, family: Family, wanted: Filter) -> Catalog:
     """The weights of a training under Hugging Face's names. Raises as `export`."""
-    back = invert(family.rules)
+    back = family.back
     found = sort_names(only(catalog, wanted), back, family.leaves)
     require_weights(found, catalog, family, back)
     catalog = only(catalog, set(found.weights).__contains__)
@@ -128,6 +138,15 @@ def _family(
     if rules is None or isinstance(rules, (str, os.PathLike)):
         return family_from(rules, config, sizes)
     return family_of_rules(checked_rules(rules), config, sizes or {})
+
+
+def _dtype_of(dtype: Optional[str]) -> Optional[str]:
+    if dtype is None:
+        return None
+    found = _DTYPES.get(str(dtype).rpartition(".")[2].lower())  # torch.bfloat16 is one, too
+    if found is None:
+        raise UsageError(f"dtype must be one of bfloat16, float16 and float32, or None, got {dtype!r:.60}")
+    return found
 
 
 def _bytes_of(size: Union[int, str]) -> int:

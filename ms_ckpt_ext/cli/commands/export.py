@@ -13,6 +13,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     takes_path(parser.add_argument("dst", help="directory for the model"), "directory")
     options.add_rules(parser, "the family that has the architecture of --config", "copied, with a tokenizer beside it")
     options.add_strategy(parser)
+    dtype = "of the floats that are written (default: that of the training)"
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype)
     options.add_exclude(parser)
     size = "size of a file at most, as transformers takes it: 5GB is 5 * 10**9 bytes, 5GiB 5 * 2**30 (default 5GB)"
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help=size)
@@ -36,6 +38,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             config=arguments.config,
             sizes=options.sizes(arguments),
             strategy=arguments.strategy,
+            dtype=arguments.dtype,
             exclude=arguments.exclude,
             max_shard_size=arguments.max_shard_size,
             share=arguments.share,
@@ -63,6 +66,7 @@ COMMAND = Command(
             "ms-ckpt export checkpoint model --config Qwen3-8B --strategy strategy.ckpt",
             "by the model's folder of the hub",
         ),
+        ("ms-ckpt export checkpoint model --config Qwen3-8B --strategy s.ckpt --dtype bfloat16", "rounded to bfloat16"),
         ("ms-ckpt export output/checkpoint/iteration_00001000 model --config Qwen3-8B", "a folder of MindFormers"),
         (
             "ms-ckpt export checkpoint model --rules deepseek-v3 --config config.json --set mla_qkv_concat=false "

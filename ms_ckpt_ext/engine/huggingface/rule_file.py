@@ -6,6 +6,7 @@
      "bounds": {"layer": "num_hidden_layers"},                 placeholders that stop below a number
      "tied": {"lm_head.weight": "model.embed_tokens.weight"},  one tensor where tie_word_embeddings is true
      "leave": ["layers.{layer}.expert_load"],                  parameters of a training that are no weights
+     "keep": ["model.layers.{layer}.gate.bias"],               Hugging Face's names of what keeps its dtype in an export
      "rules": [{"rule": "QKV", "sources": ["…q…", "…k…", "…v…"], "target": "…", "groups": "num_key_value_heads"}]}
 
 A rule is a class of `ms_ckpt_ext.rules` and its arguments, from Hugging Face's names to those of the training. Numbers
@@ -24,6 +25,7 @@ from typing import Any, Callable, NamedTuple, Optional
 from ms_ckpt_ext.core.computing.rules import Crop, Dequantize, Pad, Scale
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
+from ms_ckpt_ext.core.planning.rule_inverses import invert
 from ms_ckpt_ext.core.planning.weight_rules import (
     QKV,
     Concat,
@@ -49,6 +51,7 @@ _TOP = {
     "bounds": (dict, "an object: placeholder -> number"),
     "tied": (dict, "an object: name -> name"),
     "leave": (list, "a list of names"),
+    "keep": (list, "a list of names"),
     "rules": (list, "a list of rules"),
 }
 _OWN = {"rule", "sources", "target", "when", "unless", "optional"}
@@ -71,6 +74,7 @@ class Family(NamedTuple):
         origin: the rule file.
         rules: from Hugging Face's names to those of the training.
         leaves: names, with placeholders, of what a training holds beside its weights.
+        keeps: Hugging Face's names, with placeholders, of what keeps its dtype.
         tied: Hugging Face's name -> name of the tensor that it is, where the model ties its embeddings.
         switches: what the file has defaults for.
     """
@@ -79,8 +83,17 @@ class Family(NamedTuple):
     rules: tuple[Rule, ...]
     needs: tuple[_Need, ...]
     leaves: tuple[str, ...]
+    keeps: tuple[str, ...]
     tied: Mapping[str, str]
     switches: tuple[str, ...]
+
+    @property
+    def back(self) -> list[Rule]:
+        """The rules for the way out: weights that were quantised go out as the floats that they are trained as.
+
+        Raises UsageError as `invert`.
+        """
+        return invert([rule for rule in self.rules if not isinstance(rule, Dequantize)])
 
     def missing(self, names: Container[str]) -> list[str]:
         """Parameters of the training that the model has and `names` has not; of alternatives the first one."""
@@ -120,9 +133,12 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
         optional = entry.get("optional", False)
         if optional is not True and not isinstance(rule, Duplicate):
             needs.append(_Need(rule.target, _words(optional)))
-    leaves = tuple(_told(f"rule file {origin!r}: leave", names.of, name) for name in document.get("leave", []))
+    leaves, keeps = (
+        tuple(_told(f"rule file {origin!r}: {key!r} speaks of", names.of, name) for name in document.get(key, []))
+        for key in ("leave", "keep")
+    )
     tied = document.get("tied", {}) if _tied(sizes) else {}
-    return Family(origin, tuple(rules), tuple(needs), leaves, tied, tuple(document.get("defaults", {})))
+    return Family(origin, tuple(rules), tuple(needs), leaves, keeps, tied, tuple(document.get("defaults", {})))
 
 
 def _words(optional: Any) -> tuple[str, ...]:
@@ -131,7 +147,7 @@ def _words(optional: Any) -> tuple[str, ...]:
 
 def family_of_rules(rules: Sequence[Rule], config: Config, given: Mapping[str, Any]) -> Family:
     """Rules that are no family's: nothing is known of what a model has beside them, but for what `config` says."""
-    return Family("", tuple(rules), (), (), _TIED if _tied(Sizes(given, config, {})) else {}, ())
+    return Family("", tuple(rules), (), (), (), _TIED if _tied(Sizes(given, config, {})) else {}, ())
 
 
 def _check_top(document: Any, origin: str) -> None:
@@ -143,7 +159,7 @@ def _check_top(document: Any, origin: str) -> None:
         kind, expected = _TOP[key]
         texts = [*value.values()] if key == "tied" and isinstance(value, dict) else value
         if not isinstance(value, kind) or (
-            key in ("tied", "leave", "architectures") and not all(isinstance(text, str) for text in texts)
+            key in ("tied", "leave", "keep", "architectures") and not all(isinstance(text, str) for text in texts)
         ):
             raise UsageError(f"rule file {origin!r}: {key!r} must be {expected}, got {value!r:.60}")
 

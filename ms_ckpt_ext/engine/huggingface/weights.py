@@ -11,16 +11,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Callable, NamedTuple, TypeVar
 
+from ms_ckpt_ext.core.computing.rules import Scale
 from ms_ckpt_ext.core.geometry.groups import STATES, group_of
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.apply_rules import sources_among
 from ms_ckpt_ext.core.planning.io_units import Limits, cut
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.engine.huggingface.rule_file import Family
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError, some
 
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _Held = TypeVar("_Held")
 
 
@@ -125,6 +128,21 @@ def without_ties(catalog: Catalog, family: Family) -> Catalog:
                 "them would be lost: say tie_word_embeddings=False in sizes and in config.json, or leave one out"
             )
     return catalog._replace(tensors={name: held for name, held in catalog.tensors.items() if name not in tied})
+
+
+def cast(catalog: Catalog, dtype: str, keeps: Iterable[str]) -> Catalog:
+    """The floats of a checkpoint in one dtype, rounded to the nearest, but for the names that keep theirs."""
+    patterns = [Pattern(keep) for keep in keeps]
+
+    def changes(name: str, held: SourceTensor) -> bool:
+        stored = held.meta.dtype.name
+        return stored in _FLOATS and stored != dtype and all(pattern.match(name) is None for pattern in patterns)
+
+    tensors = {
+        name: Scale(name, name, dtype=dtype).make(name, [[held]]) if changes(name, held) else held
+        for name, held in catalog.tensors.items()
+    }
+    return catalog._replace(tensors=tensors)
 
 
 def _alike(catalog: Catalog, one: str, other: str) -> bool:
