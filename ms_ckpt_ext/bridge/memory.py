@@ -129,11 +129,8 @@ def tensor_of(buffer: Bytes, offer: Offer) -> Any:
     return TensorPy.convert_bytes_to_tensor(buffer.tobytes(), tuple(offer.shape), offer.dtype)
 
 
-def give(match: Match, buffer: Bytes, kept: bool = False) -> None:
-    """Make a buffer the data of its Parameter, cast as MindSpore casts. `kept`: it stays in host memory."""
-    if on_device() and not kept and match.offer.dtype != ms.qint4x2:
-        _upload(match, buffer)
-        return
+def give(match: Match, buffer: Bytes) -> None:
+    """Make a buffer the data of its Parameter, in host memory, cast as MindSpore casts."""
     parameter = match.parameter
     tensor = tensor_of(buffer, match.offer)
     if tensor.shape != parameter.shape and len(tensor.shape) > len(parameter.shape):
@@ -142,20 +139,6 @@ def give(match: Match, buffer: Bytes, kept: bool = False) -> None:
         log.warning("parameter %r is cast from %s to %s", parameter.name, tensor.dtype, parameter.dtype)
         tensor = ms.Tensor(tensor.asnumpy(), parameter.dtype)
     parameter.set_data(tensor, bool(parameter.sliced) or tensor.shape != parameter.shape)
-    mark_loaded(parameter)
-
-
-def _upload(match: Match, buffer: Bytes) -> None:
-    """Copy a pinned buffer into the device memory of its Parameter, cast there. It is read until the stream is done."""
-    parameter, tensor = match.parameter, tensor_of(buffer, match.offer)
-    give_device_memory(parameter, match.offer.shape)
-    if tensor.dtype != parameter.dtype:
-        log.warning("parameter %r is cast from %s to %s", parameter.name, tensor.dtype, parameter.dtype)
-        staged = mint.empty(tensor.shape, dtype=tensor.dtype)
-        staged.copy_(tensor, non_blocking=True)
-        tensor = staged
-    target = parameter.view(*tensor.shape) if tensor.shape else parameter  # a scalar has no shape to view
-    target.copy_(tensor, non_blocking=True)
     mark_loaded(parameter)
 
 

@@ -31,7 +31,6 @@ from ms_ckpt_ext.bridge.memory import (
     give,
     kept_on_host,
     mark_loaded,
-    on_device,
     own_memory,
     tensor_of,
 )
@@ -50,6 +49,11 @@ from ms_ckpt_ext.transport.base import Bytes
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import SliceBytes
+
+_LEAST_TILE = 1 << 20
+"""Bytes that a thread reads at once at least, unless a slab is shorter."""
+_ROUNDED = 64
+"""Bytes that a stretch may take of a slab beyond its own."""
 
 
 def fill(request: LoadRequest, catalog: Catalog) -> Filled:
@@ -152,12 +156,14 @@ def fill_matches(
     kept = kept_on_host([match.parameter for match in matches])
     in_place: list[tuple[Match, Bytes]] = []
     staged: list[Match] = []
+    uploaded: list[Match] = []
     for match in matches:
-        memory = _same_memory(match, id(match.parameter) in kept)
-        if memory is None:
-            staged.append(match)
-        else:
+        stays = id(match.parameter) in kept
+        memory = _same_memory(match, stays)
+        if memory is not None:
             in_place.append((match, memory))
+        else:
+            (staged if stays or match.offer.dtype == ms.qint4x2 else uploaded).append(match)
     try:
         wanted = [(match.offer, memory) for match, memory in in_place]
 
@@ -173,28 +179,64 @@ def fill_matches(
     for match, _ in in_place:
         mark_loaded(match.parameter)
         done.append(match.parameter.name)
-    for group in _groups(staged, limits):
-        buffers = [_buffer(nbytes_of(match.offer), id(match.parameter) in kept) for match in group]
-        try:
-            _read([(match.offer, buffer) for match, buffer in zip(group, buffers)], catalog, readers, workers, limits)
-            for match, buffer in zip(group, buffers):
-                done.append(match.parameter.name)
-                give(match, buffer, id(match.parameter) in kept)
-                if filled is not None:
-                    filled(match, contents_of(match.parameter))
-            if on_device():
-                ms.runtime.current_stream().synchronize()  # uploads read the buffers until then
-        except Exception as error:
-            raise half_done(error, done) from error
+    try:
+        _fill_staged(staged, catalog, readers, workers, limits, done, filled)
+        if uploaded:
+            _upload(uploaded, catalog, readers, workers, limits, done, filled)
+    except Exception as error:
+        raise half_done(error, done) from error
 
 
-def _buffer(nbytes: int, kept: bool) -> Bytes:
-    """What a slice is read into on its way to a Parameter."""
-    if not on_device() or kept or not nbytes:
-        return np.empty(nbytes, np.uint8)
-    from ms_ckpt_ext.transport.hccl import pinned
+_Filled = Callable[[Match, "SliceBytes"], None]
 
-    return pinned(nbytes)
+
+def _fill_staged(
+    matches: Sequence[Match],
+    catalog: Catalog,
+    readers: ReaderPool,
+    workers: int,
+    limits: Limits,
+    done: list[str],
+    filled: Optional[_Filled],
+) -> None:
+    """Through buffers that become the data of Parameters; `done` gets the names of those that changed."""
+    for group in _groups(matches, limits):
+        buffers = [np.empty(nbytes_of(match.offer), np.uint8) for match in group]
+        _read([(match.offer, buffer) for match, buffer in zip(group, buffers)], catalog, readers, workers, limits)
+        for match, buffer in zip(group, buffers):
+            done.append(match.parameter.name)
+            give(match, buffer)
+            if filled is not None:
+                filled(match, contents_of(match.parameter))
+
+
+def _upload(
+    matches: Sequence[Match],
+    catalog: Catalog,
+    readers: ReaderPool,
+    workers: int,
+    limits: Limits,
+    done: list[str],
+    filled: Optional[_Filled],
+) -> None:
+    """Into Parameters on the device: one slab is read while another goes up. `done` as above."""
+    from ms_ckpt_ext.bridge.ascend import Uploads, in_slabs
+
+    room = 2 * limits.tile
+    most = max(room // max(1, workers), min(room, _LEAST_TILE))
+    uploads = Uploads(min(room, sum(nbytes_of(match.offer) + _ROUNDED for match in matches)))
+    try:
+        for group in in_slabs(matches, room, most):
+            slab = uploads.slab()
+            wanted = [(tile.offer, slab[at : at + nbytes_of(tile.offer)]) for tile, at in group]
+            _read(wanted, catalog, readers, workers, limits)
+            done += [tile.match.parameter.name for tile, _ in group if not tile.start]
+            uploads.send(slab, group)
+            for tile, _ in group:
+                if tile.last and filled is not None:
+                    filled(tile.match, contents_of(tile.match.parameter))
+    finally:
+        uploads.finish()
 
 
 def _same_memory(match: Match, kept: bool) -> Optional[Bytes]:

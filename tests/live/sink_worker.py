@@ -15,7 +15,9 @@ from mindspore.mint import distributed
 from mindspore.nn.utils import no_init_parameters
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.bridge import ascend, memory, network, together
+from ms_ckpt_ext.api.measure import measure
+from ms_ckpt_ext.bridge import ascend, together
+from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.load.options import LoadReport
 from ms_ckpt_ext.errors import ChecksumError, LoadError, UnsupportedError
 from tests.support.checkpoints import read_file
@@ -214,21 +216,14 @@ def verified(root: Path, rank: int, mode: str) -> None:
     load(cell(DTYPES, rank == 0), root, mode, verify="replicas")
     load(cell(to, rank == 0), root, mode, verify="replicas")
     load(cell(to if rank else DTYPES, True), root, mode, verify="replicas")
-    real = ascend.DeviceSink.finish
+    real = ascend.mark_loaded
 
     def flip(parameter: ms.Parameter) -> None:
+        real(parameter)
         if parameter.name == "d.whole" and rank == 1:
             mint.narrow(parameter, 0, 1, 1).fill_(3)
 
-    def finish(sink: ascend.DeviceSink) -> None:
-        real(sink)
-        flip(sink._parameter)
-
-    def give(match: Any, *more: Any) -> None:
-        memory.give(match, *more)
-        flip(match.parameter)
-
-    ascend.DeviceSink.finish, network.give = finish, give  # type: ignore[method-assign, assignment]
+    ascend.mark_loaded = flip
     try:
         load(cell(to, rank == 0), root, mode, verify="replicas")
     except LoadError as error:
@@ -237,7 +232,35 @@ def verified(root: Path, rank: int, mode: str) -> None:
     else:
         raise AssertionError("the flip was not found")
     finally:
-        ascend.DeviceSink.finish, network.give = real, memory.give  # type: ignore[method-assign]
+        ascend.mark_loaded = real
+
+
+def tiled(root: Path, rank: int, mode: str) -> None:
+    """Slices longer than a slab go up in stretches, from two slabs: as many bytes as are wanted, all of them pinned."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    for dtypes in (DTYPES, {**DTYPES, "F32": ms.bfloat16}):
+        cell = cell_of({n: poison(n, t.shape, dtypes[t.dtype]) for n, t in truth.items()})
+        ms.runtime.synchronize()
+        before = [acl_uploaded(True), acl_uploaded(False)]
+        load(cell, root, mode, buffer_bytes=1 << 20)
+        wanted = sum(len(t.data) for t in truth.values())
+        assert wanted <= acl_uploaded(True) - before[0] <= wanted + 512
+        assert acl_uploaded(False) == before[1]
+        for parameter in cell.get_parameters():
+            stored = truth[parameter.name]
+            held = ms.Tensor(np.frombuffer(stored.data, np.float32).reshape(stored.shape)).astype(parameter.dtype)
+            assert raw(parameter) == np.ascontiguousarray(held.asnumpy()).tobytes(), parameter.name
+
+
+def measured(root: Path, rank: int) -> None:
+    """What `ms-ckpt measure` finds on a device is a profile that a load takes."""
+    path = root / "measured.json"
+    found = measure(root / "source", path, seconds=0.6)
+    assert {"storage", "reader", "link", "upload", "latency", "memory", "call"} <= found.keys()
+    assert all(found[name]["bytes_per_second"] > 0 for name in ("storage", "reader", "link", "upload"))
+    assert found["call"]["bytes"] == 200 * (1 << 20)
+    assert (1 << 30) < found["memory"]["bytes"] < 16 * (1 << 30)
+    assert profiles.profile(str(path)).hardware.upload == found["upload"]["bytes_per_second"]
 
 
 def encrypted(root: Path, rank: int, mode: str) -> None:
@@ -268,6 +291,9 @@ def main() -> None:
 
     together.fill_together = observed  # type: ignore[assignment]
     counted(root / "large", rank)
+    tiled(root / "large", rank, "direct")
+    measured(root / "large", rank)
+    print("measured, and tiled, is right", flush=True)
     cases: list[Callable[[Path, int, str], None]] = [
         without_init,
         not_yet_sliced,
