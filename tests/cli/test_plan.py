@@ -149,3 +149,23 @@ def test_an_encrypted_checkpoint(golden: Path, tmp_path: Path, monkeypatch: pyte
     argv = ["plan", tmp_path / "sealed", "none", "--src-strategy", golden / "tp4/strategy.ckpt"]
     assert as_json(*argv, "--dec-key-env", "A_KEY")["unique"] == 190_944
     assert run(*argv).code == 6
+
+
+def test_a_transfer(shapes: Path, tmp_path: Path) -> None:
+    """Two copies of four slices in two stages of eight ranks, to four: on the same ranks, and on others."""
+    arguments = ("plan", shapes / "train.ckpt", shapes / "serve.ckpt", "--transfer", "--shapes", shapes / "shapes.json")
+    ran = run_script(*arguments, "--html", tmp_path / "page.html")
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert lines[0] == "9 parameters, 2.0 MiB, by 16 ranks"
+    assert lines[1].endswith(", 16 ranks")
+    assert {line.split("  ")[0] for line in lines} >= {"wanted", "held already", "sent", "received", "predicted time"}
+    assert not any(line.startswith("read") for line in lines)
+    assert "Transfer of" in (tmp_path / "page.html").read_text()
+    told, apart = (as_json(*arguments, *more) for more in ((), ("--other-ranks",)))
+    assert told["direct"]["wanted"]["total"] == told["kept"]["total"] + told["cooperative"]["received"]["total"]
+    assert apart["kept"]["total"] == 0
+    assert apart["cooperative"]["received"]["total"] == apart["direct"]["wanted"]["total"]
+    assert apart["ranks"] == 20
+    assert run("plan", "src", "dst", "--transfer").code != 0
+    assert run("plan", shapes / "train.ckpt", "none", "--other-ranks", "--shapes", shapes / "shapes.json").code != 0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_naming, path_of
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_flags, checked_naming, path_of
 from ms_ckpt_ext.api.dry_run.page import write_page
 from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
@@ -41,6 +41,8 @@ def plan(
     name_map: Optional[Mapping[str, str]] = None,
     dec_key: Any = None,
     dec_mode: Optional[str] = None,
+    transfer: bool = False,
+    other_ranks: bool = False,
 ) -> PlanReport:
     """Plan a load of every rank of a job without making it; needs neither NPU nor MindSpore.
 
@@ -66,6 +68,9 @@ def plan(
         file_suffix: which file of a rank folder; None for the newest.
         format: "safetensors" or "ckpt", where both lie in the rank folders.
         choice_func, name_map: as the load will have them; not with `shapes`, which have the names that are loaded.
+        transfer: plan a transfer from the Parameters of a job under `src_strategy` to those of one under
+            `dst_strategy`, see `ms_ckpt_ext.transfer`; with `shapes`.
+        other_ranks: of a transfer: the target's ranks come behind the source's; by default rank i of both is one.
         dec_key, dec_mode: of encrypted files, as in `inspect`; their headers are encrypted too.
 
     Raises:
@@ -73,6 +78,11 @@ def plan(
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: as for the load.
         StorageError: a file cannot be read, or the page not written.
     """
+    checked_flags(transfer=transfer, other_ranks=other_ranks)
+    if transfer and (shapes is None or src is not None):
+        raise UsageError("a transfer has no checkpoint: give shapes, and the strategies of both sides")
+    if other_ranks and not transfer:
+        raise UsageError("other_ranks is for transfer=True: the ranks of a load have no others")
     options = LoadOptions(mode=mode, bucket_bytes=bucket_bytes, prefetch=prefetch)
     machines = [profiles.profile(name) for name in (profiles.names() if hardware is None else hardware)]
     saved = as_strategy(src_strategy, argument="src_strategy")
@@ -93,10 +103,15 @@ def plan(
         source = estimate.of_catalog(held, target)
         origin = directory
     first = machines[0] if hardware is not None and machines else profiles.chosen("", on_device=True)
-    done = estimate.dry_run(source, target, options, first.hardware)
-    report = report_of(
-        done, source, machines, mode, origin, _told(dst_strategy, "a strategy") if target else "one device"
-    )
+    kept = None
+    if transfer:
+        from ms_ckpt_ext.engine.transfer.estimate import dry_transfer
+
+        done, kept = dry_transfer(source, saved, target, options, first.hardware, other_ranks)
+    else:
+        done = estimate.dry_run(source, target, options, first.hardware)
+    told = _told(dst_strategy, "a strategy") if target else "one device"
+    report = report_of(done, source, machines, mode, origin, told, kept)
     if html is not None:
         write_page(path_of(html, "html"), report, done)
     return report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.cost import cooperates, cooperative_seconds, direct_seconds
 from ms_ckpt_ext.core.exchange.ragged import Ints
@@ -66,7 +66,8 @@ class PlanReport:
         balance: bytes of the busiest reader, as a multiple of a fair share.
         bucket, chunk: the limits that were planned with.
         rounds: the rounds, in order.
-        predictions: one for every machine.
+        predictions: one for every machine. Of a transfer, "direct" is to read the wanted bytes from storage instead.
+        kept: of a transfer, bytes that every rank takes of its own memory; None for a load, which has none.
     """
 
     source: str
@@ -91,6 +92,7 @@ class PlanReport:
     chunk: int
     rounds: tuple[RoundTally, ...]
     predictions: tuple[Prediction, ...]
+    kept: Optional[Spread] = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as `json` can write it."""
@@ -98,15 +100,22 @@ class PlanReport:
         for mode in ("direct", "cooperative"):
             found[mode] = {name: spread._asdict() for name, spread in getattr(self, mode).items()}
         found["crossing"] = self.crossing._asdict()
+        found["kept"] = None if self.kept is None else self.kept._asdict()
         found["rounds"] = [each._asdict() for each in self.rounds]
         found["predictions"] = [each._asdict() for each in self.predictions]
         return found
 
 
 def report_of(
-    done: DryRun, source: PlannedSource, profiles: Iterable[Profile], mode: str, origin: str, target: str
+    done: DryRun,
+    source: PlannedSource,
+    profiles: Iterable[Profile],
+    mode: str,
+    origin: str,
+    target: str,
+    kept: Optional[Ints] = None,
 ) -> PlanReport:
-    """Sum a dry run up. `origin` and `target` tell what was planned, `mode` what is asked for."""
+    """Sum a dry run up. `origin` and `target` tell what was planned, `mode` what is asked for; `kept`: see there."""
     tally, demands = done.tally, done.table.demands
     unique = sum(d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands)
     columns = {name: getattr(tally, name) for name in RANK_COLUMNS}
@@ -128,12 +137,17 @@ def report_of(
         calls=tally.calls,
         groups=sum(len(done.table.chunks.parts.sets.members[n]) < done.table.world for n in done.table.chunks.groups),
         crossing=_spread(tally.crossing),
-        balance=float(tally.read.max()) / max(float(tally.read.mean()), 1e-9),
+        balance=_balance(tally.read if kept is None else tally.sent),
         bucket=done.limits.bucket,
         chunk=done.limits.read,
         rounds=tally.rounds,
         predictions=tuple(_prediction(done, profile) for profile in profiles),
+        kept=None if kept is None else _spread(kept),
     )
+
+
+def _balance(column: Ints) -> float:
+    return float(column.max()) / max(float(column.mean()), 1e-9)
 
 
 def _spread(column: Ints) -> Spread:

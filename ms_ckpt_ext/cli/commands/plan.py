@@ -57,6 +57,16 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         help="staging memory of a rank, e.g. 64M (default: what fits the first machine)",
     )
     add("--prefetch", type=int, default=1, metavar="N", help="rounds that are read ahead (default 1)")
+    add(
+        "--transfer",
+        action="store_true",
+        help="from Parameters under strategy SRC to Parameters under DST, without storage; with --shapes",
+    )
+    add(
+        "--other-ranks",
+        action="store_true",
+        help="of a transfer: DST's ranks come behind SRC's (default: rank i of both is one)",
+    )
     takes_path(add("--html", metavar="FILE", help="write a page with matrices, rounds and layouts there as well"))
     options.add_suffix(parser)
     options.add_format(parser)
@@ -85,6 +95,8 @@ def _run(arguments: argparse.Namespace) -> Answer:
         file_suffix=arguments.file_suffix,
         format=arguments.format,
         dec_key=options.key(arguments),
+        transfer=arguments.transfer,
+        other_ranks=arguments.other_ranks,
     )
     return Answer(report.to_dict(), lines(report, arguments.html))
 
@@ -93,26 +105,37 @@ def lines(report: PlanReport, html: Optional[str] = None) -> Iterator[str]:
     """The report as text."""
     loaded = words.count(report.parameters, "parameter")
     yield words.style(f"{loaded}, {words.size(report.unique)}, by {words.count(report.ranks, 'rank')}", "bold")
-    yield f"  from {report.source}, {words.count(report.files, 'file')}"
+    moved = report.kept is not None
+    yield f"  from {report.source}, {words.count(report.files, 'rank' if moved else 'file')}"
     yield f"  as   {report.target}"
-    yield f"  held {report.source_copies:.1f} times in the files, wanted {report.target_copies:.1f} times"
+    where = "by the ranks" if moved else "in the files"
+    yield f"  held {report.source_copies:.1f} times {where}, wanted {report.target_copies:.1f} times"
     yield ""
     yield from words.table(("per rank", "least", "mean", "most", "all ranks"), list(_rows(report)), "lrrrr")
     yield ""
     yield from _ways(report)
     yield (
         f"{words.count(len(report.rounds), 'round')} of at most {words.size(report.bucket)} of staging memory a rank; "
-        f"the busiest reader has {report.balance:.2f} times a fair share"
+        f"the busiest {'sender' if moved else 'reader'} has {report.balance:.2f} times a fair share"
     )
     yield ""
-    heads = ("predicted time", "direct", "cooperative", "auto chooses")
-    times = [(p.profile, seconds(p.direct_seconds), seconds(p.cooperative_seconds), p.auto) for p in report.predictions]
-    yield from words.table(heads, times, "lrrl")
+    yield from _times(report)
     yield words.style("  counts are exact; times are orders of magnitude (docs/plan.md)", "dim")
     if report.mode != "auto":
         yield f"  the job asks for {report.mode} mode"
     if html is not None:
         yield f"page: {html}"
+
+
+def _times(report: PlanReport) -> Iterator[str]:
+    predicted = report.predictions
+    if report.kept is not None:
+        times = [(p.profile, seconds(p.cooperative_seconds), seconds(p.direct_seconds)) for p in predicted]
+        yield from words.table(("predicted time", "transfer", "read from storage instead"), times, "lrr")
+        return
+    heads = ("predicted time", "direct", "cooperative", "auto chooses")
+    modes = [(p.profile, seconds(p.direct_seconds), seconds(p.cooperative_seconds), p.auto) for p in predicted]
+    yield from words.table(heads, modes, "lrrl")
 
 
 def _ways(report: PlanReport) -> Iterator[str]:
@@ -132,9 +155,11 @@ def _ways(report: PlanReport) -> Iterator[str]:
 
 def _rows(report: PlanReport) -> Iterator[tuple[str, ...]]:
     yield _row("wanted", report.direct["wanted"], True)
-    yield _row(
-        "read, direct" if report.direct_counted == report.ranks else "read, direct, about", report.direct["read"], True
-    )
+    if report.kept is not None:
+        yield _row("held already", report.kept, True)
+    else:
+        about = "" if report.direct_counted == report.ranks else ", about"
+        yield _row(f"read, direct{about}", report.direct["read"], True)
     for name, told in (
         ("read", "read, cooperative"),
         ("sent", "sent"),
@@ -145,6 +170,8 @@ def _rows(report: PlanReport) -> Iterator[tuple[str, ...]]:
         ("reads", "read calls"),
         ("staging", "staging memory"),
     ):
+        if report.kept is not None and name in ("read", "reads"):
+            continue
         yield _row(told, report.cooperative[name], name not in ("messages", "reads"), total=name != "staging")
 
 
@@ -184,6 +211,7 @@ COMMAND = Command(
         ("ms-ckpt plan ckpt/ serve.ckpt --src-strategy train.ckpt", "shards of a training job, by a serving job"),
         ("ms-ckpt plan merged/ serve.ckpt --html plan.html", "a merged checkpoint; a page to look at as well"),
         ("ms-ckpt plan train.ckpt resume.ckpt --shapes shapes.json --hardware atlas-800t-a2", "before anything exists"),
+        ("ms-ckpt plan train.ckpt serve.ckpt --transfer --shapes shapes.json", "from network to network"),
     ),
     configure=_configure,
     run=_run,

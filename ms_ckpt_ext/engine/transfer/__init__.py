@@ -6,5 +6,6 @@ wanted      what the ranks of the other side want of it
 addresses   where the slices of a rank lie, in one space of numbers
 prepare     agree, plan
 holdings    the slices of this rank, as the source of an exchange
+estimate    the same on paper
 report      what was moved
 """
