@@ -18,8 +18,8 @@ from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM
-from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
+from ms_ckpt_ext.formats.table import FORMATS
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.geometry.supplement import StrategyPart
@@ -58,7 +58,7 @@ def check_path(path: str, argument: str) -> None:
 
 def checked_format(value: Any, argument: str, optional: bool = False) -> None:
     """Raise UsageError for what is no format of checkpoint files; None is fine where it is `optional`."""
-    if value not in FORMATS and not (optional and value is None):
+    if not (isinstance(value, str) and value in FORMATS) and not (optional and value is None):
         allowed = ", ".join(FORMATS) + (", or None" if optional else "")
         raise UsageError(f"{argument} must be one of {allowed}; got {value!r}")
 

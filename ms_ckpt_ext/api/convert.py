@@ -25,7 +25,7 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
-from ms_ckpt_ext.api.inputs import Inputs, find_in_ranks, find_inputs, other_suffix
+from ms_ckpt_ext.api.inputs import Inputs, find_in_ranks, find_inputs, other_suffixes
 from ms_ckpt_ext.engine.files.beside import settle
 from ms_ckpt_ext.engine.files.convert import RenameFunction, convert_job, copy_job, renamed_map
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
@@ -34,6 +34,7 @@ from ms_ckpt_ext.engine.source.renaming import Choice, chosen_name, warn_unknown
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
+from ms_ckpt_ext.formats.table import CKPT, SAFETENSORS
 
 _DIRECTION = "names (str) in the input to names (str) in the output"
 
@@ -64,7 +65,7 @@ def ckpt_to_safetensors(
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, DecryptionError, StorageError: an input cannot be read, the output cannot be written.
     """
-    _as_mindspore(file_path, save_path, name_map, file_name_regex, processes_num, "safetensors")
+    _as_mindspore(file_path, save_path, name_map, file_name_regex, processes_num, SAFETENSORS.name)
 
 
 def safetensors_to_ckpt(
@@ -79,7 +80,7 @@ def safetensors_to_ckpt(
     Arguments and errors are those of `ckpt_to_safetensors`, with the formats exchanged. A dtype without a name in
     `.ckpt` files (F8_E8M0, F4, …) is a UsageError.
     """
-    _as_mindspore(file_path, save_path, name_map, file_name_regex, processes_num, "ckpt")
+    _as_mindspore(file_path, save_path, name_map, file_name_regex, processes_num, CKPT.name)
 
 
 def convert(
@@ -227,14 +228,14 @@ def _as_mindspore(
     source, pattern, rename = path_of(file_path, "file_path"), _pattern(file_name_regex), _rename(name_map, None)
     target = None if save_path is None else path_of(save_path, "save_path")
     run = running(processes_num, argument="processes_num", least=0 if os.path.isfile(source) else 1)
-    suffix = other_suffix(to)
+    others = other_suffixes(to)
     if target and os.path.splitext(target)[1] and not os.path.isdir(target):
         raise UsageError(
             f"save_path must be a directory, and {target!r}, which is none, ends like a file's name; make it "
             "first if that is its name, or give another: a result keeps its file's name but for the suffix"
         )
-    if os.path.isfile(source) and not source.endswith(suffix):
-        raise UsageError(f"file_path must be a {suffix} file or a directory, got {source!r}")
+    if os.path.isfile(source) and not source.endswith(others):
+        raise UsageError(f"file_path must be a {' or '.join(others)} file or a directory, got {source!r}")
     if os.path.isfile(source) and pattern and not pattern.search(source):
         raise UsageError(f"file_name_regex {file_name_regex!r} is not found in file_path {source!r}")
     folder = source if os.path.isdir(source) else os.path.dirname(source) or "."

@@ -10,8 +10,8 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, UsageError, also, storage_error
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
+from ms_ckpt_ext.formats.table import FORMATS, STRATEGY, SUFFIXES, kind_of
 
 
 class Inputs(NamedTuple):
@@ -59,7 +59,7 @@ def find_inputs(source: str, target: str, to: Optional[str], pattern: Optional[r
         return _single(source, target, to, pattern)
     _refuse_absent(source)
     names = _walk(source)
-    files = _checkpoints(source, names, _SUFFIXES, pattern)
+    files = _checkpoints(source, names, SUFFIXES, pattern)
     if to is not None:
         files = _of_one_kind(source, files, to, same_place=_same(source, target))
     return _inputs(source, target, files, to, tuple(name for name in names if is_map(_base(name))))
@@ -82,8 +82,8 @@ def find_in_ranks(source: str, target: str, to: str, pattern: Optional[re.Patter
         for folder in folders
         for child in rank_folders.inside(Path(source, folder), Path.is_file)
     ]
-    suffix = other_suffix(to)
-    return _inputs(source, target, _checkpoints(source, sorted(names), (suffix,), pattern), to, kind=suffix)
+    others = other_suffixes(to)
+    return _inputs(source, target, _checkpoints(source, sorted(names), others, pattern), to, kind=" or ".join(others))
 
 
 def _refuse_absent(source: str) -> None:
@@ -110,10 +110,9 @@ def _inputs(
 
 def _is_new_path(target: str) -> bool:
     """Whether a target is the path of the one result, by its suffix: unless it is a directory, whatever its name."""
-    return target.endswith(_SUFFIXES) and not os.path.isdir(target)
+    return target.endswith(SUFFIXES) and not os.path.isdir(target)
 
 
-_SUFFIXES = tuple(f".{kind}" for kind in rank_folders.FORMATS)
 _base = os.path.basename
 _LOST = "lost+found"
 """A folder of the file system's own at the root of a disk, which no checkpoint is in."""
@@ -125,8 +124,8 @@ def _single(path: str, target: str, to: Optional[str], pattern: Optional[re.Patt
     folder = folder or "."
     if pattern and not pattern.search(name):
         raise UsageError(f"file_name_regex {pattern.pattern!r} is not found in the name of the file {path!r}")
-    if not name.endswith(_SUFFIXES):
-        raise UsageError(f"{path!r} is not a checkpoint by its name: {' or '.join(_SUFFIXES)}")
+    if not name.endswith(SUFFIXES):
+        raise UsageError(f"{path!r} is not a checkpoint by its name: {' or '.join(SUFFIXES)}")
     if _is_new_path(target):
         if to is not None and not target.endswith(f".{to}"):
             raise UsageError(f"the target {target!r} and the wanted format {to!r} contradict each other")
@@ -160,17 +159,17 @@ def _walk(source: str) -> list[str]:
 
 def _of_one_kind(source: str, files: list[str], to: str, same_place: bool) -> list[str]:
     """The files that are not of the wanted format yet. The others may only be results of an earlier run."""
-    wanted = [name for name in files if name.endswith(other_suffix(to))]
+    wanted = [name for name in files if name.endswith(other_suffixes(to))]
     results = {_renamed(name, to) for name in wanted} if same_place else set()
     strange = [name for name in files if name not in wanted and name not in results]
     if wanted and strange:
         raise DiscoveryError(
-            f"{source!r} holds both .safetensors and .ckpt files ({wanted[0]!r} and {strange[0]!r}), so which ones are "
-            "the checkpoint is not clear; select them by file_name_regex, or move the others away"
+            f"{source!r} holds both {' and '.join(SUFFIXES)} files ({wanted[0]!r} and {strange[0]!r}), so which ones "
+            "are the checkpoint is not clear; select them by file_name_regex, or move the others away"
         )
     return wanted or strange
 
 
-def other_suffix(to: str) -> str:
-    """Suffix of the format that is converted from."""
-    return ".ckpt" if to == "safetensors" else ".safetensors"
+def other_suffixes(to: str) -> tuple[str, ...]:
+    """Suffixes of the formats that are converted from."""
+    return tuple(each.suffix for each in FORMATS.values() if each.name != to)

@@ -24,10 +24,10 @@ from ms_ckpt_ext.engine.source.values import TEXT, bytes_of, decode_text, to_pyt
 from ms_ckpt_ext.errors import FormatError
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, read_indexes
+from ms_ckpt_ext.formats.table import FORMATS, STRATEGY, STRATEGY_SUFFIXES, kind_of
 from ms_ckpt_ext.storage.reader import ReaderPool
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def _is_strategy(path: str) -> bool:
     """Whether a path is a strategy file, or a directory with nothing but strategy files of stages."""
     if os.path.isdir(path):
         named = rank_folders.inside(Path(path), Path.is_file)
-        files = [str(child) for child in named if child.suffix in (".ckpt", ".json")]
+        files = [str(child) for child in named if child.suffix in STRATEGY_SUFFIXES]
         return bool(files) and not rank_folders.is_sharded(path) and all(map(_is_strategy, files))
-    return path.endswith((".ckpt", ".json")) and kind_of(path) == STRATEGY
+    return path.endswith(STRATEGY_SUFFIXES) and kind_of(path) == STRATEGY
 
 
 def _of_strategy(path: str, strategy: Strategy, wanted: Filter) -> Inspection:
@@ -118,7 +118,7 @@ def _loose_files(directory: str, file_suffix: Optional[str], format: Optional[st
         return {str(rank): path for rank, path in files.items()} if len(files) > 1 else {}
     if any(is_map(child.name) for child in rank_folders.inside(Path(directory), Path.is_file)):
         return {}
-    kinds = rank_folders.FORMATS if format is None else (format,)
+    kinds = FORMATS if format is None else (format,)
     suffixes = tuple(f".{kind}" for kind in kinds)
     paths = {child.name: str(child) for child in rank_folders.inside(Path(directory)) if child.suffix in suffixes}
     files_ = {n: p for n, p in paths.items() if os.path.isfile(p) and not _is_strategy(p)}

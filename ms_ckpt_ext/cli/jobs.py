@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ms_ckpt_ext.cli import options, words
 from ms_ckpt_ext.cli.command import Answer, takes_path
+from ms_ckpt_ext.formats.table import FORMATS, SAFETENSORS
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.files.dry_run import Preview
     from ms_ckpt_ext.engine.files.job import Report
-
-FORMATS = ("safetensors", "ckpt")
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +30,7 @@ def add_file_name_regex(parser: argparse.ArgumentParser, example: str = "") -> N
 
 def add_which(parser: argparse.ArgumentParser) -> None:
     """The format of the result, and which files of rank folders are the source."""
-    parser.add_argument("--to", choices=FORMATS, default="safetensors", help="format (default safetensors)")
+    parser.add_argument("--to", choices=FORMATS, default=SAFETENSORS.name, help="format (default safetensors)")
     options.add_suffix(parser)
     options.add_format(parser)
 

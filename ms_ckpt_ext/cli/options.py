@@ -6,6 +6,7 @@ from argparse import Action, ArgumentParser, ArgumentTypeError, Namespace
 from typing import Any, Union
 
 from ms_ckpt_ext.cli.command import takes_path
+from ms_ckpt_ext.formats.table import FORMATS
 
 
 def add_strategy(parser: ArgumentParser, flag: str = "--strategy", whose: str = "of the job that saved it") -> None:
@@ -34,9 +35,7 @@ def add_suffix(parser: ArgumentParser, flag: str = "--file-suffix") -> None:
 
 def add_format(parser: ArgumentParser) -> None:
     """Which of two formats that lie side by side."""
-    parser.add_argument(
-        "--format", choices=("safetensors", "ckpt"), help="which format to read, where both are present"
-    )
+    parser.add_argument("--format", choices=FORMATS, help="which format to read, where both are present")
 
 
 def add_filter(parser: ArgumentParser) -> None:

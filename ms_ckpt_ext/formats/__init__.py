@@ -1,7 +1,8 @@
 """File formats: where each tensor of a file lies. Readers give an index without reading tensor contents.
 
+table                the formats, a row for each, and what a file is
 index                what every reader returns
-registry             suffix to format, and how a file is opened
+registry             how a file of any format is opened and laid out
 safetensors          reader and writer; its header is parsed by `safetensors_header`
 ckpt                 MindSpore's .ckpt, walked with `wire`; written by `ckpt_writer`
 checksum             CRC-32 of parts, put together

@@ -29,9 +29,9 @@ from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES, INT4, DType
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, MapParameterError, TruncatedFileError
+from ms_ckpt_ext.formats import table
 from ms_ckpt_ext.formats.checksum import StoredChecksum
 from ms_ckpt_ext.formats.crypto import sniff
-from ms_ckpt_ext.formats.discovery import kinds
 from ms_ckpt_ext.formats.index import BUDGET, CRC_NUM, MAX_RANK, FileIndex, TensorEntry, countable
 from ms_ckpt_ext.formats.wire import BYTES, VARINT, Cursor, Field, fields, signed
 from ms_ckpt_ext.storage.reader import ByteReader
@@ -284,14 +284,14 @@ def _require_checkpoint(cursor: Cursor) -> None:
     """Refuse by its first bytes what is certainly something else, and say what it is."""
     if cursor.size == 0:
         raise TruncatedFileError(f"{cursor.path!r} is empty; a save was interrupted: choose another checkpoint")
-    head = cursor.peek(kinds.HEAD_BYTES)
+    head = cursor.peek(table.HEAD_BYTES)
     container = sniff(head)
     if container is not None:
         raise DecryptionError(f"{cursor.path!r} is encrypted ({container}); pass the key it was saved with (dec_key)")
-    if kinds.is_strategy(head):
+    if table.is_strategy(head):
         raise FormatError(f"{cursor.path!r} is a strategy file, not a checkpoint; pass it as the strategy instead")
     if head[0] != 0x0A and not _at_crc(cursor):
-        other = kinds.what_else(head)
+        other = table.what_else(head)
         raise FormatError(
             f"{cursor.path!r} is not a MindSpore .ckpt: its first byte is 0x{head[0]:02x} where 0x0a is expected"
             + (f"; it is {other}" if other else "")

@@ -1,7 +1,7 @@
-"""Suffix to format, and how a file may be opened: the one place that knows which formats and containers there are.
+"""How files of any format are opened and laid out, plain or encrypted.
 
-The suffix says the format (`.safetensors`, `.ckpt`), the first bytes say whether the file is encrypted. Above this
-module a file is its plaintext: tables of contents and reads have plaintext offsets, whatever lies on disk.
+The suffix says the format (`formats.table`), the first bytes say whether the file is encrypted. Above this module a
+file is its plaintext: tables of contents and reads have plaintext offsets, whatever lies on disk.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DecryptionError, FormatError, UsageError
-from ms_ckpt_ext.formats import crypto, safetensors
-from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
+from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
+from ms_ckpt_ext.formats.table import SUFFIXES, Format, format_of, pointer_fault
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.threads import in_order
 
@@ -31,8 +31,6 @@ CACHE_BYTES = 8 << 20
 _MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
 AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
 """Containers that notice every altered byte, when it is decrypted."""
-_FORMATS = {".safetensors": safetensors.__name__, ".ckpt": "ms_ckpt_ext.formats.ckpt"}
-"""Suffix -> reader, imported when a file of the format is met."""
 
 
 class _How(NamedTuple):
@@ -135,23 +133,23 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
         if access.crc_check or by_blocks:
             from ms_ckpt_ext.formats.checksum import verify_stored
 
-            if not verify_stored(reader, form.stored_checksum(index)):
+            if not verify_stored(reader, stored_checksum(index)):
                 log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
         return index
 
 
 def index_through(reader: ByteReader, name: str) -> FileIndex:
     """Table of contents of a file that is open already; `name` says its format. Raises as `read_index`."""
-    index: FileIndex = _form(name, "read").read_index(reader, reader.mtime_ns)
+    index: FileIndex = _module(_form(name, "read").reader).read_index(reader, reader.mtime_ns)
     return index
 
 
-def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
+def _by_blocks(reader: ByteReader, form: Format) -> bool:
     """Whether only the checksum inside a file ties its blocks to their places, and there is one: it is always verified.
 
     Most of an AES-GCM block file is decrypted for its table of contents anyway. In CBC it is not, nor is it authentic.
     """
-    if form is safetensors or reader.traits.container != crypto.GCM or form.stored_crc(reader) is None:
+    if not form.blocks or reader.traits.container != crypto.GCM or _module(form.reader).stored_crc(reader) is None:
         return False
     crypto.keep_checksums(reader)
     return True
@@ -159,7 +157,7 @@ def _by_blocks(reader: ByteReader, form: ModuleType) -> bool:
 
 def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
     """The checksum that a file carries; None when it carries none."""
-    found: Optional[StoredChecksum] = _form(index.path, "read").stored_checksum(index)
+    found: Optional[StoredChecksum] = _module(_form(index.path, "read").reader).stored_checksum(index)
     return found
 
 
@@ -181,17 +179,25 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str],
                 f"cannot write a tensor named {spec.name!r} into {name!r}: names in checkpoints are UTF-8, which "
                 "has no half of a surrogate pair; give it another name (choice_func)"
             ) from error
-    if _form(name, "write") is safetensors:
-        return safetensors.layout(specs, metadata, crc=crc)
-    from ms_ckpt_ext.formats import ckpt_writer
-
-    return ckpt_writer.layout(specs, crc=crc, metadata=metadata)
+    layout: FileLayout = _module(_form(name, "write").writer).layout(specs, metadata=metadata, crc=crc)
+    return layout
 
 
-def _form(name: str, action: str) -> ModuleType:
-    suffix = os.path.splitext(name)[1]
-    if suffix not in _FORMATS:
-        raise UsageError(
-            f"cannot {action} {name!r}: no format {suffix or 'without a suffix'!r}; known are {', '.join(_FORMATS)}"
-        )
-    return importlib.import_module(_FORMATS[suffix])
+def in_files(specs: Sequence[TensorSpec], form: Format) -> list[list[TensorSpec]]:
+    """The tensors of a file in as few groups, in their order, as files of a format can list; one, unless very many."""
+    if not form.listed:
+        return [[*specs]]
+    groups: list[list[TensorSpec]] = _module(form.writer).in_headers(specs)
+    return groups
+
+
+def _form(name: str, action: str) -> Format:
+    form = format_of(name)
+    if form is None:
+        suffix = os.path.splitext(name)[1] or "without a suffix"
+        raise UsageError(f"cannot {action} {name!r}: no format {suffix!r}; known are {', '.join(SUFFIXES)}")
+    return form
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"ms_ckpt_ext.formats.{name}")

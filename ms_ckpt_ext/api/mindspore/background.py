@@ -10,6 +10,7 @@ from ms_ckpt_ext.api.mindspore.parameters import load_checkpoint
 from ms_ckpt_ext.api.mindspore.prefixes import Prefix
 from ms_ckpt_ext.api.mindspore.unserved import refuse_what_is_no_file
 from ms_ckpt_ext.formats.crypto import KeyLike
+from ms_ckpt_ext.formats.table import CKPT, format_of
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -45,7 +46,7 @@ def load_checkpoint_async(
 
     refuse_what_is_no_file(ckpt_file_name)
     source = path_of(ckpt_file_name, "ckpt_file_name")
-    form = "safetensors" if source.endswith(".safetensors") else "ckpt"
+    form = (format_of(source) or CKPT).name
     stock = (net, strict_load, filter_prefix, dec_key, dec_mode, specify_prefix, choice_func)
     executor = ThreadPoolExecutor(1, "ms_ckpt_ext-load")
     future = executor.submit(load_checkpoint, source, *stock, format=form, name_map=name_map, verify=verify)

@@ -27,6 +27,7 @@ from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.formats.table import CKPT
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -176,7 +177,7 @@ class _Files(NamedTuple):
         """Raises UsageError, ArgumentTypeError."""
         if self.filenames is None:
             return _Place(path_of(self.directory, "unified_safetensors_dir"), (), trained, self)
-        if self.format != "ckpt" or self.directory is not None:
+        if self.format != CKPT.name or self.directory is not None:
             raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
         if isinstance(self.filenames, (str, os.PathLike)):
             return _Place(path_of(self.filenames, "checkpoint_filenames"), (), trained, self)

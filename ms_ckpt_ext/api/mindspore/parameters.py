@@ -33,11 +33,11 @@ from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
 from ms_ckpt_ext.formats.crypto import KeyLike
-from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, kind_of
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, reopen
 from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
+from ms_ckpt_ext.formats.table import CKPT, FORMATS, STRATEGY, kind_of
 
 
 def load(
@@ -197,7 +197,7 @@ def load_checkpoint(
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     _require_file(source)
     with _held(file_without_tables(source, access).called(naming), full) as held:
-        found = as_parameters(held, sorted(held) if format == "safetensors" else None)  # as MindSpore lists them
+        found = as_parameters(held, sorted(held) if FORMATS[format].by_name else None)  # as MindSpore lists them
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
     if not found:
         raise UsageError(f"choice_func or the prefixes leave nothing of {source!r}; check them")
@@ -241,7 +241,7 @@ def load_segmented_checkpoints(
     if not os.path.isdir(folder):
         what = "is a file, and the directory that holds it is" if os.path.isfile(folder) else "does not exist: one is"
         raise DiscoveryError(f"ckpt_file_dir {folder!r} {what} needed; check the path")
-    paths = [path for path in sorted(Path(folder).glob("*.ckpt")) if kind_of(str(path)) != STRATEGY]
+    paths = [path for path in sorted(Path(folder).glob(f"*{CKPT.suffix}")) if kind_of(str(path)) != STRATEGY]
     if not paths:
         raise DiscoveryError(f"{folder!r} holds no .ckpt checkpoint; check the path")
     naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)

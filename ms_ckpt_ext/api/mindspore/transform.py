@@ -37,6 +37,7 @@ from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, na
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.formats.table import CKPT, SUFFIXES
 
 _NOT_COUNTED = ("accu_grads", "adam_v", "adam_m")
 """What MindSpore leaves out when it asks whether a strategy has more parameters than another."""
@@ -116,21 +117,22 @@ def transform_checkpoints(
     )
     files = _source_files(source, file_suffix, trained)
     kind = next(iter(files.values())).rsplit(".", 1)[-1]
-    if file_suffix is None and kind == "ckpt" and os.path.isdir(source):
+    as_ckpt = kind == CKPT.name  # which MindSpore transforms in ways of its own
+    if file_suffix is None and as_ckpt and os.path.isdir(source):
         _refuse_two_newest(files)
     part = _stage_alone(trained, wanted)
-    if part is not None and trained is not None and kind == "ckpt":
+    if part is not None and trained is not None and as_ckpt:
         first = part * trained.devices_per_stage
         files = {rank - first: path for rank, path in files.items() if 0 <= rank - first < trained.devices_per_stage}
         trained = _only_stage(trained, part)
-    suffix = f"_part{part}.{output_format}" if part is not None and kind == "ckpt" else f".{output_format}"
+    suffix = f"_part{part}.{output_format}" if part is not None and as_ckpt else f".{output_format}"
     catalog = _catalog(files, trained, access, allow_equal_slices).called(naming)
-    if part is not None and trained is not None and kind == "ckpt":
+    if part is not None and trained is not None and as_ckpt:
         wanted = _only_names(wanted, {*trained.layouts, *catalog.tensors, *catalog.outside})
     if wanted is not None:
         wanted.check_complete()
     ranks = range(wanted.world if wanted else 1)
-    order = partial(of_transform, catalog, kind, wanted, part is not None and kind == "ckpt")
+    order = partial(of_transform, catalog, kind, wanted, part is not None and as_ckpt)
     recut = partial(recut_job, catalog, wanted, ranks, files=order, crc=crc, seal=seal, digests=digests)
     job = recut(lambda rank: f"rank_{rank}/{prefix}{rank}{suffix}", target)
     check_apart(job, target)
@@ -184,8 +186,8 @@ def transform_checkpoint_by_rank(
         raise ArgumentTypeError("checkpoint_files_map must map ranks (int) to paths")
     given = {integer(rank, "a rank in checkpoint_files_map", 0): path for rank, path in checkpoint_files_map.items()}
     target = path_of(save_checkpoint_file_name, "save_checkpoint_file_name")
-    if not target.endswith((".ckpt", ".safetensors")):
-        raise UsageError(f"save_checkpoint_file_name must end with .ckpt or .safetensors, got {target!r}")
+    if not target.endswith(SUFFIXES):
+        raise UsageError(f"save_checkpoint_file_name must end with {' or '.join(reversed(SUFFIXES))}, got {target!r}")
     access, seal = access_of(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     naming = checked_naming(choice_func, name_map)
     run = running(max_process_num, buffer_bytes, sync=sync)
@@ -263,7 +265,7 @@ def _source_files(source: str, file_suffix: Optional[str], trained: Optional[Str
     """The file of every rank; one file, which MindSpore takes as well, is rank 0's."""
     if not os.path.isfile(source):
         return rank_folders.rank_files(source, None, file_suffix, None if trained is None else trained.world)
-    if not source.endswith(tuple(f".{suffix}" for suffix in rank_folders.FORMATS)):
+    if not source.endswith(SUFFIXES):
         raise DiscoveryError(f"src_checkpoints_dir is the file {source!r}, which is no checkpoint by its name")
     return {0: source}
 
@@ -285,7 +287,7 @@ def _refuse_two_newest(files: Mapping[int, str]) -> None:
     """MindSpore takes the last name in alphabetical order, where `net-9_1.ckpt` comes after `net-10_1.ckpt`."""
     for path in files.values():
         folder, name = os.path.split(path)
-        last = max(rank_folders.checkpoint_names(Path(folder), ["ckpt"]))
+        last = max(rank_folders.checkpoint_names(Path(folder), [CKPT.name]))
         if last != name:
             raise DiscoveryError(
                 f"of the files in {folder!r}, {name!r} is the newest by its numbers, but MindSpore takes {last!r}, the "

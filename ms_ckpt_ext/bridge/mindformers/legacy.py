@@ -27,6 +27,7 @@ from ms_ckpt_ext.engine.source.values import read_extras
 from ms_ckpt_ext.errors import CheckpointError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
 from ms_ckpt_ext.formats.strategies.file import load_strategy
+from ms_ckpt_ext.formats.table import SAFETENSORS
 
 NOTE_NAME = "ms_ckpt_ext_source.json"
 _SAID = {"unified_safetensors_dir", "train_strategy_filename", "file_suffix"}
@@ -133,11 +134,11 @@ def _read_note(path: str) -> dict[str, Any]:
 
 def _leave_note(source: str, strategy_path: str, target: str, file_suffix: Optional[str]) -> None:
     strategy = load_strategy(strategy_path)
-    files = list_checkpoint(source, strategy, file_suffix, require_sharded=True, kind="safetensors").files
-    scalars = read_extras(source, strategy, file_suffix, kind="safetensors")
+    files = list_checkpoint(source, strategy, file_suffix, require_sharded=True, kind=SAFETENSORS.name).files
+    scalars = read_extras(source, strategy, file_suffix, kind=SAFETENSORS.name)
     shutil.rmtree(target, ignore_errors=True)
     os.makedirs(target)
-    os.symlink(os.path.abspath(next(iter(files.values()))), os.path.join(target, "part0.safetensors"))
+    os.symlink(os.path.abspath(next(iter(files.values()))), os.path.join(target, f"part0{SAFETENSORS.suffix}"))
     held = {name: value for name, value in scalars.items() if isinstance(value, np.ndarray)}
     save_file(held, os.path.join(target, HYPER_NAMES[0]), {"format": "ms"})
     note = {

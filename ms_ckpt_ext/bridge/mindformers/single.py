@@ -23,6 +23,7 @@ from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
 from ms_ckpt_ext.engine.source.values import read_whole
 from ms_ckpt_ext.errors import FormatError
+from ms_ckpt_ext.formats.table import CKPT
 
 _STEP = "global_step"
 _LEAN = "a checkpoint without replicas, which the ranks broadcast"
@@ -122,7 +123,7 @@ def _ckpt_files(config: Any) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if theirs.check_ckpt_file_exist(path):
-        return [os.path.join(path, name) for name in os.listdir(path) if name.endswith(".ckpt")]
+        return [os.path.join(path, name) for name in os.listdir(path) if name.endswith(CKPT.suffix)]
     if isinstance(config.resume_training, str):
         return [os.path.join(path, f"rank_{config.rank_id}", config.resume_training)]
     found = theirs.get_distribute_checkpoint_path(path)

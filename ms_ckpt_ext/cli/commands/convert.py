@@ -6,11 +6,12 @@ import argparse
 
 from ms_ckpt_ext.cli import jobs, options
 from ms_ckpt_ext.cli.command import Answer, Command
+from ms_ckpt_ext.formats.table import FORMATS
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
     jobs.add_files(parser)
-    parser.add_argument("--to", choices=jobs.FORMATS, help="format (default: by the suffix of dst, else as it is)")
+    parser.add_argument("--to", choices=FORMATS, help="format (default: by the suffix of dst, else as it is)")
     options.add_name_map(parser, '{"name in the source": "name in the result"}')
     jobs.add_file_name_regex(parser, ", e.g. '_0-'")
     jobs.add_rewriting(parser)

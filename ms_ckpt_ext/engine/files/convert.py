@@ -26,6 +26,7 @@ from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC
 from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
 from ms_ckpt_ext.formats.index import CRC_NUM, Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
+from ms_ckpt_ext.formats.table import format_of
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, refuse_changed
 
 RenameFunction = Callable[[str], Optional[str]]
@@ -73,7 +74,8 @@ def _converted(
     name: str, held: FileIndex, tensors: Mapping[str, SourceTensor], rename: RenameFunction, crc: bool
 ) -> Output:
     # MindSpore converts to .ckpt in the order of names, and to safetensors in that format's own order.
-    order = sorted(tensors) if held.path.endswith(".safetensors") else tensors
+    form = format_of(held.path)
+    order = sorted(tensors) if form is not None and form.by_name else tensors
     renamed = _renamed(held.path, {stored: rename(stored) for stored in order})
     specs = [TensorSpec(new, *held.tensors[stored][:2]) for stored, new in renamed.items()]
     layout = registry.lay_out(name, specs, {"format": "ms", **_notes(held, renamed)}, crc)
@@ -152,7 +154,8 @@ def _holds(index: FileIndex, reader: ByteReader) -> Optional[ListTensors]:
 
 def _to_be_proved(path: str, reader: ByteReader) -> Optional[Checksum]:
     """The checksum at the end of a decrypted `.ckpt`, which is written as it is if it fits what was written before."""
-    stored = ckpt.stored_crc(reader) if path.endswith(".ckpt") else None
+    form = format_of(path)
+    stored = ckpt.stored_crc(reader) if form is not None and form.blocks else None
     if stored is None:
         return None
     end = reader.size - ckpt.CRC_TAIL

@@ -24,6 +24,7 @@ from ms_ckpt_ext.formats.crypto.keys import SM4_LENGTHS
 from ms_ckpt_ext.formats.crypto.units import thread_scratch
 from ms_ckpt_ext.formats.index import FileLayout
 from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.formats.table import format_of
 from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.sink import FileSink
 
@@ -84,7 +85,8 @@ class Seal:
 
     def container(self, name: str) -> str:
         """The container of a file of this name. Raises UsageError when it cannot be in this mode."""
-        if name.endswith(".ckpt") or self.mode == crypto.CHUNKED:
+        form = format_of(name)
+        if (form is not None and form.blocks) or self.mode == crypto.CHUNKED:
             return self.mode
         if self.mode == crypto.GCM:
             return crypto.CHUNKED

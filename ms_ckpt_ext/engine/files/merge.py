@@ -19,9 +19,10 @@ from ms_ckpt_ext.engine.files.job import Job, output_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import tell_accumulated
 from ms_ckpt_ext.errors import UsageError
-from ms_ckpt_ext.formats import safetensors
+from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.index import TensorSpec
+from ms_ckpt_ext.formats.table import FORMATS, SAFETENSORS
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.files.encrypted_sink import Seal
@@ -51,14 +52,14 @@ class MergeOptions:
         tasks: int = 1,
         naming: str = "mindspore",
         part_bytes: int = PART_BYTES,
-        format: str = "safetensors",
+        format: str = SAFETENSORS.name,
         crc: bool = False,
         seal: Optional[Seal] = None,
         digests: bool = True,
     ) -> None:
         self.task, self.tasks, self.naming = task, tasks, naming
         self.format, self.crc, self.seal, self.digests = format, crc, seal, digests
-        if (self.naming, self.format) == ("huggingface", "ckpt"):
+        if self.naming == "huggingface" and not FORMATS[format].hub:
             raise UsageError("naming='huggingface' is for safetensors files; write these, or leave out naming")
         if self.naming not in ("mindspore", "huggingface"):
             raise UsageError(f"naming must be 'mindspore' or 'huggingface', got {self.naming!r}")
@@ -89,8 +90,7 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
     count = min(count, len(sizes))
     limited = options.naming == "huggingface"
     groups = _limited(sizes, count, options.part_bytes) if limited else _balanced(sizes, count)
-    if options.format == "safetensors":
-        groups = [names for group in groups for names in _listable(group, named)]
+    groups = [names for group in groups for names in _listable(group, named, options.format)]
     # transformers opens files of "pt", "tf", "flax" and "mlx" only.
     framework = "pt" if options.naming == "huggingface" else "ms"
     write = partial(output_of, catalog=catalog, crc=options.crc, seal=options.seal, framework=framework)
@@ -178,10 +178,10 @@ def _limited(sizes: Mapping[str, int], count: int, most: int) -> list[list[str]]
     return groups
 
 
-def _listable(group: Sequence[str], named: Mapping[str, SourceTensor]) -> list[list[str]]:
+def _listable(group: Sequence[str], named: Mapping[str, SourceTensor], form: str) -> list[list[str]]:
     """The names of a part, in as many parts as it takes until the header of each can list its own."""
     specs = [TensorSpec(name, named[name].meta.dtype, named[name].meta.shape) for name in group]
-    return [[spec.name for spec in part] for part in safetensors.in_headers(specs)]
+    return [[spec.name for spec in part] for part in registry.in_files(specs, FORMATS[form])]
 
 
 def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:
@@ -193,4 +193,4 @@ def _shares(sizes: Sequence[int], tasks: int) -> list[set[int]]:
 def _part_name(options: MergeOptions, number: int, count: int) -> str:
     if options.naming == "mindspore":
         return f"part{number}.{options.format}"
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+    return f"model-{number + 1:05d}-of-{count:05d}.{options.format}"

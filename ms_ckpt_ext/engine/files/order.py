@@ -16,6 +16,7 @@ from typing import Optional
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.rank_boxes import RankBox
+from ms_ckpt_ext.formats.table import CKPT
 
 Files = Sequence[Sequence[int]]
 """Numbers of source files, in groups that are written one after another; () for the order of the target's strategy."""
@@ -52,10 +53,10 @@ def of_transform(catalog: Catalog, kind: str, target: Optional[Strategy], stage_
     """
     source, stages = catalog.strategy, 1 if target is None else target.stages
     if source is None:
-        return of_ranks(catalog, []) if kind == "ckpt" or stages == 1 else ()
+        return of_ranks(catalog, []) if kind == CKPT.name or stages == 1 else ()
     needed = _stages(source, target, rank)
     descending = [each for each in sorted(catalog.ranks, reverse=True) if source.stage_of(each) in needed]
-    if kind == "ckpt":
+    if kind == CKPT.name:
         return of_ranks(catalog, reversed(descending) if stage_alone else descending)
     if source.world == 1 and stages > 1:
         return ()

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Callable
 
 from ms_ckpt_ext.errors import UsageError, storage_error
-from ms_ckpt_ext.formats.discovery.rank_folders import FORMATS, HYPER_NAMES, INDEX_NAMES, RANK_FOLDER
+from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES, INDEX_NAMES, RANK_FOLDER
+from ms_ckpt_ext.formats.table import FORMATS, SUFFIXES
 from ms_ckpt_ext.storage import publishing
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import Published, places_of, read_published, state_of
 
 _PARTS = {
-    "mindspore": re.compile(r"^part\d+\.(safetensors|ckpt)$"),
+    "mindspore": re.compile(rf"^part\d+({'|'.join(map(re.escape, SUFFIXES))})$"),
     "huggingface": re.compile(r"^model-\d{5}-of-\d{5}\.safetensors$"),
 }
 _SINGLE = "model.safetensors"

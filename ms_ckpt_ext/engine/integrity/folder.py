@@ -22,10 +22,9 @@ from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
 from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import AUTHENTICATED, PLAIN, Access, read_index, stored_checksum
+from ms_ckpt_ext.formats.table import SUFFIXES
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.threads import in_order
-
-_KINDS = (".safetensors", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _unlisted(listed: ListedFiles) -> Iterator[str]:
     known = {os.path.normpath(os.path.join(folder, n)) for folder, held in listed.manifests.items() for n in held.files}
     for folder in listed.folders:
         for path in map(os.path.normpath, map(str, rank_folders.inside(Path(folder)))):
-            if path.endswith(_KINDS) and os.path.isfile(path) and path not in known:
+            if path.endswith(SUFFIXES) and os.path.isfile(path) and path not in known:
                 yield path
 
 

@@ -13,6 +13,7 @@ from ms_ckpt_ext.engine.resume.candidates import Candidate
 from ms_ckpt_ext.engine.resume.records import strategy_folder
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats.discovery import rank_folders
+from ms_ckpt_ext.formats.table import STRATEGY_SUFFIXES
 from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Transport
 
@@ -75,7 +76,7 @@ def _items_in(folder: str) -> list[Any]:
 
     found: dict[str, Any] = {}
     for path in rank_folders.inside(Path(folder), Path.is_file):
-        if path.suffix in (".ckpt", ".json"):
+        if path.suffix in STRATEGY_SUFFIXES:
             for item in entries(load_strategy(path)):
                 found.setdefault(json.dumps(item), item)
     return list(found.values())

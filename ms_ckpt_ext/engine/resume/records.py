@@ -33,6 +33,7 @@ from ms_ckpt_ext.core.geometry.layout import MAX_RANKS
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import FormatError, storage_error
+from ms_ckpt_ext.formats.table import CKPT
 
 RECORDS_FOLDER = "ms_ckpt_ext"
 STRATEGY_FOLDER = "strategy"
@@ -123,7 +124,7 @@ def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bo
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if strategy is not None:
-            save_strategy(strategy, folder / STRATEGY_FOLDER / f"stage_{strategy.stage_of(record.rank)}.ckpt")
+            save_strategy(strategy, folder / STRATEGY_FOLDER / f"stage_{strategy.stage_of(record.rank)}{CKPT.suffix}")
         with suppress(FileNotFoundError):  # of an older checkpoint of the same name
             (folder / COMPLETE).unlink()
         write_atomically(folder / f"rank_{record.rank}.json", _to_json([record]))

@@ -16,8 +16,16 @@ from ms_ckpt_ext.engine.resume import records
 from ms_ckpt_ext.engine.resume.records import Record, read_records, record_from_json
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import COMMON_NAME, METADATA_NAME, STRATEGY, is_mindformers, kind_of
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
+from ms_ckpt_ext.formats.table import (
+    COMMON_NAME,
+    FORMATS,
+    METADATA_NAME,
+    SAFETENSORS,
+    STRATEGY,
+    is_mindformers,
+    kind_of,
+)
 
 
 class Sight(NamedTuple):
@@ -68,7 +76,7 @@ def look(path: str, kind: Optional[str] = None) -> list[CheckpointFolder]:
         DiscoveryError: two folders of one rank, or one that vanished.
         StorageError: the directory or a rank's folder cannot be looked into.
     """
-    suffixes = [suffix for suffix in rank_folders.FORMATS if kind in (None, suffix)]
+    suffixes = [suffix for suffix in FORMATS if kind in (None, suffix)]
     root = Path(path)
     if root.is_file():
         return [_file(root, suffixes)]
@@ -121,7 +129,7 @@ def _mapped(folder: Path) -> str:
     """What makes the files of a folder one model; of several the map itself comes first, as MindFormers' files do."""
     there = [child.name for child in rank_folders.inside(folder, Path.is_file)]
     named = [name for name in there if name in (METADATA_NAME, COMMON_NAME) or is_map(name)]
-    files = [name for name in there if name.endswith(".safetensors")]
+    files = [name for name in there if name.endswith(SAFETENSORS.suffix)]
     theirs = bool(files) and all(map(is_mindformers, files))
     return next(iter(named), files[0] if theirs else "")
 

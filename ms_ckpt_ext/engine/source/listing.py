@@ -15,7 +15,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import DiscoveryError, also
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import STRATEGY, is_mindformers, kind_of
+from ms_ckpt_ext.formats.table import STRATEGY, format_of, is_mindformers, kind_of
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.formats.discovery.mindformers import Folder
@@ -93,7 +93,8 @@ def _list_file(path: str, strategy: Optional[Strategy], kind: Optional[str]) -> 
     if is_map(name):
         found = unified_files(folder or os.curdir, kind, index=name)
         return Listing(found.files, False, found.names)
-    if name.endswith(".ckpt") and kind_of(path) == STRATEGY:
+    form = format_of(name)
+    if form is not None and kind_of(path) == STRATEGY:
         raise DiscoveryError(
             f"{path!r} is a strategy file, which has the same suffix as a checkpoint; give the checkpoint's path here"
         )

@@ -1,6 +1,5 @@
 """Which files are meant, by their names and first bytes. Read in this order:
 
-kinds                  what a file is, by its format
 saves                  what a file's name says: save, run, rank
 rank_folders           which file of which rank folder
 whole_models           whole models in one folder, by map, index or number

@@ -22,8 +22,8 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery import rank_folders
-from ms_ckpt_ext.formats.discovery.kinds import COMMON_NAME, METADATA_NAME, TRACKER_NAME
 from ms_ckpt_ext.formats.discovery.mindformers_metadata import ParameterCut, file_name, layout_of, read_cuts
+from ms_ckpt_ext.formats.table import COMMON_NAME, METADATA_NAME, SAFETENSORS, TRACKER_NAME
 
 __all__ = [
     "COMMON_NAME",
@@ -69,7 +69,7 @@ def find_folder(directory: str) -> Optional[Folder]:
     if os.path.isfile(tracker):
         root = _newest(tracker)
     names = [path.name for path in rank_folders.inside(root, Path.is_file)] if os.path.isdir(root) else []
-    files = {name: str(root / name) for name in names if name.endswith(".safetensors")}
+    files = {name: str(root / name) for name in names if name.endswith(SAFETENSORS.suffix)}
     if METADATA_NAME not in names:
         return _whole(root, files)
     cuts = read_cuts(str(root / METADATA_NAME))

@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StrategyError, name_ranks
-from ms_ckpt_ext.formats.discovery.kinds import MINDFORMERS_FILE
+from ms_ckpt_ext.formats.table import MINDFORMERS_FILE
 
 _OTHER = "the file is damaged or was edited: restore it, or use another iteration"
 _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError)

@@ -18,10 +18,9 @@ from typing import Callable, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, also, name_ranks, storage_error
-from ms_ckpt_ext.formats.discovery.kinds import CHECKPOINT, kind_of
 from ms_ckpt_ext.formats.discovery.saves import grouped, newest, save_of, step_of, unlike
+from ms_ckpt_ext.formats.table import CHECKPOINT, FORMATS, SAFETENSORS, format_of, kind_of
 
-FORMATS = ("safetensors", "ckpt")
 MAP_NAME = "param_name_map.json"
 HYPER_STEM = "hyper_param"
 HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
@@ -128,7 +127,8 @@ def checkpoint_names(folder: Path, suffixes: Iterable[str], known: Optional[dict
 
 
 def _kind(folder: Path, name: str, known: Optional[dict[str, str]]) -> str:
-    if known is None or not name.endswith(".ckpt"):
+    form = format_of(name)
+    if known is None or form is None or not form.mixed:
         return kind_of(str(folder / name))
     family = re.sub(r"\d+", "#", name)
     if family not in known:
@@ -143,7 +143,7 @@ def _names_by_rank(folders: Mapping[int, Path], suffixes: Iterable[str]) -> dict
 
 def rank_files(
     directory: str,
-    suffix: Optional[str] = "safetensors",
+    suffix: Optional[str] = SAFETENSORS.name,
     file_suffix: Optional[str] = None,
     world: Optional[int] = None,
 ) -> dict[int, str]:
@@ -170,7 +170,7 @@ def rank_files(
     names = _names_by_rank(folders, FORMATS if suffix is None else (suffix,))
     if suffix is None:
         there = {kind for kind in FORMATS if any(n.endswith(f".{kind}") for held in names.values() for n in held)}
-        suffix = only_kind(there, f"the rank folders of {directory!r}") or FORMATS[0]
+        suffix = only_kind(there, f"the rank folders of {directory!r}") or SAFETENSORS.name
     names = {rank: held for rank, held in names.items() if held or file_suffix is not None}
     if file_suffix is not None:
         chosen = {rank: by_suffix(held, suffix, file_suffix, str(folders[rank])) for rank, held in names.items()}
@@ -281,9 +281,8 @@ def check_one_step(files: Mapping[int, str]) -> None:
 def only_kind(found: set[str], where: str) -> Optional[str]:
     """The one format that was found; None when there is none. Raises DiscoveryError when there are both."""
     if len(found) > 1:
-        raise DiscoveryError(
-            f"{where} hold both .safetensors and .ckpt files; say which format is meant, or move one kind away"
-        )
+        both = " and ".join(f".{each}" for each in FORMATS if each in found)
+        raise DiscoveryError(f"{where} hold both {both} files; say which format is meant, or move one kind away")
     return next(iter(found), None)
 
 

@@ -22,9 +22,7 @@ from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, also
-from ms_ckpt_ext.formats.discovery.kinds import FOREIGN, STRATEGY, kind_of, pointer_fault
 from ms_ckpt_ext.formats.discovery.rank_folders import (
-    FORMATS,
     HF_INDEX_NAME,
     HYPER_NAMES,
     MAP_NAME,
@@ -39,6 +37,7 @@ from ms_ckpt_ext.formats.discovery.rank_folders import (
 )
 from ms_ckpt_ext.formats.discovery.saves import grouped_flat, is_step, names_rank
 from ms_ckpt_ext.formats.discovery.torch_slices import JOIN, is_of_a_rank
+from ms_ckpt_ext.formats.table import FOREIGN, FORMATS, STRATEGY, SUFFIXES, kind_of, pointer_fault
 
 _INDEX = re.compile(r".\.safetensors\.index(?:\.[\w-]+)?\.json$")
 _PART = re.compile(r"^(?P<model>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)$")
@@ -312,10 +311,10 @@ def instead(directory: str) -> str:
     root = Path(directory)
     there = [path.name for path in inside(root, Path.is_file)] if root.is_dir() else []
     other = [name for name in there if name.endswith(_NOT_READ)]
-    other += [name for name in there if name.endswith(".ckpt") and kind_of(str(root / name)) == FOREIGN]
+    other += [name for name in there if name.endswith(SUFFIXES) and kind_of(str(root / name)) == FOREIGN]
     if other:
         return f", but {_some(other)}, of formats that are not read"
-    if any(name.endswith(".ckpt") and kind_of(str(root / name)) == STRATEGY for name in there):
+    if any(name.endswith(SUFFIXES) and kind_of(str(root / name)) == STRATEGY for name in there):
         return ", but strategy files, which are no checkpoints"
     if (root / "snapshots").is_dir():
         return ", but the snapshots of a download, which are such folders: give the path of one of them"

@@ -13,9 +13,9 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy, layout_item, split_stage
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, also, storage_error
-from ms_ckpt_ext.formats.discovery.kinds import pointer_fault
 from ms_ckpt_ext.formats.strategies import messages as proto
 from ms_ckpt_ext.formats.strategies.messages import IntRows
+from ms_ckpt_ext.formats.table import STRATEGY_SUFFIXES, pointer_fault
 from ms_ckpt_ext.storage.linux import write_atomically
 
 _FRESH, MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
@@ -85,7 +85,7 @@ def stage_files(directory: str) -> list[str]:
         )
     found = {
         suffix: sorted(str(p) for p in Path(directory).glob(f"[!.]*{suffix}") if p.is_file())
-        for suffix in (".ckpt", ".json")
+        for suffix in STRATEGY_SUFFIXES
     }
     kinds = [files for files in found.values() if files]
     if len(kinds) != 1:

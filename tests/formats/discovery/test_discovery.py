@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,9 +133,9 @@ def test_one_file_of_a_family_tells_its_kind(tmp_path: Path, monkeypatch: pytest
         (tmp_path / f"rank_{rank}").mkdir()
         for step in range(9):
             (tmp_path / f"rank_{rank}" / f"net_rank_{rank}-1_{step}.ckpt").write_bytes(bytes.fromhex("0a0a"))
-    looked: list[Path] = []
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *mode: looked.append(path) or real(path, *mode))
+    looked: list[Any] = []
+    real = open
+    monkeypatch.setattr("builtins.open", lambda path, *mode: looked.append(path) or real(path, *mode))
     assert len(rank_folders.rank_files(str(tmp_path), None)) == 8
     assert len(looked) == 1
 

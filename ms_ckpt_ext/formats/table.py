@@ -1,19 +1,56 @@
-"""What a file is, decided here and nowhere else, by the format that its suffix names.
+"""The formats of checkpoint files, a row for each, and what a file is: decided here and nowhere else.
 
-`.ckpt` is the suffix of checkpoints, of strategy files, and of whatever other programs call so; the first bytes tell
-them apart. `.json` may be a strategy. A safetensors file has a suffix of its own and is never taken for anything else:
-its first byte, the low one of its header's length, may be that of any format. Under any name, what git leaves in place
-of a large file that was not fetched is told by its text.
+A file's suffix names its format. `.ckpt` is the suffix of checkpoints, of strategy files, and of whatever other
+programs call so; the first bytes tell them apart. `.json` may be a strategy. A safetensors file has a suffix of its own
+and is never taken for anything else: its first byte, the low one of its header's length, may be that of any format.
+Under any name, what git leaves in place of a large file that was not fetched is told by its text.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.errors import storage_error
+
+
+class Format(NamedTuple):
+    """A format of checkpoint files.
+
+    Attributes:
+        name: what arguments call it; a file's suffix without the dot.
+        reader, writer: modules of `ms_ckpt_ext.formats`, imported when there is a file to read or to write. The reader
+            has `read_index` and `stored_checksum`, the writer `layout`, as `formats.safetensors` has them.
+        mixed: files of other kinds have the suffix, too.
+        blocks: it may be encrypted in MindSpore's blocks, and the reader has `stored_crc`; others take the chunked
+            container only.
+        by_name: MindSpore lists a file's parameters by name; else as they lie in the file.
+        listed: a header lists the tensors, as many as fit; the writer has `in_headers`.
+        hub: Hugging Face's libraries read it.
+    """
+
+    name: str
+    reader: str
+    writer: str
+    mixed: bool = False
+    blocks: bool = False
+    by_name: bool = False
+    listed: bool = False
+    hub: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """How names of its files end."""
+        return f".{self.name}"
+
+
+SAFETENSORS = Format("safetensors", "safetensors", "safetensors", by_name=True, listed=True, hub=True)
+CKPT = Format("ckpt", "ckpt", "ckpt_writer", mixed=True, blocks=True)
+FORMATS = {each.name: each for each in (SAFETENSORS, CKPT)}
+"""By name; the first is the one that is written where nobody says which."""
+SUFFIXES = tuple(each.suffix for each in FORMATS.values())
+STRATEGY_SUFFIXES = (CKPT.suffix, ".json")
 
 CHECKPOINT, STRATEGY, FOREIGN = "checkpoint", "strategy", "foreign"
 """FOREIGN: certainly neither a checkpoint nor a strategy that this package knows."""
@@ -35,6 +72,11 @@ TRACKER_NAME = "latest_checkpointed_iteration.txt"
 MINDFORMERS_FILE = re.compile(r"(?:^|-)(model|opt)-(\d{7,})-(\d{7,})\.safetensors$")
 
 
+def format_of(path: str) -> Optional[Format]:
+    """The format that a file's suffix names; None for no known one."""
+    return FORMATS.get(os.path.splitext(path)[1][1:])
+
+
 def is_mindformers(name: str) -> bool:
     """Whether a file is one of MindFormers' own, by its name."""
     return name in (METADATA_NAME, COMMON_NAME, TRACKER_NAME) or MINDFORMERS_FILE.search(name) is not None
@@ -46,10 +88,10 @@ def kind_of(path: str) -> str:
     Raises:
         StorageError: it cannot be read.
     """
-    suffix = os.path.splitext(path)[1]
-    if suffix == ".safetensors" or not os.path.isfile(path):
+    form = format_of(path)
+    if (form is not None and not form.mixed) or not os.path.isfile(path):
         return CHECKPOINT
-    if suffix == ".json":
+    if path.endswith(".json"):
         return STRATEGY if b"parallel_layout_item" in _head(path, _JSON_BYTES) else FOREIGN
     head = _head(path, HEAD_BYTES)
     return STRATEGY if is_strategy(head) else CHECKPOINT if what_else(head) is None else FOREIGN
@@ -88,7 +130,7 @@ def pointer_fault(path: str, head: bytes) -> Optional[str]:
 
 def _head(path: str, length: int) -> bytes:
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             return file.read(length)
     except OSError as error:
         raise storage_error("read", path, error) from error

@@ -10,9 +10,9 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, FormatError, StrategyError
-from ms_ckpt_ext.formats.discovery.kinds import CHECKPOINT, FOREIGN, STRATEGY, kind_of
 from ms_ckpt_ext.formats.registry import Access, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
+from ms_ckpt_ext.formats.table import CHECKPOINT, FOREIGN, STRATEGY, kind_of
 from tests.support.checkpoints import source
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 4976698672\n"
