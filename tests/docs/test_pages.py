@@ -23,7 +23,14 @@ import ms_ckpt_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["docs/training-resume.md", "docs/inference.md"]
-CALLING = [*PAGES, "docs/mindformers.md", "docs/hugging-face.md", "docs/family.md", "docs/outside-the-strategy.md"]
+CALLING = [
+    *PAGES,
+    "docs/mindformers.md",
+    "docs/hugging-face.md",
+    "docs/transfer.md",
+    "docs/family.md",
+    "docs/outside-the-strategy.md",
+]
 """Pages with Python; the commands of the last are run by tests/bridge/mindformers, which has what they need."""
 TRANSLATIONS = {"README.zh-CN.md": "README.md"} | {
     str(page.relative_to(ROOT)): f"docs/{page.name}" for page in sorted((ROOT / "docs" / "zh-CN").glob("*.md"))
