@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.huggingface.families import document_of
 from ms_ckpt_ext.errors import ArgumentTypeError, CoverageError, FormatError, LayoutMismatchError, UsageError
-from ms_ckpt_ext.rules import Rename, invert
+from ms_ckpt_ext.rules import QKV, Interleave, Rename, invert
 from tests.support.checkpoints import CASES, cut, read_file
 from tests.support.families import ARCHITECTURES, LAYERS, config_of, hub_folder, training
 
@@ -279,6 +279,22 @@ def test_a_rerun_has_nothing_to_do_and_a_dry_run_writes_nothing(tmp_path: Path) 
     assert sum(array.nbytes for array in made.weights.values()) <= report.bytes_read <= foreseen.bytes_written
     again = made.export()
     assert again.published and not again.files_written and again.bytes_read == 0
+
+
+def test_what_was_fused_is_read_once(tmp_path: Path) -> None:
+    """Rows of gate and up that alternate; queries, keys and values group by group. Long reads, whatever the rows."""
+    rng = np.random.default_rng(3)
+    fused = {"fc1": rng.integers(0, 99, (256, 4096), np.int16), "qkv": rng.integers(0, 99, (96, 4096), np.int16)}
+    save_file(fused, tmp_path / "trained.safetensors")
+    rules = [Interleave(["gate", "up"], "fc1"), QKV(["q", "k", "v"], "qkv", groups=8, shares=(4, 1, 1))]
+    report = ms_ckpt_ext.export(tmp_path / "trained.safetensors", tmp_path / "out", rules=rules)
+    held = exported(tmp_path / "out")
+    assert (
+        held["gate"].tobytes() == fused["fc1"][::2].tobytes() and held["up"].tobytes() == fused["fc1"][1::2].tobytes()
+    )
+    groups = np.split(fused["qkv"].reshape(8, 12, 4096), (8, 10), axis=1)
+    assert [held[name].tobytes() for name in "qkv"] == [group.tobytes() for group in groups]
+    assert report.bytes_read == sum(array.nbytes for array in fused.values()) and report.reads <= 2
 
 
 def test_shares_of_hosts_appear_together(tmp_path: Path) -> None:

@@ -173,6 +173,16 @@ def whole_box(tensor: SourceTensor) -> Optional[Region]:
     return Region.whole(tensor.meta.shape) if all(tensor.meta.shape) else None
 
 
+def box_of_stored(tensor: SourceTensor) -> Optional[tuple[SourceTensor, Region]]:
+    """The stored tensor, and the box of it, that has the same bytes in the same order; None where no box has."""
+    recipe = tensor.recipe
+    if not isinstance(recipe, Recipe) or len(recipe.blocks) != 1 or recipe.blocks[0].tensor.recipe is not None:
+        return None
+    block = recipe.blocks[0]
+    thick = [axis for axis, extent in zip(block.axes, block.region.shape) if extent > 1]
+    return (block.tensor, block.region) if thick == sorted(thick) else None
+
+
 class _Projections(NamedTuple):
     cell: Cell
     source_shape: Shape

@@ -15,7 +15,7 @@ import xxhash
 
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate, whole_box
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, box_of_stored, locate, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import registry
@@ -211,7 +211,10 @@ def _spellings(paths: Iterable[str]) -> Iterator[str]:
 
 
 def tasks_of(outputs: Sequence[Output]) -> list[Task]:
-    """One task per source parameter, with every box that any output wants of it, in the order of the files' bytes."""
+    """One task per source parameter, with every box that any output wants of it, in the order of the files' bytes.
+
+    Parameters that are boxes of one tensor, parts of what was fused, are of one task: their bytes come with one read.
+    """
     wanted: dict[int, tuple[SourceTensor, dict[Region, list[Landing]]]] = {}
     for number, output in enumerate(outputs):
         placed = sorted(output.wanted, key=lambda wanted: output.layout.tensors[wanted.name].extents[:1])
@@ -219,6 +222,8 @@ def tasks_of(outputs: Sequence[Output]) -> list[Task]:
             if region is None:
                 continue
             landing = Landing(number, output.layout.tensors[name].extents)
+            box = box_of_stored(tensor) if region == whole_box(tensor) else None
+            tensor, region = box or (tensor, region)
             wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
     return [
         Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))
