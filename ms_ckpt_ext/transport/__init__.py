@@ -9,6 +9,7 @@ control   small messages between the processes of a job, and who of them is stil
 gather    payloads that are too much for the control plane, over the backend
 known_answer  what goes before the first round, to find a backend that delivers other bytes than were sent
 gate      all ranks of a host, before any calls the backend for the first time
+roll      who of all ranks has come, asked when the first meeting takes long
 living    how many ranks of this host still live, also those that never came to a gate
 hub/      where the ranks of a control plane, or of a gate, meet
 rendezvous/  how ranks of several hosts find the hub, and prove that they belong to the job

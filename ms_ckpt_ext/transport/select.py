@@ -81,7 +81,7 @@ def select_transport(
             f"the {name} transport was asked for, but this process is not part of a job: start it with msrun and call "
             "mindspore.communication.init() (Ascend: mint.distributed.init_process_group()) before"
         )
-    with naming_absent(*_meet(timeout)) if group is None else contextlib.nullcontext():
+    with _first_meeting(timeout) if group is None else contextlib.nullcontext():
         if name == "mccl":
             from ms_ckpt_ext.transport.mccl import Mccl
 
@@ -89,6 +89,17 @@ def select_transport(
         from ms_ckpt_ext.transport.hccl import Hccl
 
         return Hccl(timeout, group)
+
+
+@contextlib.contextmanager
+def _first_meeting(timeout: float) -> Iterator[None]:
+    """The ranks of this host meet; what all ranks do then is part of it. An error says who has not come."""
+    from ms_ckpt_ext.transport.roll import calling_roll
+
+    communication = sys.modules["mindspore"].communication
+    rank, size = communication.get_rank(), communication.get_group_size()
+    with calling_roll(rank, size, timeout), naming_absent(*_meet(timeout)):
+        yield
 
 
 def _meet(timeout: float) -> tuple[list[int], int]:
