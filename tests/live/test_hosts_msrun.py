@@ -23,6 +23,7 @@ from tests.harness.hosts import Host, Hosts
 pytestmark = pytest.mark.msrun
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hosts_worker.py")
+ABSENT_WORKER = Path(__file__).with_name("absent_worker.py")
 LINK_WORKER = Path(__file__).with_name("link_worker.py")
 RANKS = 4
 MODES = ("direct", "cooperative", "auto")
@@ -137,6 +138,17 @@ def test_a_link_that_goes_down_in_the_middle_of_a_load(victim: int, disks: dict[
         print(f"TOOK {told['at'] - began:.1f} seconds, rank {rank}: {told['kind']} {told['text']}")
         assert told["kind"] == "LoadError", told
         assert any(f"rank {other} is out of reach" in told["text"] for other in range(RANKS) if other // 2 != rank // 2)
+
+
+def test_a_rank_that_does_not_come_is_named_on_the_other_host(disks: dict[str, Any], tmp_path: Path) -> None:
+    long_one("tests/transport/test_roll.py is about the same without MindSpore")
+    (tmp_path / "case.json").write_text(json.dumps(disks, default=str))
+    with Hosts(2, names=["a", "b"]) as hosts:
+        start(hosts, tmp_path, ABSENT_WORKER, tmp_path / "case.json", tmp_path)
+        wait_for(lambda: len(list(tmp_path.glob("told_*"))) == RANKS - 1, tmp_path)
+    for rank in range(RANKS - 1):
+        told = (tmp_path / f"told_{rank}").read_text()
+        assert told.startswith("TransportError: ") and "rank 3 of 4 did not come" in told, told
 
 
 def wait_for(condition: Callable[[], bool], tmp_path: Path, seconds: float = 120.0) -> None:
