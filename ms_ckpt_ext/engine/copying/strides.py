@@ -13,6 +13,9 @@ from ms_ckpt_ext.storage.linux import address_of
 _FEW = 64
 """Runs that are copied one by one sooner than numpy is imported, or its arrays made."""
 
+_STRIP = 32
+"""Elements of a transposed matrix that are copied side by side: two to three times as fast as all at once."""
+
 
 def copy_strided(copy: StridedCopy, source: Any, target: Any) -> None:
     """Make one strided copy. `source` and `target` are flat bytes: uint8 arrays, or anything that is a buffer."""
@@ -30,7 +33,14 @@ def _copy_many(copy: StridedCopy, source: Any, target: Any) -> None:
     shape, dtype = (*copy.counts, copy.run // grain), np.dtype(f"u{grain}")
     lying: Any = np.ndarray(shape, dtype, source, copy.source, (*copy.source_strides, grain))
     landing: Any = np.ndarray(shape, dtype, target, copy.target, (*copy.target_strides, grain))
-    landing[...] = lying
+    if copy.run not in copy.target_strides:
+        landing[...] = lying
+        return
+    # Transposed: by strips, so that a cache line of the target is written while its neighbours are at hand.
+    axis = copy.target_strides.index(copy.run)
+    lying, landing = np.moveaxis(lying, axis, 0), np.moveaxis(landing, axis, 0)
+    for start in range(0, copy.counts[axis], _STRIP):
+        landing[start : start + _STRIP] = lying[start : start + _STRIP]
 
 
 def scattered(
