@@ -1,6 +1,7 @@
 """Encryption: MindSpore's own block format for `.ckpt`, and a chunked container for everything else.
 
     keys             where keys come from; they never show
+    block_table      where MindSpore's blocks lie in a file
     blocks           DecryptingReader: MindSpore's AES-GCM, AES-CBC, SM4-CBC, at plaintext offsets
     blocks_writer    EncryptingWriter, BlockSealer: the same, written as a stream or block by block
     container        ChunkedReader: authenticated, slices decrypt on their own

@@ -1,4 +1,4 @@
-"""Writing MindSpore's encrypted `.ckpt`, as a stream or block by block in any order; the format is in blocks.py.
+"""Writing MindSpore's encrypted `.ckpt`, as a stream or block by block in any order; the format is in block_table.py.
 
 As a stream: a block's header holds its tag and length, so the ciphertext of one block (64 MiB) is collected in a buffer
 that is reused, and written with its header when the block is full. IVs are random, 16 bytes, as MindSpore's are.
@@ -15,7 +15,7 @@ from typing import BinaryIO, Optional, Protocol, Union
 from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC, GCM, SM4, backend
 from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
-from ms_ckpt_ext.formats.crypto.blocks import BLOCK_BYTES, IV_BYTES, NONCE_BYTES, TAG_BYTES
+from ms_ckpt_ext.formats.crypto.block_table import BLOCK_BYTES, IV_BYTES, NONCE_BYTES, TAG_BYTES
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.units import PIECE
 from ms_ckpt_ext.storage import linux
