@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.strategy import (
@@ -14,7 +14,7 @@ from ms_ckpt_ext.core.geometry.strategy import (
     strategy_from_layout_dict,
     strategy_from_messages,
 )
-from ms_ckpt_ext.core.parsing import integer
+from ms_ckpt_ext.core.parsing import integer, true_or_false
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM
@@ -66,8 +66,25 @@ def checked_format(value: Any, argument: str, optional: bool = False) -> None:
 def checked_flags(**flags: Any) -> None:
     """Raise ArgumentTypeError for one that is neither True nor False, numpy's included."""
     for argument, value in flags.items():
-        if type(value).__name__ not in ("bool", "bool_"):
-            raise ArgumentTypeError(f"{argument} must be True or False, got {value!r:.60}")
+        true_or_false(value, argument)
+
+
+def checked_words(function: Callable[..., Any], given: Mapping[str, Any], besides: Collection[str] = ()) -> None:
+    """Raise ArgumentTypeError for what is no flag where a function says `bool`, and no text where it says `str`.
+
+    Args:
+        given: arguments by name: what `locals()` gives in the function's first line.
+        besides: arguments that may be something else, as MindSpore takes them.
+    """
+    for argument, kind in function.__annotations__.items():
+        if argument in besides or argument not in given:
+            continue
+        value = given[argument]
+        if kind == "bool":
+            true_or_false(value, argument)
+        elif kind in ("str", "Optional[str]") and not isinstance(value, str) and (value is not None or kind == "str"):
+            allowed = "a str or None" if kind == "Optional[str]" else "a str"
+            raise ArgumentTypeError(f"{argument} must be {allowed}, got {type(value).__name__}")  # it may be a key
 
 
 def checked_name_map(
@@ -217,8 +234,8 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
         raise ArgumentTypeError(f"dec_mode must be a str, got {type(dec_mode).__name__}")
     if dec_key is None and DEC_KEY_VARIABLE in os.environ:
         mode = None if dec_mode == GCM else dec_mode  # MindSpore's default, so nobody may have meant it
-        return Access(_key_of(None, "dec_key", DEC_KEY_VARIABLE), mode, bool(crc_check), optional=True)
-    return Access(_key_of(dec_key, "dec_key"), dec_mode, bool(crc_check))
+        return Access(_key_of(None, "dec_key", DEC_KEY_VARIABLE), mode, crc_check, optional=True)
+    return Access(_key_of(dec_key, "dec_key"), dec_mode, crc_check)
 
 
 def any_mode(dec_key: Any, dec_mode: Optional[str], crc_check: bool = False) -> Access:
@@ -277,7 +294,7 @@ def running(
 
     `least` is 0 where MindSpore does not look at the number, so any call may have it.
     """
-    return Running(workers_of(max_process_num, argument, least), limits_of(buffer_bytes), bool(sync), bool(dry_run))
+    return Running(workers_of(max_process_num, argument, least), limits_of(buffer_bytes), sync, dry_run)
 
 
 def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Report:

@@ -20,6 +20,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_choice,
     checked_format,
     checked_name_map,
+    checked_words,
     execute_with_progress,
     path_of,
     running,
@@ -134,6 +135,7 @@ def convert(
         UsageError, ArgumentTypeError: wrong arguments; nothing was written.
         FormatError, ChecksumError, DecryptionError, StorageError: an input cannot be read, or the output not written.
     """
+    checked_words(convert, locals(), ("file_name_regex",))
     checked_format(to, "to", optional=True)
     access, seal = any_mode(dec_key, dec_mode, crc_check), seal_of(enc_key, enc_mode)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
@@ -163,6 +165,7 @@ def encrypt(
     Arguments, results and errors are those of `convert`; a key is needed. Parameter maps (`param_name_map.json`) of
     merged checkpoints go along and stay readable, and with them names of parameters and files.
     """
+    checked_words(encrypt, locals(), ("file_name_regex",))
     seal = seal_of(enc_key, enc_mode)
     if seal is None:
         raise UsageError(f"enc_key is needed: give the key, or set the environment variable {ENC_KEY_VARIABLE}")
@@ -192,6 +195,7 @@ def decrypt(
     Files that changed places as a whole, under one key, are noticed in no mode. See docs/encryption.md, "What is
     noticed".
     """
+    checked_words(decrypt, locals(), ("file_name_regex",))
     access = any_mode(dec_key, dec_mode)
     if access.key is None:
         raise UsageError(f"dec_key is needed: give the key, or set the environment variable {DEC_KEY_VARIABLE}")

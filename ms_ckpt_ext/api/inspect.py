@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, path_of
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_words, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
 from ms_ckpt_ext.api.source import Filter, Globs, Source, find_source
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, describe, describe_strategy
@@ -63,6 +63,7 @@ def inspect(
         DecryptionError: an encrypted file and no key, or a wrong one.
         FormatError, StrategyError, LayoutMismatchError, StorageError: it cannot be read, or contradicts itself.
     """
+    checked_words(inspect, locals())
     source, wanted = path_of(path, "path"), Filter(match, exclude)
     if _is_strategy(source):
         from ms_ckpt_ext.formats.strategies.file import load_strategy

@@ -19,6 +19,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_format,
     checked_naming,
     checked_rules,
+    checked_words,
     execute_with_progress,
     path_of,
     running,
@@ -115,6 +116,7 @@ def merge(
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
         StorageError: no space or permission; what is finished is kept for a rerun.
     """
+    checked_words(merge, locals())
     target, wanted = path_of(dst, "dst"), Filter(match, exclude)
     called = checked_naming(_choice(wanted, checked_choice(choice_func)), name_map, scalars=False)
     checked_format(to, "to")
@@ -192,6 +194,7 @@ def reshard(
 
     The other arguments, the result and the errors are those of `merge`. UsageError also when there is no such rank.
     """
+    checked_words(reshard, locals())
     target, naming = path_of(dst, "dst"), checked_naming(choice_func, name_map)
     checked_format(to, "to")
     seal = seal_of(enc_key, enc_mode)

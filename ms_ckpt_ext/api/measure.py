@@ -8,7 +8,7 @@ import socket
 import time
 from typing import Any, Optional
 
-from ms_ckpt_ext.api.arguments import PathLike, path_of
+from ms_ckpt_ext.api.arguments import PathLike, checked_words, path_of
 from ms_ckpt_ext.engine.load.measure import measure_machine, profile_of
 from ms_ckpt_ext.errors import ArgumentTypeError, StorageError, UsageError, storage_error
 from ms_ckpt_ext.transport.agree import share_status
@@ -39,6 +39,7 @@ def measure(
         StorageError: a file cannot be read, or the profile not written.
         PeerError, TransportError: another rank failed, or has gone.
     """
+    checked_words(measure, locals())
     folder, path = path_of(src, "src"), path_of(dst, "dst")
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise ArgumentTypeError(f"seconds must be a number, got {seconds!r:.60}")

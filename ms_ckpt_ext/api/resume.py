@@ -16,6 +16,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_format,
     checked_naming,
     checked_rules,
+    checked_words,
     limits_of,
     mode_of,
     path_of,
@@ -138,6 +139,7 @@ def resume(
         DisagreementError: ranks look into different directories, or for different things.
         LayoutMismatchError, CoverageError, LoadError, PeerError, TransportError: as in `load_distributed_checkpoint`.
     """
+    checked_words(resume, locals())
     if isinstance(optimizer, (str, os.PathLike)):
         raise ArgumentTypeError("optimizer must be a Cell or None; give the directory as checkpoint_dir=…")
     from ms_ckpt_ext.bridge.request import LoadRequest
@@ -147,8 +149,6 @@ def resume(
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
     checked_format(format, "format", optional=True)
-    if not isinstance(prefix, (str, type(None))):
-        raise ArgumentTypeError(f"prefix must be a str or None, got {type(prefix).__name__}")
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     naming = checked_naming(choice_func, name_map)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from ms_ckpt_ext.api.arguments import PathLike, access_of, as_strategy, path_of
+from ms_ckpt_ext.api.arguments import PathLike, access_of, as_strategy, checked_words, path_of
 from ms_ckpt_ext.engine.source.values import read_extras
 from ms_ckpt_ext.formats.crypto import KeyLike
 
@@ -36,6 +36,7 @@ def training_scalars(
     Raises:
         DiscoveryError, StrategyError, FormatError, StorageError: as for the merge.
     """
+    checked_words(training_scalars, locals())
     strategy = as_strategy(strategy_file, argument="strategy_file")
     access = access_of(dec_key, dec_mode, crc_check)
     return read_extras(path_of(checkpoint_dir, "checkpoint_dir"), strategy, file_suffix, access)

@@ -12,6 +12,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_name_map,
     checked_naming,
     checked_rules,
+    checked_words,
     path_of,
     workers_of,
 )
@@ -89,6 +90,7 @@ def verify(
         CoverageError: one of two checkpoints lacks a region that it should hold.
         StrategyError, FormatError, LayoutMismatchError, StorageError: an input cannot be read.
     """
+    checked_words(verify, locals())
     workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, dec_mode)
     naming, names = checked_naming(choice_func, None), checked_name_map(name_map)
     weight_rules = checked_rules(rules)

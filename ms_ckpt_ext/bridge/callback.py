@@ -21,7 +21,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy, strategy_from_layout_dict
-from ms_ckpt_ext.core.parsing import integer
+from ms_ckpt_ext.core.parsing import integer, true_or_false
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests, update_manifest
 from ms_ckpt_ext.engine.resume.records import Record, forget_deleted, home_of, write_record
@@ -53,7 +53,7 @@ class CheckpointRecorder(ms.train.Callback):
 
     def __init__(self, digests: bool = True, start_epoch: int = 0, start_step: int = 0) -> None:
         super().__init__()
-        self._digests = digests
+        self._digests = true_or_false(digests, "digests")
         self._start = (start_epoch, start_step)
         self._last: dict[int, tuple[str, int]] = {}
         self._waiting: list[_Saved] = []

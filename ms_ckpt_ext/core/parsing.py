@@ -1,4 +1,4 @@
-"""Values as others give them: integers of callers, JSON of files."""
+"""Values as others give them: integers and flags of callers, JSON of files."""
 
 from __future__ import annotations
 
@@ -37,3 +37,10 @@ def integer(value: Any, argument: str, least: Optional[int] = None, kind: str = 
     if least is not None and number < least:
         raise UsageError(f"{argument} must be at least {least}, got {number}")
     return number
+
+
+def true_or_false(value: Any, argument: str) -> bool:
+    """True or False, numpy's included, as a bool. Raises ArgumentTypeError for anything else, whatever its truth."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise ArgumentTypeError(f"{argument} must be True or False, got {value!r:.60}")
+    return bool(value)

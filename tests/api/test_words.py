@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
 import ms_ckpt_ext
-from ms_ckpt_ext.errors import CheckpointError
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, UsageError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data/golden/dp2_tp2"
 FOREIGN = {
@@ -46,6 +47,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("merge", {"exclude": None}, "exclude must be a glob or several, as str"),
     ("merge", {"strategy": 5}, "strategy must be a path, got int"),
     ("merge", {"file_suffix": "9_9"}, "as file_suffix"),
+    ("merge", {"file_suffix": 9}, "file_suffix must be a str or None, got int"),
+    ("merge", {"to": None}, "to must be a str, got NoneType"),
+    ("merge", {"digests": "no"}, "digests must be True or False, got 'no'"),
+    ("merge", {"sync": 0}, "sync must be True or False, got 0"),
+    ("merge", {"dry_run": None}, "dry_run must be True or False, got None"),
     ("reshard", {"to": "npz"}, "to must be one of safetensors, ckpt"),
     ("reshard", {"to_strategy": 5}, "to_strategy must be a path, got int"),
     ("reshard", {"to_strategy": []}, "to_strategy is an empty list"),
@@ -89,3 +95,54 @@ def test_an_error_names_the_argument(name: str, wrong: dict[str, Any], told: str
 def test_without_the_mistake_it_runs(name: str, tmp_path: Path) -> None:
     getattr(ms_ckpt_ext, name)(**arguments(name, tmp_path / "out"))
     assert any((tmp_path / "out").iterdir())
+
+
+FUNCTIONS = {name: getattr(ms_ckpt_ext, name) for name in ms_ckpt_ext.__all__ if name != "CheckpointRecorder"}
+BY_TRUTH = {
+    ("load_distributed_checkpoint", "return_param_dict"),  # as MindSpore takes them
+    ("unified_safetensors", "merge_with_redundancy"),
+    ("load_checkpoint_async", "strict_load"),  # its future tells
+}
+FLAGS = [
+    (name, argument)
+    for name, function in sorted(FUNCTIONS.items())
+    if isfunction(function)
+    for argument, kind in function.__annotations__.items()
+    if kind == "bool" and argument != "return" and (name, argument) not in BY_TRUTH
+]
+TEXTS = [
+    (name, argument)
+    for name, function in sorted(FUNCTIONS.items())
+    if isfunction(function)
+    for argument in ("file_suffix", "dec_mode", "prefix", "check", "naming", "ckpt_prefix", "device_target")
+    if argument in function.__annotations__ and name != "load_checkpoint_async"
+]
+
+
+def call(name: str, **wrong: Any) -> None:
+    """A call with one mistake, which comes before everything else: nothing is given that could be looked for."""
+    needed = [p for p in signature(FUNCTIONS[name]).parameters.values() if p.default is p.empty]
+    right = {p.name: "x" if p.annotation == "str" else None for p in needed if p.kind is not p.VAR_KEYWORD}
+    FUNCTIONS[name](**{**right, **wrong})
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+@pytest.mark.parametrize(("name", "argument"), FLAGS)
+def test_a_flag_is_true_or_false(name: str, argument: str, value: Any) -> None:
+    with pytest.raises(ArgumentTypeError, match=rf"^{argument} must be True or False, got {value!r}$"):
+        call(name, **{argument: value})
+
+
+@pytest.mark.parametrize(("name", "argument"), TEXTS)
+def test_text_is_text(name: str, argument: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=rf"^{argument} must be a str( or None)?, got int$"):
+        call(name, **{argument: 5})
+
+
+def test_a_profile_is_not_asked_for_where_nothing_is_exchanged(tmp_path: Path) -> None:
+    source: dict[str, Any] = {"format": "safetensors", "unified_safetensors_dir": GOLDEN / "shards"}
+    with pytest.raises(UsageError, match=r"hardware is for loads into a network, and there is none \(save mode\)"):
+        ms_ckpt_ext.load_distributed_checkpoint(
+            None, None, None, GOLDEN / "strategy.ckpt", **source, dst_safetensors_dir=tmp_path / "out", hardware="cpu"
+        )
+    assert not (tmp_path / "out").exists()

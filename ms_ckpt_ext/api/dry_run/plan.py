@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_flags, checked_naming, path_of
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_naming, checked_words, path_of
 from ms_ckpt_ext.api.dry_run.page import write_page
 from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
@@ -78,7 +78,7 @@ def plan(
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: as for the load.
         StorageError: a file cannot be read, or the page not written.
     """
-    checked_flags(transfer=transfer, other_ranks=other_ranks)
+    checked_words(plan, locals())
     if transfer and (shapes is None or src is not None):
         raise UsageError("a transfer has no checkpoint: give shapes, and the strategies of both sides")
     if other_ranks and not transfer:

@@ -19,6 +19,7 @@ from ms_ckpt_ext.api.arguments import (
     PathLike,
     any_mode,
     checked_rules,
+    checked_words,
     execute_with_progress,
     path_of,
     running,
@@ -103,6 +104,7 @@ def export(
         LayoutMismatchError: shapes that the rules cannot have made, or tied tensors that differ.
         others: as `merge`.
     """
+    checked_words(export, locals(), ("dtype",))
     target, wanted = path_of(dst, "dst"), Filter((), exclude)
     task, tasks = share_of(share, "share")
     options = MergeOptions(task, tasks, "huggingface", _bytes_of(max_shard_size), digests=digests)

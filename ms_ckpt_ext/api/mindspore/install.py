@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Any, Callable, Optional
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.api.arguments import checked_words
 from ms_ckpt_ext.errors import UnsupportedError, UsageError
 
 _Function = Callable[..., Any]
@@ -75,6 +76,7 @@ def install(
         UsageError: a name that is not one of `NAMES`.
         MissingDependencyError: MindSpore cannot be imported.
     """
+    checked_words(install, locals())
     from ms_ckpt_ext.bridge import names
 
     asked = {*_checked(NAMES if only is None else only, "only")} - {*_checked(skip, "skip"), *_from_environment()}

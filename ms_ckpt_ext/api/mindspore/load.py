@@ -15,6 +15,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_format,
     checked_naming,
     checked_rules,
+    checked_words,
     execute_with_progress,
     mode_of,
     path_of,
@@ -127,6 +128,7 @@ def load_distributed_checkpoint(
         ChecksumError: verify="full", and the files are not what they were; nothing was changed.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
+    checked_words(load_distributed_checkpoint, locals(), ("return_param_dict",))
     mindspores = _is_mindspores(locals())
     checked_format(format, "format")
     checked_format(output_format, "output_format")
@@ -326,6 +328,7 @@ _INSTEAD = {
     "prefetch": "max_process_num says how many reads are under way",
     "trace": "the report of ms_ckpt_ext.reshard tells what was read and written",
     "timeout": "ranks that write files do not wait for each other",
+    "hardware": "it chooses between ways of an exchange, and nothing is exchanged",
 }
 """Arguments of this package that only mean something to a load into a network, and what to do in save mode."""
 

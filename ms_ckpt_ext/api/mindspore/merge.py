@@ -14,6 +14,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_format,
     checked_naming,
     checked_rules,
+    checked_words,
     path_of,
     running,
     seal_of,
@@ -108,6 +109,7 @@ def unified_safetensors(
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
         StorageError: no space or permission; what is finished is kept for a rerun and looks unfinished to loaders.
     """
+    checked_words(unified_safetensors, locals(), ("merge_with_redundancy",))
     source, target = path_of(src_dir, "src_dir"), path_of(dst_dir, "dst_dir")
     if os.path.isfile(source):
         raise UsageError(f"src_dir must be the directory that holds the rank folders, got the file {source!r}")

@@ -14,9 +14,9 @@ from ms_ckpt_ext.api.arguments import (
     access_of,
     any_mode,
     as_strategy,
-    checked_flags,
     checked_format,
     checked_naming,
+    checked_words,
     limits_of,
     path_of,
     workers_of,
@@ -94,6 +94,7 @@ def load(
     What lies outside the strategy, in several ranks' files, is compared when it is first read; a LayoutMismatchError
     tells what differs.
     """
+    checked_words(load, locals())
     source = path_of(path, "path")
     access, full = any_mode(dec_key, dec_mode, crc_check), _is_full(verify)
     naming, patterns = checked_naming(choice_func, name_map), _patterns(names)
@@ -183,6 +184,7 @@ def load_checkpoint(
         FormatError, ChecksumError, DecryptionError, StorageError: it cannot be read.
         LayoutMismatchError: names of `net` can be matched by suffix in several ways; it is as it was.
     """
+    checked_words(load_checkpoint, locals())
     refuse_what_is_no_file(ckpt_file_name)
     source = path_of(ckpt_file_name, "ckpt_file_name")
     checked_format(format, "format")
@@ -192,7 +194,6 @@ def load_checkpoint(
         )
     if not source.endswith(f".{format}"):
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
-    checked_flags(strict_load=strict_load, crc_check=crc_check, remove_redundancy=remove_redundancy)
     naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
     _require_file(source)
@@ -237,6 +238,7 @@ def load_segmented_checkpoints(
     Arguments, result and errors are those of `load_checkpoint`; DiscoveryError also when two files hold a parameter
     with other dtypes, shapes or values.
     """
+    checked_words(load_segmented_checkpoints, locals())
     folder = path_of(ckpt_file_dir, "ckpt_file_dir")
     if not os.path.isdir(folder):
         what = "is a file, and the directory that holds it is" if os.path.isfile(folder) else "does not exist: one is"

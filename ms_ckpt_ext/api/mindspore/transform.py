@@ -17,6 +17,7 @@ from ms_ckpt_ext.api.arguments import (
     check_path,
     checked_format,
     checked_naming,
+    checked_words,
     execute_with_progress,
     path_of,
     running,
@@ -102,6 +103,7 @@ def transform_checkpoints(
         StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
         StorageError: no space or permission; what is finished is kept for a rerun.
     """
+    checked_words(transform_checkpoints, locals())
     source, target = (
         path_of(src_checkpoints_dir, "src_checkpoints_dir"),
         path_of(dst_checkpoints_dir, "dst_checkpoints_dir"),
@@ -181,6 +183,7 @@ def transform_checkpoint_by_rank(
     Raises:
         as `transform_checkpoints`; CoverageError names a rank whose file is missing in the map.
     """
+    checked_words(transform_checkpoint_by_rank, locals())
     rank_id = integer(rank_id, "rank_id", 0)
     if not isinstance(checkpoint_files_map, Mapping):
         raise ArgumentTypeError("checkpoint_files_map must map ranks (int) to paths")
@@ -252,9 +255,7 @@ rank_list_for_convert = rank_list_for_transform
 """Newer names in `mindspore.parallel` for the same."""
 
 
-def _checked_prefix(prefix: Any) -> str:
-    if not isinstance(prefix, str):
-        raise ArgumentTypeError(f"ckpt_prefix must be a str, got {type(prefix).__name__}")
+def _checked_prefix(prefix: str) -> str:
     if os.path.basename(prefix) != prefix:
         raise UsageError(f"ckpt_prefix is the beginning of a file's name and holds no path; got {prefix!r}")
     check_path(prefix, "ckpt_prefix")

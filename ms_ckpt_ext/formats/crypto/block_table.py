@@ -43,7 +43,7 @@ _STRAY_TAIL = 17
 """Length of the unencrypted checksum tail that MindSpore appends by mistake."""
 
 
-class Block(NamedTuple):
+class CipherBlock(NamedTuple):
     """One block: plaintext offsets, where its ciphertext lies, and what decrypts it."""
 
     start: int
@@ -79,11 +79,11 @@ def block_mode(reader: ByteReader, wanted: Optional[str]) -> str:
     return found
 
 
-def block_table(reader: ByteReader, mode: str, key: Key, budget: int) -> tuple[Block, ...]:
+def block_table(reader: ByteReader, mode: str, key: Key, budget: int) -> tuple[CipherBlock, ...]:
     return tuple(_walk(reader, mode, key, budget))
 
 
-def _walk(reader: ByteReader, mode: str, key: Key, budget: int) -> Iterator[Block]:
+def _walk(reader: ByteReader, mode: str, key: Key, budget: int) -> Iterator[CipherBlock]:
     """Every block of a file of one mode, by its headers alone (and in CBC by its padding)."""
     offset = start = count = 0
     while offset < reader.size and not (offset and _is_stray_tail(reader, offset)):
@@ -102,7 +102,7 @@ def _walk(reader: ByteReader, mode: str, key: Key, budget: int) -> Iterator[Bloc
         offset, start = block.offset + block.length, block.stop
 
 
-def _header(reader: ByteReader, offset: int, start: int, mode: str) -> Block:
+def _header(reader: ByteReader, offset: int, start: int, mode: str) -> CipherBlock:
     """The block whose header is at `offset`, before padding is taken off."""
     tagged = TAG_BYTES if mode == GCM else 0
     width = 4 * _U32.size + tagged + IV_BYTES
@@ -122,7 +122,7 @@ def _header(reader: ByteReader, offset: int, start: int, mode: str) -> Block:
             f"but the file ends at {reader.size}; restore it or choose another checkpoint"
         )
     iv = bytes(raw[12 + tagged : 12 + tagged + IV_BYTES])
-    return Block(start, start + length, offset + width, length, iv, bytes(raw[4 : 4 + tagged]))
+    return CipherBlock(start, start + length, offset + width, length, iv, bytes(raw[4 : 4 + tagged]))
 
 
 def _check(reader: ByteReader, offset: int, mode: str, header: tuple[Optional[str], int, int, int]) -> None:
@@ -138,7 +138,7 @@ def _check(reader: ByteReader, offset: int, mode: str, header: tuple[Optional[st
         )
 
 
-def _padding(reader: ByteReader, block: Block, key: Key, mode: str) -> int:
+def _padding(reader: ByteReader, block: CipherBlock, key: Key, mode: str) -> int:
     """Length of a CBC block's padding, out of its last 16 bytes."""
     sealed = bytearray(min(2 * CIPHER_BLOCK, block.length))
     reader.read_into(block.offset + block.length - len(sealed), memoryview(sealed))

@@ -21,7 +21,14 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.formats.checksum import combine, crc_of
 from ms_ckpt_ext.formats.crypto import GCM, SM4, backend
 from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
-from ms_ckpt_ext.formats.crypto.block_table import BLOCK_BYTES, NONCE_BYTES, Block, block_mode, block_table, wrong_key
+from ms_ckpt_ext.formats.crypto.block_table import (
+    BLOCK_BYTES,
+    NONCE_BYTES,
+    CipherBlock,
+    block_mode,
+    block_table,
+    wrong_key,
+)
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
 from ms_ckpt_ext.formats.crypto.units import PIECE, STREAMED, Sealed, UnitReader, require_range, thread_scratch, unseal
 from ms_ckpt_ext.formats.index import BUDGET
@@ -193,7 +200,7 @@ class _CbcReader:
             self._range(block, low, buffer[done : done + length])
             done += length
 
-    def _range(self, block: Block, low: int, out: memoryview) -> None:
+    def _range(self, block: CipherBlock, low: int, out: memoryview) -> None:
         """Decrypt `out` from byte `low` of a block on: whole cipher blocks around it, and the one before as IV."""
         skip = low % CIPHER_BLOCK
         first = low - skip
