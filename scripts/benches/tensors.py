@@ -1,7 +1,7 @@
 """Many tensors: a folder with the experts of DeepSeek-V3, and a live plan of its training, in user seconds.
 
-Tensors are tiny, so what is measured is what a tensor costs, not its bytes. User time of whole processes tells that even
-on a machine with other work to do.
+Tensors are tiny, so what is measured is what a tensor costs, not its bytes. User time of whole processes tells that on
+a machine with other work to do as well.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
 COUNT, WORLD = int(sys.argv[1]), 64
-grids = {axis: Grid(tuple(8 if n == axis else 1 for n in range(2)),
-                    {tuple(cell if n == axis else 0 for n in range(2)): tuple(range(cell, WORLD, 8)) for cell in range(8)})
-         for axis in range(2)}
+ranks = [tuple(range(cell, WORLD, 8)) for cell in range(8)]
+grids = [Grid((8, 1), {(cell, 0): ranks[cell] for cell in range(8)}),
+         Grid((1, 8), {(0, cell): ranks[cell] for cell in range(8)})]
 dtype, at, where, demands = DTYPES["F32"], 0, {}, []
 for number in range(COUNT):
     name = f"{('', 'adam_m.', 'adam_v.')[number % 3]}layers.{number // 3}.weight"
-    demands.append(Demand(name, stored_whole(TensorMeta(name, dtype, (16, 8)), (number * 160 // COUNT,)), (grids[number % 2],)))
+    tensor = stored_whole(TensorMeta(name, dtype, (16, 8)), (number * 160 // COUNT,))
+    demands.append(Demand(name, tensor, (grids[number % 2],)))
     where[name] = Extent(at, 512)
     at += 512
 import resource, time
@@ -61,7 +62,7 @@ print("PLAN", time.process_time() - begin, len(table.parts), len(table.chunks), 
 
 
 def tensors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """44,544 experts in 160 files: looked at, merged, compared, stacked and cut; 140,000 tensors planned for 64 ranks."""
+    """44,544 experts in 160 files: inspected, merged, verified, stacked; 140,000 tensors planned for 64 ranks."""
     with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
         root = Path(work)
         make_folder(root / "hf")

@@ -7,6 +7,7 @@ strategy     which layout every parameter has on every pipeline stage
 supplement   layouts from several places put together
 dtype        the table of element types
 view         a box of an array, seen with its axes split
+arrangement  how boxes of several arrays fill a view of another
 strided      a box as bytes: one strided copy
 ranks        which ranks of the source one rank of the target needs
 neighbours   which ranks stand for all when copies are compared

@@ -15,15 +15,18 @@ The geometry depends on shapes only, so it is computed once for all parameters t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Callable, NamedTuple, Optional, Protocol, Union
+from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Protocol, Union
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.errors import CoverageError
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.geometry.arrangement import Arrangement
 
 
 class TensorMeta(NamedTuple):
@@ -63,18 +66,29 @@ class Block(NamedTuple):
     axes: tuple[int, ...]
     start: Shape
 
-    @property
-    def box(self) -> Region:
-        """Its box in the view."""
-        thick = dict(zip(self.axes, self.region.shape))
-        return Region(self.start, tuple(low + thick.get(axis, 1) for axis, low in enumerate(self.start)))
-
 
 class Recipe(NamedTuple):
-    """How a parameter is made: `view` is its shape with axes split further; the blocks fill the view exactly once."""
+    """How a parameter is made: `view` is its shape with axes split further; the blocks fill the view exactly once.
+
+    `arrangement` is where they are in it, apart from what they are of.
+    """
 
     view: Shape
     blocks: tuple[Block, ...]
+    arrangement: Arrangement
+
+    @classmethod
+    def of(cls, shape: Shape, view: Shape, blocks: Sequence[Block]) -> Recipe:
+        """A recipe of a parameter of `shape`."""
+        from ms_ckpt_ext.core.geometry.arrangement import Setting, arrangement  # rules only
+
+        settings = tuple(Setting(block.region, block.axes, block.start) for block in blocks)
+        return cls(view, tuple(blocks), arrangement(shape, view, settings))
+
+    @property
+    def how(self) -> str:
+        """All that decides the result, apart from the sources."""
+        return self.arrangement.text
 
 
 class Operand(NamedTuple):
@@ -106,11 +120,21 @@ class Computation(NamedTuple):
     operation: Operation
     operands: tuple[SourceTensor, ...]
 
+    @property
+    def how(self) -> str:
+        """All that decides the result, apart from the sources."""
+        return repr(self.operation)
+
 
 class SplitAxes(NamedTuple):
     """Another tensor whose axes are split further, so that it has more of them."""
 
     tensor: SourceTensor
+
+    @property
+    def how(self) -> str:
+        """All that decides the result, apart from the source."""
+        return "split"
 
 
 class SourceTensor(NamedTuple):
@@ -145,8 +169,12 @@ class SourceTensor(NamedTuple):
         """The stored tensors that it is made of, in the end; itself when it is one."""
         if self.recipe is None:
             yield self
+            return
         for source in self.sources:
-            yield from source.stored()
+            if source.recipe is None:
+                yield source
+            else:
+                yield from source.stored()
 
     def remade(self, change: Callable[[SourceTensor], SourceTensor]) -> SourceTensor:
         """The same of other stored tensors: each is given to `change`."""
@@ -260,7 +288,7 @@ def locate(tensor: SourceTensor, target: Region) -> list[Sourced]:
         CoverageError: no placement holds some region; names parameter, region and the ranks that should hold it.
     """
     if isinstance(tensor.recipe, Recipe):
-        return list(_made(tensor.meta.shape, tensor.recipe, target))
+        return list(_made(tensor.recipe, target))
     if isinstance(tensor.recipe, Computation):
         return [_computed(tensor.recipe, target)]
     found: list[Sourced] = []
@@ -274,6 +302,17 @@ def locate(tensor: SourceTensor, target: Region) -> list[Sourced]:
             "check that every rank's file is there and complete, and that the strategy belongs to this checkpoint"
         )
     return found
+
+
+def require(tensor: SourceTensor, targets: Iterable[Region]) -> None:
+    """Raise CoverageError as `locate`, which need not be asked where all that a parameter is made of is there whole."""
+    if not all(any(map(_whole, each.placements)) for each in tensor.stored()):
+        for target in targets:
+            locate(tensor, target)
+
+
+def _whole(placement: Placement) -> bool:
+    return all(count == 1 for count in placement.parts) and any(placement.holders.values())
 
 
 def _locate(tensor: SourceTensor, target: Region, rest: Region, first: int, found: list[Sourced]) -> Region | None:
@@ -307,27 +346,19 @@ def _cell_at(placement: Placement, region: Region, tensor: SourceTensor) -> Cell
     return pieces(tensor.meta.shape, placement.parts, region)[0].cell
 
 
-def _made(shape: Shape, recipe: Recipe, target: Region) -> Iterator[Sourced]:
+def _made(recipe: Recipe, target: Region) -> Iterator[Sourced]:
     """The pieces of a parameter that is made of others."""
-    from ms_ckpt_ext.core.geometry.view import frames  # rules only
-
-    for frame in frames(shape, recipe.view, target):
-        first, last = (frame.box.start[0], frame.box.stop[0]) if recipe.view else (0, 1)
-        for block in recipe.blocks:
-            if block.start and (block.start[0] >= last or block.box.stop[0] <= first):
-                continue  # most of them, when experts are stacked
-            common = block.box.intersect(frame.box)
-            if common is None:
-                continue
-            shift = [(axis, low - block.start[axis]) for axis, low in zip(block.axes, block.region.start)]
-            wanted = Region(
-                tuple(common.start[axis] + by for axis, by in shift),
-                tuple(common.stop[axis] + by for axis, by in shift),
-            )
-            inside = common.relative_to(frame.box.start).start
-            offset = frame.offset + sum(low * stride for low, stride in zip(inside, frame.strides))
-            view = View(offset, tuple(frame.strides[axis] for axis in block.axes))
-            yield from _through(block.tensor, wanted, view)
+    blocks = recipe.blocks
+    for bit in recipe.arrangement.bits(target):
+        tensor = blocks[bit.block].tensor
+        if tensor.recipe is not None:
+            yield from _through(tensor, bit.wanted, bit.view)
+            continue
+        for piece, files, stored_name, _ in locate(tensor, bit.wanted):
+            known = bit.known
+            if known is None or known[0] is not piece:
+                known = bit.known = (piece, _viewed(piece, bit.view))
+            yield Sourced(known[1], files, stored_name)
 
 
 def _through(tensor: SourceTensor, wanted: Region, view: View) -> Iterator[Sourced]:

@@ -127,12 +127,14 @@ def made_of(name: str, shape: Shape, view: Shape, blocks: Sequence[Block]) -> So
     if len(dtypes) > 1:
         told = ", ".join(f"{source!r} is {dtype}" for dtype, source in dtypes.items())
         raise LayoutMismatchError(f"{name!r} is made of tensors of different dtypes: {told}; convert one of them first")
-    inside = all(high <= extent for block in blocks for high, extent in zip(block.box.stop, view))
-    if not inside or sum(block.box.size for block in blocks) != prod(view):
+    recipe = Recipe.of(shape, view, blocks)
+    boxes = recipe.arrangement.boxes
+    inside = all(high <= extent for box in boxes for high, extent in zip(box.stop, view))
+    if not inside or sum(box.size for box in boxes) != prod(view):
         sources = ", ".join(f"{block.tensor.meta.name!r} {list(block.tensor.meta.shape)}" for block in blocks[:4])
         raise LayoutMismatchError(
             f"{name!r} of shape {list(shape)} is not filled exactly by its {len(blocks)} sources ({sources}, ...): "
             "check the rule's numbers of heads, groups and experts against the checkpoint"
         )
     split_axes(shape, view)
-    return SourceTensor(TensorMeta(name, blocks[0].tensor.meta.dtype, shape), "", (), Recipe(view, tuple(blocks)))
+    return SourceTensor(TensorMeta(name, blocks[0].tensor.meta.dtype, shape), "", (), recipe)

@@ -185,13 +185,13 @@ def _plan(rule: Rule, shape: Shape) -> _Plan:
     if not isinstance(made.recipe, Recipe):
         return _Plan(None, {}, counts)
     origins = {}
-    for block in made.recipe.blocks:
+    for block, box in zip(made.recipe.blocks, made.recipe.arrangement.boxes):
         number, at = map(int, block.tensor.meta.name.split())
-        origins[number, at] = _origin(shapes[number][at], block, made.recipe.view)
+        origins[number, at] = _origin(shapes[number][at], block, box, made.recipe.view)
     return _Plan(made.recipe.view, origins, counts)
 
 
-def _origin(shape: Shape, block: Block, view: Shape) -> _Origin:
+def _origin(shape: Shape, block: Block, box: Region, view: Shape) -> _Origin:
     """A block of a rule's recipe, turned round."""
     missing = [axis for axis in range(len(view)) if axis not in block.axes]
     extra = {axis: len(block.axes) + number for number, axis in enumerate(missing)}
@@ -200,4 +200,4 @@ def _origin(shape: Shape, block: Block, view: Shape) -> _Origin:
         raise LayoutMismatchError("single values cannot be taken out of a stack: leave the rule out, and stack by hand")
     ones = (1,) * len(missing)
     start = (*block.region.start, *(0 for _ in missing))
-    return _Origin(shape, (*block.tensor.meta.shape, *ones), block.box, axes, start)
+    return _Origin(shape, (*block.tensor.meta.shape, *ones), box, axes, start)

@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
 from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strided import StridedCopy, byte_box, strided_copy, strides_of
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,
@@ -35,7 +36,7 @@ from ms_ckpt_ext.core.planning.io_units import (
     cut,
     ranges,
 )
-from ms_ckpt_ext.core.planning.pieces import Computed, SourceTensor, locate
+from ms_ckpt_ext.core.planning.pieces import Computed, Piece, SourceTensor, locate
 
 
 def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[Unit]:
@@ -49,12 +50,14 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
         dtype = task.tensor.meta.dtype
         staged = []
         for target in task.targets:
+            if dtype.nbytes(target.region.size) < limits.direct or len(target.landings) > 1:
+                staged.append(target)
+                continue
             copies = [
                 (sourced, strided_copy(sourced.piece, target.region.shape, dtype))
                 for sourced in locate(task.tensor, target.region)
             ]
-            short = any(sourced.computed or copy.run < limits.direct for sourced, copy in copies)
-            if short or len(target.landings) > 1:
+            if any(sourced.computed or copy.run < limits.direct for sourced, copy in copies):
                 staged.append(target)
                 continue
             for sourced, copy in copies:
@@ -118,16 +121,75 @@ def _blocks(regions: list[Region], dtype: DType, tile: int) -> Iterator[Region]:
     yield from cut(Region(start, stop), 0, dtype, tile)
 
 
-class _Span(NamedTuple):
-    """A stretch of a file that a batch needs, and what it is for. The copy begins at `start`, whatever source it names.
+class _Form(NamedTuple):
+    """What copies that differ in their offsets only have in common; `nbytes` of one."""
 
-    `number` is that of the stretch the copy lands in.
-    """
+    run: int
+    counts: Shape
+    source_strides: Shape
+    target_strides: Shape
+    nbytes: int
+
+    def at(self, source: int, target: int) -> StridedCopy:
+        return StridedCopy(self.run, self.counts, source, self.source_strides, target, self.target_strides)
+
+
+class _Span(NamedTuple):
+    """A stretch of a file that a batch needs, and what it is for: a copy that begins at `start`, into a stretch."""
 
     start: int
     stop: int
     number: int
-    copy: StridedCopy
+    target: int
+    form: _Form
+
+    @property
+    def copy(self) -> StridedCopy:
+        return self.form.at(0, self.target)
+
+
+class _Cut(NamedTuple):
+    """A copy as a span that is bounded: where it begins in its array, how much of that it spans."""
+
+    source: int
+    span: int
+    target: int
+    form: _Form
+
+
+class _Forms:
+    """The copies of pieces, worked out once for a piece that comes again: those of parameters that are alike do.
+
+    Equal forms are one object.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: dict[int, tuple[Piece, Shape, DType, tuple[_Cut, ...], int]] = {}
+        self._forms: dict[_Form, _Form] = {}
+
+    def of(self, piece: Piece, shape: Shape, dtype: DType) -> tuple[tuple[_Cut, ...], int]:
+        """The copy that moves a piece into an array of `shape`, cut along its outer axes; and its bytes."""
+        known = self._known.get(id(piece))
+        if known is None or known[0] is not piece or known[1] != shape or known[2] is not dtype:
+            if len(self._known) >= _PIECES:
+                self._known.clear()
+            copy = strided_copy(piece, shape, dtype)
+            cuts = tuple(map(self._cut, _bounded(copy, self._most)))
+            known = self._known[id(piece)] = (piece, shape, dtype, cuts, copy.nbytes)
+        return known[3], known[4]
+
+    def _cut(self, copy: StridedCopy) -> _Cut:
+        form = _form(copy)
+        return _Cut(copy.source, copy.source_span, copy.target, self._forms.setdefault(form, form))
+
+
+def _form(copy: StridedCopy) -> _Form:
+    return _Form(copy.run, copy.counts, copy.source_strides, copy.target_strides, copy.nbytes)
+
+
+_PIECES = 1 << 15
+"""Pieces whose copies are kept."""
 
 
 class _BatchBuilder:
@@ -136,6 +198,7 @@ class _BatchBuilder:
     def __init__(self, stored: Stored, limits: Limits) -> None:
         self._stored = stored
         self._limits = limits
+        self._forms = _Forms(limits.tile)
         self._reset()
 
     def _reset(self) -> None:
@@ -159,14 +222,14 @@ class _BatchBuilder:
         self._stretches.append(Stretch(nbytes, places))
         self.nbytes += nbytes
         for piece, files, stored_name, computed in locate(tensor, box):
-            whole_copy = strided_copy(piece, shape, dtype)
             if computed is not None:
-                self._compute(computed, whole_copy, number, chooser)
+                self._compute(computed, strided_copy(piece, shape, dtype), number, chooser)
                 continue
-            file = chooser.pick(files, whole_copy.nbytes)
+            cuts, length = self._forms.of(piece, shape, dtype)
+            file = chooser.pick(files, length)
             extents = self._stored(file, stored_name)
-            for copy in _bounded(whole_copy, self._limits.tile):
-                self._lay(file, extents, number, copy, copy.source)
+            for source, span, target, form in cuts:
+                self._lay(file, extents, number, source, span, target, form)
         return number
 
     def _compute(self, computed: Computed, copy: StridedCopy, number: int, chooser: _Balance) -> None:
@@ -176,17 +239,23 @@ class _BatchBuilder:
         needed = tuple(Taken(self._bring(operand, part, (), chooser), part) for operand, part in taken)
         self._computes.append(Compute(operation, box, needed, number, copy))
 
-    def _lay(self, file: int, extents: tuple[Extent, ...], number: int, copy: StridedCopy, source: int) -> None:
+    def _lay(
+        self, file: int, extents: tuple[Extent, ...], number: int, source: int, span: int, target: int, form: _Form
+    ) -> None:
         """Note where in the file a copy's source lies; `source` counts from the beginning of its tensor."""
-        lying = tuple(ranges(extents, source, copy.source_span))
-        if len(lying) == 1:
-            start, length = lying[0]
-            self._spans.setdefault(file, []).append(_Span(start, start + length, number, copy))
-        elif _wasteful(copy, self._limits.gap):
-            for run in _explode(_Span(source, source + copy.source_span, number, copy)):
-                self._lay(file, extents, number, run.copy, run.start)
+        start, length = extents[0]
+        if source + span <= length:
+            lying = start + source
+            self._spans.setdefault(file, []).append(_Span(lying, lying + span, number, target, form))
+            return
+        scattered = tuple(ranges(extents, source, span))
+        if len(scattered) == 1:
+            self._lay(file, scattered, number, 0, span, target, form)
+        elif _wasteful(form, self._limits.gap):
+            for run in _explode(_Span(source, source + span, number, target, form)):
+                self._lay(file, extents, number, run.start, run.stop - run.start, run.target, run.form)
         else:
-            self._scattered.append(Read(file, lying, (ReadCopy(number, copy._replace(source=0)),)))
+            self._scattered.append(Read(file, scattered, (ReadCopy(number, form.at(0, target)),)))
 
     @staticmethod
     def _places(target: Target, offset: int, nbytes: int) -> tuple[Place, ...]:
@@ -208,8 +277,8 @@ class _BatchBuilder:
     def _merge(self, file: int, spans: list[_Span]) -> Iterator[Read]:
         for cluster in _clusters(spans, self._limits.gap, self._limits.tile):
             length = max(span.stop for span in cluster) - cluster[0].start
-            wanted = sum(span.copy.nbytes for span in cluster)
-            if wanted < 0.8 * length and any(_wasteful(span.copy, self._limits.gap) for span in cluster):
+            wanted = sum(span.form.nbytes for span in cluster)
+            if wanted < 0.8 * length and any(_wasteful(span.form, self._limits.gap) for span in cluster):
                 runs = [run for span in cluster for run in _explode(span)]
                 for part in _clusters(runs, self._limits.gap, self._limits.tile):
                     yield _read(file, part)
@@ -240,7 +309,7 @@ def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
     """Group spans that overlap or lie at most `gap` apart, up to `most` bytes unless they overlap."""
     cluster: list[_Span] = []
     stop = 0
-    for span in sorted(spans, key=lambda s: s.start):
+    for span in sorted(spans, key=itemgetter(0)):
         if cluster and not (span.start < stop or (span.start <= stop + gap and span.stop - cluster[0].start <= most)):
             yield cluster
             cluster = []
@@ -250,40 +319,65 @@ def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
         yield cluster
 
 
-def _wasteful(copy: StridedCopy, gap: int) -> bool:
-    depth, length = _solid(copy)
-    return depth > 0 and copy.source_strides[depth - 1] - length > gap
+def _wasteful(form: _Form, gap: int) -> bool:
+    depth, length = _solid(form)
+    return depth > 0 and form.source_strides[depth - 1] - length > gap
 
 
-def _solid(copy: StridedCopy) -> tuple[int, int]:
+def _solid(form: _Form) -> tuple[int, int]:
     """(axes with gaps between them in the source, bytes without one): a transposed piece is contiguous in no other."""
-    depth, length = len(copy.counts), copy.run
-    while depth and copy.source_strides[depth - 1] == length:
+    depth, length = len(form.counts), form.run
+    while depth and form.source_strides[depth - 1] == length:
         depth -= 1
-        length *= copy.counts[depth]
+        length *= form.counts[depth]
     return depth, length
 
 
 def _explode(span: _Span) -> Iterator[_Span]:
-    copy = span.copy
-    depth, length = _solid(copy)
-    outer = copy._replace(
-        run=length,
-        counts=copy.counts[:depth],
-        source=span.start,
-        source_strides=copy.source_strides[:depth],
-        target_strides=copy.target_strides[:depth],
-    )
-    inner = (copy.counts[depth:], copy.source_strides[depth:], copy.target_strides[depth:])
+    form = span.form
+    depth, length = _solid(form)
+    strides = form.source_strides[:depth], form.target_strides[:depth]
+    outer = StridedCopy(length, form.counts[:depth], span.start, strides[0], span.target, strides[1])
+    inner = _Form(form.run, form.counts[depth:], form.source_strides[depth:], form.target_strides[depth:], length)
     for source, target in outer.runs():
-        part = StridedCopy(copy.run, inner[0], source, inner[1], target, inner[2])
-        yield _Span(source, source + length, span.number, part)
+        yield _Span(source, source + length, span.number, target, inner)
 
 
 def _read(file: int, cluster: list[_Span]) -> Read:
     start = cluster[0].start
-    copies = []
-    for low, _, number, (run, counts, _, strides, target, steps) in cluster:
-        copies.append(ReadCopy(number, StridedCopy(run, counts, low - start, strides, target, steps)))
     stop = max(span.stop for span in cluster)
-    return Read(file, (Extent(start, stop - start),), tuple(copies))
+    return Read(file, (Extent(start, stop - start),), tuple(_folded(cluster, start)))
+
+
+def _folded(cluster: list[_Span], start: int) -> Iterator[ReadCopy]:
+    """The copies of a read. Those of one form at even distances, on both sides, are one: experts that are stacked."""
+    alike: dict[tuple[int, int], list[_Span]] = {}
+    for span in cluster:
+        alike.setdefault((span.number, id(span.form)), []).append(span)
+    for (number, _), spans in alike.items():
+        form, at = spans[0].form, 0
+        while at < len(spans):
+            low, target = spans[at].start, spans[at].target
+            count, step, landing = 1, 0, 0
+            if at + 1 < len(spans):
+                step, landing = spans[at + 1].start - low, spans[at + 1].target - target
+                while at + count < len(spans):
+                    other = spans[at + count]
+                    if other.start != low + count * step or other.target != target + count * landing:
+                        break
+                    count += 1
+            yield ReadCopy(number, _repeated(form.at(low - start, target), count, step, landing))
+            at += count
+
+
+def _repeated(copy: StridedCopy, count: int, step: int, landing: int) -> StridedCopy:
+    """A copy that is made `count` times, `step` bytes further in the source and `landing` in the target each time."""
+    if count == 1:
+        return copy
+    if not copy.counts and step == landing == copy.run:
+        return copy._replace(run=count * copy.run)
+    return copy._replace(
+        counts=(count, *copy.counts),
+        source_strides=(step, *copy.source_strides),
+        target_strides=(landing, *copy.target_strides),
+    )

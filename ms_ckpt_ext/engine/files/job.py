@@ -15,7 +15,7 @@ import xxhash
 
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, box_of_stored, locate, whole_box
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, box_of_stored, require, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import registry
@@ -161,8 +161,7 @@ class Report:
 def check_job(job: Job, target: str) -> Sequence[str]:
     """Find what is wrong before anything is written. Gives the files that the result replaces, as `Job.replaces`."""
     for task in tasks_of(job.outputs):
-        for wanted in task.targets:
-            locate(task.tensor, wanted.region)
+        require(task.tensor, [wanted.region for wanted in task.targets])
     replaced = job.replaces()
     _refuse_overwrite(job, target, replaced)
     return replaced
@@ -241,6 +240,7 @@ def job_fingerprint(job: Job) -> str:
         digest.update(_encoded(f"{name}|{file.size}|{file.mtime_ns}\n"))
     everybodys = {**job.source.tensors, **job.source.extras}
     known = set(map(id, everybodys.values()))
+    made = _Made()
 
     def where(tensor: SourceTensor) -> str:
         """What a rank has of its own is told by the file."""
@@ -252,13 +252,33 @@ def job_fingerprint(job: Job) -> str:
             digest.update(offset.to_bytes(8, "little") + literal)
         for name, tensor, region in output.wanted:
             corner = None if region is None else (region.start, region.stop)
-            digest.update(_encoded(f"{name}|{tensor.stored_name}|{tensor.recipe}|{corner}{where(tensor)}\n"))
+            digest.update(_encoded(f"{name}|{tensor.stored_name}|{made(tensor)}|{corner}{where(tensor)}\n"))
     for name in sorted(job.index):
         digest.update(name.encode() + job.index[name])
     for name, tensor in sorted(everybodys.items()):
         cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
         digest.update(repr((name, tensor.meta.shape, cuts)).encode())
     return digest.hexdigest()
+
+
+class _Made:
+    """How parameters are made, in short; told once of each, for many files may want some of it."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, str] = {}
+
+    def __call__(self, tensor: SourceTensor) -> str:
+        recipe = tensor.recipe
+        if recipe is None:
+            return ""
+        found = self._known.get(id(recipe))
+        if found is None:
+            digest = xxhash.xxh3_64(f"{tensor.meta}|{recipe.how}".encode())
+            for source in tensor.sources:
+                lying = [(placement.parts, tuple(placement.holders.items())) for placement in source.placements]
+                digest.update(_encoded(f"{source.stored_name}|{lying}|{self(source)}\n"))
+            found = self._known[id(recipe)] = digest.hexdigest()
+        return found
 
 
 def _encoded(text: str) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Optional, Union
 
 from ms_ckpt_ext.core.geometry.region import Region
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, require
 from ms_ckpt_ext.engine.integrity.copies import copies_of, holders_of, regions_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import of_rank
@@ -101,8 +101,8 @@ def _pairs(name: str, one: Kept, two: Kept) -> Optional[list[Pair]]:
 def _whole(name: str, one: SourceTensor, two: SourceTensor, of: str = "") -> Iterator[Pair]:
     regions = (Region.whole(one.meta.shape),) if all(one.meta.shape) else ()
     for region in regions:
-        locate(one, region)
-        locate(two, region)
+        require(one, [region])
+        require(two, [region])
     yield Pair(name, one, two, regions, of)
 
 

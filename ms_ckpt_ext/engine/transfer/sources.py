@@ -152,7 +152,7 @@ def _of_boxes(meta: TensorMeta, holders: Sequence[_Holder], boxes: Sequence[Box]
     for region, ranks in by_box.items():
         piece = stored_whole(TensorMeta(meta.name, meta.dtype, region.shape), tuple(sorted(ranks)))
         blocks.append(Block(piece, Region.whole(region.shape), tuple(range(len(meta.shape))), region.start))
-    return SourceTensor(meta, "", (), Recipe(meta.shape, tuple(blocks)))
+    return SourceTensor(meta, "", (), Recipe.of(meta.shape, meta.shape, blocks))
 
 
 def _strategy(holders: Mapping[str, Sequence[_Holder]], world: int) -> Optional[Strategy]:
