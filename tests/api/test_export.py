@@ -401,3 +401,33 @@ def write_file(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) -> None:
     text = json.dumps(header).encode()
     data = b"".join(value.tobytes() for _, value in tensors.values())
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "told"),
+    [
+        ("qwen3", {"num_key_value_heads": 2, "num_attention_heads": 4}, r"q_proj.weight' would .* \[32, 32\]"),
+        ("qwen2", {"num_key_value_heads": 8, "num_attention_heads": 16, "head_dim": None}, "q_proj"),
+        ("llama", {"vocab_size": 60}, r"'.*' would have shape \[64, 32\], and by config.json .* Crop"),
+        ("qwen3-moe", {"num_experts": 2}, "mlp.gate.weight"),
+        ("deepseek-v3", {"kv_lora_rank": 8, "q_lora_rank": 24}, "rows cannot be shared out|would have shape"),
+    ],
+)
+def test_the_configuration_of_another_model(family: str, changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """Numbers that divide as well would mix weights up."""
+    made = Trained(tmp_path, family)
+    config = {**json.loads((made.hub / "config.json").read_text()), **changed}
+    (made.hub / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LayoutMismatchError, match=told):
+        made.export()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_key_to_encrypt_with_is_not_used_and_that_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = Trained(tmp_path)
+    monkeypatch.setenv("MS_CKPT_EXT_ENC_KEY", "0123456789ABCDEF")
+    made.export()
+    assert told(made.out()) == told(made.weights)
+    assert "MS_CKPT_EXT_ENC_KEY is set, and what is exported is plain" in caplog.text

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional, Union
 
+from ms_ckpt_ext import log
 from ms_ckpt_ext.api.arguments import (
     BUFFER_BYTES,
     PathLike,
@@ -34,10 +35,11 @@ from ms_ckpt_ext.engine.files.overwrite import Records
 from ms_ckpt_ext.engine.huggingface.companions import adapted, read_companion, read_companions
 from ms_ckpt_ext.engine.huggingface.rule_file import Family, family_of_rules
 from ms_ckpt_ext.engine.huggingface.sizes import read_config
-from ms_ckpt_ext.engine.huggingface.weights import cast, only, require_weights, sort_names, without_ties
+from ms_ckpt_ext.engine.huggingface.weights import cast, only, require_shapes, require_weights, sort_names, without_ties
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
 from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.formats.registry import ENC_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -106,6 +108,10 @@ def export(
     """
     checked_words(export, locals(), ("dtype",))
     target, wanted = path_of(dst, "dst"), Filter((), exclude)
+    if ENC_KEY_VARIABLE in os.environ:
+        log.warning(
+            "%s is set, and what is exported is plain: Hugging Face's libraries read no other", ENC_KEY_VARIABLE
+        )
     task, tasks = share_of(share, "share")
     options = MergeOptions(task, tasks, "huggingface", _bytes_of(max_shard_size), digests=digests)
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
@@ -130,7 +136,9 @@ def outgoing(catalog: Catalog, family: Family, wanted: Filter) -> Catalog:
     found = sort_names(only(catalog, wanted), back, family.leaves)
     require_weights(found, catalog, family, back)
     catalog = only(catalog, set(found.weights).__contains__)
-    return without_ties(judged(ruled(catalog, back)), family)
+    catalog = judged(ruled(catalog, back))
+    require_shapes(catalog, family)
+    return without_ties(catalog, family)
 
 
 def _family(

@@ -7,6 +7,7 @@
      "tied": {"lm_head.weight": "model.embed_tokens.weight"},  one tensor where tie_word_embeddings is true
      "leave": ["layers.{layer}.expert_load"],                  parameters of a training that are no weights
      "keep": ["model.layers.{layer}.gate.bias"],               Hugging Face's names of what keeps its dtype in an export
+     "shapes": {"lm_head.weight": ["vocab_size", "hidden_size"]},  of what is exported, held against config.json
      "rules": [{"rule": "QKV", "sources": ["…q…", "…k…", "…v…"], "target": "…", "groups": "num_key_value_heads"}]}
 
 A rule is a class of `ms_ckpt_ext.rules` and its arguments, from Hugging Face's names to those of the training. Numbers
@@ -19,10 +20,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.computing.rules import Crop, Dequantize, Pad, Scale
+from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.rule_inverses import invert
@@ -52,6 +54,7 @@ _TOP = {
     "tied": (dict, "an object: name -> name"),
     "leave": (list, "a list of names"),
     "keep": (list, "a list of names"),
+    "shapes": (dict, "an object: name -> list of numbers or keys of config.json"),
     "rules": (list, "a list of rules"),
 }
 _OWN = {"rule", "sources", "target", "when", "unless", "optional"}
@@ -76,6 +79,7 @@ class Family(NamedTuple):
         leaves: names, with placeholders, of what a training holds beside its weights.
         keeps: Hugging Face's names, with placeholders, of what keeps its dtype.
         tied: Hugging Face's name -> name of the tensor that it is, where the model ties its embeddings.
+        shapes: (Hugging Face's name, with placeholders, shape) as far as config.json says it.
         switches: what the file has defaults for.
     """
 
@@ -85,6 +89,7 @@ class Family(NamedTuple):
     leaves: tuple[str, ...]
     keeps: tuple[str, ...]
     tied: Mapping[str, str]
+    shapes: tuple[tuple[str, Shape], ...]
     switches: tuple[str, ...]
 
     @property
@@ -137,8 +142,20 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
         tuple(_told(f"rule file {origin!r}: {key!r} speaks of", names.of, name) for name in document.get(key, []))
         for key in ("leave", "keep")
     )
+    shapes = tuple(_shapes(document.get("shapes", {}), names, f"rule file {origin!r}: 'shapes'"))
     tied = document.get("tied", {}) if _tied(sizes) else {}
-    return Family(origin, tuple(rules), tuple(needs), leaves, keeps, tied, tuple(document.get("defaults", {})))
+    return Family(origin, tuple(rules), tuple(needs), leaves, keeps, tied, shapes, tuple(document.get("defaults", {})))
+
+
+def _shapes(document: Mapping[str, Any], names: _Names, where: str) -> Iterator[tuple[str, Shape]]:
+    """The shapes whose numbers are all known."""
+    for name, extents in document.items():
+        if not isinstance(extents, list):
+            raise UsageError(f"{where}: {name!r} must be a list of numbers or keys of config.json, got {extents!r:.60}")
+        try:
+            yield names.of(name), tuple(names.sizes.number(extent) for extent in extents)
+        except UsageError:  # config.json does not say it
+            continue
 
 
 def _words(optional: Any) -> tuple[str, ...]:
@@ -147,7 +164,7 @@ def _words(optional: Any) -> tuple[str, ...]:
 
 def family_of_rules(rules: Sequence[Rule], config: Config, given: Mapping[str, Any]) -> Family:
     """Rules that are no family's: nothing is known of what a model has beside them, but for what `config` says."""
-    return Family("", tuple(rules), (), (), (), _TIED if _tied(Sizes(given, config, {})) else {}, ())
+    return Family("", tuple(rules), (), (), (), _TIED if _tied(Sizes(given, config, {})) else {}, (), ())
 
 
 def _check_top(document: Any, origin: str) -> None:

@@ -1,7 +1,8 @@
 """Numbers and switches that a rule file speaks of by the keys of Hugging Face's config.json.
 
 What the caller gives comes before config.json, and that before the file's own defaults. Where a number is wanted, a sum
-of products of keys will do: `"num_attention_heads * head_dim + 8"`. A default may be such a text, too.
+of products of keys will do, also divided: `"num_heads * head_dim + 8"`, `"hidden_size // num_heads"`. A default may be
+such a text, too.
 """
 
 from __future__ import annotations
@@ -80,12 +81,22 @@ class Sizes:
         return Sizes(self._given, self.config, others).number(default)
 
     def number(self, text: Any) -> int:
-        """An int, or a sum of products of ints and keys. Raises UsageError for anything else."""
+        """An int, or a sum of products of ints and keys, divided or not. Raises UsageError for anything else."""
         if isinstance(text, bool) or not isinstance(text, (int, str)):
             raise UsageError(f"{text!r:.60}, which is no whole number and no key of config.json")
         if isinstance(text, int):
             return text
-        return sum(prod(self._factor(factor.strip()) for factor in term.split("*")) for term in text.split("+"))
+        return sum(map(self._term, text.split("+")))
+
+    def _term(self, text: str) -> int:
+        found, *divisors = (
+            prod(self._factor(factor.strip()) for factor in part.split("*")) for part in text.split("//")
+        )
+        for divisor in divisors:
+            if not divisor:
+                raise UsageError(f"{text.strip()!r}, which divides by zero")
+            found //= divisor
+        return found
 
     def _factor(self, text: str) -> int:
         if text.isdecimal():

@@ -7,13 +7,14 @@ missing from an exported model is seen by nobody until it answers nonsense.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Callable, NamedTuple, TypeVar
 
 from ms_ckpt_ext.core.computing.rules import Scale
 from ms_ckpt_ext.core.geometry.groups import STATES, group_of
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.apply_rules import sources_among
 from ms_ckpt_ext.core.planning.io_units import Limits, cut
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
@@ -24,6 +25,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError, some
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_NUMBERED = re.compile(r".*[\d}]")
 _Held = TypeVar("_Held")
 
 
@@ -113,6 +115,30 @@ def _hint(family: Family) -> str:
         return "Add a rule for each"
     switches = f"has switches for other arrangements ({', '.join(family.switches)}), set by sizes"
     return f"The rule file {family.origin!r} {switches if family.switches else 'may lack a rule'}"
+
+
+def require_shapes(catalog: Catalog, family: Family) -> None:
+    """Raise LayoutMismatchError when a tensor that goes out has not the shape that config.json gives it.
+
+    Rules need numbers of heads and experts from there. Of another model's some fit as well, and weights get mixed up.
+    """
+    by_end: dict[str, list[tuple[Pattern, Shape]]] = {}
+    for pattern, shape in ((Pattern(name), shape) for name, shape in family.shapes):
+        by_end.setdefault(_end(pattern.text), []).append((pattern, shape))
+    for name, held in catalog.tensors.items():
+        found = held.meta.shape
+        near = by_end.get(_end(name), ())
+        shape = next((shape for pattern, shape in near if pattern.match(name) is not None), found)
+        if shape != found:
+            raise LayoutMismatchError(
+                f"{name!r} would have shape {list(found)}, and by config.json the model has {list(shape)}: is it the "
+                "config.json of this training's model? Where the training pads it, use Crop"
+            )
+
+
+def _end(name: str) -> str:
+    """What stands behind the last number, or the last placeholder of one."""
+    return _NUMBERED.sub("", name)
 
 
 def without_ties(catalog: Catalog, family: Family) -> Catalog:

@@ -143,6 +143,8 @@ HEADS = {"rule": "QKV", "sources": ["q", "k", "v"], "target": "t", "groups": 2}
         ({"rules": {}}, "'rules' must be a list of rules, got {}"),
         ({"rules": [], "rule": 1}, "has no key 'rule'; it may have title, architectures"),
         ({"rules": [], "tied": {"a": 1}}, "'tied' must be an object: name -> name"),
+        ({"rules": [], "shapes": {"a": 1}}, "'shapes': 'a' must be a list of numbers"),
+        ({"rules": [{**HEADS, "groups": "3 // 0"}]}, "'3 // 0', which divides by zero"),
         ({"rules": [], "leave": [1]}, "'leave' must be a list of names"),
         ({"rules": [RENAME, 5]}, "rule 2: an object whose 'rule' is one of QKV, Concat.*, got 5"),
         ({"rules": [{**RENAME, "rule": "Move"}]}, "rule 1: .* is one of QKV"),
@@ -218,7 +220,7 @@ def test_random_documents_are_refused_or_read() -> None:
         for kind in KINDS:
             for value in values:
                 entry = {"rule": kind, "sources": ["a.{}.q", "a.{}.k"], "target": "t.{}", "groups": 1, key: value}
-                for name in ("title", "architectures", "defaults", "bounds", "tied", "leave"):
+                for name in ("title", "architectures", "defaults", "bounds", "tied", "leave", "shapes"):
                     try:
                         family_of({"rules": [entry], name: value}, "f", Config({"b": 1}, ""), {})
                         family_of({"rules": [entry]}, "f", Config({"b": 1}, ""), {})
