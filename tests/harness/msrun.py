@@ -7,7 +7,8 @@ Two ways of starting the same script:
   is for tests of what users start with it.
 * unsupervised (default): the same processes with the environment variables that msrun sets (MindSpore's "dynamic
   cluster" start-up), and nobody who kills survivors, as on a cluster whose other hosts have launchers of their own.
-  Fault tests need it: how a survivor ends is then its own doing.
+  Fault tests need it: how a survivor ends is then its own doing. They are forked from one that has imported MindSpore,
+  which takes each more time than most of what is done in it.
 
 One rank of a run, and no more, may die of SIGSEGV after its script came to its end; that is a warning: MindSpore's
 teardown crashes now and then (2.10.0, one of some thousand ranks on the CPU; known of other projects' tests as well).
@@ -19,6 +20,7 @@ session of its own and so a kill of the process group would miss them.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -26,11 +28,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Protocol
 
 import psutil
 
@@ -170,20 +172,34 @@ def _dynamic_cluster(
     roles = {"scheduler": {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}}
     for rank in map(str, range(ranks)):
         roles[f"worker_{rank}"] = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": rank, "RANK_ID": rank, "DEVICE_ID": rank}
-    processes: list[subprocess.Popen[bytes]] = []
-    with ExitStack() as stack:
-        stack.callback(_kill, processes)
-        for name, role in roles.items():
-            out = stack.enter_context(open(log_dir / f"{name}.log", "w"))
-            err = stack.enter_context(open(log_dir / f"{name}.err", "w"))
-            full = {**env, **shared, **role}
-            marking = [command[0], str(_RANK), str(log_dir / f"{name}{_ENDED}"), *command[1:]]
-            processes.append(subprocess.Popen(marking, env=full, stdout=out, stderr=err, cwd=log_dir))
+    job = log_dir / "job.json"
+    job.write_text(json.dumps({"command": command[1:], "roles": {n: {**shared, **role} for n, role in roles.items()}}))
+    with open(log_dir / "start.log", "w") as out, ExitStack() as stack:
+        starter = subprocess.Popen(
+            [command[0], str(_RANK), str(job)], env=dict(env), stdout=out, stderr=out, cwd=log_dir
+        )
+        stack.callback(_kill, [starter])
         # The scheduler is not waited for: it may stay for minutes after a worker was lost.
-        return _wait(processes[1:], deadline, patient)
+        return _wait([_Forked(starter, log_dir / f"worker_{rank}.code") for rank in range(ranks)], deadline, patient)
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], deadline: float, patient: bool) -> list[Optional[int]]:
+class _Forked:
+    """A process that another one has forked, and of which it notes how it ended."""
+
+    def __init__(self, starter: subprocess.Popen[bytes], code: Path) -> None:
+        self._starter, self._code = starter, code
+
+    def poll(self) -> Optional[int]:
+        """The return code, None while it runs."""
+        gone = self._starter.poll()  # it ends last, unless it fails
+        return int(self._code.read_text()) if self._code.exists() else gone
+
+
+class _Process(Protocol):
+    def poll(self) -> Optional[int]: ...
+
+
+def _wait(processes: Sequence[_Process], deadline: float, patient: bool) -> list[Optional[int]]:
     """Return codes of all; None for one that still ran at the deadline.
 
     Unless `patient`, what is left when one has failed has only `_GRACE` seconds more: it may wait for the dead.
