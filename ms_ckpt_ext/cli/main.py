@@ -61,14 +61,14 @@ def commands(names: Sequence[str] = COMMANDS) -> list[Command]:
     return [importlib.import_module(f"{__package__}.commands.{name}").COMMAND for name in names]
 
 
-def parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+def parser(listed: Optional[Sequence[Command]] = None) -> argparse.ArgumentParser:
     """The command line, whole or of some subcommands. A parsed one has `command` and `parser`, that of the command."""
     top = argparse.ArgumentParser(
         prog=PROG, description=_DESCRIPTION, epilog=_exit_codes(), formatter_class=_Formatter, allow_abbrev=False
     )
     top.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     below = top.add_subparsers(prog=PROG, metavar="COMMAND", title="commands", required=True)
-    for command in commands(names):
+    for command in commands() if listed is None else listed:
         made = below.add_parser(
             command.name,
             help=command.summary,
@@ -112,10 +112,15 @@ class _OutputError(Exception):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command line and return its exit code."""
+    return run_line(sys.argv[1:] if argv is None else argv)
+
+
+def run_line(argv: Sequence[str], listed: Optional[Sequence[Command]] = None) -> int:
+    """Run a line of these commands, by default of all, and return its exit code."""
     _ready_output()
     try:
         with _interruptions() as interrupted, _few_collections():
-            code = _main(sys.argv[1:] if argv is None else list(argv), interrupted)
+            code = _main(list(argv), listed, interrupted)
         with _writing():
             sys.stdout.flush()
     except _OutputError as error:
@@ -183,12 +188,12 @@ def _interruptions() -> Iterator[list[int]]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _main(argv: list[str], interrupted: Sequence[int]) -> int:
+def _main(argv: list[str], listed: Optional[Sequence[Command]], interrupted: Sequence[int]) -> int:
     if not argv:
-        parser().print_help(sys.stderr)
+        parser(listed).print_help(sys.stderr)
         return Exit.USAGE
     try:
-        arguments = _parsed(argv)
+        arguments = _parsed(argv, listed)
     except SystemExit as asked:  # --help, --version, or a usage error that argparse has printed
         return int(asked.code or 0)
     command: Command = arguments.command
@@ -212,8 +217,9 @@ def _show_messages(command: Command, level: str) -> None:
     logging.basicConfig(format=f"{PROG} {command.name}: %(message)s", level=level)
 
 
-def _parsed(argv: list[str]) -> argparse.Namespace:
-    arguments, unknown = parser(_meant(argv[0])).parse_known_args(argv)
+def _parsed(argv: list[str], listed: Optional[Sequence[Command]]) -> argparse.Namespace:
+    meant = commands(_meant(argv[0])) if listed is None else listed
+    arguments, unknown = parser(meant).parse_known_args(argv)
     if unknown:
         import difflib
 

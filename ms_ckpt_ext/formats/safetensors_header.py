@@ -53,8 +53,8 @@ class Member(NamedTuple):
     stop: int
 
 
-def read_header(raw: bytearray, take: Callable[[Member], None]) -> dict[str, str]:
-    """Give every tensor of a header to `take`, in its order, and return the metadata.
+def read_header(raw: bytearray, take: Callable[[Member], None], most: int = MAX_NOTES) -> dict[str, str]:
+    """Give every tensor of a header to `take`, in its order, and return the metadata, which are `most` entries.
 
     Raises:
         HeaderError: it is no header.
@@ -76,7 +76,7 @@ def read_header(raw: bytearray, take: Callable[[Member], None]) -> dict[str, str
         if name != METADATA:
             at = _other(raw, at, name, take)
         elif notes is None:
-            notes, at = _notes(raw, at)
+            notes, at = _notes(raw, at, most)
         else:
             raise HeaderError(f"the header names {METADATA!r} twice")
         mark, at = _mark(raw, at)
@@ -133,7 +133,7 @@ def _other(raw: bytearray, at: int, name: str, take: Callable[[Member], None]) -
     return end
 
 
-def _notes(raw: bytearray, at: int) -> tuple[dict[str, str], int]:
+def _notes(raw: bytearray, at: int, most: int) -> tuple[dict[str, str], int]:
     """The metadata, from their value on, and where that has ended; null is none."""
     notes: dict[str, str] = {}
     values: dict[str, str] = {}
@@ -156,8 +156,8 @@ def _notes(raw: bytearray, at: int) -> tuple[dict[str, str], int]:
         if key in notes:
             raise HeaderError(f"{METADATA} names {key[:99]!r} twice")
         notes[key] = values.setdefault(value, value)
-        if len(notes) > MAX_NOTES:
-            raise HeaderError(f"{METADATA} has more than {MAX_NOTES} entries")
+        if len(notes) > most:
+            raise HeaderError(f"{METADATA} has more than {most} entries")
     return notes, at
 
 

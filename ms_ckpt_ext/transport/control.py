@@ -54,7 +54,6 @@ from ms_ckpt_ext.transport.rendezvous.meeting import come_to_hub
 _T = TypeVar("_T")
 
 FIRST_MEETING = "the first meeting of all ranks over the backend, to which some of another host may not have come"
-_CONNECT_SECONDS = 20.0
 _POLL_SECONDS = 0.25
 
 
@@ -152,7 +151,7 @@ class ControlPlane(Line):
             TransportError: on all ranks, when any of them cannot connect to rank 0, or does not come.
         """
         try:
-            self.attach(come_to_hub(announce, self.rank, self.size, self._open_hub, _CONNECT_SECONDS))
+            self.attach(come_to_hub(announce, self.rank, self.size, self._open_hub, self.limits.connect_seconds))
         except BaseException:
             self._abandon()
             raise

@@ -16,7 +16,7 @@ import pytest
 from ms_ckpt_ext import __version__, errors
 from ms_ckpt_ext.cli import main as cli
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
-from tests.support.command_line import ROOT, environment, run, run_script, script
+from tests.support.command_line import ROOT, Ran, environment, run, run_script, script
 
 ALL = cli.commands()
 HEAVY = ("mindspore", "numpy", "google", "tqdm", "safetensors", "xxhash", "shtab", "cryptography")
@@ -68,10 +68,10 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     assert "invalid choice: 'inspekt'" in ran.err
 
 
-def use(run_: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `completion` do something else."""
+def doing(run_: object, *more: str) -> Ran:
+    """What `completion` gives if it does something else."""
     made = ALL[-1]._replace(run=run_, json=True)  # type: ignore[arg-type]
-    monkeypatch.setattr(cli, "commands", lambda _: [made])
+    return run("completion", "bash", *more, listed=[made])
 
 
 @pytest.mark.parametrize(
@@ -89,38 +89,37 @@ def use(run_: object, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_errors_are_words_and_codes(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_words_and_codes(error: Exception, code: int) -> None:
     def fail(_: Namespace) -> Answer:
         raise error
 
-    use(fail, monkeypatch)
     hint = "ms-ckpt completion: a key is given by --dec-key-file or --dec-key-env\n" if code == 6 else ""
-    assert run("completion", "bash") == (code, "", f"ms-ckpt completion: error: told\n{hint}")
-    ran = run("completion", "bash", "--json")
+    assert doing(fail) == (code, "", f"ms-ckpt completion: error: told\n{hint}")
+    ran = doing(fail, "--json")
     assert json.loads(ran.out) == {"error": {"type": type(error).__name__, "message": "told", "exit_code": code}}
-    assert "Traceback" in run("completion", "bash", "--verbose").err
+    assert "Traceback" in doing(fail, "--verbose").err
 
 
 def test_a_bug_shows_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(lambda _: 1 / 0, monkeypatch)
-    ran = run("completion", "bash")
+    ran = doing(lambda _: 1 / 0)
     assert (ran.code, ran.out) == (70, "")
     assert "Traceback" in ran.err
     assert ran.err.endswith("error in this program, please report it: division by zero\n")
 
 
 def test_an_answer_gives_lines_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(lambda _: Answer({"a": "ä"}, iter(["one", "two"]), Exit.DIFFERENT), monkeypatch)
-    assert run("completion", "bash") == (1, "one\ntwo\n", "")
-    assert run("completion", "bash", "--json") == (1, '{\n "a": "ä"\n}\n', "")
+    def answer(_: Namespace) -> Answer:
+        return Answer({"a": "ä"}, iter(["one", "two"]), Exit.DIFFERENT)
+
+    assert doing(answer) == (1, "one\ntwo\n", "")
+    assert doing(answer, "--json") == (1, '{\n "a": "ä"\n}\n', "")
 
 
 def test_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: Namespace) -> Answer:
         raise KeyboardInterrupt
 
-    use(stop, monkeypatch)
-    ran = run("completion", "bash")
+    ran = doing(stop)
     assert (ran.code, ran.out) == (130, "")
     assert "interrupted" in ran.err
     assert "Traceback" not in ran.err

@@ -23,11 +23,7 @@ from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together
-from ms_ckpt_ext.engine.source import catalog
 from ms_ckpt_ext.errors import CheckpointError, LoadError
-from ms_ckpt_ext.formats.index import FileIndex
-from ms_ckpt_ext.formats.registry import Access, reopen
-from ms_ckpt_ext.storage.reader import ByteReader
 from tests.live.load_worker import bytes_of, poisoned
 from tests.support.checkpoints import Stored, read_file
 
@@ -100,17 +96,23 @@ class Job:
             yield
 
 
-def refuse(index: FileIndex, access: Access) -> ByteReader:
-    return reopen(index._replace(path=index.path + ".gone"), access)
+def gone(source: str) -> Any:
+    """No file of a checkpoint can be opened meanwhile: it is not there any more."""
+    real = os.open
+
+    def refuse(path: Any, *more: Any, **named: Any) -> int:
+        return real(f"{path}.gone" if str(path).startswith(source) else path, *more, **named)
+
+    return mock.patch.object(os, "open", refuse)
 
 
 @contextmanager
-def unreadable(rank: int) -> Iterator[None]:
+def unreadable(rank: int, source: str) -> Iterator[None]:
     """The victim cannot open any file again once the load is under way."""
     real = together._load
 
     def load(*arguments: Any) -> Any:
-        with mock.patch.object(catalog, "reopen", refuse):
+        with gone(source):
             return real(*arguments)
 
     with mock.patch.object(together, "_load", load) if rank == VICTIM else nullcontext():
@@ -131,9 +133,9 @@ def faults(job: Job, case: dict[str, Any]) -> None:
     def only(**changes: Any) -> dict[str, Any]:
         return changes if job.rank == VICTIM else {}
 
-    with mock.patch.object(catalog, "reopen", refuse) if job.rank == VICTIM else nullcontext():
+    with gone(case["source"]) if job.rank == VICTIM else nullcontext():
         job.fail("gone before")
-    with unreadable(job.rank):
+    with unreadable(job.rank, case["source"]):
         job.fail("gone")
         job.fail("gone, direct", mode="direct", verify="replicas")
     job.fail("truncated", source=case["truncated"])

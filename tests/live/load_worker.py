@@ -11,16 +11,16 @@ from unittest import mock
 
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore.communication import init
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
 from ms_ckpt_ext.errors import CheckpointError
-from ms_ckpt_ext.storage.reader import ReadCount, ReaderPool
 from tests.support.checkpoints import Stored, read_file
+from tests.support.machine import ReadMade, contents_read, watch_reads
 
 _DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32, "I64": ms.int64}
-COUNTS: list[ReadCount] = []
 
 
 def poisoned(tensors: dict[str, Stored]) -> ms.nn.Cell:
@@ -37,11 +37,10 @@ def bytes_of(cell: ms.nn.Cell) -> dict[str, bytes]:
     return {p.name: np.ascontiguousarray(p.asnumpy()).tobytes() for p in cell.get_parameters()}
 
 
-def check(rank: int, case: dict[str, Any]) -> None:
+def check(rank: int, case: dict[str, Any], reads: list[ReadMade]) -> None:
     """One load; everything that is wrong raises."""
     expected = read_file(next(Path(case["expected"]).glob(f"rank_{rank}/*.safetensors")))
     cell = poisoned(expected)
-    COUNTS.clear()
     host = rank * case.get("hosts", 1) // distributed.get_world_size()
 
     def load() -> tuple[list[str], list[str]]:
@@ -70,7 +69,8 @@ def check(rank: int, case: dict[str, Any]) -> None:
     assert sorted(unused) == sorted(case.get("unused", [])), unused
     if "counted" in case:  # beside its slices, the beginnings of two slices, and all copies of training scalars
         own = sum(len(tensor.data) for tensor in expected.values())
-        read = sum(count.nbytes for count in COUNTS)
+        files = Path(case["source"]).rglob("*.safetensors")
+        read = sum(read.nbytes for read in contents_read(reads, *files))
         beside = case["counted"]
         assert read == own + beside, f"{case['name']}, rank {rank}: read {read} bytes, its slices have {own}"
     if "scalars" in case:
@@ -85,15 +85,10 @@ def main() -> None:
     else:
         ms.set_device("CPU")
         init()
-    opened = ReaderPool.__init__
-
-    def remember(self: ReaderPool, *args: Any, **more: Any) -> None:
-        opened(self, *args, **more)
-        COUNTS.append(self.count)
-
-    ReaderPool.__init__ = remember  # type: ignore[method-assign]
+    reads = watch_reads(pytest.MonkeyPatch())
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        check(distributed.get_rank(), case)
+        reads.clear()
+        check(distributed.get_rank(), case, reads)
         print(f"case {case['name']} is right", flush=True)
 
 

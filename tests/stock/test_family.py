@@ -268,8 +268,9 @@ def test_another_ranks_checkpoint(
     strategy_of(layouts_, tmp_path / "s.ckpt")
     root = backups(tmp_path, present)
     for rank in range(8):
-        for module, name in ((serialization, "get_rank"), (utils, "get_rank"), (communication, "get_rank")):
-            monkeypatch.setattr(module, name, lambda rank=rank: rank)
+        monkeypatch.setattr(serialization, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(utils, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(communication, "get_rank", lambda rank=rank: rank)
         path = f"{root}/rank_{rank}/net_rank_{rank}-1_2.ckpt"
         ours = ms_ckpt_ext.get_ckpt_path_with_strategy(path, tmp_path / "s.ckpt")
         assert ours == ms.get_ckpt_path_with_strategy(path, str(tmp_path / "s.ckpt")), rank

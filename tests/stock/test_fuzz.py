@@ -50,7 +50,7 @@ def test_every_rule_stands_in_the_page_with_its_test(page: Path) -> None:
         assert (ROOT / test).is_file() if "/" in test else f"def {test}(" in known, test
 
 
-def _spoil(monkeypatch: pytest.MonkeyPatch, name: str, after: Any) -> None:
+def _spoilt(name: str, after: Any) -> dict[str, Any]:
     real = getattr(ms_ckpt_ext, name)
 
     def spoilt(*args: Any, **named: Any) -> Any:
@@ -58,7 +58,7 @@ def _spoil(monkeypatch: pytest.MonkeyPatch, name: str, after: Any) -> None:
         after(args, named)
         return result
 
-    monkeypatch.setattr(ms_ckpt_ext, name, spoilt)
+    return {name: spoilt}
 
 
 def _equal_seed(call: str, root: Path) -> int:
@@ -70,7 +70,7 @@ def _equal_seed(call: str, root: Path) -> int:
     raise AssertionError(f"no seed of {call} is equal")
 
 
-def test_one_flipped_byte_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_flipped_byte_is_seen(tmp_path: Path) -> None:
     seed = _equal_seed("transform", tmp_path)
 
     def flip(args: Any, named: Any) -> None:
@@ -79,28 +79,29 @@ def test_one_flipped_byte_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         data[-1] ^= 1
         path.write_bytes(data)
 
-    _spoil(monkeypatch, "transform_checkpoints", flip)
-    assert [each.right for each in run_seed(seed, tmp_path, "transform").unexplained] == ["stock"]
+    spoilt = _spoilt("transform_checkpoints", flip)
+    assert [each.right for each in run_seed(seed, tmp_path, "transform", spoilt).unexplained] == ["stock"]
 
 
-def test_a_file_that_is_not_there_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_not_there_is_seen(tmp_path: Path) -> None:
     seed = _equal_seed("unify", tmp_path)
-    _spoil(monkeypatch, "unified_safetensors", lambda args, named: (Path(args[2]) / "part0.safetensors").unlink())
-    assert {(each.kind, each.right) for each in run_seed(seed, tmp_path, "unify").unexplained} == {("files", "stock")}
+    spoilt = _spoilt("unified_safetensors", lambda args, named: (Path(args[2]) / "part0.safetensors").unlink())
+    found = run_seed(seed, tmp_path, "unify", spoilt).unexplained
+    assert {(each.kind, each.right) for each in found} == {("files", "stock")}
 
 
-def test_another_answer_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_answer_is_seen(tmp_path: Path) -> None:
     seed = _equal_seed("rank_list", tmp_path)
-    monkeypatch.setattr(ms_ckpt_ext, "rank_list_for_transform", lambda *args, **named: [99])
-    assert [each.kind for each in run_seed(seed, tmp_path, "rank_list").unexplained] == ["value"]
+    other = {"rank_list_for_transform": lambda *args, **named: [99]}
+    assert [each.kind for each in run_seed(seed, tmp_path, "rank_list", other).unexplained] == ["value"]
 
 
-def test_an_error_that_stock_does_not_give_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_stock_does_not_give_is_seen(tmp_path: Path) -> None:
     seed = _equal_seed("into_network", tmp_path)
 
     def refuse(*args: Any, **named: Any) -> None:
         raise ms_ckpt_ext.CheckpointError("no")
 
-    monkeypatch.setattr(ms_ckpt_ext, "load_distributed_checkpoint", refuse)
-    (difference,) = run_seed(seed, tmp_path, "into_network").unexplained
+    other = {"load_distributed_checkpoint": refuse}
+    (difference,) = run_seed(seed, tmp_path, "into_network", other).unexplained
     assert (difference.kind, difference.right) == ("refused", "stock")

@@ -272,16 +272,17 @@ def test_a_disk_without_room_for_small_things(
     ending: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, target = source(tmp_path / "src"), tmp_path / "out"
-    owner: Any = Path if call == "write_bytes" else os
-    real = getattr(owner, call)
+    write, rename = Path.write_bytes, os.rename
 
-    def refuse(*args: Any) -> Any:
-        if str(args[0] if ending else args[1]).endswith(".safetensors" + ending):
+    def refused(path: Path) -> None:
+        if str(path).endswith(".safetensors" + ending):
             raise OSError(errno.ENOSPC, "")
-        return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, refuse)
+        if call == "rename":
+            patch.setattr(os, "rename", lambda old, new: refused(new) or rename(old, new))
+        else:
+            patch.setattr(Path, "write_bytes", lambda path, data: refused(path) or write(path, data))
         with pytest.raises(errors.StorageError, match="part0.safetensors.*No space left on device; free some space"):
             merge(root, target)
     assert_nothing_complete(target)

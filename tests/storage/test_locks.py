@@ -19,7 +19,6 @@ import pytest
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.api.jobs import reshard
 from ms_ckpt_ext.engine.integrity import manifest
-from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import OBSTACLE
 from ms_ckpt_ext.storage.staging import ONE_TASK, Staging
 from tests.support.checkpoints import merge, source
@@ -306,16 +305,14 @@ def test_another_users_folder_that_cannot_be_removed(everybodys: Path) -> None:
 
 def test_a_target_that_vanishes_while_it_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It had been made by a run that has ended meanwhile: it is made again."""
-    real = HiddenFolder.enter
+    real = fcntl.flock
 
-    def enter(self: HiddenFolder) -> None:
-        monkeypatch.setattr(HiddenFolder, "enter", real)
-        real(self)
-        self.leave()
+    def flock(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
         shutil.rmtree(tmp_path / "out")
-        real(self)
+        real(descriptor, operation)
 
-    monkeypatch.setattr(HiddenFolder, "enter", enter)
+    monkeypatch.setattr(fcntl, "flock", flock)
     first = staged(tmp_path / "out", ["a.ckpt"])
     with pytest.raises(errors.StorageError, match="another run is writing into"):
         staged(tmp_path / "out", ["a.ckpt"], "5678")

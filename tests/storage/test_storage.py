@@ -16,8 +16,6 @@ import pytest
 
 from ms_ckpt_ext import errors, load_distributed_checkpoint
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.copying import worker
-from ms_ckpt_ext.engine.files import execution
 from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage import sink
 from ms_ckpt_ext.storage.sink import FileSink, MemorySink
@@ -119,18 +117,12 @@ def test_a_source_that_changes_during_the_run(large: Path, tmp_path: Path, monke
 
         return wrapper
 
-    real = worker.run
-
-    def run_then_touch(*args: Any) -> None:
-        real(*args)
-        os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns + 5))
-
-    for module, name, changed in (
-        (execution, "schedule", touch_then(execution.schedule)),
-        (worker, "run", run_then_touch),
-    ):
+    for when in ("the target's room is looked at", "a file is complete"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, changed)
+            if when == "a file is complete":
+                patch.setattr(os, "fsync", touch_then(os.fsync))
+            else:
+                patch.setattr(shutil, "disk_usage", touch_then(shutil.disk_usage))
             with pytest.raises(errors.StorageError, match="rank_2.*changed since its header was read.*at rest"):
                 merge(large, tmp_path / "out")
         os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -8,11 +8,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.cli.main import main
+from ms_ckpt_ext.cli.command import Command
+from ms_ckpt_ext.cli.main import run_line
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -25,11 +26,11 @@ class Ran(NamedTuple):
     err: str
 
 
-def run(*argv: object) -> Ran:
-    """One command line, in this process."""
+def run(*argv: object, listed: Optional[Sequence[Command]] = None) -> Ran:
+    """One command line, in this process; of these commands, by default of all."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(word) for word in argv])
+        code = run_line([str(word) for word in argv], listed)
     return Ran(int(code), out.getvalue(), err.getvalue())
 
 

@@ -39,15 +39,17 @@ def make_source(golden: Path, case: str, kind: str, root: Path) -> Path:
     return root
 
 
-def encrypt(source: Path, target: Path, mode: Optional[str], key: bytes = KEY, chunk: int = 1024) -> None:
-    """One file, in MindSpore's blocks of a `mode`, or in the chunked container."""
+def encrypt(
+    source: Path, target: Path, mode: Optional[str], key: bytes = KEY, chunk: int = 1024, unit: int = 0
+) -> None:
+    """One file, in MindSpore's blocks of a `mode`, or in the chunked container; in units of so many bytes."""
     plain = source.read_bytes()
     with target.open("wb") as out:
         if mode is None:
-            with ChunkedWriter(out, key, len(plain), chunk=chunk) as chunked:
+            with ChunkedWriter(out, key, len(plain), chunk=unit or chunk) as chunked:
                 chunked.write(plain)
         else:
-            with EncryptingWriter(out, key, mode, block=16 * chunk) as blocks:
+            with EncryptingWriter(out, key, mode, block=unit or 16 * chunk) as blocks:
                 blocks.write(plain)
 
 

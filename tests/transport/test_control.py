@@ -21,7 +21,7 @@ from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.server import Hub
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from ms_ckpt_ext.transport.rendezvous import meeting
-from ms_ckpt_ext.transport.rendezvous.addresses import Address, Invitation
+from ms_ckpt_ext.transport.rendezvous.addresses import Address
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES, CELL_ROOM
 from ms_ckpt_ext.transport.rendezvous.greeting import Guest, Unwelcome
 from ms_ckpt_ext.transport.rendezvous.search import arrive
@@ -340,12 +340,15 @@ def test_a_hub_out_of_reach_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyP
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
         wrong = Address("127.0.0.1", unused.getsockname()[1])
-        connect = meeting.connect
+        real, asked = socket.getaddrinfo, []
 
-        def astray(invitation: Invitation, rank: int, *others: Any) -> Any:
-            return connect(Invitation((wrong,), invitation.token) if rank == 1 else invitation, rank, *others)
+        def astray(host: str, port: int, *more: Any, **named: Any) -> Any:
+            if threading.current_thread().name != "rank 1":
+                return real(host, port, *more, **named)
+            asked.append(Address(host, port))
+            return real(*wrong, *more, **named)
 
-        monkeypatch.setattr(meeting, "connect", astray)
+        monkeypatch.setattr(socket, "getaddrinfo", astray)
 
         def work(t: LocalTransport) -> Any:
             try:
@@ -355,7 +358,8 @@ def test_a_hub_out_of_reach_is_an_error_on_all_ranks(monkeypatch: pytest.MonkeyP
 
         for error in LocalWorld(3).run(work):
             assert isinstance(error, TransportError) and "rank 1 " in str(error) and "cannot reach rank 0" in str(error)
-            assert f"{wrong}: Connection refused" in str(error)
+            assert asked and all(str(address) in str(error) for address in asked)
+            assert str(error).count("Connection refused") == len(asked)
     assert comes(lambda: not listening()), "the hub goes on though the job never began"
 
 

@@ -9,6 +9,7 @@ class ControlLimits(NamedTuple):
     """Bounds that do not depend on the job; how long ranks wait for each other is `timeout`, which users give.
 
     Attributes:
+        connect_seconds: how long a rank tries to reach the hub.
         greeting_seconds: within which a connection to a hub has to say who it is.
         vanished_seconds: after which a host that does not acknowledge what it is sent counts as out of reach. Something
             is sent two pulses after its last word at the latest.
@@ -22,6 +23,7 @@ class ControlLimits(NamedTuple):
         least_answer: bytes of an answer that the hub gives to however many ranks: an error's message, who failed.
     """
 
+    connect_seconds: float = 20.0
     greeting_seconds: float = 10.0
     vanished_seconds: float = 20.0
     stopped_seconds: float = 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.api.mindspore import install as installer
 from ms_ckpt_ext.bridge import names
-from ms_ckpt_ext.errors import UnsupportedError, UsageError
+from ms_ckpt_ext.errors import UsageError
 from tests.support.checkpoints import read_file, read_merged
 
 STOCK = names.stock_functions(installer.NAMES)
@@ -185,17 +186,18 @@ def test_what_only_stock_takes_goes_to_stock(monkeypatch: pytest.MonkeyPatch, ca
 def test_a_value_that_ours_refuses_goes_to_stock(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from ms_ckpt_ext.api.mindspore import load
+    calls: list[Any] = []
+    held = io.BytesIO()
 
-    def refuses(network: Any, format: str = "ckpt", *, mode: str = "auto") -> None:
-        raise UnsupportedError("format must be another", "format")
+    def load_checkpoint(ckpt_file_name: Any, net: Any = None, *, format: str = "ckpt") -> str:
+        calls.append((ckpt_file_name, net, format))
+        return "stock"
 
-    monkeypatch.setattr(load, "load_distributed_checkpoint", refuses)
-    calls = spy(monkeypatch)
+    monkeypatch.setattr(mindspore, "load_checkpoint", load_checkpoint)
     ms_ckpt_ext.install()
-    assert mindspore.load_distributed_checkpoint("network", format="strange", mode="direct") == "stock"
-    assert calls == [(("network",), {"format": "strange"})]
-    assert "format" in caplog.text and "mindspore.load_distributed_checkpoint" in caplog.text
+    assert mindspore.load_checkpoint(held, format="strange", verify="full") == "stock"
+    assert calls == [(held, None, "strange")]
+    assert "ckpt_file_name" in caplog.text and "mindspore.load_checkpoint" in caplog.text
     ms_ckpt_ext.uninstall()
     monkeypatch.undo()
 

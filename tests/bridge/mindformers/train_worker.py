@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import standin
 import mindspore as ms
 import numpy as np
+import pytest
 import yaml
 from mindformers import Trainer
 from mindformers.core.context.build_context import build_context
@@ -30,7 +31,7 @@ from mindspore.dataset import GeneratorDataset
 from mindspore.train.callback import Callback
 
 from ms_ckpt_ext.bridge import names
-from ms_ckpt_ext.storage.reader import PlainReader
+from tests.support.machine import watch_reads
 
 LENGTH, VOCABULARY, BATCHES = 32, 256, 4
 
@@ -86,19 +87,15 @@ class Counts:
     """Calls of MindSpore's own functions that fill a network, and bytes that this package has read."""
 
     def __init__(self) -> None:
-        self.stock = self.read = 0
-        fill, read_into = ms.load_param_into_net, PlainReader.read_into
+        self.stock = 0
+        self.reads = watch_reads(pytest.MonkeyPatch())
+        fill = ms.load_param_into_net
 
         def counted_fill(*args: Any, **named: Any) -> Any:
             self.stock += 1
             return fill(*args, **named)
 
-        def counted_read(reader: PlainReader, offset: int, into: memoryview) -> None:
-            self.read += len(into)
-            read_into(reader, offset, into)
-
         names.replace({fill: counted_fill}, everywhere=True)
-        PlainReader.read_into = counted_read
 
 
 def main(path: str, result: str, *changes: str) -> None:
@@ -112,7 +109,8 @@ def main(path: str, result: str, *changes: str) -> None:
         standin.collectives(get_rank(), get_group_size())
     counts, losses = Counts(), Losses()
     Trainer(args=config, task="text_generation", train_dataset=dataset(), callbacks=[losses]).train()
-    told = {"losses": losses.found, "ours": losses.ours, "begun": losses.begun, **vars(counts)}
+    told = {"losses": losses.found, "ours": losses.ours, "begun": losses.begun, "stock": counts.stock}
+    told["read"] = sum(read.nbytes for read in counts.reads)
     Path(result).write_text(json.dumps(told))
 
 

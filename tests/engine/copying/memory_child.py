@@ -9,21 +9,16 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from ms_ckpt_ext.api.mindspore.load import load_distributed_checkpoint
 from ms_ckpt_ext.api.mindspore.merge import unified_safetensors
-from ms_ckpt_ext.storage.reader import ReaderPool
+from tests.support.machine import watch_reads
 
 
 def main() -> None:
     job, shards, strategy, target, predicted, rank = sys.argv[1:]
-    pools = []
-    opened = ReaderPool.__init__
-
-    def remember(self: ReaderPool, *args: object, **more: object) -> None:
-        opened(self, *args, **more)  # type: ignore[arg-type]
-        pools.append(self)
-
-    ReaderPool.__init__ = remember  # type: ignore[method-assign]
+    reads = watch_reads(pytest.MonkeyPatch())
     if job == "merge":
         unified_safetensors(shards, strategy, target)
     else:
@@ -31,7 +26,7 @@ def main() -> None:
             None, None, predicted, strategy or None, format="safetensors", unified_safetensors_dir=shards,
             dst_safetensors_dir=target, rank_id=int(rank) if rank else None,
         )  # fmt: skip
-    print(json.dumps({"grown": _peak[0] - _before, "read": sum(pool.count.nbytes for pool in pools)}))
+    print(json.dumps({"grown": _peak[0] - _before, "read": sum(read.nbytes for read in reads if read.path.startswith(shards))}))
 
 
 def _anonymous() -> int:

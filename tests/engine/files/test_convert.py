@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def contents(path: Path, access: Access = registry.PLAIN) -> dict[str, tuple[Any
     return found
 
 
-def write_ckpt(path: Path, crc: bool = False, piece: int = 64) -> Path:
+def write_ckpt(path: Path, crc: bool = False, piece: int = 64, more: Sequence[TensorSpec] = ()) -> Path:
     """A `.ckpt` with all that is odd: text, scalars, no elements, packed int4, several values of one tensor."""
     specs = [
         TensorSpec("z.weight", DTYPES["F32"], (7, 9)),
@@ -61,6 +62,7 @@ def write_ckpt(path: Path, crc: bool = False, piece: int = 64) -> Path:
         TensorSpec("none", DTYPES["F32"], (0, 3)),
         TensorSpec("note", DTYPES["STR"], (4,)),
         TensorSpec("packed", DTYPES["I8"], (6,)),
+        *more,
     ]
     laid = ckpt_writer.layout(specs, crc=crc, metadata={"packed": "Int4"}, piece=piece)
     raw = bytearray(np.random.default_rng(1).bytes(laid.size))

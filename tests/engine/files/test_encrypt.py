@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
-import weakref
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,36 +15,46 @@ import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.engine.files import encrypted_sink
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, FormatError, UsageError
-from ms_ckpt_ext.formats import ckpt_writer, crypto, registry
-from ms_ckpt_ext.formats.crypto import blocks
-from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
+from ms_ckpt_ext.formats import ckpt_writer, crypto
+from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
-from ms_ckpt_ext.storage import digest_sink
-from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from ms_ckpt_ext.storage.digest_sink import DigestStream
+from ms_ckpt_ext.storage.reader import PlainReader
 from tests.engine.files.test_convert import CASE, KEY, contents, write_ckpt
 from tests.support.checkpoints import assert_nothing_complete, tree
+from tests.support.ciphers import decrypted_units
 from tests.support.dying import killed, notes_what_to_publish
 from tests.support.formats import encrypt as encrypt_file
+from tests.support.machine import watch_reads
 
 MODES = ["AES-GCM", "AES-CBC", "SM4-CBC", "chunked"]
+LARGE = tuple(TensorSpec(f"large.{n}", DTYPES["U8"], (1_300_003 + n,)) for n in range(7))
+"""More than what is kept of an encrypted file, and than is copied at once."""
+MORE: dict[str, Any] = {"more": LARGE, "piece": 1 << 20}
 
 
 def container(path: Path) -> Any:
     return crypto.sniff(path.read_bytes()[: crypto.SNIFF_BYTES])
 
 
-@pytest.mark.parametrize("kept", [registry.CACHE_BYTES, 1])
+def sealed(source: Path, target: Path, mode: str, large: bool) -> None:
+    """Encrypt a file: in one unit larger than what is kept of a file, as MindSpore's are, or in this package's."""
+    if large:
+        encrypt_file(source, target, None if mode == "chunked" else mode, unit=16 << 20)
+    else:
+        encrypt(source, target, enc_key=KEY, enc_mode=mode)
+
+
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_file_and_back(mode: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_and_back(mode: str, large: bool, tmp_path: Path) -> None:
     """Units for which there is no room, as MindSpore's of 64 MiB, are streamed."""
-    monkeypatch.setattr(registry, "CACHE_BYTES", kept)
-    source = write_ckpt(tmp_path / "net.ckpt", crc=True)
-    encrypt(source, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
+    source = write_ckpt(tmp_path / "net.ckpt", crc=True, **(MORE if large else {}))
+    sealed(source, tmp_path / "sealed.ckpt", mode, large)
     assert container(tmp_path / "sealed.ckpt") == mode
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "plain", dec_key=KEY, dec_mode=mode)
     assert (tmp_path / "plain" / "sealed.ckpt").read_bytes() == source.read_bytes()
@@ -129,18 +140,18 @@ def test_keys_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert container(tmp_path / "converted.safetensors") == crypto.CHUNKED
 
 
-@pytest.mark.parametrize("kept", [registry.CACHE_BYTES, 1])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_faults_write_nothing_and_tell_no_key(
-    mode: str, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    mode: str, large: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(registry, "CACHE_BYTES", kept)  # 1: the file is written before its tags are checked
+    """What is streamed is written before its tags are checked."""
     caplog.set_level(logging.DEBUG)
-    source = write_ckpt(tmp_path / "net.ckpt")
-    encrypt(source, tmp_path / "sealed.ckpt", enc_key=KEY, enc_mode=mode)
-    sealed = (tmp_path / "sealed.ckpt").read_bytes()
-    flipped = sealed[:-200] + bytes([sealed[-200] ^ 1]) + sealed[-199:]
-    faults = [(b"y" * 16, sealed), (KEY, sealed[:-5])]
+    source = write_ckpt(tmp_path / "net.ckpt", **(MORE if large else {}))
+    sealed(source, tmp_path / "sealed.ckpt", mode, large)
+    whole = (tmp_path / "sealed.ckpt").read_bytes()
+    flipped = whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:]
+    faults = [(b"y" * 16, whole), (KEY, whole[:-5])]
     for key, data in faults if mode.endswith("CBC") else [*faults, (KEY, flipped)]:  # CBC authenticates nothing
         (tmp_path / "sealed.ckpt").write_bytes(data)
         with pytest.raises(CheckpointError) as caught:
@@ -196,16 +207,9 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
     with PlainReader(str(tmp_path / "net.ckpt")) as reader, (tmp_path / "sealed.ckpt").open("wb") as file:
         with crypto.EncryptingWriter(file, KEY, block=block) as writer:
             crypto.encrypt_all(reader, writer)
-    asked = []
-
-    class Counting(PlainReader):
-        def read_into(self, offset: int, buffer: memoryview) -> None:
-            asked.append(len(buffer))
-            super().read_into(offset, buffer)
-
-    monkeypatch.setattr(registry, "PlainReader", Counting)
+    reads = watch_reads(monkeypatch)
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
-    assert sum(asked) <= 1.1 * size
+    assert size <= sum(read.nbytes for read in reads if read.path == str(tmp_path / "sealed.ckpt")) <= 1.1 * size
     assert load_manifest(str(tmp_path / "out")) == Manifest(
         {"sealed.ckpt": digest_file(read_index(str(tmp_path / "net.ckpt")))}
     )
@@ -213,11 +217,9 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("mode", MODES)
-def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digests_of_what_is_copied(mode: str, workers: int, tmp_path: Path) -> None:
     """Of the tensors in a file, in whatever pieces it was copied; encrypted beside an encrypted one."""
-    monkeypatch.setattr(encrypted_sink, "_CHUNK", 64)
-    monkeypatch.setattr("ms_ckpt_ext.engine.copying.worker._COPY", 64)
-    source, options = write_ckpt(tmp_path / "net.ckpt", crc=True), {"max_process_num": workers}
+    source, options = write_ckpt(tmp_path / "net.ckpt", crc=True, **MORE), {"max_process_num": workers}
     truth = digest_file(read_index(str(source)))
     assert dict(truth.tensors) == {
         name: xxhash.xxh3_128_hexdigest(entry[2]) for name, entry in contents(source).items()
@@ -294,16 +296,18 @@ def test_a_file_that_is_replaced_before_its_turn_is_told(
     """The first look at it was for its size, the second lists its tensors."""
     source = write_ckpt(tmp_path / "net.ckpt")
     raw = source.read_bytes()
-    real = registry.index_through
+    real = os.close
 
-    def replaced(reader: ByteReader, name: str) -> FileIndex:
-        monkeypatch.setattr(registry, "index_through", real)
-        found = real(reader, name)
-        source.unlink()
-        source.write_bytes(raw + raw.replace(b"weight", b"height") if size == "larger" else raw[: len(raw) // 2])
-        return found
+    def replaced(descriptor: int) -> None:
+        """The first reader of the file has seen enough."""
+        ours = os.path.samestat(os.fstat(descriptor), source.stat())
+        real(descriptor)
+        if ours:
+            monkeypatch.setattr(os, "close", real)
+            source.unlink()
+            source.write_bytes(raw + raw.replace(b"weight", b"height") if size == "larger" else raw[: len(raw) // 2])
 
-    monkeypatch.setattr(registry, "index_through", replaced)
+    monkeypatch.setattr(os, "close", replaced)
     with pytest.raises(CheckpointError):
         encrypt(source, tmp_path / "out", enc_key=KEY)
     assert_nothing_complete(tmp_path / "out")
@@ -314,41 +318,37 @@ def test_only_files_under_way_are_digested(tmp_path: Path, monkeypatch: pytest.M
     for number in range(12):
         (tmp_path / f"src/{number}").mkdir(parents=True)
         write_ckpt(tmp_path / f"src/{number}/net.ckpt")
-    made: list[weakref.ref[Any]] = []
-    most = [0]
-    real = digest_sink.DigestStream.__init__
+    under_way: list[int] = []
+    close = os.close
 
-    class Stream(digest_sink.DigestStream):
-        def __init__(self, *arguments: Any) -> None:
-            made.append(weakref.ref(self))
-            most[0] = max(most[0], sum(each() is not None for each in made))
-            real(self, *arguments)
+    def counted(descriptor: int) -> None:
+        """Of a file that is complete, whose digests are about to be asked for."""
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".partial"):
+            under_way.append(sum(type(each) is DigestStream for each in gc.get_objects()))
+        close(descriptor)
 
-    monkeypatch.setattr(digest_sink, "DigestStream", Stream)
+    monkeypatch.setattr(os, "close", counted)
     tensors = len(contents(tmp_path / "src/0/net.ckpt"))
     encrypt(tmp_path / "src", tmp_path / "out", enc_key=KEY, sync=False)
-    assert len(made) == 12 * (tensors + 1)
-    assert most[0] <= 3 * (tensors + 1)
+    digests = load_manifest(str(tmp_path / "out"))
+    assert digests is not None and len(digests.files) == 12 <= len(under_way)
+    for name, held in digests.files.items():
+        opened = held.opened_by(crypto.Key(KEY), name)
+        assert len(opened.tensors) == tensors and opened.framing
+    assert 0 < max(under_way) <= 3 * (tensors + 1)
 
 
 def test_blocks_are_decrypted_about_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for the table of contents, once for the tensors, though the output has another order than the source."""
-    specs = [TensorSpec(f"{n}", DTYPES["F32" if n % 2 else "BF16"], (900 + 7 * n,)) for n in range(64)]
+    specs = [TensorSpec(f"{n}", DTYPES["F32" if n % 2 else "BF16"], (500_000 + 7 * n,)) for n in range(64)]
     laid = ckpt_writer.layout(specs)
     raw = bytearray(laid.size)
     for offset, literal in laid.literals:
         raw[offset : offset + len(literal)] = literal
     (tmp_path / "net.ckpt").write_bytes(raw)
-    encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", "AES-GCM")
-    decrypted: list[int] = []
-    real = blocks._GcmBlocks.sealed
-
-    def counted(self: Any, unit: int) -> Any:
-        decrypted.append(unit)
-        return real(self, unit)
-
-    monkeypatch.setattr(blocks._GcmBlocks, "sealed", counted)
-    monkeypatch.setattr(registry, "CACHE_BYTES", 1)  # one block is kept, as of MindSpore's 64 MiB
+    encrypt_file(tmp_path / "net.ckpt", tmp_path / "sealed.ckpt", "AES-GCM", unit=9 << 20)
+    decrypted = decrypted_units(monkeypatch)
     convert(tmp_path / "sealed.ckpt", tmp_path / "out/net.safetensors", dec_key=KEY, max_process_num=1)
     assert contents(tmp_path / "out/net.safetensors").keys() == {spec.name for spec in specs}
+    # One block is kept, as of MindSpore's of 64 MiB.
     assert len(set(decrypted)) > 8 and len(decrypted) <= 2 * len(set(decrypted)) + 2

@@ -12,12 +12,10 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.api.jobs import share_of
-from ms_ckpt_ext.engine.files import execution
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import CheckpointError, UsageError
 from ms_ckpt_ext.storage import publishing
-from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, tree
 from tests.support.dying import begun
 
@@ -207,14 +205,16 @@ def test_a_finished_share_again_while_the_last_one_publishes(tmp_path: Path, mon
     root, target = source(tmp_path / "src"), tmp_path / "out"
     begun(lambda: merge(root, target, split_dst_file=(2, 2), **SMALL))
     merge(root, target, split_dst_file=(1, 2), **SMALL)
-    real = execution.is_done
+    real = Path.read_bytes
 
-    def is_done(*args: Any) -> bool:
-        monkeypatch.setattr(execution, "is_done", real)
-        assert merge(root, target, split_dst_file=(2, 2), **SMALL).published
-        return False
+    def read_bytes(path: Path) -> bytes:
+        """Before the first note of a finished file is read: the other share publishes."""
+        if path.name.endswith(".note"):
+            monkeypatch.setattr(Path, "read_bytes", real)
+            assert merge(root, target, split_dst_file=(2, 2), **SMALL).published
+        return real(path)
 
-    monkeypatch.setattr(execution, "is_done", is_done)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     again = merge(root, target, split_dst_file=(1, 2), **SMALL)
     assert again.published and again.bytes_written == 0
     assert_merged(target)
@@ -227,15 +227,15 @@ def test_what_a_share_writes_again_is_published_by_no_other(tmp_path: Path, monk
     merge(root, target, split_dst_file=(1, 2), **SMALL)
     (damaged,) = target.glob(".ms_ckpt_ext/*/part0.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-8] + bytes(8))
-    real = Staging.check_space
+    real = shutil.disk_usage
 
-    def check_space(staging: Staging, nbytes: int) -> None:
+    def disk_usage(path: Path) -> Any:
         """Before the first byte is written: another share comes to its end."""
-        monkeypatch.setattr(Staging, "check_space", real)
+        monkeypatch.setattr(shutil, "disk_usage", real)
         assert not merge(root, target, split_dst_file=(2, 2), **SMALL).published
-        real(staging, nbytes)
+        return real(path)
 
-    monkeypatch.setattr(Staging, "check_space", check_space)
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     assert merge(root, target, split_dst_file=(1, 2), **SMALL).published
     assert_merged(target)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import shutil
 from collections import Counter
@@ -15,13 +16,14 @@ from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.weight_rules import Rename, Transpose
 from ms_ckpt_ext.engine.integrity import recorded as audit_module
 from ms_ckpt_ext.engine.integrity.digests import digest_file
-from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Manifest, load_manifest, write_manifest
+from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, Manifest, write_manifest
 from ms_ckpt_ext.engine.integrity.recorded import audit, settled
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, StorageError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalWorld
+from tests.support.machine import ReadMade, watch_reads
 
 RANKS = 4
 
@@ -66,28 +68,47 @@ def run(catalog: Catalog, sees: Optional[Sees] = None) -> dict[int, BaseExceptio
 
 
 @pytest.fixture
-def looked(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
-    """(file, tensor) -> times it was digested."""
-    seen: Counter[tuple[str, str]] = Counter()
-    real = audit_module.compare_files
-
-    def compare_files(files: Any, *more: Any, **options: Any) -> Any:
-        seen.update((each.table.path, name) for each in files for name in each.names if name is not None)
-        return real(files, *more, **options)
-
-    monkeypatch.setattr(audit_module, "compare_files", compare_files)
-    return seen
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
+    return watch_reads(monkeypatch)
 
 
-def test_every_slice_is_digested_once_in_one_file(golden: Path, tmp_path: Path, looked: Counter) -> None:
+def looked(reads: list[ReadMade], catalog: Catalog) -> Counter[tuple[str, str]]:
+    """(file, tensor) -> times that its first byte was read."""
+    begins = {
+        (index.path, entry.extents[0].offset): name
+        for index in catalog.files
+        for name, entry in index.tensors.items()
+        if entry.nbytes
+    }
+    return Counter(
+        (path, name)
+        for (path, offset), name in begins.items()
+        for read in reads
+        if read.path == path and read.offset <= offset < read.offset + read.nbytes
+    )
+
+
+def test_every_slice_is_digested_once_in_one_file(golden: Path, tmp_path: Path, reads: list[ReadMade]) -> None:
     """Replicas are not read: the load will not read them either."""
     catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
+    wanted = [*catalog.tensors.values(), *catalog.extras.values()]
+    shares = audit_module._deal(audit_module._pairs(wanted), catalog, None, RANKS)
+    dealt = Counter(
+        (catalog.files[file].path, name)
+        for share in shares
+        for file, names in share.items()
+        for name in names
+        if name is not None
+    )
+    reads.clear()
     assert run(catalog) == {}
-    assert set(looked.values()) == {1}
+    read_of = looked(reads, catalog)
+    assert set(dealt.values()) == {1} == set(read_of.values()) and dealt.keys() <= read_of.keys()
     slices = sum(len(t.placements[0].holders) for t in catalog.tensors.values())
-    assert len(looked) == slices < sum(len(index.tensors) for index in catalog.files)
+    assert len(dealt) == slices < sum(len(index.tensors) for index in catalog.files)
+    assert len(read_of) <= 1.02 * slices  # a gap may be read over
     read = Counter(dict.fromkeys({index.path for index in catalog.files}, 0))
-    for path, name in looked:
+    for path, name in read_of:
         read[path] += read_index(path).tensors[name].nbytes
     assert max(read.values()) <= 1.3 * min(read.values())
 
@@ -144,14 +165,16 @@ def test_framing_goes_to_who_reads_the_file(golden: Path, tmp_path: Path, monkey
     for rank, file in framing:
         assert len(shares[rank][file]) > 1
     looked: list[str] = []
+    real = builtins.open
 
-    def counted(directory: str) -> Any:
-        looked.append(directory)
-        return load_manifest(directory)
+    def counted(path: Any, *mode: Any) -> Any:
+        looked.append(str(path))
+        return real(path, *mode)
 
-    monkeypatch.setattr(audit_module, "load_manifest", counted)
+    monkeypatch.setattr(builtins, "open", counted)
     audit_module.audit_alone(catalog, catalog.tensors.values(), 1)
-    assert len(looked) == len(set(looked))
+    found = [path for path in looked if path.endswith(MANIFEST_NAME)]
+    assert found and len(found) == len(set(found))
 
 
 def test_many_flipped_bytes_are_counted(golden: Path, tmp_path: Path) -> None:
@@ -163,13 +186,15 @@ def test_many_flipped_bytes_are_counted(golden: Path, tmp_path: Path) -> None:
     assert all("and 4 more" in str(error) for error in errors.values())
 
 
-def test_parameters_made_of_others(golden: Path, tmp_path: Path, looked: Counter) -> None:
+def test_parameters_made_of_others(golden: Path, tmp_path: Path, reads: list[ReadMade]) -> None:
     catalog = catalog_in(recorded(golden, tmp_path / "src"), golden)
     rules = [Rename("head.weight", "lm"), Transpose("layers.0.wo.weight", "turned")]
     made = apply_rules({n: catalog.tensors[n] for n in ("head.weight", "layers.0.wo.weight")}, rules)
     catalog = settled(Catalog(catalog.files, made, {}, {}))
+    reads.clear()
     assert run(catalog) == {}
-    assert Counter(name for _, name in looked) == {"head.weight": 4, "layers.0.wo.weight": 4}
+    read_of = looked(reads, catalog)
+    assert Counter(name for _, name in read_of) == {"head.weight": 4, "layers.0.wo.weight": 4}
 
 
 @pytest.mark.parametrize("manifest", [None, {}, {"size": 5}], ids=["none", "other files", "another size"])
@@ -185,14 +210,16 @@ def test_nothing_on_record(manifest: Optional[dict[str, int]], golden: Path, tmp
     assert all(MANIFEST_NAME in str(error) and "verify='full'" in str(error) for error in errors.values())
 
 
-def test_each_host_looks_at_its_own_files(golden: Path, tmp_path: Path, looked: Counter) -> None:
+def test_each_host_looks_at_its_own_files(golden: Path, tmp_path: Path, reads: list[ReadMade]) -> None:
     catalog = settled(catalog_in(recorded(golden, tmp_path / "src"), golden))
     halves = {number: frozenset({0, 1} if number < 4 else {2, 3}) for number in range(8)}
     shares = audit_module._deal(audit_module._pairs(catalog.tensors.values()), catalog, halves, RANKS)
     for rank, share in enumerate(shares):
         assert {file < 4 for file in share} == {rank < 2}
+    reads.clear()
     assert run(catalog, halves) == {}
-    assert set(looked.values()) == {1}
+    read_of = looked(reads, catalog)
+    assert set(read_of.values()) == {1}
 
 
 def test_a_file_that_was_cut_short_meanwhile(golden: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from ms_ckpt_ext.engine.unlisted import dealt
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, PeerError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from ms_ckpt_ext.storage import linux
 from tests.support.cells import HERE, POISON, Filled, cell, fill, load, threads
 from tests.support.outside import Content, Source, listed, slices, source, whole
 
@@ -342,14 +342,14 @@ def test_what_the_comparison_reads_does_not_grow_with_the_ranks(
             super().__init__(*arguments)
             looks.append(self)
 
-    real = linux.scratch
+    real = mmap.mmap
 
-    def scratch(nbytes: int) -> memoryview:
+    def area(descriptor: int, nbytes: int, **more: Any) -> Any:
         sizes.append(nbytes)
-        return real(nbytes)
+        return real(descriptor, nbytes, **more)
 
     monkeypatch.setattr(dealt, "Together", Counted)
-    monkeypatch.setattr(linux, "scratch", scratch)
+    monkeypatch.setattr(mmap, "mmap", area)
     names = ("cut", "alike", "global_step")
     got = fill(together(src), strategy, wanting(src, names, strategy), ranks)
     assert_own(got, src, names)

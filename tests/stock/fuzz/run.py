@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from tests.stock.fuzz.calls import build
 from tests.stock.fuzz.cases import Case, Network
@@ -62,14 +63,14 @@ def _jobs(job: Job, side: str, parameters: Any) -> list[str]:
     return lines
 
 
-def run_seed(seed: int, root: Path, name: str = "") -> Report:
-    """Build the case of `seed` in `root`, run both sides on equal copies, compare."""
+def run_seed(seed: int, root: Path, name: str = "", instead: Mapping[str, Callable[..., Any]] = {}) -> Report:
+    """Build the case of `seed` in `root`, run both sides on equal copies, compare. `instead`: see `sides.run`."""
     case = build(seed, _fresh(root / "input"), name)
     outcomes = {}
     for side in ("stock", "ours"):
         _clear(root / side)
         shutil.copytree(root / "input", root / side)
-        outcomes[side] = run(case, side, root / side)
+        outcomes[side] = run(case, side, root / side, instead)
     differences = compare(case, outcomes["stock"], outcomes["ours"])
     return Report(seed, case, outcomes["stock"], outcomes["ours"], differences)
 

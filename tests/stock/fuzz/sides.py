@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -44,14 +44,14 @@ class Outcome(NamedTuple):
     silent: tuple[BaseException, ...] = ()
 
 
-def run(case: Case, side: str, root: Path) -> Outcome:
-    """Run a case in `root`, which holds its input."""
+def run(case: Case, side: str, root: Path, instead: Mapping[str, Callable[..., Any]] = {}) -> Outcome:
+    """Run a case in `root`, which holds its input; with functions `instead` of this package's of these names."""
     before = _tree(root)
     networks: list[Any] = []
     arguments = [_resolve(each, root, networks) for each in case.arguments]
     named = {name: _resolve(each, root, networks) for name, each in case.named.items()}
     error, value, silent = None, None, []
-    context = stock(silent, "raw" not in case.tags) if side == "stock" else ours("installed" in case.tags)
+    context = stock(silent, "raw" not in case.tags) if side == "stock" else ours("installed" in case.tags, instead)
     with context as functions, ranked(case.rank), quiet(), limited(), within(root):
         try:
             value = functions(case.function)(*arguments, **named)
@@ -215,14 +215,14 @@ def _contiguous(save_file: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def ours(installed: bool) -> Iterator[Callable[[str], Any]]:
+def ours(installed: bool, instead: Mapping[str, Callable[..., Any]]) -> Iterator[Callable[[str], Any]]:
     """This package's functions: by their own names, or by MindSpore's after `install()`."""
     import mindspore
 
     import ms_ckpt_ext
 
     if not installed:
-        yield lambda name: getattr(ms_ckpt_ext, name)
+        yield lambda name: instead.get(name) or getattr(ms_ckpt_ext, name)
         return
     ms_ckpt_ext.install()
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport import control
+from ms_ckpt_ext.transport.hub.limits import ControlLimits
 from ms_ckpt_ext.transport.rendezvous.search import Arrival
 from tests.harness.meeting_point import gather_at
 
@@ -25,9 +26,9 @@ class Plane(control.ControlPlane):
         super().attach(arrival)
 
 
-def main(path: str, rank: int, size: int) -> None:
+def main(path: str, rank: int, size: int, seconds: float) -> None:
     """Meet, share, and share once more when told to."""
-    plane = Plane(rank, size, 60.0)
+    plane = Plane(rank, size, 60.0, limits=ControlLimits(connect_seconds=seconds))
     try:
         plane.enter(gather_at(Path(path), rank, size))
         assert plane.share(b"%d" % rank) == [b"%d" % number for number in range(size)]
@@ -43,5 +44,4 @@ def main(path: str, rank: int, size: int) -> None:
 
 
 if __name__ == "__main__":
-    control._CONNECT_SECONDS = float(sys.argv[4])
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))

@@ -1,0 +1,22 @@
+"""What is decrypted, seen at the door of `cryptography`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives import ciphers
+
+
+def decrypted_units(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Grows by the nonce of every unit of AES-GCM that is decrypted from now on: each unit has its own."""
+    found: list[bytes] = []
+    real = ciphers.Cipher
+
+    def cipher(algorithm: Any, mode: Any) -> Any:
+        if isinstance(mode, ciphers.modes.GCM) and mode.tag is not None:
+            found.append(mode.initialization_vector)
+        return real(algorithm, mode)
+
+    monkeypatch.setattr(ciphers, "Cipher", cipher)
+    return found
