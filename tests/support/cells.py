@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Callable, NamedTuple, Optional
 
 import mindspore as ms
@@ -17,6 +18,7 @@ from ms_ckpt_ext.bridge.settle import Manner
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+from ms_ckpt_ext.transport.select import lent
 
 POISON = 77
 HERE = threading.local()
@@ -68,13 +70,19 @@ def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Fille
     return LocalWorld(ranks, timeout=20.0).run(rank)
 
 
-def load(wanted: Callable[[int], Mapping[str, Any]], ranks: int, **arguments: Any) -> list[Filled]:
-    """`load_distributed_checkpoint` into a Cell on every rank."""
+def load(
+    wanted: Callable[[int], Mapping[str, Any]],
+    ranks: int,
+    by: Optional[Callable[[LocalTransport], LocalTransport]] = None,
+    **arguments: Any,
+) -> list[Filled]:
+    """`load_distributed_checkpoint` into a Cell on every rank; `by` what is made of its transport."""
 
     def work(transport: LocalTransport) -> Filled:
         made = cell(wanted(transport.rank))
         try:
-            missing, unused = load_distributed_checkpoint(made, **{"format": "safetensors", **arguments})
+            with nullcontext() if by is None else lent(by(transport)):
+                missing, unused = load_distributed_checkpoint(made, **{"format": "safetensors", **arguments})
         except Exception as error:
             return Filled(held_by(made), [], [], None, error)
         return Filled(held_by(made), missing, unused, None, None)

@@ -26,7 +26,11 @@ def main() -> None:
             None, None, predicted, strategy or None, format="safetensors", unified_safetensors_dir=shards,
             dst_safetensors_dir=target, rank_id=int(rank) if rank else None,
         )  # fmt: skip
-    print(json.dumps({"grown": _peak[0] - _before, "read": sum(read.nbytes for read in reads if read.path.startswith(shards))}))
+    print(
+        json.dumps(
+            {"grown": _peak[0] - _before, "read": sum(read.nbytes for read in reads if read.path.startswith(shards))}
+        )
+    )
 
 
 def _anonymous() -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LoadError, TransportError
@@ -21,23 +20,31 @@ from tests.support.shards import Full, write
 __all__ = ["threads"]
 
 
-def zeros(t: LocalTransport, send: Any, counts: Sequence[int], recv: Any, recv_counts: Sequence[int]) -> Done:
-    recv[: sum(recv_counts)] = 0
-    return Done()
+class Zeros(LocalTransport):
+    """A rank's transport by which zeros come."""
+
+    def __init__(self, transport: LocalTransport) -> None:
+        self.__dict__ = transport.__dict__
+
+    def start_all_to_all(self, send: Any, send_counts: Sequence[int], recv: Any, recv_counts: Sequence[int]) -> Done:
+        recv[: sum(recv_counts)] = 0
+        return Done()
+
+    def prove(self) -> None:
+        prove(self, lambda buffer: buffer, "HCCL on ascend910")
+
+    def close(self) -> None:
+        """The rank stays."""
 
 
-def test_zeros_are_named_with_the_call_and_the_bytes(
-    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zeros_are_named_with_the_call_and_the_bytes(tmp_path: Path, threads: None) -> None:
     full: Full = {"w": ("F32", np.arange(64, dtype=np.float32).reshape(8, 8))}
     trained = strategy_of({"w": Layout((2,), ((0,), ()))}, tmp_path / "trained.ckpt")
     strategy_of({"w": Layout((2,), ((), (0,)))}, tmp_path / "predicted.ckpt")
     write(trained, full, tmp_path / "source")
-    monkeypatch.setattr(LocalTransport, "start_all_to_all", zeros)
-    monkeypatch.setattr(LocalTransport, "prove", lambda t: prove(t, lambda buffer: buffer, "HCCL on ascend910"))
     slice_ = np.zeros((8, 4), np.float32)
     filled = load(
-        lambda rank: {"w": slice_}, 2, mode="cooperative", unified_safetensors_dir=str(tmp_path / "source"),
+        lambda rank: {"w": slice_}, 2, by=Zeros, mode="cooperative", unified_safetensors_dir=str(tmp_path / "source"),
         predict_strategy=str(tmp_path / "predicted.ckpt"), train_strategy_filename=str(tmp_path / "trained.ckpt"),
     )  # fmt: skip
     for each in filled:
