@@ -87,6 +87,11 @@ def _on_host(parameter: Any) -> bool:
     return str(getattr(parameter, "device", "CPU")) == "CPU"
 
 
+def in_device_memory(parameter: Any) -> bool:
+    """Whether a Parameter has memory on the device now, which a load would fill."""
+    return not (parameter.has_init or _is_meta(parameter) or _on_host(parameter))
+
+
 def _is_meta(parameter: Any) -> bool:
     return bool(getattr(parameter, "is_meta", False))  # versions before 2.10 have none
 

@@ -24,6 +24,7 @@ from ms_ckpt_ext.bridge.match import (
     same_shape,
     told_passed,
 )
+from ms_ckpt_ext.bridge.memory import on_device
 from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.errors import LayoutMismatchError
 
@@ -100,7 +101,9 @@ def open_names(found: Matches) -> list[str]:
 def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Takes], manner: Manner) -> Matches:
     """Step 3; `own` gives what the rank takes of its own.
 
-    Raises LayoutMismatchError, CoverageError: a Parameter cannot be given what is its, named.
+    Raises:
+        LayoutMismatchError, CoverageError: a Parameter cannot be given what is its, named.
+        UnsupportedError: a Parameter's memory is in a format of its own.
     """
     found = _of_this_stage(network, found, taking)
     _require(found, manner)
@@ -116,6 +119,10 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
         mine = taking.alike_own(each.name) if each.offer.open and not fits(match) else None
         matches.append(match if mine is None else each._replace(offer=offer_of(taking.catalog, mine)))
         check_fit(matches[-1], manner.strict)
+    if on_device():
+        from ms_ckpt_ext.bridge.ascend import refuse_formats
+
+        refuse_formats((match.parameter for match in matches), "network")
     return found._replace(matches=matches)
 
 

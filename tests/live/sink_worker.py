@@ -19,7 +19,7 @@ from ms_ckpt_ext.api.measure import measure
 from ms_ckpt_ext.bridge import ascend, together
 from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.load.options import LoadReport
-from ms_ckpt_ext.errors import ChecksumError, LoadError, UnsupportedError
+from ms_ckpt_ext.errors import ChecksumError, LoadError, PeerError, UnsupportedError
 from tests.support.checkpoints import read_file
 
 BUCKET = int(sys.argv[2])
@@ -163,6 +163,31 @@ def placed(root: Path, rank: int, mode: str) -> None:
         raise AssertionError("a storage format was not refused")
 
 
+def formats(root: Path, rank: int, mode: str) -> None:
+    """A Parameter that was converted to FRACTAL_NZ is refused by name, whatever it holds, and nothing was changed."""
+    truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
+    for contents in (77, 0, None):
+        cell = cell_of({n: poison(n, t.shape, DTYPES[t.dtype]) for n, t in truth.items()})
+        load(cell, root, mode)
+        for parameter in cell.get_parameters():
+            if contents is not None:
+                parameter.copy_(mint.full(parameter.shape, contents, dtype=parameter.dtype))
+        before = {p.name: raw(p) for p in cell.get_parameters()}
+        converted = next(p for p in cell.get_parameters() if p.name == "d.whole")
+        converted.set_data(ms.ops.auto_generate.format_cast(converted, 29))
+        assert raw(converted) == before["d.whole"]
+        try:
+            load(cell, root, mode)
+        except (UnsupportedError, PeerError) as error:
+            assert "'d.whole' has been given a format of its own" in str(error), error
+        else:
+            raise AssertionError("FRACTAL_NZ was not refused")
+        assert {p.name: raw(p) for p in cell.get_parameters()} == before
+        converted.set_data(mint.empty(converted.shape, dtype=converted.dtype))
+        load(cell, root, mode)
+        assert all(raw(parameter) == truth[parameter.name].data for parameter in cell.get_parameters())
+
+
 def acl_uploaded(pinned: bool) -> int:
     """Bytes that went up from pinned memory, or from pageable."""
     ms.runtime.synchronize()
@@ -298,6 +323,7 @@ def main() -> None:
         without_init,
         not_yet_sliced,
         placed,
+        formats,
         cast,
         shared,
         verified,

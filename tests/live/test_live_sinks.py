@@ -67,7 +67,7 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
     assert sum(counts["read"] for counts in told) == 5 * 8 * MIB
     assert sum(counts["link"] for counts in told) <= 1.05 * (3 * 4 + 8) * MIB
     assert all("measured, and tiled, is right" in result.worker(rank) for rank in range(2))
-    for case in ("without_init", "not_yet_sliced", "placed", "cast", "shared", "verified", "encrypted"):
+    for case in ("without_init", "not_yet_sliced", "placed", "formats", "cast", "shared", "verified", "encrypted"):
         for mode in ("cooperative", "direct"):
             assert f"case {case} {mode} is right" in result.worker(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
+from ms_ckpt_ext.bridge.memory import on_device
 from ms_ckpt_ext.bridge.transfer.distributed import own_boxes
 from ms_ckpt_ext.bridge.transfer.sides import (
     SideHere,
@@ -30,7 +31,7 @@ class GivenSide(NamedTuple):
     layouts: Any
 
     def side(self, argument: str, rank: int, ranks: Sequence[int], read: ReadStrategy) -> SideHere:
-        """What it comes to on a rank, one of the side's. Raises as `side_of` and `as_strategy`."""
+        """What it comes to on a rank, one of the side's. Raises as `side_of`, `refuse_formats` and `as_strategy`."""
         rest, boxes = split_boxes(self.layouts, f"{argument}_strategy")
         if rest is None and not boxes and isinstance(self.parameters, ms.nn.Cell):
             from ms_ckpt_ext.bridge.restore import layouts_of
@@ -39,6 +40,10 @@ class GivenSide(NamedTuple):
         strategy = read(rest, ranks.index(rank), f"{argument}_strategy")
         found = side_of(self.parameters, argument)
         assert found is not None
+        if on_device():
+            from ms_ckpt_ext.bridge.ascend import refuse_formats
+
+            refuse_formats(found.values(), argument)
         boxes = {**own_boxes(named_parameters(self.parameters, argument), rank), **boxes}
         check_boxes(found, boxes, f"{argument}_strategy")
         return SideHere(found, strategy, boxes, may_be_staged(self.parameters, strategy, len(ranks)))
