@@ -55,7 +55,7 @@ def settle(job: Job, target: str) -> tuple[Job, tuple[str, ...]]:
             )
         same += [output.name] if found.same else []
     todo = tuple(output for output in job.outputs if output.name not in same)
-    return Job(**{**vars(job), "outputs": todo}), tuple(same)
+    return job.only(todo), tuple(same)
 
 
 def _look(path: str, output: Output, source: FileIndex, job: Job) -> _Found:

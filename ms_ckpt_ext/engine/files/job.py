@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 import xxhash
 
@@ -73,6 +73,7 @@ class Job:
         digests: write a manifest of digests beside the outputs.
         sync: the result is on disk when the job ends.
         shuns: files that nobody else may write meanwhile, besides these.
+        everything: every file of the job, by name.
 
     Raises:
         UsageError: one of several tasks that does not sync: others could not tell after a crash what of it is there.
@@ -98,24 +99,28 @@ class Job:
         self.source, self.outputs, self.others, self.index = source, outputs, others, index
         self.replaces, self.task, self.seal, self.digests, self.sync = replaces, task, seal, digests, sync
         self.shuns = shuns
+        self.everything = {output.name: output for made in self.shares.values() for output in made}
 
     @property
     def shares(self) -> dict[str, tuple[Output, ...]]:
         """Every file of the job, by the task that writes it."""
         return {**self.others, self.task: self.outputs}
 
-    @property
-    def everything(self) -> dict[str, Output]:
-        """Every file of the job, by name."""
-        return {output.name: output for outputs in self.shares.values() for output in outputs}
-
     def synced(self, sync: bool) -> Job:
         """The same job, whose result is on disk when it ends, or need not be. Raises UsageError as at birth."""
-        return Job(**{**vars(self), "sync": sync})
+        return self._but(sync=sync)
 
     def beside(self, files: Mapping[str, bytes]) -> Job:
         """The same job with more files, published with its index."""
-        return Job(**{**vars(self), "index": {**files, **self.index}})
+        return self._but(index={**files, **self.index})
+
+    def only(self, outputs: tuple[Output, ...]) -> Job:
+        """The same job, of which this task writes these files and no others."""
+        return self._but(outputs=outputs)
+
+    def _but(self, **changes: Any) -> Job:
+        kept = {name: value for name, value in vars(self).items() if name != "everything"}
+        return Job(**{**kept, **changes})
 
     def size(self, output: Output) -> int:
         """Bytes of an output as it lies on disk."""
