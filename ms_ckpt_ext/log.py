@@ -1,4 +1,4 @@
-"""What is told on the way: to the logger `ms_ckpt_ext`, and on terminals by a progress bar.
+"""What is told on the way: to the logger `ms_ckpt_ext`, on terminals by a progress bar, and in a trace.
 
 `logging` is imported when there is something to tell, for that takes 10 ms. If it was never imported, no handler can
 want INFO records.
@@ -7,7 +7,8 @@ want INFO records.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Callable, Optional
 
@@ -68,3 +69,47 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
                 shown.update(nbytes)
 
         yield advance
+
+
+class Trace:
+    """What happened when: spans of work by thread, in microseconds since the trace began.
+
+    A Chrome trace: open it in chrome://tracing or Perfetto.
+    """
+
+    def __init__(self, rank: int = 0, recording: bool = False) -> None:
+        self._rank, self._recording = rank, recording
+        self._start = time.perf_counter_ns()
+        self._events: list[dict[str, Any]] = []
+
+    @contextmanager
+    def span(self, name: str, **details: Any) -> Iterator[None]:
+        """Record one piece of work."""
+        if not self._recording:
+            yield
+            return
+        begin = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            import threading
+
+            now = time.perf_counter_ns()
+            thread = threading.current_thread().name
+            self._events.append(
+                {"name": name, "ph": "X", "pid": self._rank, "tid": thread, "args": details}
+                | {"ts": (begin - self._start) / 1e3, "dur": (now - begin) / 1e3}
+            )
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The spans so far, in order of their ends."""
+        return list(self._events)
+
+    @staticmethod
+    def save_all(by_rank: Sequence[list[dict[str, Any]]], path: str) -> None:
+        """Write the events of all ranks as one trace; a rank is shown as a process."""
+        import json
+
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"traceEvents": [event for events in by_rank for event in events]}, file)

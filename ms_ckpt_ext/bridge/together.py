@@ -42,7 +42,9 @@ from ms_ckpt_ext.transport.select import HOST_VARIABLE, select_transport
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import Digest, SliceBytes
+    from ms_ckpt_ext.engine.source.renaming import Naming
     from ms_ckpt_ext.engine.unlisted.dealt import Together
+    from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 
 class SharedSource(NamedTuple):
@@ -53,12 +55,14 @@ class SharedSource(NamedTuple):
         strategy: the strategy that cut it; None for a merged one.
         access: how its files are opened.
         expected: files that were named one by one, by key: some host must see each.
+        naming: how parameters are called, by what a folder of MindFormers says; None for as the request says.
     """
 
     look: Callable[[], Listing]
     strategy: Optional[Strategy] = None
     access: Access = PLAIN
     expected: Mapping[str, str] = MappingProxyType({})
+    naming: Optional[Callable[[Optional[Folder]], Optional[Naming]]] = None
 
     def stored(self, seen: Survey) -> Catalog:
         """What the ranks saw. Raises DiscoveryError for an expected file that is not among it."""
@@ -87,6 +91,8 @@ def fill_together(request: LoadRequest, source: SharedSource) -> Filled:
         agree(transport, {"source strategy": repr(source.strategy and sorted(source.strategy.layouts.items()))})
         read = partial(read_index, access=source.access)
         seen = survey(transport, source.look, read, host_name(request.options))
+        if source.naming is not None:
+            request = request._replace(naming=source.naming(seen.folder))
         return fill_from(transport, request, seen, on_all(transport, lambda: source.stored(seen)))
 
 

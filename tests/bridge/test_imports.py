@@ -17,7 +17,7 @@ NOT_NEEDED = (
     "formats.crypto.keys",
     "core.planning.weight_rules",
 )
-MOST = {"load": 66, "resume": 74}
+MOST = {"load": 64, "resume": 72}
 """Doors of rooms aside. A third are of the plan of an exchange and its geometry, which every such load makes."""
 
 

@@ -18,12 +18,12 @@ from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, HostSink, turns_of
 from ms_ckpt_ext.engine.load.slabs import HostMover
-from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.transfer.held import HeldSlice, members_of, share_holds
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer, prepare_transfer
 from ms_ckpt_ext.engine.transfer.sources import catalog_of_holders, slice_holders
 from ms_ckpt_ext.engine.transfer.wanted import WantedBox
+from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.checkpoints import Stored, read_file, shard
 

@@ -27,10 +27,10 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Naming
 from ms_ckpt_ext.errors import CheckpointError, StrategyError, UnsupportedError
-from ms_ckpt_ext.formats.discovery.mindformers import find_folder, layout_of, read_common
+from ms_ckpt_ext.formats.discovery.mindformers import Folder, find_folder, layout_of, read_common
 from ms_ckpt_ext.formats.registry import PLAIN
 
 
@@ -188,20 +188,21 @@ def _fill(
         hardware=options.hardware,
     )
     alone = world.world_size() == 1 or (mode == "direct" and options.verify == "none")
+    look = partial(list_checkpoint, directory, None)
     try:
-        listing, wanted = list_checkpoint(directory, None), target()
+        wanted = target()
     except CheckpointError as error:
         if alone:
             raise
         give_up(error, settings.timeout)
     rank = world.own_rank() if wanted is not None else 0
-    request = LoadRequest(
-        Both(cells), wanted, rank, _MANNER, rules, _listed(listing), options=settings, workers=options.workers
-    )
+    request = LoadRequest(Both(cells), wanted, rank, _MANNER, rules, options=settings, workers=options.workers)
     if alone or wanted is None:
+        listing = look()
+        request = request._replace(naming=_listed(listing.folder))
         filled = live.fill(request, request.read(listing, None, PLAIN))
     else:
-        filled = fill_together(request, SharedSource(lambda: listing))
+        filled = fill_together(request, SharedSource(look, naming=_listed))
     log.info("loaded %s by ms_ckpt_ext; not in the network: %s", directory, filled.unused or "nothing")
     return filled.missing
 
@@ -209,9 +210,9 @@ def _fill(
 _MANNER = Manner(strict=False, exact=True)
 
 
-def _listed(listing: Listing) -> Optional[Naming]:
+def _listed(folder: Optional[Folder]) -> Optional[Naming]:
     """Only what a `metadata.json` lists: MindFormers loads nothing else, such as an old learning rate."""
-    cuts = None if listing.folder is None else listing.folder.cuts
+    cuts = None if folder is None else folder.cuts
     return None if cuts is None else Naming(cuts.__contains__)
 
 

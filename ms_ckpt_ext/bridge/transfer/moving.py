@@ -19,11 +19,11 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
 from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, turns_of
-from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer
 from ms_ckpt_ext.engine.transfer.report import TransferReport
 from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.transport.agree import on_all
 from ms_ckpt_ext.transport.base import Transport
 

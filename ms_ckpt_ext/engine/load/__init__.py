@@ -11,7 +11,6 @@ run_exchange   the rounds of one rank: read, exchange, place
 computing      what is computed of what arrives
 slabs          chunks on their way from files to where they are cut
 replicas       do ranks that hold the same region hold the same bytes?
-trace          what happened when
 estimate       the same load on paper
 profiles       named hardware for the cost model
 measure        hardware as it is

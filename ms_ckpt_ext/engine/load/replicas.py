@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Optional
 import xxhash
 
 from ms_ckpt_ext.core.exchange.demand import Demand
-from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.errors import ChecksumError, name_ranks
+from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _WAITING = 2

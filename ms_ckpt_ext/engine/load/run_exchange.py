@@ -29,8 +29,8 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, SliceSink, Staged
-from ms_ckpt_ext.engine.load.trace import Trace
 from ms_ckpt_ext.errors import TransportError
+from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.agree import share_status
 from ms_ckpt_ext.transport.base import B, Bytes, Handle, Transport

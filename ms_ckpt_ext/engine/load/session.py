@@ -202,7 +202,7 @@ def exchange(
 ) -> LoadReport:
     """Run a prepared cooperative load, and digest what lands unless `verify` is "none". Raises as `run_exchange`."""
     from ms_ckpt_ext.engine.load.run_exchange import run_exchange
-    from ms_ckpt_ext.engine.load.trace import Trace
+    from ms_ckpt_ext.log import Trace
 
     trace = Trace(transport.rank, bool(options.trace))
     how = options.prefetch, options.threads, trace

@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.trace import Trace
+from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.base import B, Bytes

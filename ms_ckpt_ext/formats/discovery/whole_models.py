@@ -36,7 +36,6 @@ from ms_ckpt_ext.formats.discovery.rank_folders import (
     or_suffixes,
 )
 from ms_ckpt_ext.formats.discovery.saves import grouped_flat, is_step, names_rank
-from ms_ckpt_ext.formats.discovery.torch_slices import JOIN, is_of_a_rank
 from ms_ckpt_ext.formats.table import FOREIGN, FORMATS, STRATEGY, SUFFIXES, kind_of, pointer_fault
 
 _INDEX = re.compile(r".\.safetensors\.index(?:\.[\w-]+)?\.json$")
@@ -143,7 +142,9 @@ def _choose(found: Mapping[str, Loose], directory: str, suffix: str) -> Loose:
     files = [name for held in found.values() for name in held.files.values()]
     if faults:
         raise DiscoveryError(f"{directory!r} holds {_some(files)}: {'; '.join(faults)}")
-    if len(found) > 1 and all(map(is_of_a_rank, files)):
+    if len(found) > 1 and _are_of_ranks(files):
+        from ms_ckpt_ext.formats.discovery.torch_slices import JOIN
+
         raise DiscoveryError(
             f"{directory!r} holds {_some(files)}, by their names slices of torch's distributed checkpoint: {JOIN}"
         )
@@ -304,6 +305,12 @@ def _read_map(path: Path) -> dict[str, str]:
     if not ok or not names:
         raise FormatError(f"{str(path)!r} must map parameter names to file names in its folder; {advice}")
     return dict(names)
+
+
+def _are_of_ranks(names: Iterable[str]) -> bool:
+    from ms_ckpt_ext.formats.discovery.torch_slices import is_of_a_rank
+
+    return all(map(is_of_a_rank, names))
 
 
 def instead(directory: str) -> str:

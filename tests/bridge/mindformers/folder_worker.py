@@ -33,8 +33,10 @@ from mindformers.checkpoint import metadata, reshard, sharded_tensor
 from mindformers.checkpoint.layout_adapter import LayoutAdapter
 from safetensors.numpy import save_file
 
+from ms_ckpt_ext.bridge.mindformers import loader as ours
 from ms_ckpt_ext.bridge.mindformers import seam
 from ms_ckpt_ext.bridge.mindformers.options import Options
+from ms_ckpt_ext.engine.source.listing import list_checkpoint
 
 standin.collectives(rank, size)
 MESH = tuple(map(int, mesh_text.split("x")))
@@ -183,6 +185,7 @@ def _measured(source: str, spec: dict[str, Wanted], way: str) -> dict[str, Any]:
             reshard.ms_load_checkpoint = metadata.ms_load_checkpoint = _counting(handed)
             Path("/proc/self/clear_refs").write_text("5")
             before, resident, began = _bytes_read(), _memory("VmRSS"), time.perf_counter()
+            LISTED.clear()
             loader(source, network)
             seconds = time.perf_counter() - began
             read, peak = _bytes_read() - before, _memory("VmHWM") - resident
@@ -192,7 +195,20 @@ def _measured(source: str, spec: dict[str, Wanted], way: str) -> dict[str, Any]:
     assert not found.pop("unlisted").any(), way
     right = {name: array.tobytes() == local(spec[name]).tobytes() for name, array in found.items()}
     wanted = sum(local(each).nbytes for each in spec.values())
-    return {"right": right, "read": sum(handed) or read, "peak": peak, "wanted": wanted, "seconds": seconds}
+    told = {"read": sum(handed) or read, "peak": peak, "wanted": wanted, "seconds": seconds, "listed": len(LISTED)}
+    return {"right": right, **told}
+
+
+LISTED: list[str] = []
+"""Folders that this rank has listed for our loader."""
+
+
+def _list(path: str, *more: Any) -> Any:
+    LISTED.append(path)
+    return list_checkpoint(path, *more)
+
+
+ours.list_checkpoint = _list
 
 
 def _counting(handed: list[int]) -> Callable[..., Any]:

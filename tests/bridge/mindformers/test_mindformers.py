@@ -318,6 +318,8 @@ def test_folders_of_four_ranks_on_two(folders: Path, tmp_path: Path) -> None:
         for found in by_rank:
             assert found[f"{source} direct"]["read"] <= found[f"{source} direct"]["wanted"] + headers
         together = [found[f"{source} cooperative"]["read"] for found in by_rank]
+        assert [found[f"{source} direct"]["listed"] for found in by_rank] == [1, 1]
+        assert sum(found[f"{source} cooperative"]["listed"] for found in by_rank) == 1  # by one rank of the host
         assert sum(together) <= sum(found[f"{source} direct"]["wanted"] for found in by_rank) + 2 * headers
     assert by_rank[0]["hf stock"]["read"] > 3 * by_rank[0]["hf direct"]["wanted"]
 
