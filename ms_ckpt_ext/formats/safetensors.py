@@ -283,7 +283,8 @@ def _member(spec: TensorSpec, extent: Extent) -> str:
     """As `_json` of the entry would be, without objects in between."""
     shape = ",".join(map(str, spec.shape))
     place = f"{extent.offset},{extent.offset + extent.length}"
-    return f'{_json(spec.name)}:{{"dtype":"{spec.dtype.name}","shape":[{shape}],"data_offsets":[{place}]}}'
+    name = json.encoder.encode_basestring(spec.name)
+    return f'{name}:{{"dtype":"{spec.dtype.name}","shape":[{shape}],"data_offsets":[{place}]}}'
 
 
 def _json(value: Any) -> str:

@@ -21,10 +21,12 @@ from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
 from ms_ckpt_ext.core.exchange.slices import Cutting, Travelling, cutting_of, travelling
-from ms_ckpt_ext.core.geometry.layout import slice_shape
+from ms_ckpt_ext.core.geometry.layout import Cell, slice_shape
 from ms_ckpt_ext.core.planning.io_units import Extent, Stored, ranges
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
+_LONG = 8
+"""Cells whose holders are compared sooner than worked out anew."""
 Located = Union[Stored, Mapping[str, Extent]]
 """Where stored tensors lie: a function of file and name, or, where all files are alike, name -> its one stretch."""
 
@@ -161,6 +163,10 @@ class _Builder:
             found = self._key_of[id(mapping)] = self._keys.setdefault(content, len(self._keys))
         return found
 
+    def _holding(self, holders: Mapping[Cell, tuple[int, ...]]) -> Hashable:
+        """What is the same for mappings that hold the same; of a long one, its identity."""
+        return id(holders) if len(holders) > _LONG else tuple(holders.items())
+
     def _unit(self, key: Hashable, geometry: Cutting, wanted: Ints) -> int:
         """The number of the rows that this geometry has with these ranks; `wanted`: the set of them of every target."""
         unit = self._units.setdefault((key, wanted.tobytes()), len(self._unit_list))
@@ -177,7 +183,7 @@ class _Builder:
 
     def _files(self, key: Hashable, geometry: Cutting, tensor: SourceTensor) -> Ints:
         """For every slot the number of the set of files that hold it."""
-        where = (key, *(id(placement.holders) for placement in tensor.placements))
+        where = (key, *(self._holding(placement.holders) for placement in tensor.placements))
         found = self._files_of.get(where)
         if found is None:
             by_shape = {slice_shape(tensor.meta.shape, p.parts): p.holders for p in tensor.placements}

@@ -157,16 +157,34 @@ class ExchangePlan:
 
     def bytes_received(self) -> list[int]:
         """Payload bytes every rank gets from others."""
-        totals = [0] * self.world
-        for part in self.parts:
+        alike: dict[tuple[int, int], list[int]] = {}  # parts of one row read by one rank -> which, and how many
+        for number, part in enumerate(self.parts):
             reader = -1 if part.gathered else self.chunks[part.chunk].reader
+            alike.setdefault((id(part.deliveries), reader), [number, 0])[1] += 1
+        totals = [0] * self.world
+        for (_, reader), (number, count) in alike.items():
+            part = self.parts[number]
             for delivery in part.deliveries:
-                nbytes = self.dtype(part).nbytes(delivery.in_part.size)
+                nbytes = count * part.dtype.nbytes(delivery.in_part.size)
                 for rank in delivery.ranks:
                     totals[rank] += nbytes if rank != reader else 0
         for gather in self.gathers:
             for number in gather.chunks:
                 totals[self.chunks[number].reader] -= self.chunks[number].nbytes
+        return totals
+
+    def bytes_wanted(self) -> list[int]:
+        """Bytes of what every rank gets, from itself or from others."""
+        alike: dict[int, list[int]] = {}
+        for number, part in enumerate(self.parts):
+            alike.setdefault(id(part.deliveries), [number, 0])[1] += 1
+        totals = [0] * self.world
+        for number, count in alike.values():
+            part = self.parts[number]
+            for delivery in part.deliveries:
+                nbytes = count * part.dtype.nbytes(delivery.in_part.size)
+                for rank in delivery.ranks:
+                    totals[rank] += nbytes
         return totals
 
     @property
@@ -284,17 +302,21 @@ def _parts(
     offset = stops - rows.nbytes[parts.row]
     offset -= offset[table.start[:-1]][chunk_of] if len(offset) else 0
     columns = (parts.demand, number[chunk_of], offset, parts.row)
+    known: dict[int, tuple[Delivery, ...]] = {}
     for part, (demand, chunk, at, row) in enumerate(zip(*(column.tolist() for column in columns))):
-        cut = rows.cuts[row]
-        ranks = rows.ranks[rows.start[row] : rows.start[row + 1]].tolist()
-        deliveries = tuple(
-            Delivery(
-                parts.sets.members[number], share.in_part, share.in_target, share.target_shape, share.view, share.into
-            )
-            for number, share in zip(ranks, cut.shares)
-        )
+        cut, deliveries = rows.cuts[row], known.get(row)
+        if deliveries is None:
+            deliveries = known[row] = tuple(_deliveries(table, row))
         at = places.get(part, at)
         yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, cut.dtype, turn[part] if turn else 0.0)
+
+
+def _deliveries(table: Chunks, row: int) -> Iterator[Delivery]:
+    """The deliveries of a row, which all its parts share."""
+    rows, members = table.parts.rows, table.parts.sets.members
+    ranks = rows.ranks[rows.start[row] : rows.start[row + 1]].tolist()
+    for number, each in zip(ranks, rows.cuts[row].shares):
+        yield Delivery(members[number], each.in_part, each.in_target, each.target_shape, each.view, each.into)
 
 
 def _rounds(table: ExchangeTable, number: Ints, gathers: _Gathers) -> Iterator[Round]:

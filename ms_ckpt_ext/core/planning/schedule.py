@@ -48,6 +48,13 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
     batch = _BatchBuilder(stored, limits)
     for task in tasks:
         dtype = task.tensor.meta.dtype
+        if _is_small_and_whole(task, limits):
+            if batch.nbytes >= limits.tile:
+                yield batch.finish()
+            batch.add_whole(task.tensor, task.targets[0], chooser)
+            if batch.nbytes >= limits.tile // 2:
+                yield batch.finish(last=True)
+            continue
         staged = []
         for target in task.targets:
             if dtype.nbytes(target.region.size) < limits.direct or len(target.landings) > 1:
@@ -76,6 +83,18 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
             yield batch.finish(last=True)
     if batch.nbytes:
         yield batch.finish(last=True)
+
+
+def _is_small_and_whole(task: Task, limits: Limits) -> bool:
+    """Whether a task wants nothing but all of a parameter that files hold whole, and that fits a batch with others."""
+    tensor, targets = task
+    if len(targets) != 1 or len(targets[0].landings) != 1 or tensor.recipe is not None or not tensor.placements:
+        return False
+    shape, region, placement = tensor.meta.shape, targets[0].region, tensor.placements[0]
+    if region.stop != shape or any(region.start) or max(placement.parts, default=1) > 1:
+        return False
+    nbytes = sum([extent.length for extent in targets[0].landings[0].extents])
+    return nbytes < limits.direct and nbytes <= limits.tile and bool(placement.holders.get(region.start))
 
 
 class _Balance:
@@ -179,6 +198,11 @@ class _Forms:
             known = self._known[id(piece)] = (piece, shape, dtype, cuts, copy.nbytes)
         return known[3], known[4]
 
+    def run_of(self, nbytes: int) -> _Form:
+        """The form of a copy of one run."""
+        form = _Form(nbytes, (), (), (), nbytes)
+        return self._forms.setdefault(form, form)
+
     def _cut(self, copy: StridedCopy) -> _Cut:
         form = _form(copy)
         return _Cut(copy.source, copy.source_span, copy.target, self._forms.setdefault(form, form))
@@ -207,6 +231,20 @@ class _BatchBuilder:
         self._scattered: list[Read] = []
         self._stretches: list[Stretch] = []
         self._computes: list[Compute] = []
+
+    def add_whole(self, tensor: SourceTensor, target: Target, chooser: _Balance) -> None:
+        """Add all of a parameter, which files hold whole: one run of bytes."""
+        sink, extents = target.landings[0]
+        places, nbytes = [], 0
+        for offset, length in extents:
+            places.append(Place(sink, offset, nbytes, length))
+            nbytes += length
+        number = len(self._stretches)
+        self._stretches.append(Stretch(nbytes, tuple(places)))
+        self.nbytes += nbytes
+        file = chooser.pick(tensor.placements[0].holders[target.region.start], nbytes)
+        stored = self._stored(file, tensor.stored_name)
+        self._lay(file, stored, number, 0, nbytes, 0, self._forms.run_of(nbytes))
 
     def add(self, tensor: SourceTensor, target: Target, tile: Region, chooser: _Balance) -> None:
         """Add one tile: a box of `target` that is contiguous there."""

@@ -165,8 +165,8 @@ class Report:
 
 def check_job(job: Job, target: str) -> Sequence[str]:
     """Find what is wrong before anything is written. Gives the files that the result replaces, as `Job.replaces`."""
-    for task in tasks_of(job.outputs):
-        require(task.tensor, [wanted.region for wanted in task.targets])
+    for tensor, regions in _regions(job.outputs):
+        require(tensor, regions)
     replaced = job.replaces()
     _refuse_overwrite(job, target, replaced)
     return replaced
@@ -212,6 +212,16 @@ def _spellings(paths: Iterable[str]) -> Iterator[str]:
     for folder in {os.path.dirname(os.path.abspath(path)) for path in paths}:
         yield os.path.realpath(folder)
         yield os.path.join(os.path.realpath(os.path.dirname(folder)), os.path.basename(folder))
+
+
+def _regions(outputs: Sequence[Output]) -> Iterable[tuple[SourceTensor, list[Region]]]:
+    """Every parameter that is wanted, and the boxes of it."""
+    wanted: dict[int, tuple[SourceTensor, list[Region]]] = {}
+    for output in outputs:
+        for _, tensor, region in output.wanted:
+            if region is not None:
+                wanted.setdefault(id(tensor), (tensor, []))[1].append(region)
+    return wanted.values()
 
 
 def tasks_of(outputs: Sequence[Output]) -> list[Task]:

@@ -159,7 +159,7 @@ def _cooperative(
         return _without_all_to_all(all_see_all, traits)
     if mode != "auto" or not all_see_all:
         return mode != "direct"
-    traffic, wanted = cost.Traffic(plan.bytes_read(), plan.bytes_received(), len(plan.rounds)), wanted_bytes(plan)
+    traffic, wanted = cost.Traffic(plan.bytes_read(), plan.bytes_received(), len(plan.rounds)), plan.bytes_wanted()
     together, alone = cost.cooperative_seconds(traffic, hardware), cost.direct_seconds(wanted, hardware)
     log.info("predicted: direct %.3f s, cooperative %.3f s", alone, together)
     return cost.cooperates(wanted, traffic, hardware)
@@ -179,17 +179,6 @@ def _without_all_to_all(all_see_all: bool, traits: TransportTraits) -> bool:
         f"{traits.product} has no all-to-all for these ranks, and not every rank sees every file, so no rank can read "
         "for another: put the checkpoint where all hosts see it"
     )
-
-
-def wanted_bytes(plan: ExchangePlan) -> list[int]:
-    """Bytes that every rank wants."""
-    totals = [0] * plan.world
-    for part in plan.parts:
-        for delivery in part.deliveries:
-            nbytes = plan.dtype(part).nbytes(delivery.in_part.size)
-            for rank in delivery.ranks:
-                totals[rank] += nbytes
-    return totals
 
 
 def exchange(

@@ -73,7 +73,7 @@ class Counting(Load):
         with self.readers(transport.rank, catalog) as readers:
             report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
         landed = sum(sink.nbytes for sink in sinks.values())
-        assert landed == session.wanted_bytes(ready.plan)[transport.rank]
+        assert landed == ready.plan.bytes_wanted()[transport.rank]
         assert all(sink.finished for sink in sinks.values())
         return Loaded({}, report, ready.plan, ready)
 
