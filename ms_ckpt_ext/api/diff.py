@@ -12,8 +12,8 @@ from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo, describ
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
-from ms_ckpt_ext.core.parsing import from_json
-from ms_ckpt_ext.errors import FormatError, LayoutMismatchError, UsageError, storage_error
+from ms_ckpt_ext.errors import FormatError, LayoutMismatchError, UsageError
+from ms_ckpt_ext.storage.reader import read_json
 
 
 class Side(NamedTuple):
@@ -161,14 +161,7 @@ def _shapes(value: Any) -> dict[str, Shape]:
     if isinstance(value, Mapping):
         return _read_shapes(value, "shapes")
     path = path_of(value, "shapes")
-    try:
-        with open(path, "rb") as file:
-            content = from_json(file.read())
-    except OSError as error:
-        raise storage_error("read shapes from", path, error) from error
-    except ValueError as error:
-        raise FormatError(f"{path!r} is not JSON: {error}") from error
-    return _read_shapes(content, repr(path))
+    return _read_shapes(read_json(path, "shapes"), repr(path))
 
 
 def _read_shapes(content: Any, origin: str) -> dict[str, Shape]:

@@ -157,16 +157,9 @@ def name_map(arguments: Namespace) -> Any:
     """The contents of the file that `add_name_map` asked for. Raises FormatError or StorageError."""
     if arguments.name_map is None:
         return None
-    from ms_ckpt_ext.core.parsing import from_json
-    from ms_ckpt_ext.errors import FormatError, storage_error
+    from ms_ckpt_ext.storage.reader import read_json
 
-    try:
-        with open(arguments.name_map, "rb") as file:
-            return from_json(file.read())
-    except OSError as error:
-        raise storage_error("read the name map", arguments.name_map, error) from error
-    except ValueError as error:
-        raise FormatError(f"{arguments.name_map!r} is not JSON: {error}") from error
+    return read_json(arguments.name_map, "the name map")
 
 
 def positive(text: str) -> int:

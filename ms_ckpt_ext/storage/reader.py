@@ -14,9 +14,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Callable, NamedTuple, Optional, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 
-from ms_ckpt_ext.errors import ReadError, StorageError, TruncatedFileError, storage_error
+from ms_ckpt_ext.core.parsing import from_json
+from ms_ckpt_ext.errors import FormatError, ReadError, StorageError, TruncatedFileError, UsageError, storage_error
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
 _MOST_PLACES = 1024
@@ -145,6 +146,22 @@ class PlainReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_json(path: str, what: str, kind: Union[type[UsageError], type[FormatError]] = FormatError) -> Any:
+    """What a small file says that a user gave: `what` it is, for messages.
+
+    Raises:
+        StorageError: it cannot be read.
+        FormatError, or another `kind`: it is no JSON.
+    """
+    try:
+        with open(path, "rb") as file:
+            return from_json(file.read())
+    except OSError as error:
+        raise storage_error(f"read {what}", path, error) from error
+    except ValueError as error:
+        raise kind(f"{what} {path!r} is not JSON: {error}") from error
 
 
 class SourceFile(Protocol):

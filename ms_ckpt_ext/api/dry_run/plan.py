@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Optional, Union
 
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_naming, checked_words, path_of
@@ -13,13 +12,13 @@ from ms_ckpt_ext.api.dry_run.page import write_page
 from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
 from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.core.planning.pieces import TensorMeta
 from ms_ckpt_ext.engine.load import estimate, profiles
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.engine.source.renaming import Choice
-from ms_ckpt_ext.errors import ArgumentTypeError, FormatError, UsageError, storage_error
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.storage.reader import read_json
 
 Shapes = Mapping[str, Mapping[str, Any]]
 
@@ -126,12 +125,7 @@ def _metas(shapes: Union[PathLike, Shapes]) -> list[TensorMeta]:
     if isinstance(shapes, (str, os.PathLike)):
         path = os.fspath(shapes)
         where = f"{path!r}"
-        try:
-            shapes = from_json(Path(path).read_bytes())
-        except OSError as error:
-            raise storage_error("read shapes", path, error) from error
-        except ValueError as error:
-            raise FormatError(f"{path!r} is not JSON: {error}") from error
+        shapes = read_json(path, "shapes")
     if not isinstance(shapes, Mapping):
         raise ArgumentTypeError(f'{where} must map names to {{"dtype": "F32", "shape": [..]}}, got {shapes!r:.60}')
     metas = [_meta(name, entry, where) for name, entry in shapes.items()]

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.engine.huggingface.rule_file import Family, family_of
 from ms_ckpt_ext.engine.huggingface.sizes import Config
-from ms_ckpt_ext.errors import UsageError, storage_error
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.storage.reader import read_json
 
 RULES_FOLDER = Path(__file__).resolve().parent / "rules"
 
@@ -58,13 +58,7 @@ def family_for(config: Config) -> str:
 def document_of(name: str) -> Any:
     """What a rule file says, unchecked. Raises as `read_family`."""
     path = _path(name)
-    try:
-        with open(path, "rb") as file:
-            return from_json(file.read())
-    except OSError as error:
-        raise storage_error("read the rule file", path, error) from error
-    except ValueError as error:
-        raise UsageError(f"rule file {path!r} is not JSON: {error}") from error
+    return read_json(path, "rule file", UsageError)
 
 
 def _path(name: str) -> str:

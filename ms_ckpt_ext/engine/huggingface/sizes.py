@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.core.parsing import from_json
-from ms_ckpt_ext.errors import FormatError, UsageError, storage_error
+from ms_ckpt_ext.errors import FormatError, UsageError
+from ms_ckpt_ext.storage.reader import read_json
 
 CONFIG_NAME = "config.json"
 
@@ -40,13 +40,7 @@ def read_config(path: Optional[str], needed: bool = False) -> Config:
         path = path if os.path.isfile(path) else None
     if path is None:
         return Config({}, "")
-    try:
-        with open(path, "rb") as file:
-            values = from_json(file.read())
-    except OSError as error:
-        raise storage_error("read the configuration", path, error) from error
-    except ValueError as error:
-        raise FormatError(f"the configuration {path!r} is not JSON: {error}") from error
+    values = read_json(path, "the configuration")
     if not isinstance(values, dict):
         raise FormatError(f"the configuration {path!r} is no JSON object, but {type(values).__name__}")
     return Config(values, path)

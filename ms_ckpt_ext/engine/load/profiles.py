@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
-from ms_ckpt_ext.core.parsing import from_json
-from ms_ckpt_ext.errors import UsageError, storage_error
+from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.storage.reader import read_json
 
 HARDWARE_FOLDER = Path(__file__).resolve().parent / "hardware"
 _MOST = 1e30
@@ -62,13 +62,7 @@ def profile(name: str) -> Profile:
             f"no hardware profile {name!r}: it is neither one of {', '.join(names())} nor the path of a .json file "
             f"(copy one of those in {os.fspath(HARDWARE_FOLDER)!r} to begin with)"
         )
-    try:
-        content = from_json(path.read_bytes())
-    except OSError as error:
-        raise storage_error("read hardware profile", os.fspath(path), error) from error
-    except ValueError as error:
-        raise UsageError(f"hardware profile {os.fspath(path)!r} is not JSON: {error}") from error
-    return _from_json(path, content)
+    return _from_json(path, read_json(os.fspath(path), "hardware profile", UsageError))
 
 
 def fitting(product: str, on_device: bool) -> str:
