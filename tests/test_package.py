@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.resources
 import json
@@ -85,6 +86,18 @@ def test_public_names_do_not_need_mindspore(name: str, tmp_path: Path) -> None:
     # None in sys.modules makes `import mindspore` fail, as on a machine that lacks it.
     loaded = loaded_by(f"sys.modules['mindspore'] = None\nfrom ms_ckpt_ext import {name}", tmp_path)
     assert not {module for module in loaded if module.startswith("mindspore.")}
+
+
+def test_data_files_go_into_the_wheel() -> None:
+    """What is no Python lies in the wheel only where setup.py says so."""
+    root = Path(ms_ckpt_ext.__file__).parent
+    calls = [node for node in ast.walk(ast.parse((root.parent / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    told = next(k.value for call in calls for k in call.keywords if k.arg == "package_data")
+    globs = ast.literal_eval(told)["ms_ckpt_ext"]
+    named = {path for glob in globs for path in root.glob(glob)}
+    assert all(list(root.glob(glob)) for glob in globs)
+    data = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")}
+    assert data and data == named
 
 
 def test_every_public_name_resolves() -> None:

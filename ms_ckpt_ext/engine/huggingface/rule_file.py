@@ -59,6 +59,8 @@ _TOP = {
 }
 _OWN = {"rule", "sources", "target", "when", "unless", "optional"}
 _TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+_MOST = 100_000
+"""Layers or experts: above what any model has."""
 _NUMBER = re.compile(r"\{=([^{}]+)\}")
 _BOUNDED = re.compile(r"\{(?:([^{}<]+)<=)?(\w+)(?:<([^{}<]+))?\}")
 
@@ -288,4 +290,7 @@ class _Names:
     def _placeholder(self, low: Optional[str], key: str, high: Optional[str]) -> str:
         high = self._bounds.get(key) if high is None else high
         begin = "" if low is None else f"{self.sizes.number(low)}<="
-        return "{" + begin + key + ("" if high is None else f"<{self.sizes.number(high)}") + "}"
+        end = 0 if high is None else self.sizes.number(high)
+        if end > _MOST:
+            raise UsageError(f"{high!r}, which is {end}: more than any model has")
+        return "{" + begin + key + ("" if high is None else f"<{end}") + "}"

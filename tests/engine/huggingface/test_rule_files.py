@@ -143,6 +143,7 @@ HEADS = {"rule": "QKV", "sources": ["q", "k", "v"], "target": "t", "groups": 2}
         ({"rules": {}}, "'rules' must be a list of rules, got {}"),
         ({"rules": [], "rule": 1}, "has no key 'rule'; it may have title, architectures"),
         ({"rules": [], "tied": {"a": 1}}, "'tied' must be an object: name -> name"),
+        ({"rules": [{**RENAME, "target": "{x<1000000}"}]}, "'target' speaks of '1000000', which is 1000000: more than"),
         ({"rules": [], "shapes": {"a": 1}}, "'shapes': 'a' must be a list of numbers"),
         ({"rules": [{**HEADS, "groups": "3 // 0"}]}, "'3 // 0', which divides by zero"),
         ({"rules": [], "leave": [1]}, "'leave' must be a list of names"),
