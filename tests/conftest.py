@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,31 @@ os.environ.setdefault("GLOG_v", "3")
 # enough, temporary files lie there.
 _MEMORY, _ROOM = "/dev/shm", 8 << 30
 if os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", _MEMORY)
+    os.environ.setdefault("TMPDIR", _MEMORY)
+    tempfile.tempdir = None  # it may have been asked for already
+
+# What runs in the background of a shell ignores Ctrl-C, and so would the commands that tests send one to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_LONG = ("bridge/mindformers", "e2e", "docs", "live", "transport/test_job_transports", "scripts")
+"""What takes longest for a file begins first, so that no worker is left alone with it in the end."""
 
 # No deadlines: the machines that run this are shared, and a slow example is no wrong one.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", _COMMON, max_examples=50)
 settings.register_profile("ci", _COMMON, max_examples=100, derandomize=True, database=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "default"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long before all others, in the order of `_LONG`; else the order stays."""
+    places = tuple(f"tests/{name}" for name in _LONG)
+
+    def turn(item: pytest.Item) -> int:
+        return next((number for number, place in enumerate(places) if item.nodeid.startswith(place)), len(places))
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session")
