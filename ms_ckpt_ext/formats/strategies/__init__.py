@@ -1,7 +1,7 @@
 """Strategy files.
 
-messages   MindSpore's node_strategy.proto, declared once
-file       a strategy read and written, in protobuf or JSON
+file       MindSpore's node_strategy.proto, declared once; a strategy read and written
+json_form  the same as JSON
 merging    the files of pipeline stages as one
 groups     files of communication groups
 """

@@ -1,23 +1,73 @@
-"""Strategy files: MindSpore's protobuf (no magic) and JSON forms, one stage or several merged."""
+"""Strategy files: MindSpore's `node_strategy.proto`, and the strategies in such files, one stage or several merged.
+
+The messages are built at run time in a pool of their own. MindSpore's generated code holds the same ones in protobuf's
+default pool, where a second definition under the same full names collides; and generated code of ours would be bound to
+one major version of protobuf. Files of groups have messages of the same declaration; the JSON form of a strategy is in
+`json_form`.
+"""
 
 from __future__ import annotations
 
-import json
-import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Union
 
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy, layout_item, split_stage
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, also, storage_error
-from ms_ckpt_ext.formats.strategies import messages as proto
-from ms_ckpt_ext.formats.strategies.messages import IntRows
 from ms_ckpt_ext.formats.table import STRATEGY_SUFFIXES, pointer_fault
 from ms_ckpt_ext.storage.linux import write_atomically
 
+IntRows = tuple[tuple[int, ...], ...]
+
+MESSAGES = {
+    "ParallelStrategyMap": (
+        "required uint32               current_stage          1",
+        "repeated ParallelStrategyItem parallel_strategy_item 2",
+        "repeated ParallelLayoutItem   parallel_layout_item   3",
+    ),
+    "ParallelStrategyItem": (
+        "required string             node_name          1",
+        "required ParallelStrategys  parallel_strategys 2",
+    ),
+    "ParallelStrategys": (
+        "required uint32           stage             1",
+        "repeated ParallelStrategy parallel_strategy 2",
+    ),
+    "ParallelStrategy": ("repeated uint32 dim 1",),
+    "ParallelLayoutItem": (
+        "required string          param_name       1",
+        "required ParallelLayouts parallel_layouts 2",
+    ),
+    "ParallelLayouts": (
+        "repeated DevMatrix       dev_matrix            1",
+        "repeated TensorMap       tensor_map            2",
+        "repeated ParamSplitShape param_split_shape     3",
+        "repeated IndicesOffset   indices_offset        4",
+        "required int32           field                 5",
+        "required int32           opt_weight_shard_step 6",
+        "required int32           opt_weight_shard_size 7",
+    ),
+    "DevMatrix": ("repeated uint32 dim 1",),
+    "TensorMap": ("repeated int32 dim 1",),
+    "ParamSplitShape": ("repeated int64 dim 1",),
+    "IndicesOffset": ("repeated int64 dim 1",),
+    "ParallelGroupMap": (
+        "repeated ParallelGroupItem  parallel_group_item    1",
+        "required ParallelGroupRanks ckpt_restore_rank_list 2",
+    ),
+    "ParallelGroupItem": (
+        "required string             group_name           1",
+        "required ParallelGroupRanks parallel_group_ranks 2",
+    ),
+    "ParallelGroupRanks": ("repeated uint32 dim 1",),
+}
+"""Name of a message -> its fields: rule, type, name and number. Required ones are written; a reader does without."""
+ROW_FIELDS = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset")
+NUMBER_FIELDS = ("field", "opt_weight_shard_step", "opt_weight_shard_size")
+_PACKAGE = "ms_ckpt_ext"
 _FRESH, MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
 
 
@@ -46,17 +96,22 @@ def save_strategy(strategy: Strategy, target: Union[str, Path]) -> None:
         StorageError: the file cannot be written.
     """
     merged = strategy.stages > 1
-    content = proto.strategy_map()
+    content = strategy_map()
     for stage in sorted({stage for held in strategy.layouts.values() for stage in held}):
-        proto.add_operator(content, f"ms_ckpt_ext_stage_{stage}", stage)
+        add_operator(content, f"ms_ckpt_ext_stage_{stage}", stage)
     try:
         for name, held in strategy.layouts.items():
             for stage, layout in sorted(held.items()):
                 _add_layout(content, f"{stage}-{name}" if merged else name, layout)
     except ValueError as error:
         raise StrategyError(f"{strategy.origin} cannot be written as a strategy file: {error}") from error
-    current, text = MERGED if merged else _FRESH, os.fspath(target).endswith(".json")
-    write(target, json.dumps(_to_json(content, current)).encode() if text else proto.encode(content, current))
+    current = MERGED if merged else _FRESH
+    if os.fspath(target).endswith(".json"):
+        from ms_ckpt_ext.formats.strategies.json_form import to_text
+
+        write(target, to_text(content, current))
+    else:
+        write(target, encode(content, current))
 
 
 def _add_layout(content: Any, name: str, layout: Layout) -> None:
@@ -64,7 +119,7 @@ def _add_layout(content: Any, name: str, layout: Layout) -> None:
     if all(len(row) == 1 for row in rows):
         rows = (tuple(row[0] for row in rows),)
     numbers = (0, layout.opt_shard_step, layout.opt_shard_size)
-    proto.add_parameter(content, name, ((layout.dev_matrix,), rows, ((),), ((),)), numbers)
+    add_parameter(content, name, ((layout.dev_matrix,), rows, ((),), ((),)), numbers)
 
 
 def write(target: Union[str, Path], data: bytes) -> None:
@@ -103,7 +158,12 @@ def read_map(path: str, empty: bool = False) -> Any:
         StrategyError: it is neither, or holds no layouts and may not be `empty` of them.
     """
     data = read_bytes(path)
-    content = _parse_json(path, data) if data.lstrip()[:1] == b"{" else _parse_protobuf(path, data)
+    if data.lstrip()[:1] == b"{":
+        from ms_ckpt_ext.formats.strategies.json_form import from_text
+
+        content = from_text(path, data)
+    else:
+        content = _parse_protobuf(path, data)
     if not content.parallel_layout_item and not empty:
         raise StrategyError(
             f"strategy file {path!r} holds no parameter layouts (a checkpoint has the same .ckpt suffix, was that "
@@ -131,59 +191,12 @@ def read_bytes(path: str) -> bytes:
 
 def _parse_protobuf(path: str, data: bytes) -> Any:
     try:
-        return proto.decode(data)
+        return decode(data)
     except ValueError as error:
         raise also(StrategyError, TypeError)(
             f"{path!r} is not a strategy file: {len(data)} bytes starting with {data[:8]!r} are neither MindSpore's "
             f"protobuf nor its JSON form ({error}); a checkpoint has the same .ckpt suffix, was that meant?"
         ) from error
-
-
-def _parse_json(path: str, data: bytes) -> Any:
-    content = proto.strategy_map()
-    try:
-        said = from_json(data)
-        for name, held in said.get("parallel_strategy_item", {}).items():
-            proto.add_operator(content, name, int(held.get("stage", 0)), _cuts(held.get("parallel_strategy")))
-        for name, held in said.get("parallel_layout_item", {}).items():
-            rows = [_rows(held.get(field) or []) for field in proto.ROW_FIELDS]
-            proto.add_parameter(content, name, rows, [int(held.get(field) or 0) for field in proto.NUMBER_FIELDS])
-    except (ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        raise StrategyError(
-            f"strategy file {path!r} is not valid JSON of MindSpore's form: {error}; "
-            "save it again from the training job"
-        ) from error
-    return content
-
-
-def _rows(value: list[Any]) -> IntRows:
-    """One flat list is one row; a list of lists is several."""
-    rows = value if any(isinstance(row, list) for row in value) else [value]
-    return tuple(tuple(operator.index(number) for number in row) for row in rows)
-
-
-def _cuts(value: Any) -> IntRows:
-    """How an operator's inputs are cut, where that is lists of numbers: nothing here depends on it."""
-    try:
-        return _rows(value or [])
-    except TypeError:
-        return ()
-
-
-def _to_json(content: Any, current_stage: int) -> dict[str, Any]:
-    def flat(rows: IntRows) -> list[Any]:
-        return list(map(list, rows)) if len(rows) > 1 else [value for row in rows for value in row]
-
-    def said(layouts: Any) -> dict[str, Any]:
-        rows = {field: flat(proto.rows_of(layouts, field)) for field in proto.ROW_FIELDS}
-        return {**rows, **{field: getattr(layouts, field) for field in proto.NUMBER_FIELDS}}
-
-    operators = content.parallel_strategy_item
-    return {
-        "current_stage": current_stage,
-        "parallel_strategy_item": {held.node_name: {"stage": held.parallel_strategys.stage} for held in operators},
-        "parallel_layout_item": {held.param_name: said(held.parallel_layouts) for held in content.parallel_layout_item},
-    }
 
 
 def _items(content: Any, path: str) -> Iterator[LayoutItem]:
@@ -195,9 +208,100 @@ def _items(content: Any, path: str) -> Iterator[LayoutItem]:
         yield layout_item(
             plain,
             stage,
-            proto.rows_of(layouts, "dev_matrix"),
-            proto.rows_of(layouts, "tensor_map"),
+            rows_of(layouts, "dev_matrix"),
+            rows_of(layouts, "tensor_map"),
             (layouts.opt_weight_shard_step, layouts.opt_weight_shard_size),
-            uneven=bool(layouts.field or any(proto.rows_of(layouts, "param_split_shape"))),
+            uneven=bool(layouts.field or any(rows_of(layouts, "param_split_shape"))),
             origin=f"strategy file {path!r}",
         )
+
+
+def strategy_map() -> Any:
+    """An empty `ParallelStrategyMap`."""
+    return _classes()["ParallelStrategyMap"]()
+
+
+@cache
+def _classes() -> dict[str, Any]:
+    """Name -> class of every message."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    file = descriptor_pb2.FileDescriptorProto(name="node_strategy.proto", package=_PACKAGE, syntax="proto2")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for message, fields in MESSAGES.items():
+        into = file.message_type.add(name=message)
+        for rule, kind, name, number in map(str.split, fields):
+            field = into.field.add(name=name, number=int(number))
+            field.label = kinds.LABEL_REPEATED if rule == "repeated" else kinds.LABEL_OPTIONAL
+            if kind in MESSAGES:
+                field.type, field.type_name = kinds.TYPE_MESSAGE, f".{_PACKAGE}.{kind}"
+            else:
+                field.type = getattr(kinds, f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    get = message_factory.GetMessageClass
+    return {name: get(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}")) for name in MESSAGES}
+
+
+def decode(data: bytes) -> Any:
+    """The `ParallelStrategyMap` in a file's bytes.
+
+    Raises:
+        ValueError: they are none, or the name of a parameter is not UTF-8.
+    """
+    content = _parsed("ParallelStrategyMap", data)
+    for held in content.parallel_layout_item:
+        if isinstance(held.param_name, bytes):  # what is no text is handed out as it is
+            raise ValueError(f"the name {held.param_name!r} is not UTF-8")
+    return content
+
+
+def decode_groups(data: bytes) -> Any:
+    """The `ParallelGroupMap` in the bytes of a file of groups. Raises ValueError when they are none."""
+    return _parsed("ParallelGroupMap", data)
+
+
+def _parsed(name: str, data: bytes) -> Any:
+    from google.protobuf.message import DecodeError
+
+    content = _classes()[name]()
+    try:
+        content.ParseFromString(data)
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+    return content
+
+
+def encode(content: Any, current_stage: int) -> bytes:
+    """The file of a `ParallelStrategyMap`."""
+    content.current_stage = current_stage
+    data: bytes = content.SerializeToString()
+    return data
+
+
+def add_operator(content: Any, name: str, stage: int, cuts: IntRows = ()) -> None:
+    """Append an operator: its stage, and how its inputs are cut. Raises as `add_parameter`."""
+    held = content.parallel_strategy_item.add(node_name=name).parallel_strategys
+    held.stage = stage
+    for row in cuts:
+        held.parallel_strategy.add(dim=row)
+
+
+def add_parameter(content: Any, name: str, rows: Sequence[IntRows], numbers: Sequence[int]) -> None:
+    """Append a parameter's layouts, which come in the order of `ROW_FIELDS` and `NUMBER_FIELDS`.
+
+    Raises:
+        ValueError: a number does not fit its field, or the name is no Unicode.
+        TypeError: what should be a number is none.
+    """
+    layouts = content.parallel_layout_item.add(param_name=name).parallel_layouts
+    for field, held in zip(ROW_FIELDS, rows):
+        for row in held:
+            getattr(layouts, field).add(dim=row)
+    for field, number in zip(NUMBER_FIELDS, numbers):
+        setattr(layouts, field, number)
+
+
+def rows_of(layouts: Any, field: str) -> IntRows:
+    """One of the fields that hold rows of numbers."""
+    return tuple(tuple(row.dim) for row in getattr(layouts, field))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ms_ckpt_ext.errors import FormatError, ReadError, storage_error
-from ms_ckpt_ext.formats.strategies.messages import decode_groups
+from ms_ckpt_ext.formats.strategies.file import decode_groups
 
 
 def restore_ranks(path: str) -> list[int]:

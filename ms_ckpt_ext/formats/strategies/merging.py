@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Union
 from ms_ckpt_ext.core.geometry.strategy import split_stage
 from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, UsageError
-from ms_ckpt_ext.formats.strategies import messages as proto
-from ms_ckpt_ext.formats.strategies.file import MERGED, read_bytes, read_map, stage_files, write
+from ms_ckpt_ext.formats.strategies.file import MERGED, encode, read_bytes, read_map, stage_files, strategy_map, write
 
 _OPERATORS, _PARAMETERS = "parallel_strategy_item", "parallel_layout_item"
 
@@ -68,12 +67,12 @@ def _entries(maps: dict[str, Any]) -> dict[str, _Entry]:
 
 
 def _as_protobuf(maps: dict[str, Any], entries: dict[str, _Entry]) -> bytes:
-    merged = proto.strategy_map()
+    merged = strategy_map()
     for file in _used(entries):
         merged.parallel_strategy_item.extend(maps[file].parallel_strategy_item)
     for name, entry in entries.items():
         merged.parallel_layout_item.add(param_name=name).parallel_layouts.CopyFrom(entry.item.parallel_layouts)
-    return proto.encode(merged, MERGED)
+    return encode(merged, MERGED)
 
 
 def _used(entries: dict[str, _Entry]) -> Iterable[str]:

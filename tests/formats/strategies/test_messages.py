@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.formats.strategies import messages as proto
-from ms_ckpt_ext.formats.strategies.messages import MESSAGES, IntRows
+from ms_ckpt_ext.formats.strategies import file as proto
+from ms_ckpt_ext.formats.strategies.file import MESSAGES, IntRows
 from tests.support.checkpoints import CASES
 
 UNSIGNED, SMALL, WIDE = (0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**63), 2**63 - 1)
