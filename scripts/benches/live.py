@@ -66,15 +66,15 @@ def live(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _turn(peer: str, case: dict[str, Any], root: Path, arguments: argparse.Namespace) -> Loads:
     if peer == "torch":
-        return _parse(_run_torch(arguments.torch_python, "load", case, root, RANKS))
+        return parse_loads(_run_torch(arguments.torch_python, "load", case, root, RANKS))
     if peer == "ours":
-        return _parse(_run_msrun("ours", case, root))
+        return parse_loads(run_ranks("ours", case, root))
     merged = root / "merged"
     code = MERGE.format(source=case["source"], strategy=case["trained"], merged=str(merged))
     told = _checked([sys.executable, "-c", code], dict(os.environ), root)
     before = next(float(line.split()[1]) for line in told.splitlines() if line.startswith("MERGE "))
     try:
-        return _parse(_run_msrun("stock", {**case, "merged": str(merged)}, root))._replace(before=before)
+        return parse_loads(run_ranks("stock", {**case, "merged": str(merged)}, root))._replace(before=before)
     finally:
         subprocess.run(["rm", "-r", str(merged)], check=True)
 
@@ -123,7 +123,8 @@ def _contents(noise: bytes, what: str, nbytes: int) -> bytes:
     return (noise[start:] + noise * (nbytes // len(noise) + 1))[:nbytes]
 
 
-def _run_msrun(peer: str, case: dict[str, Any], root: Path) -> str:
+def run_ranks(peer: str, case: dict[str, Any], root: Path, worker: Optional[Path] = None) -> str:
+    """Run a worker on every rank, `live_rank.py` by default; what they wrote."""
     (root / "case.json").write_text(json.dumps(case))
     logs = Path(tempfile.mkdtemp(dir=root))
     msrun = [sys.executable, "-c", "from mindspore.parallel.cluster.run import main; main()", "--join=True"]
@@ -131,8 +132,8 @@ def _run_msrun(peer: str, case: dict[str, Any], root: Path) -> str:
     msrun += ["--cluster_time_out=120", "--tail_worker_log=0", f"--log_dir={logs}"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
-    worker = Path(__file__).with_name("live_rank.py")
-    _checked([*msrun, str(worker), peer, str(root / "case.json"), str(logs)], env, logs)
+    script = worker or Path(__file__).with_name("live_rank.py")
+    _checked([*msrun, str(script), peer, str(root / "case.json"), str(logs)], env, logs)
     return "\n".join(log.read_text(errors="replace") for log in sorted(logs.glob("worker_*.log")))
 
 
@@ -179,7 +180,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _parse(told: str) -> Loads:
+def parse_loads(told: str) -> Loads:
     """Lines `LOAD rank number seconds peak` of all ranks."""
     by_load: dict[int, list[tuple[float, int]]] = {}
     for line in told.splitlines():

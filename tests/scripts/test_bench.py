@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness.chosen import long_one
+
 BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
 
@@ -49,6 +51,19 @@ def test_live(tmp_path: Path) -> None:
     assert row["command"] == "ms_ckpt_ext"
     assert row["load s"] > 0
     assert row["peak MiB"] < 64
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+@pytest.mark.msrun
+def test_transfer(tmp_path: Path) -> None:
+    """One start of 4 ranks for each way; they compare every byte themselves."""
+    long_one("three starts of a job")
+    command = [sys.executable, str(BENCH), "transfer", "--size", "0.001", "--rounds", "1", "--dir", str(tmp_path)]
+    run = subprocess.run([*command, "--json", str(tmp_path / "x.json")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr + run.stdout
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["command"] for row in rows] == ["run() of a plan", "transfer, planned anew", "saved and loaded"]
+    assert all(row["first s"] > 0 and row["later s"] > 0 for row in rows)
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 

@@ -107,7 +107,14 @@ def prepare_transfer(
 
 def require_held(demands: Sequence[Demand]) -> None:
     """Raise CoverageError for the first region that is wanted and that no rank holds; names the ranks that want it."""
+    known = set()
     for demand in demands:
+        tensor = demand.tensor
+        lying = (tensor.meta.shape, *((p.parts, id(p.holders)) for p in tensor.placements))
+        key = (lying, *((grid.parts, id(grid.ranks)) for grid in demand.grids))
+        if tensor.recipe is None and key in known:
+            continue
+        known.add(key)
         for grid in demand.grids:
             for cell, ranks in grid.ranks.items():
                 box = grid.region(cell, demand.tensor.meta.shape)

@@ -2,17 +2,20 @@
 
 Cells of layouts, and boxes that are equal slices, are placements. Other boxes are the blocks of a parameter that is
 made of them. What nothing is said of is whole on every rank that holds it.
+
+Ranks that hold the same in the same layouts are one group, and parameters that lie alike share the mapping that says
+so: planning works out such a mapping once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.geometry.layout import Cell, Layout
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.pieces import Block, Placement, Recipe, SourceTensor, TensorMeta, stored_whole
@@ -20,54 +23,99 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.transfer.held import HeldSlice, Holds
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, StrategyError, name_ranks
 
+Cells = Mapping[Cell, tuple[int, ...]]
+Members = tuple[tuple[int, int], ...]
+"""Ranks of a side with their places in its layouts."""
 
-class _Holder(NamedTuple):
-    """A rank that holds a slice: its number in the job, its place in the side's layouts, and the slice."""
 
-    rank: int
-    place: int
+class Holders(NamedTuple):
+    """Ranks that hold slices of one shape, under one layout, or one box; or whole copies.
+
+    Attributes:
+        slice: what each of them holds.
+        members: the ranks with their places.
+    """
+
     slice: HeldSlice
+    members: Members
 
-    def box(self, name: str) -> Box:
-        """Which box of the parameter it is. Raises LayoutMismatchError: its layout does not fit."""
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks, ascending."""
+        return tuple(sorted(rank for rank, _ in self.members))
+
+    def full_shape(self, name: str) -> Shape:
+        """Shape of the whole parameter. Raises LayoutMismatchError: the layout, or the box, does not fit the slice."""
         held = self.slice
         if held.box is not None:
-            return held.box
+            if held.box.shape != held.shape:
+                raise LayoutMismatchError(
+                    f"parameter {name!r} of the source has shape {list(held.shape)} on {name_ranks(self.ranks)}, and "
+                    f"its box there {list(held.box.shape)}"
+                )
+            return held.box.global_shape
         if held.layout is None:
-            return Box(held.shape, (0,) * len(held.shape), held.shape)
-        layout = held.layout.over(len(held.shape))
+            return held.shape
         try:
-            full = layout.full_shape(held.shape)
+            return held.layout.over(len(held.shape)).full_shape(held.shape)
         except LayoutMismatchError as error:
-            raise LayoutMismatchError(
-                f"parameter {name!r} of the source, {name_ranks([self.rank])}: {error}"
-            ) from error
-        cell = layout.cells[self.place % layout.devices]
-        return Box(full, tuple(n * extent for n, extent in zip(cell, held.shape)), held.shape)
+            raise LayoutMismatchError(f"parameter {name!r} of the source, {name_ranks(self.ranks)}: {error}") from error
+
+    def cells(self) -> tuple[Optional[Shape], Cells]:
+        """Into how many slices every axis is cut, and which ranks hold which; None where the box is no equal slice."""
+        held = self.slice
+        if held.box is not None:
+            parts = held.box.parts
+            return parts, {} if parts is None else {held.box.cell: self.ranks}
+        ndim = len(held.shape)
+        if held.layout is None:
+            return (1,) * ndim, _whole(ndim, self.ranks)
+        layout = held.layout.over(ndim)
+        return layout.parts, cells_of_members(layout, self.members)
 
 
-def slice_holders(holds: Sequence[Holds], ranks: Sequence[int]) -> dict[str, list[_Holder]]:
+@lru_cache(maxsize=4096)
+def cells_of_members(layout: Layout, members: Members) -> Cells:
+    """Cell -> the ranks that have it, ascending, by their places in the layout."""
+    found: dict[Cell, list[int]] = {}
+    for rank, place in members:
+        found.setdefault(layout.cells[place % layout.devices], []).append(rank)
+    return {cell: tuple(sorted(ranks)) for cell, ranks in found.items()}
+
+
+@lru_cache(maxsize=4096)
+def _whole(ndim: int, ranks: tuple[int, ...]) -> Cells:
+    return {(0,) * ndim: ranks}
+
+
+def slice_holders(holds: Sequence[Holds], ranks: Sequence[int]) -> dict[str, list[Holders]]:
     """Name -> who holds it. Where some ranks say how it lies, those that do not hold none of it.
 
     Args:
-        holds: what every rank of the job holds.
+        holds: what every rank of the job holds; ranks that hold the same may share the mapping.
         ranks: those of the source, in the order of their places.
     """
-    found: dict[str, list[_Holder]] = {}
+    alike: dict[int, list[tuple[int, int]]] = {}
     for place, rank in enumerate(ranks):
-        for name, held in holds[rank].items():
-            found.setdefault(name, []).append(_Holder(rank, place, held))
-    told = {name: [each for each in some if each.slice.listed] for name, some in found.items()}
-    return {name: told[name] or some for name, some in found.items()}
+        alike.setdefault(id(holds[rank]), []).append((rank, place))
+    found: dict[str, dict[HeldSlice, Members]] = {}
+    for members in alike.values():
+        for name, held in holds[members[0][0]].items():
+            slices = found.setdefault(name, {})
+            slices[held] = (*slices.get(held, ()), *members)
+    groups = {name: [Holders(*each) for each in slices.items()] for name, slices in found.items()}
+    told = {name: [each for each in some if each.slice.listed] for name, some in groups.items()}
+    return {name: told[name] or some for name, some in groups.items()}
 
 
-def untold(holders: Mapping[str, Sequence[_Holder]]) -> list[str]:
+def untold(holders: Mapping[str, Sequence[Holders]]) -> list[str]:
     """Names of which nothing is said, and that several ranks hold: whether they are alike is to be looked at."""
-    return [name for name, some in holders.items() if len(some) > 1 and not some[0].slice.listed]
+    several = {name: sum(len(each.members) for each in some) > 1 for name, some in holders.items()}
+    return [name for name, some in holders.items() if several[name] and not some[0].slice.listed]
 
 
 def catalog_of_holders(
-    holders: Mapping[str, Sequence[_Holder]], ranks: Sequence[int], differing: Mapping[str, str]
+    holders: Mapping[str, Sequence[Holders]], ranks: Sequence[int], differing: Mapping[str, str]
 ) -> Catalog:
     """The source as jobs know one; its files are the ranks of the job.
 
@@ -78,6 +126,7 @@ def catalog_of_holders(
     Raises:
         LayoutMismatchError: ranks contradict each other in a dtype, a shape, or a box.
         CoverageError: no rank holds some part of a parameter whose boxes were given.
+        StrategyError: the layouts are not of as many ranks as the source has.
     """
     tensors: dict[str, SourceTensor] = {}
     extras: dict[str, SourceTensor] = {}
@@ -88,50 +137,45 @@ def catalog_of_holders(
     return Catalog((), tensors, extras, {}, strategy=_strategy(holders, len(ranks)), ranks=places)
 
 
-def _tensor(name: str, holders: Sequence[_Holder]) -> SourceTensor:
-    boxes = [each.box(name) for each in holders]
-    for each, box in zip(holders, boxes):
-        facts = (each.slice.dtype, box.global_shape)
-        if facts != (holders[0].slice.dtype, boxes[0].global_shape):
+def _tensor(name: str, holders: Sequence[Holders]) -> SourceTensor:
+    first = holders[0]
+    meta = TensorMeta(name, DTYPES[first.slice.dtype], first.full_shape(name))
+    for each in holders[1:]:
+        full = each.full_shape(name)
+        if (each.slice.dtype, full) != (first.slice.dtype, meta.shape):
             raise LayoutMismatchError(
-                f"parameter {name!r} of the source is {facts[0]} of full shape {list(facts[1])} on rank {each.rank}, "
-                f"and {holders[0].slice.dtype} of {list(boxes[0].global_shape)} on rank {holders[0].rank}: check its "
-                "layout on both"
+                f"parameter {name!r} of the source is {each.slice.dtype} of full shape {list(full)} on "
+                f"{name_ranks(each.ranks)}, and {first.slice.dtype} of {list(meta.shape)} on "
+                f"{name_ranks(first.ranks)}: check its layout on both"
             )
-        if box.shape != each.slice.shape:
-            raise LayoutMismatchError(
-                f"parameter {name!r} of the source has shape {list(each.slice.shape)} on rank {each.rank}, and its box "
-                f"there {list(box.shape)}"
-            )
-    meta = TensorMeta(name, DTYPES[holders[0].slice.dtype], boxes[0].global_shape)
     if not all(meta.shape):
-        return stored_whole(meta, tuple(each.rank for each in holders))
-    if all(box.parts is not None for box in boxes):
-        return SourceTensor(meta, name, _placements(holders, boxes))
-    return _of_boxes(meta, holders, boxes)
+        return stored_whole(meta, tuple(sorted(rank for each in holders for rank in each.ranks)))
+    found = [each.cells() for each in holders]
+    by_parts: dict[Shape, list[Cells]] = {}
+    for parts, cells in found:
+        if parts is None:
+            return _of_boxes(meta, holders)
+        by_parts.setdefault(parts, []).append(cells)
+    placements = (Placement(parts, joined_cells(some), {}) for parts, some in by_parts.items())
+    return SourceTensor(meta, name, tuple(placements))
 
 
-def _placements(holders: Sequence[_Holder], boxes: Sequence[Box]) -> tuple[Placement, ...]:
-    by_parts: dict[Shape, dict[Cell, tuple[int, ...]]] = {}
-    expected: dict[Shape, dict[Cell, tuple[int, ...]]] = {}
-    for each, box in zip(holders, boxes):
-        parts = box.parts
-        assert parts is not None
-        cells = by_parts.setdefault(parts, {})
-        cells[box.cell] = (*cells.get(box.cell, ()), each.rank)
-        expected.setdefault(parts, {})
-    return tuple(
-        Placement(parts, {c: tuple(sorted(r)) for c, r in cells.items()}, expected[parts])
-        for parts, cells in by_parts.items()
-    )
+def joined_cells(several: Sequence[Cells]) -> Cells:
+    """The holders of every cell, of all groups."""
+    if len(several) == 1:
+        return several[0]
+    found: dict[Cell, set[int]] = {}
+    for cells in several:
+        for cell, ranks in cells.items():
+            found.setdefault(cell, set()).update(ranks)
+    return {cell: tuple(sorted(ranks)) for cell, ranks in found.items()}
 
 
-def _of_boxes(meta: TensorMeta, holders: Sequence[_Holder], boxes: Sequence[Box]) -> SourceTensor:
+def _of_boxes(meta: TensorMeta, holders: Sequence[Holders]) -> SourceTensor:
     """A parameter whose slices are not equal: put together of its boxes, which must fill it exactly once."""
-    by_box: dict[Region, list[int]] = {}
-    for each, box in zip(holders, boxes):
-        if box.region is not None:
-            by_box.setdefault(box.region, []).append(each.rank)
+    by_box: dict[Region, tuple[int, ...]] = {}
+    for region, rank in _regions(holders, meta.shape):
+        by_box[region] = (*by_box.get(region, ()), rank)
     regions = list(by_box)
     for number, region in enumerate(regions):
         for other in regions[:number]:
@@ -155,16 +199,30 @@ def _of_boxes(meta: TensorMeta, holders: Sequence[_Holder], boxes: Sequence[Box]
     return SourceTensor(meta, "", (), Recipe.of(meta.shape, meta.shape, blocks))
 
 
-def _strategy(holders: Mapping[str, Sequence[_Holder]], world: int) -> Optional[Strategy]:
-    """The layouts of all ranks of the source as one; None where none are given.
+def _regions(holders: Sequence[Holders], shape: Shape) -> list[tuple[Region, int]]:
+    """What every rank holds, without those that hold no elements."""
+    found = []
+    for each in holders:
+        for rank, place in each.members:
+            held = each.slice
+            layout = None if held.layout is None else held.layout.over(len(shape))
+            if held.box is not None:
+                region = held.box.region
+            else:
+                region = Region.whole(shape) if layout is None else layout.region(place % layout.devices, shape)
+            if region is not None:
+                found.append((region, rank))
+    return found
 
-    Raises StrategyError: they are not of as many ranks as the source has.
-    """
+
+def _strategy(holders: Mapping[str, Sequence[Holders]], world: int) -> Optional[Strategy]:
+    """The layouts of all ranks of the source as one; None where none are given."""
     items = [
-        LayoutItem(name, each.place // each.slice.layout.devices, each.slice.layout)
+        LayoutItem(name, stage, each.slice.layout)
         for name, some in holders.items()
         for each in some
         if each.slice.layout is not None
+        for stage in sorted({place // each.slice.layout.devices for _, place in each.members})
     ]
     if not items:
         return None

@@ -9,6 +9,7 @@ from ms_ckpt_ext.core.exchange.demand import Demand, Grid
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.engine.transfer.sources import Cells, Members, cells_of_members, joined_cells
 from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Transport
 
@@ -59,44 +60,50 @@ def demands_among(
     Args:
         places: rank of the target -> its place in the layouts.
     """
-    boxes: dict[tuple[str, str], dict[Region, list[int]]] = {}
-    for rank, wants in enumerate(wants_by_rank):
-        for name, want in wants.items():
+    alike: dict[int, list[tuple[int, int]]] = {}
+    for rank, place in places.items():
+        alike.setdefault(id(wants_by_rank[rank]), []).append((rank, place))
+    grids = _Grids()
+    for members in alike.values():
+        for name, want in wants_by_rank[members[0][0]].items():
             shape = tensors[want.source].meta.shape
             if all(shape):
-                box = _box(want.where, shape, places[rank])
-                boxes.setdefault((want.source, name), {}).setdefault(box, []).append(rank)
+                grids.add((want.source, name), want.where, shape, tuple(members))
     order = {name: number for number, name in enumerate(tensors)}
-    grids = _Grids()
-    return [
-        Demand(name, tensors[source], grids.of(tensors[source].meta.shape, boxes[source, name]))
-        for source, name in sorted(boxes, key=lambda key: (order[key[0]], key[1]))
-    ]
-
-
-def _box(where: Union[Layout, Region], shape: Shape, place: int) -> Region:
-    return where if isinstance(where, Region) else where.region(place % where.devices, shape)
+    keys = sorted(grids.cells, key=lambda key: (order[key[0]], key[1]))
+    return [Demand(name, tensors[source], grids.of(source, name)) for source, name in keys]
 
 
 class _Grids:
-    """Boxes as grids of equal slices where they are such; mappings with equal contents are one, which planning uses."""
+    """What is wanted of every parameter, as grids of equal slices where it is such.
+
+    Mappings with equal contents are one, which planning uses.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[Any, dict[Cell, tuple[int, ...]]] = {}
+        self.cells: dict[tuple[str, str], dict[Shape, list[Cells]]] = {}
+        self._uneven: dict[tuple[str, str], dict[Cell, tuple[int, ...]]] = {}
+        self._known: dict[Any, Cells] = {}
 
-    def of(self, shape: Shape, boxes: Mapping[Region, Sequence[int]]) -> tuple[Grid, ...]:
-        """Grids of some boxes and the ranks that want each."""
-        even: dict[Shape, dict[Cell, tuple[int, ...]]] = {}
-        uneven: dict[Cell, tuple[int, ...]] = {}
-        for box, ranks in boxes.items():
-            extents = box.shape
-            if all(not whole % n and not low % n for whole, low, n in zip(shape, box.start, extents)):
-                parts = tuple(whole // n for whole, n in zip(shape, extents))
-                even.setdefault(parts, {})[tuple(low // n for low, n in zip(box.start, extents))] = tuple(ranks)
-            else:
-                uneven[(*box.start, *box.stop)] = tuple(ranks)
-        found = [Grid(parts, self._one(cells)) for parts, cells in even.items()]
-        return (*found, *([Grid((), self._one(uneven), uneven=True)] if uneven else ()))
+    def add(self, key: tuple[str, str], where: Union[Layout, Region], shape: Shape, members: Members) -> None:
+        """Ranks with their places that want a box of a parameter of `shape`: of a layout each its own."""
+        mine = self.cells.setdefault(key, {})
+        if isinstance(where, Layout):
+            mine.setdefault(where.parts, []).append(cells_of_members(where, members))
+            return
+        ranks, extents = tuple(sorted(rank for rank, _ in members)), where.shape
+        if all(not whole % n and not low % n for whole, low, n in zip(shape, where.start, extents)):
+            parts = tuple(whole // n for whole, n in zip(shape, extents))
+            mine.setdefault(parts, []).append({tuple(low // n for low, n in zip(where.start, extents)): ranks})
+            return
+        uneven, corners = self._uneven.setdefault(key, {}), (*where.start, *where.stop)
+        uneven[corners] = (*uneven.get(corners, ()), *ranks)
 
-    def _one(self, cells: dict[Cell, tuple[int, ...]]) -> dict[Cell, tuple[int, ...]]:
+    def of(self, source: str, name: str) -> tuple[Grid, ...]:
+        """The grids of a parameter."""
+        even = (Grid(parts, self._one(joined_cells(some))) for parts, some in self.cells[source, name].items())
+        uneven = self._uneven.get((source, name))
+        return (*even, *([Grid((), self._one(uneven), uneven=True)] if uneven else ()))
+
+    def _one(self, cells: Cells) -> Cells:
         return self._known.setdefault(tuple(cells.items()), cells)
