@@ -168,7 +168,7 @@ def _dynamic_cluster(
     command: list[str], ranks: int, env: Mapping[str, str], log_dir: Path, deadline: float, patient: bool
 ) -> list[Optional[int]]:
     shared = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(_free_port())}
-    shared.update(MS_TOPO_TIMEOUT="60", RANK_SIZE=str(ranks))
+    shared.update(MS_TOPO_TIMEOUT="100", RANK_SIZE=str(ranks))
     roles = {"scheduler": {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}}
     for rank in map(str, range(ranks)):
         roles[f"worker_{rank}"] = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": rank, "RANK_ID": rank, "DEVICE_ID": rank}
