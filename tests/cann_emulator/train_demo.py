@@ -42,6 +42,7 @@ ap.add_argument("--start", type=int, default=0, help="number of steps done befor
 ap.add_argument("--save-at", default="", help="step numbers, default: the last")
 ap.add_argument("--resume", default="", help="directory with rank_<r>/net.ckpt")
 ap.add_argument("--format", default="ckpt", choices=["ckpt", "safetensors"], help="which of the two to resume from")
+ap.add_argument("--jit-level", default="O0", choices=["O0", "O1", "O2"], help="how MindSpore compiles the graph")
 ap.add_argument("--record", action="store_true", help="leave the notes of ms_ckpt_ext.CheckpointRecorder")
 ap.add_argument("--by", default="stock", choices=["stock", "resume", "dropin"], help="what to resume with")
 ap.add_argument("--mode", default="auto", help="with --by resume, dropin and --serve: direct, cooperative or auto")
@@ -56,7 +57,9 @@ if args.layout == "cpu":
     args.micro = 1
 else:
     ms.set_device("Ascend")
-    ms.set_context(jit_config={"jit_level": "O0"})
+    ms.set_context(jit_config={"jit_level": args.jit_level})
+    if args.jit_level == "O1":  # without the fused operators, which are machine code of an NPU
+        ms.set_context(graph_kernel_flags="--opt_level=0")
     from mindspore.communication import get_group_size, get_rank, init
 
     init()

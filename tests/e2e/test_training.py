@@ -51,7 +51,8 @@ class Case(NamedTuple):
     options: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"to_{self.layout.replace(',', '_')}-{self.format}-{self.by}-{self.mode}"
+        level = "-O1" if "O1" in self.options else ""
+        return f"to_{self.layout.replace(',', '_')}-{self.format}-{self.by}-{self.mode}{level}"
 
     @property
     def exact(self) -> bool:
@@ -70,6 +71,7 @@ LAYOUTS: list[tuple[str, int, tuple[str, ...]]] = [
     ("2,4", 8, ("--opt-shard",)),
     ("1,2,2", 4, ("--micro", "2")),
     ("2,1,2", 4, ("--opt-shard", "--micro", "2")),
+    ("2,1", 2, ("--opt-shard", "--jit-level", "O1")),
 ]
 WAYS = [
     ("safetensors", "resume", "cooperative"),
