@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Callable, Optional, TypeVar, Union
 
 from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks
-from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.base import Ranks, Transport
 
 _T = TypeVar("_T")
 _MAX_MESSAGE = 4000
@@ -92,6 +92,19 @@ def on_all(transport: Transport[Any], step: Callable[[], _T]) -> _T:
         error = problem
     share_status(transport, error)
     return result[0]
+
+
+def common_groups(transport: Transport[Any]) -> frozenset[Ranks]:
+    """The groups of some ranks that the transport has already, on all of their members. Collective.
+
+    A group's members are told once, by the lowest of them; the others tell what stands for it.
+    """
+    mine = {_digest(repr(group)): group for group in transport.traits.known_groups}
+    told = transport.share(pack([sorted(mine), sorted(group for group in mine.values() if group[0] == transport.rank)]))
+    answers = [unpack(answer) for answer in told]
+    has = [frozenset(digests) for digests, _ in answers]
+    listed = (tuple(group) for _, groups in answers for group in groups)
+    return frozenset(group for group in listed if all(_digest(repr(group)) in has[rank] for rank in group))
 
 
 def told_by_all(transport: Transport[Any], step: Callable[[], Any]) -> list[Any]:

@@ -47,7 +47,8 @@ class TransportTraits(NamedTuple):
     Attributes:
         on_device: its buffers are device tensors; else they are `Bytes`.
         overlaps: `start_*` returns before the bytes are there, so that a second round may be prepared meanwhile.
-        groups: all-gathers and broadcasts may be made in groups of some ranks; else by all ranks only.
+        groups: all-gathers and broadcasts may be made in any group of some ranks; else by all ranks, and in these:
+        known_groups: groups of some ranks that exist already, of which this rank is a member.
         all_to_all: how `start_all_to_all` is made: "collective", or "pairs" where the product lacks the collective and
             stretches are sent from rank to rank, one call a pair; "" where there is no way.
         call_bytes: a call that moves more than this many bytes a rank is slower (HCCL_BUFFSIZE); 0 where none is known.
@@ -57,6 +58,7 @@ class TransportTraits(NamedTuple):
     on_device: bool = False
     overlaps: bool = False
     groups: bool = False
+    known_groups: tuple[Ranks, ...] = ()
     all_to_all: str = "collective"
     call_bytes: int = 0
     product: str = ""

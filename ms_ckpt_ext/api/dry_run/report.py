@@ -135,7 +135,7 @@ def report_of(
         servers=len(tally.crossing),
         way="tiered" if done.table.ways.tiered else "flat",
         calls=tally.calls,
-        groups=sum(len(done.table.chunks.parts.sets.members[n]) < done.table.world for n in done.table.chunks.groups),
+        groups=sum(map(done.table.is_of_some, done.table.chunks.groups)),
         crossing=_spread(tally.crossing),
         balance=_balance(tally.read if kept is None else tally.sent),
         bucket=done.limits.bucket,

@@ -2,7 +2,7 @@
 
 1. Neighbouring parts of a file that the same ranks want, several MiB together, are one *chunk*: one read.
 2. What a set of ranks wants whole, and may gather, they read in equal shares, cut when it is known what travels
-   together (`core.exchange.streams`).
+   together (`core.exchange.streams`). Where not all of them see its file, one that does reads it and broadcasts it.
 3. Any other chunk is read by exactly one rank: of those that need (most of) it and see its file, the one with the least
    to read so far. The least flexible chunks choose first.
 """
@@ -12,14 +12,23 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Parts
 from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Ints, joined, narrow, ranks_alike, sums
-from ms_ckpt_ext.core.exchange.tiers import crosses_often
+
+EVERYBODY = -1
+"""Instead of a rank: all of a group, in equal shares."""
+
+
+class FedGroup(NamedTuple):
+    """Ranks that are fed together: the number of their set, and who reads: `EVERYBODY`, or one who broadcasts."""
+
+    ranks: int
+    root: int = EVERYBODY
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Chunks:
         start: first part of every chunk, and one more.
         nbytes, file: of every chunk.
         reader: its rank; or the number of ranks plus that of a group in `groups`.
-        groups: sets of ranks, by number, that gather.
+        groups: groups that gather, or are sent a broadcast.
     """
 
     parts: Parts
@@ -39,7 +48,7 @@ class Chunks:
     nbytes: Ints
     file: Ints
     reader: Ints
-    groups: tuple[int, ...]
+    groups: tuple[FedGroup, ...]
 
     @property
     def staged(self) -> Ints:
@@ -64,15 +73,30 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
     row = parts.row[start[:-1]]
     if parts.holders:
         sees = _with_holders(parts, file, world, sees)
-    wanted = _gathered(parts, start[:-1], file, world, sees, ways)
-    groups = _groups(parts, wanted, nbytes, world, limits, ways)
-    number = np.full(len(parts.sets.members) + 1, -1, np.int64)
-    number[list(groups)] = np.arange(len(groups))
-    group = number[wanted]
-    alone = group < 0
-    reader = (world + group).astype(narrow(world + len(groups)))
-    reader[alone] = _readers(parts, row[alone], nbytes[alone], file[alone], world, sees)
+    whole = parts.rows.whole[row].astype(np.int64)
+    whole[np.isin(start[:-1], list(parts.scattered))] = -1
+    feeds = _feeding(parts, whole, nbytes, world, limits, ways)
+    whole[~feeds[whole]] = -1
+    root = np.full(len(row), EVERYBODY, np.int64)
+    single = (whole < 0) | ~_all_see(parts, whole, file, sees)
+    root[single] = _readers(parts, row[single], nbytes[single], file[single], world, sees)
+    if single.any():
+        copied = single & ~_broadcast(parts, whole, root, file, ways)
+        whole[copied] = -1
+    groups, reader = _numbered(parts, whole, root, world)
     return Chunks(parts, start, nbytes, file, reader, groups)
+
+
+def _numbered(parts: Parts, whole: Ints, root: Ints, world: int) -> tuple[tuple[FedGroup, ...], Ints]:
+    """The groups that are fed, and of every chunk the reader: a rank, or a group's number behind the ranks."""
+    key = np.where(whole < 0, -1, whole * (world + 1) + root + 1)
+    keys, place = np.unique(key, return_inverse=True)
+    found = {int(n): FedGroup(int(n) // (world + 1), int(n) % (world + 1) - 1) for n in keys if n >= 0}
+    order = sorted(found, key=lambda n: (parts.sets.members[found[n].ranks], found[n].root))
+    number = {n: world + at for at, n in enumerate(order)}
+    of_key = np.array([number.get(int(n), -1) for n in keys], np.int64)
+    reader = np.where(whole < 0, root, of_key[place]).astype(narrow(world + len(order)))
+    return tuple(found[n] for n in order), reader
 
 
 def _with_holders(parts: Parts, file: Ints, world: int, sees: Optional[Sees]) -> Sees:
@@ -84,35 +108,37 @@ def _with_holders(parts: Parts, file: Ints, world: int, sees: Optional[Sees]) ->
     return {**files, **{number: frozenset(ranks) for number, ranks in parts.holders.items()}}
 
 
-def _gathered(parts: Parts, first: Ints, file: Ints, world: int, sees: Optional[Sees], ways: Ways) -> Ints:
-    """For every chunk the set of ranks that could gather it, all of whom see its file; else -1."""
-    wanted: Ints = parts.rows.whole[parts.row[first]].astype(np.int64)
-    wanted[np.isin(first, list(parts.scattered))] = -1
-    if sees is not None:
-        members = {
-            number: frozenset(parts.sets.members[number]) for number in np.unique(wanted).tolist() if number >= 0
-        }
-        pairs = zip(wanted.tolist(), file.tolist())
-        wanted = np.array([n if n >= 0 and members[n] <= sees[f] else -1 for n, f in pairs], np.int64)
-    return wanted
-
-
-def _groups(
-    parts: Parts, wanted: Ints, nbytes: Ints, world: int, limits: ExchangeLimits, ways: Ways
-) -> tuple[int, ...]:
-    """The sets that gather: all ranks; ranks that are alike in all they want, if that is worth a group of theirs."""
-    numbers, place = np.unique(wanted, return_inverse=True)
+def _feeding(parts: Parts, whole: Ints, nbytes: Ints, world: int, limits: ExchangeLimits, ways: Ways) -> Ints:
+    """By number of a set, and one more for none, whether it is fed as a group: all ranks; ranks that are alike in all
+    they want, and want more than a round of it."""
+    feeds = np.zeros(len(parts.sets.members) + 1, bool)
+    numbers, place = np.unique(whole, return_inverse=True)
     carried = sums(place, nbytes, len(numbers)).tolist()
-    alike = {tuple(group) for group in ranks_alike(parts.sets, world)} if ways.groups else set()
-    found = []
+    alike = {tuple(group) for group in ranks_alike(parts.sets, world)} if ways.groups or ways.known else set()
     for number, total in zip(numbers.tolist(), carried):
         members = parts.sets.members[number] if number >= 0 else ()
-        if ways.tiered and crosses_often(members, ways.servers):
-            continue
-        everyone = len(members) == world and ways.gather
-        if everyone or (members in alike and total > limits.bucket):
-            found.append(number)
-    return tuple(sorted(found, key=parts.sets.members.__getitem__))
+        worth = len(members) == world or (members in alike and total > limits.bucket)
+        feeds[number] = number >= 0 and worth and ways.may_gather(members, world)
+    return feeds
+
+
+def _all_see(parts: Parts, whole: Ints, file: Ints, sees: Optional[Sees]) -> Ints:
+    """Of every chunk that a set of ranks wants whole, whether all of them see its file."""
+    if sees is None:
+        return np.ones(len(whole), bool)
+    members = {n: frozenset(parts.sets.members[n]) for n in np.unique(whole).tolist() if n >= 0}
+    pairs = zip(whole.tolist(), file.tolist())
+    return np.array([n >= 0 and members[n] <= sees[f] for n, f in pairs], bool)
+
+
+def _broadcast(parts: Parts, whole: Ints, root: Ints, file: Ints, ways: Ways) -> Ints:
+    """Of every chunk that one rank reads, whether it broadcasts it to a group that it is in."""
+    if not ways.broadcast:
+        return np.zeros(len(whole), bool)
+    pairs = zip(whole.tolist(), root.tolist())
+    inside = np.array([n >= 0 and r in parts.sets.members[n] for n, r in pairs], bool)
+    found: Ints = inside & ~parts.in_memory(file)
+    return found
 
 
 def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:

@@ -93,15 +93,23 @@ class Ways(NamedTuple):
 
     Attributes:
         gather: all ranks may gather equal shares together.
-        groups: so may groups of ranks that want the same.
+        groups: so may any group of ranks that want the same.
+        known: so may these groups.
+        broadcast: where not all of a group see a file, one of them may read it and broadcast it to the group.
         servers: the number of every rank's server; none where there is one for all.
         tiered: what several ranks of a server want crosses to it once.
     """
 
     gather: bool = True
     groups: bool = False
+    known: frozenset[tuple[int, ...]] = frozenset()
+    broadcast: bool = False
     servers: tuple[int, ...] = ()
     tiered: bool = False
+
+    def may_gather(self, ranks: tuple[int, ...], world: int) -> bool:
+        """Whether these ranks may gather, or be sent a broadcast, if they want the same."""
+        return self.gather if len(ranks) == world else self.groups or ranks in self.known
 
 
 ALL_RANKS = Ways()

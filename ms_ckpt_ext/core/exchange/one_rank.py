@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, GroupGather, Round, SlicePart
 from ms_ckpt_ext.core.exchange.tiers import carrier, teams_of
@@ -31,17 +32,26 @@ class Contribution(NamedTuple):
 
 
 class RankGather(NamedTuple):
-    """One rank's side of a gather: its group, the bytes of a share, what it gives, and what lies in the stream."""
+    """One rank's side of a gather: its group, the bytes of a share, what it gives, and what lies in the stream.
+
+    With a `root` it is a broadcast: the stream is the share of that rank.
+    """
 
     ranks: tuple[int, ...]
     share: int
     given: tuple[Contribution, ...]
     items: tuple[Item, ...]
+    root: int = EVERYBODY
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stream."""
-        return self.share * len(self.ranks)
+        return self.share * len(self.ranks) if self.root == EVERYBODY else self.share
+
+    @property
+    def gives(self) -> int:
+        """Bytes of a buffer from which this rank gives; none for a broadcast, which has one buffer."""
+        return self.share if self.root == EVERYBODY else 0
 
 
 class Forward(NamedTuple):
@@ -160,13 +170,13 @@ def _spread(plan: ExchangePlan, on: _Blank, late: _Blank, received: Sequence[Ite
 
 
 def _gather(plan: ExchangePlan, gather: GroupGather, rank: int) -> RankGather:
-    begin = gather.ranks.index(rank) * gather.share
+    begin = gather.ranks.index(rank) * gather.share if gather.root == EVERYBODY else 0
     reads = zip(gather.chunks, gather.places)
     given = tuple(Contribution(n, at - begin) for n, at in reads if plan.chunks[n].reader == rank)
     parts = (plan.parts[number] for number in gather.parts)
     mine = ((part, delivery) for part in parts for delivery in part.deliveries if rank in delivery.ranks)
     items = tuple(Item(part, delivery, part.offset, part.nbytes) for part, delivery in mine)
-    return RankGather(gather.ranks, gather.share, given, items)
+    return RankGather(gather.ranks, gather.share, given, items, gather.root)
 
 
 def _blocks(

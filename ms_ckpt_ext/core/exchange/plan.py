@@ -23,7 +23,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.chunks import Chunks, chunks_of
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks_of
 from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
@@ -89,11 +89,11 @@ class Chunk(NamedTuple):
 
 
 class GroupGather(NamedTuple):
-    """A stream that `ranks` put together of equal shares, in a round.
+    """A stream that `ranks` put together of equal shares in a round, or that one of them broadcasts.
 
     Attributes:
         ranks: the group, ascending.
-        share: bytes of everyone's share.
+        share: bytes of everyone's share; of the stream, where one broadcasts it.
         parts: what is in the stream, by number.
         chunks, places: the reads that fill it, by number, and where each begins in the stream.
     """
@@ -103,6 +103,8 @@ class GroupGather(NamedTuple):
     parts: tuple[int, ...]
     chunks: tuple[int, ...]
     places: tuple[int, ...]
+    root: int = EVERYBODY
+    """The rank that broadcasts."""
 
 
 class Round(NamedTuple):
@@ -130,6 +132,10 @@ class ExchangeTable:
         """The turn of every part, see `core.exchange.tiers`."""
         parts = self.chunks.parts
         return turns(self.round_of, parts.rows.interest[parts.row], parts.rows.nbytes[parts.row])
+
+    def is_of_some(self, group: FedGroup) -> bool:
+        """Whether a group is of some ranks only."""
+        return len(self.chunks.parts.sets.members[group.ranks]) < self.world
 
     def gatherings(self) -> Iterator[Gathering]:
         """What groups gather, by round."""
@@ -268,12 +274,13 @@ class _Gathers:
 
     def add(self, table: ExchangeTable, each: Gathering, chunks: list[Chunk]) -> None:
         """Add one, and its reads to `chunks`."""
-        ranks, pieces, first = table.chunks.parts.sets.members[each.ranks], each.stream.pieces, len(chunks)
+        ranks, pieces, first = table.chunks.parts.sets.members[each.group.ranks], each.stream.pieces, len(chunks)
         columns = (pieces.member, pieces.file, pieces.offset, pieces.nbytes)
         for member, file, offset, nbytes in zip(*(column.tolist() for column in columns)):
             chunks.append(Chunk(file, (Extent(offset, nbytes),), nbytes, ranks[member]))
         numbers, reads = tuple(each.parts.tolist()), tuple(range(first, len(chunks)))
-        gather = GroupGather(ranks, each.stream.share, numbers, reads, tuple(pieces.at.tolist()))
+        places = tuple(pieces.at.tolist())
+        gather = GroupGather(ranks, each.stream.share, numbers, reads, places, each.group.root)
         self.by_round.setdefault(each.round, []).append(gather)
         self.places.update(zip(numbers, each.stream.at.tolist()))
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.chunks import Chunks
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks
 from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Ways
 from ms_ckpt_ext.core.exchange.parts import Rows
 from ms_ckpt_ext.core.exchange.ragged import (
@@ -109,7 +109,7 @@ def _queue(chunks: Chunks) -> Ints:
 
 
 class _Filler:
-    """Readers are the ranks, then the groups: a group's members read and give equal shares."""
+    """Readers are the ranks, then the groups, whose members read and give equal shares, unless one does it for all."""
 
     def __init__(self, chunks: Chunks, classes: Classes, limits: ExchangeLimits, ways: Ways) -> None:
         parts, rows = chunks.parts, chunks.parts.rows
@@ -117,7 +117,8 @@ class _Filler:
         sizes = np.array([len(members) for members in parts.sets.members], np.int64)
         self._carries = 2 if ways.tiered else 1
         self._copies, self._nbytes = _copies(rows, _receivers(parts.sets, ways) if ways.tiered else sizes), rows.nbytes
-        self._members = np.concatenate([np.ones(self._world, np.int64), sizes[list(chunks.groups)]])
+        sharing = [int(sizes[each.ranks]) if each.root == EVERYBODY else 1 for each in chunks.groups]
+        self._members = np.concatenate([np.ones(self._world, np.int64), np.array(sharing, np.int64)])
         self._class_of = np.concatenate([classes.of_rank, np.full(len(chunks.groups), -1, np.int64)])
         self._queue = _queue(chunks)
         offers = sums(chunks.reader, np.diff(chunks.start), len(self._members))

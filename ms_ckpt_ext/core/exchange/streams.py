@@ -3,7 +3,8 @@
 The parts that a group wants whole are laid one after another, as they lie in their files: a *stream*. It is cut into as
 many equal shares as there are ranks; each reads its share, whatever parts that touches, and an all-gather of equal
 shares puts the stream together on all of them. So nobody contributes more than another, and nothing is padded but the
-end of the stream, to a multiple of `ALIGNMENT` bytes a rank.
+end of the stream, to a multiple of `ALIGNMENT` bytes a rank. Where one rank reads for the group, the stream is its
+share, which it broadcasts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.chunks import Chunks
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.ragged import Ints
 
@@ -33,7 +34,7 @@ class Stream(NamedTuple):
 
     Attributes:
         at: where every part begins in it.
-        share: bytes of every member's share; the last may have less to read.
+        share: bytes of every member's share, of which the last may have less to read; of all, where one reads.
         pieces: the reads.
     """
 
@@ -43,10 +44,10 @@ class Stream(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """What a group gathers in a round: the number of its set of ranks, the parts by number, and their stream."""
+    """What a group is fed in a round: the group, the parts by number, and their stream."""
 
     round: int
-    ranks: int
+    group: FedGroup
     parts: Ints
     stream: Stream
 
@@ -60,11 +61,14 @@ def gatherings(chunks: Chunks, round_of: Ints, world: int, most: int) -> Iterato
     key = round_of[order].astype(np.int64) * max(len(chunks.groups), 1) + group[order]
     for same in np.split(order, np.flatnonzero(np.diff(key)) + 1):
         if len(same):
-            ranks = chunks.groups[int(group[same[0]])]
+            fed = chunks.groups[int(group[same[0]])]
+            members = parts.sets.members[fed.ranks]
             sizes = parts.rows.nbytes[parts.row[same]].astype(np.int64)
             columns = (parts.file[same], parts.offset[same].astype(np.int64), sizes)
-            stream = stream_of(*columns, len(parts.sets.members[ranks]), most)
-            yield Gathering(int(round_of[same[0]]), ranks, same, stream)
+            stream = stream_of(*columns, len(members) if fed.root == EVERYBODY else 1, most)
+            if fed.root != EVERYBODY:
+                stream.pieces.member[:] = members.index(fed.root)
+            yield Gathering(int(round_of[same[0]]), fed, same, stream)
 
 
 def stream_of(file: Ints, offset: Ints, nbytes: Ints, members: int, most: int) -> Stream:

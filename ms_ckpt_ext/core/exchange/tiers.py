@@ -36,9 +36,60 @@ def shares_a_server(ranks: tuple[int, ...], servers: tuple[int, ...]) -> bool:
     return len({servers[rank] for rank in ranks}) < len(ranks)
 
 
-def crosses_often(ranks: tuple[int, ...], servers: tuple[int, ...]) -> bool:
-    """Whether ranks lie on several servers, and several on one of them: who gathers sends some bytes to it twice."""
-    return 1 < len({servers[rank] for rank in ranks}) < len(ranks)
+class Crossing(NamedTuple):
+    """What the calls of a group move, by member in their order: bytes to others of its server, and to other servers;
+    `arriving`: on the server of every member from others, noted for one member of each server."""
+
+    inside: Ints
+    between: Ints
+    arriving: Ints
+
+
+def gather_crossing(share: int, servers: Ints) -> Crossing:
+    """Of an all-gather of equal shares; `servers`: of the members.
+
+    Where all servers have as many members it is hierarchical: every share crosses to a server once, to the member at
+    the same place, and is spread there. Else it is a ring in the order of the ranks, each of which passes on all shares
+    but one.
+    """
+    first, of_server, sizes = _by_server(servers)
+    count = len(servers)
+    if len(set(sizes.tolist())) == 1:
+        size, others = int(sizes[0]), len(sizes) - 1
+        arriving = np.zeros(count, np.int64)
+        arriving[first] = share * (count - size)
+        inside = np.full(count, share * (size - 1) * len(sizes), np.int64)
+        return Crossing(inside, np.full(count, share * others, np.int64), arriving)
+    passed = share * (count - 1)
+    leaves = servers != np.roll(servers, -1)
+    arriving = np.zeros(count, np.int64)
+    arriving[first] = passed * np.bincount(np.roll(of_server, -1)[leaves], minlength=len(first))
+    return Crossing(np.where(leaves, 0, passed), np.where(leaves, passed, 0), arriving)
+
+
+def broadcast_crossing(nbytes: int, servers: Ints, root: int) -> Crossing:
+    """Of a broadcast by the member at place `root`: the stream crosses to every other server once, in pieces that the
+    members of the root's server send; those of each server send each other theirs."""
+    first, of_server, sizes = _by_server(servers)
+    count, home = len(servers), int(of_server[root])
+    arriving = np.zeros(count, np.int64)
+    arriving[first] = np.where(np.arange(len(first)) == home, 0, nbytes)
+    inside, between = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    for server, size in enumerate(sizes.tolist()):
+        inside[of_server == server] = _dealt(nbytes * (size - 1), size)
+    between[of_server == home] = _dealt(nbytes * (len(sizes) - 1), int(sizes[home]))
+    return Crossing(inside, between, arriving)
+
+
+def _by_server(servers: Ints) -> tuple[Ints, Ints, Ints]:
+    """The first member of every server, the place of every member's server among them, and members of every server."""
+    _, first, of_server = np.unique(servers, return_index=True, return_inverse=True)
+    return first, of_server, np.bincount(of_server)
+
+
+def _dealt(total: int, count: int) -> Ints:
+    """A total dealt out as equally as it can be."""
+    return np.diff(np.arange(count + 1) * total // count)
 
 
 def turns(round_of: Ints, interest: Ints, nbytes: Ints) -> Ints:

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
 from ms_ckpt_ext.core.exchange.ragged import Ints, entries_of, narrow, starts, sums
 from ms_ckpt_ext.core.exchange.streams import Gathering
-from ms_ckpt_ext.core.exchange.tiers import all_teams, hops
+from ms_ckpt_ext.core.exchange.tiers import all_teams, broadcast_crossing, gather_crossing, hops
 
 MATRIX = 64
 """Rows and columns of the matrix of traffic at most; larger worlds are shown by groups of neighbouring ranks."""
@@ -214,14 +215,14 @@ class _Counter:
         """What is gathered in a round, each with how many come before it on the same ranks."""
         before = np.zeros(self._world, np.int64)
         for each in self._of_round.get(number, ()):
-            members = list(self._table.chunks.parts.sets.members[each.ranks])
+            members = list(self._table.chunks.parts.sets.members[each.group.ranks])
             yield int(before[members[0]]), each
             before[members] += 1
 
     def _gather(self, slot: int, each: Gathering, messages: Ints) -> Ints:
-        """Count a gather; bytes that every rank receives by it."""
-        members = np.array(self._table.chunks.parts.sets.members[each.ranks])
-        count, pieces = len(members), each.stream.pieces
+        """Count a gather or a broadcast; bytes that every rank receives by it."""
+        members = np.array(self._table.chunks.parts.sets.members[each.group.ranks])
+        count, pieces, shared = len(members), each.stream.pieces, each.group.root == EVERYBODY
         own = sums(members[pieces.member], pieces.nbytes, self._world)
         total = int(own.sum())
         received = np.zeros(self._world, np.int64)
@@ -229,15 +230,18 @@ class _Counter:
         self._wanted[members] += total
         self._received += received
         self._sent += own * (count - 1)
-        messages[members] += count - 1
+        messages[members if shared else each.group.root] += count - 1
         share, here = each.stream.share, self._servers[members]
-        for name, nbytes in ((f"give {slot}", share), (f"gather {slot}", share * count)):
+        for name, nbytes in ((f"give {slot}", share * shared), (f"gather {slot}", share * (count if shared else 1))):
             self._hold(name, np.where(np.isin(np.arange(self._world), members), nbytes, 0))
-        near = np.bincount(here, minlength=len(self._crossing))
+        if shared:
+            moved = gather_crossing(share, here)
+        else:
+            moved = broadcast_crossing(share, here, int(np.searchsorted(members, each.group.root)))
         self._calls[members] += 1
-        self._inside[members] += share * (near[here] - 1)
-        self._between[members] += share * (count - near[here])
-        self._crossing += share * near * (count - near)
+        self._inside[members] += moved.inside
+        self._between[members] += moved.between
+        self._crossing += sums(here, moved.arriving, len(self._crossing))
         there = np.bincount(members // self._group, minlength=self._groups)
         given = sums(np.arange(self._world) // self._group, own, self._groups)
         self._matrix += (np.outer(given, there) - np.diag(given)).ravel()
@@ -297,7 +301,7 @@ def _all_reads(table: ExchangeTable, gathered: Sequence[Gathering]) -> _Reads:
     columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone], first, last]]
     for each in gathered:
         pieces = each.stream.pieces
-        members = np.array(chunks.parts.sets.members[each.ranks])
+        members = np.array(chunks.parts.sets.members[each.group.ranks])
         when = np.full(len(pieces.member), each.round)
         columns.append([members[pieces.member], pieces.file, pieces.nbytes, when, when])
     return _Reads(*(np.concatenate(column) for column in zip(*columns)))

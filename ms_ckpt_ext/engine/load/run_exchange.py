@@ -4,7 +4,8 @@
 2. Every round begins with a status that all ranks share: an error on one (a failed read, a sink that refused) is
    raised on all of them before anybody waits in a collective for a rank that is not coming.
 3. What a rank reads for others is packed, exchanged by one all-to-all and, for every group that wants the same, one
-   all-gather of equal shares; what arrives is placed in the sinks. What it reads for itself goes there at once.
+   all-gather of equal shares, or a broadcast by who reads for it; what arrives is placed in the sinks. What a rank
+   reads for itself goes there at once.
 4. Where the transport overlaps, two rounds are under way: the next one is staged, packed and started before this one
    is waited for, in buffers of its own.
 5. Of a parameter that is computed, what arrives is what it is computed from: see `engine.load.computing`.
@@ -21,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol
 
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.holders import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, SlicePart
@@ -214,7 +216,7 @@ class ExchangeRun(Generic[B]):
                 for name, counts in (("send on", turn.spread.send_counts), ("late", turn.spread.receive_counts)):
                     sizes[name] = max(sizes.get(name, 0), sum(counts))
             for number, gather in enumerate(turn.gathers):
-                for name, nbytes in ((f"give {number}", gather.share), (f"gather {number}", gather.nbytes)):
+                for name, nbytes in ((f"give {number}", gather.gives), (f"gather {number}", gather.nbytes)):
                     sizes[name] = max(sizes.get(name, 0), nbytes)
         return {name: self._transport.allocate(nbytes) for name, nbytes in sizes.items()}
 
@@ -230,8 +232,9 @@ class ExchangeRun(Generic[B]):
                 for item in current.outgoing:
                     self._pack(item, buffers["send"])
                 for place, gather in enumerate(current.gathers):
+                    target = buffers[f"give {place}" if gather.gives else f"gather {place}"]
                     for chunk, offset in gather.given:
-                        self._give(chunk, buffers[f"give {place}"], offset)
+                        self._give(chunk, target, offset)
         except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
             return error
         return None
@@ -267,7 +270,10 @@ class ExchangeRun(Generic[B]):
                 )
             for place, gather in enumerate(current.gathers):
                 give, into = buffers[f"give {place}"], buffers[f"gather {place}"]
-                handles.append(self._transport.start_all_gather(give, gather.share, into, gather.ranks))
+                if gather.root == EVERYBODY:
+                    handles.append(self._transport.start_all_gather(give, gather.share, into, gather.ranks))
+                else:
+                    handles.append(self._transport.start_broadcast(into, gather.nbytes, gather.root, gather.ranks))
         error = None if number else self._place_local()
         return error or self._place_own(number, current)
 

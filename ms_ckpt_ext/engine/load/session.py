@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import xxhash
 
@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.load.wants import Want, demands_of, share_wants
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, UsageError
 from ms_ckpt_ext.storage.reader import ReaderPool
-from ms_ckpt_ext.transport.agree import agree
+from ms_ckpt_ext.transport.agree import agree, common_groups
 from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def prepare(
     sees = seen.by_number
     left = left_on_all(transport, to_come, demands, hardware)
     limits = limits_for(demands, transport.size, bucket_for(options.bucket_bytes, transport.traits.call_bytes, left))
-    ways = Ways(groups=transport.traits.groups, servers=servers_of(seen.host_of))
+    known = common_groups(transport)
+    ways = Ways(groups=transport.traits.groups, known=known, servers=servers_of(seen.host_of))
     try:
         table = choose_way(demands, transport.size, catalog.stored, limits, sees, ways, hardware)
     except CoverageError as error:
@@ -128,21 +129,40 @@ def choose_way(
     hardware: cost.Hardware,
     memory: Optional[InMemory] = None,
 ) -> ExchangeTable:
-    """Decide a load, flat or tiered, whichever the cost model finds faster; tiered where it is as good.
+    """Decide a load by the ways that there are, and take the fastest by the cost model.
+
+    Where not all of a group see a file, one of them may send each a copy, or broadcast it. What several ranks of a
+    server want may cross to it for each, or once (tiered); of what takes as long, that which crosses less.
 
     Arguments and errors are those of `decide`.
     """
-    flat = decide(demands, world, stored, limits, sees, ways, memory)
-    sets = flat.chunks.parts.sets.members
-    if not ways.servers or not any(shares_a_server(members, ways.servers) for members in sets):
-        return flat
-    counted = tally(flat)
-    if not counted.crossing.any():
-        return flat
-    tiered = decide(demands, world, stored, limits, sees, ways._replace(tiered=True), memory)
-    seconds = [cost.cooperative_seconds(traffic_of(each), hardware) for each in (counted, tally(tiered))]
-    log.info("predicted: flat %.3f s, by tiers %.3f s", *seconds)
-    return tiered if seconds[1] <= seconds[0] * _AS_GOOD_AS else flat
+    ways_given = demands, world, stored, limits, sees
+    found = _Way.of(decide(*ways_given, ways), hardware)
+    if sees is not None:
+        sent = _Way.of(decide(*ways_given, ways._replace(broadcast=True)), hardware)
+        log.info("predicted: copies %.3f s, broadcasts %.3f s", found.seconds, sent.seconds)
+        found = sent if sent.seconds < found.seconds else found
+    sets = found.table.chunks.parts.sets.members
+    if not found.crossing or not any(shares_a_server(members, ways.servers) for members in sets):
+        return found.table
+    tiered = _Way.of(decide(*ways_given, found.table.ways._replace(tiered=True)), hardware)
+    log.info("predicted: flat %.3f s, by tiers %.3f s", found.seconds, tiered.seconds)
+    better = tiered.crossing < found.crossing and tiered.seconds <= found.seconds * _AS_GOOD_AS
+    return tiered.table if better else found.table
+
+
+class _Way(NamedTuple):
+    """A load as it was decided, how long it takes, and how many bytes cross to other servers."""
+
+    table: ExchangeTable
+    seconds: float
+    crossing: int
+
+    @classmethod
+    def of(cls, table: ExchangeTable, hardware: cost.Hardware) -> _Way:
+        """Count it."""
+        counted = tally(table)
+        return cls(table, cost.cooperative_seconds(traffic_of(counted), hardware), int(counted.crossing.sum()))
 
 
 def traffic_of(counted: RankTotals) -> cost.Traffic:
