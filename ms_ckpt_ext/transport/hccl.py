@@ -13,7 +13,8 @@ and returns (so do `mindspore.runtime.synchronize()` and `Event.query()`); `Even
 lock, which would stop the threads that read files meanwhile. So the stream first, then the event, which is then over.
 It is a stream of its own, so that what was launched for the next round is not waited for.
 
-Only the given group's communicator is used and none is created: each costs two HCCL buffers of device memory.
+Only communicators that the job has are used and none is created: each costs two HCCL buffers of device memory. Beside
+that of all ranks, or of the given group, these are those of the groups that MindSpore made for the network it compiled.
 Known bytes go before the first exchange of a process, see `known_answer`.
 """
 
@@ -72,7 +73,9 @@ class Hccl:
         product = _soc_version()
         way = "pairs" if _lacks_all_to_all(product, self.size, _on_one_server(self.size, group)) else "collective"
         call_bytes = _buffer_mb() * _MIB
-        self.traits = TransportTraits(True, True, all_to_all=way, call_bytes=call_bytes, product=product)
+        self._names = own_groups(self.rank, self.size) if group is None else {}
+        known = tuple(sorted(self._names))
+        self.traits = TransportTraits(True, True, False, known, way, call_bytes, product)
         self._telling = False  # what ranks tell each other is no round
         self._control = ControlPlane(self.rank, self.size, timeout, self._gather)
         self._control.enter(self._announce)
@@ -106,37 +109,38 @@ class Hccl:
     def start_all_gather(
         self, send: mindspore.Tensor, nbytes: int, recv: mindspore.Tensor, group: Ranks = ()
     ) -> Handle:
-        """See `Transport`; all ranks only."""
+        """See `Transport`; by all ranks, or by a group of the job's own."""
         members = check_members("all_gather", group, self.size, self.rank)
         check_room("all_gather", nbytes, "send", send.shape[0])
         check_room("all_gather", nbytes * len(members), "recv", recv.shape[0])
-        self._all(members)
+        name = self._name(members)
         self.prove()
         self._control.check("all_gather")
-        doing = f"all_gather of {nbytes} bytes each"
-        source, target = _front(send, nbytes), _front(recv, nbytes * self.size)
+        doing = f"all_gather of {nbytes} bytes each by {len(members)} ranks"
+        source, target = _front(send, nbytes), _front(recv, nbytes * len(members))
         with self._control.explaining(doing):
-            handle = distributed.all_gather_into_tensor(target, source, self._group, async_op=True)
+            handle = distributed.all_gather_into_tensor(target, source, name, async_op=True)
         return _Pending(self._control, (handle,), doing, (source, target))
 
     def start_broadcast(self, buffer: mindspore.Tensor, nbytes: int, root: int, group: Ranks = ()) -> Handle:
-        """See `Transport`; all ranks only."""
-        self._all(check_members("broadcast", group, self.size, self.rank, root))
+        """See `Transport`; by all ranks, or by a group of the job's own."""
+        name = self._name(check_members("broadcast", group, self.size, self.rank, root))
         check_room("broadcast", nbytes, "buffer", buffer.shape[0])
         self.prove()
         self._control.check("broadcast")
-        return self._broadcast(buffer, nbytes, root)
-
-    def _broadcast(self, buffer: mindspore.Tensor, nbytes: int, root: int) -> Handle:
         doing = f"broadcast of {nbytes} bytes from rank {root}"
         front = _front(buffer, nbytes)
         with self._control.explaining(doing):
-            handle = distributed.broadcast(front, self._global(root), self._group, async_op=True)
+            handle = distributed.broadcast(front, self._global(root), name, async_op=True)
         return _Pending(self._control, (handle,), doing, (front,))
 
-    def _all(self, members: Ranks) -> None:
-        if len(members) != self.size:
-            raise UsageError(f"groups of some ranks are not made on Ascend; got {list(members)}")
+    def _name(self, members: Ranks) -> Optional[str]:
+        """What a group is called by MindSpore. Raises UsageError for one that the job does not have: none is made."""
+        if len(members) == self.size:
+            return self._group
+        if members not in self._names:
+            raise UsageError(f"groups of some ranks are not made on Ascend, and the job has none of {list(members)}")
+        return self._names[members]
 
     def start_all_to_all(
         self, send: mindspore.Tensor, send_counts: Sequence[int], recv: mindspore.Tensor, recv_counts: Sequence[int]
@@ -289,6 +293,24 @@ def _can_give(pool: Mapping[str, int], free: int, total: int) -> int:
     idle = pool["total_reserved_memory"] - pool["total_allocated_memory"]
     may_take = pool["total_eager_free_memory"] or max(0, free - total // 16)
     return idle + min(free, may_take)
+
+
+def own_groups(rank: int, size: int) -> dict[Ranks, str]:
+    """The groups of some ranks that this process has made, or MindSpore for the network it compiled; with their names.
+
+    The communicator of each exists, so using it takes no more of the device. Nothing where MindSpore does not tell.
+    """
+    try:
+        from mindspore._c_expression import CollectiveManager
+
+        told = CollectiveManager.get_instance().get_group_map()
+    except (ImportError, AttributeError, RuntimeError):
+        return {}
+    found: dict[Ranks, str] = {}
+    for name, ranks in sorted(told.items(), reverse=True):
+        if rank in ranks and 1 < len(ranks) < size and list(ranks) == sorted(set(ranks)):
+            found[tuple(ranks)] = str(name)
+    return found
 
 
 def _soc_version() -> str:

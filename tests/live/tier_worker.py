@@ -1,6 +1,8 @@
 """One rank of a job on several servers of the emulated Ascend: tier_worker.py CASE_DIR BUCKET RANKS_A_SERVER.
 
-Prints what a load moved, in all and between servers, by the device's own count: less what ranks need to meet.
+Ranks of even and of odd number have a group each, as data parallelism would make. Prints what a load moved, in all and
+between servers, by the device's own count, less what ranks need to meet; what it took of the device for communicators;
+and what its report says.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -17,15 +20,21 @@ from mindspore import nn
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint
+from ms_ckpt_ext.bridge import together
+from ms_ckpt_ext.engine.load.options import LoadReport
 from tests.support.checkpoints import read_file
 
+REPORTS: list[LoadReport] = []
 
-def moved() -> tuple[int, int]:
+
+def moved() -> tuple[int, int, int]:
     ms.runtime.synchronize()
-    hccl = ctypes.CDLL("libhccl.so")
-    for call in (hccl.cannemu_link_bytes, hccl.cannemu_between_bytes):
+    hccl, acl = ctypes.CDLL("libhccl.so"), ctypes.CDLL("libascendcl.so")
+    counters = hccl.cannemu_link_bytes, hccl.cannemu_between_bytes, acl.cannemu_hbm_used
+    for call in counters:
         call.restype = ctypes.c_size_t
-    return hccl.cannemu_link_bytes(), hccl.cannemu_between_bytes()
+    link, between, used = (call() for call in counters)
+    return link, between, used - ms.runtime.memory_reserved()
 
 
 def main(root: Path, bucket: int, size: int) -> None:
@@ -38,20 +47,32 @@ def main(root: Path, bucket: int, size: int) -> None:
     for number, (name, held) in enumerate(truth.items()):
         parameter = ms.Parameter(ms.Tensor(np.full(held.shape, 77), ms.float32), name=name)
         cell.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
+    real = together.fill_together
+
+    def observed(*args: Any) -> Any:
+        found = real(*args)
+        REPORTS.append(found.report)
+        return found
+
+    together.fill_together = observed  # type: ignore[assignment]
+    distributed.new_group(list(range(rank % 2, distributed.get_world_size(), 2)))
     took = {}
     for mode in ("cooperative", "direct", "cooperative"):
         before = moved()
+        REPORTS.clear()
         load_distributed_checkpoint(
             cell, None, root / "predicted.ckpt", root / "trained.ckpt", format="safetensors", mode=mode,
             verify="replicas" if mode == "direct" else "none",  # so that ranks meet
             unified_safetensors_dir=root / "source", bucket_bytes=bucket, hardware=str(root / "slow.json"),
         )  # fmt: skip
         took[mode] = [after - before for after, before in zip(moved(), before)]
+    link, between, communicators = (load - meeting for load, meeting in zip(took["cooperative"], took["direct"]))
+    (report,) = REPORTS
     for parameter in cell.get_parameters():
         assert np.ascontiguousarray(parameter.asnumpy()).tobytes() == truth[parameter.name].data, parameter.name
-    print(
-        "MOVED", json.dumps([load - meeting for load, meeting in zip(took["cooperative"], took["direct"])]), flush=True
-    )
+    told = {"link": link, "between": between, "communicators": communicators, "rounds": report.rounds}
+    told |= {"read": report.reads.nbytes, "received": report.bytes_received}
+    print("MOVED", json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_buffers_stay_within_the_bucket_on_every_path(target: Layout, servers: i
     loaded = load.run()
     assert_shards(loaded, tmp_path / "expected")
     plan = loaded[0].plan
-    assert bool(plan.servers) == (servers > 1 and target.devices // target.parts[0] // target.parts[1] > servers)
+    assert bool(plan.servers) == (servers > 1 and target.parts[1] > 1), "gathers of whole rows cross once by themselves"
     assert len(plan.rounds) > 2
     assert max(load.taken.values()) <= 2 * bucket * 9 // 8
 
