@@ -10,6 +10,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Callable, Optional, TypeVar, Union
 
 from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks
@@ -65,7 +66,19 @@ def share_status(transport: Transport[Any], error: Optional[BaseException] = Non
         the rank's own `error`, when it has one;
         PeerError: when another rank has; its `rank` is the lowest that failed, its message carries that rank's.
     """
-    failed = [rank for rank, answer in enumerate(transport.share(b"" if error is None else _FAILED)) if answer]
+    start_status(transport, error)()
+
+
+def start_status(transport: Transport[Any], error: Optional[BaseException] = None) -> Callable[[], None]:
+    """The same in two steps: this rank tells how it fares, and may go on; what is returned waits, and raises.
+
+    Nothing else may be shared in between.
+    """
+    return partial(_settle, transport, error, transport.start_share(b"" if error is None else _FAILED))
+
+
+def _settle(transport: Transport[Any], error: Optional[BaseException], answers: Callable[[], list[bytes]]) -> None:
+    failed = [rank for rank, answer in enumerate(answers()) if answer]
     if not failed:
         return
     mine = _message(error) if error is not None and transport.rank == failed[0] else b""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Callable, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -87,6 +87,12 @@ class Transport(Protocol[B]):
         """Every rank's payload, in rank order; sizes may differ. What is equal on all ranks costs next to nothing.
 
         What differs travels once. All of it comes to every rank, so it should be small: bytes to some MB in sum.
+        """
+
+    def start_share(self, payload: bytes) -> Callable[[], list[bytes]]:
+        """`share` in two steps: this rank tells its payload, and may go on; what is returned waits for all of them.
+
+        Bulk exchanges may be started and waited for in between, and nothing else may be shared.
         """
 
     def free_bytes(self) -> int:

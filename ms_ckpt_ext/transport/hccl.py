@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Optional
+from typing import Callable, Optional
 
 import mindspore
 import numpy as np
@@ -45,7 +45,7 @@ from ms_ckpt_ext.transport.base import (
 )
 from ms_ckpt_ext.transport.control import FIRST_MEETING, ControlPlane, pack_cell, unpack_cell
 from ms_ckpt_ext.transport.gather import gather
-from ms_ckpt_ext.transport.known_answer import prove
+from ms_ckpt_ext.transport.known_answer import prove, prove_group
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
 _BUFFER_MB = 200
@@ -102,6 +102,10 @@ class Hccl:
         """Every rank's payload."""
         return self._control.share(payload)
 
+    def start_share(self, payload: bytes) -> Callable[[], list[bytes]]:
+        """See `Transport`."""
+        return self._control.start_share(payload)
+
     def free_bytes(self) -> int:
         """What MindSpore's pool may still take of the device, and what it holds idle; 0 where that is not told."""
         return _free_bytes()
@@ -134,13 +138,21 @@ class Hccl:
             handle = distributed.broadcast(front, self._global(root), name, async_op=True)
         return _Pending(self._control, (handle,), doing, (front,))
 
+    @property
+    def _backend(self) -> str:
+        return f"HCCL on {self.traits.product or 'this device'}"
+
     def _name(self, members: Ranks) -> Optional[str]:
         """What a group is called by MindSpore. Raises UsageError for one that the job does not have: none is made."""
         if len(members) == self.size:
             return self._group
         if members not in self._names:
             raise UsageError(f"groups of some ranks are not made on Ascend, and the job has none of {list(members)}")
-        return self._names[members]
+        name = self._names[members]
+        if name not in _proven:
+            _proven.add(name)
+            prove_group(self, members, _to_host, self._backend)
+        return name
 
     def start_all_to_all(
         self, send: mindspore.Tensor, send_counts: Sequence[int], recv: mindspore.Tensor, recv_counts: Sequence[int]
@@ -195,7 +207,7 @@ class Hccl:
         """See `Transport`."""
         if not self._telling and self._group not in _proven:
             with self._among_ranks():
-                prove(self, _to_host, f"HCCL on {self.traits.product or 'this device'}")
+                prove(self, _to_host, self._backend)
             _proven.add(self._group)
 
     @contextmanager

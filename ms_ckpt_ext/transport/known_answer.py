@@ -11,7 +11,7 @@ from typing import Any, Callable
 import numpy as np
 
 from ms_ckpt_ext.errors import TransportError
-from ms_ckpt_ext.transport.base import B, Bytes, Transport
+from ms_ckpt_ext.transport.base import B, Bytes, Ranks, Transport
 
 _EACH = 16
 """Bytes of every stretch; also what a plan aligns stretches to."""
@@ -35,11 +35,23 @@ def prove(transport: Transport[B], to_host: Callable[[B], Bytes], backend: str) 
     told = [each.decode() for each in transport.share("; ".join(filter(None, wrong)).encode())]
     if any(told):
         where = "; ".join(f"rank {rank}: {differs}" for rank, differs in enumerate(told) if differs)
-        raise TransportError(
-            f"{backend} returned success and other bytes than were sent, in a test with known contents "
-            f'({where}). Load with mode="direct", which needs no exchange, or install a release of the backend '
-            "without this fault"
-        )
+        raise _untrue(backend, where)
+
+
+def prove_group(transport: Transport[B], group: Ranks, to_host: Callable[[B], Bytes], backend: str) -> None:
+    """The same, by the members of a group. Raises TransportError on those that got other bytes than were sent."""
+    came, wanted = _all_gather(transport, group)
+    wrong = _difference("all_gather", to_host(came), wanted)
+    if wrong:
+        raise _untrue(backend, f"rank {transport.rank}, in a group of {len(group)}: {wrong}")
+
+
+def _untrue(backend: str, where: str) -> TransportError:
+    return TransportError(
+        f"{backend} returned success and other bytes than were sent, in a test with known contents "
+        f'({where}). Load with mode="direct", which needs no exchange, or install a release of the backend '
+        "without this fault"
+    )
 
 
 def _all_to_all(transport: Transport[B]) -> tuple[B, Bytes]:
@@ -52,10 +64,10 @@ def _all_to_all(transport: Transport[B]) -> tuple[B, Bytes]:
     return receive, wanted
 
 
-def _all_gather(transport: Transport[B]) -> tuple[B, Bytes]:
-    wanted = np.concatenate([_known(peer, transport.size) for peer in range(transport.size)])
+def _all_gather(transport: Transport[B], group: Ranks = ()) -> tuple[B, Bytes]:
+    wanted = np.concatenate([_known(peer, transport.size) for peer in group or range(transport.size)])
     send, receive = _sent(transport, _known(transport.rank, transport.size)), _sent(transport, _other(wanted))
-    transport.start_all_gather(send, _EACH, receive).wait()
+    transport.start_all_gather(send, _EACH, receive, group).wait()
     return receive, wanted
 
 

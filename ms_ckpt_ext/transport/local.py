@@ -233,7 +233,11 @@ class LocalTransport:
 
     def share(self, payload: bytes) -> list[bytes]:
         """Every rank's payload."""
-        return self._start("share", payload, list).result()
+        return self.start_share(payload)()
+
+    def start_share(self, payload: bytes) -> Callable[[], list[bytes]]:
+        """See `Transport`."""
+        return self._start("share", payload, list).result
 
     def free_bytes(self) -> int:
         """Not known."""

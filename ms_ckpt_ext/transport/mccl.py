@@ -84,6 +84,10 @@ class Mccl:
         """Every rank's payload."""
         return self._control.share(payload)
 
+    def start_share(self, payload: bytes) -> Callable[[], list[bytes]]:
+        """See `Transport`."""
+        return self._control.start_share(payload)
+
     def free_bytes(self) -> int:
         """Not known."""
         return 0

@@ -77,7 +77,17 @@ def test_predicted_is_counted_by_tier(ranks: int, size: int, cuts: Sequence[Any]
     (tmp_path / "slow.json").write_text(json.dumps({**SLOW, "ranks_per_host": size}))
     env = {**NPU, "CANNEMU_SERVERS": f"{size},{ranks - size}", "HCCL_BUFFSIZE": "16", "CANNEMU_HBM_MB": "1536"}
     worker = Path(__file__).with_name("tier_worker.py")
-    result = run_msrun(worker, tmp_path, BUCKET, size, ranks=ranks, device="ascend", env=env, tmp_path=tmp_path)
+    result = run_msrun(
+        worker,
+        tmp_path,
+        BUCKET,
+        size,
+        ranks=ranks,
+        device="ascend",
+        env=env,
+        tmp_path=tmp_path,
+        timeout=120 + 40 * ranks,
+    )
     lines = [line for rank in range(ranks) for line in result.worker(rank).splitlines() if line.startswith("MOVED ")]
     counted = [Moved(**json.loads(line[6:])) for line in lines]
 

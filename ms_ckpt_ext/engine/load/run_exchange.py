@@ -1,8 +1,11 @@
 """Runs an exchange plan on one rank: read, exchange, place, round by round.
 
 1. Reads of the next rounds run on threads while this round is exchanged; see `slabs`.
-2. Every round begins with a status that all ranks share: an error on one (a failed read, a sink that refused) is
-   raised on all of them before anybody waits in a collective for a rank that is not coming.
+2. A status goes with every round: an error on one rank (a failed read, a sink that refused) is raised on all of them,
+   and nothing of that round is placed. Where the transport overlaps it is told before the round is started, and heard
+   before the next one is, while this one travels: nobody waits for it. A rank that failed starts that round as well,
+   with what is in its buffers. The first status is waited for, before anything is changed, and so is the last; where
+   nothing travels meanwhile, every one, so that nobody enters a collective in vain.
 3. What a rank reads for others is packed, exchanged by one all-to-all and, for every group that wants the same, one
    all-gather of equal shares, or a broadcast by who reads for it; what arrives is placed in the sinks. What a rank
    reads for itself goes there at once.
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol
+from typing import TYPE_CHECKING, Callable, Generic, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.holders import LocalPiece
@@ -34,7 +37,7 @@ from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, SliceSink, Staged
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.storage.reader import ReaderPool
-from ms_ckpt_ext.transport.agree import share_status
+from ms_ckpt_ext.transport.agree import start_status
 from ms_ckpt_ext.transport.base import B, Bytes, Handle, Transport
 
 if TYPE_CHECKING:
@@ -170,6 +173,7 @@ class ExchangeRun(Generic[B]):
         self._complete = _complete(turns, staging.local)
         self._buffers: list[dict[str, B]] = []
         self._flights: list[_Flight] = []
+        self._verdict: Optional[Callable[[], None]] = None
         self._sinks: Mapping[int, SliceSink[B]] = {}
         self._digester: Optional[Digester] = None
         self._computing: dict[int, Computing[B]] = {}
@@ -191,17 +195,19 @@ class ExchangeRun(Generic[B]):
                 for ahead in range(number, number + 1 + self._prefetch):
                     self._slabs.start(ahead)
                 error = error or self._prepare(number, current)
-                self._share_status(number, error)
-                error = self._start(number, current)
+                self._tell(number, error)
+                error = self._start(number, current, error)
                 if len(self._flights) == under_way:
                     error = self._land() or error
+            self._hear()
             while self._flights:
                 error = self._land() or error
             error = error or self._finish(len(self._turns), self._without_pieces())
-            self._share_status(len(self._turns), error or self._await_digests())
+            self._tell(len(self._turns), error or self._await_digests(), wait=True)
         finally:
             self._slabs.close()
             self._drain()
+            self._verdict = None
             self._sinks, self._digester = {}, None
 
     def _allocate(self) -> dict[str, B]:
@@ -253,12 +259,25 @@ class ExchangeRun(Generic[B]):
     def _copy(self, source: B, offset: int, nbytes: int, target: B, at: int) -> None:
         self._mover.pack(source, offset, (nbytes,), Region.whole((nbytes,)), DTYPES["U8"], target, at)
 
-    def _share_status(self, number: int, error: Optional[BaseException]) -> None:
+    def _tell(self, number: int, error: Optional[BaseException], wait: bool = False) -> None:
+        """Hear how all fared before, and tell how this rank does; see the module for who waits to hear of that."""
+        self._hear()
         with self._trace.span("status", round=number):
-            share_status(self._transport, error)
+            self._verdict = start_status(self._transport, error)
+            if wait or number == 0 or not self._transport.traits.overlaps:
+                self._hear()
 
-    def _start(self, number: int, current: RankRound) -> Optional[BaseException]:
-        """Start the exchange and place what is this rank's own; an error of a sink is returned for the next status."""
+    def _hear(self) -> None:
+        """Raise what any rank told last."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            verdict()
+
+    def _start(self, number: int, current: RankRound, error: Optional[BaseException]) -> Optional[BaseException]:
+        """Start the exchange and place what is this rank's own; an error of a sink is returned for the next status.
+
+        `error`: why there is nothing to place; the others, who have not heard of it yet, start the exchange too.
+        """
         handles: list[Handle] = []
         self._flights.append(_Flight(number, current, handles))
         buffers = self._of(number)
@@ -274,7 +293,7 @@ class ExchangeRun(Generic[B]):
                     handles.append(self._transport.start_all_gather(give, gather.share, into, gather.ranks))
                 else:
                     handles.append(self._transport.start_broadcast(into, gather.nbytes, gather.root, gather.ranks))
-        error = None if number else self._place_local()
+        error = error or (None if number else self._place_local())
         return error or self._place_own(number, current)
 
     def _land(self) -> Optional[BaseException]:

@@ -7,7 +7,8 @@ import queue
 import selectors
 import socket
 import threading
-from typing import Optional
+from functools import partial
+from typing import Callable, Optional
 
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport.hub.frames import (
@@ -75,9 +76,16 @@ class Line:
 
     def share(self, payload: bytes, doing: str = "share") -> list[bytes]:
         """Every rank's payload in rank order. Raises PeerError or TransportError; `doing` is for their messages."""
+        return self.start_share(payload, doing)()
+
+    def start_share(self, payload: bytes, doing: str = "share") -> Callable[[], list[bytes]]:
+        """Tell a payload; what is returned waits for the answer, and raises as `share` does. One at a time."""
         self.check(doing)
         short = len(payload) <= self.limits.told_bytes(self.size)
         self._send(frame(TELL, self.rank, payload) if short else frame(NOTED, self.rank, note_of(payload)))
+        return partial(self._answered, payload, doing)
+
+    def _answered(self, payload: bytes, doing: str) -> list[bytes]:
         while True:
             answer = self._next(doing)
             if answer.kind == ALIKE:
