@@ -16,6 +16,7 @@ import xxhash
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange import cost
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways, boxes_moved
 from ms_ckpt_ext.core.exchange.holders import InMemory
 from ms_ckpt_ext.core.exchange.parts import Located
@@ -136,33 +137,41 @@ def choose_way(
 
     Arguments and errors are those of `decide`.
     """
-    ways_given = demands, world, stored, limits, sees
-    found = _Way.of(decide(*ways_given, ways), hardware)
+
+    def decided(more: Ways) -> ExchangeTable:
+        return decide(demands, world, stored, limits, sees, more, memory)
+
+    found = decided(ways)
     if sees is not None:
-        sent = _Way.of(decide(*ways_given, ways._replace(broadcast=True)), hardware)
-        log.info("predicted: copies %.3f s, broadcasts %.3f s", found.seconds, sent.seconds)
-        found = sent if sent.seconds < found.seconds else found
-    sets = found.table.chunks.parts.sets.members
-    if not found.crossing or not any(shares_a_server(members, ways.servers) for members in sets):
-        return found.table
-    tiered = _Way.of(decide(*ways_given, found.table.ways._replace(tiered=True)), hardware)
-    log.info("predicted: flat %.3f s, by tiers %.3f s", found.seconds, tiered.seconds)
-    better = tiered.crossing < found.crossing and tiered.seconds <= found.seconds * _AS_GOOD_AS
-    return tiered.table if better else found.table
+        sent = decided(ways._replace(broadcast=True))
+        if any(group.root != EVERYBODY for group in sent.chunks.groups):
+            copied, broadcast = _Counted.of(found, hardware), _Counted.of(sent, hardware)
+            log.info("predicted: copies %.3f s, broadcasts %.3f s", copied.seconds, broadcast.seconds)
+            found = sent if broadcast.seconds < copied.seconds else found
+    sets = found.chunks.parts.sets.members
+    if not ways.servers or not any(shares_a_server(members, ways.servers) for members in sets):
+        return found
+    flat = _Counted.of(found, hardware)
+    if not flat.crossing:
+        return found
+    table = decided(found.ways._replace(tiered=True))
+    tiered = _Counted.of(table, hardware)
+    log.info("predicted: flat %.3f s, by tiers %.3f s", flat.seconds, tiered.seconds)
+    better = tiered.crossing < flat.crossing and tiered.seconds <= flat.seconds * _AS_GOOD_AS
+    return table if better else found
 
 
-class _Way(NamedTuple):
-    """A load as it was decided, how long it takes, and how many bytes cross to other servers."""
+class _Counted(NamedTuple):
+    """How long a load takes, and how many bytes cross to other servers."""
 
-    table: ExchangeTable
     seconds: float
     crossing: int
 
     @classmethod
-    def of(cls, table: ExchangeTable, hardware: cost.Hardware) -> _Way:
+    def of(cls, table: ExchangeTable, hardware: cost.Hardware) -> _Counted:
         """Count it."""
         counted = tally(table)
-        return cls(table, cost.cooperative_seconds(traffic_of(counted), hardware), int(counted.crossing.sum()))
+        return cls(cost.cooperative_seconds(traffic_of(counted), hardware), int(counted.crossing.sum()))
 
 
 def traffic_of(counted: RankTotals) -> cost.Traffic:

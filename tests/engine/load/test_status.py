@@ -1,4 +1,4 @@
-"""How ranks tell each other, round by round, that all is well: who waits for it, and what a round that failed leaves."""
+"""How ranks tell each other that all is well, round by round: who waits, and what a round that failed leaves."""
 
 from __future__ import annotations
 
