@@ -48,13 +48,13 @@ class Moved(NamedTuple):
     rounds: int
 
 
-ROWS, COLUMNS, OUTER = ((0,), ()), ((), (0,)), ((1,), ())
+ROWS, COLUMNS, HALVES = ((0,), ()), ((), (0,)), ((), (1,))
 
 
 @pytest.mark.parametrize(
     ("ranks", "size", "cuts", "groups"),
     [
-        (4, 2, (COLUMNS, OUTER), 0),
+        (4, 2, (COLUMNS, HALVES), 0),
         (4, 2, (ROWS, ROWS), 2),
         (8, 4, (ROWS, COLUMNS), 2),
         (8, 5, (ROWS, COLUMNS), 2),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Optional
 
 import pytest
 
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.cost import Hardware
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.rounds import Shares, shares_of
@@ -186,3 +188,53 @@ def test_nothing_gathered_is_longer_than_what_is_wanted(golden: Path) -> None:
         for gather in streams:
             wanted = sum(plan.parts[number].nbytes for number in gather.parts)
             assert 0 <= gather.share * len(gather.ranks) - wanted <= 16 * (len(gather.ranks) + len(gather.parts))
+
+
+class Apart(Load):
+    """Hosts with disks of their own, each with some of the files; counts the calls of every rank."""
+
+    def host(self, rank: int) -> str:
+        return f"host {rank % 2}"
+
+    def directory(self, rank: int) -> Path:
+        return self.source / f"disk_{rank % 2}"
+
+    def rank(self, transport: LocalTransport) -> Loaded:
+        self.calls = getattr(self, "calls", Counter[str]())
+        loaded = super().rank(transport)
+        self.calls.update(transport.collectives)
+        return loaded
+
+
+def apart(root: Path, target: Layout) -> Apart:
+    made = wide_source(root, Layout((2, 4), ((0,), ())), target)
+    for rank in range(8):
+        folder = root / f"disks/disk_{rank // 7}"  # so that few send much
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank_{rank}").symlink_to(root / "source" / f"rank_{rank}")
+    return Apart(root / "disks", made.trained, made.target, Hardware(1e9, False, 2, 1e9, 1e-6), bucket_bytes=1 << 19)
+
+
+@pytest.mark.parametrize(
+    ("target", "broadcasts"), [(Layout((4, 1), ((), ())), True), (Layout((1, 4), ((), (0,))), False)], ids=str
+)
+def test_what_some_see_and_all_want_whole_is_broadcast(target: Layout, broadcasts: bool, tmp_path: Path) -> None:
+    """One call of the reader's instead of a copy for each; what is cut travels as before."""
+    load = apart(tmp_path, target)
+    loaded = load.run()
+    assert_shards(loaded, tmp_path / "expected")
+    plan = loaded[0].plan
+    roots = [gather.root for gather in plan.gathers]
+    assert bool(load.calls["broadcast"]) == broadcasts
+    assert load.calls["broadcast"] == 4 * len([root for root in roots if root != EVERYBODY])
+    assert sum(rank.report.reads.nbytes for rank in loaded) == 4 * 512 * 512 * 4, "every byte is read once"
+    for gather in plan.gathers:
+        assert {plan.chunks[number].reader for number in gather.chunks} == {gather.root}
+
+
+def test_copies_are_sent_where_the_model_says_that_they_are_faster(tmp_path: Path) -> None:
+    """A call costs a second there, and broadcasts are many."""
+    load = apart(tmp_path, Layout((4, 1), ((), ())))
+    load.hardware = Hardware(1e9, False, 2, 1e12, 1.0)
+    assert_shards(load.run(), tmp_path / "expected")
+    assert load.calls["broadcast"] == 0 < load.calls["all_to_all"]
