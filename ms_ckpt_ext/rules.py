@@ -1,6 +1,6 @@
 """Weight rules for `rules=`: parameters made of a checkpoint's tensors by renaming, joining, stacking, transposing.
 
-Some compute: `Dequantize`, `Scale`, and `Pad`, whose inverse is `Crop`.
+Some compute: `Dequantize`, `Scale`, `AddProduct`, and `Pad`, whose inverse is `Crop`.
 
 `invert` turns rules round: from a network's parameters back to the tensors that made them.
 
@@ -15,7 +15,8 @@ Some compute: `Dequantize`, `Scale`, and `Pad`, whose inverse is `Crop`.
 
 from __future__ import annotations
 
-from ms_ckpt_ext.core.computing.rules import Crop, Dequantize, Pad, Scale
+from ms_ckpt_ext.core.computing.padding import Crop, Pad
+from ms_ckpt_ext.core.computing.rules import AddProduct, Dequantize, Scale
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.rule_inverses import invert
 from ms_ckpt_ext.core.planning.weight_rules import (
@@ -32,6 +33,7 @@ from ms_ckpt_ext.core.planning.weight_rules import (
 
 __all__ = [
     "QKV",
+    "AddProduct",
     "Concat",
     "Crop",
     "Dequantize",

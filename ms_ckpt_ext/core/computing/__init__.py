@@ -1,6 +1,7 @@
 """Parameters that are computed. Read in this order:
 
-operations   what computes boxes: dequantising, scaling, filling
-rules        weight rules that compute, and their like
+operations   what computes boxes: dequantising, scaling, filling, products
+rules        weight rules that compute
+padding      axes made longer, or cut off
 arithmetic   elements as numbers, and rounding
 """

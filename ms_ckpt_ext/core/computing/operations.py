@@ -125,6 +125,59 @@ class Dequantized(NamedTuple):
             rows[here] *= factors[number - first]
 
 
+class AddedProduct(NamedTuple):
+    """A matrix plus `factor` times the product of two others, in F32 (F64 for a matrix of F64), rounded to `output`.
+
+    The product is summed up along its inner axis, index by index, so that no tile or library changes a bit of it.
+
+    Attributes:
+        dtypes: of the three matrices.
+        rank: extent of the inner axis.
+    """
+
+    factor: float
+    dtypes: tuple[str, str, str]
+    rank: int
+    output: str
+
+    def takes(self, box: Region) -> tuple[Region, ...]:
+        """See `Operation`: the box itself, its rows of the left matrix, its columns of the right one."""
+        (top, left), (bottom, right) = box.start, box.stop
+        return box, Region((top, 0), (bottom, self.rank)), Region((0, left), (self.rank, right))
+
+    def gives(self, first: Region) -> Region:
+        """See `Operation`."""
+        return first
+
+    def compute(self, box: Region, operands: Sequence[Operand], out: memoryview) -> None:
+        """See `Operation`."""
+        import numpy as np
+
+        from ms_ckpt_ext.core.computing.arithmetic import rounded_into
+
+        _, rows, columns = self.takes(box)
+        kind = np.float64 if self.dtypes[0] == "F64" else np.float32
+        left: Floats = _box(operands[1], rows, self.dtypes[1]).astype(kind, copy=False)
+        right: Floats = _box(operands[2], columns, self.dtypes[2]).astype(kind, copy=False)
+        for part, values in _by_rows(box, operands[0], self.dtypes[0]):
+            here = left[part.start[0] - box.start[0] : part.stop[0] - box.start[0]]
+            with _ieee():
+                total: Floats = here[:, :1] * right[:1]
+                for index in range(1, self.rank):
+                    total += here[:, index : index + 1] * right[index : index + 1]
+                total *= kind(self.factor)
+                total += values
+            rounded_into(total, self.output, _part(out, box, part, self.output))
+
+
+def _box(operand: Operand, box: Region, dtype: str) -> Floats:
+    """The values of a box of an operand."""
+    import numpy as np
+
+    parts = [values for _, values in _by_rows(box, operand, dtype)]
+    return np.concatenate(parts)
+
+
 def _ieee() -> Any:
     """Infinities and NaN are results like others."""
     import numpy as np

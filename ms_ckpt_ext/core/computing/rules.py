@@ -1,4 +1,4 @@
-"""Rules that compute: block-quantised weights as floats, padding and cropping, scaling.
+"""Rules that compute: block-quantised weights as floats, scaling, adapters.
 
 They are declared as any other, and any layout can be cut from what they make: a rank reads the bytes of its own slice,
 and the scales of the blocks that it touches. Elements are computed where they land, tile by tile.
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import copysign, frexp, isfinite
+from math import frexp, isfinite
 from typing import Optional, Union
 
-from ms_ckpt_ext.core.computing.operations import Dequantized, Fill, Scaled
+from ms_ckpt_ext.core.computing.operations import AddedProduct, Dequantized, Scaled
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.planning.joining import axis_of
-from ms_ckpt_ext.core.planning.pieces import Block, Computation, SourceTensor, TensorMeta
-from ms_ckpt_ext.core.planning.recipes import joined_axes, made_of, packed_as_bytes, seen_as
+from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.planning.pieces import Computation, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.recipes import joined_axes, packed_as_bytes, seen_as
 from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields, shapes_of
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 
@@ -38,13 +37,13 @@ def _checked_dtype(rule: Rule, dtype: str, known: Sequence[str]) -> str:
     return dtype
 
 
-def _checked_size(rule: Rule, name: str, size: object, least: int = 1) -> int:
+def checked_size(rule: Rule, name: str, size: object, least: int = 1) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or size < least:
         raise UsageError(f"rule for {rule.target!r}: {name} must be a whole number from {least}, got {size!r}")
     return size
 
 
-def _computed(meta: TensorMeta, computation: Computation) -> SourceTensor:
+def computed(meta: TensorMeta, computation: Computation) -> SourceTensor:
     return SourceTensor(meta, "", (), computation)
 
 
@@ -76,7 +75,7 @@ class Dequantize(Rule):
         if len(self.sources) != 2:
             raise UsageError(f"rule for {target!r}: Dequantize takes two sources, elements and scales, got {sources!r}")
         extents = (block,) if isinstance(block, int) else tuple(block)
-        set_fields(self, block=tuple(_checked_size(self, "block", extent, 0) for extent in extents))
+        set_fields(self, block=tuple(checked_size(self, "block", extent, 0) for extent in extents))
         set_fields(self, dtype=_checked_dtype(self, dtype, _OUTPUTS[:3]))
 
     def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
@@ -113,7 +112,7 @@ class Dequantize(Rule):
         )
         if len(scales.meta.shape) != len(shape):  # one for all
             scales = seen_as(scales, (1,) * len(shape))
-        return _computed(TensorMeta(name, DTYPES[self.dtype], shape), Computation(operation, (elements, scales)))
+        return computed(TensorMeta(name, DTYPES[self.dtype], shape), Computation(operation, (elements, scales)))
 
     def _block(self, name: str, shape: Shape, scales: SourceTensor, told: str) -> Shape:
         """The extent of a block along every axis."""
@@ -137,116 +136,6 @@ class Dequantize(Rule):
             "elements were rounded when they were quantised, and which scales were chosen is not known: what it makes "
             f"is written as {self.dtype}; leave the rule out on the way back"
         )
-
-
-@dataclass(frozen=True)
-class Pad(Rule):
-    """The source with elements of one `value` behind it, so that `axis` has `size` indices: vocabularies.
-
-    `source_size`, the indices before, is checked, and needed for the inverse, which is `Crop`.
-    """
-
-    size: int = 1
-    axis: int = 0
-    value: float = 0.0
-    source_size: Optional[int] = None
-
-    def __init__(
-        self,
-        sources: Names,
-        target: str,
-        size: int,
-        axis: int = 0,
-        value: float = 0.0,
-        source_size: Optional[int] = None,
-    ) -> None:
-        super().__init__(sources, target)
-        known = None if source_size is None else _checked_size(self, "source_size", source_size)
-        set_fields(self, size=_checked_size(self, "size", size), axis=axis, value=value, source_size=known)
-        if known is not None and known > size:
-            raise UsageError(f"rule for {target!r}: Pad makes {size} indices of {known}; use Crop")
-
-    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
-        """See `Rule`."""
-        tensor = only_one(name, members)
-        shape, dtype = tensor.meta.shape, tensor.meta.dtype
-        at = axis_of(name, self.axis, len(shape))
-        _check_extent(name, shape, at, self.source_size)
-        if shape[at] > self.size:
-            raise LayoutMismatchError(f"{name!r}: axis {at} of {list(shape)} is longer than {self.size}; use Crop")
-        if dtype.bits % 8:
-            raise LayoutMismatchError(f"{name!r} is {dtype.name}, narrower than a byte, and cannot be padded")
-        whole = (*shape[:at], self.size, *shape[at + 1 :])
-        axes, start = tuple(range(len(shape))), (0,) * len(shape)
-        blocks = [Block(tensor, Region.whole(shape), axes, start)]
-        if shape[at] < self.size:
-            rest = (*shape[:at], self.size - shape[at], *shape[at + 1 :])
-            fill = _computed(
-                TensorMeta(name, dtype, rest), Computation(Fill(_element(name, self.value, dtype.name)), ())
-            )
-            blocks.append(Block(fill, Region.whole(rest), axes, (*start[:at], shape[at], *start[at + 1 :])))
-        return made_of(name, whole, whole, blocks)
-
-    def inverse(self) -> Rule:
-        """See `Rule`."""
-        assert self.source_size is not None
-        return Crop(self.target, self.sources[0], self.source_size, self.axis, self.size, self.value)
-
-    @property
-    def ambiguity(self) -> str:
-        """See `Rule`."""
-        return "" if self.source_size else "it does not say how many indices its source has: give source_size="
-
-
-@dataclass(frozen=True)
-class Crop(Rule):
-    """The first `size` indices of the source along `axis`: a vocabulary without its padding.
-
-    `source_size`, the indices before, is checked, and needed for the inverse, which is `Pad` with `value`: what was cut
-    off does not come back.
-    """
-
-    size: int = 1
-    axis: int = 0
-    source_size: Optional[int] = None
-    value: float = 0.0
-
-    def __init__(
-        self,
-        sources: Names,
-        target: str,
-        size: int,
-        axis: int = 0,
-        source_size: Optional[int] = None,
-        value: float = 0.0,
-    ) -> None:
-        super().__init__(sources, target)
-        known = None if source_size is None else _checked_size(self, "source_size", source_size)
-        set_fields(self, size=_checked_size(self, "size", size), axis=axis, source_size=known, value=value)
-        if known is not None and known < size:
-            raise UsageError(f"rule for {target!r}: Crop makes {size} indices of {known}; use Pad")
-
-    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
-        """See `Rule`."""
-        tensor = only_one(name, members)
-        shape = tensor.meta.shape
-        at = axis_of(name, self.axis, len(shape))
-        _check_extent(name, shape, at, self.source_size)
-        if shape[at] < self.size:
-            raise LayoutMismatchError(f"{name!r}: axis {at} of {list(shape)} is shorter than {self.size}; use Pad")
-        whole = (*shape[:at], self.size, *shape[at + 1 :])
-        block = Block(tensor, Region.whole(whole), tuple(range(len(shape))), (0,) * len(shape))
-        return made_of(name, whole, whole, [block])
-
-    def inverse(self) -> Rule:
-        """See `Rule`."""
-        assert self.source_size is not None
-        return Pad(self.target, self.sources[0], self.source_size, self.axis, self.value, self.size)
-
-    @property
-    def ambiguity(self) -> str:
-        """See `Rule`."""
-        return "" if self.source_size else "it does not say how many indices its source has: give source_size="
 
 
 @dataclass(frozen=True)
@@ -281,7 +170,7 @@ class Scale(Rule):
             raise LayoutMismatchError(f"{name!r} is {source}, and {self.factor} is no normal number in F32")
         output = self.dtype or source
         meta = TensorMeta(name, DTYPES[output], tensor.meta.shape)
-        return _computed(meta, Computation(Scaled(self.factor, source, output), (tensor,)))
+        return computed(meta, Computation(Scaled(self.factor, source, output), (tensor,)))
 
     def inverse(self) -> Rule:
         """See `Rule`."""
@@ -297,20 +186,54 @@ class Scale(Rule):
         return ""
 
 
-def _check_extent(name: str, shape: Shape, axis: int, known: Optional[int]) -> None:
-    if known is not None and shape[axis] != known:
-        raise LayoutMismatchError(
-            f"{name!r}: axis {axis} of {list(shape)} has not {known} indices, as source_size says"
-        )
+@dataclass(frozen=True)
+class AddProduct(Rule):
+    """A matrix plus `factor` times the product of two others: an adapter (LoRA) merged into its weight, W + s · B A.
 
+    Sources are W of shape (m, n), B (m, r) and A (r, n). Computed in F32 (F64 where W is), the product summed up index
+    by index along r; rounded to `dtype` (by default that of W), to the nearest, ties to even. A W without adapters
+    stays as it is, so with placeholders, or `{*}`, a rule is for all that have them.
+    """
 
-def _element(name: str, value: float, dtype: str) -> bytes:
-    """One element of this value. Raises LayoutMismatchError: the dtype has none."""
-    if not value and copysign(1, value) > 0 and dtype != "F8_E8M0":  # which has powers of two only
-        return bytes(DTYPES[dtype].bits // 8)
-    from ms_ckpt_ext.core.computing.arithmetic import element
+    factor: float = 1.0
+    dtype: Optional[str] = None
 
-    try:
-        return element(value, dtype)
-    except LayoutMismatchError as error:
-        raise LayoutMismatchError(f"{name!r} cannot be padded with {value!r}: {error}") from error
+    computes = True
+
+    def __init__(self, sources: Names, target: str, factor: float = 1.0, dtype: Optional[str] = None) -> None:
+        super().__init__(sources, target)
+        if len(self.sources) != 3:
+            raise UsageError(f"rule for {target!r}: AddProduct takes three sources, W, B and A, got {sources!r}")
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
+            raise UsageError(f"rule for {target!r}: factor must be a finite number, got {factor!r}")
+        set_fields(self, factor=float(factor), dtype=dtype and _checked_dtype(self, dtype, _OUTPUTS))
+
+    def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
+        """See `Rule`. Raises CoverageError: half of an adapter is there, or an adapter without its weight."""
+        slots = self.slots(tensors).items()
+        return {name: self.complete(name, held) for name, held in slots if held[1] or held[2]}
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`."""
+        held = [only_one(name, [tensors]) for tensors in members]
+        shapes = [tensor.meta.shape for tensor in held]
+        dtypes = [tensor.meta.dtype.name for tensor in held]
+        if any(dtype not in _OUTPUTS for dtype in dtypes):
+            raise LayoutMismatchError(
+                f"{name!r} is made of {', '.join(dtypes)} ({shapes_of(held)}), and only {', '.join(_OUTPUTS)} can be "
+                "multiplied"
+            )
+        rank = shapes[1][-1] if shapes[1] else 0
+        if len(shapes[0]) != 2 or shapes[1:] != [(shapes[0][0], rank), (rank, shapes[0][1])]:
+            raise LayoutMismatchError(
+                f"{name!r} is W + B A of {shapes_of(held)}, whose shapes must be (m, n), (m, r) and (r, n): check the "
+                "order of the sources"
+            )
+        output = self.dtype or dtypes[0]
+        operation = AddedProduct(self.factor, (dtypes[0], dtypes[1], dtypes[2]), rank, output)
+        return computed(TensorMeta(name, DTYPES[output], shapes[0]), Computation(operation, tuple(held)))
+
+    @property
+    def ambiguity(self) -> str:
+        """See `Rule`."""
+        return "a weight and the adapter that was added to it cannot be told apart again"

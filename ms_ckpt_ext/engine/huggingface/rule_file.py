@@ -23,7 +23,8 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
-from ms_ckpt_ext.core.computing.rules import Crop, Dequantize, Pad, Scale
+from ms_ckpt_ext.core.computing.padding import Crop, Pad
+from ms_ckpt_ext.core.computing.rules import AddProduct, Dequantize, Scale
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
@@ -43,7 +44,7 @@ from ms_ckpt_ext.engine.huggingface.sizes import Config, Sizes
 from ms_ckpt_ext.errors import UsageError
 
 _MOVING = (QKV, Concat, Duplicate, Experts, Interleave, Part, Rename, Stack, Transpose)
-_COMPUTING = (Crop, Dequantize, Pad, Scale)
+_COMPUTING = (AddProduct, Crop, Dequantize, Pad, Scale)
 KINDS: Mapping[str, type[Rule]] = {kind.__name__: kind for kind in (*_MOVING, *_COMPUTING)}
 """What a rule can be, by its name."""
 _TOP = {

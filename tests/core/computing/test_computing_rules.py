@@ -22,6 +22,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.rules import (
     QKV,
+    AddProduct,
     Crop,
     Dequantize,
     Experts,
@@ -153,7 +154,9 @@ def computing_cases(draw: st.DrawFn) -> Case:
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     output = draw(st.sampled_from(["BF16", "F16", "F32"]))
     kind = draw(
-        st.sampled_from(["weight", "groups", "experts", "qkv", "interleave", "pad", "crop", "scale", "chain", "moved"])
+        st.sampled_from(
+            ["weight", "groups", "experts", "qkv", "interleave", "pad", "crop", "scale", "chain", "moved", "product"]
+        )
     )
     if kind in ("weight", "groups"):
         grouped = 4 if kind == "groups" else 0
@@ -164,6 +167,8 @@ def computing_cases(draw: st.DrawFn) -> Case:
         return quantised(elements, scales, output, shape, block, grouped, draw(st.integers(0, 99)))
     if kind in ("experts", "qkv", "interleave"):
         return _joined(draw, kind, output)
+    if kind == "product":
+        return _product(draw, rng, output)
     shape = tuple(draw(st.integers(1, 4)) * 2 for _ in range(draw(st.integers(1, 3))))
     dtype = draw(st.sampled_from(["BF16", "F16", "F32"]))
     items = random_items(rng, dtype, shape)
@@ -192,6 +197,27 @@ def computing_cases(draw: st.DrawFn) -> Case:
     width = [(0, 2 if number == axis % len(shape) else 0) for number in range(len(shape))]
     expected = np.pad(scaled, width, constant_values=pad)
     return Case([Scale("w", "v", factor, output), Pad("v", "t", shape[axis] + 2, axis, 1.5)], held, expected, output)
+
+
+def _product(draw: st.DrawFn, rng: np.random.Generator, output: str) -> Case:
+    """A weight and its adapter, the product summed up one index after another."""
+    m, n, r = draw(st.integers(1, 9)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
+    dtypes = [draw(st.sampled_from(["BF16", "F16", "F32"])) for _ in range(3)]
+    held = {
+        name: Tensor(dtype, random_items(rng, dtype, shape))
+        for name, dtype, shape in zip(("w", "w_B", "w_A"), dtypes, ((m, n), (m, r), (r, n)))
+    }
+    w, b, a = (values(held[name], dtype) for name, dtype in zip(held, dtypes))
+    expected = np.empty((m, n), np.float32)
+    with np.errstate(all="ignore"):
+        for i in range(m):
+            for j in range(n):
+                total = b[i, 0] * a[0, j]
+                for k in range(1, r):
+                    total = np.float32(total + b[i, k] * a[k, j])
+                expected[i, j] = np.float32(np.float32(total * np.float32(0.3)) + w[i, j])
+    rule = AddProduct(["w", "w_B", "w_A"], "t", factor=0.3, dtype=output)
+    return Case([rule], held, rounded(expected, output), output)
 
 
 def _joined(draw: st.DrawFn, kind: str, output: str) -> Case:

@@ -11,7 +11,7 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, UsageError
-from ms_ckpt_ext.rules import Concat, Crop, Dequantize, Experts, Pad, Rename, Rule, Scale, Stack, invert
+from ms_ckpt_ext.rules import AddProduct, Concat, Crop, Dequantize, Experts, Pad, Rename, Rule, Scale, Stack, invert
 
 
 def held(**tensors: tuple[str, tuple[int, ...]]) -> dict[str, SourceTensor]:
@@ -59,6 +59,17 @@ def test_groups_of_fp4_are_joined() -> None:
     assert kinds(made) == {"w": ("F16", (2, 6, 96))}
 
 
+def test_weights_without_adapters_stay() -> None:
+    tensors = held(a=("BF16", (4, 6)), a__B=("F32", (4, 2)), a__A=("F32", (2, 6)), b=("BF16", (4, 6)))
+    tensors = {name if "." in name else f"{name}.w": tensor for name, tensor in tensors.items()}
+    named = {name: tensor._replace(meta=tensor.meta._replace(name=name)) for name, tensor in tensors.items()}
+    rule = AddProduct(["{*}.w", "{*}.B", "{*}.A"], "{*}.w", factor=2.0)
+    assert kinds(apply_rules(named, [rule])) == {"a.w": ("BF16", (4, 6)), "b.w": ("BF16", (4, 6))}
+    del named["a.A"]
+    with pytest.raises(CoverageError, match=re.escape("nothing called '{*}.A'")):
+        apply_rules(named, [rule])
+
+
 REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
     ([Stack("e.{n}.w.weight", "all"), ALL], UsageError, "put the rule that computes before it"),
     ([Dequantize(["e.0.w.weight", "norm.weight"], "t")], LayoutMismatchError, "has scales of shape [2, 3]"),
@@ -70,6 +81,8 @@ REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
     ([Dequantize(["norm.weight", "e.0.w.weight"], "t")], LayoutMismatchError, "of BF16 elements and F8_E4M3 scales"),
     ([Dequantize(["{*}.weight", "{*}.scale"], "{*}.weight")], CoverageError, "nothing called '{*}.scale'"),
     ([Scale("e.0.w.weight", "t", 2.0)], LayoutMismatchError, "made of F8_E4M3 elements"),
+    ([AddProduct(["norm.weight"] * 3, "t")], LayoutMismatchError, "must be (m, n), (m, r) and (r, n)"),
+    ([AddProduct(["e.0.w.weight"] * 3, "t")], LayoutMismatchError, "can be multiplied"),
     ([Scale("norm.weight", "t", 1e300)], LayoutMismatchError, "no normal number in F32"),
     ([Pad("norm.weight", "t", 200)], LayoutMismatchError, "longer than 200; use Crop"),
     ([Pad("norm.weight", "t", 400, source_size=301)], LayoutMismatchError, "has not 301 indices"),
@@ -92,6 +105,8 @@ def test_what_does_not_fit_is_refused(rules: list[Rule], error: type[CheckpointE
         (lambda: Dequantize(["a", "b"], "t", dtype="F64"), "dtype must be one of BF16, F16, F32"),
         (lambda: Dequantize(["a", "b"], "t", block=(-1,)), "block must be a whole number from 0"),
         (lambda: Dequantize(["{*}.a", "{*}.b"], "t"), "stands for any text: so must it"),
+        (lambda: AddProduct(["a", "b"], "t"), "takes three sources, W, B and A"),
+        (lambda: AddProduct(["a", "b", "c"], "t", float("nan")), "factor must be a finite number"),
         (lambda: Scale("a", "t", 0), "finite number other than 0"),
         (lambda: Scale("a", "t", float("inf")), "finite number other than 0"),
         (lambda: Scale("a", "t", dtype="I8"), "dtype must be one of"),
@@ -119,6 +134,7 @@ def test_inverses() -> None:
     ("rule", "why"),
     [
         (ALL, "rounded when they were quantised"),
+        (AddProduct(["w", "b", "a"], "t"), "cannot be told apart again"),
         (Scale("a", "b", 3.0), "only powers of two"),
         (Scale("a", "b", 2.0, dtype="BF16"), "it rounds to BF16"),
         (Pad("a", "b", 8), "give source_size="),
