@@ -8,5 +8,5 @@ cd "$ROOT"
 ruff format --check .
 ruff check .
 mypy
-python -m pytest --quiet tests/test_layering.py
+python -m pytest --quiet tests/test_layering.py tests/test_vocabulary.py tests/test_seams.py
 python -m pytest --quiet --doctest-modules ms_ckpt_ext

@@ -20,7 +20,7 @@ LEFT = {
     ("engine/files/test_many_tensors.py", "safetensors.MAX_HEADER"): "a header of 100 MB has a million tensors",
     ("engine/unlisted/test_live_outside.py", "dealt.Together"): "what it reads of files that the load reads as well",
     ("live/fault_worker.py", "together._load"): "a file that vanishes between two looks at it",
-    ("live/sink_worker.py", "together.fill_together"): "the report of a load, which users find in the log",
+    ("bridge/mindformers/folder_worker.py", "ours.list_checkpoint"): "how often a folder is listed, by MindFormers too",
     ("live/link_worker.py", "ParameterSink.place"): "a link that is cut while bytes land in a Parameter",
     ("live/sink_worker.py", "ascend.mark_loaded"): "a bit that flips on the device while others are still loaded",
     ("live/fault_worker.py", "Sink.place"): "a device that is lost while bytes land in a Parameter",

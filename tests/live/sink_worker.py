@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -14,9 +15,9 @@ from mindspore import mint, nn
 from mindspore.mint import distributed
 from mindspore.nn.utils import no_init_parameters
 
-from ms_ckpt_ext import load_distributed_checkpoint
+from ms_ckpt_ext import load_distributed_checkpoint, log
 from ms_ckpt_ext.api.measure import measure
-from ms_ckpt_ext.bridge import ascend, together
+from ms_ckpt_ext.bridge import ascend
 from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.load.options import LoadReport
 from ms_ckpt_ext.errors import ChecksumError, LoadError, PeerError, UnsupportedError
@@ -25,6 +26,15 @@ from tests.support.checkpoints import read_file
 BUCKET = int(sys.argv[2])
 KEY = bytes(range(32))
 REPORTS: list[LoadReport] = []
+
+
+class Reports(logging.Handler):
+    """Keeps the report of every load, which is told at its end."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        REPORTS.extend(told for told in record.args or () if isinstance(told, LoadReport))
+
+
 DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32}
 
 
@@ -307,14 +317,8 @@ def main() -> None:
     ms.set_device("Ascend")
     distributed.init_process_group()
     rank = distributed.get_rank()
-    real = together.fill_together
-
-    def observed(*args: Any) -> Any:
-        found = real(*args)
-        REPORTS.append(found.report)
-        return found
-
-    together.fill_together = observed  # type: ignore[assignment]
+    logging.getLogger(log.NAME).setLevel(logging.INFO)
+    logging.getLogger(log.NAME).addHandler(Reports())
     counted(root / "large", rank)
     tiled(root / "large", rank, "direct")
     measured(root / "large", rank)
