@@ -69,6 +69,7 @@ def serving(root: Path, training: int, ranks: Sequence[int]) -> Any:
         for p, rows in parts.items()
     }
     trained = strategy_of(dict.fromkeys(full, Layout((training,), ((0,), ()))), root / "trained.ckpt")
+    full["step"] = "I64", np.array(7, np.int64)
     fused: Full = {}
     for n in range(2):
         q, k, v, gate, up = (full[f"layers.{n}.{p}"][1] for p in parts)
@@ -76,6 +77,7 @@ def serving(root: Path, training: int, ranks: Sequence[int]) -> Any:
         fused[f"layers.{n}.qkv"] = "F32", np.concatenate(groups)
         fused[f"layers.{n}.gate_up"] = "F32", np.stack([gate, up], 1).reshape(-1, 8)
     predicted = strategy_of(dict.fromkeys(fused, Layout((2,), ((0,), ()))), root / "predicted.ckpt")
+    fused["step"] = full["step"]
     write(trained, full, root / "source")
     write(predicted, fused, root / "expected")
     return {

@@ -97,9 +97,8 @@ def _one(
     arrays = {name: np.frombuffer(stored.data, np.uint8).copy() for name, (stored, _) in mine.items()}
     memory = {name: np.full(len(stored.data), POISON, np.uint8) for name, (stored, _) in theirs.items()}
     sinks = {
-        number: HostSink(memory[demand.name], theirs[demand.name][0].shape, demand.tensor.meta.dtype)
-        for number, demand in enumerate(ready.demands)
-        if demand.name in memory
+        number: HostSink(memory[name], theirs[name][0].shape, ready.demands[number].tensor.meta.dtype)
+        for name, number in ready.numbers(rank).items()
     }
     turns = turns_of(ready.plan, rank)
     holdings = Holdings(ready.plan, turns, ready.addresses, ready.local, arrays.__getitem__)

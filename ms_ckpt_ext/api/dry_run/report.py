@@ -117,7 +117,8 @@ def report_of(
 ) -> PlanReport:
     """Sum a dry run up. `origin` and `target` tell what was planned, `mode` what is asked for; `kept`: see there."""
     tally, demands = done.tally, done.table.demands
-    unique = sum(d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands)
+    sizes = {d.name: d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands}
+    unique = sum(sizes.values())
     columns = {name: getattr(tally, name) for name in RANK_COLUMNS}
     return PlanReport(
         source=origin,
@@ -125,7 +126,7 @@ def report_of(
         mode=mode,
         files=source.files,
         ranks=done.table.world,
-        parameters=len(demands),
+        parameters=len(sizes),
         unique=unique,
         source_copies=_copies(done),
         target_copies=float(tally.wanted.sum()) / max(unique, 1),

@@ -47,7 +47,7 @@ class PlannedMove:
         self.changes = tuple(match.parameter.name for match in matching.matches)
         turns = turns_of(ready.plan, transport.rank)
         given = {ready.addresses.at(ready.plan.chunks[n].extents[0].offset).name for t in turns for n in t.chunks}
-        numbered = _numbered(ready, matching)
+        numbered = _numbered(ready, matching, transport.rank)
         pieces: dict[int, list[LocalPiece]] = {}
         for piece in ready.local:
             pieces.setdefault(piece.demand, []).append(piece)
@@ -137,7 +137,7 @@ def _uploaded(transport: Transport[Any], parameter: Any) -> Any:
     return buffer
 
 
-def _numbered(ready: PreparedTransfer, matching: Matching) -> dict[int, Match]:
+def _numbered(ready: PreparedTransfer, matching: Matching, rank: int) -> dict[int, Match]:
     """The demands of this rank by number; a Parameter without elements is none."""
-    numbers = {demand.name: number for number, demand in enumerate(ready.demands)}
+    numbers = ready.numbers(rank)
     return {numbers[m.parameter.name]: m for m in matching.matches if m.parameter.name in numbers}

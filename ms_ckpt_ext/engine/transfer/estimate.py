@@ -22,6 +22,7 @@ from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import choose_way
 from ms_ckpt_ext.engine.transfer.addresses import Addresses
 from ms_ckpt_ext.engine.transfer.prepare import require_held
+from ms_ckpt_ext.engine.transfer.wanted import by_own_placement
 
 
 class DryTransfer(NamedTuple):
@@ -56,7 +57,7 @@ def dry_transfer(
         name: stored_whole(source.tensors[name].meta, tuple(range(givers))) for name in sorted(source.everywhere)
     }
     demands = demands_under(replace(source, tensors={**source.tensors, **everywhere}), target)
-    demands = _moved(demands, givers if apart else 0)
+    demands = [each for demand in _moved(demands, givers if apart else 0) for each in by_own_placement(demand)]
     ways = Ways(gather=False, servers=ways_of(world, hardware).servers)
     left = left_by(demands, world, hardware)
     limits = limits_for(demands, world, bucket_for(options.bucket_bytes, int(hardware.call), left))

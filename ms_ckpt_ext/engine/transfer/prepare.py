@@ -39,6 +39,11 @@ class PreparedTransfer(NamedTuple):
     addresses: Addresses
     bucket: int
 
+    def numbers(self, rank: int) -> dict[str, int]:
+        """What a rank wants, by name: the numbers of its demands."""
+        wanting = ((number, demand.name, grid) for number, demand in enumerate(self.demands) for grid in demand.grids)
+        return {name: number for number, name, grid in wanting if any(rank in some for some in grid.ranks.values())}
+
     @property
     def bytes_local(self) -> int:
         """Bytes that this rank takes of its own memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from ms_ckpt_ext.core.exchange.demand import Demand, Grid
@@ -55,7 +55,7 @@ def _from_json(raw: Any) -> Wants:
 def demands_among(
     tensors: Mapping[str, SourceTensor], wants_by_rank: Sequence[Wants], places: Mapping[int, int]
 ) -> list[Demand]:
-    """One demand per wanted name, in the order of the tensors; parameters without elements are left out.
+    """Demands of every wanted name, in the order of the tensors; parameters without elements are left out.
 
     Args:
         places: rank of the target -> its place in the layouts.
@@ -71,7 +71,35 @@ def demands_among(
                 grids.add((want.source, name), want.where, shape, tuple(members))
     order = {name: number for number, name in enumerate(tensors)}
     keys = sorted(grids.cells, key=lambda key: (order[key[0]], key[1]))
-    return [Demand(name, tensors[source], grids.of(source, name)) for source, name in keys]
+    found = (Demand(name, tensors[source], grids.of(source, name)) for source, name in keys)
+    return [each for demand in found for each in by_own_placement(demand)]
+
+
+def by_own_placement(demand: Demand) -> Iterator[Demand]:
+    """A demand for each way in which ranks hold the parameter: who holds a slice looks among slices like it first.
+
+    Ranks of several pipeline stages may hold one parameter cut in several ways (tied embeddings). Each takes what it
+    has itself, whichever way another stage has it.
+    """
+    placements = demand.tensor.placements
+    if len(placements) < 2:
+        yield demand
+        return
+    own = {
+        rank: number
+        for number, placement in reversed(list(enumerate(placements)))
+        for ranks in placement.holders.values()
+        for rank in ranks
+    }
+    for number, placement in enumerate(placements):
+        grids = []
+        for grid in demand.grids:
+            kept = {cell: tuple(r for r in ranks if own.get(r, 0) == number) for cell, ranks in grid.ranks.items()}
+            kept = {cell: ranks for cell, ranks in kept.items() if ranks}
+            grids += [grid._replace(ranks=kept)] if kept else []
+        if grids:
+            others = (other for other in placements if other is not placement)
+            yield demand._replace(tensor=demand.tensor._replace(placements=(placement, *others)), grids=tuple(grids))
 
 
 class _Grids:

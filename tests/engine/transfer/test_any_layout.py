@@ -114,3 +114,24 @@ def test_a_hundred_runs_move_the_present_values() -> None:
 
     moved = transfer(cut(one, zeros, "F32", 0), cut(other, zeros, "F32", 0), 2, runs=100, between=fill)
     assert all(held.contents["w"] == np.full(prod((8, 4)), 99, np.float32).tobytes() for held in moved)
+
+
+def test_tied_parameters_come_from_the_nearest_stage() -> None:
+    """An embedding that two pipeline stages have, cut otherwise in each: whoever holds a row gives it, once."""
+    array = numbered((8, 6), DTYPES["F32"])
+    first, last = Layout((2,), ((0,), ())), Layout((2,), ((), ()))
+    source = {**cut(first, array, "F32", 0), **cut(last, array, "F32", 2)}
+    target = cut(Layout((4,), ((), ())), array, "F32", 0)
+    moved = transfer(source, target, 4, host=lambda rank: "one")
+    for held in moved:
+        assert held.contents == {"w": array.tobytes()}
+    assert moved[0].prepared.plan.bytes_received() == [array.nbytes // 2] * 2 + [0, 0]
+
+
+def test_scalars_and_nothing_at_all() -> None:
+    scalar, empty = Stored("I64", (), np.array(7).tobytes()), Stored("F32", (0, 4), b"")
+    source: Side = {rank: {"step": (scalar, None), "empty": (empty, None)} for rank in (0, 1)}
+    target: Side = {rank: {"step": (scalar, None), "empty": (empty, None)} for rank in (1, 2)}
+    moved = transfer(source, target, 3)
+    assert [held.contents for held in moved] == [{}] + [{"step": scalar.data, "empty": b""}] * 2
+    assert moved[0].prepared.plan.bytes_received() == [0, 0, 8]
