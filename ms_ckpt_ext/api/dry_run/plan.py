@@ -40,6 +40,7 @@ def plan(
     name_map: Optional[Mapping[str, str]] = None,
     dec_key: Any = None,
     dec_mode: Optional[str] = None,
+    groups: bool = True,
     transfer: bool = False,
     other_ranks: bool = False,
 ) -> PlanReport:
@@ -64,6 +65,8 @@ def plan(
         mode: what the job will ask for; only told in the report, which has both modes.
         bucket_bytes, prefetch: as the job's; without a bucket the one that the first machine would choose.
         html: write a page there as well.
+        groups: the job has a group of every set of replicas, as MindSpore makes them for a training network when it
+            compiles it; False for a job that has none, whose replicas are each sent a copy.
         file_suffix: which file of a rank folder; None for the newest.
         format: "safetensors" or "ckpt", where both lie in the rank folders.
         choice_func, name_map: as the load will have them; not with `shapes`, which have the names that are loaded.
@@ -108,7 +111,8 @@ def plan(
 
         done, kept = dry_transfer(source, saved, target, options, first.hardware, other_ranks)
     else:
-        done = estimate.dry_run(source, target, options, first.hardware)
+        ways = estimate.ways_of(target.world if target else 1, first.hardware)
+        done = estimate.dry_run(source, target, options, first.hardware, ways._replace(groups=groups and ways.groups))
     told = _told(dst_strategy, "a strategy") if target else "one device"
     report = report_of(done, source, machines, mode, origin, told, kept)
     if html is not None:

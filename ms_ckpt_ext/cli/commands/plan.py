@@ -67,6 +67,11 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a transfer: DST's ranks come behind SRC's (default: rank i of both is one)",
     )
+    add(
+        "--no-groups",
+        action="store_true",
+        help="the job has no groups of its replicas (a network that is not compiled for training): each is sent a copy",
+    )
     takes_path(add("--html", metavar="FILE", help="write a page with matrices, rounds and layouts there as well"))
     options.add_suffix(parser)
     options.add_format(parser)
@@ -92,6 +97,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
         bucket_bytes=arguments.bucket,
         prefetch=arguments.prefetch,
         html=arguments.html,
+        groups=not arguments.no_groups,
         file_suffix=arguments.file_suffix,
         format=arguments.format,
         dec_key=options.key(arguments),
