@@ -13,11 +13,11 @@ one process to send are gathered over the backend (`gather`), and the hub only s
   MCCL all-gather takes 6 to 10 ms.
 
 A host that vanishes without closing its connections (power, cable) is noticed by its silence, within 30 s, whether or
-not something was on the way to it; a process that is stopped, within 60 s, since the thread that listens gives signs of
-life while the others compute or read; a process that lives but does not come, or does not read, by the hub after
-`timeout`, which then names it; a hub that is silent, by each rank itself. Where rank 0 is, only a
-collective can say: the ranks of a host make sure before that all of them are there (`gate`), and wait for others by
-`guard`.
+not something was on the way to it; a process that is stopped, within a minute and a little more for each rank, since
+the thread that listens gives signs of life while the others compute or read; a process that lives but does not come,
+or does not read, by the hub after `timeout`, which then names it; a hub that is silent, by each rank itself. Where
+rank 0 is, only a collective can say: the ranks of a host make sure before that all of them are there (`gate`), and
+wait for others by `guard`.
 
 Blocking calls of the backend run in a thread of their own (`guard`), so this process hears of a dead rank while it
 waits. Such a call cannot be taken back: the survivor raises PeerError at once, but its process may linger at exit

@@ -190,9 +190,9 @@ def test_a_stopped_process_is_waited_for_no_longer_than_any_other(victim: int, w
 
 def test_a_stopped_process_is_noticed_where_nobody_shares_anything() -> None:
     """While a collective of the backend is under way, say."""
-    with processes(3, HANG, stopped=2.0) as ranks:
+    with processes(3, HANG, stopped=3.0) as ranks:
         os.kill(ranks[1].popen.pid, signal.SIGSTOP)
-        time.sleep(2.5)
+        time.sleep(3.5)
         ranks[2].go()
         _, kind, number, _ = ranks[2].line().split(" ", 3)
     assert (kind, number) == ("PeerError", "1")
@@ -200,10 +200,10 @@ def test_a_stopped_process_is_noticed_where_nobody_shares_anything() -> None:
 
 def test_a_rank_that_is_busy_is_not_taken_for_a_stopped_one() -> None:
     """Its main thread computes, or reads; what answers is another thread."""
-    with job(3, HANG, ControlLimits(stopped_seconds=1.0)) as found:
+    with job(3, HANG, ControlLimits(stopped_seconds=5.0)) as found:
         with ThreadPoolExecutor(2) as pool:
             early = pool.submit(all_share, found.lines[:2])
-            until = time.monotonic() + 2.5
+            until = time.monotonic() + 6.0
             while time.monotonic() < until:
                 sum(range(1000))
             assert all_share(found.lines[2:]) == [[b""] * 3]
@@ -212,11 +212,11 @@ def test_a_rank_that_is_busy_is_not_taken_for_a_stopped_one() -> None:
 
 def test_several_that_are_silent_are_all_named() -> None:
     """They answer nothing after they have said something at the same time."""
-    limits = ControlLimits(stopped_seconds=2.0)
+    limits = ControlLimits(stopped_seconds=3.0)
     with job(4, HANG, limits, absent=[1, 3]) as found, found.connect(1) as one, found.connect(3) as other:
         for deaf in (one, other):
             deaf.sendall(frame(HERE))
-        told(all_share([found.lines[0], found.lines[2]]), TransportError, "ranks 1, 3 answered nothing for 2 s")
+        told(all_share([found.lines[0], found.lines[2]]), TransportError, "ranks 1, 3 answered nothing for 3 s")
 
 
 @pytest.mark.parametrize(

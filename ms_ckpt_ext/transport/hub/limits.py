@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PULSES = 15
+"""So many without a sign of life are too many."""
+
 
 class ControlLimits(NamedTuple):
     """Bounds that do not depend on the job; how long ranks wait for each other is `timeout`, which users give.
@@ -11,10 +14,12 @@ class ControlLimits(NamedTuple):
     Attributes:
         connect_seconds: how long a rank tries to reach the hub.
         greeting_seconds: within which a connection to a hub has to say who it is.
-        vanished_seconds: after which a host that does not acknowledge what it is sent counts as out of reach. Something
-            is sent two pulses after its last word at the latest.
+        vanished_seconds: of silence, or for which it does not acknowledge what it is sent, after which a host counts as
+            out of reach. What is sent in the silence begins the time anew, once.
         stopped_seconds: within which a process is given up whose connection stands, and which answers nothing: it was
             stopped, or does not let its threads run.
+        stopped_rank_seconds: as much more for each rank of the job. A hub whose process computes has to wait for its
+            turn (5 ms in Python) after each thing that it sends or receives.
         slack_seconds: by which a hub may miss its own timeout before it counts as stopped.
         grace_seconds: to wait for threads that are about to end, and for news that are about to come.
         strangers: connections that have not said who they are, beside those of the ranks that are still to come.
@@ -25,27 +30,26 @@ class ControlLimits(NamedTuple):
 
     connect_seconds: float = 20.0
     greeting_seconds: float = 10.0
-    vanished_seconds: float = 20.0
+    vanished_seconds: float = 15.0
     stopped_seconds: float = 60.0
+    stopped_rank_seconds: float = 0.04
     slack_seconds: float = 3.0
     grace_seconds: float = 2.0
     strangers: int = 128
     share_bytes: int = 16 << 20
     least_answer: int = 8 << 10
 
-    @property
-    def pulse_seconds(self) -> float:
-        """How often a process looks for who says nothing, to ask it for a sign of life."""
-        return min(self.vanished_seconds, self.stopped_seconds) / 5
+    def stopped_within(self, size: int) -> float:
+        """Seconds until a stopped process is given up, in a job of `size` ranks."""
+        return self.stopped_seconds + self.stopped_rank_seconds * size
 
-    @property
-    def pulses(self) -> int:
-        """How many may go by without a sign of life.
+    def pulse_seconds(self, size: int) -> float:
+        """How often a process looks for who says nothing; a hub asks those for a sign of life.
 
-        >>> ControlLimits().pulse_seconds, ControlLimits().pulses
-        (4.0, 15)
+        >>> [round(ControlLimits().pulse_seconds(size), 1) for size in (4, 1024, 8192)]
+        [4.0, 6.7, 25.8]
         """
-        return round(self.stopped_seconds / self.pulse_seconds)
+        return self.stopped_within(size) / PULSES
 
     def answer_bytes(self, size: int) -> int:
         """The longest answer of a hub to `size` ranks."""

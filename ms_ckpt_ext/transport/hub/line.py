@@ -29,7 +29,7 @@ from ms_ckpt_ext.transport.hub.frames import (
     note_of,
     take_frames,
 )
-from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, PULSES, ControlLimits
 from ms_ckpt_ext.transport.hub.peer import tune, why_gone, why_silent
 from ms_ckpt_ext.transport.rendezvous.search import Arrival
 
@@ -171,16 +171,10 @@ class Line:
         connection.close()
 
     def _comes(self, selector: selectors.BaseSelector) -> bool:
-        """Wait for the hub to say something, which it does now and then; False when it was silent for too long.
-
-        Meanwhile it is told something: a host that does not acknowledge that is out of reach.
-        """
-        for pulse in range(self.limits.pulses):
-            if selector.select(self.limits.pulse_seconds):
-                return True
-            if pulse:
-                self._live()
-        self._break(GONE, self._keeper, why_silent([self._keeper], self.limits))
+        """Wait for the hub to say something, which it does now and then; False when it was silent for too long."""
+        if any(selector.select(self.limits.pulse_seconds(self.size)) for _ in range(PULSES - 1)):
+            return True
+        self._break(GONE, self._keeper, why_silent([self._keeper], self.limits.stopped_within(self.size)))
         return False
 
     def _take(self, received: bytearray) -> None:

@@ -153,10 +153,10 @@ def why_gone(rank: int, error: Optional[Exception], limits: ControlLimits) -> st
     return f"rank {rank} is gone: its process ended or was killed; look at its log for the cause"
 
 
-def why_silent(ranks: Sequence[int], limits: ControlLimits) -> str:
+def why_silent(ranks: Sequence[int], seconds: float) -> str:
     """What the others are told of ranks that answer nothing, though nothing is wrong with their connections."""
     host = "its host does" if len(ranks) == 1 else "their hosts do"
     return (
-        f"{name_ranks(ranks)} answered nothing for {limits.stopped_seconds:g} s, though {host}: a process was stopped "
+        f"{name_ranks(ranks)} answered nothing for {seconds:.0f} s, though {host}: a process was stopped "
         "(SIGSTOP, a debugger), or does not let its threads run; look at it with ps"
     )

@@ -18,7 +18,7 @@ from typing import Callable, Optional
 from ms_ckpt_ext.errors import name_ranks
 from ms_ckpt_ext.transport.hub.descriptors import make_room
 from ms_ckpt_ext.transport.hub.frames import BYE, FRAME, GONE, HERE, LATE, PING, TELL, Malformed, Message, frame
-from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
+from ms_ckpt_ext.transport.hub.limits import DEFAULT, PULSES, ControlLimits
 from ms_ckpt_ext.transport.hub.peer import Peer, tune, why_gone, why_silent
 from ms_ckpt_ext.transport.hub.reduction import Reduction, Reply
 from ms_ckpt_ext.transport.rendezvous.greeting import Door
@@ -80,7 +80,7 @@ class Hub:
         self._broken: Optional[bytes] = None
         self._failed: list[Peer] = []  # at sending
         self._accepts_at: Optional[float] = None
-        self._pulse_at = time.monotonic() + limits.pulse_seconds
+        self._pulse_at = time.monotonic() + limits.pulse_seconds(size)
         self._ends_at: Optional[float] = None
         try:
             make_room(size, limits.strangers + size)
@@ -211,7 +211,7 @@ class Hub:
             self._accepts_at = None
             self._selector.register(self._server, selectors.EVENT_READ)
         if now >= self._pulse_at:
-            self._pulse_at = now + self._limits.pulse_seconds
+            self._pulse_at = now + self._limits.pulse_seconds(self._size)
             self._pulse()
         failed, self._failed = self._failed, []
         for peer in failed:
@@ -232,12 +232,13 @@ class Hub:
         silent = []
         for rank, peer in self._peers.items():
             peer.quiet += 1
-            if peer.quiet >= self._limits.pulses:
+            if peer.quiet >= PULSES:
                 silent.append(rank)
             elif peer.quiet > 1:
                 self._send(peer, _PING)
         if silent:
-            self._break(GONE if len(silent) == 1 else LATE, min(silent), why_silent(sorted(silent), self._limits))
+            seconds = self._limits.stopped_within(self._size)
+            self._break(GONE if len(silent) == 1 else LATE, min(silent), why_silent(sorted(silent), seconds))
 
     def _pause(self) -> float:
         """Seconds until the next look around."""
