@@ -22,7 +22,7 @@ LEFT = {
     ("live/fault_worker.py", "together._load"): "a file that vanishes between two looks at it",
     ("bridge/mindformers/folder_worker.py", "ours.list_checkpoint"): "how often a folder is listed, by MindFormers too",
     ("live/link_worker.py", "ParameterSink.place"): "a link that is cut while bytes land in a Parameter",
-    ("live/sink_worker.py", "ascend.mark_loaded"): "a bit that flips on the device while others are still loaded",
+    ("live/sink_worker.py", "memory.mark_loaded"): "a bit that flips on the device while others are still loaded",
     ("live/fault_worker.py", "Sink.place"): "a device that is lost while bytes land in a Parameter",
 }
 _REPLACING = ("setattr", "delattr", "patch", "object")

@@ -3,7 +3,7 @@
 world         this process's place among the ranks
 match         which Parameter takes what; `settle` all of a network
 memory        Parameters as memory on the CPU
-ascend        Parameters on the NPU
+npu/          Parameters on the NPU
 request       what is loaded into whose network, and what came of it
 network       a direct load
 together      a load of all ranks

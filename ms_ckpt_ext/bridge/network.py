@@ -220,7 +220,7 @@ def _upload(
     filled: Optional[_Filled],
 ) -> None:
     """Into Parameters on the device: one slab is read while another goes up. `done` as above."""
-    from ms_ckpt_ext.bridge.ascend import Uploads, in_slabs
+    from ms_ckpt_ext.bridge.npu.uploads import Uploads, in_slabs
 
     room = 2 * limits.tile
     most = max(room // max(1, workers), min(room, _LEAST_TILE))

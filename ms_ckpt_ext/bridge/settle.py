@@ -120,7 +120,7 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
         matches.append(match if mine is None else each._replace(offer=offer_of(taking.catalog, mine)))
         check_fit(matches[-1], manner.strict)
     if on_device():
-        from ms_ckpt_ext.bridge.ascend import refuse_formats
+        from ms_ckpt_ext.bridge.npu.formats import refuse_formats
 
         refuse_formats((match.parameter for match in matches), "network")
     return found._replace(matches=matches)

@@ -307,7 +307,7 @@ def mover_of(transport: Transport[Any]) -> Any:
         from ms_ckpt_ext.engine.load.slabs import HostMover
 
         return HostMover()
-    from ms_ckpt_ext.bridge.ascend import DeviceMover
+    from ms_ckpt_ext.bridge.npu.cutting import DeviceMover
 
     return DeviceMover(transport)
 
@@ -316,7 +316,7 @@ def sinks_of(transport: Transport[Any], parameters: Sequence[Any], tell: bool = 
     """What makes the sink of a Parameter, one of these: on the device, or in host memory. `tell`: log what is cast."""
     if not transport.traits.on_device:
         return partial(ParameterSink, tell=tell)
-    from ms_ckpt_ext.bridge.ascend import DeviceSink, KeptSink
+    from ms_ckpt_ext.bridge.npu.cutting import DeviceSink, KeptSink
 
     kept = kept_on_host(parameters)
 

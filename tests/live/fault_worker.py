@@ -75,7 +75,7 @@ class Job:
     def broken_sink(self, name: str, act: Callable[[], None]) -> Iterator[None]:
         """What happens on the victim when the second piece of a parameter lands."""
         if self.device == "ascend":
-            from ms_ckpt_ext.bridge.ascend import DeviceSink as Sink
+            from ms_ckpt_ext.bridge.npu.cutting import DeviceSink as Sink
 
             def name_of(sink: Any) -> str:
                 return str(sink._parameter.name)

@@ -17,7 +17,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from ms_ckpt_ext import load_distributed_checkpoint, log
 from ms_ckpt_ext.api.measure import measure
-from ms_ckpt_ext.bridge import ascend
+from ms_ckpt_ext.bridge import memory
 from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.load.options import LoadReport
 from ms_ckpt_ext.errors import ChecksumError, LoadError, PeerError, UnsupportedError
@@ -251,14 +251,14 @@ def verified(root: Path, rank: int, mode: str) -> None:
     load(cell(DTYPES, rank == 0), root, mode, verify="replicas")
     load(cell(to, rank == 0), root, mode, verify="replicas")
     load(cell(to if rank else DTYPES, True), root, mode, verify="replicas")
-    real = ascend.mark_loaded
+    real = memory.mark_loaded
 
     def flip(parameter: ms.Parameter) -> None:
         real(parameter)
         if parameter.name == "d.whole" and rank == 1:
             mint.narrow(parameter, 0, 1, 1).fill_(3)
 
-    ascend.mark_loaded = flip
+    memory.mark_loaded = flip
     try:
         load(cell(to, rank == 0), root, mode, verify="replicas")
     except LoadError as error:
@@ -267,7 +267,7 @@ def verified(root: Path, rank: int, mode: str) -> None:
     else:
         raise AssertionError("the flip was not found")
     finally:
-        ascend.mark_loaded = real
+        memory.mark_loaded = real
 
 
 def tiled(root: Path, rank: int, mode: str) -> None:

@@ -41,7 +41,7 @@ class GivenSide(NamedTuple):
         found = side_of(self.parameters, argument)
         assert found is not None
         if on_device():
-            from ms_ckpt_ext.bridge.ascend import refuse_formats
+            from ms_ckpt_ext.bridge.npu.formats import refuse_formats
 
             refuse_formats(found.values(), argument)
         boxes = {**own_boxes(named_parameters(self.parameters, argument), rank), **boxes}

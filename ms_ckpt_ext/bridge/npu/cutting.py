@@ -1,7 +1,5 @@
 """Cutting and landing on the NPU: views of device tensors, and one copy per piece.
 
-A rank that reads its own bytes uploads them straight into its Parameters, from two slabs in turn (`Uploads`).
-
 A stretch of a staging buffer seen as the element type of a parameter is a view (`narrow`, `view`), and so is a box of
 it. `copy_` from one view to another moves the bytes on the device, strided axes included, and casts where the
 Parameter has another dtype. A stretch that starts between elements is moved to an aligned buffer first.
@@ -10,48 +8,33 @@ Parameter has another dtype. A stretch that starts between elements is moved to 
 from __future__ import annotations
 
 import math
-import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from mindspore import mint
 
-from ms_ckpt_ext import log
-from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
+from ms_ckpt_ext.bridge import memory
+from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.memory import (
     ParameterSink,
     contents_of,
     give_device_memory,
-    in_device_memory,
-    mark_loaded,
 )
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import byte_box
 from ms_ckpt_ext.core.geometry.view import nests
-from ms_ckpt_ext.core.planning.io_units import cut
 from ms_ckpt_ext.engine.load.replicas import SliceBytes
-from ms_ckpt_ext.errors import UnsupportedError
 from ms_ckpt_ext.transport.base import Bytes, Transport
-from ms_ckpt_ext.transport.hccl import pinned
 
-_CARRIERS = {1: ms.int8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
+CARRIERS = {1: ms.int8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
 """Types that move elements of a width without looking at them."""
-_NUMPY_CARRIERS = {ms.int8: np.int8, ms.int16: np.int16, ms.int32: np.int32, ms.int64: np.int64}
-_FORMATTED = (ms.float16, ms.bfloat16, ms.float32, ms.int8, ms.uint8, ms.int32)
-"""Types of matrices that operators want in formats of their own."""
-_PLAIN = 2
-"""ACL_FORMAT_ND."""
-_MARKS = 64
-"""Elements that are changed to see in which order they lie: more than are in a row of a block of any format."""
-_UPLOAD_ALIGNMENT = 64
-"""Bytes to which stretches begin in a slab."""
+NUMPY_CARRIERS = {ms.int8: np.int8, ms.int16: np.int16, ms.int32: np.int32, ms.int64: np.int64}
 
 
-class _Upload(NamedTuple):
+class Upload(NamedTuple):
     """A copy under way; what it reads from must stay until it is over."""
 
     over: Any
@@ -67,7 +50,7 @@ class DeviceMover:
         self._stream = ms.runtime.Stream()
         self._free: list[Bytes] = []
         self._idle: list[Any] = []
-        self._going: deque[_Upload] = deque()
+        self._going: deque[Upload] = deque()
 
     def host(self, nbytes: int) -> Bytes:
         """Pinned memory, reused when its upload is over."""
@@ -85,7 +68,7 @@ class DeviceMover:
             mint.narrow(buffer, 0, 0, nbytes).copy_(source, non_blocking=True)
             over.record(self._stream)
         current.wait_event(over)
-        self._going.append(_Upload(over, host, source))
+        self._going.append(Upload(over, host, source))
         return buffer
 
     def release(self, staged: Any) -> None:
@@ -113,167 +96,6 @@ def fetched(source: Any, offset: int, nbytes: int) -> Bytes:
     """Bytes of a device buffer, in host memory."""
     found: Bytes = mint.narrow(source, 0, offset, nbytes).asnumpy().view(np.uint8)
     return found
-
-
-def refuse_formats(parameters: Iterable[Any], argument: str) -> None:
-    """Raise UnsupportedError for a Parameter whose bytes lie in another order on the device than its elements, such as
-    FRACTAL_NZ. `argument` is what holds it.
-
-    MindSpore 2.10 does not tell the format, so it is tried: see `_lies_in_order`. Of Parameters whose names differ by
-    numbers alone, as those of layers do, one is tried.
-    """
-    kinds: dict[tuple[str, Shape, str], Any] = {}
-    for parameter in parameters:
-        matrix = parameter.dtype in _FORMATTED and len(parameter.shape) > 1 and 0 not in parameter.shape
-        if matrix and in_device_memory(parameter):
-            kinds.setdefault((re.sub(r"\d+", "#", parameter.name), parameter.shape, str(parameter.dtype)), parameter)
-    for parameter in kinds.values():
-        if not _lies_in_order(parameter):
-            raise UnsupportedError(
-                f"parameter {parameter.name!r} has been given a format of its own on the device, such as FRACTAL_NZ: "
-                "its bytes are in another order than those of a checkpoint. Load before it is converted, or give it "
-                "memory in the plain format first (set_data)",
-                argument,
-            )
-
-
-def _lies_in_order(parameter: Any) -> bool:
-    """Whether a copy to the first bytes of a Parameter's memory changes its first elements. They are put back.
-
-    Views and copies between them take memory as it lies; `format_cast` and `asnumpy` of the Parameter itself mind its
-    format.
-    """
-    carrier = _CARRIERS.get(int(parameter.itemsize), ms.int8)
-    flat = parameter.view(-1).view(carrier)
-    marks = np.arange(1, 1 + min(_MARKS, flat.shape[0])).astype(_NUMPY_CARRIERS[carrier])
-    front, host = mint.narrow(flat, 0, 0, len(marks)), pinned(marks.nbytes)
-    host[:] = marks.view(np.uint8)
-    before = front.clone()
-    front.copy_(ms.Tensor.from_numpy(host.view(marks.dtype)), non_blocking=True)
-    try:
-        seen = _first_elements(parameter, len(marks))
-    finally:
-        front.copy_(before)
-        ms.runtime.current_stream().synchronize()  # until then `host` is read
-    return bool(np.array_equal(seen, host))
-
-
-def _first_elements(parameter: Any, count: int) -> Bytes:
-    """Of a Parameter in whatever format, in the order of its elements, as bytes."""
-    parameter = getattr(parameter, "parameter", parameter)  # under another name
-    try:
-        plain = ms.ops.auto_generate.format_cast(parameter, _PLAIN)
-        held = mint.narrow(plain.view(-1), 0, 0, count).asnumpy()
-    except (AttributeError, RuntimeError):  # there is none, or no memory for a copy
-        held = parameter.asnumpy()
-    return np.ascontiguousarray(held).reshape(-1)[:count].view(np.uint8)
-
-
-class Tile(NamedTuple):
-    """A stretch of a slice: what is read for it, at which byte of the slice it begins, and whether it is the last."""
-
-    match: Match
-    offer: Offer
-    start: int
-    last: bool
-
-
-def tiles_of(match: Match, most: int) -> Iterator[Tile]:
-    """A slice in stretches of at most `most` bytes, in order; one, without bytes, of an empty slice."""
-    offer, start = match.offer, 0
-    dtype = offer.tensor.meta.dtype
-    if offer.region is None or not nbytes_of(offer):
-        yield Tile(match, offer, 0, True)
-        return
-    for box in cut(offer.region, 0, dtype, most):
-        nbytes = dtype.nbytes(box.size)
-        yield Tile(match, offer._replace(region=box, shape=box.shape), start, start + nbytes == nbytes_of(offer))
-        start += nbytes
-
-
-class Uploads:
-    """Stretches of slices go up from pinned memory into their Parameters, on a stream of their own.
-
-    There are two slabs of host memory: while one is uploaded, the other is read into.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._stream = ms.runtime.Stream()
-        self._slabs: list[Bytes] = []
-        self._going: deque[_Upload] = deque()
-
-    def slab(self) -> Bytes:
-        """Memory to read into. Waits for the upload before the last one."""
-        if len(self._slabs) + len(self._going) < 2:
-            return pinned(self._nbytes)
-        if not self._slabs:
-            self._end_one()
-        return self._slabs.pop()
-
-    def send(self, slab: Bytes, placed: Sequence[tuple[Tile, int]]) -> None:
-        """Start the upload of what was read: tiles, and where in the slab they lie. The slab goes back."""
-        over, current, kept = ms.runtime.Event(), ms.runtime.current_stream(), []
-        for tile, _ in placed:
-            give_device_memory(tile.match.parameter, tile.match.offer.shape)
-        self._stream.wait_stream(current)  # what was launched before may still read the Parameters
-        with ms.runtime.StreamCtx(self._stream):
-            for tile, at in placed:
-                kept.append(_send(tile, slab[at : at + nbytes_of(tile.offer)]))
-            over.record(self._stream)
-        current.wait_event(over)
-        self._going.append(_Upload(over, slab, kept))
-        for tile, _ in placed:
-            if tile.last:
-                mark_loaded(tile.match.parameter)
-
-    def _end_one(self) -> None:
-        upload = self._going.popleft()
-        upload.over.synchronize()
-        self._slabs.append(upload.host)
-
-    def finish(self) -> None:
-        """All uploads are over."""
-        while self._going:
-            self._end_one()
-
-
-def _send(tile: Tile, host: Bytes) -> Any:
-    """Launch the copies of a stretch; what must stay until they are over."""
-    parameter, dtype = tile.match.parameter, tile.offer.dtype
-    width = tile.offer.tensor.meta.dtype.bits // 8
-    elements = host.nbytes // width
-    if not elements:
-        return None
-    carrier = _CARRIERS.get(width, ms.int8)
-    source = ms.Tensor.from_numpy(host.view(_NUMPY_CARRIERS[carrier]))
-    flat = parameter.view(*(parameter.shape or (1,))).view(-1)
-    target = mint.narrow(flat, 0, tile.start // width, elements)
-    if parameter.dtype == dtype:
-        target.view(carrier).copy_(source, non_blocking=True)
-        return source
-    if not tile.start:
-        log.warning("parameter %r is cast from %s to %s", parameter.name, dtype, parameter.dtype)
-    staged = mint.empty((elements,), dtype=dtype)
-    staged.view(carrier).copy_(source, non_blocking=True)
-    target.copy_(staged)
-    return source, staged
-
-
-def in_slabs(matches: Sequence[Match], nbytes: int, most: int) -> Iterator[list[tuple[Tile, int]]]:
-    """Stretches of slices, each of at most `most` bytes, that fill a slab of `nbytes` together, and where each lies."""
-    group: list[tuple[Tile, int]] = []
-    at = 0
-    for match in matches:
-        for tile in tiles_of(match, most):
-            size = nbytes_of(tile.offer)
-            if group and at + size > nbytes:
-                yield group
-                group, at = [], 0
-            group.append((tile, at))
-            at += size + -size % _UPLOAD_ALIGNMENT
-    if group:
-        yield group
 
 
 class DeviceSink:
@@ -331,7 +153,7 @@ class DeviceSink:
     def finish(self) -> None:
         """All pieces have landed."""
         self._begin()
-        mark_loaded(self._parameter)
+        memory.mark_loaded(self._parameter)
 
     def contents(self) -> SliceBytes:
         """What the Parameter holds, cast where it was."""
@@ -353,8 +175,8 @@ class KeptSink(ParameterSink):
 def _carried(shape: Shape, box: Region, dtype: DType, *offsets: int) -> tuple[Shape, Region, Any, int]:
     """Shape, box, type and width under which elements move: their own width when aligned, else single bytes."""
     width = dtype.bits // 8
-    if width > 1 and dtype.bits % 8 == 0 and width in _CARRIERS and all(offset % width == 0 for offset in offsets):
-        return shape, box, _CARRIERS[width], width
+    if width > 1 and dtype.bits % 8 == 0 and width in CARRIERS and all(offset % width == 0 for offset in offsets):
+        return shape, box, CARRIERS[width], width
     return (*byte_box(shape, box, dtype), ms.int8, 1)
 
 
