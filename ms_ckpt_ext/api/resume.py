@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional, TypeVar
 
 from ms_ckpt_ext import log
@@ -22,12 +22,14 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
+from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.discovery.whole_models import instead
 
 if TYPE_CHECKING:
+    from ms_ckpt_ext.bridge.request import LoadRequest
     from ms_ckpt_ext.bridge.restore import Resumed
     from ms_ckpt_ext.core.geometry.strategy import Strategy
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -55,8 +57,9 @@ class Restored:
         unused: names in the checkpoint that went nowhere.
         skipped: newer checkpoints that are not complete, newest first, and others that might be taken for newer:
             (name, reason).
-        mode: "direct" or "cooperative".
+        mode: "direct" or "cooperative"; "peers" where nothing was read from files.
         bytes_read: from storage by this rank, tables of contents aside.
+        bytes_from_peers: that this rank was given by ranks whose Parameters are good.
     """
 
     checkpoint: Optional[str]
@@ -69,6 +72,7 @@ class Restored:
     skipped: tuple[Skipped, ...] = ()
     mode: str = ""
     bytes_read: int = 0
+    bytes_from_peers: int = 0
 
 
 def resume(
@@ -98,6 +102,8 @@ def resume(
     max_process_num: int = 64,
     timeout: float = 600.0,
     allow_equal_slices: bool = False,
+    alive: Optional[bool] = None,
+    alive_step: Optional[int] = None,
 ) -> Restored:
     """Load the newest complete checkpoint of a directory, saved under any strategy, and say where the training was.
 
@@ -131,6 +137,10 @@ def resume(
             `ms_ckpt_ext.engine.load.options.LoadOptions`; the default of `mode` is MS_CKPT_EXT_MODE, else "auto"; of
             `hardware` MS_CKPT_EXT_HARDWARE, else what fits the NPU.
         max_process_num, allow_equal_slices: as in `load_distributed_checkpoint`.
+        alive: whether this rank's Parameters still are what the training made of them; to be said by all ranks, or
+            none. What a rank lost and another has comes from there, and only what no rank has is read from files. The
+            checkpoint must then be of the same step, and the layouts of this job those of the ranks that are alive.
+        alive_step: the step that they are of. Default: the network's Parameter `step_num` or `global_step`.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
@@ -149,6 +159,7 @@ def resume(
 
     directory = path_of(checkpoint_dir or os.environ.get(DIRECTORY_VARIABLE), "checkpoint_dir")
     checked_format(format, "format", optional=True)
+    peers = _alive(alive, alive_step)
     if check not in CHECKS:
         raise UsageError(f"check must be one of {', '.join(CHECKS)}; got {check!r}")
     naming = checked_naming(choice_func, name_map)
@@ -164,7 +175,9 @@ def resume(
     access, weight_rules = access_of(dec_key, dec_mode), checked_rules(rules)
     ready = _ready(network, optimizer, predict_strategy, train_strategy_filename, timeout)
     named = prefix or os.environ.get(PREFIX_VARIABLE) or None
-    wanted = ResumeRequest(directory, host_name(options), ready.trained, format, access, check == "digests", named)
+    wanted = ResumeRequest(
+        directory, host_name(options), ready.trained, format, access, check == "digests", named, peers=peers is not None
+    )
     request = LoadRequest(
         ready.cell,
         ready.target,
@@ -177,10 +190,36 @@ def resume(
         workers_of(max_process_num),
         limits_of(BUFFER_BYTES),
     )
+    if peers is not None:
+        return _from_peers(request, wanted, peers, required)
     resumed, skipped = fill_newest(request, wanted)
     if resumed is None:
         return _nothing(directory, required, skipped)
     return _restored(directory, resumed, skipped)
+
+
+def _alive(alive: Optional[bool], step: Optional[int]) -> Optional[tuple[bool, Optional[int]]]:
+    """What this rank says of its Parameters; None where nobody is asked."""
+    if alive is None:
+        if step is not None:
+            raise UsageError("alive_step is the step of Parameters that are good: give alive=True with it")
+        return None
+    return alive, None if step is None else integer(step, "alive_step", 0)
+
+
+def _from_peers(
+    request: LoadRequest, wanted: ResumeRequest, alive: tuple[bool, Optional[int]], required: bool
+) -> Restored:
+    """A resume in which ranks give each other what they have."""
+    from ms_ckpt_ext.bridge.peers import Alive, fill_with_peers
+
+    found = fill_with_peers(request, wanted, Alive(*alive), lambda chosen: _progress(chosen)[1])
+    if found.resumed is not None:
+        return replace(_restored(wanted.directory, found.resumed, found.skipped), bytes_from_peers=found.received)
+    if found.step is None:
+        return _nothing(wanted.directory, required, found.skipped)
+    log.info("resumed from ranks whose Parameters are good: step %s", found.step)
+    return Restored(None, None, found.step, mode="peers", bytes_from_peers=found.received)
 
 
 class _Ready(NamedTuple):

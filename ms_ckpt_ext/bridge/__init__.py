@@ -9,6 +9,7 @@ network       a direct load
 together      a load of all ranks
 restore       the newest complete checkpoint into networks
 transfer/     Parameters of networks into those of others
+peers         what some ranks lost, from others, and what all lost from a checkpoint
 parameters    Parameters outside any network; `slices` put together, and layouts as messages
 callback      notes at a save
 names         MindSpore's functions under all their names

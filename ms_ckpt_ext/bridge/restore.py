@@ -17,11 +17,12 @@ from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, cho
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, UsageError
+from ms_ckpt_ext.transport.base import Transport
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.resume.scalars import Value
 
-__all__ = ["Resumed", "both", "fill_newest", "layouts_of"]
+__all__ = ["Resumed", "both", "fill_chosen", "fill_newest", "layouts_of", "with_lacks"]
 
 
 class Resumed(NamedTuple):
@@ -100,14 +101,20 @@ def fill_newest(request: LoadRequest, wanted: ResumeRequest) -> tuple[Optional[R
     Returns:
         What was loaded, None when there is no complete checkpoint; and those that were skipped.
     """
-    wanted = replace(wanted, lacks=partial(_lacks, request))
     with meeting(request.options.timeout) as transport:
-        chosen, skipped = choose_checkpoint(transport, wanted)
-        if chosen is None:
-            return None, skipped
-        if chosen.own:
-            named = chosen.catalog.called(request.naming)
-            stands = Taking(named, request.target, request.rank, transport.size).stands
-            chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, request.rank, stands)})
-        filled = fill_from(transport, request, chosen.seen, chosen.catalog)
-    return Resumed(chosen, filled), skipped
+        chosen, skipped = choose_checkpoint(transport, with_lacks(wanted, request))
+        return None if chosen is None else fill_chosen(transport, request, chosen), skipped
+
+
+def with_lacks(wanted: ResumeRequest, request: LoadRequest) -> ResumeRequest:
+    """What is looked for, passing over checkpoints that lack what the network wants."""
+    return replace(wanted, lacks=partial(_lacks, request))
+
+
+def fill_chosen(transport: Transport[Any], request: LoadRequest, chosen: Chosen) -> Resumed:
+    """Load a checkpoint that all ranks chose. Raises as `together.fill_from`."""
+    if chosen.own:
+        named = chosen.catalog.called(request.naming)
+        stands = Taking(named, request.target, request.rank, transport.size).stands
+        chosen = replace(chosen, scalars={**chosen.scalars, **_own_scalars(chosen, request.rank, stands)})
+    return Resumed(chosen, fill_from(transport, request, chosen.seen, chosen.catalog))

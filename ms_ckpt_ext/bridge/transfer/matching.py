@@ -14,6 +14,7 @@ from ms_ckpt_ext.bridge.transfer.sides import SideHere
 from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import Naming, chosen_name
@@ -37,6 +38,23 @@ class Matching(NamedTuple):
     def wants(self, boxes: Mapping[str, Box]) -> dict[str, WantedBox]:
         """What that is of the source, by the Parameter's name."""
         return {match.parameter.name: _wanted(match, boxes.get(match.parameter.name)) for match in self.matches}
+
+    def held(self, boxes: Mapping[str, Box], place: int) -> Matching:
+        """Without the Parameters of which the source does not hold every part. `place`: of this rank in the layouts."""
+        lost = {match.parameter.name for match in self.matches if not _is_held(match, boxes, place)}
+        kept = tuple(match for match in self.matches if match.parameter.name not in lost)
+        return self._replace(matches=kept, missing=(*self.missing, *sorted(lost)))
+
+
+def _is_held(match: Match, boxes: Mapping[str, Box], place: int) -> bool:
+    tensor = match.offer.tensor
+    if not all(tensor.meta.shape):
+        return True
+    try:
+        locate(tensor, _wanted(match, boxes.get(match.parameter.name)).region(tensor.meta.shape, place))
+    except CoverageError:
+        return False
+    return True
 
 
 def _wanted(match: Match, box: Optional[Box]) -> WantedBox:
@@ -79,7 +97,8 @@ def match_sides(
         stored.update(found.found)
         missing = [name for name in missing if name not in stored]
     _refuse_differing(missing, differing, naming)
-    _require({**catalog.tensors, **catalog.extras, **differing}, missing, naming, strict)
+    if strict:
+        _require({**catalog.tensors, **catalog.extras, **differing}, missing, naming)
     matches = []
     for name, source in stored.items():
         match = Match(parameters[name], source, _boxed(offers[source], named, side.boxes.get(name), name))
@@ -131,15 +150,25 @@ def differs(name: str, told: str, who: str) -> LayoutMismatchError:
     )
 
 
-def _require(held: Iterable[str], missing: Sequence[str], naming: Naming, strict: bool) -> None:
-    """Raise CoverageError, if strict, for Parameters that take nothing though nobody left them out."""
+def _lacking(held: Iterable[str], missing: Sequence[str], naming: Naming) -> list[str]:
+    """Of Parameters that take nothing those which nobody left out. `held`: names in the source."""
     left = {name for name in held if chosen_name(naming.choice, name) is None}
-    lacking = [name for name in missing if name not in left]
-    if lacking and strict:
+    return [name for name in missing if name not in left]
+
+
+def _require(held: Iterable[str], missing: Sequence[str], naming: Naming) -> None:
+    """Raise CoverageError for Parameters that take nothing though nobody left them out."""
+    lacking = _lacking(held, missing, naming)
+    if lacking:
         raise CoverageError(
             f"the source has nothing for {len(lacking)} parameters of the target: {some(lacking)}; give name_map where "
             "they go by other names, leave them out by choice_func, or strict=False to keep their values"
         )
+
+
+def tell_missing(held: Iterable[str], found: Matching, naming: Naming) -> None:
+    """Log which Parameters keep their values though nobody left them out."""
+    lacking = _lacking(held, found.missing, naming)
     if lacking:
         log.warning(
             "%d parameters of the target are not in the source and keep their values: %s", len(lacking), lacking

@@ -7,7 +7,7 @@ on all; nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import xxhash
 
@@ -15,7 +15,7 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.memory import bytes_to_come, contents_of
 from ms_ckpt_ext.bridge.together import host_name
 from ms_ckpt_ext.bridge.transfer.asked import GivenSide, ReadStrategy, TransferRequest
-from ms_ckpt_ext.bridge.transfer.matching import Matching, differs, match_sides, tell_casts
+from ms_ckpt_ext.bridge.transfer.matching import Matching, differs, match_sides, tell_casts, tell_missing
 from ms_ckpt_ext.bridge.transfer.moving import PlannedMove
 from ms_ckpt_ext.bridge.transfer.sides import SideHere
 from ms_ckpt_ext.engine.load import profiles
@@ -50,11 +50,30 @@ def plan_move(transport: Transport[Any], request: TransferRequest) -> PlannedMov
     targets = members_of(transport, request.target is not None, request.target_ranks, "target")
     source = _side(transport, request.source, request.read, sources, "source")
     target = _side(transport, request.target, request.read, targets, "target")
+    return plan_between(transport, request, Sides(source, sources, target, targets))
+
+
+class Sides(NamedTuple):
+    """What this rank has of the two sides, None where it has no part; and the ranks of each, by their places.
+
+    `partial`: some of the source is lost. A Parameter of the target of which any part is lost takes nothing.
+    """
+
+    source: Optional[SideHere]
+    sources: Sequence[int]
+    target: Optional[SideHere]
+    targets: Sequence[int]
+    partial: bool = False
+
+
+def plan_between(transport: Transport[Any], request: TransferRequest, sides: Sides) -> PlannedMove:
+    """Plan a transfer between sides that are known. Collective. Raises as `plan_move`."""
+    source, sources, target, targets, partial = sides
     mine = source.parameters if source else {}
     holds = on_all(transport, lambda: source.holds(sources.index(transport.rank)) if source else {})
     holders = slice_holders(share_holds(transport, holds), sources)
     differing = _differing(transport, untold(holders), mine, holds, request.options.verify != "none")
-    catalog = on_all(transport, lambda: catalog_of_holders(holders, sources, differing))
+    catalog = on_all(transport, lambda: catalog_of_holders(holders, sources, differing, not partial))
     naming = _naming(transport, request, holders, target)
     named = on_all(transport, lambda: naming.of(_ruled(catalog, request.rules, differing)))
 
@@ -63,9 +82,12 @@ def plan_move(transport: Transport[Any], request: TransferRequest) -> PlannedMov
             return Matching()
         at = target, targets.index(transport.rank), len(targets)
         how = request.strict, request.strict or request.exact
-        return match_sides(catalog, named, *at, naming, *how, differing)
+        found = match_sides(catalog, named, *at, naming, *how, {} if partial else differing)
+        return found.held(target.boxes, at[1]) if partial else found
 
     matching = on_all(transport, match)
+    if not partial:
+        tell_missing({**catalog.tensors, **catalog.extras, **differing}, matching, naming)
     tell_casts(matching.matches)
     traits = transport.traits
     asked = request.options.hardware

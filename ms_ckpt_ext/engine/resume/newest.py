@@ -78,6 +78,7 @@ class ResumeRequest:
         digests: compare every tensor with the digests on record: reads everything once.
         prefix: of the saves that count; None for all.
         lacks: what the load wants of a checkpoint and its files do not hold, in words; "" if nothing. Ranks may differ.
+        peers: ranks say which of them hold what they should; see `bridge.peers`.
     """
 
     directory: str
@@ -88,6 +89,12 @@ class ResumeRequest:
     digests: bool = False
     prefix: Optional[str] = None
     lacks: Callable[[Catalog], str] = first_absent
+    peers: bool = False
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all ranks."""
+        asked = {"format": self.kind, "digests": self.digests, "prefix": self.prefix, "alive": self.peers}
+        return {**{name: repr(value) for name, value in asked.items()}, "strategy": _text(self.strategy)}
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,7 @@ def choose_checkpoint(transport: Transport[Any], wanted: ResumeRequest) -> tuple
         DisagreementError: ranks look for different things, or ranks of one host in different directories.
         PeerError, TransportError: another rank failed, or has gone.
     """
-    asked = {"format": wanted.kind, "digests": wanted.digests, "prefix": wanted.prefix}
-    agree(transport, {**{name: repr(value) for name, value in asked.items()}, "strategy": _text(wanted.strategy)})
+    agree(transport, wanted.facts())
     probe = _agree_on_directories(transport, wanted)
     order = _look_together(transport, wanted, probe)
     skipped: dict[str, Skipped] = {}

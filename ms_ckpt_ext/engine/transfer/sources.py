@@ -115,13 +115,14 @@ def untold(holders: Mapping[str, Sequence[Holders]]) -> list[str]:
 
 
 def catalog_of_holders(
-    holders: Mapping[str, Sequence[Holders]], ranks: Sequence[int], differing: Mapping[str, str]
+    holders: Mapping[str, Sequence[Holders]], ranks: Sequence[int], differing: Mapping[str, str], complete: bool = True
 ) -> Catalog:
     """The source as jobs know one; its files are the ranks of the job.
 
     Args:
         ranks: of the source.
         differing: names that are left out, for ranks hold different contents.
+        complete: every rank of the source holds its part; else layouts of some pipeline stages may be unknown.
 
     Raises:
         LayoutMismatchError: ranks contradict each other in a dtype, a shape, or a box.
@@ -134,7 +135,8 @@ def catalog_of_holders(
         if name not in differing:
             (tensors if some[0].slice.listed else extras)[name] = _tensor(name, some)
     places = {place: place for place in range(len(ranks))}
-    return Catalog((), tensors, extras, {}, strategy=_strategy(holders, len(ranks)), ranks=places)
+    strategy = _strategy(holders, len(ranks)) if complete else None
+    return Catalog((), tensors, extras, {}, strategy=strategy, ranks=places)
 
 
 def _tensor(name: str, holders: Sequence[Holders]) -> SourceTensor:

@@ -20,6 +20,10 @@ class WantedBox(NamedTuple):
     source: str
     where: Union[Layout, Region]
 
+    def region(self, shape: Shape, place: int) -> Region:
+        """The box, of a parameter of `shape`, for the rank of a place."""
+        return self.where if isinstance(self.where, Region) else self.where.region(place % self.where.devices, shape)
+
 
 Wants = Mapping[str, WantedBox]
 
