@@ -22,7 +22,7 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
-from ms_ckpt_ext.core.parsing import integer
+from ms_ckpt_ext.core.parsing import integer, true_or_false
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
@@ -204,7 +204,7 @@ def _alive(alive: Optional[bool], step: Optional[int]) -> Optional[tuple[bool, O
         if step is not None:
             raise UsageError("alive_step is the step of Parameters that are good: give alive=True with it")
         return None
-    return alive, None if step is None else integer(step, "alive_step", 0)
+    return true_or_false(alive, "alive"), None if step is None else integer(step, "alive_step", 0)
 
 
 def _from_peers(
