@@ -17,7 +17,7 @@ NOT_NEEDED = (
     "formats.crypto.keys",
     "core.planning.weight_rules",
 )
-MOST = {"load": 64, "resume": 72}
+MOST = {"load": 62, "resume": 70}
 """Doors of rooms aside. A third are of the plan of an exchange and its geometry, which every such load makes."""
 
 

@@ -16,7 +16,7 @@ from ms_ckpt_ext.bridge.transfer.matching import Matching
 from ms_ckpt_ext.bridge.transfer.overlap import refuse_overlaps, stays
 from ms_ckpt_ext.bridge.transfer.sides import plain
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.exchange.holders import LocalPiece
+from ms_ckpt_ext.core.exchange.demand import LocalPiece
 from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
 from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, turns_of
 from ms_ckpt_ext.engine.transfer.holdings import Holdings

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ms_ckpt_ext.bridge.match import Match
 from ms_ckpt_ext.bridge.transfer.sides import plain
-from ms_ckpt_ext.core.exchange.holders import LocalPiece
+from ms_ckpt_ext.core.exchange.demand import LocalPiece
 from ms_ckpt_ext.errors import UsageError
 
 

@@ -1,9 +1,7 @@
 """Who reads what and sends what to whom, when all ranks of a job load together. Read in this order:
 
-demand     what the ranks want, and the sizes that bound the exchange
-holders    what ranks have in memory, and who gives it to whom
-cuts       what is needed of one source slice, in boxes that travel as they are
-slices     what lands where of which source slice
+demand     what the ranks want, what they have in memory, and the sizes that bound the exchange
+slices     what lands where of which source slice, in boxes that travel as they are
 parts      which sets of ranks want which cut
 chunks     the long reads that bring the parts, and who makes them
 rounds     which parts travel together

@@ -16,11 +16,9 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.cuts import Cut
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
-from ms_ckpt_ext.core.exchange.holders import InMemory
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, InMemory
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
-from ms_ckpt_ext.core.exchange.slices import Cutting, Travelling, cutting_of, travelling
+from ms_ckpt_ext.core.exchange.slices import Cut, Cutting, Travelling, cutting_of, travelling
 from ms_ckpt_ext.core.geometry.layout import Cell, slice_shape
 from ms_ckpt_ext.core.planning.io_units import Extent, Stored, ranges
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
@@ -193,7 +191,7 @@ class _Builder:
         return found
 
     def _travelling(self, key: Hashable, geometry: Cutting, wanted: Ints, replicas: Ints) -> Travelling:
-        """What of a demand is left when ranks take what they hold themselves, see `core.exchange.holders`."""
+        """What of a demand is left when ranks take what they hold themselves, see `core.exchange.demand`."""
         found = self._left.get(key)
         if found is None:
             assert self._memory is not None

@@ -26,7 +26,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Callable, Generic, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
-from ms_ckpt_ext.core.exchange.holders import LocalPiece
+from ms_ckpt_ext.core.exchange.demand import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, SlicePart
 from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType

@@ -17,8 +17,7 @@ import xxhash
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange import cost
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways, boxes_moved
-from ms_ckpt_ext.core.exchange.holders import InMemory
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, InMemory, Sees, Ways, boxes_moved
 from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import shares_a_server

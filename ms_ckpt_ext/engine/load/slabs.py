@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol, TypeV
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
-from ms_ckpt_ext.core.exchange.holders import LocalPiece
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import RankRound
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.dtype import DType

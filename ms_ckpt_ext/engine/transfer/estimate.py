@@ -9,8 +9,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
-from ms_ckpt_ext.core.exchange.demand import Demand, Grid, Ways
-from ms_ckpt_ext.core.exchange.holders import InMemory
+from ms_ckpt_ext.core.exchange.demand import Demand, Grid, InMemory, Ways
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.totals import tally
 from ms_ckpt_ext.core.geometry.layout import Cell

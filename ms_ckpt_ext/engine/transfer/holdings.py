@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Callable, Generic
 
-from ms_ckpt_ext.core.exchange.holders import LocalPiece
+from ms_ckpt_ext.core.exchange.demand import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import RankRound
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.engine.load.slabs import Staged

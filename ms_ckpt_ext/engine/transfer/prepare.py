@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
-from ms_ckpt_ext.core.exchange.demand import Demand, Ways
-from ms_ckpt_ext.core.exchange.holders import InMemory, LocalPiece, local_pieces
+from ms_ckpt_ext.core.exchange.demand import Demand, InMemory, LocalPiece, Ways, local_pieces
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_of
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
