@@ -2,7 +2,7 @@
 
 1. Neighbouring parts of a file that the same ranks want, several MiB together, are one *chunk*: one read.
 2. What a set of ranks wants whole, and may gather, they read in equal shares, cut when it is known what travels
-   together (`core.exchange.streams`). Where not all of them see its file, one that does reads it and broadcasts it.
+   together (`core.exchange.rounds`). Where not all of them see its file, one that does reads it and broadcasts it.
 3. Any other chunk is read by exactly one rank: of those that need (most of) it and see its file, the one with the least
    to read so far. The least flexible chunks choose first.
 """

@@ -7,7 +7,7 @@
    made by exactly one rank: of those that need it and see its file, the one with the least to read so far. What all
    ranks of a group want whole is read by all of them, in equal shares.
 3. *Rounds* (`core.exchange.rounds`). Every reader contributes parts until its own or a receiver's share of the bucket
-   is full. What a group reads in shares goes by an all-gather of equal shares (`core.exchange.streams`), all else by
+   is full. What a group reads in shares goes by an all-gather of equal shares (`core.exchange.rounds`), all else by
    all-to-all; what the reader wants itself stays with it.
 
 All ranks compute the same plan from the same values; nothing here depends on the rank that asks. Decisions are columns
@@ -27,8 +27,7 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks
 from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, InMemory, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
-from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
-from ms_ckpt_ext.core.exchange.streams import Gathering, gatherings
+from ms_ckpt_ext.core.exchange.rounds import Classes, Gathering, classes_of, gatherings, rounds_of
 from ms_ckpt_ext.core.exchange.tiers import turns
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape, View

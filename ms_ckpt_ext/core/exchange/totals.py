@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
 from ms_ckpt_ext.core.exchange.ragged import Ints, entries_of, narrow, starts, sums
-from ms_ckpt_ext.core.exchange.streams import Gathering
+from ms_ckpt_ext.core.exchange.rounds import Gathering
 from ms_ckpt_ext.core.exchange.tiers import all_teams, broadcast_crossing, gather_crossing, hops
 
 MATRIX = 64

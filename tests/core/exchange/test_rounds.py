@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
-from ms_ckpt_ext.core.exchange.streams import stream_of
+from ms_ckpt_ext.core.exchange.rounds import stream_of
 
 # Parts of a file: gaps before them (0: a neighbour of the one before) and lengths.
 FILES = st.lists(st.lists(st.tuples(st.sampled_from([0, 0, 3, 64]), st.integers(1, 200)), max_size=6), max_size=4)
