@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -15,26 +14,16 @@ from mindspore import mint, nn
 from mindspore.mint import distributed
 from mindspore.nn.utils import no_init_parameters
 
-from ms_ckpt_ext import load_distributed_checkpoint, log
+from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.api.measure import measure
 from ms_ckpt_ext.bridge import memory
 from ms_ckpt_ext.engine.load import profiles
-from ms_ckpt_ext.engine.load.options import LoadReport
 from ms_ckpt_ext.errors import ChecksumError, LoadError, PeerError, UnsupportedError
 from tests.support.checkpoints import read_file
+from tests.support.reports import REPORTS, keep_reports
 
 BUCKET = int(sys.argv[2])
 KEY = bytes(range(32))
-REPORTS: list[LoadReport] = []
-
-
-class Reports(logging.Handler):
-    """Keeps the report of every load, which is told at its end."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        REPORTS.extend(told for told in record.args or () if isinstance(told, LoadReport))
-
-
 DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32}
 
 
@@ -317,8 +306,7 @@ def main() -> None:
     ms.set_device("Ascend")
     distributed.init_process_group()
     rank = distributed.get_rank()
-    logging.getLogger(log.NAME).setLevel(logging.INFO)
-    logging.getLogger(log.NAME).addHandler(Reports())
+    keep_reports()
     counted(root / "large", rank)
     tiled(root / "large", rank, "direct")
     measured(root / "large", rank)

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -20,11 +19,8 @@ from mindspore import nn
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.bridge import together
-from ms_ckpt_ext.engine.load.options import LoadReport
 from tests.support.checkpoints import read_file
-
-REPORTS: list[LoadReport] = []
+from tests.support.reports import REPORTS, keep_reports
 
 
 def moved() -> tuple[int, int, int]:
@@ -47,14 +43,7 @@ def main(root: Path, bucket: int, size: int) -> None:
     for number, (name, held) in enumerate(truth.items()):
         parameter = ms.Parameter(ms.Tensor(np.full(held.shape, 77), ms.float32), name=name)
         cell.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
-    real = together.fill_together
-
-    def observed(*args: Any) -> Any:
-        found = real(*args)
-        REPORTS.append(found.report)
-        return found
-
-    together.fill_together = observed  # type: ignore[assignment]
+    keep_reports()
     distributed.new_group(list(range(rank % 2, distributed.get_world_size(), 2)))
     took = {}
     for mode in ("cooperative", "direct", "cooperative"):
