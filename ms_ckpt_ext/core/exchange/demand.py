@@ -54,13 +54,14 @@ class Demand(NamedTuple):
 class MovedBox(NamedTuple):
     """A box that stored pieces land in: that which a rank wants (`into` is 0), or one that it is computed with.
 
-    `into` is `Assembly.number`; `dtype` and `shape` are of the box.
+    `into` and `kept` are those of `Assembly`; `dtype` and `shape` are of the box.
     """
 
     into: int
     dtype: DType
     shape: Shape
     pieces: Sequence[Sourced]
+    kept: bool = False
 
 
 def boxes_moved(tensor: SourceTensor, target: Region) -> Iterator[MovedBox]:
@@ -71,7 +72,7 @@ def boxes_moved(tensor: SourceTensor, target: Region) -> Iterator[MovedBox]:
     from ms_ckpt_ext.core.planning.assembly import assembled
 
     for each in assembled(tensor, target).every():
-        yield MovedBox(each.number, each.tensor.meta.dtype, each.region.shape, each.moved)
+        yield MovedBox(each.number, each.tensor.meta.dtype, each.region.shape, each.moved, each.kept)
 
 
 @dataclass(frozen=True)

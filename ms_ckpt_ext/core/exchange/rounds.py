@@ -107,10 +107,15 @@ def _receivers(sets: Sets, ways: Ways) -> Ints:
 
 
 def _queue(chunks: Chunks) -> Ints:
-    """The parts of every reader, by number: whole chunks in the order of their first parameter, parts as they lie."""
-    first = chunks.start[:-1]
+    """The parts of every reader, by number: whole chunks in the order of their first parameter, parts as they lie.
+
+    Of one parameter what is needed before the rest comes first.
+    """
+    first, cuts = chunks.start[:-1], chunks.parts.rows.cuts
     first_demand = np.minimum.reduceat(chunks.parts.demand, first) if len(first) else first
-    order = np.lexsort((first_demand, chunks.reader))
+    early = np.fromiter((cut.early for cut in cuts), bool, len(cuts))
+    late = ~early[chunks.parts.row[first]] if early.any() else np.zeros(len(first), bool)
+    order = np.lexsort((late, first_demand, chunks.reader))
     kind = narrow(len(chunks.parts.row))
     return joined([entries_of(chunks.start, order[block])[1].astype(kind) for block in blocks(len(order))], kind)
 

@@ -43,6 +43,7 @@ class Cut(NamedTuple):
     """A box of a slice, contiguous in it: shape in elements, offset and length in bytes, what lands where.
 
     `whole`: who wants some of it wants all of it. `dtype`: of its elements.
+    `early`: it is to be read before what else its parameter is made of.
     """
 
     shape: Shape
@@ -51,6 +52,7 @@ class Cut(NamedTuple):
     shares: tuple[Share, ...]
     whole: bool
     dtype: DType
+    early: bool = False
 
 
 class Placing(NamedTuple):
@@ -68,13 +70,20 @@ class Placing(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def cuts_of(
-    shape: Shape, needs: tuple[Placing, ...], receivers: int, everyone: bool, dtype: DType, limits: ExchangeLimits
+    shape: Shape,
+    needs: tuple[Placing, ...],
+    receivers: int,
+    everyone: bool,
+    dtype: DType,
+    limits: ExchangeLimits,
+    early: bool = False,
 ) -> tuple[Cut, ...]:
     """Cut the needed rows of a slice of `shape`.
 
     Args:
         receivers: ranks that need something of it, each counted as often as it does.
         everyone: these are all ranks.
+        early: see `Cut`.
     """
     alike = everyone and all(need[0] == needs[0][0] for need in needs)
     most = max(ALIGNMENT, min(limits.chunk, limits.least // (1 if alike else max(1, receivers))))
@@ -82,8 +91,10 @@ def cuts_of(
     for box in _boxes(needs, shape, dtype, most):
         offset, nbytes = _linear(box, shape, dtype)
         shares = tuple(_shares(needs, box, dtype))
+        if not shares:
+            continue  # it lies between what is needed
         whole = all(share.in_part.shape == box.shape for share in shares)
-        found.append(Cut(box.shape, offset, nbytes, shares, whole, dtype))
+        found.append(Cut(box.shape, offset, nbytes, shares, whole, dtype, early))
     return tuple(found)
 
 
@@ -143,13 +154,17 @@ class _Need(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A source slice: its tensor's name in the files, shape, cell, the files that hold it, and its dtype."""
+    """A source slice: its tensor's name in the files, shape, cell, the files that hold it, and its dtype.
+
+    `kept`: it is needed whole before what else is computed with it, see `Assembly`.
+    """
 
     name: str
     shape: Shape
     cell: Cell
     files: tuple[int, ...]
     dtype: DType
+    kept: bool = False
 
 
 class Cutting(NamedTuple):
@@ -172,7 +187,7 @@ def cutting_of(demand: Demand, world: int, limits: ExchangeLimits) -> Cutting:
     for number, (source, needs) in enumerate(slices.items()):
         receivers = _receivers(needs)
         placings = tuple(need.placing for need in needs)
-        for made in cuts_of(source.shape, placings, receivers, receivers == world, source.dtype, limits):
+        for made in cuts_of(source.shape, placings, receivers, receivers == world, source.dtype, limits, source.kept):
             slot.append(number)
             cuts.append(made)
             counts.append(len(made.shares))
@@ -192,7 +207,7 @@ def _needs(demand: Demand) -> dict[Slot, list[_Need]]:
         for cell, ranks in grid.ranks.items():
             for box in boxes_moved(demand.tensor, grid.region(cell, demand.tensor.meta.shape)):
                 for piece, files, name, _ in box.pieces:
-                    slot = Slot(name, piece.source_shape, piece.cell, files, box.dtype)
+                    slot = Slot(name, piece.source_shape, piece.cell, files, box.dtype, box.kept)
                     placing = Placing(piece.in_source, piece.in_target, box.shape, piece.view, box.into)
                     slices.setdefault(slot, []).append(_Need(target_number, len(ranks), placing))
             target_number += 1

@@ -14,7 +14,7 @@ from itertools import count
 from typing import NamedTuple
 
 from ms_ckpt_ext.core.geometry.region import Region
-from ms_ckpt_ext.core.planning.pieces import Operation, Piece, Sourced, SourceTensor, locate
+from ms_ckpt_ext.core.planning.pieces import Operation, Piece, Recipe, Sourced, SourceTensor, SplitAxes, locate
 
 
 class Step(NamedTuple):
@@ -33,6 +33,7 @@ class Assembly(NamedTuple):
         number: counts the assemblies of a box that is wanted; that box itself is number 0.
         moved: stored pieces.
         steps: what is computed.
+        kept: it is an operand that is needed whole: any but the first, and a first one whose pieces are no boxes of it.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Assembly(NamedTuple):
     region: Region
     moved: tuple[Sourced, ...]
     steps: tuple[Step, ...]
+    kept: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +61,7 @@ def assembled(tensor: SourceTensor, region: Region) -> Assembly:
     return _assembled(tensor, region, count())
 
 
-def _assembled(tensor: SourceTensor, region: Region, numbers: Iterator[int]) -> Assembly:
+def _assembled(tensor: SourceTensor, region: Region, numbers: Iterator[int], kept: bool = False) -> Assembly:
     number = next(numbers)
     moved, steps = [], []
     for sourced in locate(tensor, region):
@@ -67,7 +69,10 @@ def _assembled(tensor: SourceTensor, region: Region, numbers: Iterator[int]) -> 
             moved.append(sourced)
             continue
         (operation, operands), box = sourced.computed
-        taken = zip(operands, operation.takes(box))
-        needed = tuple(_assembled(operand, part, numbers) for operand, part in taken)
+        taken = enumerate(zip(operands, operation.takes(box)))
+        needed = tuple(
+            _assembled(operand, part, numbers, at > 0 or isinstance(operand.recipe, (Recipe, SplitAxes)))
+            for at, (operand, part) in taken
+        )
         steps.append(Step(operation, box, needed, sourced.piece))
-    return Assembly(number, tensor, region, tuple(moved), tuple(steps))
+    return Assembly(number, tensor, region, tuple(moved), tuple(steps), kept)

@@ -1,8 +1,8 @@
 """Parameters of a cooperative load that are computed: what arrives is what they are computed from.
 
 1. The pieces of an operation's first operand are computed with as they arrive, and what comes of it is placed where it
-   belongs. The other operands (scales of blocks) are kept whole until the load of the parameter is over; a piece that
-   comes before them waits.
+   belongs. The other operands (scales of blocks) are kept whole until the load of the parameter is over. They are read
+   first (`core.exchange.rounds`); a piece that comes before them nonetheless waits.
 2. A first operand that is itself made by moving is kept whole as well, for its pieces are no boxes of it.
 3. What is computed from nothing is computed at the end.
 
@@ -22,7 +22,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.planning.assembly import Assembly, Step, assembled
 from ms_ckpt_ext.core.planning.io_units import cut
-from ms_ckpt_ext.core.planning.pieces import Operand, Recipe, SplitAxes
+from ms_ckpt_ext.core.planning.pieces import Operand
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.slabs import Mover, SliceSink
 from ms_ckpt_ext.transport.base import B, Bytes
@@ -42,14 +42,14 @@ class Computing(Generic[B]):
         self._sink, self._mover = sink, mover
         self._boxes: dict[int, _Box[B]] = {}
         self._steps: list[_Step[B]] = []
-        self._grow(assembled(demand.tensor, _region_of(demand, rank)), None, 0)
+        self._grow(assembled(demand.tensor, _region_of(demand, rank)), None)
 
-    def _grow(self, wanted: Assembly, consumer: Optional[_Step[B]], place: int) -> None:
-        box = self._boxes[wanted.number] = _Box(wanted, consumer, place)
+    def _grow(self, wanted: Assembly, consumer: Optional[_Step[B]]) -> None:
+        box = self._boxes[wanted.number] = _Box(wanted, consumer)
         for step in wanted.steps:
             node = _Step(step, box, self)
-            for number, operand in enumerate(step.operands):
-                self._grow(operand, node, number)
+            for operand in step.operands:
+                self._grow(operand, node)
             node.ready_for([self._boxes[operand.number] for operand in step.operands])
             self._steps.append(node)  # what is computed first comes first
 
@@ -103,12 +103,10 @@ def _region_of(demand: Demand, rank: int) -> Region:
 class _Box(Generic[B]):
     """A box of an operand (or the box that is wanted, which has no consumer): kept whole, or passed on as it comes."""
 
-    def __init__(self, wanted: Assembly, consumer: Optional[_Step[B]], place: int) -> None:
+    def __init__(self, wanted: Assembly, consumer: Optional[_Step[B]]) -> None:
         self.wanted, self.consumer = wanted, consumer
-        by_moving = isinstance(wanted.tensor.recipe, (Recipe, SplitAxes))
-        self.passes = consumer is not None and place == 0 and not by_moving
-        keeps = consumer is not None and not self.passes
-        self.bytes: Optional[Bytes] = np.empty(wanted.nbytes, np.uint8) if keeps else None
+        self.passes = not wanted.kept
+        self.bytes: Optional[Bytes] = np.empty(wanted.nbytes, np.uint8) if wanted.kept else None
         self._missing = wanted.nbytes
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.engine.files.reshard import recut_job
-from ms_ckpt_ext.engine.source.catalog import open_catalog
-from ms_ckpt_ext.rules import Crop, Dequantize, Experts, Pad, Rule, Scale, Transpose, invert
+from ms_ckpt_ext.engine.load.run_exchange import HostSink
+from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
+from ms_ckpt_ext.rules import Crop, Dequantize, Experts, Pad, Rule, Scale, Stack, Transpose, invert
+from ms_ckpt_ext.storage.reader import ReaderPool
+from ms_ckpt_ext.transport.base import Bytes
 from tests.core.planning.test_weight_rules import Ruled, strategy
 from tests.support.checkpoints import read_file, read_merged
 from tests.support.peak import run
@@ -175,3 +179,37 @@ def test_a_transposed_weight_of_mxfp4(tmp_path: Path) -> None:
         box = layout.region(rank, expected.shape)
         assert read_file(tmp_path / f"out/r{rank}.safetensors")["w"].data == expected[box.slices].tobytes()
     assert json.loads((tmp_path / "out/ms_ckpt_ext.digests.json").read_text())
+
+
+@pytest.mark.parametrize("first", ["weights", "scales"])
+def test_what_waits_for_its_scales_is_bounded(first: str, tmp_path: Path) -> None:
+    """Wherever the scales lie in the file, they are read before the elements: of 2 MiB a round's worth is held."""
+    rng = np.random.default_rng(4)
+    elements = {f"e.{n}.w": Tensor("F8_E4M3", rng.integers(0, 120, (512, 1024), dtype=np.uint8)) for n in range(4)}
+    scales = {f"e.{n}.s": Tensor("F32", np.ones((4, 8), "<f4")) for n in range(4)}
+    save({**elements, **scales} if first == "weights" else {**scales, **elements}, tmp_path / "m.safetensors")
+    bucket, held = 128 << 10, []
+
+    class Watched(Ruled):
+        pool: ReaderPool
+
+        def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
+            self.pool = catalog.readers()
+            return self.pool
+
+        def sink(self, rank: int, name: str, sink: HostSink) -> HostSink:
+            placed, place = [0], sink.place
+
+            def watched(source: Bytes, *arguments: Any) -> None:
+                held.append(self.pool.count.nbytes - placed[0])
+                placed[0] += source.size // 2
+                place(source, *arguments)
+
+            sink.place = watched  # type: ignore[method-assign]
+            return sink
+
+    load = Watched(tmp_path, None, strategy({"t": Layout((1,), ((), (), ()))}), bucket_bytes=bucket)
+    load.rules = [Dequantize(["{*}.w", "{*}.s"], "{*}.w"), Stack("e.{n}.w", "t")]
+    loaded = load.run()
+    assert len(loaded[0].contents["t"]) == 4 << 20 and loaded[0].report.rounds > 16
+    assert max(held) <= 4 * bucket
