@@ -58,6 +58,7 @@ class PlannedMove:
         holdings = Holdings(ready.plan, turns, ready.addresses, local, self._bytes_of)
         self._run = ExchangeRun(ready.plan, turns, transport, mover_of(transport), holdings, 0, Trace())
         self._kept: frozenset[int] = frozenset()
+        self._scalars: dict[str, Any] = {}
         received = ready.plan.bytes_received()[transport.rank]
         moved = ready.bytes_local, ready.bytes_sent(transport.rank), received, len(ready.plan.rounds)
         self.report = TransferReport(len(matching.matches), matching.missing, matching.unused, *moved)
@@ -114,8 +115,18 @@ class PlannedMove:
             return np.ascontiguousarray(parameter.asnumpy()).reshape(-1).view(np.uint8)
         if id(parameter) in self._kept:
             return _uploaded(self._transport, parameter)
-        flat = parameter.view(-1) if parameter.shape else parameter.view(1)
+        if not parameter.shape:
+            return self._scalar(name, parameter)
+        flat = parameter.view(-1)
         return flat if flat.dtype == ms.int8 else flat.view(ms.int8)
+
+    def _scalar(self, name: str, parameter: Any) -> Any:
+        """A copy of a Parameter without axes: MindSpore 2.10.0 crashes where one is seen as bytes."""
+        if name not in self._scalars:
+            self._scalars[name] = self._transport.allocate(parameter.itemsize)
+        buffer = self._scalars[name]
+        (buffer if parameter.dtype == ms.int8 else buffer.view(parameter.dtype)).copy_(parameter.view(1))
+        return buffer
 
     def close(self) -> None:
         """Let go of buffers, and leave the other ranks."""
