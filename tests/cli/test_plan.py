@@ -73,6 +73,13 @@ def test_json_from_shapes(shapes: Path) -> None:
     assert sum(each["moved"] for each in found["rounds"]) == found["cooperative"]["sent"]["total"] == 12
 
 
+def test_without_groups(shapes: Path) -> None:
+    argv = ["plan", shapes / "train.ckpt", shapes / "serve.ckpt", "--shapes", shapes / "shapes.json", "--bucket", "8K"]
+    with_groups, without = as_json(*argv), as_json(*argv, "--no-groups")
+    assert without["groups"] == 0 <= with_groups["groups"]
+    assert with_groups["cooperative"]["read"] == without["cooperative"]["read"]
+
+
 def test_one_device_and_a_page(shapes: Path) -> None:
     page = shapes / "plan.html"
     out = fine("plan", "none", "none", "--shapes", shapes / "shapes.json", "--html", page, "--mode", "direct")

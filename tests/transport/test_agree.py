@@ -7,7 +7,7 @@ from typing import Any, Callable
 import pytest
 
 from ms_ckpt_ext.errors import DisagreementError, PeerError
-from ms_ckpt_ext.transport.agree import agree, share_status
+from ms_ckpt_ext.transport.agree import agree, common_groups, share_status, start_status
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
 
@@ -84,3 +84,30 @@ def test_an_error_without_a_message_is_still_a_failure() -> None:
 def test_a_huge_message_is_cut() -> None:
     got = outcomes(2, lambda t: share_status(t, ValueError("x" * 10**6) if t.rank else None))
     assert len(str(got[0])) < 5000
+
+
+def test_a_group_is_common_when_all_of_its_members_have_it() -> None:
+    """Rank 3 lacks the last: who uses it would wait for rank 3 for ever."""
+    known = {0: [(0, 2), (0, 1, 3)], 1: [(1, 3), (0, 1, 3)], 2: [(0, 2)], 3: [(1, 3)]}
+
+    def common(transport: LocalTransport) -> frozenset[tuple[int, ...]]:
+        transport.traits = transport.traits._replace(known_groups=tuple(known[transport.rank]))
+        return common_groups(transport)
+
+    assert outcomes(4, common) == [frozenset({(0, 2), (1, 3)})] * 4
+    assert outcomes(2, common_groups) == [frozenset()] * 2
+
+
+def test_a_status_in_two_steps() -> None:
+    """Told, then heard after other work; who failed raises its own error, the others its message."""
+    broken = ValueError("no disk")
+
+    def step(transport: LocalTransport) -> None:
+        verdict = start_status(transport, broken if transport.rank == 1 else None)
+        buffer = transport.allocate(16)
+        transport.start_broadcast(buffer, 16, 0).wait()
+        verdict()
+
+    found = outcomes(3, step)
+    assert found[1] is broken
+    assert all(isinstance(found[rank], PeerError) and "no disk" in str(found[rank]) for rank in (0, 2))

@@ -27,6 +27,7 @@ from ms_ckpt_ext.core.planning.pieces import TensorMeta
 from ms_ckpt_ext.engine.load import estimate
 from ms_ckpt_ext.engine.load.estimate import DryRun, dry_run
 from ms_ckpt_ext.engine.source.catalog import open_catalog
+from ms_ckpt_ext.errors import ArgumentTypeError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport
 from tests.support.loads import Load, Loaded, assert_shards, wide_source
@@ -345,3 +346,15 @@ def test_few_rounds_without_optimizer_sharding() -> None:
     assert len(report.rounds) <= 120
     assert report.cooperative["received"].most > 16e9
     assert report.cooperative["staging"].most <= 2 * report.bucket < 2 << 30
+
+
+def test_a_job_without_groups_is_planned_as_one() -> None:
+    """Replicas that are each sent a copy: more messages, and none gathers."""
+    shapes = {f"w{n}": {"dtype": "F32", "shape": [1 << 15, 8192]} for n in range(4)}
+    target = strategy_of(Layout((8, 2), ((0,), ())), 4)
+    found = [plan(None, target, shapes=shapes, hardware=["atlas-800t-a2"], groups=groups) for groups in (True, False)]
+    assert [report.groups for report in found] == [2, 0]
+    assert found[0].cooperative["received"].total == found[1].cooperative["received"].total
+    assert found[0].crossing.total <= found[1].crossing.total
+    with pytest.raises(ArgumentTypeError, match="groups"):
+        plan(None, target, shapes=shapes, groups="no")  # type: ignore[arg-type]
