@@ -8,7 +8,9 @@ layouts are made here, since the CPU does not compile semi-automatic parallelism
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import sys
 import time
 from pathlib import Path
@@ -33,6 +35,7 @@ from mindformers.checkpoint import metadata, reshard, sharded_tensor
 from mindformers.checkpoint.layout_adapter import LayoutAdapter
 from safetensors.numpy import save_file
 
+from ms_ckpt_ext import core, engine, formats, storage
 from ms_ckpt_ext.bridge.mindformers import loader as ours
 from ms_ckpt_ext.bridge.mindformers import seam
 from ms_ckpt_ext.bridge.mindformers.options import Options
@@ -220,6 +223,11 @@ def _counting(handed: list[int]) -> Callable[..., Any]:
         return found
 
     return load_checkpoint
+
+
+for room in (core, engine, formats, storage):  # what a load imports is not what it reads
+    for each in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+        importlib.import_module(each.name)
 
 
 def _bytes_read() -> int:
