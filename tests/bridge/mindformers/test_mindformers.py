@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import yaml
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
@@ -41,6 +40,7 @@ if importlib.util.find_spec("mindformers") is None:
         raise RuntimeError("MindFormers should be installed here (scripts/test.sh does it), but is not")
     pytest.skip("MindFormers is not installed; scripts/test.sh installs it", allow_module_level=True)
 
+yaml = pytest.importorskip("yaml", reason="comes with MindFormers")
 pytestmark = [pytest.mark.slow]
 
 
