@@ -141,9 +141,10 @@ def _load(parameters: Iterable[Any]) -> None:
 
 
 def _uploaded(transport: Transport[Any], parameter: Any) -> Any:
-    """A copy on the device of a Parameter that was offloaded."""
-    host = np.ascontiguousarray(parameter.asnumpy()).reshape(-1).view(np.uint8)
-    buffer = transport.allocate(host.nbytes)
+    """A copy on the device of a Parameter that was offloaded, which goes up from pinned memory."""
+    held = np.ascontiguousarray(parameter.asnumpy()).reshape(-1).view(np.uint8)
+    buffer, host = transport.allocate(held.nbytes), transport.pinned(held.nbytes)
+    host[:] = held
     transport.upload(host, buffer, 0)
     return buffer
 
