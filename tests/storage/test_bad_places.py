@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import shutil
@@ -196,15 +197,15 @@ def test_a_folder_of_the_file_system_is_passed_over(
 def test_a_merged_source_that_may_not_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "net.ckpt").write_bytes(b"")
-    real = Path.open
+    real = open
 
-    def refuse(path: Path, *args: Any, **more: Any) -> Any:
-        if path.name == "net.ckpt":
+    def refuse(path: Any, *args: Any, **more: Any) -> Any:
+        if str(path).endswith("net.ckpt"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return real(path, *args, **more)
 
     with monkeypatch.context() as patched, pytest.raises(errors.StorageError, match="cannot read '.*net.ckpt': Permi"):
-        patched.setattr(Path, "open", refuse)
+        patched.setattr(builtins, "open", refuse)
         ms_ckpt_ext.load(tmp_path / "merged")
     refuse_to_list(monkeypatch, tmp_path / "merged")
     with pytest.raises(errors.StorageError, match="cannot look into '.*merged': Permission denied"):
