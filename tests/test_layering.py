@@ -260,3 +260,10 @@ def is_code(path: Path) -> bool:
 @pytest.mark.parametrize("room", ["", *ROOMS])
 def test_a_room_is_small(room: str) -> None:
     assert len([path for path in (ROOT / room).iterdir() if is_code(path)]) <= 16
+
+
+def test_text_is_utf8() -> None:
+    """Python has that codec from its start. It looks for others in its own files, which a job that has become another
+    user may not be allowed to read."""
+    others = re.compile(r"""encoding=["'](?!utf-8["'])""")
+    assert [path.name for path in sorted(ROOT.rglob("*.py")) if others.search(path.read_text(encoding="utf-8"))] == []

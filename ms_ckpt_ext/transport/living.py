@@ -102,7 +102,7 @@ class _End(NamedTuple):
 
 def _ends() -> Iterator[_End]:
     for table in _TABLES:
-        with contextlib.suppress(FileNotFoundError), open(table, encoding="ascii") as lines:
+        with contextlib.suppress(FileNotFoundError), open(table, encoding="utf-8") as lines:
             for fields in (line.split() for line in lines):
                 if fields[3] == _ESTABLISHED:
                     yield _End(_endpoint(fields[1]), _endpoint(fields[2]), fields[9])

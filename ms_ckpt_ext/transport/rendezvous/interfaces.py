@@ -49,7 +49,7 @@ def network_identity() -> str:
     """
     with contextlib.suppress(OSError):
         status = os.stat("/proc/self/ns/net")
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        with open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
             told = [
                 file.read(),
                 str(status.st_dev),
