@@ -58,8 +58,9 @@ ROWS, COLUMNS, HALVES = ((0,), ()), ((), (0,)), ((), (1,))
         (4, 2, (ROWS, ROWS), 2),
         (8, 4, (ROWS, COLUMNS), 2),
         (8, 5, (ROWS, COLUMNS), 2),
+        (16, 8, (ROWS, COLUMNS), 2),
     ],
-    ids=["4 tiered", "4 in groups", "8", "8, a ring of 5 and 3"],
+    ids=["4 tiered", "4 in groups", "8", "8, a ring of 5 and 3", "16"],
 )
 def test_predicted_is_counted_by_tier(ranks: int, size: int, cuts: Sequence[Any], groups: int, tmp_path: Path) -> None:
     """Every server wants everything; all gather one matrix, groups that the job has another, and one is cut."""
@@ -76,6 +77,7 @@ def test_predicted_is_counted_by_tier(ranks: int, size: int, cuts: Sequence[Any]
     write(target, full, tmp_path / "expected")
     (tmp_path / "slow.json").write_text(json.dumps({**SLOW, "ranks_per_host": size}))
     env = {**NPU, "CANNEMU_SERVERS": f"{size},{ranks - size}", "HCCL_BUFFSIZE": "16", "CANNEMU_HBM_MB": "1536"}
+    env["CANNEMU_DEVICES"] = "16"  # of all servers
     worker = Path(__file__).with_name("tier_worker.py")
     result = run_msrun(
         worker,

@@ -158,7 +158,8 @@ def test_sealed_digests_are_never_taken_for_proved(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_a_fault_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = two_files(tmp_path, "AES-GCM")
-    two.write_bytes(two.read_bytes()[:-1] + b"x")
+    held = two.read_bytes()
+    two.write_bytes(held[:-1] + bytes([held[-1] ^ 1]))
     real = os.preadv
 
     def refuse(fd: int, buffers: Any, offset: int) -> int:
