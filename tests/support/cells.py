@@ -20,6 +20,7 @@ from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from ms_ckpt_ext.transport.select import lent
 
+ms.set_device("CPU")  # here, where tests are collected: after the first kernel MindSpore refuses it, also to others
 POISON = 77
 HERE = threading.local()
 
