@@ -6,9 +6,7 @@ description travels once per distinct content, from the lowest rank that has it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,6 +16,7 @@ from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
+from ms_ckpt_ext.transport.agree import share_alike
 from ms_ckpt_ext.transport.base import Transport
 
 
@@ -30,12 +29,7 @@ class Want(NamedTuple):
 
 def share_wants(transport: Transport[Any], wants: Mapping[str, Want]) -> list[Mapping[str, Want]]:
     """Every rank's wants, by rank. Ranks with equal wants share one mapping."""
-    content = _encode(wants)
-    digests = transport.share(hashlib.blake2b(content, digest_size=16).digest())
-    first = digests.index(digests[transport.rank]) == transport.rank
-    answers = transport.share(zlib.compress(content, 1) if first else b"")
-    decoded = {digest: _decode(zlib.decompress(answer)) for digest, answer in zip(digests, answers) if answer}
-    return [decoded[digest] for digest in digests]
+    return share_alike(transport, _encode(wants), _decode)
 
 
 def _encode(wants: Mapping[str, Want]) -> bytes:
@@ -44,7 +38,7 @@ def _encode(wants: Mapping[str, Want]) -> bytes:
     return json.dumps([layouts, [[name, w.source, number[w.layout]] for name, w in wants.items()]]).encode()
 
 
-def _decode(content: bytes) -> dict[str, Want]:
+def _decode(content: bytes) -> Mapping[str, Want]:
     described, wants = json.loads(content)
     layouts = [layout_from_json(raw) for raw in described]
     return {name: Want(source, layouts[number]) for name, source, number in wants}

@@ -6,6 +6,7 @@ which is looked at. The n-th rank of a side has the n-th place in its layouts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -13,7 +14,7 @@ from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout, layout_from_json
 from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.errors import UsageError, name_ranks
-from ms_ckpt_ext.transport.agree import pack, unpack
+from ms_ckpt_ext.transport.agree import share_alike
 from ms_ckpt_ext.transport.base import Transport
 
 
@@ -70,24 +71,18 @@ def members_of(
 
 def share_holds(transport: Transport[Any], mine: Holds) -> list[Holds]:
     """What every rank holds, by rank. Ranks that hold the same in the same layouts share one mapping. Collective."""
-    known: dict[bytes, Holds] = {}
-    found = []
-    for answer in transport.share(pack(_to_json(mine))):
-        if answer not in known:
-            known[answer] = _from_json(unpack(answer))
-        found.append(known[answer])
-    return found
+    return share_alike(transport, _encode(mine), _decode)
 
 
-def _to_json(holds: Holds) -> list[Any]:
+def _encode(holds: Holds) -> bytes:
     layouts = list(dict.fromkeys(each.layout for each in holds.values() if each.layout is not None))
     number: dict[Optional[Layout], int] = {layout: n for n, layout in enumerate(layouts)}
     rows = [[name, h.dtype, h.shape, number.get(h.layout, -1), h.box] for name, h in holds.items()]
-    return [layouts, rows]
+    return json.dumps([layouts, rows]).encode()
 
 
-def _from_json(raw: Any) -> Holds:
-    described, rows = raw
+def _decode(content: bytes) -> Holds:
+    described, rows = json.loads(content)
     layouts = [layout_from_json(each) for each in described]
     return {
         name: HeldSlice(dtype, tuple(shape), layouts[number] if number >= 0 else None, Box(*box) if box else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
@@ -10,7 +11,7 @@ from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.transfer.sources import Cells, Members, cells_of_members, joined_cells
-from ms_ckpt_ext.transport.agree import pack, unpack
+from ms_ckpt_ext.transport.agree import share_alike
 from ms_ckpt_ext.transport.base import Transport
 
 
@@ -30,24 +31,18 @@ Wants = Mapping[str, WantedBox]
 
 def share_wanted(transport: Transport[Any], mine: Wants) -> list[Wants]:
     """Every rank's wants, by rank. Ranks that want the same in the same layouts share one mapping. Collective."""
-    known: dict[bytes, Wants] = {}
-    found = []
-    for answer in transport.share(pack(_to_json(mine))):
-        if answer not in known:
-            known[answer] = _from_json(unpack(answer))
-        found.append(known[answer])
-    return found
+    return share_alike(transport, _encode(mine), _decode)
 
 
-def _to_json(wants: Wants) -> list[Any]:
+def _encode(wants: Wants) -> bytes:
     layouts = list(dict.fromkeys(each.where for each in wants.values() if isinstance(each.where, Layout)))
     number = {layout: n for n, layout in enumerate(layouts)}
     rows = [[name, w.source, number[w.where] if isinstance(w.where, Layout) else w.where] for name, w in wants.items()]
-    return [layouts, rows]
+    return json.dumps([layouts, rows]).encode()
 
 
-def _from_json(raw: Any) -> Wants:
-    described, rows = raw
+def _decode(content: bytes) -> Wants:
+    described, rows = json.loads(content)
     layouts = [layout_from_json(each) for each in described]
 
     def where(told: Any) -> Union[Layout, Region]:
