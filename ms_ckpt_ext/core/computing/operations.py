@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.planning.pieces import Operand
+from ms_ckpt_ext.core.planning.recipes import Operand
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.computing.arithmetic import Floats

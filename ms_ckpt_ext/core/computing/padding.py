@@ -12,8 +12,8 @@ from ms_ckpt_ext.core.computing.rules import checked_size, computed
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.joining import axis_of
-from ms_ckpt_ext.core.planning.pieces import Block, Computation, SourceTensor, TensorMeta
-from ms_ckpt_ext.core.planning.recipes import made_of
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.recipes import Block, Computation, made_of
 from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 

@@ -17,8 +17,8 @@ from typing import Optional, Union
 from ms_ckpt_ext.core.computing.operations import AddedProduct, Dequantized, Scaled
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.region import Shape
-from ms_ckpt_ext.core.planning.pieces import Computation, SourceTensor, TensorMeta
-from ms_ckpt_ext.core.planning.recipes import joined_axes, packed_as_bytes, seen_as
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.recipes import Computation, joined_axes, packed_as_bytes, seen_as
 from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields, shapes_of
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 

@@ -62,6 +62,82 @@ class StridedCopy(NamedTuple):
         sources = offsets_of(self.source, self.counts, self.source_strides)
         return zip(sources, offsets_of(self.target, self.counts, self.target_strides))
 
+    @property
+    def form(self) -> Form:
+        """This copy without its offsets."""
+        return Form(self.run, self.counts, self.source_strides, self.target_strides, self.nbytes)
+
+    def bounded(self, most: int) -> Iterator[StridedCopy]:
+        """This copy cut along its outer axes, so that each part spans at most `most` bytes of the source.
+
+        A single run is not cut.
+        """
+        if not self.counts or self.source_span <= most:
+            yield self
+            return
+        count, stride, landing = self.counts[0], self.source_strides[0], self.target_strides[0]
+        one = self.source_span - (count - 1) * stride
+        step = max(1, (most - one) // stride + 1)
+        for first in range(0, count, step):
+            part = self._replace(source=self.source + first * stride, target=self.target + first * landing)
+            if step > 1:
+                yield part._replace(counts=(min(step, count - first), *self.counts[1:]))
+                continue
+            inner = part._replace(
+                counts=self.counts[1:], source_strides=self.source_strides[1:], target_strides=self.target_strides[1:]
+            )
+            yield from inner.bounded(most)
+
+    def repeated(self, count: int, step: int, landing: int) -> StridedCopy:
+        """This copy made `count` times, `step` bytes further in the source and `landing` in the target each time."""
+        if count == 1:
+            return self
+        if not self.counts and step == landing == self.run:
+            return self._replace(run=count * self.run)
+        return self._replace(
+            counts=(count, *self.counts),
+            source_strides=(step, *self.source_strides),
+            target_strides=(landing, *self.target_strides),
+        )
+
+
+class Form(NamedTuple):
+    """What copies that differ in their offsets only have in common; `nbytes` of one."""
+
+    run: int
+    counts: Shape
+    source_strides: Shape
+    target_strides: Shape
+    nbytes: int
+
+    def at(self, source: int, target: int) -> StridedCopy:
+        """The copy that begins there."""
+        return StridedCopy(self.run, self.counts, source, self.source_strides, target, self.target_strides)
+
+    def gap(self) -> int:
+        """Bytes between neighbouring stretches of the source that are contiguous; 0 when it is one stretch."""
+        depth, length = self._solid()
+        return self.source_strides[depth - 1] - length if depth else 0
+
+    def apart(self, source: int, target: int) -> tuple[Form, list[tuple[int, int]]]:
+        """The copy that begins there, one contiguous stretch of the source at a time: their form, and their offsets."""
+        depth, length = self._solid()
+        strides = self.source_strides[:depth], self.target_strides[:depth]
+        outer = StridedCopy(length, self.counts[:depth], source, strides[0], target, strides[1])
+        inner = Form(self.run, self.counts[depth:], self.source_strides[depth:], self.target_strides[depth:], length)
+        return inner, [*outer.runs()]
+
+    def _solid(self) -> tuple[int, int]:
+        """(axes with gaps between them in the source, bytes without one).
+
+        Axes count from the outermost one: where axes are permuted, no inner one is contiguous behind a gap.
+        """
+        depth, length = len(self.counts), self.run
+        while depth and self.source_strides[depth - 1] == length:
+            depth -= 1
+            length *= self.counts[depth]
+        return depth, length
+
 
 def offsets_of(start: int, counts: Shape, strides: Shape) -> list[int]:
     """Where every element of a strided array lies, in row-major order."""

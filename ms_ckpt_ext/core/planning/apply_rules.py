@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
-from ms_ckpt_ext.core.planning.pieces import Recipe, SourceTensor
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.recipes import Recipe
 from ms_ckpt_ext.core.planning.rule import Rule, all_of, shapes_of
 from ms_ckpt_ext.core.planning.weight_rules import Duplicate, Rename
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError

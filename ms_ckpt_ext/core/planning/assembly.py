@@ -14,7 +14,8 @@ from itertools import count
 from typing import NamedTuple
 
 from ms_ckpt_ext.core.geometry.region import Region
-from ms_ckpt_ext.core.planning.pieces import Operation, Piece, Recipe, Sourced, SourceTensor, SplitAxes, locate
+from ms_ckpt_ext.core.planning.pieces import Piece, Sourced, SourceTensor, locate
+from ms_ckpt_ext.core.planning.recipes import Operation, Recipe, SplitAxes
 
 
 class Step(NamedTuple):

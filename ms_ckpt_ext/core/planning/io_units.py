@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Callable, NamedTuple, Union
+from typing import TYPE_CHECKING, Callable, NamedTuple, Union
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
-from ms_ckpt_ext.core.planning.pieces import Operation, SourceTensor
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.recipes import Operation
 
 
 class Extent(NamedTuple):
@@ -176,6 +179,7 @@ def ranges(extents: tuple[Extent, ...], offset: int, length: int) -> Iterator[Ex
 
 
 def cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
+    """Cut a box of an array along `axis` and those behind it, into boxes of at most `tile` bytes where it can be."""
     shape = box.shape
     if axis == len(shape) or dtype.nbytes(box.size) <= tile:
         yield box
@@ -191,3 +195,22 @@ def cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
             yield from cut(part, axis + 1, dtype, tile)
         else:
             yield part
+
+
+def paired(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Extent, Extent]]:
+    """Cut two runs of extents of the same total length at each other's seams."""
+    a, b = next(left, None), next(right, None)
+    while a and b:
+        length = min(a.length, b.length)
+        yield Extent(a.offset, length), Extent(b.offset, length)
+        a = Extent(a.offset + length, a.length - length) if a.length > length else next(left, None)
+        b = Extent(b.offset + length, b.length - length) if b.length > length else next(right, None)
+
+
+def tile_blocks(regions: list[Region], dtype: DType, tile: int) -> Iterator[Region]:
+    """Cut the hull of `regions` into boxes of at most `tile` bytes, each contiguous in any of the regions it meets."""
+    if not regions:
+        return
+    start = tuple(map(min, zip(*(region.start for region in regions))))
+    stop = tuple(map(max, zip(*(region.stop for region in regions))))
+    yield from cut(Region(start, stop), 0, dtype, tile)

@@ -8,8 +8,8 @@ from math import gcd
 from typing import Optional
 
 from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.planning.pieces import Block, SourceTensor
-from ms_ckpt_ext.core.planning.recipes import made_of, seen_as
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.recipes import Block, made_of, seen_as
 from ms_ckpt_ext.core.planning.rule import Rule, shapes_of
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 

@@ -1,21 +1,219 @@
-"""Parameters made of others: what a rule says about shapes, turned into a source that planning can locate.
+"""Parameters made of others, as sources that planning can locate like any other.
 
-A rule sees every source tensor in some shape (its axes split or joined), lays it as a box into a view of the target,
-and permutes axes on the way. Slices of a source that is itself sharded are seen in that shape too, as long as the cuts
-fall between its rows there.
+1. A rule sees every source tensor in some shape (its axes split or joined), lays it as a box into a view of the target,
+   and permutes axes on the way: a `Recipe`. Slices of a source that is itself sharded are seen in that shape too, as
+   long as the cuts fall between its rows there.
+2. A parameter may be computed from others: a `Computation`. A box of it is one piece, which says what computes it; what
+   that takes of the operands is located in turn (`core.planning.assembly`).
+3. A tensor that is made of others may be seen with its axes split further: `SplitAxes`.
+
+Each tells the tensors that it is made of (`sources`), whether anything of it is computed (`is_computed`), all that
+decides the result apart from the sources (`how`), itself made of other stored tensors (`remade`), and its pieces
+(`locate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Callable, NamedTuple, Optional, Protocol
 
+from ms_ckpt_ext.core.geometry.arrangement import Arrangement, Setting, arrangement
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Shape
-from ms_ckpt_ext.core.geometry.view import split_axes
-from ms_ckpt_ext.core.planning.pieces import Block, Placement, Recipe, SourceTensor, SplitAxes, TensorMeta
+from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.strided import strides_of
+from ms_ckpt_ext.core.geometry.view import split_axes, unsplit
+from ms_ckpt_ext.core.planning.pieces import Computed, Piece, Placement, Sourced, SourceTensor, TensorMeta, locate
 from ms_ckpt_ext.errors import LayoutMismatchError
+
+_Change = Callable[[SourceTensor], SourceTensor]
+
+
+class Block(NamedTuple):
+    """A box of a source tensor that is a box of the view of a parameter made of several.
+
+    Attributes:
+        tensor: the source; its shape is the one it is seen in.
+        region: the box of it that is used.
+        axes: for every axis of the source the axis of the view along which it runs; strictly one to one.
+        start: corner of its box in the view; the box is one thick along axes that `axes` does not name.
+    """
+
+    tensor: SourceTensor
+    region: Region
+    axes: tuple[int, ...]
+    start: Shape
+
+
+class Recipe(NamedTuple):
+    """How a parameter is made: `view` is its shape with axes split further; the blocks fill the view exactly once.
+
+    `arrangement` is where they are in it, apart from what they are of.
+    """
+
+    view: Shape
+    blocks: tuple[Block, ...]
+    arrangement: Arrangement
+
+    @classmethod
+    def of(cls, shape: Shape, view: Shape, blocks: Sequence[Block]) -> Recipe:
+        """A recipe of a parameter of `shape`."""
+        settings = tuple(Setting(block.region, block.axes, block.start) for block in blocks)
+        return cls(view, tuple(blocks), arrangement(shape, view, settings))
+
+    @property
+    def how(self) -> str:
+        """See above."""
+        return self.arrangement.text
+
+    @property
+    def sources(self) -> tuple[SourceTensor, ...]:
+        """See above."""
+        return tuple(block.tensor for block in self.blocks)
+
+    @property
+    def is_computed(self) -> bool:
+        """See above."""
+        return any(block.tensor.is_computed for block in self.blocks)
+
+    def remade(self, change: _Change) -> Recipe:
+        """See above."""
+        return self._replace(blocks=tuple(b._replace(tensor=b.tensor.remade(change)) for b in self.blocks))
+
+    def locate(self, target: Region) -> list[Sourced]:
+        """See above."""
+        return list(self._located(target))
+
+    def _located(self, target: Region) -> Iterator[Sourced]:
+        blocks = self.blocks
+        for bit in self.arrangement.bits(target):
+            tensor = blocks[bit.block].tensor
+            if tensor.recipe is not None:
+                yield from _through(tensor, bit.wanted, bit.view)
+                continue
+            for piece, files, stored_name, _ in locate(tensor, bit.wanted):
+                known = bit.known
+                if known is None or known[0] is not piece:
+                    known = bit.known = (piece, _viewed(piece, bit.view))
+                yield Sourced(known[1], files, stored_name)
+
+
+class Operand(NamedTuple):
+    """A box of an operand: its flat bytes, row-major, and where it lies in the operand."""
+
+    bytes: memoryview
+    region: Region
+
+
+class Operation(Protocol):
+    """What computes a box of a parameter from boxes of others. Its `repr` tells all that decides the result.
+
+    It computes any box on its own, so that tiles, ranks and layouts do not change a bit of the result.
+    """
+
+    def takes(self, box: Region) -> tuple[Region, ...]:
+        """The box of every operand that a box of the result takes."""
+
+    def gives(self, first: Region) -> Region:
+        """The box of the result that a box of the first operand is needed for; it may reach over the result's end."""
+
+    def compute(self, box: Region, operands: Sequence[Operand], out: memoryview) -> None:
+        """Fill `out`, flat bytes, with a box of the result; every operand holds at least what `takes` says."""
+
+
+class Computation(NamedTuple):
+    """How a parameter is computed, and from what."""
+
+    operation: Operation
+    operands: tuple[SourceTensor, ...]
+
+    @property
+    def how(self) -> str:
+        """See above."""
+        return repr(self.operation)
+
+    @property
+    def sources(self) -> tuple[SourceTensor, ...]:
+        """See above."""
+        return self.operands
+
+    @property
+    def is_computed(self) -> bool:
+        """See above."""
+        return True
+
+    def remade(self, change: _Change) -> Computation:
+        """See above."""
+        return self._replace(operands=tuple(operand.remade(change) for operand in self.operands))
+
+    def locate(self, target: Region) -> list[Sourced]:
+        """A box that is computed, when all that it takes is there."""
+        for operand, taken in zip(self.operands, self.operation.takes(target)):
+            locate(operand, taken)
+        whole = Region.whole(target.shape)
+        return [Sourced(Piece((), target.shape, whole, whole), (), "", Computed(self, target))]
+
+
+class SplitAxes(NamedTuple):
+    """Another tensor whose axes are split further: it is seen in `shape`."""
+
+    tensor: SourceTensor
+    shape: Shape
+
+    @property
+    def how(self) -> str:
+        """See above."""
+        return "split"
+
+    @property
+    def sources(self) -> tuple[SourceTensor, ...]:
+        """See above."""
+        return (self.tensor,)
+
+    @property
+    def is_computed(self) -> bool:
+        """See above."""
+        return self.tensor.is_computed
+
+    def remade(self, change: _Change) -> SplitAxes:
+        """See above."""
+        return self._replace(tensor=self.tensor.remade(change))
+
+    def locate(self, target: Region) -> list[Sourced]:
+        """See above."""
+        return list(self.through(target, View(0, strides_of(target.shape))))
+
+    def through(self, wanted: Region, view: View) -> Iterator[Sourced]:
+        """The pieces of a box, for a target that sees it through `view`."""
+        for box, seen in unsplit(self.tensor.meta.shape, self.shape, wanted, view):
+            yield from _through(self.tensor, box, seen)
+
+
+def _through(tensor: SourceTensor, wanted: Region, view: View) -> Iterator[Sourced]:
+    """The pieces of a box, for a target that sees it through `view`."""
+    if isinstance(tensor.recipe, SplitAxes):
+        yield from tensor.recipe.through(wanted, view)
+        return
+    for sourced in locate(tensor, wanted):
+        yield sourced._replace(piece=_viewed(sourced.piece, view))
+
+
+def _viewed(piece: Piece, view: View) -> Piece:
+    """A piece of a box, as a piece of a target that sees the box through `view`."""
+    if piece.view is not None:
+        raise ValueError("a tensor that is made of others cannot be part of another one")
+    return Piece(piece.cell, piece.source_shape, piece.in_source, piece.in_target, view)
+
+
+def box_of_stored(tensor: SourceTensor) -> Optional[tuple[SourceTensor, Region]]:
+    """The stored tensor, and the box of it, that has the same bytes in the same order; None where no box has."""
+    recipe = tensor.recipe
+    if not isinstance(recipe, Recipe) or len(recipe.blocks) != 1 or recipe.blocks[0].tensor.recipe is not None:
+        return None
+    block = recipe.blocks[0]
+    thick = [axis for axis, extent in zip(block.axes, block.region.shape) if extent > 1]
+    return (block.tensor, block.region) if thick == sorted(thick) else None
 
 
 def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:
@@ -32,7 +230,7 @@ def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:
             split_axes(shape, view)
         except ValueError as error:
             raise LayoutMismatchError(f"{tensor.meta.name!r}, which is made by a rule: {error}") from error
-        return SourceTensor(tensor.meta._replace(shape=view), "", (), SplitAxes(tensor))
+        return SourceTensor(tensor.meta._replace(shape=view), "", (), SplitAxes(tensor, view))
     placements = tuple(_seen(tensor, placement, view) for placement in tensor.placements)
     return SourceTensor(tensor.meta._replace(shape=view), tensor.stored_name, placements)
 

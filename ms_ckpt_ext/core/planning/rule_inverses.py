@@ -15,8 +15,8 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
-from ms_ckpt_ext.core.planning.pieces import Block, Recipe, SourceTensor, TensorMeta, stored_whole
-from ms_ckpt_ext.core.planning.recipes import made_of, seen_as
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.recipes import Block, Recipe, made_of, seen_as
 from ms_ckpt_ext.core.planning.rule import Rule, all_of
 from ms_ckpt_ext.core.planning.weight_rules import Concat, Part
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError

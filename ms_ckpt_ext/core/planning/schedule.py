@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.geometry.strided import StridedCopy, byte_box, strided_copy, strides_of
+from ms_ckpt_ext.core.geometry.strided import Form, StridedCopy, byte_box, strided_copy, strides_of
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,
     Compute,
@@ -33,10 +33,14 @@ from ms_ckpt_ext.core.planning.io_units import (
     Target,
     Task,
     Unit,
-    cut,
+    paired,
     ranges,
+    tile_blocks,
 )
-from ms_ckpt_ext.core.planning.pieces import Computed, Piece, SourceTensor, locate
+from ms_ckpt_ext.core.planning.pieces import Computed, Piece, Sourced, SourceTensor, locate
+
+_PIECES = 1 << 15
+"""Pieces whose copies are kept."""
 
 
 def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[Unit]:
@@ -47,7 +51,6 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
     chooser = _Balance()
     batch = _BatchBuilder(stored, limits)
     for task in tasks:
-        dtype = task.tensor.meta.dtype
         if _is_small_and_whole(task, limits):
             if batch.nbytes >= limits.tile:
                 yield batch.finish()
@@ -57,31 +60,42 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
             continue
         staged = []
         for target in task.targets:
-            if dtype.nbytes(target.region.size) < limits.direct or len(target.landings) > 1:
+            copies = _long_copies(task.tensor, target, limits)
+            if copies is None:
                 staged.append(target)
-                continue
-            copies = [
-                (sourced, strided_copy(sourced.piece, target.region.shape, dtype))
-                for sourced in locate(task.tensor, target.region)
-            ]
-            if any(sourced.computed or copy.run < limits.direct for sourced, copy in copies):
-                staged.append(target)
-                continue
-            for sourced, copy in copies:
+            for sourced, copy in copies or ():
                 file = chooser.pick(sourced.files, copy.nbytes)
                 yield from _direct(file, stored(file, sourced.stored_name), target.landings[0], copy, limits)
-        begun = False
-        for block in _blocks([target.region for target in staged], dtype, limits.tile):
-            if batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
-                begun = True
-                yield batch.finish()
-            for target in staged:
-                tile = target.region.intersect(block)
-                if tile is not None:
-                    batch.add(task.tensor, target, tile, chooser)
-        if batch.nbytes and (begun or batch.nbytes >= limits.tile // 2):
-            yield batch.finish(last=True)
+        yield from _tiles(batch, task.tensor, staged, chooser, limits)
     if batch.nbytes:
+        yield batch.finish(last=True)
+
+
+def _long_copies(tensor: SourceTensor, target: Target, limits: Limits) -> Optional[list[tuple[Sourced, StridedCopy]]]:
+    """The copies that fill a target without a buffer; None when some of their runs are short, or it lands twice."""
+    dtype = tensor.meta.dtype
+    if dtype.nbytes(target.region.size) < limits.direct or len(target.landings) > 1:
+        return None
+    copies = [
+        (sourced, strided_copy(sourced.piece, target.region.shape, dtype)) for sourced in locate(tensor, target.region)
+    ]
+    return None if any(sourced.computed or copy.run < limits.direct for sourced, copy in copies) else copies
+
+
+def _tiles(
+    batch: _BatchBuilder, tensor: SourceTensor, staged: list[Target], chooser: _Balance, limits: Limits
+) -> Iterator[Batch]:
+    """Add targets of one parameter to a batch, tile by tile; gives the batches that are full."""
+    begun = False
+    for block in tile_blocks([target.region for target in staged], tensor.meta.dtype, limits.tile):
+        if batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
+            begun = True
+            yield batch.finish()
+        for target in staged:
+            tile = target.region.intersect(block)
+            if tile is not None:
+                batch.add(tensor, target, tile, chooser)
+    if batch.nbytes and (begun or batch.nbytes >= limits.tile // 2):
         yield batch.finish(last=True)
 
 
@@ -114,43 +128,11 @@ def _direct(
 ) -> Iterator[Direct]:
     end = landing.extents[-1].offset + landing.extents[-1].length
     for source, target in copy.runs():
-        for lying, landed in _paired(ranges(extents, source, copy.run), ranges(landing.extents, target, copy.run)):
+        for lying, landed in paired(ranges(extents, source, copy.run), ranges(landing.extents, target, copy.run)):
             for start in range(0, landed.length, limits.chunk):
                 length = min(limits.chunk, landed.length - start)
                 at = landed.offset + start
                 yield Direct(file, lying.offset + start, landing.sink, at, length, at + length == end)
-
-
-def _paired(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Extent, Extent]]:
-    """Cut two runs of extents of the same total length at each other's seams."""
-    a, b = next(left, None), next(right, None)
-    while a and b:
-        length = min(a.length, b.length)
-        yield Extent(a.offset, length), Extent(b.offset, length)
-        a = Extent(a.offset + length, a.length - length) if a.length > length else next(left, None)
-        b = Extent(b.offset + length, b.length - length) if b.length > length else next(right, None)
-
-
-def _blocks(regions: list[Region], dtype: DType, tile: int) -> Iterator[Region]:
-    """Cut the hull of `regions` into boxes of at most `tile` bytes, each contiguous in any of the regions it meets."""
-    if not regions:
-        return
-    start = tuple(map(min, zip(*(region.start for region in regions))))
-    stop = tuple(map(max, zip(*(region.stop for region in regions))))
-    yield from cut(Region(start, stop), 0, dtype, tile)
-
-
-class _Form(NamedTuple):
-    """What copies that differ in their offsets only have in common; `nbytes` of one."""
-
-    run: int
-    counts: Shape
-    source_strides: Shape
-    target_strides: Shape
-    nbytes: int
-
-    def at(self, source: int, target: int) -> StridedCopy:
-        return StridedCopy(self.run, self.counts, source, self.source_strides, target, self.target_strides)
 
 
 class _Span(NamedTuple):
@@ -160,7 +142,7 @@ class _Span(NamedTuple):
     stop: int
     number: int
     target: int
-    form: _Form
+    form: Form
 
     @property
     def copy(self) -> StridedCopy:
@@ -173,7 +155,7 @@ class _Cut(NamedTuple):
     source: int
     span: int
     target: int
-    form: _Form
+    form: Form
 
 
 class _Forms:
@@ -185,7 +167,7 @@ class _Forms:
     def __init__(self, most: int) -> None:
         self._most = most
         self._known: dict[int, tuple[Piece, Shape, DType, tuple[_Cut, ...], int]] = {}
-        self._forms: dict[_Form, _Form] = {}
+        self._forms: dict[Form, Form] = {}
 
     def of(self, piece: Piece, shape: Shape, dtype: DType) -> tuple[tuple[_Cut, ...], int]:
         """The copy that moves a piece into an array of `shape`, cut along its outer axes; and its bytes."""
@@ -194,26 +176,18 @@ class _Forms:
             if len(self._known) >= _PIECES:
                 self._known.clear()
             copy = strided_copy(piece, shape, dtype)
-            cuts = tuple(map(self._cut, _bounded(copy, self._most)))
+            cuts = tuple(map(self._cut, copy.bounded(self._most)))
             known = self._known[id(piece)] = (piece, shape, dtype, cuts, copy.nbytes)
         return known[3], known[4]
 
-    def run_of(self, nbytes: int) -> _Form:
+    def run_of(self, nbytes: int) -> Form:
         """The form of a copy of one run."""
-        form = _Form(nbytes, (), (), (), nbytes)
+        form = Form(nbytes, (), (), (), nbytes)
         return self._forms.setdefault(form, form)
 
     def _cut(self, copy: StridedCopy) -> _Cut:
-        form = _form(copy)
+        form = copy.form
         return _Cut(copy.source, copy.source_span, copy.target, self._forms.setdefault(form, form))
-
-
-def _form(copy: StridedCopy) -> _Form:
-    return _Form(copy.run, copy.counts, copy.source_strides, copy.target_strides, copy.nbytes)
-
-
-_PIECES = 1 << 15
-"""Pieces whose copies are kept."""
 
 
 class _BatchBuilder:
@@ -278,7 +252,7 @@ class _BatchBuilder:
         self._computes.append(Compute(operation, box, needed, number, copy))
 
     def _lay(
-        self, file: int, extents: tuple[Extent, ...], number: int, source: int, span: int, target: int, form: _Form
+        self, file: int, extents: tuple[Extent, ...], number: int, source: int, span: int, target: int, form: Form
     ) -> None:
         """Note where in the file a copy's source lies; `source` counts from the beginning of its tensor."""
         start, length = extents[0]
@@ -289,7 +263,7 @@ class _BatchBuilder:
         scattered = tuple(ranges(extents, source, span))
         if len(scattered) == 1:
             self._lay(file, scattered, number, 0, span, target, form)
-        elif _wasteful(form, self._limits.gap):
+        elif form.gap() > self._limits.gap:
             for run in _explode(_Span(source, source + span, number, target, form)):
                 self._lay(file, extents, number, run.start, run.stop - run.start, run.target, run.form)
         else:
@@ -316,31 +290,12 @@ class _BatchBuilder:
         for cluster in _clusters(spans, self._limits.gap, self._limits.tile):
             length = max(span.stop for span in cluster) - cluster[0].start
             wanted = sum(span.form.nbytes for span in cluster)
-            if wanted < 0.8 * length and any(_wasteful(span.form, self._limits.gap) for span in cluster):
+            if wanted < 0.8 * length and any(span.form.gap() > self._limits.gap for span in cluster):
                 runs = [run for span in cluster for run in _explode(span)]
                 for part in _clusters(runs, self._limits.gap, self._limits.tile):
                     yield _read(file, part)
             else:
                 yield _read(file, cluster)
-
-
-def _bounded(copy: StridedCopy, most: int) -> Iterator[StridedCopy]:
-    """Cut a copy along its outer axes: a tile that is small in the target may lie far apart in the source."""
-    if not copy.counts or copy.source_span <= most:
-        yield copy
-        return
-    count, stride, landing = copy.counts[0], copy.source_strides[0], copy.target_strides[0]
-    one = copy.source_span - (count - 1) * stride
-    step = max(1, (most - one) // stride + 1)
-    for first in range(0, count, step):
-        part = copy._replace(source=copy.source + first * stride, target=copy.target + first * landing)
-        if step > 1:
-            yield part._replace(counts=(min(step, count - first), *copy.counts[1:]))
-            continue
-        inner = part._replace(
-            counts=copy.counts[1:], source_strides=copy.source_strides[1:], target_strides=copy.target_strides[1:]
-        )
-        yield from _bounded(inner, most)
 
 
 def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
@@ -357,28 +312,10 @@ def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
         yield cluster
 
 
-def _wasteful(form: _Form, gap: int) -> bool:
-    depth, length = _solid(form)
-    return depth > 0 and form.source_strides[depth - 1] - length > gap
-
-
-def _solid(form: _Form) -> tuple[int, int]:
-    """(axes with gaps between them in the source, bytes without one): a transposed piece is contiguous in no other."""
-    depth, length = len(form.counts), form.run
-    while depth and form.source_strides[depth - 1] == length:
-        depth -= 1
-        length *= form.counts[depth]
-    return depth, length
-
-
 def _explode(span: _Span) -> Iterator[_Span]:
-    form = span.form
-    depth, length = _solid(form)
-    strides = form.source_strides[:depth], form.target_strides[:depth]
-    outer = StridedCopy(length, form.counts[:depth], span.start, strides[0], span.target, strides[1])
-    inner = _Form(form.run, form.counts[depth:], form.source_strides[depth:], form.target_strides[depth:], length)
-    for source, target in outer.runs():
-        yield _Span(source, source + length, span.number, target, inner)
+    inner, runs = span.form.apart(span.start, span.target)
+    for source, target in runs:
+        yield _Span(source, source + inner.nbytes, span.number, target, inner)
 
 
 def _read(file: int, cluster: list[_Span]) -> Read:
@@ -404,18 +341,5 @@ def _folded(cluster: list[_Span], start: int) -> Iterator[ReadCopy]:
                     if other.start != low + count * step or other.target != target + count * landing:
                         break
                     count += 1
-            yield ReadCopy(number, _repeated(form.at(low - start, target), count, step, landing))
+            yield ReadCopy(number, form.at(low - start, target).repeated(count, step, landing))
             at += count
-
-
-def _repeated(copy: StridedCopy, count: int, step: int, landing: int) -> StridedCopy:
-    """A copy that is made `count` times, `step` bytes further in the source and `landing` in the target each time."""
-    if count == 1:
-        return copy
-    if not copy.counts and step == landing == copy.run:
-        return copy._replace(run=count * copy.run)
-    return copy._replace(
-        counts=(count, *copy.counts),
-        source_strides=(step, *copy.source_strides),
-        target_strides=(landing, *copy.target_strides),
-    )

@@ -35,8 +35,8 @@ from ms_ckpt_ext.core.planning.joining import (
     unsaid_shares,
     widths_of,
 )
-from ms_ckpt_ext.core.planning.pieces import Block, SourceTensor
-from ms_ckpt_ext.core.planning.recipes import made_of
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.core.planning.recipes import Block, made_of
 from ms_ckpt_ext.core.planning.rule import Names, Rule, all_of, only_one, set_fields, shapes_of
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 

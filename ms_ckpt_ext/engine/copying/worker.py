@@ -25,7 +25,7 @@ from ms_ckpt_ext.core.planning.io_units import (
     Task,
     Unit,
 )
-from ms_ckpt_ext.core.planning.pieces import Operand, SourceTensor
+from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying.strides import copy_strided, scattered
 from ms_ckpt_ext.storage import linux
@@ -185,6 +185,8 @@ class _Worker:
 
     def _compute(self, compute: Compute, buffers: list[memoryview]) -> None:
         """Compute right into the stretch, where the result is one run there."""
+        from ms_ckpt_ext.core.planning.recipes import Operand  # rules only
+
         operands = [Operand(buffers[number], region) for number, region in compute.operands]
         copy, into = compute.copy, buffers[compute.stretch]
         if copy.counts:

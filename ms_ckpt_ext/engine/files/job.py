@@ -15,7 +15,7 @@ import xxhash
 
 from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, box_of_stored, require, whole_box
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, require, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import registry
@@ -236,8 +236,10 @@ def tasks_of(outputs: Sequence[Output]) -> list[Task]:
             if region is None:
                 continue
             landing = Landing(number, output.layout.tensors[name].extents)
-            box = box_of_stored(tensor) if region == whole_box(tensor) else None
-            tensor, region = box or (tensor, region)
+            if tensor.recipe is not None and region == whole_box(tensor):
+                from ms_ckpt_ext.core.planning.recipes import box_of_stored  # rules only
+
+                tensor, region = box_of_stored(tensor) or (tensor, region)
             wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
     return [
         Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))

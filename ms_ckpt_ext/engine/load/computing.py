@@ -22,7 +22,7 @@ from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.planning.assembly import Assembly, Step, assembled
 from ms_ckpt_ext.core.planning.io_units import cut
-from ms_ckpt_ext.core.planning.pieces import Operand
+from ms_ckpt_ext.core.planning.recipes import Operand
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.slabs import Mover, SliceSink
 from ms_ckpt_ext.transport.base import B, Bytes

@@ -18,7 +18,8 @@ from ms_ckpt_ext.core.geometry.dtype import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout
 from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.core.planning.pieces import Block, Placement, Recipe, SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.recipes import Block, Recipe
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.transfer.held import HeldSlice, Holds
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, StrategyError, name_ranks
