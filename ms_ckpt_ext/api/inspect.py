@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_words, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
 from ms_ckpt_ext.api.source import Filter, Globs, Source, find_source
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, describe, describe_strategy
+from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.groups import GROUPS, SCALARS, group_of, natural
+from ms_ckpt_ext.core.geometry.layout import Layout, slice_shape
+from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor
@@ -106,8 +111,13 @@ def _expected(stages: Mapping[int, Any]) -> tuple[int, None, tuple[int, int]]:
     return max(math.prod(info.parts) for info in infos), None, (min(copies), max(copies))
 
 
-def _layouts(stages: Mapping[int, Any]) -> tuple[LayoutInfo, ...]:
-    return tuple(describe(layout, stage) for stage, layout in sorted(stages.items()))
+def _layouts(stages: Mapping[int, Layout]) -> tuple[LayoutInfo, ...]:
+    return _described(tuple(sorted(stages.items(), key=itemgetter(0))))
+
+
+@lru_cache(maxsize=1024)
+def _described(stages: tuple[tuple[int, Layout], ...]) -> tuple[LayoutInfo, ...]:
+    return tuple(describe(layout, stage) for stage, layout in stages)
 
 
 def _loose_files(directory: str, file_suffix: Optional[str], format: Optional[str]) -> dict[str, str]:
@@ -165,8 +175,8 @@ def _of_catalog(source: Source, wanted: Filter) -> Inspection:
         catalog = compared(catalog, depth=Depth.SAMPLES)
     held = wanted.of(catalog.tensors)
     sharded = source.listing.sharded
-    inside = [_parameter(name, t, catalog, strategy, catalog.tensors) for name, t in held.items()]
-    outside = [_parameter(n, t, catalog, None, catalog.tensors) for n, t in wanted.of(catalog.extras).items()]
+    inside = _parameters(held, catalog, strategy)
+    outside = _parameters(wanted.of(catalog.extras), catalog, None)
     own = [_own(held_, catalog) for held_ in wanted.of(catalog.own).values()]
     parameters = _ordered([*inside, *(_as_scalar(p) for p in (*outside, *own))])
     kind = "sharded" if sharded else "file" if os.path.isfile(source.path) else "merged"
@@ -210,33 +220,47 @@ def _own(held: UnlistedTensor, catalog: Catalog) -> ParameterInfo:
     )
 
 
-def _parameter(
-    name: str,
-    tensor: SourceTensor,
-    catalog: Catalog,
-    strategy: Optional[Strategy],
-    names: Any,
-    group: Optional[str] = None,
-) -> ParameterInfo:
-    meta = tensor.meta
-    nbytes = meta.dtype.nbytes(math.prod(meta.shape))
+def _parameters(
+    tensors: Mapping[str, SourceTensor], catalog: Catalog, strategy: Optional[Strategy]
+) -> Iterator[ParameterInfo]:
+    """What is told of stored parameters; what those of one dtype, shape and placement share is made once."""
+    known: dict[tuple[int, DType, Shape], _Slices] = {}
+    for name, tensor in tensors.items():
+        (_, dtype, shape), _, placements, _ = tensor
+        slices = known.get((id(placements), dtype, shape))
+        if slices is None:
+            slices = known[id(placements), dtype, shape] = _slices(tensor)
+        lone = strategy is None and (dtype.name == TEXT or math.prod(shape) == 1)
+        group = SCALARS if lone else group_of(name, catalog.tensors)
+        yield ParameterInfo(
+            name, dtype.name, group, *slices, () if strategy is None else _layouts(strategy.layouts[name])
+        )
+
+
+class _Slices(NamedTuple):
+    """Fields of `ParameterInfo` that follow from dtype, shape and placement, in their order there."""
+
+    shape: Shape
+    nbytes: int
+    stored_nbytes: int
+    slice_shapes: tuple[Shape, ...]
+    slices: int
+    copies: tuple[int, int]
+    copies_expected: tuple[int, int]
+
+
+def _slices(tensor: SourceTensor) -> _Slices:
+    (_, dtype, shape), placements = tensor.meta, tensor.placements
     held, expected, slices = _copies(tensor)
-    files = [number for p in tensor.placements for holders in p.holders.values() for number in holders]
-    entries = [catalog.files[number].tensors[tensor.stored_name] for number in files]
-    if group is None and strategy is None and (math.prod(meta.shape) == 1 or meta.dtype.name == "STR"):
-        group = SCALARS
-    return ParameterInfo(
-        name,
-        meta.dtype.name,
-        group or group_of(name, names),
-        meta.shape,
-        nbytes,
-        sum(entry.nbytes for entry in entries),
-        tuple(sorted({entry.shape for entry in entries})),
+    stored = [(slice_shape(shape, p.parts), sum(map(len, p.holders.values()))) for p in placements]
+    return _Slices(
+        shape,
+        dtype.nbytes(math.prod(shape)),
+        sum(copies * dtype.nbytes(math.prod(each)) for each, copies in stored),
+        tuple(sorted({each for each, copies in stored if copies})),
         slices,
         (min(held), max(held)),
         (min(expected), max(expected)),
-        () if strategy is None else _layouts(strategy.layouts[name]),
     )
 
 

@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     """What a command found.
 
     Attributes:
-        data: for machines: values that `json` can write; `--json` prints it.
+        data: for machines, as `--json` prints it: values that `json` can write, and records.
         lines: for people, made when they are printed.
         code: the exit code.
     """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, Optional
+from itertools import repeat
+from operator import attrgetter
+from typing import Any, Callable, Optional
 
 _PLAIN = frozenset((str, int, bool, type(None)))
 _EXPANDED = 2
@@ -14,42 +16,70 @@ _EXPANDED = 2
 
 def plain(value: Any) -> Any:
     """Named tuples and dataclasses become objects; NaN and infinities, which JSON lacks, text."""
-    kind = type(value)
-    if kind in _PLAIN:
+    if type(value) in _PLAIN:
         return value
-    if kind is tuple or kind is list:
-        return value if _PLAIN.issuperset(map(type, value)) else [plain(each) for each in value]
-    names = _fields(kind)  # type: ignore[arg-type]
+    names = _fields(value)
     if names is not None:
-        held = zip(names, value) if isinstance(value, tuple) else ((name, getattr(value, name)) for name in names)
-        return {name: each if type(each) in _PLAIN else plain(each) for name, each in held}
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _fields(value: Any) -> Optional[tuple[str, ...]]:
+    """The names of what a record holds; None of what is no record."""
+    return _fields_of(type(value))  # type: ignore[arg-type]
+
+
 @cache
-def _fields(kind: type) -> Optional[tuple[str, ...]]:
-    """The names of what a value of this type holds; None of one that is no record."""
+def _fields_of(kind: type) -> Optional[tuple[str, ...]]:
     names = getattr(kind, "_fields", None) or getattr(kind, "__dataclass_fields__", None)
     return None if names is None else tuple(names)
 
 
 def json_text(data: Any) -> str:
-    """A document as text. Only what is written in one go is made by the encoder in C, so a long list's items are."""
+    """A document, which may hold whatever `plain` takes, as text. The encoder in C writes what stands on one line."""
     from json import JSONEncoder
 
     encode = JSONEncoder(ensure_ascii=False).encode
 
     def text(value: Any, depth: int) -> str:
+        names = _fields(value)
+        if names is not None and depth < _EXPANDED:
+            value = {name: getattr(value, name) for name in names}
         if depth == _EXPANDED or not value or not isinstance(value, (Mapping, list, tuple)):
-            return encode(value)
+            return encode(plain(value))
         first, last = "{}" if isinstance(value, Mapping) else "[]"
         if isinstance(value, Mapping):
             items = [f"{encode(str(name))}: {text(each, depth + 1)}" for name, each in value.items()]
+        elif depth + 1 == _EXPANDED:
+            items = _lines(value, encode)
         else:
             items = [text(each, depth + 1) for each in value]
         indent = "\n" + " " * depth
         return first + f"{indent} " + f",{indent} ".join(items) + indent + last
 
     return text(data, 0)
+
+
+def _lines(values: Sequence[Any], encode: Callable[[Any], str]) -> list[str]:
+    """Each value as text. What several records hold, as the same object, is encoded once."""
+    names = _fields(values[0])
+    if not names or len({*map(type, values)}) > 1:
+        return [encode(plain(value)) for value in values]
+    parts: list[Iterable[str]] = []
+    alike = "{"
+    for name in names:
+        held = [*map(attrgetter(name), values)]
+        by_id = dict(zip(map(id, held), held))
+        texts = {key: encode(plain(value)) for key, value in by_id.items()}
+        alike += f"{encode(name)}: "
+        if len(texts) == 1:
+            alike += texts.popitem()[1] + ", "
+        else:
+            parts += [repeat(alike, len(values)), map(texts.__getitem__, map(id, held))]
+            alike = ", "
+    parts.append(repeat(f"{alike[:-2]}}}", len(values)))
+    return [*map("".join, zip(*parts))]

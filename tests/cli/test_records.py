@@ -52,3 +52,15 @@ def test_a_line_for_every_item() -> None:
         "}",
     ]
     assert [json_text(value) for value in ({}, [], 3, "a")] == ["{}", "[]", "3", '"a"']
+
+
+def test_rows_of_a_list_are_those_of_their_records() -> None:
+    shape, other = (2, 3), (True, 1.5, "%s")
+    rows = [Point(math.nan, shape), Point(1.0, shape), Point(1, other), Point(True, (1, 1)), Point(-0.0, ())]
+    mixed: list[object] = [*rows, FOUND, "text", 3, None]
+    for listed in (rows, rows[:1], [rows[0]] * 3, tuple(rows), mixed, [FOUND, FOUND], [(), ()]):
+        text = json_text({"rows": listed})
+        assert [line[2:].rstrip(",") for line in text.splitlines()[2:-2]] == [
+            json.dumps(plain(each), ensure_ascii=False) for each in listed
+        ]
+        assert json.loads(text) == {"rows": json.loads(json.dumps(plain(listed)))}

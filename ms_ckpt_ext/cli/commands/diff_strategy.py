@@ -25,13 +25,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> Answer:
     from ms_ckpt_ext.api.diff import diff_strategy
-    from ms_ckpt_ext.cli.records import plain
 
     found = diff_strategy(
         arguments.a, arguments.b, shapes=arguments.shapes, match=arguments.match, exclude=arguments.exclude
     )
     everything = arguments.all or bool(arguments.match or arguments.exclude)
-    data = {"same": found.ok, **plain(found)}
+    data = {"same": found.ok, **vars(found)}
     return Answer(data, _lines(found, everything), Exit.FINE if found.ok else Exit.DIFFERENT)
 
 

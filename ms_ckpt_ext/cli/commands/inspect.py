@@ -44,12 +44,10 @@ def _run(arguments: argparse.Namespace) -> Answer:
 
 
 def _data(found: Inspection) -> dict[str, Any]:
-    from ms_ckpt_ext.cli.records import plain
-
-    data: dict[str, Any] = plain(found)
-    if found.redundancy is not None:
-        data["redundancy"]["replicas"] = found.redundancy.replicas
-    return data
+    redundancy = found.redundancy
+    if redundancy is None:
+        return found._asdict()
+    return {**found._asdict(), "redundancy": {**redundancy._asdict(), "replicas": redundancy.replicas}}
 
 
 def _lines(found: Inspection, tree: bool, everything: bool) -> Iterator[str]:

@@ -92,8 +92,14 @@ class SourceTensor(NamedTuple):
 
 def stored_whole(meta: TensorMeta, files: tuple[int, ...]) -> SourceTensor:
     """A parameter that each of these files holds whole, under its own name."""
-    cell = (0,) * len(meta.shape)
-    return SourceTensor(meta, meta.name, (Placement((1,) * len(meta.shape), {cell: files}, {cell: (0,)}),))
+    return SourceTensor(meta, meta.name, _whole_placements(len(meta.shape), files))
+
+
+@lru_cache(maxsize=1024)
+def _whole_placements(axes: int, files: tuple[int, ...]) -> tuple[Placement, ...]:
+    """Those of all parameters with so many axes that these files hold whole: one value for all of them."""
+    cell = (0,) * axes
+    return (Placement((1,) * axes, {cell: files}, {cell: (0,)}),)
 
 
 def whole_box(tensor: SourceTensor) -> Optional[Region]:
