@@ -154,7 +154,7 @@ def _msrun(
     command: list[str], ranks: int, env: Mapping[str, str], log_dir: Path, deadline: float, patient: bool
 ) -> list[Optional[int]]:
     launcher = [sys.executable, "-c", "from mindspore.parallel.cluster.run import main; main()"]
-    options = [f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={_free_port()}"]
+    options = [f"--worker_num={ranks}", f"--local_worker_num={ranks}", f"--master_port={free_port()}"]
     options += [f"--log_dir={log_dir}", "--join=True", "--cluster_time_out=60", "--tail_worker_log=0"]
     with open(log_dir / "msrun.log", "w") as out, ExitStack() as stack:
         process = subprocess.Popen(
@@ -167,7 +167,7 @@ def _msrun(
 def _dynamic_cluster(
     command: list[str], ranks: int, env: Mapping[str, str], log_dir: Path, deadline: float, patient: bool
 ) -> list[Optional[int]]:
-    shared = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(_free_port())}
+    shared = {"MS_WORKER_NUM": str(ranks), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(free_port())}
     shared.update(MS_TOPO_TIMEOUT="100", RANK_SIZE=str(ranks))
     roles = {"scheduler": {"MS_ROLE": "MS_SCHED", "RANK_ID": "0"}}
     for rank in map(str, range(ranks)):
@@ -224,7 +224,8 @@ def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

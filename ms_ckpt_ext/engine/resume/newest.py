@@ -226,7 +226,7 @@ def _look_together(transport: Transport[Any], wanted: ResumeRequest, probe: bool
 def _try(transport: Transport[Any], wanted: ResumeRequest, candidate: Candidate, probe: bool) -> Chosen:
     try:
         check_noted(candidate)
-        given = None if candidate.whole else wanted.strategy
+        given = None if candidate.merged or candidate.parts else wanted.strategy
         strategy = given or find_layouts(transport, candidate, candidate.place(wanted.directory), probe)
         files = check_ranks(candidate, strategy)
     except CheckpointError as error:

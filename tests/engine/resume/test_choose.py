@@ -277,6 +277,19 @@ def test_data_parallel_ranks_hold_everything(tmp_path: Path) -> None:
     assert chosen is not None and list(chosen.seen.indexes) == ["0"] and chosen.strategy is None
 
 
+def test_layouts_that_are_given_count_where_the_network_told_none(tmp_path: Path) -> None:
+    """Slices that a script cuts itself: its network has no layouts to note, and each rank holds a part all the same."""
+    root = tmp_path / "c"
+    save(root, 9)
+    strategy = load_strategy(tmp_path / "made_9" / "strategy.ckpt")
+    for rank in range(RANKS):
+        note(root / f"rank_{rank}" / "net-1_9.safetensors", rank, 9, None, sharded=False)
+    shutil.rmtree(root / "ms_ckpt_ext" / "net-1_9.safetensors" / "strategy")
+    chosen, _ = look(root, strategy=strategy)
+    assert step_of(chosen) == 9
+    assert chosen is not None and sorted(chosen.seen.indexes) == ["0", "1", "2", "3"] and chosen.strategy == strategy
+
+
 def test_one_process_and_merged(tmp_path: Path, golden: Path) -> None:
     root = tmp_path / "c"
     root.mkdir()
