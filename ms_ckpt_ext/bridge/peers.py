@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.bridge.request import LoadRequest
+from ms_ckpt_ext.bridge.request import LoadRequest, half_done
 from ms_ckpt_ext.bridge.restore import Resumed, fill_chosen, with_lacks
 from ms_ckpt_ext.bridge.together import meeting
 from ms_ckpt_ext.bridge.transfer.asked import TransferRequest
@@ -23,7 +23,7 @@ from ms_ckpt_ext.bridge.transfer.planned import Sides, plan_between
 from ms_ckpt_ext.bridge.transfer.sides import SideHere, may_be_staged, side_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
-from ms_ckpt_ext.errors import DiscoveryError, LayoutMismatchError, UsageError, name_ranks, some
+from ms_ckpt_ext.errors import DiscoveryError, LayoutMismatchError, LoadError, UsageError, name_ranks, some
 from ms_ckpt_ext.transport.agree import agree, on_all, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
@@ -84,9 +84,21 @@ def fill_with_peers(request: LoadRequest, wanted: ResumeRequest, alive: Alive, s
         planned = _plan(transport, request, alive)
         lost: list[list[str]] = told_by_all(transport, lambda: [] if alive.good else planned.report.missing)
         resumed, skipped = _read_lost(transport, request, wanted, lost, step, step_of) if any(lost) else (None, ())
-        planned.run()
+        _run(planned, lost[transport.rank], resumed)
         _tell(transport, planned.report.bytes_received, resumed)
         return PeersResumed(resumed, skipped, step, planned.report.bytes_received)
+
+
+def _run(planned: PlannedMove, lost: Sequence[str], resumed: Optional[Resumed]) -> None:
+    """Run the transfer, after what this rank `lost` was read. Raises LoadError, which names that as well."""
+    try:
+        planned.run()
+    except Exception as error:
+        if resumed is None:
+            raise
+        moved, cause = (error.changed, error.__cause__) if isinstance(error, LoadError) else ((), error)
+        assert isinstance(cause, Exception)
+        raise half_done(cause, [*lost, *moved], "resume", "resume again") from error
 
 
 def _common_step(transport: Transport[Any], network: Any, alive: Alive) -> Optional[int]:

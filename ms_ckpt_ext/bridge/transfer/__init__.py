@@ -6,5 +6,6 @@ distributed   tensors that say so themselves
 matching      which Parameter takes what
 overlap       memory that is of both sides
 planned       agree and plan
+present       the Parameters as they are when it is run
 moving        then move
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from ms_ckpt_ext.bridge.together import mover_of, sinks_of
 from ms_ckpt_ext.bridge.transfer.asked import TransferRequest
 from ms_ckpt_ext.bridge.transfer.matching import Matching
 from ms_ckpt_ext.bridge.transfer.overlap import refuse_overlaps, stays
-from ms_ckpt_ext.bridge.transfer.sides import plain
+from ms_ckpt_ext.bridge.transfer.present import PlannedParameter, present_source, present_target, refuse_parted
+from ms_ckpt_ext.bridge.transfer.sides import plain, side_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.exchange.demand import LocalPiece
 from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
@@ -22,7 +24,7 @@ from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, turns_of
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer
 from ms_ckpt_ext.engine.transfer.report import TransferReport
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.transport.agree import on_all
 from ms_ckpt_ext.transport.base import Transport
@@ -32,6 +34,7 @@ class PlannedMove:
     """A transfer, planned on this rank: `run` moves the present values.
 
     Attributes:
+        changes: names of the Parameters that a run writes on this rank.
         report: what every run moves on this rank.
     """
 
@@ -44,7 +47,6 @@ class PlannedMove:
         ready: PreparedTransfer,
     ) -> None:
         self._transport, self._request, self._ready = transport, request, ready
-        self.changes = tuple(match.parameter.name for match in matching.matches)
         turns = turns_of(ready.plan, transport.rank)
         given = {ready.addresses.at(ready.plan.chunks[n].extents[0].offset).name for t in turns for n in t.chunks}
         numbered = _numbered(ready, matching, transport.rank)
@@ -54,11 +56,14 @@ class PlannedMove:
         self._idle = {n: match for n, match in numbered.items() if stays(match, pieces.get(n, ()), source)}
         self._filled = {n: match for n, match in numbered.items() if n not in self._idle}
         local = [piece for piece in ready.local if piece.demand not in self._idle]
+        self._stay = {match.parameter.name: pieces[n][0].name for n, match in self._idle.items()}
         self._read = {name: source[name] for name in sorted(given | {piece.name for piece in local})}
+        self._planned = {name: PlannedParameter.of(parameter) for name, parameter in self._read.items()}
         holdings = Holdings(ready.plan, turns, ready.addresses, local, self._bytes_of)
         self._run = ExchangeRun(ready.plan, turns, transport, mover_of(transport), holdings, 0, Trace())
         self._kept: frozenset[int] = frozenset()
         self._scalars: dict[str, Any] = {}
+        self.changes = tuple(match.parameter.name for match in self._filled.values())
         received = ready.plan.bytes_received()[transport.rank]
         moved = ready.bytes_local, ready.bytes_sent(transport.rank), received, len(ready.plan.rounds)
         self.report = TransferReport(len(matching.matches), matching.missing, matching.unused, *moved)
@@ -70,43 +75,68 @@ class PlannedMove:
             offloaded: the Parameters of both sides come to the device for it, and leave it again.
 
         Raises:
-            UsageError: Parameters of both sides share memory; nothing was moved.
+            UsageError, LayoutMismatchError: Parameters of both sides share memory, or are not as they were when the
+                transfer was planned; nothing was moved.
             LoadError: it stopped on the way; `changed` names the Parameters of this rank that may hold new bytes.
-            ChecksumError: verify, and ranks hold different bytes of one region afterwards.
             PeerError, TransportError: another rank refused, or is gone; nothing was moved.
         """
+        if not self._run.in_step:
+            raise TransportError(
+                f"rank {self._transport.rank}: an earlier run of this plan was cut off on this rank, maybe in the "
+                "middle of an exchange of the others: close the plan on all ranks and plan anew"
+            )
+        wanted: Union[Digester, nullcontext[None]] = (
+            Digester() if self._request.options.verify != "none" else nullcontext()
+        )
+        with wanted as digester:
+            sinks = on_all(self._transport, lambda: self._begin(offloaded, digester))
+            try:
+                self._run.go(sinks, digester)
+                if digester is not None:
+                    compare_replicas(self._transport, self._ready.demands, digester.wait())
+            except BaseException as error:
+                if not self._run.in_step:
+                    self._transport.close()  # so that the others hear of it
+                if not isinstance(error, Exception):
+                    raise
+                raise half_done(error, self.changes, "transfer", "run it again") from error
+        self._offload(offloaded)
+        return self.report
+
+    def _begin(self, offloaded: bool, digester: Optional[Digester]) -> dict[int, Any]:
+        """The sinks of this run. Parameters, and where they lie, may be others than in the last."""
+        self._look()
         written = [match.parameter for match in self._filled.values()]
         if on_device() and (offloaded or self._request.load_target):
             _load([*written, *(self._read.values() if offloaded else ())])
-        sinks = on_all(self._transport, lambda: self._begin(written))
-        verify = self._request.options.verify
-        try:
-            if verify == "none":
-                self._run.go(sinks)
-            else:
-                with Digester() as digester:
-                    for number, match in self._idle.items():
-                        digester.add(number, contents_of(match.parameter))
-                    self._run.go(sinks, digester)
-                    compare_replicas(self._transport, self._ready.demands, digester.wait())
-        except Exception as error:
-            raise half_done(error, self.changes, "transfer", "run it again") from error
-        if on_device() and (offloaded or self._request.offload_source):
-            for parameter in (*self._read.values(), *(written if offloaded else ())):
-                plain(parameter)._offload()
-        return self.report
-
-    def _begin(self, written: Sequence[Any]) -> dict[int, Any]:
-        """The sinks of this run. Where Parameters lie may have changed since the last."""
-        for name, parameter in self._read.items():
-            if getattr(parameter, "is_meta", False):
-                raise UsageError(f"parameter {name!r} of the source is a meta Parameter, which has no contents")
+        for parameter in self._read.values():
             if parameter.has_init:
                 parameter.init_data()
         refuse_overlaps(written, self._read)
         self._kept = kept_on_host([*self._read.values()]) if self._transport.traits.on_device else frozenset()
+        if digester is not None:
+            for number, match in self._idle.items():
+                digester.add(number, contents_of(match.parameter))
         sink_of = sinks_of(self._transport, written, tell=False)
         return {number: sink_of(match) for number, match in self._filled.items()}
+
+    def _look(self) -> None:
+        """Find the Parameters anew by their names. Raises as `present`."""
+        source, target = self._request.source, self._request.target
+        if source is not None:
+            held = side_of(source.parameters, "source") or {}
+            self._read = {name: present_source(name, held, planned) for name, planned in self._planned.items()}
+        if target is not None:
+            taking = side_of(target.parameters, "target") or {}
+            if source is not None:
+                refuse_parted(held, taking, self._stay)
+            self._filled = {number: present_target(match, taking) for number, match in self._filled.items()}
+
+    def _offload(self, offloaded: bool) -> None:
+        if on_device() and (offloaded or self._request.offload_source):
+            written = (match.parameter for match in self._filled.values())
+            for parameter in (*self._read.values(), *(written if offloaded else ())):
+                plain(parameter)._offload()
 
     def _bytes_of(self, name: str) -> Any:
         """What this rank holds under a name, as flat bytes where they are cut."""

@@ -156,6 +156,10 @@ class ExchangeRun(Generic[B]):
         turns: this rank's side of every round.
         staging: where the bytes come from; closed at the end of every run.
         prefetch: rounds that are read ahead.
+
+    Attributes:
+        in_step: all ranks have left the last run in the same way. False while one is made, and after one that ended
+            on this rank alone: the others may be in an exchange, so the transport is only good for `close()`.
     """
 
     def __init__(
@@ -177,10 +181,11 @@ class ExchangeRun(Generic[B]):
         self._sinks: Mapping[int, SliceSink[B]] = {}
         self._digester: Optional[Digester] = None
         self._computing: dict[int, Computing[B]] = {}
+        self.in_step = True
 
     def go(self, sinks: Mapping[int, SliceSink[B]], digester: Optional[Digester] = None) -> None:
         """Run it. Arguments and errors are those of `run_exchange`."""
-        self._sinks, self._digester = sinks, digester
+        self._sinks, self._digester, self.in_step = sinks, digester, False
         under_way = 2 if self._transport.traits.overlaps and len(self._turns) > 1 else 1
         error: Optional[BaseException] = None
         try:
@@ -204,6 +209,7 @@ class ExchangeRun(Generic[B]):
                 error = self._land() or error
             error = error or self._finish(len(self._turns), self._without_pieces())
             self._tell(len(self._turns), error or self._await_digests(), wait=True)
+            self.in_step = True
         finally:
             self._slabs.close()
             self._drain()
@@ -268,10 +274,12 @@ class ExchangeRun(Generic[B]):
                 self._hear()
 
     def _hear(self) -> None:
-        """Raise what any rank told last."""
+        """Raise what any rank told last; all ranks do."""
         verdict, self._verdict = self._verdict, None
         if verdict is not None:
+            self.in_step = True
             verdict()
+            self.in_step = False
 
     def _start(self, number: int, current: RankRound, error: Optional[BaseException]) -> Optional[BaseException]:
         """Start the exchange and place what is this rank's own; an error of a sink is returned for the next status.
