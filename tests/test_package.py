@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.resources
 import json
@@ -11,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,16 +90,48 @@ def test_public_names_do_not_need_mindspore(name: str, tmp_path: Path) -> None:
     assert not {module for module in loaded if module.startswith("mindspore.")}
 
 
+SETUP = Path(ms_ckpt_ext.__file__).parent.parent / "setup.py"
+
+
+def told(keyword: str) -> Any:
+    """What setup.py says under this keyword. Read, not run: setuptools need not be installed."""
+    calls = [node for node in ast.walk(ast.parse(SETUP.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return ast.literal_eval(next(k.value for call in calls for k in call.keywords if k.arg == keyword))
+
+
 def test_data_files_go_into_the_wheel() -> None:
-    """What is no Python lies in the wheel only where setup.py says so."""
+    """What is no Python lies in the wheel only where setup.py says so; scripts/package.sh looks into a wheel."""
     root = Path(ms_ckpt_ext.__file__).parent
-    calls = [node for node in ast.walk(ast.parse((root.parent / "setup.py").read_text())) if isinstance(node, ast.Call)]
-    told = next(k.value for call in calls for k in call.keywords if k.arg == "package_data")
-    globs = ast.literal_eval(told)["ms_ckpt_ext"]
+    globs = told("package_data")["ms_ckpt_ext"]
     named = {path for glob in globs for path in root.glob(glob)}
     assert all(list(root.glob(glob)) for glob in globs)
     data = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".so")}
     assert data and data == named
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """`find_packages` passes over folders without an `__init__.py`."""
+    folders = {path.parent for path in Path(ms_ckpt_ext.__file__).parent.rglob("*.py")}
+    assert len(folders) > 10
+    assert [str(folder) for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_command_is_there() -> None:
+    (script,) = told("entry_points")["console_scripts"]
+    name, _, target = script.partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "ms-ckpt"
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_the_metadata_names_the_pythons_that_scripts_take() -> None:
+    """The oldest is told to pip, the newest is the last for which there are wheels of MindSpore."""
+    pythons = re.findall(r"Python :: 3\.(\d+)", "\n".join(told("classifiers")))
+    script = (SETUP.parent / "scripts/_venv.sh").read_text(encoding="utf-8")
+    (bounds,) = re.findall(r"\(3, (\d+)\) <= sys.version_info\[:2\] <= \(3, (\d+)\)", script)
+    assert pythons == [str(minor) for minor in range(int(bounds[0]), int(bounds[1]) + 1)]
+    assert told("python_requires") == f">=3.{pythons[0]}"
+    assert f"Python :: 3.{sys.version_info[1]}" in "\n".join(told("classifiers"))
 
 
 def test_every_public_name_resolves() -> None:
