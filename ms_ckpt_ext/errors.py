@@ -28,14 +28,17 @@ The built-in bases are those stock MindSpore raises in the same place, so existi
 it raises one of the system's, such as NotADirectoryError, ours is one of these as well: see `also`.
 A message tells what happened, where (parameter, rank, file, offset), what was expected and what to do next. Its text
 stands where it is raised: search the package for a few of its words.
+
+Below the errors is what makes messages, and the checks of single arguments that every room makes.
 """
 
 from __future__ import annotations
 
 import errno
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import Any, Optional, TypeVar, cast
 
 Kind = TypeVar("Kind", bound="CheckpointError")
 
@@ -220,3 +223,28 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(map(repr, listed[:limit])) + more
+
+
+def integer(value: Any, argument: str, least: Optional[int] = None, kind: str = "an int") -> int:
+    """An integer of any kind as an int. True and False are none.
+
+    Raises:
+        ArgumentTypeError: it is no integer; `argument` is what it is called, `kind` what it may be.
+        UsageError: it is below `least`.
+    """
+    try:
+        if type(value).__name__ in ("bool", "bool_"):  # Python's, and numpy's, which is not imported here
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(f"{argument} must be {kind}, got {type(value).__name__} {value!r:.60}") from None
+    if least is not None and number < least:
+        raise UsageError(f"{argument} must be at least {least}, got {number}")
+    return number
+
+
+def true_or_false(value: Any, argument: str) -> bool:
+    """True or False, numpy's included, as a bool. Raises ArgumentTypeError for anything else, whatever its truth."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise ArgumentTypeError(f"{argument} must be True or False, got {value!r:.60}")
+    return bool(value)

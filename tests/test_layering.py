@@ -262,6 +262,41 @@ def test_a_room_is_small(room: str) -> None:
     assert len([path for path in (ROOT / room).iterdir() if is_code(path)]) <= 16
 
 
+def test_what_tests_and_scripts_import_is_there() -> None:
+    """Of the package: what was renamed or moved is missed here, not in the middle of a worker that a test starts."""
+    home = ROOT.parent
+    paths = {_module(path.relative_to(ROOT).as_posix()): path for path in ROOT.rglob("*.py")}
+    known: dict[str, set[str]] = {}
+    missing = []
+    for path in sorted(path for folder in ("tests", "scripts") for path in (home / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(f"{PACKAGE}."):
+                continue
+            module = (node.module or "").partition(".")[2]
+            if module in paths and module not in known:
+                known[module] = set(_bound(ast.parse(paths[module].read_text(encoding="utf-8")).body))
+            inside = known.get(module, set())
+            missing += [
+                f"{path.relative_to(home)}:{node.lineno}: {node.module}.{alias.name}"
+                for alias in node.names
+                if alias.name not in inside and f"{module}.{alias.name}" not in paths
+            ]
+    assert missing == []
+
+
+def _bound(body: list[ast.stmt]) -> Iterator[str]:
+    """Names that the statements of a module bind."""
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+        elif isinstance(node, (ast.Try, ast.If)):
+            yield from _bound([*node.body, *node.orelse])
+        else:
+            yield from (part.id for part in ast.walk(node) if isinstance(part, ast.Name))
+
+
 def test_text_is_utf8() -> None:
     """Python has that codec from its start. It looks for others in its own files, which a job that has become another
     user may not be allowed to read."""

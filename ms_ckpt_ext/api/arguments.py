@@ -14,9 +14,8 @@ from ms_ckpt_ext.core.geometry.strategy import (
     strategy_from_layout_dict,
     strategy_from_messages,
 )
-from ms_ckpt_ext.core.parsing import integer, true_or_false
 from ms_ckpt_ext.core.planning.io_units import Limits
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer, true_or_false
 from ms_ckpt_ext.formats.crypto import GCM
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.table import FORMATS

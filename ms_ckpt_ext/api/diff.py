@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.api.arguments import as_strategy, path_of
 from ms_ckpt_ext.api.source import Filter, Globs
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo, describe, describe_strategy
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.errors import FormatError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.storage.reader import read_json

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_words, path_of
 from ms_ckpt_ext.api.inspection import FileInfo, GroupInfo, Inspection, ParameterInfo, Redundancy
 from ms_ckpt_ext.api.source import Filter, Globs, Source, find_source
+from ms_ckpt_ext.core.geometry.array import DType, Shape
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, describe, describe_strategy
-from ms_ckpt_ext.core.geometry.dtype import DType
 from ms_ckpt_ext.core.geometry.groups import GROUPS, SCALARS, group_of, natural
 from ms_ckpt_ext.core.geometry.layout import Layout, slice_shape
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog, whole_tensor

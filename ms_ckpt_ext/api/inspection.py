@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo
-from ms_ckpt_ext.core.geometry.region import Shape
 
 
 class FileInfo(NamedTuple):

@@ -27,11 +27,10 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.files.job import Report, check_apart, refuse_empty
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer
 from ms_ckpt_ext.formats.crypto import GCM
 
 if TYPE_CHECKING:

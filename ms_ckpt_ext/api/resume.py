@@ -22,10 +22,9 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     workers_of,
 )
-from ms_ckpt_ext.core.parsing import integer, true_or_false
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
-from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, integer, true_or_false
 from ms_ckpt_ext.formats.discovery.whole_models import instead
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
 from ms_ckpt_ext.api.arguments import as_strategy, checked_flags, checked_naming, checked_rules
-from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.transfer.report import TransferReport
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.bridge.transfer.asked import TransferRequest

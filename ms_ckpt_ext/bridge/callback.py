@@ -21,11 +21,10 @@ from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import group_size
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.strategy import Strategy, strategy_from_layout_dict
-from ms_ckpt_ext.core.parsing import integer, true_or_false
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests, update_manifest
 from ms_ckpt_ext.engine.resume.records import Record, forget_deleted, home_of, write_record
-from ms_ckpt_ext.errors import CheckpointError, DecryptionError, storage_error
+from ms_ckpt_ext.errors import CheckpointError, DecryptionError, integer, storage_error, true_or_false
 from ms_ckpt_ext.formats.registry import read_index
 
 _LOSS_SCALES = ("scale_sense", "loss_scale")

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.geometry.dtype import INT4, DType
+from ms_ckpt_ext.core.geometry.array import INT4, DType, Region, Shape
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.load.taking import Takes, Taking

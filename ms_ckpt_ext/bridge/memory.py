@@ -18,8 +18,7 @@ from mindspore.common import np_dtype
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Offer, nbytes_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.run_exchange import HostSink

@@ -25,8 +25,7 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES, INT4, DType
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DTYPES, INT4, DType, Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import DecryptionError, FormatError, MapParameterError, TruncatedFileError
 from ms_ckpt_ext.formats import table

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Optional
 
-from ms_ckpt_ext.core.geometry.dtype import INT4, DType
+from ms_ckpt_ext.core.geometry.array import INT4, DType
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.ckpt import CRC_MARK, CRC_TAIL, MAX_TEXT, value_bytes

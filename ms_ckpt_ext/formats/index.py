@@ -7,8 +7,7 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import DType, Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ MAX_RANK = 32
 def countable(dtype: DType, shape: Shape) -> bool:
     """Whether an array can have this shape: numpy counts bytes in 63 bits, and axes of no extent as one.
 
-    >>> from ms_ckpt_ext.core.geometry.dtype import DTYPES
+    >>> from ms_ckpt_ext.core.geometry.array import DTYPES
     >>> countable(DTYPES["F32"], (0, 1 << 60)), countable(DTYPES["F32"], (0, 1 << 61))
     (True, False)
     """

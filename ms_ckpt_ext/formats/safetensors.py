@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES, FILE_ORDER, DType
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import DTYPES, FILE_ORDER, DType, Shape
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats.index import (

@@ -23,12 +23,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
 from ms_ckpt_ext.storage.linux import sync_path
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import places_of
+from ms_ckpt_ext.storage.reader import from_json
 
 NOTE, PARTIAL = ".note", ".partial"
 """Ends of names of what belongs to a file of a job, or is one that is not complete."""

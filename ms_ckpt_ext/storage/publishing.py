@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage.linux import boot_id, derived, sync_path, write_atomically
 from ms_ckpt_ext.storage.locks import HiddenFolder
+from ms_ckpt_ext.storage.reader import from_json
 
 RECORD = ".ms_ckpt_ext.json"
 # Loaders take a folder with a single .safetensors file for a whole checkpoint, MindSpore's even beside an index.

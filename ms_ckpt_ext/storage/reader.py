@@ -7,6 +7,7 @@ descriptors.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import threading
@@ -16,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Callable, NamedTuple, Optional, Protocol, Union
 
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import FormatError, ReadError, StorageError, TruncatedFileError, UsageError, storage_error
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
@@ -146,6 +146,18 @@ class PlainReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def from_json(text: Union[bytes, str]) -> Any:
+    """What a text says. Raises ValueError when it is no JSON, or nested deeper than Python reads.
+
+    >>> from_json(b'{"a": [1, 2]}')
+    {'a': [1, 2]}
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
 
 
 def read_json(path: str, what: str, kind: Union[type[UsageError], type[FormatError]] = FormatError) -> Any:

@@ -35,7 +35,7 @@ def make_ckpt(path: Path, size: int) -> Path:
     """Weights of about `size` bytes: per layer a BF16 and an F32 matrix of as many rows."""
     import numpy as np
 
-    from ms_ckpt_ext.core.geometry.dtype import DTYPES
+    from ms_ckpt_ext.core.geometry.array import DTYPES
     from ms_ckpt_ext.formats import ckpt, ckpt_writer
     from ms_ckpt_ext.formats.index import TensorSpec
 

@@ -67,7 +67,7 @@ def make_source(family: str, config: dict[str, Any], root: Path) -> None:
     """Rank folders and their strategy."""
     import numpy as np
 
-    from ms_ckpt_ext.core.geometry.dtype import DTYPES
+    from ms_ckpt_ext.core.geometry.array import DTYPES
     from ms_ckpt_ext.core.geometry.layout import Layout
     from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
     from ms_ckpt_ext.formats import safetensors

@@ -56,7 +56,7 @@ def make_source(copies: int, root: Path) -> tuple[int, int]:
     """A checkpoint of dp`copies` tp8 pp8; returns (ranks, distinct slices)."""
     import numpy as np
 
-    from ms_ckpt_ext.core.geometry.dtype import DTYPES
+    from ms_ckpt_ext.core.geometry.array import DTYPES
     from ms_ckpt_ext.core.geometry.layout import Layout
     from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
     from ms_ckpt_ext.formats import safetensors

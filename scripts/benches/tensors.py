@@ -40,7 +40,7 @@ _LIVE = """
 import sys
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.plan import plan_exchange
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
 COUNT, WORLD = int(sys.argv[1]), 64

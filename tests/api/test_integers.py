@@ -11,9 +11,8 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext import load_distributed_checkpoint, rank_list_for_transform, transform_checkpoint_by_rank
 from ms_ckpt_ext.core.geometry.strategy import strategy_from_layout_dict
-from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.errors import ArgumentTypeError, StrategyError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, StrategyError, UsageError, integer
 from tests.support.checkpoints import read_file, source, tree
 
 

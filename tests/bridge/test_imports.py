@@ -17,7 +17,7 @@ NOT_NEEDED = (
     "formats.crypto.keys",
     "core.planning.weight_rules",
 )
-MOST = {"load": 61, "resume": 69}
+MOST = {"load": 59, "resume": 67}
 """Doors of rooms aside. A third are of the plan of an exchange and its geometry, which every such load makes."""
 
 

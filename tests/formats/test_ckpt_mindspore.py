@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail, layout

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.checksum import verify_stored

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.errors import CheckpointError, FormatError, TruncatedFileError, UsageError
 from ms_ckpt_ext.formats import safetensors, safetensors_header
 from ms_ckpt_ext.formats.index import FileIndex, TensorSpec

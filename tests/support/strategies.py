@@ -6,7 +6,7 @@ from math import prod
 
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import StrategyError
 

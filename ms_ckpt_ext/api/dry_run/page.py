@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ms_ckpt_ext.api.dry_run.report import PlanReport, condensed
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.engine.load.estimate import DryRun
 from ms_ckpt_ext.errors import storage_error
 

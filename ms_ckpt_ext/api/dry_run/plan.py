@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_naming, checked_words, path_of
 from ms_ckpt_ext.api.dry_run.page import write_page
 from ms_ckpt_ext.api.dry_run.report import PlanReport, report_of
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE, DTYPES
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.core.planning.pieces import TensorMeta
 from ms_ckpt_ext.engine.load import estimate, profiles

@@ -28,7 +28,6 @@ from ms_ckpt_ext.api.arguments import (
 from ms_ckpt_ext.api.huggingface.families import SizesLike, family_from
 from ms_ckpt_ext.api.jobs import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
-from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.files.job import Report, check_apart
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.overwrite import Records
@@ -38,7 +37,7 @@ from ms_ckpt_ext.engine.huggingface.sizes import read_config
 from ms_ckpt_ext.engine.huggingface.weights import cast, only, require_shapes, require_weights, sort_names, without_ties
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import UsageError, integer
 from ms_ckpt_ext.formats.registry import ENC_KEY_VARIABLE
 
 if TYPE_CHECKING:

@@ -25,7 +25,6 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.core.geometry.ranks import needed_for_whole, needed_ranks, same_cut
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.engine.files.job import Report, check_apart
 from ms_ckpt_ext.engine.files.order import of_ranks, of_transform
 from ms_ckpt_ext.engine.files.reshard import recut_job
@@ -34,7 +33,7 @@ from ms_ckpt_ext.engine.source.listing import list_files
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.source.siblings import with_files_beside
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, name_ranks
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, integer, name_ranks
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import Access

@@ -21,13 +21,13 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.values import read_extras
 from ms_ckpt_ext.errors import CheckpointError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.formats.table import SAFETENSORS
+from ms_ckpt_ext.storage.reader import from_json
 
 NOTE_NAME = "ms_ckpt_ext_source.json"
 _SAID = {"unified_safetensors_dir", "train_strategy_filename", "file_suffix"}

@@ -22,8 +22,7 @@ from ms_ckpt_ext.bridge.memory import (
     give_device_memory,
 )
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import byte_box
 from ms_ckpt_ext.core.geometry.view import nests
 from ms_ckpt_ext.engine.load.replicas import SliceBytes

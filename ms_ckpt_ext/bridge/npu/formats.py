@@ -12,7 +12,7 @@ from mindspore import mint
 from ms_ckpt_ext.bridge.memory import in_device_memory
 from ms_ckpt_ext.bridge.npu.cutting import CARRIERS, NUMPY_CARRIERS
 from ms_ckpt_ext.bridge.world import mindspore as ms
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.errors import UnsupportedError
 from ms_ckpt_ext.transport.base import Bytes
 from ms_ckpt_ext.transport.hccl import pinned

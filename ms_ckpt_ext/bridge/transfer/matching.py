@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge.match import Match, Offer, check_fit, offer_of, offers_to, suffixes, tell_suffixes
 from ms_ckpt_ext.bridge.transfer.sides import SideHere
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.load.taking import Takes, Taking
 from ms_ckpt_ext.engine.source.catalog import Catalog

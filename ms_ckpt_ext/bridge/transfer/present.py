@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ms_ckpt_ext.bridge.match import Match, castable, fits
 from ms_ckpt_ext.bridge.transfer.sides import plain
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 
 

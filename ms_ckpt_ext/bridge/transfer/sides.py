@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Optional
 from ms_ckpt_ext.bridge.match import is_parallel
 from ms_ckpt_ext.bridge.transfer.distributed import local_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE
 from ms_ckpt_ext.core.geometry.box import Box
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.engine.transfer.held import HeldSlice
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UnsupportedError

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.errors import LayoutMismatchError
 
 Floats = npt.NDArray[Any]

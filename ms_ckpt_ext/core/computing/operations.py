@@ -7,8 +7,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
 from ms_ckpt_ext.core.planning.recipes import Operand
 
 if TYPE_CHECKING:

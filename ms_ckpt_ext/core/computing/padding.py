@@ -9,8 +9,7 @@ from typing import Optional
 
 from ms_ckpt_ext.core.computing.operations import Fill
 from ms_ckpt_ext.core.computing.rules import checked_size, computed
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
 from ms_ckpt_ext.core.planning.joining import axis_of
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.recipes import Block, Computation, made_of

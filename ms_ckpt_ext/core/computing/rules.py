@@ -15,8 +15,7 @@ from math import frexp, isfinite
 from typing import Optional, Union
 
 from ms_ckpt_ext.core.computing.operations import AddedProduct, Dequantized, Scaled
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import DTYPES, Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.recipes import Computation, joined_axes, packed_as_bytes, seen_as
 from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields, shapes_of

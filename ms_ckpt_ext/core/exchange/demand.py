@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.planning.pieces import Sourced, SourceTensor, locate
 
 Sees = Mapping[int, frozenset[int]]

@@ -29,8 +29,7 @@ from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.rounds import Classes, Gathering, classes_of, gatherings, rounds_of
 from ms_ckpt_ext.core.exchange.tiers import turns
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.planning.io_units import Extent
 
 

@@ -17,9 +17,8 @@ import numpy as np
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, Demand, ExchangeLimits, InMemory, boxes_moved, legs
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, starts
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import byte_box, strides_of
 from ms_ckpt_ext.core.planning.io_units import cut
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import Region, Shape, View
 from ms_ckpt_ext.core.geometry.view import Frame, frames
 
 _KEPT = 1 << 17

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.parsing import integer
-from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError
+from ms_ckpt_ext.core.geometry.array import Region, Shape
+from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, integer
 
 
 class _Extents(NamedTuple):

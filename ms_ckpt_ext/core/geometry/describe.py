@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 
 

@@ -21,7 +21,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 
 Cell = tuple[int, ...]

@@ -13,7 +13,7 @@ from itertools import product
 from math import prod
 from typing import NamedTuple
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import Region, Shape, View
 
 
 class Frame(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import count
 from typing import NamedTuple
 
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.pieces import Piece, Sourced, SourceTensor, locate
 from ms_ckpt_ext.core.planning.recipes import Operation, Recipe, SplitAxes
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, Callable, NamedTuple, Union
 
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import DType, Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 

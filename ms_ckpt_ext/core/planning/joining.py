@@ -7,7 +7,7 @@ from itertools import accumulate
 from math import gcd
 from typing import Optional
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.recipes import Block, made_of, seen_as
 from ms_ckpt_ext.core.planning.rule import Rule, shapes_of

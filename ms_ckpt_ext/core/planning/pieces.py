@@ -19,9 +19,8 @@ from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region, slice_shape
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.errors import CoverageError
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from math import prod
 from typing import Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.core.geometry.arrangement import Arrangement, Setting, arrangement
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape, View
 from ms_ckpt_ext.core.geometry.layout import Cell
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import strides_of
 from ms_ckpt_ext.core.geometry.view import split_axes, unsplit
 from ms_ckpt_ext.core.planning.pieces import Computed, Piece, Placement, Sourced, SourceTensor, TensorMeta, locate

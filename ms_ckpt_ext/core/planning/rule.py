@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Union
 
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.planning.name_patterns import ANY, Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.errors import CoverageError, UsageError

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.recipes import Block, Recipe, made_of, seen_as

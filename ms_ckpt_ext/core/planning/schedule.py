@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape
 from ms_ckpt_ext.core.geometry.strided import Form, StridedCopy, byte_box, strided_copy, strides_of
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,

@@ -23,7 +23,7 @@ from itertools import accumulate
 from math import prod
 from typing import Optional
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.planning.joining import (
     axis_of,
     block_of,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Callable, Optional, Union
 
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,
     Compute,

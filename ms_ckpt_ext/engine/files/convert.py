@@ -11,8 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.parsing import from_json
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.files.encrypted_sink import Seal
@@ -27,7 +26,7 @@ from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
 from ms_ckpt_ext.formats.index import CRC_NUM, Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.formats.table import format_of
-from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, refuse_changed
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, from_json, refuse_changed
 
 RenameFunction = Callable[[str], Optional[str]]
 _CONTENTS = "the file"

@@ -18,7 +18,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Callable, Optional, Union
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.core.planning.io_units import Limits, Task
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying import worker
@@ -29,7 +28,7 @@ from ms_ckpt_ext.errors import CheckpointError, FormatError
 from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.publishing import obstacles
-from ms_ckpt_ext.storage.reader import PlainReader
+from ms_ckpt_ext.storage.reader import PlainReader, from_json
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 import xxhash
 
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, require, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog

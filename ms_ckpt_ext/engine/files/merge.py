@@ -13,12 +13,11 @@ from functools import partial
 from heapq import heapreplace
 from typing import TYPE_CHECKING, Optional
 
-from ms_ckpt_ext.core.parsing import integer
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.files.job import Job, output_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import tell_accumulated
-from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.errors import UsageError, integer
 from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.index import TensorSpec

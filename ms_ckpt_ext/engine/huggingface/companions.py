@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from typing import Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.engine.huggingface.sizes import CONFIG_NAME
 from ms_ckpt_ext.errors import storage_error
+from ms_ckpt_ext.storage.reader import from_json
 
 _GLOBS = ("config.json", "configuration.json", "generation_config.json", "*processor_config.json", "tokenizer*") + (
     "vocab*",

@@ -25,7 +25,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.computing.padding import Crop, Pad
 from ms_ckpt_ext.core.computing.rules import AddProduct, Dequantize, Scale
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.core.planning.rule_inverses import invert

@@ -13,8 +13,8 @@ from math import prod
 from typing import Callable, NamedTuple, TypeVar
 
 from ms_ckpt_ext.core.computing.rules import Scale
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.geometry.groups import STATES, group_of
-from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.apply_rules import sources_among
 from ms_ckpt_ext.core.planning.io_units import Limits, cut
 from ms_ckpt_ext.core.planning.name_patterns import Pattern

@@ -21,7 +21,7 @@ from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.io_units import Extent, Limits, cut
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
 from ms_ckpt_ext.engine.copying import worker

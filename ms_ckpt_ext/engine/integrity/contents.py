@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Protocol
 
 import xxhash
 
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.array import DType
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.storage import linux

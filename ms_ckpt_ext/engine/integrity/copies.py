@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import NamedTuple
 
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.layout import cell_region
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, pieces
 from ms_ckpt_ext.errors import name_ranks
 

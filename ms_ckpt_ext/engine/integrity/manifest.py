@@ -30,11 +30,11 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks
 from ms_ckpt_ext.storage.linux import write_atomically
 from ms_ckpt_ext.storage.publishing import places_of
+from ms_ckpt_ext.storage.reader import from_json
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.integrity.finding import Finding

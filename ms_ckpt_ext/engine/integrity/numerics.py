@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Optional, TypeVar, Union
 import numpy as np
 import numpy.typing as npt
 
-from ms_ckpt_ext.core.geometry.dtype import DType
+from ms_ckpt_ext.core.geometry.array import DType
 from ms_ckpt_ext.transport.base import Bytes
 
 Number = Union[int, float]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, require
 from ms_ckpt_ext.engine.integrity.copies import copies_of, holders_of, regions_of
 from ms_ckpt_ext.engine.source.catalog import Catalog

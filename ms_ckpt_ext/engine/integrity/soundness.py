@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.groups import natural
 from ms_ckpt_ext.core.geometry.layout import Cell, cell_region
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, locate
 from ms_ckpt_ext.engine.integrity.compare import tallies

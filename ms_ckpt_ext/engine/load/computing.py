@@ -17,8 +17,7 @@ from typing import Generic, Optional
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.demand import Demand
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.core.planning.assembly import Assembly, Step, assembled
 from ms_ckpt_ext.core.planning.io_units import cut

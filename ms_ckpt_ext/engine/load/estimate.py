@@ -20,9 +20,8 @@ from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable, decide
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
-from ms_ckpt_ext.core.geometry.dtype import FILE_ORDER
+from ms_ckpt_ext.core.geometry.array import FILE_ORDER, Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, whole
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.io_units import Direct, Extent, Landing, Limits, Stored, Target, Task, Unit
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta

@@ -8,8 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
 from ms_ckpt_ext._version import __version__
-from ms_ckpt_ext.core.parsing import integer
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer
 from ms_ckpt_ext.storage.reader import ReadCount
 
 if TYPE_CHECKING:

@@ -29,8 +29,7 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
 from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, SlicePart
-from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import DTYPES, DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, SliceSink, Staged

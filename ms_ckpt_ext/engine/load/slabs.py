@@ -19,8 +19,7 @@ import numpy as np
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import RankRound
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.log import Trace

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.geometry.layout import Layout, whole
-from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog

@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.exchange.demand import Demand, Grid
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.transport.agree import share_alike

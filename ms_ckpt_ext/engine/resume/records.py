@@ -31,9 +31,9 @@ from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.layout import MAX_RANKS
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import FormatError, storage_error
 from ms_ckpt_ext.formats.table import CKPT
+from ms_ckpt_ext.storage.reader import from_json
 
 RECORDS_FOLDER = "ms_ckpt_ext"
 STRATEGY_FOLDER = "strategy"

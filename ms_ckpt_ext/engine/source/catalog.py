@@ -13,8 +13,7 @@ from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Optional, Union
 
-from ms_ckpt_ext.core.geometry.dtype import INT4, DType
-from ms_ckpt_ext.core.geometry.region import Shape
+from ms_ckpt_ext.core.geometry.array import INT4, DType, Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole

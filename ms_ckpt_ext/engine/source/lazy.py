@@ -18,9 +18,7 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 import numpy.typing as npt
 
-from ms_ckpt_ext.core.geometry.dtype import INT4
-from ms_ckpt_ext.core.geometry.region import Region, Shape
-from ms_ckpt_ext.core.parsing import integer
+from ms_ckpt_ext.core.geometry.array import INT4, Region, Shape
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.schedule import schedule
@@ -30,7 +28,7 @@ from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.engine.source.values import NUMPY, TEXT, decode_text
 from ms_ckpt_ext.engine.unlisted.alike import compared
 from ms_ckpt_ext.engine.unlisted.proven import refuse_own
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer
 from ms_ckpt_ext.storage.reader import ReadCount, ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
 

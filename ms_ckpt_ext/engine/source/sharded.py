@@ -19,8 +19,8 @@ from collections.abc import Set as AbstractSet
 from typing import NamedTuple, Optional, TypeVar
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Strategy
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, StrategyError, name_ranks, some

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout, layout_from_json
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.errors import UsageError, name_ranks
 from ms_ckpt_ext.transport.agree import share_alike
 from ms_ckpt_ext.transport.base import Transport

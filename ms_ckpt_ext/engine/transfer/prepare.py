@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ms_ckpt_ext.core.exchange.cost import Hardware
 from ms_ckpt_ext.core.exchange.demand import Demand, InMemory, LocalPiece, Ways, local_pieces
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_of
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
 from ms_ckpt_ext.engine.load.bucket import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.hosts import told_apart

@@ -14,9 +14,8 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout
-from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.recipes import Block, Recipe

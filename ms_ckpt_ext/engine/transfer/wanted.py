@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Union
 
 from ms_ckpt_ext.core.exchange.demand import Demand, Grid
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
-from ms_ckpt_ext.core.geometry.region import Region, Shape
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.transfer.sources import Cells, Members, cells_of_members, joined_cells
 from ms_ckpt_ext.transport.agree import share_alike

@@ -12,8 +12,8 @@ from math import prod
 from typing import NamedTuple
 
 from ms_ckpt_ext import log
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.layout import cell_region
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, pieces
 from ms_ckpt_ext.engine.integrity.copies import Overlap, copies_of, holders_of, overlaps
 from ms_ckpt_ext.engine.source.catalog import Catalog

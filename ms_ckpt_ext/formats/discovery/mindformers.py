@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import DiscoveryError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.discovery.mindformers_metadata import ParameterCut, file_name, layout_of, read_cuts
 from ms_ckpt_ext.formats.table import COMMON_NAME, METADATA_NAME, SAFETENSORS, TRACKER_NAME
+from ms_ckpt_ext.storage.reader import from_json
 
 __all__ = [
     "COMMON_NAME",

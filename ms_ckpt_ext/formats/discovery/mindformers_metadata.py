@@ -19,12 +19,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
+from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, whole
-from ms_ckpt_ext.core.geometry.region import Shape
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StrategyError, name_ranks
 from ms_ckpt_ext.formats.table import MINDFORMERS_FILE
+from ms_ckpt_ext.storage.reader import from_json
 
 _OTHER = "the file is damaged or was edited: restore it, or use another iteration"
 _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError)

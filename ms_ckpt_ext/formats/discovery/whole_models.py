@@ -289,7 +289,7 @@ def _read_map(path: Path) -> dict[str, str]:
         fault = pointer_fault(str(path), raw)
         if fault is not None:
             raise FormatError(fault)
-        from ms_ckpt_ext.core.parsing import from_json
+        from ms_ckpt_ext.storage.reader import from_json
 
         content = from_json(raw)
         if not isinstance(content, dict):

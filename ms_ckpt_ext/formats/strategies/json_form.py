@@ -6,7 +6,6 @@ import json
 import operator
 from typing import Any
 
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError
 from ms_ckpt_ext.formats.strategies.file import (
     NUMBER_FIELDS,
@@ -17,6 +16,7 @@ from ms_ckpt_ext.formats.strategies.file import (
     rows_of,
     strategy_map,
 )
+from ms_ckpt_ext.storage.reader import from_json
 
 
 def from_text(path: str, data: bytes) -> Any:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 from ms_ckpt_ext.core.geometry.strategy import split_stage
-from ms_ckpt_ext.core.parsing import from_json
 from ms_ckpt_ext.errors import StrategyError, UsageError
 from ms_ckpt_ext.formats.strategies.file import MERGED, encode, read_bytes, read_map, stage_files, strategy_map, write
+from ms_ckpt_ext.storage.reader import from_json
 
 _OPERATORS, _PARAMETERS = "parallel_strategy_item", "parallel_layout_item"
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, UsageError

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
 from ms_ckpt_ext.core.exchange.slices import Placing, cuts_of
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
-from ms_ckpt_ext.core.geometry.region import Region
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 
 
 def test_what_lies_between_is_no_part() -> None:

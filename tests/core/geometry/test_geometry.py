@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.layout import Layout, cell_region, slice_shape, whole
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.region import Region, Shape
+from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.geometry.view import View, frames, nests, split_axes
 
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
+from ms_ckpt_ext.core.geometry.array import DTYPES, DType, Region
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy, strided_copy
 from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Target, Task
 from ms_ckpt_ext.core.planning.pieces import Piece, Placement, SourceTensor, TensorMeta, locate, pieces

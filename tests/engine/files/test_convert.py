@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.errors import (
     ArgumentTypeError,
     ChecksumError,

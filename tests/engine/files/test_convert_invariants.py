@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext import load
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.formats import ckpt, ckpt_writer
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.storage.reader import PlainReader

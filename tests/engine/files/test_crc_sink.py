@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext import convert, decrypt, encrypt
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.engine.files.crc_sink import SummingSink
 from ms_ckpt_ext.formats import ckpt_writer, safetensors
 from ms_ckpt_ext.formats.checksum import crc_of

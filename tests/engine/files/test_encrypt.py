@@ -14,7 +14,7 @@ import pytest
 import xxhash
 
 from ms_ckpt_ext import convert, decrypt, encrypt, load, unified_safetensors
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import Manifest, load_manifest

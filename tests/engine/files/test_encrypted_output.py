@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import errors, load_distributed_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files import execution

@@ -11,7 +11,7 @@ import ms_ckpt_ext
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.plan import plan_exchange
 from ms_ckpt_ext.core.geometry.arrangement import arrangement
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strided import strided_copy
 from ms_ckpt_ext.core.geometry.view import frames

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, verify
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.engine.integrity import contents
 from ms_ckpt_ext.engine.integrity.compare import Comparison

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.engine.integrity.numerics import SAME, Odd, Spot, differences, odd_numbers, values
 
 NAN_A, NAN_B = 0x7FC00001, 0x7FC00002

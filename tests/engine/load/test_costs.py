@@ -11,9 +11,8 @@ import pytest
 
 from ms_ckpt_ext.core.exchange.one_rank import rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.layout import Layout, cell_region
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.load import session
 from ms_ckpt_ext.engine.load.replicas import SliceBytes

@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.exchange.demand import Ways
 from ms_ckpt_ext.core.exchange.one_rank import rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
 from ms_ckpt_ext.core.exchange.totals import RankTotals
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.io_units import Extent, Landing, Limits, Target, Task

@@ -10,7 +10,7 @@ import pytest
 import xxhash
 
 from ms_ckpt_ext.core.exchange.demand import Demand, Grid
-from ms_ckpt_ext.core.geometry.dtype import BY_MINDSPORE
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
 from ms_ckpt_ext.engine.load.replicas import Digest, Digester, SliceBytes, compare_replicas
 from ms_ckpt_ext.errors import ChecksumError

@@ -20,7 +20,7 @@ from ms_ckpt_ext.core.exchange.one_rank import rank_round
 from ms_ckpt_ext.core.exchange.plan import decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing, gather_crossing, teams_of, turns
 from ms_ckpt_ext.core.exchange.totals import RankTotals, tally
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout, cell_region
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.pieces import TensorMeta

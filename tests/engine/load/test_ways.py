@@ -12,7 +12,7 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.cost import Hardware
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.rounds import Shares, shares_of
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
 from ms_ckpt_ext.engine.load.bucket import bucket_for, left_by, left_on_all

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import convert, load, load_checkpoint, unified_safetensors
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.source.lazy import LazyTensor, select
 from ms_ckpt_ext.errors import (

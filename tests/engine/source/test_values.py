@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.engine.source.values import to_python
 
 

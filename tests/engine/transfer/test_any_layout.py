@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.geometry.dtype import DTYPES, DType
+from ms_ckpt_ext.core.geometry.array import DTYPES, DType
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.core.planning.pieces import TensorMeta

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.region import Region
 from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.source.sharded import of_rank, side_by_side
 from ms_ckpt_ext.engine.unlisted.alike import SAMPLE, SAMPLES, SMALL, compared, recorded, samples
