@@ -1,0 +1,453 @@
+#!/usr/bin/env python3
+"""Mutation testing: small faults are put into `ms_ckpt_ext/core`, one at a time, and `tests/core` must find each.
+
+1. The tests run once under coverage: which test runs which line, and how long each takes.
+2. The operators of cosmic-ray say what may be changed; `OPERATORS` has those that make faults people make, and one of
+   our own leaves a statement away. Annotations and what an error says are left as they are.
+3. Of every module a sample, drawn from a seed, is tried: a forked process imports the module with the fault in it, and
+   runs the tests that run its line, the quickest first, until one fails. Nothing is written into the project.
+
+What survives is a test that is missing, code that is not needed, or *equivalent*: no input tells it from the original.
+`scripts/equivalent_mutants.txt` has those that were found to be so, and why; they do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import fnmatch
+import hashlib
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, Optional
+
+import parso
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Operator
+from cosmic_ray.plugins import get_operator
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ROOT / "ms_ckpt_ext" / "core"
+EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.txt"
+
+SWAPPED = ["Eq_NotEq", "NotEq_Eq", "Lt_LtE", "LtE_Lt", "Gt_GtE", "GtE_Gt", "Is_IsNot", "IsNot_Is"]
+ARITHMETIC = ["Add_Sub", "Sub_Add", "Mul_FloorDiv", "FloorDiv_Mul", "Div_Mul", "Mod_FloorDiv", "Pow_Mul"]
+BITS = ["RShift_LShift", "LShift_RShift", "BitOr_BitAnd", "BitAnd_BitOr", "BitXor_BitOr"]
+OPERATORS = [
+    *(f"ReplaceComparisonOperator_{name}" for name in SWAPPED),
+    *(f"ReplaceBinaryOperator_{name}" for name in (*ARITHMETIC, *BITS)),
+    *(f"ReplaceUnaryOperator_{name}" for name in ("Delete_USub", "Delete_Not", "Delete_Invert")),
+    *("AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
+    *("ReplaceBreakWithContinue", "ReplaceContinueWithBreak", "NumberReplacer", "ZeroIterationForLoop"),
+]
+PYTEST = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+KILLED, SURVIVED, NOT_RUN = "killed", "survived", "not run"
+
+
+class LeaveAway(Operator):
+    """Leave a statement away that calls something or changes a value in place."""
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """See `Operator`."""
+        if node.type != "simple_stmt":
+            return
+        first = node.children[0]
+        changed = first.type == "expr_stmt" and first.children[1].type == "operator" and first.children[1].value != "="
+        augmented = first.type == "expr_stmt" and first.children[1].type == "augassign"
+        if changed or augmented or first.type in ("atom_expr", "power"):
+            yield first.start_pos, first.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        """See `Operator`."""
+        old = node.children[0]
+        node.children[0] = parso.python.tree.Name("pass", old.start_pos, prefix=old.get_first_leaf().prefix)
+        return node
+
+    @classmethod
+    def examples(cls) -> tuple[()]:
+        """See `Operator`."""
+        return ()
+
+
+class Mutant(NamedTuple):
+    """A module with one fault in it; `line` is where."""
+
+    module: Path
+    operator: str
+    line: int
+    code: str
+    before: str
+    after: str
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What it is known by when lines move: the module, and the changed lines."""
+        return self.module.stem, self.before, self.after
+
+
+class Timed(NamedTuple):
+    """A test and the seconds that it takes."""
+
+    seconds: float
+    test: str
+
+
+Lines = Mapping[str, Mapping[int, Sequence[Timed]]]
+"""Path of a module -> line -> the tests that run it, the quickest first."""
+
+
+class Place(NamedTuple):
+    """Where an operator may change something: the `number`-th place of those that it finds in a module."""
+
+    operator: str
+    number: int
+    line: int
+
+
+def places_of(source: str) -> list[Place]:
+    """All places in a module."""
+    left_alone = [*_left_alone(ast.parse(source))]
+    nodes = [*ast_nodes(get_ast(source))]
+    found = []
+    for name in (*OPERATORS, LeaveAway.__name__):
+        positions = (position for node in nodes for position in _operator(name).mutation_positions(node))
+        for number, (start, _) in enumerate(positions):
+            if not any(low <= start < high for low, high in left_alone):
+                found.append(Place(name, number, start[0]))
+    return found
+
+
+def _operator(name: str) -> Operator:
+    return LeaveAway() if name == LeaveAway.__name__ else get_operator(f"core/{name}")()
+
+
+def mutant_of(module: Path, source: str, place: Place) -> Optional[Mutant]:
+    """A module with a fault; None where that is no Python."""
+    code = mutate_code(source, _operator(place.operator), place.number)
+    if not _compiles(code):
+        return None
+    changed = [*difflib.unified_diff(source.split("\n"), code.split("\n"), lineterm="", n=0)][2:]
+    before, after = (" ".join(text[1:].strip() for text in changed if text[0] == sign) for sign in "-+")
+    return Mutant(module, place.operator, place.line, code, before, after)
+
+
+def _compiles(code: str) -> bool:
+    try:
+        compile(code, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _left_alone(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where nothing is changed: annotations, errors that are raised, imports for type checkers only."""
+    for node in ast.walk(tree):
+        parts: list[Optional[ast.AST]] = []
+        if isinstance(node, ast.arg):
+            parts = [node.annotation]
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            parts = [node.returns]
+        elif isinstance(node, ast.AnnAssign):
+            parts = [node.annotation]
+        elif isinstance(node, ast.Raise) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            parts = [node]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(("Union[", "Callable[")):
+            parts = [node]
+        for part in parts:
+            if part is not None:
+                yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)  # type: ignore[attr-defined]
+
+
+def all_tests(module: Path, lines: Lines) -> list[str]:
+    """The tests that run anything of a module, the quickest first."""
+    return [each.test for each in sorted({e for some in lines.get(str(module), {}).values() for e in some}) if each.test]
+
+
+def tests_of(mutant: Mutant, lines: Lines) -> list[str]:
+    """The tests that run the statement that is changed, the quickest first; what runs at import: all of the module."""
+    of_module = lines.get(str(mutant.module), {})
+    low, high = _statement(mutant)
+    found = {each for line in range(low, high + 1) for each in of_module.get(line, ())}
+    if any(not each.test for each in found):
+        return all_tests(mutant.module, lines)
+    return [each.test for each in sorted(found)]
+
+
+def _statement(mutant: Mutant) -> tuple[int, int]:
+    """The first and last line of the innermost statement, its body aside."""
+    low, high = mutant.line, mutant.line
+    for node in ast.walk(ast.parse(mutant.module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.stmt) and node.lineno <= mutant.line <= (node.end_lineno or 0):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno or 0
+            if node.lineno <= mutant.line <= last:
+                low, high = node.lineno, last
+    return low, high
+
+
+class _Faulty(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Imports one module from other code than its file has."""
+
+    def __init__(self, path: Path, code: str) -> None:
+        self._path, self._code = str(path), code
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        self._name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """See `MetaPathFinder`."""
+        if fullname != self._name:
+            return None
+        return importlib.util.spec_from_loader(fullname, self, origin=self._path, is_package=False)
+
+    def get_source(self, fullname: str) -> str:
+        """See `InspectLoader`."""
+        return self._code
+
+    def get_code(self, fullname: str) -> Any:
+        """See `InspectLoader`."""
+        return compile(self._code, self._path, "exec")
+
+
+class _Noted:
+    """A plugin of pytest's: every test is a context of coverage's, and timed."""
+
+    def __init__(self, measured: Any) -> None:
+        self._measured = measured
+        self.seconds: dict[str, float] = {}
+        """Seconds of the processor's."""
+        self._begun = 0.0
+
+    def pytest_runtest_protocol(self, item: Any) -> None:
+        """Called before each test."""
+        self._measured.switch_context(item.nodeid)
+        self._begun = time.process_time()
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called behind each phase of a test."""
+        if report.when == "call":
+            self.seconds[report.nodeid] = time.process_time() - self._begun
+
+
+def measured(tests: str, kept: Optional[Path]) -> Lines:
+    """Run the tests once under coverage, in a process of their own; or take what was kept of the same files."""
+    files = sorted([*CORE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    state = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    if kept and kept.exists():
+        held = json.loads(kept.read_text(encoding="utf-8"))
+        if held["state"] == state:
+            return _lines(held["lines"])
+    into, out = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(into)
+        with os.fdopen(out, "w") as file:
+            json.dump(_measure(tests), file)
+        os._exit(0)
+    os.close(out)
+    with os.fdopen(into) as file:
+        told = file.read()
+    os.waitpid(child, 0)
+    if not told or (found := json.loads(told)) is None:
+        raise SystemExit(f"{tests} does not pass as it is: mend that first")
+    if kept:
+        kept.write_text(json.dumps({"state": state, "lines": found}), encoding="utf-8")
+    return _lines(found)
+
+
+def _lines(found: Any) -> Lines:
+    return {
+        path: {int(line): [Timed(*each) for each in timed] for line, timed in lines.items()}
+        for path, lines in found.items()
+    }
+
+
+def _quick(lines: Lines, longest: float) -> Lines:
+    """Without the tests that take long."""
+    return {
+        path: {line: [each for each in timed if each.seconds <= longest] for line, timed in some.items()}
+        for path, some in lines.items()
+    }
+
+
+def _measure(tests: str) -> Any:
+    import coverage
+    import pytest
+
+    run = coverage.Coverage(data_file=None, include=[f"{ROOT}/ms_ckpt_ext/core/*"])
+    _quiet()
+    run.start()
+    noted = _Noted(run)
+    passed = pytest.main([*PYTEST, tests], plugins=[noted]) == 0
+    run.stop()
+    if not passed:
+        return None
+    data = run.get_data()
+    return {
+        path: {
+            line: sorted((round(noted.seconds.get(test, 0.0), 3), test) for test in contexts)
+            for line, contexts in data.contexts_by_lineno(path).items()
+        }
+        for path in data.measured_files()
+    }
+
+
+def _quiet() -> None:
+    """The settings of a process that runs tests: examples are always the same, and not made smaller."""
+    from hypothesis import HealthCheck, Phase, settings
+
+    if not os.environ.get("MUTANTS_LOUD"):
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
+    phases = (Phase.explicit, Phase.generate)
+    every = list(HealthCheck)
+    settings.register_profile(
+        "mutants", deadline=None, derandomize=True, database=None, phases=phases, suppress_health_check=every
+    )
+    os.environ["HYPOTHESIS_PROFILE"] = "mutants"
+
+
+class _Child(NamedTuple):
+    """A process that tries the mutant `number`, until `end` at most."""
+
+    number: int
+    end: float
+
+
+def all_tried(mutants: Sequence[tuple[Mutant, Sequence[str]]], lines: Lines, jobs: int) -> list[str]:
+    """Try mutants by the tests that are given with each, `jobs` at a time: what became of them."""
+    seconds = {each.test: each.seconds for some in lines.values() for timed in some.values() for each in timed}
+    results = [NOT_RUN] * len(mutants)
+    running: dict[int, _Child] = {}
+    waiting = iter(range(len(mutants)))
+    while True:
+        while len(running) < jobs and (number := next(waiting, None)) is not None:
+            mutant, tests = mutants[number]
+            if tests:
+                usual = sum(seconds[test] for test in tests)
+                # The limit is on the processor's time; what waits without end is ended by the clock.
+                child = _started(mutant, tests, 3 * int(usual) + 20)
+                running[child] = _Child(number, time.monotonic() + 20 * usual + 120)
+        if not running:
+            return results
+        time.sleep(0.02)
+        for child, each in [*running.items()]:
+            late = time.monotonic() > each.end
+            if late:
+                os.killpg(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, 0 if late else os.WNOHANG)
+            if ended:
+                results[each.number] = KILLED if os.waitstatus_to_exitcode(status) else SURVIVED
+                del running[child]
+
+
+def _started(mutant: Mutant, tests: Sequence[str], seconds: int) -> int:
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        _run(mutant, tests, seconds)
+    return child
+
+
+def _run(mutant: Mutant, tests: Sequence[str], seconds: int) -> None:
+    import pytest
+
+    try:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+        _quiet()
+        sys.meta_path.insert(0, _Faulty(mutant.module, mutant.code))
+        code = int(pytest.main([*PYTEST, *tests]))
+    except BaseException:
+        os._exit(9)
+    os._exit(code)
+
+
+def equivalents() -> dict[tuple[str, str, str], str]:
+    """What is known to be equivalent -> why. Four lines each: module, line, line as changed, reason."""
+    found = {}
+    text = EQUIVALENT.read_text(encoding="utf-8") if EQUIVALENT.exists() else ""
+    for block in text.split("\n\n"):
+        rows = [row for row in block.strip().split("\n") if not row.startswith("#")]
+        if len(rows) == 4:
+            found[(rows[0], rows[1][2:], rows[2][2:])] = rows[3]
+    return found
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=["*"], help="below ms_ckpt_ext/core, such as 'geometry/*'")
+    parser.add_argument("--sample", type=int, default=40, help="mutants of a module at most (0: all)")
+    parser.add_argument("--seed", type=int, default=1, help="which of them")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at once")
+    parser.add_argument("--tests", default="tests/core", help="what must find them")
+    parser.add_argument("--longest", type=float, default=2.0, help="leave out tests that take more seconds")
+    parser.add_argument("--containing", default="", help="only mutants of lines that contain this")
+    parser.add_argument("--lines", type=Path, help="keep here which test runs which line, for the next time")
+    options = parser.parse_args(arguments)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    lines = _quick(measured(options.tests, options.lines), options.longest)
+    for name in ("numpy", "pytest", "hypothesis", "safetensors.numpy"):  # once, before the forks
+        importlib.import_module(name)
+    totals: Counter[str] = Counter()
+    for path in sorted(CORE.rglob("*.py")):
+        name = str(path.relative_to(CORE).with_suffix(""))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in options.modules):
+            totals += _module(name, path, lines, options)
+    _tell("all", totals)
+    return 0
+
+
+def _module(name: str, path: Path, lines: Lines, options: argparse.Namespace) -> Counter[str]:
+    """Try a sample of a module, and tell what became of it."""
+    source = path.read_text(encoding="utf-8")
+    text = source.split("\n")
+    places = [place for place in places_of(source) if options.containing in text[place.line - 1]]
+    if not places:
+        return Counter()
+    quickest = all_tests(path, lines)[:20]
+    if quickest and all_tried([(Mutant(path, "", 1, source, "", ""), quickest)], lines, 1) != [SURVIVED]:
+        raise SystemExit(f"{path} is said to be faulty as it is, by {quickest}")
+    random.Random(f"{options.seed} {name}").shuffle(places)
+    chosen = [mutant_of(path, source, place) for place in places[: options.sample or None]]
+    known = equivalents()
+    judged = [mutant for mutant in chosen if mutant is not None and mutant.key not in known]
+    results = all_tried([(mutant, tests_of(mutant, lines)) for mutant in judged], lines, options.jobs)
+    for mutant, result in zip(judged, results):
+        if result != KILLED:
+            print(f"{path.relative_to(ROOT)}:{mutant.line} {result} ({mutant.operator})")
+            print(f"- {mutant.before}\n+ {mutant.after}")
+    equivalent = sum(mutant is not None and mutant.key in known for mutant in chosen)
+    counts = Counter({"mutants": len(places), "equivalent": equivalent}) + Counter(results)
+    _tell(name, counts)
+    return counts
+
+
+def _tell(name: str, counts: Mapping[str, int]) -> None:
+    judged = sum(counts[result] for result in (KILLED, SURVIVED, NOT_RUN))
+    score = f"{100 * counts[KILLED] / judged:.1f} %" if judged else "-"
+    told = ", ".join(f"{counts[each]} {each}" for each in ("mutants", KILLED, SURVIVED, NOT_RUN, "equivalent"))
+    print(f"== {name}: {score} ({told})", flush=True)
+
+
+def _interrupted(number: int, frame: Optional[FrameType]) -> None:
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, _interrupted)
+    sys.exit(main())
