@@ -153,27 +153,28 @@ def _compiles(code: str) -> bool:
 
 
 def _left_alone(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where nothing is changed: annotations, errors that are raised, imports for type checkers only."""
+    """Where nothing is changed: annotations and types, errors that are raised, imports for type checkers only."""
     for node in ast.walk(tree):
-        parts: list[Optional[ast.AST]] = []
-        if isinstance(node, ast.arg):
-            parts = [node.annotation]
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            parts = [node.returns]
-        elif isinstance(node, ast.AnnAssign):
-            parts = [node.annotation]
-        elif isinstance(node, ast.Raise) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
-            parts = [node]
-        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(("Union[", "Callable[")):
-            parts = [node]
-        for part in parts:
-            if part is not None:
-                yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)  # type: ignore[attr-defined]
+        part: Any = None
+        if isinstance(node, (ast.arg, ast.AnnAssign)):
+            part = node.annotation
+        elif isinstance(node, ast.FunctionDef):
+            part = node.returns
+        elif (
+            isinstance(node, ast.Raise)
+            or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+            or (isinstance(node, ast.Assign) and ast.unparse(node.value).startswith(("Union[", "Callable[")))
+        ):
+            part = node
+        if part is not None:
+            yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
 
 
 def all_tests(module: Path, lines: Lines) -> list[str]:
     """The tests that run anything of a module, the quickest first."""
-    return [each.test for each in sorted({e for some in lines.get(str(module), {}).values() for e in some}) if each.test]
+    return [
+        each.test for each in sorted({e for some in lines.get(str(module), {}).values() for e in some}) if each.test
+    ]
 
 
 def tests_of(mutant: Mutant, lines: Lines) -> list[str]:
@@ -364,15 +365,15 @@ def _started(mutant: Mutant, tests: Sequence[str], seconds: int) -> int:
 def _run(mutant: Mutant, tests: Sequence[str], seconds: int) -> None:
     import pytest
 
+    code = 9
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
         _quiet()
         sys.meta_path.insert(0, _Faulty(mutant.module, mutant.code))
         code = int(pytest.main([*PYTEST, *tests]))
-    except BaseException:
-        os._exit(9)
-    os._exit(code)
+    finally:
+        os._exit(code)
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -16,9 +16,7 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, Demand, LocalPiece, boxes_moved
 from ms_ckpt_ext.core.exchange.one_rank import Item, RankGather, RankRound, rank_round
 from ms_ckpt_ext.core.exchange.plan import Chunk, ExchangePlan, Round
-from ms_ckpt_ext.core.geometry.dtype import DType
-from ms_ckpt_ext.core.geometry.region import Region, Shape, View
-from ms_ckpt_ext.core.planning.io_units import Extent
+from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 
 Bytes = np.ndarray
 """Flat uint8."""
@@ -43,6 +41,25 @@ class Call(NamedTuple):
     ranks: tuple[int, ...]
     nbytes: int
     root: Optional[int] = None
+
+
+def hops_of(call: Call, server: Callable[[int], int]) -> list[Hop]:
+    """An all-gather as HCCL makes it, step by step: over servers with as many ranks each a share crosses to the rank at
+    its place, which passes it on; else every rank of a ring passes a share to the next, in every step."""
+    teams: dict[int, list[int]] = {}
+    for rank in call.ranks:
+        teams.setdefault(server(rank), []).append(rank)
+    ranks, nbytes = call.ranks, call.nbytes
+    if len({len(team) for team in teams.values()}) > 1:
+        return [Hop(rank, ranks[(n + 1) % len(ranks)], nbytes) for n, rank in enumerate(ranks)] * (len(ranks) - 1)
+    made = []
+    for origin in ranks:
+        place = teams[server(origin)].index(origin)
+        for where, team in teams.items():
+            carries = origin if where == server(origin) else team[place]
+            made += [Hop(origin, carries, nbytes)] if carries != origin else []
+            made += [Hop(carries, rank, nbytes) for rank in team if rank != carries]
+    return made
 
 
 class Box:
@@ -100,10 +117,9 @@ class Played:
         counted: what the ranks did.
     """
 
-    def __init__(self, plan: ExchangePlan, stored: Mapping[int, Bytes], memory: Optional[int] = None) -> None:
-        """`stored`: the bytes of every file; from number `memory` on, of the memory of ranks."""
-        self.plan, self._stored = plan, stored
-        self._memory = memory
+    def __init__(self, plan: ExchangePlan, stored: Mapping[int, Bytes], in_memory: bool = False) -> None:
+        """`stored`: the bytes of every file; or, `in_memory`, of what every rank holds."""
+        self.plan, self._stored, self._in_memory = plan, stored, in_memory
         self.boxes: dict[tuple[int, int, int], Box] = {}
         self.counted = Counted(plan.world)
         for number, demand in enumerate(plan.demands):
@@ -151,10 +167,10 @@ class Played:
     def _read(self, rank: int, number: int) -> int:
         chunk: Chunk = self.plan.chunks[number]
         assert chunk.reader == rank and number not in self._chunks
-        held = self._stored[chunk.file]
+        held = self._stored[rank if self._in_memory else chunk.file]
         self._chunks[number] = np.concatenate([held[at : at + length] for at, length in chunk.extents])
         assert self._chunks[number].size == chunk.nbytes
-        if self._memory is not None and chunk.file >= self._memory:
+        if self._in_memory:
             return 0
         self.counted.read[rank] += chunk.nbytes
         self.counted.reads[rank] += 1
