@@ -59,7 +59,7 @@ def on_eight(golden: Path) -> list[Any]:
 
 
 def serving(root: Path, training: int, ranks: Sequence[int]) -> Any:
-    """Queries, keys and values, gate and up, of training ranks, fused as two serving ranks want them."""
+    """Queries (scaled), keys and values, gate and up, of training ranks, fused as two serving ranks want them."""
     rng = np.random.default_rng(0)
     root.mkdir()
     parts = {"q": 24, "k": 12, "v": 12, "gate": 36, "up": 36}
@@ -73,6 +73,7 @@ def serving(root: Path, training: int, ranks: Sequence[int]) -> Any:
     fused: Full = {}
     for n in range(2):
         q, k, v, gate, up = (full[f"layers.{n}.{p}"][1] for p in parts)
+        q = q * np.float32(0.5)
         groups = [np.concatenate([a[g * len(a) // 6 : (g + 1) * len(a) // 6] for a in (q, k, v)]) for g in range(6)]
         fused[f"layers.{n}.qkv"] = "F32", np.concatenate(groups)
         fused[f"layers.{n}.gate_up"] = "F32", np.stack([gate, up], 1).reshape(-1, 8)

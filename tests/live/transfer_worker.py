@@ -23,6 +23,7 @@ NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np_dtype.bfloat16, "I32":
 RULES = {
     "": (),
     "fused": (
+        rules.Scale("layers.{i}.q", "layers.{i}.q", 0.5),
         rules.QKV(["layers.{i}.q", "layers.{i}.k", "layers.{i}.v"], "layers.{i}.qkv", groups=6),
         rules.Interleave(["layers.{i}.gate", "layers.{i}.up"], "layers.{i}.gate_up"),
     ),

@@ -29,7 +29,12 @@ def stays(match: Match, pieces: Sequence[LocalPiece], source: Mapping[str, Any])
     if len(pieces) != 1 or plain(source[pieces[0].name]) is not plain(match.parameter):
         return False
     (piece,) = pieces
-    return piece.view is None and piece.in_source == piece.in_target and piece.in_source.shape == piece.shape
+    return (
+        piece.view is None
+        and not piece.into
+        and piece.in_source == piece.in_target
+        and piece.in_source.shape == piece.shape
+    )
 
 
 def refuse_overlaps(written: Iterable[Any], read: Mapping[str, Any]) -> None:

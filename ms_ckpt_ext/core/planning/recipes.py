@@ -27,6 +27,7 @@ from ms_ckpt_ext.core.planning.pieces import Computed, Piece, Placement, Sourced
 from ms_ckpt_ext.errors import LayoutMismatchError
 
 _Change = Callable[[SourceTensor], SourceTensor]
+_WHOLE = "apply the rules to a merged checkpoint, or to a network that holds it whole or cut along another axis"
 
 
 class Block(NamedTuple):
@@ -250,7 +251,7 @@ def _seen(tensor: SourceTensor, placement: Placement, view: Shape) -> Placement:
     except ValueError as error:
         raise LayoutMismatchError(
             f"{tensor.meta.name!r} of shape {list(shape)} lies in slices {list(parts)} and is to be seen as "
-            f"{list(view)}, where these are no boxes ({error}): merge the checkpoint first, then apply the rules"
+            f"{list(view)}, where these are no boxes ({error}): {_WHOLE}"
         ) from error
 
     def move(cell: Cell) -> Cell:
@@ -270,7 +271,7 @@ def joined_axes(tensor: SourceTensor) -> SourceTensor:
     if tensor.recipe is not None or any(placement.parts[-1] != 1 for placement in tensor.placements):
         raise LayoutMismatchError(
             f"the last two axes of {tensor.meta.name!r} of shape {list(tensor.meta.shape)} are to be one, but it is "
-            "cut along the last one, or made by another rule: merge the checkpoint first, then apply the rules"
+            f"cut along the last one, or made by another rule: {_WHOLE}"
         )
     return SourceTensor(meta, tensor.stored_name, tuple(_without_last(each) for each in tensor.placements))
 

@@ -16,7 +16,7 @@ from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import choose_way, servers_of
 from ms_ckpt_ext.engine.transfer.addresses import Addresses
 from ms_ckpt_ext.engine.transfer.wanted import Wants, demands_among, share_wanted
-from ms_ckpt_ext.errors import CoverageError, UsageError, name_ranks, some
+from ms_ckpt_ext.errors import CoverageError, UsageError, name_ranks
 from ms_ckpt_ext.transport.agree import agree
 from ms_ckpt_ext.transport.base import Transport
 
@@ -46,7 +46,7 @@ class PreparedTransfer(NamedTuple):
     @property
     def bytes_local(self) -> int:
         """Bytes that this rank takes of its own memory."""
-        return sum(self.demands[p.demand].tensor.meta.dtype.nbytes(p.in_source.size) for p in self.local)
+        return sum(piece.dtype.nbytes(piece.in_source.size) for piece in self.local)
 
     def bytes_sent(self, rank: int) -> int:
         """Payload that a rank sends to others."""
@@ -82,18 +82,12 @@ def prepare_transfer(
     Raises:
         DisagreementError: ranks were started with different inputs.
         CoverageError: a region that some rank wants is held by none.
-        UsageError: a rule computes something; or the product has no all-to-all for these ranks.
+        UsageError: the product has no all-to-all for these ranks.
         TransportError: the backend delivers other bytes than were sent.
     """
     described = repr([(name, tensor.meta, tensor.placements) for name, tensor in tensors.items()])
     agree(transport, {**options.facts(), "what the source holds": described, **facts})
     demands = demands_among(tensors, share_wanted(transport, wants), places)
-    computed = [demand.name for demand in demands if demand.tensor.is_computed]
-    if computed:
-        raise UsageError(
-            f"a transfer moves elements and computes nothing, and a rule computes {some(computed)}: leave the rule "
-            "out, or load from a checkpoint with it"
-        )
     if not transport.traits.all_to_all:
         raise UsageError(f"{transport.traits.product} has no all-to-all for these ranks, which a transfer needs")
     hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])

@@ -221,10 +221,3 @@ def test_a_hundred_runs_allocate_once() -> None:
 
     for first, last in run(2, work):
         assert 0 < first == last
-
-
-def test_rules_that_compute_are_refused() -> None:
-    def work(rank: int) -> None:
-        transfer(filled({"w": values(1, 2)}), filled({"half": values(7, 7)}), rules=[rules.Scale("w", "half", 0.5)])
-
-    check(errors(2, work), UsageError, "computes nothing", "'half'")

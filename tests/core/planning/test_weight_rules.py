@@ -256,7 +256,9 @@ def test_refused(rules: list[Rule], error: type[Exception], told: str, tmp_path:
 def test_cuts_inside_the_rows_of_a_rule_are_refused(tmp_path: Path) -> None:
     held = {"a": np.zeros((6, 4), np.float32), "b": np.zeros((6, 4), np.float32)}
     cutting = strategy({name: Layout((2,), ((0,), ())) for name in held})
-    with pytest.raises(LayoutMismatchError, match="merge the checkpoint first"):
+    with pytest.raises(
+        LayoutMismatchError, match="apply the rules to a merged checkpoint, or to a network that holds it whole"
+    ):
         ruled(open_catalog(str(cut(cutting, held, tmp_path)), cutting), [QKV(["a", "b"], "t", 3)])
 
 
