@@ -43,7 +43,7 @@ class TensorEntry(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return sum(extent.length for extent in self.extents)
+        return sum([extent.length for extent in self.extents])
 
 
 class FileIndex(NamedTuple):

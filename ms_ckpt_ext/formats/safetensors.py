@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -213,14 +215,10 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
     notes = {**metadata, CRC_NUM: NO_CRC} if crc else dict(metadata)
     if texts:
         notes[TEXT_NOTE] = _json(texts)
-    offset = 0
-    members: list[str] = []
-    places: dict[str, TensorEntry] = {}
-    for spec in sorted(map(_storable, specs), key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name)):
-        extent = Extent(offset, spec.dtype.nbytes(prod(spec.shape)))
-        members.append(_member(spec, extent))
-        places[spec.name] = TensorEntry(spec.dtype, spec.shape, (extent,))
-        offset += extent.length
+    in_order = sorted(map(_storable, specs), key=lambda spec: (-FILE_ORDER[spec.dtype.name], spec.name))
+    sizes = [spec.dtype.nbytes(prod(spec.shape)) for spec in in_order]
+    starts = [0, *accumulate(sizes)]
+    members = [_member(spec, start, stop) for spec, start, stop in zip(in_order, starts, starts[1:])]
     tensors = ",".join(members)
 
     def head(number: str) -> bytes:
@@ -236,14 +234,16 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
             f"{MAX_HEADER}: write .ckpt instead, or leave parameters out"
         )
     base, prefix = 8 + len(text), len(text).to_bytes(8, "little")
-    for name, (dtype, shape, (extent,)) in places.items():
-        places[name] = TensorEntry(dtype, shape, (Extent(base + extent.offset, extent.length),))
+    places = {
+        name: TensorEntry(dtype, shape, (Extent(base + start, nbytes),))
+        for (name, dtype, shape), start, nbytes in zip(in_order, starts, sizes)
+    }
 
     def render(number: int) -> bytes:
         return prefix + head(str(number)).ljust(len(text))
 
     checksum = Checksum(tuple(_crc_parts(places)), 0, render) if crc else None
-    return FileLayout(base + offset, ((0, prefix + text),), places, checksum)
+    return FileLayout(base + starts[-1], ((0, prefix + text),), places, checksum)
 
 
 def in_headers(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
@@ -265,7 +265,7 @@ def in_headers(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
 def _member_bytes(spec: TensorSpec) -> int:
     """Most bytes that a tensor takes in a header, wherever in the file it comes to lie, with a note beside it."""
     name = len(_json(spec.name).encode())
-    return 2 * name + len(_member(spec._replace(name=""), Extent(1 << 63, 1 << 63))) + len(',:"Int4",')
+    return 2 * name + len(_member(spec._replace(name=""), 1 << 63, 1 << 63)) + len(',:"Int4",')
 
 
 def _storable(spec: TensorSpec) -> TensorSpec:
@@ -278,12 +278,15 @@ def _storable(spec: TensorSpec) -> TensorSpec:
     return spec
 
 
-def _member(spec: TensorSpec, extent: Extent) -> str:
+def _member(spec: TensorSpec, start: int, stop: int) -> str:
     """As `_json` of the entry would be, without objects in between."""
-    shape = ",".join(map(str, spec.shape))
-    place = f"{extent.offset},{extent.offset + extent.length}"
-    name = json.encoder.encode_basestring(spec.name)
-    return f'{name}:{{"dtype":"{spec.dtype.name}","shape":[{shape}],"data_offsets":[{place}]}}'
+    name, (_, dtype, shape) = json.encoder.encode_basestring(spec.name), spec
+    return f'{name}:{{"dtype":"{dtype.name}","shape":[{_numbers(shape)}],"data_offsets":[{start},{stop}]}}'
+
+
+@lru_cache(maxsize=1024)
+def _numbers(shape: Shape) -> str:
+    return ",".join(map(str, shape))
 
 
 def _json(value: Any) -> str:

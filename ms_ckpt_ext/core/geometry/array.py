@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple, Optional
 
@@ -101,7 +102,7 @@ class Region(_Corners):
     @classmethod
     def whole(cls, shape: Shape) -> Region:
         """The box of a full array of `shape`, every extent at least 1."""
-        return cls((0,) * len(shape), shape)
+        return _whole(shape)
 
     @property
     def shape(self) -> Shape:
@@ -134,6 +135,11 @@ class Region(_Corners):
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{low}:{high}" for low, high in zip(self.start, self.stop)) + "]"
+
+
+@lru_cache(maxsize=1024)
+def _whole(shape: Shape) -> Region:
+    return Region((0,) * len(shape), shape)
 
 
 class View(NamedTuple):

@@ -167,6 +167,7 @@ class _Forms:
         self._most = most
         self._known: dict[int, tuple[Piece, Shape, DType, tuple[_Cut, ...], int]] = {}
         self._forms: dict[Form, Form] = {}
+        self._runs: dict[int, Form] = {}
 
     def of(self, piece: Piece, shape: Shape, dtype: DType) -> tuple[tuple[_Cut, ...], int]:
         """The copy that moves a piece into an array of `shape`, cut along its outer axes; and its bytes."""
@@ -181,8 +182,11 @@ class _Forms:
 
     def run_of(self, nbytes: int) -> Form:
         """The form of a copy of one run."""
-        form = Form(nbytes, (), (), (), nbytes)
-        return self._forms.setdefault(form, form)
+        found = self._runs.get(nbytes)
+        if found is None:
+            form = Form(nbytes, (), (), (), nbytes)
+            found = self._runs[nbytes] = self._forms.setdefault(form, form)
+        return found
 
     def _cut(self, copy: StridedCopy) -> _Cut:
         form = copy.form
@@ -287,8 +291,8 @@ class _BatchBuilder:
 
     def _merge(self, file: int, spans: list[_Span]) -> Iterator[Read]:
         for cluster in _clusters(spans, self._limits.gap, self._limits.tile):
-            length = max(span.stop for span in cluster) - cluster[0].start
-            wanted = sum(span.form.nbytes for span in cluster)
+            length = max([span.stop for span in cluster]) - cluster[0].start
+            wanted = sum([span.form.nbytes for span in cluster])
             if wanted < 0.8 * length and any(span.form.gap() > self._limits.gap for span in cluster):
                 runs = [run for span in cluster for run in _explode(span)]
                 for part in _clusters(runs, self._limits.gap, self._limits.tile):
@@ -319,7 +323,7 @@ def _explode(span: _Span) -> Iterator[_Span]:
 
 def _read(file: int, cluster: list[_Span]) -> Read:
     start = cluster[0].start
-    stop = max(span.stop for span in cluster)
+    stop = max([span.stop for span in cluster])
     return Read(file, (Extent(start, stop - start),), tuple(_folded(cluster, start)))
 
 
@@ -330,6 +334,9 @@ def _folded(cluster: list[_Span], start: int) -> Iterator[ReadCopy]:
         alike.setdefault((span.number, id(span.form)), []).append(span)
     for (number, _), spans in alike.items():
         form, at = spans[0].form, 0
+        if len(spans) == 1:
+            yield ReadCopy(number, form.at(spans[0].start - start, spans[0].target))
+            continue
         while at < len(spans):
             low, target = spans[at].start, spans[at].target
             count, step, landing = 1, 0, 0

@@ -19,7 +19,9 @@ _STRIP = 32
 
 def copy_strided(copy: StridedCopy, source: Any, target: Any) -> None:
     """Make one strided copy. `source` and `target` are flat bytes: uint8 arrays, or anything that is a buffer."""
-    if copy.nbytes <= _FEW * copy.run:
+    if not copy.counts:
+        target[copy.target : copy.target + copy.run] = source[copy.source : copy.source + copy.run]
+    elif copy.nbytes <= _FEW * copy.run:
         for lying, landing in copy.runs():
             target[landing : landing + copy.run] = source[lying : lying + copy.run]
     else:

@@ -161,14 +161,14 @@ class _Worker:
             start += len(part)
 
     def batch(self, batch: Batch) -> None:
-        staged = [self._memory(stretch) is None for stretch in batch.stretches]
+        memories = [self._memory(stretch) for stretch in batch.stretches]
+        staged = [memory is None for memory in memories]
         first = batch.stretches[0].places[0].offset
         arena = self._assembly.take(sum(s.nbytes for s, stage in zip(batch.stretches, staged) if stage), first)
         buffers, at = [], 0
-        for stretch, stage in zip(batch.stretches, staged):
-            memory = self._memory(stretch)
+        for stretch, memory in zip(batch.stretches, memories):
             buffers.append(arena[at : at + stretch.nbytes] if memory is None else memory)
-            at += stretch.nbytes if stage else 0
+            at += stretch.nbytes if memory is None else 0
         for read in batch.reads:
             self._read(read, buffers)
         for compute in batch.computes:

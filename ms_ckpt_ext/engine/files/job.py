@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import starmap
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
@@ -15,7 +16,7 @@ import xxhash
 
 from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.io_units import Landing, Target, Task
-from ms_ckpt_ext.core.planning.pieces import SourceTensor, require, whole_box
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, require, whole_box
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats import registry
@@ -242,7 +243,7 @@ def tasks_of(outputs: Sequence[Output]) -> list[Task]:
                 tensor, region = box_of_stored(tensor) or (tensor, region)
             wanted.setdefault(id(tensor), (tensor, {}))[1].setdefault(region, []).append(landing)
     return [
-        Task(tensor, tuple(Target(region, tuple(landings)) for region, landings in regions.items()))
+        Task(tensor, tuple([Target(region, tuple(landings)) for region, landings in regions.items()]))
         for tensor, regions in wanted.values()
     ]
 
@@ -258,33 +259,46 @@ def job_fingerprint(job: Job) -> str:
     everybodys = {**job.source.tensors, **job.source.extras}
     known = set(map(id, everybodys.values()))
     made = _Made()
+    corners: dict[Optional[Region], str] = {None: "None"}
 
     def where(tensor: SourceTensor) -> str:
         """What a rank has of its own is told by the file."""
         return "" if id(tensor) in known else f"|{[tuple(p.holders.items()) for p in tensor.placements]}"
 
+    def told(name: str, tensor: SourceTensor, region: Optional[Region]) -> str:
+        corner = corners.get(region)
+        if corner is None and region is not None:
+            corner = corners[region] = str((region.start, region.stop))
+        return f"{name}|{tensor.stored_name}|{made(tensor)}|{corner}{where(tensor)}\n"
+
     for _, output in sorted(job.everything.items()):
         digest.update(_encoded(f"{output.name}|{output.layout.size}\n"))
         for offset, literal in output.layout.literals:
             digest.update(offset.to_bytes(8, "little") + literal)
-        for name, tensor, region in output.wanted:
-            corner = None if region is None else (region.start, region.stop)
-            digest.update(_encoded(f"{name}|{tensor.stored_name}|{made(tensor)}|{corner}{where(tensor)}\n"))
+        digest.update(_encoded("".join(starmap(told, output.wanted))))
     for name in sorted(job.index):
         digest.update(name.encode() + job.index[name])
     for name, tensor in sorted(everybodys.items()):
-        cuts = [(placement.parts, tuple(placement.holders.items())) for placement in tensor.placements]
-        digest.update(repr((name, tensor.meta.shape, cuts)).encode())
+        digest.update(f"({name!r}, {tensor.meta.shape}, {made.lying(tensor.placements)})".encode())
     return digest.hexdigest()
 
 
 class _Made:
-    """How parameters are made, in short; told once of each, for many files may want some of it."""
+    """Where parameters lie and how they are made, in short; told once of what several share."""
 
     def __init__(self) -> None:
         self._known: dict[int, str] = {}
 
+    def lying(self, placements: Sequence[Placement]) -> str:
+        """The files of every slice."""
+        found = self._known.get(id(placements))
+        if found is None:
+            found = str([(placement.parts, tuple(placement.holders.items())) for placement in placements])
+            self._known[id(placements)] = found
+        return found
+
     def __call__(self, tensor: SourceTensor) -> str:
+        """What a parameter is made of; "" when it is stored."""
         recipe = tensor.recipe
         if recipe is None:
             return ""
@@ -292,7 +306,7 @@ class _Made:
         if found is None:
             digest = xxhash.xxh3_64(f"{tensor.meta}|{recipe.how}".encode())
             for source in tensor.sources:
-                lying = [(placement.parts, tuple(placement.holders.items())) for placement in source.placements]
+                lying = self.lying(source.placements)
                 digest.update(_encoded(f"{source.stored_name}|{lying}|{self(source)}\n"))
             found = self._known[id(recipe)] = digest.hexdigest()
         return found
@@ -329,11 +343,12 @@ def output_of(
         framework: what the header says of it.
     """
     crc = crc or (seal is not None and seal.needs_crc(name))
-    boxes = [(new, tensor, box or whole_box(tensor)) for new, tensor, box in wanted]
-    specs = [TensorSpec(new, tensor.meta.dtype, box.shape if box else tensor.meta.shape) for new, tensor, box in boxes]
+    listed = [*wanted]
+    specs = [TensorSpec(new, t.meta.dtype, t.meta.shape if box is None else box.shape) for new, t, box in listed]
+    boxes = [Wanted(new, tensor, box or whole_box(tensor)) for new, tensor, box in listed]
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
     layout: FileLayout = registry.lay_out(name, specs, {"format": framework, **notes}, crc)
-    return Output(name, layout, tuple(Wanted(*box) for box in boxes), lambda: layout.tensors)
+    return Output(name, layout, tuple(boxes), lambda: layout.tensors)
 
 
 def refuse_empty(catalog: Catalog) -> None:

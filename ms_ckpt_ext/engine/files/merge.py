@@ -105,19 +105,25 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         shares[0].append(write(f"{rank_folders.HYPER_STEM}.{options.format}", whole))
     tasks = {f"task-{task}-of-{options.tasks}": tuple(share) for task, share in enumerate(shares, 1)}
     mine = f"task-{options.task}-of-{options.tasks}"
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     index_name = rank_folders.INDEX_NAMES[options.naming]
     written = {index_name, *(output.name for share in shares for output in share)}
     return Job(
         catalog,
         tasks.pop(mine),
         tasks,
-        {index_name: json.dumps(index, indent=4).encode()},
+        {index_name: _index(sum(sizes.values()), weight_map)},
         lambda: [name for name in _older(target, options.naming) if name not in written],
         mine,
         options.seal,
         options.digests,
     )
+
+
+def _index(total: int, weight_map: Mapping[str, str]) -> bytes:
+    """As `json.dumps` with `indent=4`, which takes ten times as long, for it is written in Python."""
+    listed = json.JSONEncoder(separators=(",\n        ", ": ")).encode(weight_map)[1:-1]
+    head = f'{{\n    "metadata": {{\n        "total_size": {total}\n    }},\n    "weight_map": {{\n        '
+    return f"{head}{listed}\n    }}\n}}".encode()
 
 
 def _older(target: str, naming: str) -> list[str]:

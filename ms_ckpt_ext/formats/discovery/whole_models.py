@@ -299,9 +299,8 @@ def _read_map(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise FormatError(f"{str(path)!r} is not a parameter map ({error}); {advice}") from error
     names = content.get("weight_map", content)
-    ok = isinstance(names, dict) and all(
-        isinstance(v, str) and os.path.basename(v) == v and v not in ("", ".", "..") for v in names.values()
-    )
+    ok = isinstance(names, dict) and all(isinstance(file, str) for file in names.values())
+    ok = ok and all(os.path.basename(file) == file and file not in ("", ".", "..") for file in {*names.values()})
     if not ok or not names:
         raise FormatError(f"{str(path)!r} must map parameter names to file names in its folder; {advice}")
     return dict(names)
