@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["docs/training-resume.md", "docs/inference.md"]
 CALLING = [
     *PAGES,
+    "docs/tutorial.md",
+    "docs/encryption.md",
     "docs/mindformers.md",
     "docs/hugging-face.md",
     "docs/transfer.md",
@@ -139,6 +141,7 @@ def _bare(line: str) -> str:
     return re.sub(r"\s*(?<!\S)#.*$", "", line).rstrip()
 
 
-def test_every_page_here_is_translated() -> None:
-    for page in PAGES:
-        assert (ROOT / "docs" / "zh-CN" / Path(page).name).exists()
+def test_every_page_is_translated() -> None:
+    names = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert names == {page.name for page in (ROOT / "docs" / "zh-CN").glob("*.md")}
+    assert {f"docs/{name}" for name in names} >= set(CALLING)

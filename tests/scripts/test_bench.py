@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.harness.chosen import long_one
 
-BENCH = Path(__file__).resolve().parents[2] / "scripts" / "bench"
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "scripts" / "bench"
 
 
 def test_offline(tmp_path: Path) -> None:
@@ -167,3 +172,68 @@ def test_a_python_without_the_dependencies_is_told() -> None:
     assert "lacks numpy, safetensors, " in run.stderr
     assert "scripts/test.sh" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("benches.pages")
+
+
+def test_a_table_is_written_where_pages_have_a_place_for_it(pages: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "zh-CN").mkdir()
+    before, after = (
+        "# Title\n\n<!-- bench verify -->\n",
+        "<!-- end -->\n\nText | with \\1\n<!-- bench plan -->\nold\n<!-- end -->\n",
+    )
+    for name in ("one.md", "zh-CN/one.md"):
+        (tmp_path / name).write_text(f"{before}the old table\n{after}")
+    (tmp_path / "other.md").write_text("<!-- bench plan -->\nold\n<!-- end -->\n")
+    rows = [
+        {"command": "a|b", "seconds": 0.5, "GiB/s": None, "peak MiB": 1234, "more": 1},
+        {"command": "cat", "seconds": None, "GiB/s": None, "peak MiB": 2},
+    ]
+    assert pages.write_into(tmp_path, "verify", rows) == ["one.md", "zh-CN/one.md"]
+    held = (tmp_path / "one.md").read_text()
+    assert held == (tmp_path / "zh-CN" / "one.md").read_text()
+    assert held.startswith(before) and held.endswith(after) and "the old table" not in held
+    table = "| command | seconds | peak MiB |\n| --- | ---: | ---: |\n| a/b | 0.5 | 1,234 |\n| cat |  | 2 |\n"
+    assert f"    scripts/bench verify {pages.PARTS['verify'].arguments}\n\n{table}" in held
+    assert pages.write_into(tmp_path, "verify", rows) and (tmp_path / "one.md").read_text() == held
+    with pytest.raises(SystemExit, match="no page"):
+        pages.write_into(tmp_path, "export", rows)
+
+
+def test_ciphers_have_a_row_each(pages: ModuleType) -> None:
+    told = {"container": "chunked", "cipher": "AES", "GB/s": 2.5, "of openssl": 0.75}
+    rows = [{**told, "direction": way, "threads": n} for way in ("encrypt", "decrypt") for n in (1, 2)]
+    (row,) = pages.by_cipher(rows)
+    assert [row[name] for name in pages.PARTS["crypto"].columns.split(" | ")] == ["chunked", "AES", *4 * ["2.5 (0.75)"]]
+
+
+def test_every_part_of_the_pages_can_be_run_and_has_its_places(pages: ModuleType) -> None:
+    """A page in each language; what `all` runs is what the command line takes."""
+    told = {page: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").rglob("*.md"))}
+    for name, part in pages.PARTS.items():
+        places = [page for page, text in told.items() if f"<!-- bench {name} -->\n" in text]
+        assert len(places) == 2 and len({page.name for page in places}) == 1, name
+        command = [sys.executable, str(BENCH), name, *part.arguments.split(), "--help"]
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    marked = {name for text in told.values() for name in re.findall(r"<!-- bench (\w+) -->", text)}
+    assert marked == set(pages.PARTS)
+
+
+def test_all_goes_on_after_a_part_that_fails(
+    pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scripts").mkdir()
+    script = "import sys, json\nif sys.argv[1] == 'plan': sys.exit('no')\n"
+    script += "json.dump([{'command': 'x', 'seconds': 1}], open(sys.argv[sys.argv.index('--json') + 1], 'w'))\n"
+    (tmp_path / "scripts" / "bench").write_text(script)
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "page.md"
+    page.write_text("<!-- bench plan -->\nold\n<!-- end -->\n<!-- bench verify -->\nold\n<!-- end -->\n")
+    arguments = argparse.Namespace(only=["plan", "verify"], dir=None, torch_python=None)
+    told = pages.measure_for_pages(arguments, tmp_path)
+    assert [row["pages"] for row in told] == ["FAILED: left as they are", "page.md"]
+    assert "<!-- bench plan -->\nold\n" in page.read_text() and "| x | 1 |" in page.read_text()
