@@ -286,7 +286,7 @@ def _measure(tests: str) -> Any:
     import coverage
     import pytest
 
-    run = coverage.Coverage(data_file=None, include=[f"{ROOT}/ms_ckpt_ext/core/*"])
+    run = coverage.Coverage(data_file=None, config_file=False, include=[f"{ROOT}/ms_ckpt_ext/core/*"])
     _quiet()
     run.start()
     noted = _Noted(run)
