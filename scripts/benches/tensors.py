@@ -39,7 +39,7 @@ ms_ckpt_ext.reshard(sys.argv[1], sys.argv[2], to_strategy=sys.argv[3], rules=rul
 _LIVE = """
 import sys
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
-from ms_ckpt_ext.core.exchange.plan import plan_exchange
+from ms_ckpt_ext.core.exchange.plan import decide, plan_of
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
@@ -56,7 +56,7 @@ for number in range(COUNT):
     at += 512
 import resource, time
 begin = time.process_time()
-table = plan_exchange(demands, WORLD, lambda file, name: (where[name],), ExchangeLimits())
+table = plan_of(decide(demands, WORLD, lambda file, name: (where[name],), ExchangeLimits()))
 print("PLAN", time.process_time() - begin, len(table.parts), len(table.chunks), len(table.rounds))
 """
 

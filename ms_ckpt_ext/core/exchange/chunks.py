@@ -53,8 +53,7 @@ class Chunks:
     @property
     def staged(self) -> Ints:
         """Bytes of every chunk that are to be read, or brought to where they are cut: none of what is in memory."""
-        found: Ints = np.where(self.parts.in_memory(self.file), 0, self.nbytes)
-        return found
+        return np.zeros_like(self.nbytes) if self.parts.in_memory else self.nbytes
 
     @property
     def of_part(self) -> Ints:
@@ -71,8 +70,8 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
     del found
     file = parts.file[start[:-1]]
     row = parts.row[start[:-1]]
-    if parts.holders:
-        sees = _with_holders(parts, file, world, sees)
+    if parts.in_memory:
+        sees = {number: frozenset(ranks) for number, ranks in enumerate(parts.holders)}
     whole = parts.rows.whole[row].astype(np.int64)
     whole[np.isin(start[:-1], list(parts.scattered))] = -1
     feeds = _feeding(parts, whole, nbytes, world, limits, ways)
@@ -81,7 +80,7 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
     single = (whole < 0) | ~_all_see(parts, whole, file, sees)
     root[single] = _readers(parts, row[single], nbytes[single], file[single], world, sees)
     if single.any():
-        copied = single & ~_broadcast(parts, whole, root, file, ways)
+        copied = single & ~_broadcast(parts, whole, root, ways)
         whole[copied] = -1
     groups, reader = _numbered(parts, whole, root, world)
     return Chunks(parts, start, nbytes, file, reader, groups)
@@ -97,15 +96,6 @@ def _numbered(parts: Parts, whole: Ints, root: Ints, world: int) -> tuple[tuple[
     of_key = np.array([number.get(int(n), -1) for n in keys], np.int64)
     reader = np.where(whole < 0, root, of_key[place]).astype(narrow(world + len(order)))
     return tuple(found[n] for n in order), reader
-
-
-def _with_holders(parts: Parts, file: Ints, world: int, sees: Optional[Sees]) -> Sees:
-    """Who can give the bytes of every file: of what is in memory, the ranks that hold it."""
-    everyone = frozenset(range(world))
-    files = {
-        number: everyone if sees is None else sees[number] for number in file.tolist() if number not in parts.holders
-    }
-    return {**files, **{number: frozenset(ranks) for number, ranks in parts.holders.items()}}
 
 
 def _feeding(parts: Parts, whole: Ints, nbytes: Ints, world: int, limits: ExchangeLimits, ways: Ways) -> Ints:
@@ -131,14 +121,12 @@ def _all_see(parts: Parts, whole: Ints, file: Ints, sees: Optional[Sees]) -> Int
     return np.array([n >= 0 and members[n] <= sees[f] for n, f in pairs], bool)
 
 
-def _broadcast(parts: Parts, whole: Ints, root: Ints, file: Ints, ways: Ways) -> Ints:
+def _broadcast(parts: Parts, whole: Ints, root: Ints, ways: Ways) -> Ints:
     """Of every chunk that one rank reads, whether it broadcasts it to a group that it is in."""
-    if not ways.broadcast:
+    if parts.in_memory or not ways.broadcast:
         return np.zeros(len(whole), bool)
     pairs = zip(whole.tolist(), root.tolist())
-    inside = np.array([n >= 0 and r in parts.sets.members[n] for n, r in pairs], bool)
-    found: Ints = inside & ~parts.in_memory(file)
-    return found
+    return np.array([n >= 0 and r in parts.sets.members[n] for n, r in pairs], bool)
 
 
 def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:

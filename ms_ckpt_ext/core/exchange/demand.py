@@ -1,7 +1,7 @@
 """What the ranks of a cooperative load want, what they have in memory already, and the sizes that bound the exchange.
 
-A source slice may lie in the memory of ranks rather than in files: in Parameters of a network, from which another is to
-be filled. Such a slice is placed in *files* of its own kind, one for every rank, numbered behind all files.
+Source slices may lie in the memory of ranks rather than in files: in Parameters of a network, from which another is to
+be filled. Then every rank counts as a file: number r is what rank r holds.
 
 1. What a rank holds itself it takes from itself: that never travels, and is no part of the exchange (`local_pieces`).
 2. What it lacks it gets from a rank of its own server that holds it, where there is one.
@@ -21,6 +21,8 @@ from ms_ckpt_ext.core.planning.pieces import Sourced, SourceTensor, locate
 
 Sees = Mapping[int, frozenset[int]]
 """File number -> ranks that can open it."""
+Servers = tuple[int, ...]
+"""The number of every rank's server; none where there is one for all."""
 ALIGNMENT = 16
 """Blocks of a collective start at multiples of this (the widest element); pieces inside go widest element first."""
 
@@ -105,7 +107,7 @@ class Ways(NamedTuple):
         groups: so may any group of ranks that want the same.
         known: so may these groups.
         broadcast: where not all of a group see a file, one of them may read it and broadcast it to the group.
-        servers: the number of every rank's server; none where there is one for all.
+        servers: where the ranks are.
         tiered: what several ranks of a server want crosses to it once.
     """
 
@@ -113,7 +115,7 @@ class Ways(NamedTuple):
     groups: bool = False
     known: frozenset[tuple[int, ...]] = frozenset()
     broadcast: bool = False
-    servers: tuple[int, ...] = ()
+    servers: Servers = ()
     tiered: bool = False
 
     def may_gather(self, ranks: tuple[int, ...], world: int) -> bool:
@@ -124,18 +126,6 @@ class Ways(NamedTuple):
 ALL_RANKS = Ways()
 
 
-class InMemory(NamedTuple):
-    """Which files are the memory of ranks.
-
-    Attributes:
-        first: file number `first + r` is what rank r has in memory; those below are files.
-        servers: the number of every rank's server; none where there is one for all.
-    """
-
-    first: int = 0
-    servers: tuple[int, ...] = ()
-
-
 class Leg(NamedTuple):
     """Ranks that get something, and those that may give it to them."""
 
@@ -144,7 +134,7 @@ class Leg(NamedTuple):
 
 
 @lru_cache(maxsize=1 << 16)
-def legs(wanting: tuple[int, ...], holders: tuple[int, ...], servers: tuple[int, ...]) -> tuple[Leg, ...]:
+def legs(wanting: tuple[int, ...], holders: tuple[int, ...], servers: Servers) -> tuple[Leg, ...]:
     """How what `holders` have comes to `wanting`, whoever has it himself left out.
 
     >>> legs((0, 1, 2, 3), (0, 2), ())
@@ -183,7 +173,7 @@ class LocalPiece(NamedTuple):
     dtype: DType
 
 
-def local_pieces(demand: Demand, number: int, rank: int, memory: InMemory) -> list[LocalPiece]:
+def local_pieces(demand: Demand, number: int, rank: int) -> list[LocalPiece]:
     """What of a demand, the `number`-th, a rank takes of its own memory.
 
     Raises:
@@ -196,7 +186,7 @@ def local_pieces(demand: Demand, number: int, rank: int, memory: InMemory) -> li
                 continue
             for box in boxes_moved(demand.tensor, grid.region(cell, demand.tensor.meta.shape)):
                 for piece, files, name, _ in box.pieces:
-                    if memory.first + rank in files:
+                    if rank in files:
                         landing = (piece.in_target, piece.view, box.into, box.dtype)
                         found.append(LocalPiece(number, name, piece.source_shape, piece.in_source, *landing))
     return found

@@ -187,8 +187,8 @@ def _blocks(
     at = 0
     for pieces in by_rank:
         start = at
-        for part, delivery in sorted(pieces, key=lambda pair: -plan.dtype(pair[0]).bits):
-            nbytes = plan.dtype(part).nbytes(delivery.in_part.size)
+        for part, delivery in sorted(pieces, key=lambda pair: -pair[0].dtype.bits):
+            nbytes = part.dtype.nbytes(delivery.in_part.size)
             items.append(Item(part, delivery, at, nbytes))
             at += nbytes
         at += -at % ALIGNMENT

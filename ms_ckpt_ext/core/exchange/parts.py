@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, InMemory
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, Servers
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
 from ms_ckpt_ext.core.exchange.slices import Cut, Cutting, Travelling, cutting_of, travelling
 from ms_ckpt_ext.core.geometry.layout import Cell, slice_shape
@@ -60,12 +60,12 @@ class Parts:
     Attributes:
         demand: number of the parameter in the list of demands.
         row: number of its row.
-        file: number of the file it is read from; of bytes in memory, that of a set of ranks in `holders`.
+        file: number of the file it is read from; where that is memory, a number in `holders`.
         offset: where it begins in that file.
         scattered: number of a part -> its extents, where it does not lie in one stretch.
         rows: the rows.
         sets: the sets of ranks.
-        holders: number of a file that is none -> the ranks that hold its bytes in memory, any of which may give them.
+        holders: where files are the memory of ranks: sets of them that hold the same, any of which may give it.
     """
 
     demand: Ints
@@ -75,23 +75,26 @@ class Parts:
     scattered: Mapping[int, tuple[Extent, ...]]
     rows: Rows
     sets: Sets
-    holders: Mapping[int, tuple[int, ...]]
+    holders: Sequence[tuple[int, ...]]
 
-    def in_memory(self, file: Ints) -> Ints:
-        """For some files, whether they are ranks' memory, of which nothing need be read."""
-        found: Ints = file >= min(self.holders) if self.holders else np.zeros(len(file), bool)
-        return found
+    @property
+    def in_memory(self) -> bool:
+        """Files are ranks' memory, of which nothing need be read."""
+        return bool(self.holders)
 
 
 def parts_of(
-    demands: Sequence[Demand], world: int, stored: Located, limits: ExchangeLimits, memory: Optional[InMemory] = None
+    demands: Sequence[Demand], world: int, stored: Located, limits: ExchangeLimits, servers: Optional[Servers] = None
 ) -> Parts:
     """Cut everything that is wanted, and that has to travel or to be read.
+
+    Args:
+        servers: of the ranks, where files are their memory; None where files are files.
 
     Raises:
         CoverageError: a region that a rank needs is in no file.
     """
-    return _Builder(world, stored, limits, memory).build(demands)
+    return _Builder(world, stored, limits, servers).build(demands)
 
 
 class _Made(NamedTuple):
@@ -105,8 +108,8 @@ class _Made(NamedTuple):
 
 
 class _Builder:
-    def __init__(self, world: int, stored: Located, limits: ExchangeLimits, memory: Optional[InMemory]) -> None:
-        self._world, self._stored, self._limits, self._memory = world, stored, limits, memory
+    def __init__(self, world: int, stored: Located, limits: ExchangeLimits, servers: Optional[Servers]) -> None:
+        self._world, self._stored, self._limits, self._servers = world, stored, limits, servers
         self._keys: dict[Hashable, int] = {}
         self._key_of: dict[int, int] = {}
         self._geometries: dict[Hashable, Cutting] = {}
@@ -131,9 +134,7 @@ class _Builder:
         demand = np.repeat(np.arange(len(demands), dtype=narrow(len(demands))), np.diff(start))[order]
         back = {int(number): at for at, number in enumerate(order)} if scattered else {}
         scattered = {back[number]: extents for number, extents in scattered.items()}
-        first = self._memory.first if self._memory else 0
-        holders = dict(enumerate(self._holders.members, first))
-        return Parts(demand, row, file, offset, scattered, rows, self._sets, holders)
+        return Parts(demand, row, file, offset, scattered, rows, self._sets, tuple(self._holders.members))
 
     def _demand(self, number: int, demand: Demand) -> _Made:
         tensor = demand.tensor
@@ -147,7 +148,7 @@ class _Builder:
             geometry = self._geometries[key] = cutting_of(demand, self._world, self._limits)
         replicas = self._files(key, geometry, tensor)
         wanted = joined([self._numbers_of(grid) for grid in demand.grids])
-        if self._memory is not None:
+        if self._servers is not None:
             key = (key, wanted.tobytes(), replicas.tobytes())
             geometry, wanted, files = self._travelling(key, geometry, wanted, replicas)
             replicas = self._replicas.numbers(files).astype(np.int32)
@@ -194,10 +195,10 @@ class _Builder:
         """What of a demand is left when ranks take what they hold themselves, see `core.exchange.demand`."""
         found = self._left.get(key)
         if found is None:
-            assert self._memory is not None
+            assert self._servers is not None
             files = [self._replicas.members[number] for number in replicas.tolist()]
             sets = self._sets, self._holders
-            found = self._left[key] = travelling(geometry, wanted, files, self._memory, *sets)
+            found = self._left[key] = travelling(geometry, wanted, files, self._servers, *sets)
         return found
 
     def _rows(self) -> Rows:

@@ -24,7 +24,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks_of
-from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, InMemory, Sees, Ways
+from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.rounds import Classes, Gathering, classes_of, gatherings, rounds_of
@@ -201,10 +201,6 @@ class ExchangePlan:
         found.update((n, at) for at, each in enumerate(self.rounds) for gather in each.gathers for n in gather.chunks)
         return found
 
-    def dtype(self, part: SlicePart) -> DType:
-        """Element type of a part."""
-        return part.dtype
-
 
 def decide(
     demands: Sequence[Demand],
@@ -213,7 +209,7 @@ def decide(
     limits: ExchangeLimits,
     sees: Optional[Sees] = None,
     ways: Ways = ALL_RANKS,
-    memory: Optional[InMemory] = None,
+    in_memory: bool = False,
 ) -> ExchangeTable:
     """Decide a cooperative load.
 
@@ -224,28 +220,16 @@ def decide(
         limits: bucket and chunk sizes.
         sees: file -> ranks that can open it; None when all see all.
         ways: how bytes may travel.
-        memory: which files are none, but the memory of ranks; None when all are files.
+        in_memory: files are the memory of ranks; then all see all.
 
     Raises:
         CoverageError: a region that a rank needs is in no file.
     """
-    chunks = chunks_of(parts_of(demands, world, stored, limits, memory), world, limits, sees, ways)
+    parts = parts_of(demands, world, stored, limits, ways.servers if in_memory else None)
+    chunks = chunks_of(parts, world, limits, sees, ways)
     classes = classes_of(chunks, world)
     round_of = rounds_of(chunks, classes, limits, ways)
     return ExchangeTable(world, tuple(demands), chunks, classes, round_of, limits.read, ways)
-
-
-def plan_exchange(
-    demands: Sequence[Demand],
-    world: int,
-    stored: Located,
-    limits: ExchangeLimits,
-    sees: Optional[Sees] = None,
-    ways: Ways = ALL_RANKS,
-    memory: Optional[InMemory] = None,
-) -> ExchangePlan:
-    """Plan a cooperative load. Arguments and errors are those of `decide`."""
-    return plan_of(decide(demands, world, stored, limits, sees, ways, memory))
 
 
 def plan_of(table: ExchangeTable) -> ExchangePlan:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, Demand, ExchangeLimits, InMemory, boxes_moved, legs
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, Demand, ExchangeLimits, Servers, boxes_moved, legs
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, starts
 from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.layout import Cell
@@ -242,30 +242,26 @@ class Travelling(NamedTuple):
 
 
 def travelling(
-    geometry: Cutting, wanted: Ints, files: list[tuple[int, ...]], memory: InMemory, sets: Sets, holders: Sets
+    geometry: Cutting, wanted: Ints, files: list[tuple[int, ...]], servers: Servers, sets: Sets, holders: Sets
 ) -> Travelling:
     """A demand without what ranks hold themselves.
 
     Args:
         wanted: the number in `sets` of the ranks that want every target.
         files: of every slot.
-        holders: sets of ranks that give what they have in memory; the n-th counts as file `memory.first + n`.
+        holders: sets of ranks that give what they have in memory; the n-th counts as file n.
     """
     left = _Left(geometry)
     bounds = geometry.start.tolist()
     for row, (low, high) in enumerate(zip(bounds, bounds[1:])):
         there = files[int(geometry.slot[row])]
         entries = [(entry, int(wanted[geometry.target[entry]])) for entry in range(low, high)]
-        if there[0] < memory.first:
-            left.add(row, there, entries)
-            continue
         by_holders: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-        having = tuple(file - memory.first for file in there)
         for entry, number in entries:
-            for leg in legs(sets.members[number], having, memory.servers):
+            for leg in legs(sets.members[number], there, servers):
                 by_holders.setdefault(leg.holders, []).append((entry, sets.number(leg.receivers)))
         for giving, some in by_holders.items():
-            left.add(row, (memory.first + holders.number(giving),), some)
+            left.add(row, (holders.number(giving),), some)
     return left.made()
 
 

@@ -295,7 +295,7 @@ def _all_reads(table: ExchangeTable, gathered: Sequence[Gathering]) -> _Reads:
     """The chunks that one rank reads, and the pieces of streams."""
     chunks, start = table.chunks, table.chunks.start[:-1]
     none = np.empty(0, np.int64)
-    alone = (chunks.reader < table.world) & ~chunks.parts.in_memory(chunks.file)
+    alone = (chunks.reader < table.world) & (not chunks.parts.in_memory)
     first = (np.minimum.reduceat(table.round_of, start) if len(start) else none)[alone]
     last = (np.maximum.reduceat(table.round_of, start) if len(start) else none)[alone]
     columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone], first, last]]

@@ -253,7 +253,7 @@ class ExchangeRun(Generic[B]):
     def _pack(self, item: Item, target: B) -> None:
         part = item.part
         staged = self._slabs[part.chunk]
-        box, dtype = item.delivery.in_part, self._plan.dtype(part)
+        box, dtype = item.delivery.in_part, part.dtype
         self._mover.pack(staged.buffer, staged.offset + part.offset, part.shape, box, dtype, target, item.offset)
 
     def _give(self, chunk: int, target: B, offset: int) -> None:

@@ -17,7 +17,7 @@ import xxhash
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.exchange import cost
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, InMemory, Sees, Ways, boxes_moved
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Sees, Ways, boxes_moved
 from ms_ckpt_ext.core.exchange.parts import Located
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import shares_a_server
@@ -127,7 +127,7 @@ def choose_way(
     sees: Optional[Sees],
     ways: Ways,
     hardware: cost.Hardware,
-    memory: Optional[InMemory] = None,
+    in_memory: bool = False,
 ) -> ExchangeTable:
     """Decide a load by the ways that there are, and take the fastest by the cost model.
 
@@ -138,7 +138,7 @@ def choose_way(
     """
 
     def decided(more: Ways) -> ExchangeTable:
-        return decide(demands, world, stored, limits, sees, more, memory)
+        return decide(demands, world, stored, limits, sees, more, in_memory)
 
     found = decided(ways)
     if sees is not None:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
-from ms_ckpt_ext.core.exchange.demand import Demand, Grid, InMemory, Ways
+from ms_ckpt_ext.core.exchange.demand import Demand, Grid, Ways
 from ms_ckpt_ext.core.exchange.ragged import Ints
 from ms_ckpt_ext.core.exchange.totals import tally
 from ms_ckpt_ext.core.geometry.layout import Cell
@@ -62,8 +62,7 @@ def dry_transfer(
     limits = limits_for(demands, world, bucket_for(options.bucket_bytes, int(hardware.call), left))
     require_held(demands)
     stored = Addresses(demand.tensor for demand in demands).stored
-    memory = InMemory(0, ways.servers)
-    table = choose_way(demands, world, stored, limits, None, ways, hardware, memory)
+    table = choose_way(demands, world, stored, limits, None, ways, hardware, in_memory=True)
     counts = tally(table, 0)
     wanted = _wanted(demands, world)
     done = DryRun(table, replace(counts, wanted=wanted), limits, DirectReads(wanted, world))

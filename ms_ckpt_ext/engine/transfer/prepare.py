@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.exchange.cost import Hardware
-from ms_ckpt_ext.core.exchange.demand import Demand, InMemory, LocalPiece, Ways, local_pieces
+from ms_ckpt_ext.core.exchange.demand import Demand, LocalPiece, Ways, local_pieces
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_of
 from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
@@ -53,8 +53,7 @@ class PreparedTransfer(NamedTuple):
         total = 0
         for part in self.plan.parts:
             if self.plan.chunks[part.chunk].reader == rank:
-                dtype = self.plan.dtype(part)
-                total += sum(dtype.nbytes(each.in_part.size) * len(each.ranks) for each in part.deliveries)
+                total += sum(part.dtype.nbytes(each.in_part.size) * len(each.ranks) for each in part.deliveries)
         return total
 
 
@@ -92,20 +91,17 @@ def prepare_transfer(
         raise UsageError(f"{transport.traits.product} has no all-to-all for these ranks, which a transfer needs")
     hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
     ways = Ways(gather=False, servers=servers_of(hosts))
-    memory = InMemory(0, ways.servers)
     left = left_on_all(transport, to_come, demands, hardware)
     bucket = bucket_for(options.bucket_bytes, transport.traits.call_bytes, left)
     limits = limits_for(demands, transport.size, bucket)
     addresses = Addresses(demand.tensor for demand in demands)
     require_held(demands)
-    table = choose_way(demands, transport.size, addresses.stored, limits, None, ways, hardware, memory)
+    table = choose_way(demands, transport.size, addresses.stored, limits, None, ways, hardware, in_memory=True)
     plan = plan_of(table)
     agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
     if plan.rounds:
         transport.prove()
-    local = [
-        piece for number, demand in enumerate(demands) for piece in local_pieces(demand, number, transport.rank, memory)
-    ]
+    local = [piece for number, demand in enumerate(demands) for piece in local_pieces(demand, number, transport.rank)]
     return PreparedTransfer(tuple(demands), plan, tuple(local), addresses, bucket)
 
 

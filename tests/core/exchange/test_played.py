@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, InMemory, Sees, Ways, local_pieces
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, Sees, Ways, local_pieces
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing
 from ms_ckpt_ext.core.exchange.totals import MATRIX, RankTotals, tally
@@ -307,14 +307,14 @@ def test_memory_to_memory(case: Pair, dtypes: list[DType], data: st.DataObject) 
     metas = [TensorMeta(f"w{n}", dtype, shape) for n, dtype in enumerate(dtypes)]
     source = source_of(before, metas)
     servers = tuple(data.draw(st.just(()) | st.lists(st.integers(0, 1), min_size=world, max_size=world)))
-    ways, memory = Ways(gather=False, servers=servers), InMemory(0, servers)
+    ways = Ways(gather=False, servers=servers)
     demands = demands_for(source.tensors, after, range(after.devices))
-    table = decide(demands, world, source.stored, ExchangeLimits(4096, 256), None, ways, memory)
+    table = decide(demands, world, source.stored, ExchangeLimits(4096, 256), None, ways, in_memory=True)
     plan = plan_of(table)
     played = Played(plan, source.files, in_memory=True)
     for rank in range(world):
         for number, demand in enumerate(demands):
-            for piece in local_pieces(demand, number, rank, memory):
+            for piece in local_pieces(demand, number, rank):
                 played.take(rank, piece, source.slice(rank, piece.name))
     played.play()
     assert_contents(played, source.whole)

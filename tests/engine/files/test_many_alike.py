@@ -9,7 +9,7 @@ import pytest
 
 import ms_ckpt_ext
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
-from ms_ckpt_ext.core.exchange.plan import plan_exchange
+from ms_ckpt_ext.core.exchange.plan import decide, plan_of
 from ms_ckpt_ext.core.geometry.arrangement import arrangement
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
@@ -111,7 +111,7 @@ def test_parts_of_one_row_share_their_deliveries() -> None:
     names = [f"w.{n}" for n in range(200)]
     demands = [Demand(n, stored_whole(TensorMeta(n, DTYPES["F32"], (8, 8)), (0,)), (grid,)) for n in names]
     where = {name: Extent(256 * number, 256) for number, name in enumerate(names)}
-    plan = plan_exchange(demands, 8, lambda _, name: (where[name],), ExchangeLimits())
+    plan = plan_of(decide(demands, 8, lambda _, name: (where[name],), ExchangeLimits()))
     assert len(plan.parts) == 200 and len({id(part.deliveries) for part in plan.parts}) == 1
     assert plan.bytes_wanted() == [200 * 64] * 8
     readers = [plan.chunks[part.chunk].reader for part in plan.parts]

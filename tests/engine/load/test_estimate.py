@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ms_ckpt_ext import plan
 from ms_ckpt_ext.core.exchange.demand import Ways
 from ms_ckpt_ext.core.exchange.one_rank import rank_round
-from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_exchange
+from ms_ckpt_ext.core.exchange.plan import ExchangePlan, decide, plan_of
 from ms_ckpt_ext.core.exchange.totals import RankTotals
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
@@ -142,7 +142,7 @@ def test_tallies_equal_the_plans_own_sums(
     source = estimate.of_shapes(metas, strategy_of([a] * count, [0] * count))
     target = strategy_of([b] * count, [0] * count)
     done = dry_run(source, target, LoadOptions(bucket_bytes=bucket))
-    plan = plan_exchange(done.table.demands, b.devices, source.located, done.limits)
+    plan = plan_of(decide(done.table.demands, b.devices, source.located, done.limits))
     assert done.tally.read.tolist() == plan.bytes_read()
     assert done.tally.received.tolist() == plan.bytes_received()
     assert done.tally.wanted.tolist() == [prod(b.slice_shape(shape)) * DTYPES[dtype].bits // 8 * count] * b.devices

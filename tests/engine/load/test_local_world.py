@@ -161,7 +161,7 @@ def check_rounds(plan: ExchangePlan, bucket: int) -> None:
             for delivery in part.deliveries:
                 for rank in delivery.ranks:
                     if part.gathered or rank != plan.chunks[part.chunk].reader:
-                        received[rank] += plan.dtype(part).nbytes(delivery.in_part.size)
+                        received[rank] += part.dtype.nbytes(delivery.in_part.size)
         assert max(received) <= bucket
 
 
