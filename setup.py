@@ -41,6 +41,7 @@ DEV = [
     "ruff~=0.17.6",
     'mypy~=2.4.1; python_version >= "3.10"',
     'mypy; python_version < "3.10"',
+    "pdoc>=14",  # the API reference: scripts/docs.sh
     "psutil",  # the processes that a test leaves behind
     "types-protobuf",
     "types-psutil",

@@ -111,7 +111,7 @@ class CoverageError(CheckpointError, ValueError):
 
 
 class StorageError(CheckpointError, OSError):
-    """The operating system refused a read or a write; `errno` is kept, and makes the class as for an OSError."""
+    """The operating system refused a read or a write; its errno is kept, and makes the class as for an OSError."""
 
     def __new__(cls, *args: object) -> StorageError:
         builtin = _OF_ERRNO.get(args[0]) if len(args) == 2 else None

@@ -162,8 +162,13 @@ def as_strategy(value: Any, rank: int = 0, argument: str = "a strategy") -> Opti
     `core.geometry.supplement`.
 
     Args:
+        value: the path of a strategy file (protobuf or JSON) or of a directory with one per pipeline stage, the dict of
+            `build_searched_strategy`, `Cell.parameter_layout_dict`, a list of these, a `Strategy`, or None.
         rank: whose network a layout dict is of.
         argument: what it is called, for messages.
+
+    Returns:
+        The layouts of all ranks, as every argument called `strategy` takes them; None for one device.
 
     Raises:
         StrategyError: the value is of a legal type but its contents are not, or those of a list contradict each other.

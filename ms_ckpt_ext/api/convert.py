@@ -162,7 +162,7 @@ def encrypt(
 ) -> Report:
     """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the same bytes.
 
-    Arguments, results and errors are those of `convert`; a key is needed. Parameter maps (`param_name_map.json`) of
+    Arguments, results and errors are those of `convert`; `enc_key` is needed. Parameter maps (`param_name_map.json`) of
     merged checkpoints go along and stay readable, and with them names of parameters and files.
     """
     checked_words(encrypt, locals(), ("file_name_regex",))
@@ -188,7 +188,7 @@ def decrypt(
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
-    Arguments, results and errors are those of `convert`; a key is needed. Nothing appears in `dst` unless every file
+    Arguments, results and errors are those of `convert`; `dec_key` is needed. Nothing appears in `dst` unless every file
     decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
     AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
     the key fits. A checksum at the end of a `.ckpt` inside such blocks is verified, and shows more (ChecksumError).

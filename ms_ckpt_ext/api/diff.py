@@ -79,6 +79,10 @@ def diff_strategy(a: Any, b: Any, *, shapes: Any = None, match: Globs = (), excl
             or the path of a JSON file with that. With them slices have shapes.
         match, exclude: shell-style globs of parameter names.
 
+    Returns:
+        The parameters whose layout differs, how, and those that one side alone lists; its `same` is True where nothing
+        does.
+
     Raises:
         UsageError: globs that leave nothing to compare.
         StrategyError: a strategy cannot be read.

@@ -62,6 +62,10 @@ def inspect(
         format: "safetensors" or "ckpt", where there are both.
         dec_key, dec_mode: of encrypted files; by default the key in MS_CKPT_EXT_DEC_KEY, where needed.
 
+    Returns:
+        Files, parameters with dtype, shape, slice and copies, sizes in bytes by group, training scalars, and what ranks
+        hold differently outside the strategy.
+
     Raises:
         DiscoveryError: nothing there that could be inspected.
         DecryptionError: an encrypted file and no key, or a wrong one.

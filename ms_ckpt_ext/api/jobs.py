@@ -191,7 +191,11 @@ def reshard(
             has the name by itself; several names may share a source, which keeps its own where `to_strategy` lists it,
             or is None: to rename, use `choice_func`.
 
-    The other arguments, the result and the errors are those of `merge`. UsageError also when there is no such rank.
+    The other arguments, the result and the errors are those of `merge`.
+
+    Raises:
+        UsageError: also when there is no such rank.
+        others: as `merge`.
     """
     checked_words(reshard, locals())
     target, naming = path_of(dst, "dst"), checked_naming(choice_func, name_map)

@@ -141,6 +141,10 @@ def resume(
             checkpoint must then be of the same step, and the layouts of this job those of the ranks that are alive.
         alive_step: the step that they are of. Default: the network's Parameter `step_num` or `global_step`.
 
+    Returns:
+        What was loaded, of which epoch and step; `Restored(None)`, of step 0, where nothing is there and `required` is
+        False.
+
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
         DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why. Or several whole
@@ -278,6 +282,9 @@ def load_for_inference(
         strict_load: as in `resume`. By default dtypes are cast (a float32 training, a bfloat16 network), and names
             matched by suffix where the training wrapped the network (see `core.planning.suffixes`).
         **options: the other keywords of `resume`, above all `predict_strategy`, `name_map` and `rules`.
+
+    Returns:
+        What was loaded, and from which checkpoint and step.
 
     Raises:
         as `resume`; a Parameter that got nothing is an error unless `allow_missing` is set.

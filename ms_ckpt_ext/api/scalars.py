@@ -18,7 +18,7 @@ def training_scalars(
     dec_mode: str = "AES-GCM",
     crc_check: bool = False,
 ) -> dict[str, Any]:
-    """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate, …
+    """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate and so on.
 
     Text, and what has no more than one axis: a matrix is no scalar. What differs between ranks is none either, and a
     warning names it.

@@ -77,6 +77,10 @@ def plan_transfer(
         load_target: bring the target's Parameters to the device before every run (Ascend).
         bucket_bytes, timeout, hardware: see `ms_ckpt_ext.engine.load.options.LoadOptions`.
 
+    Returns:
+        The plan, to be used in a `with` statement or closed: `run()` moves the values that the Parameters hold then, and
+        `report` tells what a run moves.
+
     Raises:
         UsageError, ArgumentTypeError, UnsupportedError, StrategyError: wrong arguments.
         CoverageError: the source lacks a Parameter, or a region of one; names it, and the ranks.

@@ -67,6 +67,7 @@ def verify(
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
         strategy, strategy_b: of the jobs that saved them, where they are rank folders.
+        manifest: compare `a` with the digests in its `ms_ckpt_ext.digests.json`.
         match, exclude: shell-style globs of parameter names (as `a` has them after `choice_func`); all by default. What
             is found is told by the names in `b`.
         choice_func: with `b`: parameter name in `a` -> True (compare it), False (leave it out) or a str (a new name).

@@ -75,6 +75,10 @@ def plan(
         other_ranks: of a transfer: the target's ranks come behind the source's; by default rank i of both is one.
         dec_key, dec_mode: of encrypted files, as in `inspect`; their headers are encrypted too.
 
+    Returns:
+        Bytes, reads, messages and rounds of each rank and of all, staging memory in bytes, and for every machine the
+        predicted seconds of both modes.
+
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, or a file of shapes that is not one.
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: as for the load.

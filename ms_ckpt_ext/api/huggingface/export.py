@@ -98,6 +98,9 @@ def export(
 
     The other arguments, the result and what happens to older ones in `dst` are those of `merge`.
 
+    Returns:
+        What was read and written; of a dry run, a `Preview`.
+
     Raises:
         UsageError: wrong arguments; no rule for a parameter that is neither optimizer state nor single value; files of
             others in `dst`. Nothing was written.

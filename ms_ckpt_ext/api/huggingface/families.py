@@ -28,6 +28,9 @@ def load_rules(
         config: Hugging Face's config.json, or a folder with one: numbers of heads, experts and layers.
         sizes: key of config.json -> number, and switch of the rule file -> value, which come first.
 
+    Returns:
+        The rules, in the order in which they apply.
+
     Raises:
         UsageError: no such family; or the rule file says something else than it should: names file, rule and key.
         FormatError, StorageError: config.json or the rule file cannot be read.

@@ -84,7 +84,9 @@ class TransformParametersD2D:
             input_on_device_flag: (False, False) where the Parameters of both networks were offloaded: they come to the
                 device for it and leave it again.
 
-        Raises as `TransferPlan.run`; UsageError, ArgumentTypeError: another flag.
+        Raises:
+            UsageError, ArgumentTypeError: another flag.
+            others: as `TransferPlan.run`.
         """
         if not isinstance(input_on_device_flag, tuple) or len(input_on_device_flag) != 2:
             raise UsageError(f"input_on_device_flag must be a tuple of two, got {input_on_device_flag!r:.60}")

@@ -76,6 +76,12 @@ def restore_group_info_list(group_info_file_name: PathLike) -> list[int]:
 
     Drop-in for `mindspore.restore_group_info_list`.
 
+    Args:
+        group_info_file_name: path of that file.
+
+    Returns:
+        The ranks, as the file lists them.
+
     Raises:
         ArgumentTypeError: it is no path.
         FormatError: the file is no such file, or lists no ranks.

@@ -129,6 +129,10 @@ def unified_safetensors(
 def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:
     """Merge per-stage strategy files into one. Drop-in for `mindspore.merge_pipeline_strategys`.
 
+    Args:
+        src_strategy_dirs: the directory with the files of all pipeline stages, `.ckpt` or `.json`.
+        dst_strategy_file: the file to write; JSON for a name that ends in `.json`.
+
     Raises:
         StrategyError: the directory holds no strategy files, or both kinds, or a bad one, or only merged ones.
         UsageError: the file to write is one of those to be merged.

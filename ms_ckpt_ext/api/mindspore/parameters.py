@@ -129,6 +129,9 @@ def as_parameters(held: Parameters, names: Optional[Iterable[str]] = None) -> di
         held: the result of `load`.
         names: which of them; None for all.
 
+    Returns:
+        name -> Parameter of the stored shape, or `str` for text, in the checkpoint's order.
+
     Raises:
         MissingDependencyError: MindSpore cannot be imported.
         KeyError: no such name.
@@ -235,8 +238,13 @@ def load_segmented_checkpoints(
     unless they hold the same, as training scalars of one save do; a file of which nothing is chosen is no error as long
     as another one has something.
 
-    Arguments, result and errors are those of `load_checkpoint`; DiscoveryError also when two files hold a parameter
-    with other dtypes, shapes or values.
+    The other arguments, the result and the errors are those of `load_checkpoint`.
+
+    Args:
+        ckpt_file_dir: the directory; files in its folders are not looked at.
+
+    Raises:
+        DiscoveryError: also when two files hold a parameter with other dtypes, shapes or values.
     """
     checked_words(load_segmented_checkpoints, locals())
     folder = path_of(ckpt_file_dir, "ckpt_file_dir")

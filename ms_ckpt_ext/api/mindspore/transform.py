@@ -229,6 +229,9 @@ def rank_list_for_transform(rank_id: int, src_strategy_file: Any = None, dst_str
         src_strategy_file: strategy that cut the source; None when rank 0 holds everything whole.
         dst_strategy_file: strategy of the target; None for one device.
 
+    Returns:
+        Ranks, the largest first; [0] without a source strategy.
+
     Raises:
         ArgumentTypeError, UsageError, StrategyError: wrong arguments.
     """

@@ -82,6 +82,9 @@ def load_key(key: Optional[KeyLike] = None, *, file: Optional[str] = None, env: 
         file: path of a file with the key.
         env: name of an environment variable with the key.
 
+    Returns:
+        The key, which no message or `repr` shows; None when no source is given.
+
     Raises:
         UsageError: several sources, an unset variable, or contents that are no key.
         ArgumentTypeError: `file` or `env` is no str.
