@@ -188,8 +188,8 @@ def decrypt(
 ) -> Report:
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
-    Arguments, results and errors are those of `convert`; `dec_key` is needed. Nothing appears in `dst` unless every file
-    decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
+    Arguments, results and errors are those of `convert`; `dec_key` is needed. Nothing appears in `dst` unless every
+    file decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
     AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
     the key fits. A checksum at the end of a `.ckpt` inside such blocks is verified, and shows more (ChecksumError).
     Files that changed places as a whole, under one key, are noticed in no mode. See docs/encryption.md, "What is

@@ -78,8 +78,8 @@ def plan_transfer(
         bucket_bytes, timeout, hardware: see `ms_ckpt_ext.engine.load.options.LoadOptions`.
 
     Returns:
-        The plan, to be used in a `with` statement or closed: `run()` moves the values that the Parameters hold then, and
-        `report` tells what a run moves.
+        The plan, to be used in a `with` statement or closed: `run()` moves the values that the Parameters hold then,
+        and `report` tells what a run moves.
 
     Raises:
         UsageError, ArgumentTypeError, UnsupportedError, StrategyError: wrong arguments.
