@@ -72,7 +72,9 @@ def plan_transfer(
         strict: every Parameter of the target must take something, by its exact name, unless `choice_func` leaves it
             out. Else names are matched by suffix as well, as in a load, and who gets nothing keeps its values. Dtypes
             are cast within floats and within ints either way.
-        verify: "replicas": after every run compare digests of the same region on several ranks.
+        verify: "replicas": after every run compare digests of the same region on several ranks of the target. "full":
+            compare what every rank took with what all ranks of the source hold of it, at the cost of one more look at
+            every byte of both, on the host; not with rules that compute.
         offload_source: offload the source's Parameters to host memory after every run (Ascend).
         load_target: bring the target's Parameters to the device before every run (Ascend).
         bucket_bytes, timeout, hardware: see `ms_ckpt_ext.engine.load.options.LoadOptions`.
@@ -133,8 +135,6 @@ def request_of(
     from ms_ckpt_ext.engine.source.renaming import Naming
 
     checked_flags(strict=strict, offload_source=offload_source, load_target=load_target)
-    if verify not in ("none", "replicas"):
-        raise UsageError(f"verify must be one of none, replicas; got {verify!r}")
     return TransferRequest(
         None if source is None else GivenSide(source, source_strategy),
         None if target is None else GivenSide(target, target_strategy),

@@ -79,7 +79,7 @@ def offer_of(catalog: Catalog, takes: Takes) -> Offer:
     """What a rank takes, with MindSpore's dtype."""
     tensor, region, layout, full, is_open, doubt = takes
     packed = catalog.notes.get(tensor.stored_name) == INT4
-    dtype = ms.qint4x2 if packed else _mindspore_dtype(tensor.meta.dtype)
+    dtype = ms.qint4x2 if packed else mindspore_dtype(tensor.meta.dtype)
     return Offer(tensor, region, region.shape if region else tensor.meta.shape, dtype, layout, full, is_open, doubt)
 
 
@@ -87,7 +87,8 @@ _ATTRIBUTES = {"Bool": "bool_", "Float8E4M3FN": "float8_e4m3fn", "Float8E5M2": "
 """MindSpore's dtypes whose attribute is not their name in small letters."""
 
 
-def _mindspore_dtype(dtype: DType) -> Any:
+def mindspore_dtype(dtype: DType) -> Any:
+    """MindSpore's dtype of elements; None where it has none."""
     return getattr(ms, _ATTRIBUTES.get(dtype.mindspore, dtype.mindspore.lower()), None)
 
 

@@ -176,6 +176,20 @@ def _copies(parameter: Any, samples: Optional[tuple[int, int]]) -> Iterator[Byte
         yield piece.asnumpy().view(np.uint8)
 
 
+def host_bytes(parameter: Any, dtype: Any = None) -> Bytes:
+    """What a Parameter holds, in host memory; cast to another MindSpore dtype as a sink casts it, where it lies."""
+    if dtype is not None and dtype != parameter.dtype:
+        if on_device() and not _on_host(parameter):
+            shape = tuple(parameter.shape) or (1,)
+            cast = mint.empty(shape, dtype=dtype)
+            cast.copy_(parameter.view(*shape))
+        else:
+            cast = ms.Tensor(parameter.asnumpy(), dtype)
+        parameter = cast
+    pieces = [*contents_of(parameter).pieces]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 class CastSink:
     """A Parameter's memory of another dtype: every piece is cast as it lands."""
 

@@ -8,8 +8,8 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from ms_ckpt_ext.bridge.match import Match
-from ms_ckpt_ext.bridge.memory import contents_of, kept_on_host, on_device
+from ms_ckpt_ext.bridge.match import Match, mindspore_dtype
+from ms_ckpt_ext.bridge.memory import contents_of, host_bytes, kept_on_host, on_device
 from ms_ckpt_ext.bridge.request import half_done
 from ms_ckpt_ext.bridge.together import mover_of, sinks_of
 from ms_ckpt_ext.bridge.transfer.asked import TransferRequest
@@ -19,15 +19,17 @@ from ms_ckpt_ext.bridge.transfer.present import PlannedParameter, present_source
 from ms_ckpt_ext.bridge.transfer.sides import plain, side_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.exchange.demand import LocalPiece
+from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
 from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, turns_of
+from ms_ckpt_ext.engine.transfer.compared import TakenSlice, compare_with_source
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer
 from ms_ckpt_ext.engine.transfer.report import TransferReport
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.transport.agree import on_all
-from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.base import Bytes, Transport
 
 
 class PlannedMove:
@@ -57,7 +59,11 @@ class PlannedMove:
         self._filled = {n: match for n, match in numbered.items() if n not in self._idle}
         local = [piece for piece in ready.local if piece.demand not in self._idle]
         self._stay = {match.parameter.name: pieces[n][0].name for n, match in self._idle.items()}
-        self._read = {name: source[name] for name in sorted(given | {piece.name for piece in local})}
+        read = given | {piece.name for piece in local}
+        if request.options.verify == "full":
+            read |= {stored.stored_name for d in ready.demands for stored in d.tensor.stored()} & source.keys()
+        self._source = source
+        self._read = {name: source[name] for name in sorted(read)}
         self._planned = {name: PlannedParameter.of(parameter) for name, parameter in self._read.items()}
         holdings = Holdings(ready.plan, turns, ready.addresses, local, self._bytes_of)
         self._run = ExchangeRun(ready.plan, turns, transport, mover_of(transport), holdings, 0, Trace())
@@ -86,20 +92,20 @@ class PlannedMove:
                 "middle of an exchange of the others: close the plan on all ranks and plan anew"
             )
         wanted: Union[Digester, nullcontext[None]] = (
-            Digester() if self._request.options.verify != "none" else nullcontext()
+            Digester() if self._request.options.verify == "replicas" else nullcontext()
         )
         with wanted as digester:
             sinks = on_all(self._transport, lambda: self._begin(offloaded, digester))
             try:
                 self._run.go(sinks, digester)
-                if digester is not None:
-                    compare_replicas(self._transport, self._ready.demands, digester.wait())
-            except BaseException as error:
+                self._verify(digester)
+            except Exception as error:
                 if not self._run.in_step:
                     self._transport.close()  # so that the others hear of it
-                if not isinstance(error, Exception):
-                    raise
                 raise half_done(error, self.changes, "transfer", "run it again") from error
+            except BaseException:
+                self._transport.close()
+                raise
         self._offload(offloaded)
         return self.report
 
@@ -124,19 +130,35 @@ class PlannedMove:
         """Find the Parameters anew by their names. Raises as `present`."""
         source, target = self._request.source, self._request.target
         if source is not None:
-            held = side_of(source.parameters, "source") or {}
-            self._read = {name: present_source(name, held, planned) for name, planned in self._planned.items()}
+            self._source = side_of(source.parameters, "source") or {}
+            self._read = {name: present_source(name, self._source, each) for name, each in self._planned.items()}
         if target is not None:
             taking = side_of(target.parameters, "target") or {}
             if source is not None:
-                refuse_parted(held, taking, self._stay)
+                refuse_parted(self._source, taking, self._stay)
             self._filled = {number: present_target(match, taking) for number, match in self._filled.items()}
 
     def _offload(self, offloaded: bool) -> None:
         if on_device() and (offloaded or self._request.offload_source):
             written = (match.parameter for match in self._filled.values())
-            for parameter in (*self._read.values(), *(written if offloaded else ())):
+            for parameter in (*self._source.values(), *(written if offloaded else ())):
                 plain(parameter)._offload()
+
+    def _verify(self, digester: Optional[Digester]) -> None:
+        """Compare what was filled. Raises ChecksumError, PeerError."""
+        if digester is not None:
+            compare_replicas(self._transport, self._ready.demands, digester.wait())
+        if self._request.options.verify == "full":
+            compare_with_source(self._transport, self._ready.demands, self._taken, self._held)
+
+    def _taken(self, number: int) -> TakenSlice:
+        """What this rank holds now of a demand."""
+        parameter = (self._filled.get(number) or self._idle[number]).parameter
+        return TakenSlice(BY_MINDSPORE[str(parameter.dtype)].name, host_bytes(parameter))
+
+    def _held(self, name: str, dtype: str) -> Bytes:
+        """What this rank gives under a name, cast."""
+        return host_bytes(self._read[name], mindspore_dtype(DTYPES[dtype]))
 
     def _bytes_of(self, name: str) -> Any:
         """What this rank holds under a name, as flat bytes where they are cut."""

@@ -6,6 +6,7 @@ wanted      what the ranks of the other side want of it
 addresses   where the slices of a rank lie, in one space of numbers
 prepare     agree, plan
 holdings    the slices of this rank, as the source of an exchange
+compared    what was filled, with what it was filled from
 estimate    the same on paper
 report      what was moved
 """

@@ -15,6 +15,7 @@ from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import choose_way, servers_of
 from ms_ckpt_ext.engine.transfer.addresses import Addresses
+from ms_ckpt_ext.engine.transfer.compared import require_moved
 from ms_ckpt_ext.engine.transfer.wanted import Wants, demands_among, share_wanted
 from ms_ckpt_ext.errors import CoverageError, UsageError, name_ranks
 from ms_ckpt_ext.transport.agree import agree
@@ -81,12 +82,14 @@ def prepare_transfer(
     Raises:
         DisagreementError: ranks were started with different inputs.
         CoverageError: a region that some rank wants is held by none.
-        UsageError: the product has no all-to-all for these ranks.
+        UsageError: the product has no all-to-all for these ranks; or `verify="full"`, and a rule computes something.
         TransportError: the backend delivers other bytes than were sent.
     """
     described = repr([(name, tensor.meta, tensor.placements) for name, tensor in tensors.items()])
     agree(transport, {**options.facts(), "what the source holds": described, **facts})
     demands = demands_among(tensors, share_wanted(transport, wants), places)
+    if options.verify == "full":
+        require_moved(demands)
     if not transport.traits.all_to_all:
         raise UsageError(f"{transport.traits.product} has no all-to-all for these ranks, which a transfer needs")
     hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
