@@ -36,6 +36,7 @@ from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.crypto import GCM, KeyLike
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, PLAIN, Access
 from ms_ckpt_ext.formats.table import CKPT, SAFETENSORS
+from ms_ckpt_ext.storage.threads import few_collections
 
 _DIRECTION = "names (str) in the input to names (str) in the output"
 
@@ -84,6 +85,7 @@ def safetensors_to_ckpt(
     _as_mindspore(file_path, save_path, name_map, file_name_regex, processes_num, CKPT.name)
 
 
+@few_collections()
 def convert(
     src: PathLike,
     dst: PathLike,

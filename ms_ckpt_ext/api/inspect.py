@@ -33,6 +33,7 @@ from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import Access, read_indexes
 from ms_ckpt_ext.formats.table import FORMATS, STRATEGY, STRATEGY_SUFFIXES, kind_of
 from ms_ckpt_ext.storage.reader import ReaderPool
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto import KeyLike
@@ -41,6 +42,7 @@ _MOST_ELEMENTS = 64
 """A scalar's contents are told up to this many elements."""
 
 
+@few_collections()
 def inspect(
     path: PathLike,
     *,

@@ -32,6 +32,7 @@ from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer
 from ms_ckpt_ext.formats.crypto import GCM
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -50,6 +51,7 @@ _LAUNCHERS = (
 )
 
 
+@few_collections()
 def merge(
     src: PathLike,
     dst: PathLike,
@@ -153,6 +155,7 @@ def run_merge(
     return execute_with_progress(job, target, run, "merge")
 
 
+@few_collections()
 def reshard(
     src: PathLike,
     dst: PathLike,

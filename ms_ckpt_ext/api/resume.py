@@ -26,6 +26,7 @@ from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, integer, true_or_false
 from ms_ckpt_ext.formats.discovery.whole_models import instead
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.bridge.request import LoadRequest
@@ -74,6 +75,7 @@ class Restored:
     bytes_from_peers: int = 0
 
 
+@few_collections()
 def resume(
     network: Any,
     optimizer: Any = None,
@@ -267,6 +269,7 @@ def _restored(directory: str, resumed: Resumed, skipped: tuple[Skipped, ...]) ->
     return restored
 
 
+@few_collections()
 def load_for_inference(
     network: Any, checkpoint_dir: Optional[PathLike] = None, *, strict_load: bool = False, **options: Any
 ) -> Restored:

@@ -29,11 +29,13 @@ from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
 
 
+@few_collections()
 def verify(
     a: PathLike,
     b: Optional[PathLike] = None,

@@ -7,7 +7,6 @@ command imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import Any, Optional
 from ms_ckpt_ext import errors, log
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
+from ms_ckpt_ext.storage.threads import few_collections
 
 PROG = "ms-ckpt"
 COMMANDS = (
@@ -119,7 +119,7 @@ def run_line(argv: Sequence[str], listed: Optional[Sequence[Command]] = None) ->
     """Run a line of these commands, by default of all, and return its exit code."""
     _ready_output()
     try:
-        with _interruptions() as interrupted, _few_collections():
+        with _interruptions() as interrupted, few_collections():
             code = _main(list(argv), listed, interrupted)
         with _writing():
             sys.stdout.flush()
@@ -150,20 +150,6 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise _OutputError(error.strerror or str(error)) from error
-
-
-@contextmanager
-def _few_collections() -> Iterator[None]:
-    """A table of contents is hundreds of thousands of values that live to the end: look for cycles among them rarely.
-
-    With Python's own thresholds that takes half of the time of a command.
-    """
-    before = gc.get_threshold()
-    gc.set_threshold(max(before[0], 200_000) if before[0] else 0, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 @contextmanager

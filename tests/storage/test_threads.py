@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
 
 import pytest
 
-from ms_ckpt_ext.storage.threads import in_order
+from ms_ckpt_ext.storage.threads import few_collections, in_order
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 50])
@@ -72,3 +73,38 @@ def test_an_interruption_is_passed_on() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         in_order(call, range(10), 3)
+
+
+def test_the_collector_rests_for_as_long_as_somebody_wants_it() -> None:
+    before = gc.get_threshold()
+    first, second = few_collections(), few_collections()
+    first.__enter__()
+    second.__enter__()
+    assert gc.get_threshold() == (200_000, *before[1:])
+    first.__exit__(None, None, None)  # in another order than they came: two jobs on two threads
+    assert gc.get_threshold() == (200_000, *before[1:])
+    second.__exit__(None, None, None)
+    assert gc.get_threshold() == before
+
+
+@pytest.mark.parametrize("threshold", [0, 300_000])
+def test_a_collector_that_is_off_or_rests_already_is_left_alone(threshold: int) -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(threshold, *before[1:])
+    try:
+        with few_collections():
+            assert gc.get_threshold()[0] == threshold
+        assert gc.get_threshold()[0] == threshold
+    finally:
+        gc.set_threshold(*before)
+
+
+def test_a_threshold_that_is_set_meanwhile_stays() -> None:
+    before = gc.get_threshold()
+    try:
+        with pytest.raises(KeyError), few_collections():
+            gc.set_threshold(5_000, *before[1:])
+            raise KeyError
+        assert gc.get_threshold()[0] == 5_000
+    finally:
+        gc.set_threshold(*before)

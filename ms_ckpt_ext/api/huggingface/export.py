@@ -39,6 +39,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.proven import judged, ruled
 from ms_ckpt_ext.errors import UsageError, integer
 from ms_ckpt_ext.formats.registry import ENC_KEY_VARIABLE
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -54,6 +55,7 @@ _DTYPES = {
 _SIZE = re.compile(r"(\d+)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
+@few_collections()
 def export(
     src: PathLike,
     dst: PathLike,

@@ -28,6 +28,7 @@ from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_fil
 from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also, integer
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.table import CKPT
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 
+@few_collections()
 def load_distributed_checkpoint(
     network: Any,
     checkpoint_filenames: Optional[Union[Sequence[PathLike], PathLike]] = None,

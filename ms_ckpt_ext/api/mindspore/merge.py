@@ -26,6 +26,7 @@ from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 
+@few_collections()
 def unified_safetensors(
     src_dir: PathLike,
     src_strategy_file: Any,

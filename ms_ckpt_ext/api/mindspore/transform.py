@@ -38,11 +38,13 @@ from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.table import CKPT, SUFFIXES
+from ms_ckpt_ext.storage.threads import few_collections
 
 _NOT_COUNTED = ("accu_grads", "adam_v", "adam_m")
 """What MindSpore leaves out when it asks whether a strategy has more parameters than another."""
 
 
+@few_collections()
 def transform_checkpoints(
     src_checkpoints_dir: PathLike,
     dst_checkpoints_dir: PathLike,
@@ -140,6 +142,7 @@ def transform_checkpoints(
     return execute_with_progress(job, target, run, "transform")
 
 
+@few_collections()
 def transform_checkpoint_by_rank(
     rank_id: int,
     checkpoint_files_map: Mapping[int, PathLike],
