@@ -7,5 +7,5 @@ threads       work that ends with its first error
 staging       output that appears whole or not at all; with
               `claims` the right to write files, `publishing` what is begun to be published, and what is
 locks         locks that end with their process, and the hidden folder where files are prepared
-linux         what Python lacks: files replaced whole, calls of Linux, scratch memory
+linux         what Python lacks: small files read or replaced whole, calls of Linux, scratch memory
 """

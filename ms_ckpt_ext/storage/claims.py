@@ -25,7 +25,7 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
-from ms_ckpt_ext.storage.linux import sync_path
+from ms_ckpt_ext.storage.linux import read_small, sync_path
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import places_of
 from ms_ckpt_ext.storage.reader import from_json
@@ -241,7 +241,7 @@ class Claim:
 def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
     """Job -> what its tasks claimed, in the order in which they did. A line that was cut short counts for nothing."""
     try:
-        lines = hidden.claims.read_bytes().splitlines()
+        lines = read_small(hidden.claims).splitlines()
     except (FileNotFoundError, PermissionError):  # or it is another user's, above
         return {}
     found: dict[str, set[str]] = {}

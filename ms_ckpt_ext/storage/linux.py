@@ -1,5 +1,5 @@
-"""What Python's `os` lacks: small files that are replaced whole, and names that survive a power cut and that fit; calls
-of Linux, with a harmless answer where the system refuses them; scratch memory.
+"""What Python's `os` lacks: small files that are read or replaced whole, and names that survive a power cut and that
+fit; calls of Linux, with a harmless answer where the system refuses them; scratch memory.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import stat
 import sys
 from array import array
 from functools import lru_cache
@@ -20,6 +21,9 @@ _LONGEST = 120
 _KEPT = 72
 """Bytes that are kept of a name that is too long for a temporary one: people are to recognise it."""
 PAGE = 4096
+MOST_BYTES = 1 << 31
+"""Of a file that is read whole: what protobuf takes of a strategy, more than indexes of millions of tensors have."""
+_PIECE = 1 << 16
 _APART = 64
 """Bytes by which source and target of a copy must not follow each other within their pages, unless they are level.
 
@@ -50,6 +54,46 @@ def derived(path: Path, ending: str) -> Path:
 
     begins = raw[:_KEPT].decode(errors="ignore")  # which may end within a character
     return path.with_name(f"{begins}-{xxhash.xxh3_64_hexdigest(raw)}{ending}")
+
+
+def read_small(path: Union[str, Path], pipe: bool = False, most: int = MOST_BYTES) -> bytes:
+    """The contents of a small file: an index, a note, a strategy, a configuration.
+
+    What is meant to hurt cannot stop a job here: a pipe would wait for a writer for ever, a device has no end, and a
+    file with holes may be longer than memory.
+
+    Args:
+        pipe: it may also be a pipe, such as a shell makes of `<(command)`, that somebody has opened to write into it.
+        most: bytes.
+
+    Raises:
+        OSError: it cannot be read, is no such file, or is too long.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a name that no file has
+        raise OSError(str(error)) from None
+    try:
+        return _contents(descriptor, pipe, most)
+    finally:
+        os.close(descriptor)
+
+
+def _contents(descriptor: int, pipe: bool, most: int) -> bytes:
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode) and not (pipe and stat.S_ISFIFO(status.st_mode)):
+        raise OSError("it is no regular file, but a pipe or a device")
+    os.set_blocking(descriptor, True)
+    pieces: list[bytes] = []
+    total = status.st_size if status.st_size > most else 0
+    while total <= most and (piece := os.read(descriptor, max(status.st_size - total, _PIECE))):
+        pieces.append(piece)
+        total += len(piece)
+    if total > most:
+        raise OSError(f"it has more than {most} bytes, and is read whole")
+    return b"".join(pieces)
 
 
 def write_atomically(path: Union[str, Path], contents: bytes, sync: bool = True) -> None:

@@ -26,7 +26,7 @@ from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage.linux import boot_id, derived, sync_path, write_atomically
+from ms_ckpt_ext.storage.linux import boot_id, derived, read_small, sync_path, write_atomically
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.reader import from_json
 
@@ -80,7 +80,7 @@ def state_of(path: Path) -> Optional[State]:
 def read_published(folder: Path) -> Published:
     """What is on record in a folder; nothing, where there is no record or it cannot be understood."""
     try:
-        held: Any = from_json((folder / RECORD).read_bytes())
+        held: Any = from_json(read_small(folder / RECORD))
         of_one_job = (held.get("job"), True)  # as records were when they were of one job each
         entries = ((name, (*entry, *of_one_job)[:4]) for name, entry in held["files"].items())
         files = {name: Entry(State(size, mtime), job, bool(digested)) for name, (size, mtime, job, digested) in entries}
@@ -195,7 +195,7 @@ def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collectio
 def read_journal(path: Path) -> Optional[Journal]:
     """A journal from its file; None when it is none."""
     try:
-        held: dict[str, Any] = from_json(path.read_bytes())
+        held: dict[str, Any] = from_json(read_small(path))
         found = Journal(**{**held, "files": {name: State(*state) for name, state in held["files"].items()}})
         lists, maps = (found.gone, found.missing), (found.indexes, found.digests)
         if not all(isinstance(each, (list, tuple)) for each in lists) or not all(isinstance(m, dict) for m in maps):

@@ -23,6 +23,9 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0
 _MOST_PLACES = 1024
 """What one call of the kernel fills at most (Linux: UIO_MAXIOV)."""
 
+MOST_LEVELS = 64
+"""Lists and objects in each other of a JSON text; none that is read here has ten."""
+_DEEP = f"nested deeper than {MOST_LEVELS} levels"
 
 Take = Callable[[int, memoryview], None]
 """Given an offset and the bytes there, which may be overwritten afterwards."""
@@ -149,27 +152,44 @@ class PlainReader:
 
 
 def from_json(text: Union[bytes, str]) -> Any:
-    """What a text says. Raises ValueError when it is no JSON, or nested deeper than Python reads.
+    """What a text says. Raises ValueError when it is no JSON, is nested too deep, or says two things of one name.
 
     >>> from_json(b'{"a": [1, 2]}')
     {'a': [1, 2]}
     """
     try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        found = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(_DEEP) from None
+    inside = [found]
+    for _ in range(MOST_LEVELS):
+        lists = (each.values() if isinstance(each, dict) else each for each in inside if isinstance(each, (dict, list)))
+        inside = [each for held in lists for each in held if isinstance(each, (dict, list))]
+    if inside:
+        raise ValueError(_DEEP)
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object. Of several values Python's own reader takes the last, and another program may take the first."""
+    found = dict(pairs)
+    for name, value in pairs if len(found) < len(pairs) else ():
+        if isinstance(value, (dict, list)) or repr(found[name]) != repr(value):
+            raise ValueError(f"the name {name[:99]!r} stands there twice, with different values")
+    return found
 
 
 def read_json(path: str, what: str, kind: Union[type[UsageError], type[FormatError]] = FormatError) -> Any:
-    """What a small file says that a user gave: `what` it is, for messages.
+    """What a small file says that a user gave, or what a pipe does: `what` it is, for messages.
 
     Raises:
         StorageError: it cannot be read.
         FormatError, or another `kind`: it is no JSON.
     """
+    from ms_ckpt_ext.storage.linux import read_small
+
     try:
-        with open(path, "rb") as file:
-            return from_json(file.read())
+        return from_json(read_small(path, pipe=True))
     except OSError as error:
         raise storage_error(f"read {what}", path, error) from error
     except ValueError as error:

@@ -22,7 +22,7 @@ from typing import Any, Callable, Optional
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
 from ms_ckpt_ext.storage.claims import NOTE, PARTIAL, Claim
-from ms_ckpt_ext.storage.linux import derived
+from ms_ckpt_ext.storage.linux import derived, read_small
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import RECORD, Journal, Ledger, State, state_of
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
@@ -92,7 +92,7 @@ class Staging:
     def note(self, name: str) -> Optional[bytes]:
         """What `keep` was given. Not synced, so a crash of the machine may have left less of it."""
         try:
-            return derived(self.folder / name, NOTE).read_bytes()
+            return read_small(derived(self.folder / name, NOTE))
         except OSError:
             return None
 
@@ -132,7 +132,7 @@ class Staging:
     def is_at(self, index: Mapping[str, bytes]) -> bool:
         """Whether these small files stand in the target."""
         try:
-            return all((self.target / name).read_bytes() == contents for name, contents in index.items())
+            return all(read_small(self.target / name) == contents for name, contents in index.items())
         except OSError:
             return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -41,6 +42,13 @@ def mutate(data: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
         else:
             data = data[:at] + data[at : at + what] + data[at:]
     return data
+
+
+def random_edits(data: bytes, chance: random.Random) -> bytes:
+    """`data` with one such change, by `chance`."""
+    kind = chance.choice(["set", "cut", "add", "end", "dup"])
+    what = chance.randint(1, 120) if kind in ("cut", "dup") else chance.randbytes(chance.randint(1, 8))
+    return mutate(data, [(kind, chance.randrange(len(data) + 1), what)])
 
 
 _NUMBERS = st.sampled_from([0, -1, 1, 2, 7, 1 << 31, 1 << 63, 10**30, 1.5, -0.0, 1e308, float("inf"), float("nan")])

@@ -27,6 +27,7 @@ from ms_ckpt_ext.errors import CheckpointError, FormatError, storage_error
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.formats.table import SAFETENSORS
+from ms_ckpt_ext.storage.linux import read_small
 from ms_ckpt_ext.storage.reader import from_json
 
 NOTE_NAME = "ms_ckpt_ext_source.json"
@@ -123,8 +124,7 @@ def unify_safetensors(
 def _read_note(path: str) -> dict[str, Any]:
     """Which source is meant. Raises FormatError when the note is not one of ours."""
     try:
-        with open(path, "rb") as file:
-            said = dict(from_json(file.read()))
+        said = dict(from_json(read_small(path)))
     except (OSError, ValueError, TypeError) as error:
         raise FormatError(f"{path!r} is no note of where the checkpoint is ({error}); start the job again") from error
     if said.keys() != _SAID or not all(value is None or isinstance(value, str) for value in said.values()):

@@ -26,6 +26,7 @@ from ms_ckpt_ext.formats.discovery.torch_slices import refuse_slices
 from ms_ckpt_ext.formats.index import CRC_NUM, Checksum, FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.formats.table import format_of
+from ms_ckpt_ext.storage.linux import read_small
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, from_json, refuse_changed
 
 RenameFunction = Callable[[str], Optional[str]]
@@ -183,8 +184,7 @@ def renamed_map(path: str, files: Mapping[str, str], rename: RenameFunction) -> 
         FormatError: it is not such a map.
     """
     try:
-        with open(path, "rb") as file:
-            content: Any = from_json(file.read())
+        content: Any = from_json(read_small(path))
         listed = content.get("weight_map", content)
         named = {rename(name): files.get(file, file) for name, file in listed.items()}
         named.pop(None, None)

@@ -10,11 +10,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Optional
+from typing import Any, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.engine.huggingface.sizes import CONFIG_NAME
-from ms_ckpt_ext.errors import storage_error
+from ms_ckpt_ext.errors import FormatError, storage_error
+from ms_ckpt_ext.storage.linux import read_small
 from ms_ckpt_ext.storage.reader import from_json
 
 _GLOBS = ("config.json", "configuration.json", "generation_config.json", "*processor_config.json", "tokenizer*") + (
@@ -63,18 +64,20 @@ def _listed(folder: str) -> list[str]:
 def read_companion(path: str) -> bytes:
     """The contents of a file. Raises StorageError."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        return read_small(path)
     except OSError as error:
         raise storage_error("read", path, error) from error
 
 
 def adapted(files: Mapping[str, bytes], names: Iterable[str], dtype: Optional[str]) -> dict[str, bytes]:
-    """The files, with a config.json that says what is written: names of tensors, and their dtype if it was chosen."""
+    """The files, with a config.json that says what is written: names of tensors, and their dtype if it was chosen.
+
+    Raises FormatError: config.json is no JSON object.
+    """
     found = dict(files)
     if CONFIG_NAME not in found:
         return found
-    config = from_json(found[CONFIG_NAME])
+    config = _object(found[CONFIG_NAME])
     changed = dict(config)
     if dtype in _DTYPES:
         changed.update({key: _DTYPES[dtype] for key in ("torch_dtype", "dtype") if key in config})
@@ -83,5 +86,22 @@ def adapted(files: Mapping[str, bytes], names: Iterable[str], dtype: Optional[st
         log.warning("config.json speaks of quantisation, and the exported weights are plain: the entry is left out")
         del changed["quantization_config"]
     if changed != config:
-        found[CONFIG_NAME] = (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
+        found[CONFIG_NAME] = _text(changed)
     return found
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    try:
+        config = from_json(text)
+    except ValueError as error:
+        raise FormatError(f"{CONFIG_NAME} beside the weights is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise FormatError(f"{CONFIG_NAME} beside the weights is no JSON object, but {type(config).__name__}")
+    return config
+
+
+def _text(config: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        return (json.dumps(config, indent=2) + "\n").encode()

@@ -43,11 +43,13 @@ def read_family(name: str, config: Config, given: Mapping[str, Any] = {}) -> Fam
 
 def family_for(config: Config) -> str:
     """The name of the family that has the model's architecture. Raises UsageError when none or several have it."""
-    architectures = config.values.get("architectures") or ()
+    architectures = config.values.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise UsageError(f"{config.path!r} says architectures {architectures!r:.60}, which should be a list of names")
     known = {name: document_of(name).get("architectures", ()) for name in family_names()}
     fitting = [name for name, has in known.items() if any(each in has for each in architectures)]
     if len(fitting) != 1:
-        where = f"{config.path!r} says {list(architectures)}" if config.path else "there is no config.json to tell it"
+        where = f"{config.path!r} says {architectures!r:.200}" if config.path else "there is no config.json to tell it"
         raise UsageError(
             f"which rules the model needs is not known: {where}. Give rules: one of {', '.join(known)}, the path of a "
             "rule file, or a list of weight rules"
@@ -63,7 +65,7 @@ def document_of(name: str) -> Any:
 
 def _path(name: str) -> str:
     own = RULES_FOLDER / f"{name}.json"
-    if os.sep not in name and own.is_file():
+    if os.sep not in name and os.path.isfile(own):
         return os.fspath(own)
     if not os.path.isfile(name):
         raise UsageError(

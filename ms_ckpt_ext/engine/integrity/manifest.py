@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks
-from ms_ckpt_ext.storage.linux import write_atomically
+from ms_ckpt_ext.storage.linux import read_small, write_atomically
 from ms_ckpt_ext.storage.publishing import places_of
 from ms_ckpt_ext.storage.reader import from_json
 
@@ -149,8 +149,7 @@ def load_manifest(directory: str) -> Optional[Manifest]:
     """
     path = os.path.join(directory, MANIFEST_NAME)
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
+        raw = read_small(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -111,5 +111,7 @@ def _from_json(path: Path, content: Any) -> Profile:
         call=float(figure("call", "bytes", default=0.0)),
     )
     told = {key: value.get("from", "not said") for key, value in content.items() if isinstance(value, dict)}
-    soc = tuple(map(str, content.get("soc", ())))
-    return Profile(path.stem, str(content.get("title", path.stem)), hardware, told, soc)
+    soc = content.get("soc", [])
+    if not isinstance(soc, list) or not all(isinstance(each, str) for each in soc):
+        raise UsageError(f"hardware profile {os.fspath(path)!r}: soc must be a list of texts, got {soc!r:.60}")
+    return Profile(path.stem, str(content.get("title", path.stem)), hardware, told, tuple(soc))

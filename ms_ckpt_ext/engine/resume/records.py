@@ -33,6 +33,7 @@ from ms_ckpt_ext.core.geometry.layout import MAX_RANKS
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import FormatError, storage_error
 from ms_ckpt_ext.formats.table import CKPT
+from ms_ckpt_ext.storage.linux import read_small
 from ms_ckpt_ext.storage.reader import from_json
 
 RECORDS_FOLDER = "ms_ckpt_ext"
@@ -185,7 +186,7 @@ def _parse(paths: Iterable[Path]) -> list[Record]:
 
 def _read(path: Path) -> list[Record]:
     try:
-        content: Any = from_json(path.read_bytes())
+        content: Any = from_json(read_small(path))
         if (content["format"], content["version"]) != (_FORMAT, 1):
             raise ValueError(f"version {content['version']!r}")
         return [record_from_json(held) for held in content["ranks"]]

@@ -115,6 +115,8 @@ def _read(path: str) -> bytes:
                 "like a key, which does not belong there: write the key into a file, and give the file's path",
             ) from None
         raise storage_error("read the key file", path, error) from None
+    except ValueError:
+        raise UsageError("the path of the key file holds a character that no path can have; give another") from None
 
 
 def _getenv(name: str) -> bytes:

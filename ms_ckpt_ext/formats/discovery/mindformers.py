@@ -117,8 +117,10 @@ def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
 
 
 def _newest(tracker: Path) -> Path:
+    from ms_ckpt_ext.storage.linux import read_small
+
     try:
-        text = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+        text = read_small(tracker)[:100].decode("utf-8", "replace").strip()
     except OSError as error:
         raise storage_error("read", str(tracker), error) from error
     if not _ITERATION.fullmatch(text):
@@ -146,8 +148,10 @@ def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
     path = os.path.join(folder, COMMON_NAME)
     if not os.path.isfile(path):
         return {}
+    from ms_ckpt_ext.storage.linux import read_small
+
     try:
-        held: Any = from_json(Path(path).read_bytes())
+        held: Any = from_json(read_small(path))
         if not isinstance(held, dict):
             raise ValueError(f"a dictionary is expected, and it holds a {type(held).__name__}")
     except (OSError, ValueError) as error:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.array import Shape
@@ -83,8 +82,10 @@ def read_cuts(path: str) -> Optional[dict[str, ParameterCut]]:
         FormatError: it is not JSON, lacks something, or contradicts itself; names the parameter.
         StrategyError: a layout that this package does not know how to cut, such as an interleaved one; names it too.
     """
+    from ms_ckpt_ext.storage.linux import read_small
+
     try:
-        content = from_json(Path(path).read_bytes())
+        content = from_json(read_small(path))
     except (OSError, ValueError) as error:
         raise FormatError(f"{path!r} is not readable JSON ({error}); use another iteration") from error
     if not isinstance(content, dict) or not {"state_dict_metadata", "storage_data"} <= content.keys():

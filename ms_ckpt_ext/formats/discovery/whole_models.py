@@ -284,8 +284,10 @@ def _only_index(indexes: Sequence[Path]) -> Optional[Path]:
 
 def _read_map(path: Path) -> dict[str, str]:
     advice = "run the merge again" if path.name == MAP_NAME else "fetch it again"
+    from ms_ckpt_ext.storage.linux import read_small
+
     try:
-        raw = path.read_bytes()
+        raw = read_small(path)
         fault = pointer_fault(str(path), raw)
         if fault is not None:
             raise FormatError(fault)

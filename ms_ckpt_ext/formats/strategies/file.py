@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy, layout_item, split_stage
 from ms_ckpt_ext.errors import StrategyError, also, storage_error
 from ms_ckpt_ext.formats.table import STRATEGY_SUFFIXES, pointer_fault
-from ms_ckpt_ext.storage.linux import write_atomically
+from ms_ckpt_ext.storage.linux import read_small, write_atomically
 
 IntRows = tuple[tuple[int, ...], ...]
 
@@ -176,10 +176,10 @@ def read_map(path: str, empty: bool = False) -> Any:
 def read_bytes(path: str) -> bytes:
     """All of a strategy file. Raises StrategyError when there is none, or nothing in it."""
     try:
-        data = Path(path).read_bytes()
+        data = read_small(path, pipe=True)
     except OSError as error:
         raise also(StrategyError, type(error))(
-            f"cannot read strategy file {path!r}: {os.strerror(error.errno or 0)}; check the path"
+            f"cannot read strategy file {path!r}: {error.strerror or error}; check the path"
         ) from error
     fault = pointer_fault(path, data)
     if fault is not None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from ms_ckpt_ext.errors import FormatError, ReadError, storage_error
 from ms_ckpt_ext.formats.strategies.file import decode_groups
+from ms_ckpt_ext.storage.linux import read_small
 
 
 def restore_ranks(path: str) -> list[int]:
@@ -17,7 +17,7 @@ def restore_ranks(path: str) -> list[int]:
         StorageError: it cannot be read.
     """
     try:
-        found = list(decode_groups(Path(path).read_bytes()).ckpt_restore_rank_list.dim)
+        found = list(decode_groups(read_small(path, pipe=True)).ckpt_restore_rank_list.dim)
     except OSError as error:
         raise storage_error("read group file", path, error, ReadError) from error
     except ValueError as error:
