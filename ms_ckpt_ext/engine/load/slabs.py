@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, NamedTuple, Optional, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Optional, Protocol, TypeVar
 
 import numpy as np
 
@@ -106,7 +106,8 @@ class HostMover:
         return host
 
 
-class Staged(NamedTuple, Generic[B]):
+@dataclass(frozen=True)
+class Staged(Generic[B]):
     """Where a chunk lies: `offset` bytes into a buffer."""
 
     buffer: B
