@@ -66,7 +66,9 @@ def fill(request: LoadRequest, catalog: Catalog) -> Filled:
         CoverageError: the checkpoint should have a Parameter, and has not; nothing was changed.
         LayoutMismatchError: shapes or dtypes do not fit; nothing was changed.
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
+        MissingDependencyError: see `world.require_views_of_bytes`.
     """
+    world.require_views_of_bytes()
     catalog, found = _settled(request, catalog)
     prove_matches(found.matches, catalog, request.workers, request.limits)
     with catalog.readers() as readers:

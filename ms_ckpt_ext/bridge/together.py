@@ -23,6 +23,7 @@ from ms_ckpt_ext.bridge.match import Match, Matches
 from ms_ckpt_ext.bridge.memory import ParameterSink, bytes_to_come, kept_on_host
 from ms_ckpt_ext.bridge.request import Filled, LoadRequest, half_done, tell_loaded
 from ms_ckpt_ext.bridge.settle import boxes, matched, open_names
+from ms_ckpt_ext.bridge.world import require_views_of_bytes
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load import profiles, session
 from ms_ckpt_ext.engine.load.hosts import host_key
@@ -175,6 +176,7 @@ def _compared(
 
 def join(timeout: float, refused: Optional[CheckpointError] = None) -> Transport[Any]:
     """All ranks meet, for as long as they want: to be closed. Arguments and errors are those of `meeting`."""
+    require_views_of_bytes()
     transport = select_transport(timeout=timeout)
     try:
         share_status(transport, refused)
@@ -192,7 +194,7 @@ def meeting(timeout: float, refused: Optional[CheckpointError] = None) -> Iterat
         timeout: seconds to wait for who does not come, here and in every exchange.
         refused: why this rank cannot take part: raised on it, and told to the others, who raise PeerError.
 
-    Raises PeerError, TransportError, or what was refused.
+    Raises PeerError, TransportError, or what was refused; see also `world.require_views_of_bytes`.
     """
     transport = join(timeout, refused)
     try:

@@ -16,7 +16,15 @@ except ImportError as error:
         "`pip install 'mindspore>=2.7' 'numpy<2'`, or run an offline job, which does not need it"
     ) from error
 
-__all__ = ["group_size", "join_job", "mindspore", "own_rank", "training_strategy_file", "world_size"]
+__all__ = [
+    "group_size",
+    "join_job",
+    "mindspore",
+    "own_rank",
+    "require_views_of_bytes",
+    "training_strategy_file",
+    "world_size",
+]
 
 
 def own_rank() -> int:
@@ -34,6 +42,20 @@ def world_size() -> int:
         return int(communication.get_group_size())
     except RuntimeError:
         return 1
+
+
+def require_views_of_bytes() -> None:
+    """Raise MissingDependencyError where Parameters are in an NPU's memory, which this MindSpore cannot view as bytes.
+
+    Before 2.8 `Tensor.view` takes a shape only, and no dtype.
+    """
+    version = mindspore.__version__
+    if mindspore.get_context("device_target") != "CPU" and [int(n) for n in version.split(".")[:2]] < [2, 8]:
+        raise MissingDependencyError(
+            f"Parameters in an NPU's memory need MindSpore 2.8 or newer, and this is {version}, which cannot view "
+            "tensors there as bytes; nothing was changed. Install a newer one, with the CANN that it asks for; or let "
+            "`ms-ckpt reshard` cut a file for each rank, and load that with mindspore.load_checkpoint"
+        )
 
 
 def join_job(device_target: Optional[str] = None) -> None:

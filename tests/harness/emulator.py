@@ -26,9 +26,12 @@ SOURCES = Path(__file__).resolve().parent.parent / "cann_emulator"
 _TOOLS = ("bash", "g++", "nm", "strings")
 
 
-def emulator_or_skip() -> Path:
-    """Directory of a ready build (it holds `cann/`); skips the calling test where one cannot be made."""
-    reason = why_not()
+def emulator_or_skip(old: bool = False) -> Path:
+    """Directory of a ready build (it holds `cann/`); skips the calling test where one cannot be made.
+
+    `old`: a MindSpore will do under which nothing can be loaded into an NPU's memory.
+    """
+    reason = why_not() or (None if old else too_old())
     if reason:
         pytest.skip(f"no emulated Ascend: {reason}")
     return build()
@@ -46,6 +49,17 @@ def why_not() -> Optional[str]:
         return "mindspore is not installed"
     plugin = Path(wheel.submodule_search_locations[0]) / "lib/plugin/libmindspore_ascend.so.2"
     return None if plugin.exists() else "this mindspore wheel has no Ascend plugin"
+
+
+def too_old() -> Optional[str]:
+    """Why the MindSpore here, if there is one, cannot load into an NPU's memory; else None."""
+    try:
+        version = importlib.metadata.version("mindspore")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if not version.startswith("2.7."):
+        return None
+    return f"MindSpore {version} cannot view tensors there as bytes: tests/live/test_old_mindspore.py"
 
 
 def build() -> Path:

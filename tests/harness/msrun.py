@@ -80,6 +80,7 @@ def run_msrun(
     timeout: float = 120,
     expect_failure: bool = False,
     supervised: bool = False,
+    old: bool = False,
 ) -> MsrunResult:
     """Run `script *args` on `ranks` ranks and wait for all of them.
 
@@ -90,12 +91,13 @@ def run_msrun(
             not expected, the others have 10 s more at most.
         expect_failure: return a run that failed instead of raising; a hung one raises all the same.
         supervised: see the module.
+        old: on "ascend", also under a MindSpore that cannot load there.
 
     Raises:
         AssertionError: the run hung, or failed though that was not expected; it shows the tail of every log.
     """
     command = [sys.executable, str(Path(script).resolve()), *map(str, args)]
-    variables = _environment(device, env or {})
+    variables = _environment(device, env or {}, old)
     log_dir = tmp_path / f"log_{time.monotonic_ns()}"
     log_dir.mkdir(parents=True)
     start = time.monotonic()
@@ -133,7 +135,7 @@ def _said(log: Path) -> str:
     return log.read_text(errors="replace") + (err.read_text(errors="replace") if err.exists() else "")
 
 
-def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
+def _environment(device: str, extra: Mapping[str, str], old: bool) -> dict[str, str]:
     """For the workers. One thread per rank: 8 ranks on 2 cores otherwise spend their time waiting for each other."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
     env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2")
@@ -142,7 +144,7 @@ def _environment(device: str, extra: Mapping[str, str]) -> dict[str, str]:
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     if device == "ascend":
-        env = emulator.environment(emulator.emulator_or_skip(), env)
+        env = emulator.environment(emulator.emulator_or_skip(old), env)
         env.setdefault("CANNEMU_TIMEOUT", "30")
     elif device != "cpu":
         raise ValueError(f"device is 'cpu' or 'ascend', not {device!r}")

@@ -9,8 +9,11 @@ one major version of protobuf. Files of groups have messages of the same declara
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Union
 
@@ -221,9 +224,29 @@ def strategy_map() -> Any:
     return _classes()["ParallelStrategyMap"]()
 
 
+_OLD = re.compile(rb"__version__ = '2\.[789]\.")
+"""What the file of MindSpore's version says in releases whose generated code is of protoc before 3.19."""
+
+
+def _choose_implementation() -> None:
+    """Make sure that MindSpore can be imported after protobuf.
+
+    The generated code of 2.7 to 2.9 is a fatal error in every implementation but that in Python, for which these
+    releases ask themselves, when they are imported first.
+    """
+    variable = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+    if variable in os.environ or "google.protobuf" in sys.modules:
+        return
+    spec = PathFinder.find_spec("mindspore")
+    told = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
+    if told and told.is_file() and _OLD.search(told.read_bytes()):
+        os.environ[variable] = "python"
+
+
 @cache
 def _classes() -> dict[str, Any]:
     """Name -> class of every message."""
+    _choose_implementation()
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     file = descriptor_pb2.FileDescriptorProto(name="node_strategy.proto", package=_PACKAGE, syntax="proto2")
@@ -262,9 +285,9 @@ def decode_groups(data: bytes) -> Any:
 
 
 def _parsed(name: str, data: bytes) -> Any:
+    content = _classes()[name]()
     from google.protobuf.message import DecodeError
 
-    content = _classes()[name]()
     try:
         content.ParseFromString(data)
     except DecodeError as error:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 from hypothesis import given
@@ -19,8 +23,9 @@ UNSIGNED, SMALL, WIDE = (0, 2**32 - 1), (-(2**31), 2**31 - 1), (-(2**63), 2**63 
 @pytest.mark.stock
 def test_the_declaration_is_mindspores() -> None:
     """Every message, and every field's rule, type and number, against the generated code of the installed release."""
-    from google.protobuf.descriptor_pb2 import DescriptorProto
-    from mindspore.train import node_strategy_pb2 as theirs
+    from mindspore.train import node_strategy_pb2 as theirs  # first, for 2.9 and older
+
+    from google.protobuf.descriptor_pb2 import DescriptorProto  # isort: skip
 
     rules = {1: "optional", 2: "required", 3: "repeated"}
     kinds = {3: "int64", 5: "int32", 9: "string", 13: "uint32"}
@@ -123,3 +128,37 @@ def test_what_a_file_cannot_hold_is_not_taken(name: str, rows: tuple[IntRows, ..
         proto.add_parameter(proto.strategy_map(), name, rows, numbers)
     with pytest.raises(ValueError, match="out of range"):
         proto.add_operator(proto.strategy_map(), "op", -1)
+
+
+AFTER = "import sys; from ms_ckpt_ext.formats.strategies.file import load_strategy; load_strategy(sys.argv[1]); "
+
+
+def after_a_strategy(statement: str, strategy: Path, path: str) -> str:
+    """What a new process prints that reads a strategy file before it runs the statement."""
+    around = {name: value for name, value in os.environ.items() if not name.startswith("PROTOCOL_BUFFERS")}
+    around["PYTHONPATH"] = os.pathsep.join([path, str(Path(__file__).resolve().parents[3])])
+    command = [sys.executable, "-c", AFTER + statement, str(strategy)]
+    run = subprocess.run(command, env=around, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.mark.stock
+def test_mindspore_can_be_imported_after_a_strategy_was_read(golden: Path) -> None:
+    """2.7 to 2.9 end the process when protobuf has been imported in another implementation than theirs."""
+    statement = "import mindspore; from mindspore.train import node_strategy_pb2; print(mindspore.__version__)"
+    told = after_a_strategy(statement, golden / "tp4/strategy.ckpt", "")
+    assert told.endswith(importlib.metadata.version("mindspore"))
+
+
+@pytest.mark.parametrize(("version", "python"), [("2.7.2", True), ("2.9.0", True), ("2.10.0", False), (None, False)])
+def test_the_implementation_is_what_mindspore_needs(
+    version: Optional[str], python: bool, golden: Path, tmp_path: Path
+) -> None:
+    """Told without importing it."""
+    (tmp_path / "mindspore").mkdir()
+    (tmp_path / "mindspore/__init__.py").write_text("raise AssertionError")
+    if version is not None:
+        (tmp_path / "mindspore/version.py").write_text(f"__version__ = '{version}'\n")
+    statement = "from google.protobuf.internal.api_implementation import Type; print(Type() == 'python')"
+    assert after_a_strategy(statement, golden / "tp4/strategy.ckpt", str(tmp_path)) == str(python)
