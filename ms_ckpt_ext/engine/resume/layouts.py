@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import xxhash
+
+from ms_ckpt_ext.core.geometry.groups import STATES, group_of
 from ms_ckpt_ext.core.geometry.layout import layout_from_json
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.resume.candidates import Candidate
 from ms_ckpt_ext.engine.resume.records import strategy_folder
-from ms_ckpt_ext.errors import CheckpointError, StrategyError
+from ms_ckpt_ext.errors import CheckpointError, StrategyError, name_ranks
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.table import STRATEGY_SUFFIXES
 from ms_ckpt_ext.transport.agree import pack, unpack
@@ -44,6 +48,46 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
         return None
     items = [LayoutItem(name, stage, layout_from_json(raw)) for answer in answers for name, stage, raw in answer.items]
     return Strategy.from_items(items, origin)
+
+
+def check_alike(transport: Transport[Any], candidate: Candidate, folder: str, probe: bool) -> None:
+    """What was trained must be alike on all ranks that noted no layouts, for it is taken for whole. Collective.
+
+    A network that MindSpore did not cut tells no layouts, whether its ranks hold the same or it cuts its slices itself.
+    The digests on record tell. Statistics of a rank's own, which no optimizer has a state of, may differ.
+
+    Args:
+        as of `find_layouts`.
+
+    Raises:
+        StrategyError: on all ranks: a parameter with a state of an optimizer differs between ranks.
+    """
+    mine = _trained(folder, candidate) if probe else []
+    told = {rank: digest for answer in transport.share(pack(mine)) for rank, digest in unpack(answer)}
+    odd = [rank for rank in sorted(told) if told[rank] != told[min(told)]]
+    if odd:
+        raise StrategyError(
+            f"{name_ranks(odd)} saved other values of what was trained than rank {min(told)}, and no layouts: these "
+            "are slices, and nothing tells of what; give train_strategy_filename"
+        )
+
+
+def _trained(folder: str, candidate: Candidate) -> list[tuple[int, str]]:
+    """(rank, one digest of all that a state of an optimizer is there for), of files on this host with digests."""
+    from ms_ckpt_ext.engine.integrity.manifest import load_manifest
+
+    found = []
+    for rank, held in candidate.files.items():
+        place, name = os.path.split(os.path.join(folder, *held.file.split("/")))
+        manifest = None
+        with suppress(CheckpointError):  # of a folder that cannot be read; its file is looked at later
+            manifest = load_manifest(place)
+        digests = manifest.files[name].tensors if manifest is not None and name in manifest.files else {}
+        states = {each.partition(".")[2] for each in digests if group_of(each, digests) == STATES}
+        trained = sorted((each, digests[each]) for each in states & digests.keys())
+        if trained:
+            found.append((rank, xxhash.xxh3_128_hexdigest(repr(trained).encode())))
+    return found
 
 
 class _Found(NamedTuple):

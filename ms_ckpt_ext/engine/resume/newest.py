@@ -28,7 +28,7 @@ from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.resume import candidates, sightings
 from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
-from ms_ckpt_ext.engine.resume.layouts import entries, find_layouts
+from ms_ckpt_ext.engine.resume.layouts import check_alike, entries, find_layouts
 from ms_ckpt_ext.engine.resume.scalars import Value, read_scalars
 from ms_ckpt_ext.engine.resume.trial_order import Order, prefix_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
@@ -227,7 +227,10 @@ def _try(transport: Transport[Any], wanted: ResumeRequest, candidate: Candidate,
     try:
         check_noted(candidate)
         given = None if candidate.merged or candidate.parts else wanted.strategy
-        strategy = given or find_layouts(transport, candidate, candidate.place(wanted.directory), probe)
+        folder = candidate.place(wanted.directory)
+        strategy = given or find_layouts(transport, candidate, folder, probe)
+        if strategy is None and candidate.job:
+            check_alike(transport, candidate, folder, probe)
         files = check_ranks(candidate, strategy)
     except CheckpointError as error:
         if isinstance(error, TransportError):

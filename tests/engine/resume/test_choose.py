@@ -277,6 +277,30 @@ def test_data_parallel_ranks_hold_everything(tmp_path: Path) -> None:
     assert chosen is not None and list(chosen.seen.indexes) == ["0"] and chosen.strategy is None
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_ranks_that_noted_no_layouts_and_hold_different_things(trained: bool, tmp_path: Path) -> None:
+    """What an optimizer has a state of is a slice, and is not taken for the whole; a rank's statistics may differ."""
+    for rank in range(2):
+        own = np.full(4, rank, np.float32)
+        held = {
+            **arrays(0),
+            **scalars(9),
+            "bn.moving_mean": own,
+            **({"up.w": own, "moment1.up.w": own} if trained else {}),
+        }
+        path = tmp_path / "c" / f"rank_{rank}" / "net-1_9.safetensors"
+        path.parent.mkdir(parents=True)
+        save_file(held, path)
+        note(path, rank, 9, None, world=2, sharded=False)
+    chosen, skipped = look(tmp_path / "c")
+    if trained:
+        assert chosen is None
+        assert "rank 1 saved other values of what was trained than rank 0" in skipped[0].reason
+        assert "give train_strategy_filename" in skipped[0].reason
+    else:
+        assert step_of(chosen) == 9
+
+
 def test_layouts_that_are_given_count_where_the_network_told_none(tmp_path: Path) -> None:
     """Slices that a script cuts itself: its network has no layouts to note, and each rank holds a part all the same."""
     root = tmp_path / "c"
