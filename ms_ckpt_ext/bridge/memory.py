@@ -21,7 +21,7 @@ from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DType, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import copy_box
 from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.run_exchange import HostSink
+from ms_ckpt_ext.engine.load.slabs import HostSink
 from ms_ckpt_ext.transport.base import Bytes
 
 if TYPE_CHECKING:

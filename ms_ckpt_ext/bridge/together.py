@@ -28,10 +28,9 @@ from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load import profiles, session
 from ms_ckpt_ext.engine.load.hosts import host_key
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
-from ms_ckpt_ext.engine.load.session import Prepared
+from ms_ckpt_ext.engine.load.session import Prepared, Want
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.load.taking import Taking, all_side_by_side
-from ms_ckpt_ext.engine.load.wants import Want
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError

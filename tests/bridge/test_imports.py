@@ -17,7 +17,7 @@ NOT_NEEDED = (
     "formats.crypto.keys",
     "core.planning.weight_rules",
 )
-MOST = {"load": 59, "resume": 67}
+MOST = {"load": 60, "resume": 64}
 """Doors of rooms aside. A third are of the plan of an exchange and its geometry, which every such load makes."""
 
 

@@ -22,11 +22,9 @@ from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.load import profiles, session
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
-from ms_ckpt_ext.engine.load.run_exchange import HostSink
-from ms_ckpt_ext.engine.load.session import LoadReport, Prepared
-from ms_ckpt_ext.engine.load.slabs import HostMover
+from ms_ckpt_ext.engine.load.session import LoadReport, Prepared, Want
+from ms_ckpt_ext.engine.load.slabs import HostMover, HostSink
 from ms_ckpt_ext.engine.load.survey import Survey, survey
-from ms_ckpt_ext.engine.load.wants import Want
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.unlisted.alike import compared

@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 
+from ms_ckpt_ext.core.exchange.one_rank import turns_of
 from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import Strategy
@@ -16,8 +17,8 @@ from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.rule import Rule
 from ms_ckpt_ext.engine.load import profiles
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, HostSink, turns_of
-from ms_ckpt_ext.engine.load.slabs import HostMover
+from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun
+from ms_ckpt_ext.engine.load.slabs import HostMover, HostSink
 from ms_ckpt_ext.engine.transfer.held import HeldSlice, members_of, share_holds
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer, prepare_transfer

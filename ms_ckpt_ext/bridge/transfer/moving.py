@@ -19,9 +19,10 @@ from ms_ckpt_ext.bridge.transfer.present import PlannedParameter, present_source
 from ms_ckpt_ext.bridge.transfer.sides import plain, side_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.core.exchange.demand import LocalPiece
+from ms_ckpt_ext.core.exchange.one_rank import turns_of
 from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.engine.load.replicas import Digester, compare_replicas
-from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun, turns_of
+from ms_ckpt_ext.engine.load.run_exchange import ExchangeRun
 from ms_ckpt_ext.engine.transfer.compared import TakenSlice, compare_with_source
 from ms_ckpt_ext.engine.transfer.holdings import Holdings
 from ms_ckpt_ext.engine.transfer.prepare import PreparedTransfer

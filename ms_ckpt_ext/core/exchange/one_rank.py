@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, LocalPiece
 from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, GroupGather, Round, SlicePart
 from ms_ckpt_ext.core.exchange.tiers import carrier, teams_of
 
@@ -93,6 +93,28 @@ class RankRound(NamedTuple):
     """None on all ranks alike where no rank sends anything on."""
     exchanges: bool
     """Some rank sends something by all-to-all in this round; False on all ranks alike when none does."""
+
+    @property
+    def late(self) -> tuple[Item, ...]:
+        """What comes by the second all-to-all."""
+        return () if self.spread is None else self.spread.incoming
+
+
+def turns_of(plan: ExchangePlan, rank: int) -> list[RankRound]:
+    """One rank's side of every round."""
+    return [rank_round(plan, round_, rank) for round_ in plan.rounds]
+
+
+def completed_by(turns: Sequence[RankRound], local: Sequence[LocalPiece]) -> dict[int, list[int]]:
+    """Round -> the demands whose last piece it brings to this rank; `local` is placed during the first one."""
+    last = dict.fromkeys((piece.demand for piece in local), 0)
+    for number, current in enumerate(turns):
+        for items in (current.own, current.incoming, current.late, *(gather.items for gather in current.gathers)):
+            last.update((item.part.demand, number) for item in items)
+    complete: dict[int, list[int]] = {}
+    for demand, number in last.items():
+        complete.setdefault(number, []).append(demand)
+    return complete
 
 
 def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:

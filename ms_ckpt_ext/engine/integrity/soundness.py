@@ -28,8 +28,7 @@ from ms_ckpt_ext.engine.integrity.finding import Finding
 from ms_ckpt_ext.engine.integrity.pairing import Pair
 from ms_ckpt_ext.engine.integrity.recorded import FITTING
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.probes import Look, Probe
-from ms_ckpt_ext.engine.unlisted.whole_slices import Gathered, find_gathered
+from ms_ckpt_ext.engine.unlisted.whole_slices import Gathered, Look, Probe, find_gathered
 from ms_ckpt_ext.errors import CoverageError
 from ms_ckpt_ext.formats.checksum import StoredChecksum, Sums
 from ms_ckpt_ext.formats.index import TensorEntry

@@ -1,6 +1,6 @@
 """A cooperative load on paper: the demands of every rank of a strategy, from headers or from shapes alone.
 
-What a real load learns from its ranks (`engine.load.wants`) follows here from the target's strategy; the plan is the
+What a real load learns from its ranks (`engine.load.session`) follows here from the target's strategy; the plan is the
 same. A source that exists only as shapes lies in files as a save would lay it out: one file per rank, every slice of
 the rank's stage, in the order of the safetensors library.
 """
@@ -26,8 +26,8 @@ from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX, Stra
 from ms_ckpt_ext.core.planning.io_units import Direct, Extent, Landing, Limits, Stored, Target, Task, Unit
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.schedule import schedule
-from ms_ckpt_ext.engine.load.bucket import bucket_for, left_by, limits_for
 from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.profiles import bucket_for, left_by, limits_for
 from ms_ckpt_ext.engine.load.session import choose_way
 from ms_ckpt_ext.engine.load.taking import Taking, all_side_by_side
 from ms_ckpt_ext.engine.source.catalog import Catalog

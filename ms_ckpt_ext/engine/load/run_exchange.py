@@ -23,74 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Callable, Generic, NamedTuple, Optional, Protocol
+from typing import TYPE_CHECKING, Callable, Generic, NamedTuple, Optional
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
-from ms_ckpt_ext.core.exchange.demand import LocalPiece
-from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, rank_round
+from ms_ckpt_ext.core.exchange.one_rank import Item, RankRound, SecondHop, completed_by, turns_of
 from ms_ckpt_ext.core.exchange.plan import Delivery, ExchangePlan, SlicePart
 from ms_ckpt_ext.core.geometry.array import DTYPES, DType, Region, Shape, View
-from ms_ckpt_ext.core.geometry.strided import copy_box
-from ms_ckpt_ext.engine.copying.strides import copy_strided
-from ms_ckpt_ext.engine.load.slabs import Mover, Slabs, SliceSink, Staged
+from ms_ckpt_ext.engine.load.slabs import ByteSource, Mover, Slabs, SliceSink
 from ms_ckpt_ext.errors import TransportError
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.transport.agree import start_status
-from ms_ckpt_ext.transport.base import B, Bytes, Handle, Transport
+from ms_ckpt_ext.transport.base import B, Handle, Transport
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.computing import Computing
-    from ms_ckpt_ext.engine.load.replicas import Digester, SliceBytes
-
-
-class ByteSource(Protocol[B]):
-    """Where what this rank gives comes from, round by round."""
-
-    @property
-    def local(self) -> Sequence[LocalPiece]:
-        """What this rank takes of its own memory."""
-
-    def start(self, number: int) -> None:
-        """Begin to read what round `number` needs, unless that was begun."""
-
-    def stage(self, number: int) -> None:
-        """Wait for it, and bring it to where it is cut. Raises what a read raised."""
-
-    def __getitem__(self, chunk: int) -> Staged[B]:
-        """Where a staged chunk lies."""
-
-    def held(self, name: str) -> B:
-        """What this rank has in memory under a name, as flat bytes."""
-
-    def release(self, number: int) -> None:
-        """Round `number` is over: give back what no later one cuts."""
-
-    def close(self) -> None:
-        """Stop reading."""
-
-
-class HostSink:
-    """A slice in host memory, as flat bytes."""
-
-    def __init__(self, array: Bytes, shape: Shape, dtype: DType) -> None:
-        self.array, self.shape, self.dtype = array, shape, dtype
-
-    def place(
-        self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
-    ) -> None:
-        """One strided copy."""
-        copy = copy_box(shape, box, self.shape, region, self.dtype, view)
-        copy_strided(copy._replace(source=copy.source + offset), source, self.array)
-
-    def finish(self) -> None:
-        """Nothing is left to do."""
-
-    def contents(self) -> SliceBytes:
-        """The memory itself."""
-        from ms_ckpt_ext.engine.load.replicas import SliceBytes
-
-        return SliceBytes(self.dtype.name, iter((self.array,)))
+    from ms_ckpt_ext.engine.load.replicas import Digester
 
 
 def run_exchange(
@@ -121,9 +69,18 @@ def run_exchange(
     ExchangeRun(plan, turns, transport, mover, slabs, max(0, prefetch), trace).go(sinks, digester)
 
 
-def turns_of(plan: ExchangePlan, rank: int) -> list[RankRound]:
-    """One rank's side of every round."""
-    return [rank_round(plan, round_, rank) for round_ in plan.rounds]
+class _Step:
+    """What a step of this rank raises, kept: it is shared with all ranks before it is raised."""
+
+    def __init__(self) -> None:
+        self.error: Optional[BaseException] = None
+
+    def __enter__(self) -> _Step:
+        return self
+
+    def __exit__(self, kind: object, error: Optional[BaseException], where: object) -> bool:
+        self.error = error
+        return True
 
 
 class _Flight(NamedTuple):
@@ -173,7 +130,7 @@ class ExchangeRun(Generic[B]):
     ) -> None:
         self._plan, self._transport, self._mover, self._slabs = plan, transport, mover, staging
         self._prefetch, self._trace, self._turns = prefetch, trace, turns
-        self._complete = _complete(turns, staging.local)
+        self._complete = completed_by(turns, staging.local)
         self._buffers: list[dict[str, B]] = []
         self._flights: list[_Flight] = []
         self._verdict: Optional[Callable[[], None]] = None
@@ -236,7 +193,7 @@ class ExchangeRun(Generic[B]):
 
     def _prepare(self, number: int, current: RankRound) -> Optional[BaseException]:
         """Stage this round's chunks and pack what others get of them; an error is returned, not raised."""
-        try:
+        with _Step() as step:
             self._slabs.stage(number)
             buffers = self._of(number)
             with self._trace.span("pack", round=number):
@@ -246,9 +203,7 @@ class ExchangeRun(Generic[B]):
                     target = buffers[f"give {place}" if gather.gives else f"gather {place}"]
                     for chunk, offset in gather.given:
                         self._give(chunk, target, offset)
-        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
-            return error
-        return None
+        return step.error
 
     def _pack(self, item: Item, target: B) -> None:
         part = item.part
@@ -325,39 +280,30 @@ class ExchangeRun(Generic[B]):
 
     def _send_on(self, number: int, spread: SecondHop) -> Optional[BaseException]:
         """Send on what this rank carries for others of its server. They wait for it: an error comes after that."""
-        error = None
         buffers = self._of(number)
         send, late = buffers["send on"], buffers["late"]
         with self._trace.span("send on", round=number, nbytes=sum(spread.send_counts)):
-            try:
+            with _Step() as step:
                 for forward in spread.outgoing:
                     self._copy(buffers["receive"], forward.source, forward.nbytes, send, forward.target)
-            except BaseException as problem:  # noqa: BLE001 - shared with all ranks before it is raised
-                error = problem
             self._transport.start_all_to_all(send, spread.send_counts, late, spread.receive_counts).wait()
-        return error
+        return step.error
 
     def _place_own(self, number: int, current: RankRound) -> Optional[BaseException]:
-        try:
-            with self._trace.span("place own", round=number):
-                for part, delivery, offset, _ in current.own:
-                    staged = self._slabs[part.chunk]
-                    at, box = staged.offset + offset, delivery.in_part
-                    self._place_one(_landing(part, delivery), staged.buffer, at, part.shape, box)
-        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
-            return error
-        return None
+        with _Step() as step, self._trace.span("place own", round=number):
+            for part, delivery, offset, _ in current.own:
+                staged = self._slabs[part.chunk]
+                at, box = staged.offset + offset, delivery.in_part
+                self._place_one(_landing(part, delivery), staged.buffer, at, part.shape, box)
+        return step.error
 
     def _place_local(self) -> Optional[BaseException]:
         """Place what this rank takes of its own memory."""
-        try:
-            with self._trace.span("place local"):
-                for piece in self._slabs.local:
-                    landing = _Landing(piece.demand, piece.dtype, piece.in_target, piece.view, piece.into)
-                    self._place_one(landing, self._slabs.held(piece.name), 0, piece.shape, piece.in_source)
-        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
-            return error
-        return None
+        with _Step() as step, self._trace.span("place local"):
+            for piece in self._slabs.local:
+                landing = _Landing(piece.demand, piece.dtype, piece.in_target, piece.view, piece.into)
+                self._place_one(landing, self._slabs.held(piece.name), 0, piece.shape, piece.in_source)
+        return step.error
 
     def _place_one(self, to: _Landing, buffer: B, offset: int, shape: Shape, box: Region) -> None:
         """Place a box of the array of `shape` at byte `offset` of a buffer."""
@@ -367,35 +313,28 @@ class ExchangeRun(Generic[B]):
             self._sinks[to.demand].place(buffer, offset, shape, box, to.region, to.view)
 
     def _place(self, number: int, current: RankRound) -> Optional[BaseException]:
-        try:
-            with self._trace.span("place", round=number):
-                gathered = [(gather.items, f"gather {place}") for place, gather in enumerate(current.gathers)]
-                late = current.spread.incoming if current.spread is not None else ()
-                for items, name in ((current.incoming, "receive"), (late, "late"), *gathered):
-                    if not items:
-                        continue
-                    buffer = self._of(number)[name]
-                    for part, delivery, offset, _ in items:
-                        shape = part.shape if part.gathered else delivery.in_part.shape
-                        box = Region((0,) * len(shape), shape)
-                        self._place_one(_landing(part, delivery), buffer, offset, shape, box)
-        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
-            return error
-        return None
+        with _Step() as step, self._trace.span("place", round=number):
+            gathered = [(gather.items, f"gather {place}") for place, gather in enumerate(current.gathers)]
+            for items, name in ((current.incoming, "receive"), (current.late, "late"), *gathered):
+                if not items:
+                    continue
+                buffer = self._of(number)[name]
+                for part, delivery, offset, _ in items:
+                    shape = part.shape if part.gathered else delivery.in_part.shape
+                    box = Region((0,) * len(shape), shape)
+                    self._place_one(_landing(part, delivery), buffer, offset, shape, box)
+        return step.error
 
     def _finish(self, number: int, demands: Sequence[int]) -> Optional[BaseException]:
         """Finish the sinks that have all their pieces, and pass them on to be digested."""
-        try:
-            with self._trace.span("finish", round=number):
-                for demand in demands:
-                    if demand in self._computing:
-                        self._computing.pop(demand).finish()
-                    self._sinks[demand].finish()
-                    if self._digester is not None:
-                        self._digester.add(demand, self._sinks[demand].contents())
-        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
-            return error
-        return None
+        with _Step() as step, self._trace.span("finish", round=number):
+            for demand in demands:
+                if demand in self._computing:
+                    self._computing.pop(demand).finish()
+                self._sinks[demand].finish()
+                if self._digester is not None:
+                    self._digester.add(demand, self._sinks[demand].contents())
+        return step.error
 
     def _without_pieces(self) -> list[int]:
         """The demands of this rank of which nothing is read: they are computed from nothing."""
@@ -403,23 +342,8 @@ class ExchangeRun(Generic[B]):
         return [demand for demand in self._sinks if demand not in finished]
 
     def _await_digests(self) -> Optional[BaseException]:
-        try:
+        with _Step() as step:
             if self._digester is not None:
                 with self._trace.span("wait for digests"):
                     self._digester.wait()
-        except BaseException as error:  # noqa: BLE001 - shared with all ranks before it is raised
-            return error
-        return None
-
-
-def _complete(turns: Sequence[RankRound], local: Sequence[LocalPiece]) -> dict[int, list[int]]:
-    """Round -> the demands whose last piece it brings to this rank."""
-    last = dict.fromkeys((piece.demand for piece in local), 0)
-    for number, current in enumerate(turns):
-        late = current.spread.incoming if current.spread is not None else ()
-        for items in (current.own, current.incoming, late, *(gather.items for gather in current.gathers)):
-            last.update((item.part.demand, number) for item in items)
-    complete: dict[int, list[int]] = {}
-    for demand, number in last.items():
-        complete.setdefault(number, []).append(demand)
-    return complete
+        return step.error

@@ -106,12 +106,61 @@ class HostMover:
         return host
 
 
+class HostSink:
+    """A slice in host memory, as flat bytes."""
+
+    def __init__(self, array: Bytes, shape: Shape, dtype: DType) -> None:
+        self.array, self.shape, self.dtype = array, shape, dtype
+
+    def place(
+        self, source: Bytes, offset: int, shape: Shape, box: Region, region: Region, view: Optional[View]
+    ) -> None:
+        """One strided copy."""
+        copy = copy_box(shape, box, self.shape, region, self.dtype, view)
+        copy_strided(copy._replace(source=copy.source + offset), source, self.array)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def contents(self) -> SliceBytes:
+        """The memory itself."""
+        from ms_ckpt_ext.engine.load.replicas import SliceBytes
+
+        return SliceBytes(self.dtype.name, iter((self.array,)))
+
+
 @dataclass(frozen=True)
 class Staged(Generic[B]):
     """Where a chunk lies: `offset` bytes into a buffer."""
 
     buffer: B
     offset: int
+
+
+class ByteSource(Protocol[B]):
+    """Where what this rank gives comes from, round by round."""
+
+    @property
+    def local(self) -> Sequence[LocalPiece]:
+        """What this rank takes of its own memory."""
+
+    def start(self, number: int) -> None:
+        """Begin to read what round `number` needs, unless that was begun."""
+
+    def stage(self, number: int) -> None:
+        """Wait for it, and bring it to where it is cut. Raises what a read raised."""
+
+    def __getitem__(self, chunk: int) -> Staged[B]:
+        """Where a staged chunk lies."""
+
+    def held(self, name: str) -> B:
+        """What this rank has in memory under a name, as flat bytes."""
+
+    def release(self, number: int) -> None:
+        """Round `number` is over: give back what no later one cuts."""
+
+    def close(self) -> None:
+        """Stop reading."""
 
 
 @dataclass
@@ -130,7 +179,7 @@ class _Slab(Generic[B]):
 
 
 class Slabs(Generic[B]):
-    """The chunks that this rank reads, round by round.
+    """A `ByteSource` of files: the chunks that this rank reads, round by round.
 
     Args:
         turns: this rank's side of every round.

@@ -28,8 +28,8 @@ from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.survey import Survey, survey
 from ms_ckpt_ext.engine.resume import candidates, sightings
 from ms_ckpt_ext.engine.resume.candidates import Candidate, check_noted, check_ranks
-from ms_ckpt_ext.engine.resume.layouts import check_alike, entries, find_layouts
 from ms_ckpt_ext.engine.resume.scalars import Value, read_scalars
+from ms_ckpt_ext.engine.resume.sightings import check_alike, entries, find_layouts
 from ms_ckpt_ext.engine.resume.trial_order import Order, prefix_of
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.listing import Listing

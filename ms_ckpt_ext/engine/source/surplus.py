@@ -112,7 +112,7 @@ def _repeated(own: Indexes, doubtful: Indexes, strategy: Strategy, access: Acces
 def _looking(files: Indexes, access: Access) -> Look:
     """What sees a stretch in the middle of a rank's parameter."""
     from ms_ckpt_ext.engine.source.catalog import Catalog
-    from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe
+    from ms_ckpt_ext.engine.unlisted.whole_slices import Alone, Probe
 
     numbers = {rank: number for number, rank in enumerate(files)}
     alone = Alone(Catalog(tuple(files.values()), {}, {}, {}, access))

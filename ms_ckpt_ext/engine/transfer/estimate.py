@@ -15,9 +15,9 @@ from ms_ckpt_ext.core.exchange.totals import tally
 from ms_ckpt_ext.core.geometry.layout import Cell
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.core.planning.pieces import stored_whole
-from ms_ckpt_ext.engine.load.bucket import bucket_for, left_by, limits_for
 from ms_ckpt_ext.engine.load.estimate import DirectReads, DryRun, PlannedSource, demands_under, ways_of
 from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.profiles import bucket_for, left_by, limits_for
 from ms_ckpt_ext.engine.load.session import choose_way
 from ms_ckpt_ext.engine.transfer.addresses import Addresses
 from ms_ckpt_ext.engine.transfer.prepare import require_held

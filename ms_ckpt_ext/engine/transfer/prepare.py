@@ -10,9 +10,9 @@ from ms_ckpt_ext.core.exchange.demand import Demand, LocalPiece, Ways, local_pie
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, plan_of
 from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, locate
-from ms_ckpt_ext.engine.load.bucket import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.hosts import told_apart
 from ms_ckpt_ext.engine.load.options import LoadOptions
+from ms_ckpt_ext.engine.load.profiles import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.session import choose_way, servers_of
 from ms_ckpt_ext.engine.transfer.addresses import Addresses
 from ms_ckpt_ext.engine.transfer.compared import require_moved

@@ -27,7 +27,7 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest, recorded_digests
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import Group, UnlistedTensor, alike
-from ms_ckpt_ext.engine.unlisted.probes import Alone, Look, Probe
+from ms_ckpt_ext.engine.unlisted.whole_slices import Alone, Look, Probe
 from ms_ckpt_ext.errors import FormatError, StorageError
 
 SMALL = 4096

@@ -13,7 +13,7 @@ from ms_ckpt_ext.engine.integrity.contents import Seen
 from ms_ckpt_ext.engine.load.hosts import Work, deal
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.alike import OnRecord, recorded
-from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe
+from ms_ckpt_ext.engine.unlisted.whole_slices import Alone, Probe
 from ms_ckpt_ext.transport.agree import told_by_all
 from ms_ckpt_ext.transport.base import Transport
 

@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.geometry.layout import cell_region
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, pieces
 from ms_ckpt_ext.engine.integrity.copies import Overlap, copies_of, holders_of, overlaps
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.engine.unlisted.probes import Look, Probe
+from ms_ckpt_ext.engine.unlisted.whole_slices import Look, Probe
 
 _ROWS, _ROW_BYTES = 16, 4096
 """How many rows are compared of what two cuts have in common, and how much of each."""

@@ -11,23 +11,29 @@ slices that should be different boxes of a parameter are equal, for all paramete
 
 Where only the cuts of the optimizer shard are gathered (`optimizer_weight_shard_aggregated_save`), it is the slices of
 one optimizer shard group that are equal. They are looked at first: where they differ, nothing was gathered.
+
+Whoever compares slices asks for stretches of stored tensors (`Probe`) and gets the digest of each. How the question is
+answered (`Look`) is left to the caller: alone, or by ranks of which each reads a part of what it sees
+(`engine.unlisted.dealt`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.layout import Cell
 from ms_ckpt_ext.core.geometry.strategy import Strategy
+from ms_ckpt_ext.core.planning.io_units import ranges
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
+from ms_ckpt_ext.engine.integrity.contents import Pass, Portion, Seen
 from ms_ckpt_ext.engine.source.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.source.listing import Listing
-from ms_ckpt_ext.engine.unlisted.probes import Alone, Look, Probe
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.registry import PLAIN, Access
+from ms_ckpt_ext.storage.reader import ReadCount
 
 PROBE_BYTES = 4096
 """What is compared of two slices before anything else."""
@@ -45,6 +51,41 @@ _SHARDS_REMEDY = (
     "would be put side by side. Save without that, or give layouts that have no optimizer shard. "
     f"{_MEANT}"
 )
+
+
+class Probe(NamedTuple):
+    """Bytes `start .. start + length` of the contents of the tensor that file number `file` stores as `name`.
+
+    `start` is a multiple of 16, the widest element.
+    """
+
+    file: int
+    name: str
+    start: int
+    length: int
+
+
+Look = Callable[[Sequence[Probe]], list[Seen]]
+"""Answers probes, in order. Raises FormatError or StorageError when a file cannot be read."""
+
+
+class Alone:
+    """A `Look` of this process. `count` says what was read; memory is a buffer of 1 MiB for each of its `workers`."""
+
+    def __init__(self, catalog: Catalog, workers: int = 8) -> None:
+        self._catalog, self._workers = catalog, workers
+        self.count = ReadCount()
+
+    def __call__(self, probes: Sequence[Probe]) -> list[Seen]:
+        with self._catalog.readers() as readers:
+            seen = Pass(readers, [self._portion(probe) for probe in probes]).run(self._workers)
+            readers.verify()
+        self.count.add(readers.count)
+        return seen
+
+    def _portion(self, probe: Probe) -> Portion:
+        entry = self._catalog.files[probe.file].tensors[probe.name]
+        return Portion(probe.file, tuple(ranges(entry.extents, probe.start, probe.length)), entry.dtype)
 
 
 class Gathered(NamedTuple):

@@ -18,7 +18,6 @@ from typing import Callable, Optional
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import DiscoveryError, also, name_ranks, storage_error
-from ms_ckpt_ext.formats.discovery.saves import grouped, newest, save_of, step_of, unlike
 from ms_ckpt_ext.formats.table import CHECKPOINT, FORMATS, SAFETENSORS, format_of, kind_of
 
 MAP_NAME = "param_name_map.json"
@@ -185,6 +184,11 @@ def rank_files(
 
 def _newest(names: Mapping[int, Sequence[str]], folders: Mapping[int, Path], world: Optional[int]) -> dict[int, str]:
     """The file of every rank that is of the newest save."""
+    every = {name for held in names.values() for name in held}
+    if len(every) == 1:
+        return dict.fromkeys(names, every.pop())
+    from ms_ckpt_ext.formats.discovery.saves import grouped, step_of, unlike
+
     groups = grouped(names)
     if not groups:
         return {}
@@ -219,6 +223,8 @@ def newest_of(groups: Mapping[str, Mapping[int, str]], folder_of: Callable[[int]
     Raises:
         DiscoveryError: several are equally new, or the one with the largest numbers is of an older run than another.
     """
+    from ms_ckpt_ext.formats.discovery.saves import newest, save_of
+
     found = newest(groups)
     if len(found.equal) > 1:
         rank, names = _rivals(found.equal, groups)
@@ -256,6 +262,10 @@ def check_one_step(files: Mapping[int, str]) -> None:
     Raises:
         DiscoveryError: they are of several steps, or of prefixes that differ in more than numbers.
     """
+    if len({os.path.basename(path) for path in files.values()}) == 1:
+        return
+    from ms_ckpt_ext.formats.discovery.saves import save_of, step_of
+
     steps = {rank: step for rank, path in sorted(files.items()) if (step := step_of(path)) is not None}
     if all(step == rank for rank, (_, step) in steps.items()):
         return

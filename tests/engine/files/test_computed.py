@@ -15,7 +15,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.engine.files.reshard import recut_job
-from ms_ckpt_ext.engine.load.run_exchange import HostSink
+from ms_ckpt_ext.engine.load.slabs import HostSink
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.rules import Crop, Dequantize, Experts, Pad, Rule, Scale, Stack, Transpose, invert
 from ms_ckpt_ext.storage.reader import ReaderPool

@@ -16,8 +16,8 @@ from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.integrity.compare import Comparison, DifferingElement
 from ms_ckpt_ext.engine.integrity.soundness import Health, Unequal
 from ms_ckpt_ext.engine.source.catalog import open_catalog
-from ms_ckpt_ext.engine.unlisted.probes import Alone
 from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
+from ms_ckpt_ext.engine.unlisted.whole_slices import Alone
 from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.support.checkpoints import cut
 from tests.support.command_line import as_json, run

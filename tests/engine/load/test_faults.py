@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ms_ckpt_ext.engine.load.run_exchange import HostSink
+from ms_ckpt_ext.engine.load.slabs import HostSink
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import (
     CheckpointError,

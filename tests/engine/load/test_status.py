@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.engine.load.run_exchange import HostSink
+from ms_ckpt_ext.engine.load.slabs import HostSink
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import PeerError, StorageError
 from ms_ckpt_ext.storage.reader import ReaderPool

@@ -15,7 +15,7 @@ from ms_ckpt_ext.core.exchange.rounds import Shares, shares_of
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
-from ms_ckpt_ext.engine.load.bucket import bucket_for, left_by, left_on_all
+from ms_ckpt_ext.engine.load.profiles import bucket_for, left_by, left_on_all
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.base import TransportTraits

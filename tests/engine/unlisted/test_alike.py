@@ -17,7 +17,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.pieces import locate
 from ms_ckpt_ext.engine.source.sharded import of_rank, side_by_side
 from ms_ckpt_ext.engine.unlisted.alike import SAMPLE, SAMPLES, SMALL, compared, recorded, samples
-from ms_ckpt_ext.engine.unlisted.probes import Alone
+from ms_ckpt_ext.engine.unlisted.whole_slices import Alone
 from tests.support.outside import Source, listed, slices, source
 from tests.support.strategies import layouts
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext.engine.source.catalog import Catalog, files_catalog
 from ms_ckpt_ext.engine.unlisted.dealt import Together
-from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe, Seen
+from ms_ckpt_ext.engine.unlisted.whole_slices import Alone, Probe, Seen
 from ms_ckpt_ext.errors import CheckpointError, PeerError, StorageError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 

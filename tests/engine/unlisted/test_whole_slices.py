@@ -20,8 +20,7 @@ from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.engine.source.catalog import Catalog, open_catalog
 from ms_ckpt_ext.engine.unlisted import whole_slices
 from ms_ckpt_ext.engine.unlisted.dealt import Together
-from ms_ckpt_ext.engine.unlisted.probes import Alone, Probe
-from ms_ckpt_ext.engine.unlisted.whole_slices import PROBE_BYTES, Gathered, find_gathered, refuse_gathered
+from ms_ckpt_ext.engine.unlisted.whole_slices import PROBE_BYTES, Alone, Gathered, Probe, find_gathered, refuse_gathered
 from ms_ckpt_ext.errors import LayoutMismatchError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
