@@ -60,6 +60,16 @@ def headings(page: str) -> list[int]:
     return [len(marks) for marks in re.findall(r"^(#+) ", prose(page), re.MULTILINE)]
 
 
+def cells(page: str) -> list[int]:
+    """How many cells each row of a table has."""
+    return [row.count("|") for row in re.findall(r"^\|.*$", prose(page), re.MULTILINE)]
+
+
+def items(page: str) -> int:
+    """Items of lists."""
+    return len(re.findall(r"^ *(?:-|\d+\.) ", prose(page), re.MULTILINE))
+
+
 def indented(page: str) -> list[str]:
     """Lines of code that are indented instead of fenced, without their comments."""
     return [_bare(line) for line in re.findall(r"^    (\S.*)$", prose(page), re.MULTILINE)]
@@ -125,9 +135,11 @@ def _imported(tree: ast.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", [page for page in TRANSLATIONS if (ROOT / page).exists()])
 def test_chinese_pages_say_the_same(page: str) -> None:
-    """The same blocks, and the same headings in number and level. Comments in blocks may be translated."""
+    """The same blocks, and the same headings, tables and lists in number and form. Comments may be translated."""
     english = TRANSLATIONS[page]
     assert headings(page) == headings(english)
+    assert cells(page) == cells(english)
+    assert items(page) == items(english)
     assert [_code(block) for block in blocks(page)] == [_code(block) for block in blocks(english)]
     assert indented(page) == indented(english)
 
