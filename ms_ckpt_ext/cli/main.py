@@ -81,7 +81,7 @@ def parser(listed: Optional[Sequence[Command]] = None) -> argparse.ArgumentParse
         made.set_defaults(command=command, parser=made, json=False)
         if command.json:
             made.add_argument("--json", action="store_true", help="print one JSON document, for machines")
-        made.add_argument("--verbose", action="store_true", help="tell on standard error what is done; show tracebacks")
+        made.add_argument("--verbose", action="store_true", help="log what is done, on standard error; show tracebacks")
     return top
 
 

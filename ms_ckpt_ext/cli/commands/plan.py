@@ -37,7 +37,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
             "--dst-strategy",
             metavar="FILE",
             action=options.Gather,
-            help="the same as DST, for whom DST is an output directory; may be repeated",
+            help="strategy of the job that loads, where DST is a directory; may be repeated, as --src-strategy",
         )
     )
     takes_path(add("--shapes", metavar="FILE", help='no checkpoint: JSON {name: {"dtype": "F32", "shape": [..]}}'))
@@ -45,7 +45,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         "--hardware",
         action="append",
         metavar="NAME|FILE",
-        help="profile to predict times for; may be repeated (default: all that come along). The first also says how "
+        help="profile to predict times for; may be repeated (default: all that are included). The first also says how "
         "ranks lie on servers and how large a round may be",
     )
     add("--mode", choices=("auto", "direct", "cooperative"), default="auto", help="what the job will ask for")
@@ -72,7 +72,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the job has no groups of its replicas (a network that is not compiled for training): each is sent a copy",
     )
-    takes_path(add("--html", metavar="FILE", help="write a page with matrices, rounds and layouts there as well"))
+    takes_path(add("--html", metavar="FILE", help="also write a page with matrices, rounds and layouts to FILE"))
     options.add_suffix(parser)
     options.add_format(parser)
     options.add_key(parser)
