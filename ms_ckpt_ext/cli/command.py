@@ -32,7 +32,7 @@ class Exit(IntEnum):
     KEY = 6, "an encrypted file: no key, a wrong one, or the file was altered"
     BUG = 70, "an error in this program; please report it"
     INTERRUPTED = 130, "Ctrl-C; run again to go on"
-    PIPE = 141, "whoever read the output went away"
+    PIPE = 141, "the program that read the output ended before"
 
 
 class Answer(NamedTuple):
