@@ -4,8 +4,9 @@
 1. The tests run once under coverage: which test runs which line, and how long each takes.
 2. The operators of cosmic-ray say what may be changed; `OPERATORS` has those that make faults people make, and one of
    our own leaves a statement away. Annotations and what an error says are left as they are.
-3. Of every module a sample, drawn from a seed, is tried: a forked process imports the module with the fault in it, and
-   runs the tests that run its line, the quickest first, until one fails. Nothing is written into the project.
+3. Of every module a sample, drawn from a seed, is tried: a copy of a process that has collected the tests gives the
+   functions of the module the faulty code, and runs the tests that run its line, the quickest first, until one fails.
+   What differs outside of functions is imported anew. Nothing is written into the project.
 
 What survives is a test that is missing, code that is not needed, or *equivalent*: no input tells it from the original.
 `scripts/equivalent_mutants.txt` has those that were found to be so, and why; they do not count.
@@ -20,18 +21,23 @@ import fnmatch
 import hashlib
 import importlib.abc
 import importlib.util
+import inspect
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, Optional
+from types import CodeType, FrameType, FunctionType
+from typing import Any, Callable, NamedTuple, Optional
 
 import parso
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -170,21 +176,20 @@ def _left_alone(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, 
             yield (part.lineno, part.col_offset), (part.end_lineno, part.end_col_offset)
 
 
-def all_tests(module: Path, lines: Lines) -> list[str]:
+def all_tests(module: Path, lines: Lines) -> list[Timed]:
     """The tests that run anything of a module, the quickest first."""
-    return [
-        each.test for each in sorted({e for some in lines.get(str(module), {}).values() for e in some}) if each.test
-    ]
+    found = {each for some in lines.get(str(module), {}).values() for each in some}
+    return sorted(each for each in found if each.test)
 
 
-def tests_of(mutant: Mutant, lines: Lines) -> list[str]:
+def tests_of(mutant: Mutant, lines: Lines) -> list[Timed]:
     """The tests that run the statement that is changed, the quickest first; what runs at import: all of the module."""
     of_module = lines.get(str(mutant.module), {})
     low, high = _statement(mutant)
     found = {each for line in range(low, high + 1) for each in of_module.get(line, ())}
     if any(not each.test for each in found):
         return all_tests(mutant.module, lines)
-    return [each.test for each in sorted(found)]
+    return sorted(found)
 
 
 def _statement(mutant: Mutant) -> tuple[int, int]:
@@ -199,13 +204,16 @@ def _statement(mutant: Mutant) -> tuple[int, int]:
     return low, high
 
 
+def _name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 class _Faulty(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Imports one module from other code than its file has."""
 
     def __init__(self, path: Path, code: str) -> None:
-        self._path, self._code = str(path), code
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        self._name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        self._path, self._code, self._name = str(path), code, _name_of(path)
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         """See `MetaPathFinder`."""
@@ -274,12 +282,10 @@ def _lines(found: Any) -> Lines:
     }
 
 
-def _quick(lines: Lines, longest: float) -> Lines:
-    """Without the tests that take long."""
-    return {
-        path: {line: [each for each in timed if each.seconds <= longest] for line, timed in some.items()}
-        for path, some in lines.items()
-    }
+def _within(timed: Sequence[Timed], seconds: float) -> list[Timed]:
+    """As many tests as fit the time, at least one."""
+    stops = accumulate(each.seconds for each in timed)
+    return [each for number, (each, stop) in enumerate(zip(timed, stops)) if stop <= seconds or not number]
 
 
 def _measure(tests: str) -> Any:
@@ -320,6 +326,10 @@ def _quiet() -> None:
     os.environ["HYPOTHESIS_PROFILE"] = "mutants"
 
 
+Work = Sequence[tuple[Mutant, Sequence[Timed]]]
+"""Mutants, and the tests that each is tried by."""
+
+
 class _Child(NamedTuple):
     """A process that tries the mutant `number`, until `end` at most."""
 
@@ -327,53 +337,157 @@ class _Child(NamedTuple):
     end: float
 
 
-def all_tried(mutants: Sequence[tuple[Mutant, Sequence[str]]], lines: Lines, jobs: int) -> list[str]:
-    """Try mutants by the tests that are given with each, `jobs` at a time: what became of them."""
-    seconds = {each.test: each.seconds for some in lines.values() for timed in some.values() for each in timed}
-    results = [NOT_RUN] * len(mutants)
+def all_tried(work: Work, jobs: int, run: Callable[[Mutant, Sequence[str]], int]) -> Iterator[tuple[int, str]]:
+    """Try mutants, `jobs` at a time, in processes that leave with what `run` gives: (number, what became of it)."""
     running: dict[int, _Child] = {}
-    waiting = iter(range(len(mutants)))
+    waiting = iter(range(len(work)))
     while True:
         while len(running) < jobs and (number := next(waiting, None)) is not None:
-            mutant, tests = mutants[number]
-            if tests:
-                usual = sum(seconds[test] for test in tests)
-                # The limit is on the processor's time; what waits without end is ended by the clock.
-                child = _started(mutant, tests, 3 * int(usual) + 20)
-                running[child] = _Child(number, time.monotonic() + 20 * usual + 120)
+            mutant, timed = work[number]
+            if not timed:
+                yield number, NOT_RUN
+                continue
+            # The limit is on the processor's time; what waits without end is ended by the clock.
+            usual = sum(each.seconds for each in timed)
+            if (child := os.fork()) == 0:
+                _alone(int(3 * usual) + 10, partial(run, mutant, [each.test for each in timed]))
+            running[child] = _Child(number, time.monotonic() + 20 * usual + 120)
         if not running:
-            return results
-        time.sleep(0.02)
+            return
+        time.sleep(0.01)
         for child, each in [*running.items()]:
-            late = time.monotonic() > each.end
-            if late:
-                os.killpg(child, signal.SIGKILL)
-            ended, status = os.waitpid(child, 0 if late else os.WNOHANG)
+            if time.monotonic() > each.end:
+                os.kill(child, signal.SIGKILL)
+            ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                results[each.number] = KILLED if os.waitstatus_to_exitcode(status) else SURVIVED
                 del running[child]
+                yield each.number, KILLED if os.waitstatus_to_exitcode(status) else SURVIVED
 
 
-def _started(mutant: Mutant, tests: Sequence[str], seconds: int) -> int:
-    child = os.fork()
-    if child == 0:
-        os.setpgid(0, 0)
-        _run(mutant, tests, seconds)
-    return child
-
-
-def _run(mutant: Mutant, tests: Sequence[str], seconds: int) -> None:
-    import pytest
-
+def _alone(seconds: int, run: Callable[[], int]) -> None:
+    """Run in a process of its own, so many seconds of the processor's at most, and leave."""
     code = 9
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
         resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-        _quiet()
-        sys.meta_path.insert(0, _Faulty(mutant.module, mutant.code))
-        code = int(pytest.main([*PYTEST, *tests]))
+        code = run()
     finally:
         os._exit(code)
+
+
+def imported(mutant: Mutant, tests: Sequence[str]) -> int:
+    """Run tests in a process that has imported nothing yet, with a faulty module. Not 0 when one fails."""
+    import pytest
+
+    _quiet()
+    sys.meta_path.insert(0, _Faulty(mutant.module, mutant.code))
+    return int(pytest.main([*PYTEST, *tests]))
+
+
+class _Patched:
+    """A plugin of pytest's: when all tests are collected, mutants are tried, each in a copy of the process in which
+    the functions of the module have the mutant's code. So nothing is imported more than once."""
+
+    def __init__(self, work: Work, jobs: int, out: int) -> None:
+        self._work, self._jobs, self._out = work, jobs, out
+        self._items: dict[str, Any] = {}
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        """Called when all tests are collected."""
+        self._items = {item.nodeid: item for item in session.items}
+        for number, result in all_tried(self._work, self._jobs, self._run):
+            os.write(self._out, f"{number} {result}\n".encode())
+        os._exit(0)
+
+    def _run(self, mutant: Mutant, tests: Sequence[str]) -> int:
+        source = mutant.module.read_text(encoding="utf-8")
+        module = sys.modules[_name_of(mutant.module)]
+        functions = dict(_functions(vars(module), module.__name__))
+        old, new = (dict(_codes(compile(text, str(mutant.module), "exec"))) for text in (source, mutant.code))
+        for name, code in new.items():
+            if code != old[name]:
+                functions[name].__code__ = code
+        items = [self._items[test] for test in tests]
+        failed: list[Any] = []
+        for item, following in zip(items, [*items[1:], None]):
+            item.config.pluginmanager.register(_Failures(failed), "failures")
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item.config.pluginmanager.unregister(name="failures")
+            if failed:
+                return 1
+        return 0
+
+
+class _Failures:
+    """A plugin of pytest's: which tests failed."""
+
+    def __init__(self, found: list[Any]) -> None:
+        self._found = found
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Called behind each phase of a test."""
+        if report.failed:
+            self._found.append(report.nodeid)
+
+
+def _codes(code: CodeType, before: str = "") -> Iterator[tuple[str, CodeType]]:
+    """The code of the functions of a module, and of the methods of its classes, by qualified name."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType) and not each.co_name.startswith("<"):
+            if each.co_flags & inspect.CO_OPTIMIZED:
+                yield before + each.co_name, each
+            else:
+                yield from _codes(each, f"{before}{each.co_name}.")
+
+
+def _functions(names: Mapping[str, Any], module: str) -> Iterator[tuple[str, FunctionType]]:
+    """The functions of a module, and the methods of its classes, by qualified name; what wraps them taken off."""
+    for value in names.values():
+        for attribute in ("fget", "func", "__func__", "__wrapped__"):
+            value = getattr(value, attribute, value) if not isinstance(value, (type, FunctionType)) else value
+        if isinstance(value, FunctionType) and value.__module__ == module:
+            yield value.__qualname__, value
+        elif isinstance(value, type) and value.__module__ == module:
+            yield from _functions(vars(value), module)
+
+
+def in_functions(mutant: Mutant, source: str) -> bool:
+    """Whether a mutant differs in the code of functions only; else it has to be imported."""
+    bodies = [_bodies(compile(text, "module", "exec")) for text in (source, mutant.code)]
+    return bodies[0] == bodies[1]
+
+
+def _bodies(code: CodeType) -> list[Any]:
+    """What runs when a module is imported, apart from its functions."""
+    found: list[Any] = [code.co_code, code.co_names]
+    for each in code.co_consts:
+        inner = isinstance(each, CodeType)
+        if not inner:
+            found.append(each)
+        elif not each.co_flags & inspect.CO_OPTIMIZED:
+            found.append(_bodies(each))
+        elif each.co_name.startswith("<"):
+            found.append(each)
+    return found
+
+
+def patched(work: Work, jobs: int, tests: str) -> Iterator[tuple[int, str]]:
+    """Try mutants that differ in functions only: (number, what became of it)."""
+    into, out = os.pipe()
+    if (child := os.fork()) == 0:
+        import pytest
+
+        os.close(into)
+        _quiet()
+        pytest.main([*PYTEST, tests], plugins=[_Patched(work, jobs, out)])
+        os._exit(1)
+    os.close(out)
+    with os.fdopen(into) as file:
+        for line in file:
+            number, result = line.rstrip("\n").split(" ", 1)
+            yield int(number), result
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("the tests could not be collected")
 
 
 def equivalents() -> dict[tuple[str, str, str], str]:
@@ -395,47 +509,77 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="which of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at once")
     parser.add_argument("--tests", default="tests/core", help="what must find them")
-    parser.add_argument("--longest", type=float, default=2.0, help="leave out tests that take more seconds")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of tests for a mutant at most, the quickest first")
     parser.add_argument("--containing", default="", help="only mutants of lines that contain this")
     parser.add_argument("--lines", type=Path, help="keep here which test runs which line, for the next time")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    lines = _quick(measured(options.tests, options.lines), options.longest)
+    lines = measured(options.tests, options.lines)
     for name in ("numpy", "pytest", "hypothesis", "safetensors.numpy"):  # once, before the forks
         importlib.import_module(name)
-    totals: Counter[str] = Counter()
-    for path in sorted(CORE.rglob("*.py")):
-        name = str(path.relative_to(CORE).with_suffix(""))
-        if any(fnmatch.fnmatch(name, pattern) for pattern in options.modules):
-            totals += _module(name, path, lines, options)
-    _tell("all", totals)
+    scratch = tempfile.mkdtemp()
+    os.environ.update(PYTEST_DEBUG_TEMPROOT=scratch, OPENBLAS_NUM_THREADS="1")
+    try:
+        _report(options, lines)
+    finally:
+        shutil.rmtree(scratch)
     return 0
 
 
-def _module(name: str, path: Path, lines: Lines, options: argparse.Namespace) -> Counter[str]:
-    """Try a sample of a module, and tell what became of it."""
+class Sample(NamedTuple):
+    """What of a module is tried: how many mutants it has, those that are judged, and how many are left out."""
+
+    mutants: int
+    judged: list[Mutant]
+    equivalent: int
+
+
+def _report(options: argparse.Namespace, lines: Lines) -> None:
+    samples = {}
+    for path in sorted(CORE.rglob("*.py")):
+        name = str(path.relative_to(CORE).with_suffix(""))
+        if any(fnmatch.fnmatch(name, pattern) for pattern in options.modules):
+            samples[name] = _sample(name, path, options)
+    originals = [Mutant(CORE / f"{name}.py", "", 1, (CORE / f"{name}.py").read_text(), "", "") for name in samples]
+    every = [*originals, *(mutant for sample in samples.values() for mutant in sample.judged)]
+    chosen = (tests_of(m, lines) if m.operator else all_tests(m.module, lines)[:20] for m in every)
+    work = [(mutant, _within(timed, options.seconds)) for mutant, timed in zip(every, chosen)]
+    texts = {path: path.read_text(encoding="utf-8") for path in {mutant.module for mutant in every}}
+    fast = [n for n, mutant in enumerate(every) if in_functions(mutant, texts[mutant.module])]
+    slow = [n for n in range(len(every)) if n not in set(fast)]
+    found: dict[int, str] = {}
+    for numbers, ways in ((fast, partial(patched, tests=options.tests)), (slow, partial(all_tried, run=imported))):
+        for place, result in ways([work[n] for n in numbers], options.jobs):
+            number = numbers[place]
+            found[number] = result
+            mutant = every[number]
+            if mutant.operator and result != KILLED:
+                print(f"{mutant.module.relative_to(ROOT)}:{mutant.line} {result} ({mutant.operator})")
+                print(f"- {mutant.before}\n+ {mutant.after}", flush=True)
+            elif not mutant.operator and result == KILLED:
+                raise SystemExit(f"{mutant.module} is said to be faulty as it is")
+    totals: Counter[str] = Counter()
+    for name, sample in samples.items():
+        results = [
+            found[n] for n, mutant in enumerate(every) if mutant.operator and mutant.module == CORE / f"{name}.py"
+        ]
+        counts = Counter(mutants=sample.mutants, equivalent=sample.equivalent) + Counter(results)
+        totals += counts
+        _tell(name, counts)
+    _tell("all", totals)
+
+
+def _sample(name: str, path: Path, options: argparse.Namespace) -> Sample:
     source = path.read_text(encoding="utf-8")
     text = source.split("\n")
     places = [place for place in places_of(source) if options.containing in text[place.line - 1]]
-    if not places:
-        return Counter()
-    quickest = all_tests(path, lines)[:20]
-    if quickest and all_tried([(Mutant(path, "", 1, source, "", ""), quickest)], lines, 1) != [SURVIVED]:
-        raise SystemExit(f"{path} is said to be faulty as it is, by {quickest}")
     random.Random(f"{options.seed} {name}").shuffle(places)
-    chosen = [mutant_of(path, source, place) for place in places[: options.sample or None]]
+    made = (mutant_of(path, source, place) for place in places[: options.sample or None])
+    chosen = [mutant for mutant in made if mutant is not None]
     known = equivalents()
-    judged = [mutant for mutant in chosen if mutant is not None and mutant.key not in known]
-    results = all_tried([(mutant, tests_of(mutant, lines)) for mutant in judged], lines, options.jobs)
-    for mutant, result in zip(judged, results):
-        if result != KILLED:
-            print(f"{path.relative_to(ROOT)}:{mutant.line} {result} ({mutant.operator})")
-            print(f"- {mutant.before}\n+ {mutant.after}")
-    equivalent = sum(mutant is not None and mutant.key in known for mutant in chosen)
-    counts = Counter({"mutants": len(places), "equivalent": equivalent}) + Counter(results)
-    _tell(name, counts)
-    return counts
+    judged = [mutant for mutant in chosen if mutant.key not in known]
+    return Sample(len(places), judged, len(chosen) - len(judged))
 
 
 def _tell(name: str, counts: Mapping[str, int]) -> None:
