@@ -143,10 +143,6 @@ class _Span(NamedTuple):
     target: int
     form: Form
 
-    @property
-    def copy(self) -> StridedCopy:
-        return self.form.at(0, self.target)
-
 
 class _Cut(NamedTuple):
     """A copy as a span that is bounded: where it begins in its array, how much of that it spans."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Optional
 
 import pytest
 
+from ms_ckpt_ext.core.computing.arithmetic import element
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
@@ -30,6 +32,7 @@ FOLDER = held(
     e__1__w__weight_scale_inv=("F32", (2, 3)),
     norm__weight=("BF16", (300,)),
 )
+PACKED = held(packed=("F4", (4, 6)))
 ALL = Dequantize(["{*}.weight", "{*}.weight_scale_inv"], "{*}.weight")
 
 
@@ -88,6 +91,7 @@ REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
     ([Pad("norm.weight", "t", 400, source_size=301)], LayoutMismatchError, "has not 301 indices"),
     ([Crop("norm.weight", "t", 400)], LayoutMismatchError, "shorter than 400; use Pad"),
     ([Pad("e.0.w.weight", "t", 257, value=1000.0)], LayoutMismatchError, "F8_E4M3 has no value 1000.0"),
+    ([Pad("packed", "t", 400)], LayoutMismatchError, "narrower than a byte"),
     ([Pad("norm.weight", "t", 400), Pad("norm.weight", "t", 400)], UsageError, "two rules make 't'"),
 ]
 
@@ -95,7 +99,7 @@ REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
 @pytest.mark.parametrize(("rules", "error", "told"), REFUSED)
 def test_what_does_not_fit_is_refused(rules: list[Rule], error: type[CheckpointError], told: str) -> None:
     with pytest.raises(error, match=re.escape(told)):
-        apply_rules(FOLDER, rules)
+        apply_rules({**FOLDER, **PACKED}, rules)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +159,53 @@ def test_experts_are_stacked_as_floats() -> None:
     )
     made = apply_rules(tensors, [ALL, Experts("e.{n}.g.weight", "w1")])
     assert kinds(made) == {"w1": ("BF16", (12, 4))}
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "stored"),
+    [
+        (1.0, "F32", "0000803f"),
+        (1.0, "BF16", "803f"),
+        (-2.0, "F16", "00c0"),
+        (1.00390625, "BF16", "803f"),  # a tie goes to even
+        (1.01171875, "BF16", "823f"),
+        (1.5, "F64", "000000000000f83f"),
+        (-1.0, "I8", "ff"),
+        (255.0, "U8", "ff"),
+        (-2.0, "I32", "feffffff"),
+        (1.0, "BOOL", "01"),
+        (1.0, "F8_E4M3", "38"),
+        (-0.0, "F8_E4M3", "80"),
+        (0.0, "F8_E4M3", "00"),
+        (448.0, "F8_E4M3", "7e"),
+        (1.0, "F8_E5M2", "3c"),
+        (2.0, "F8_E8M0", "80"),
+        (256.0, "U8", None),
+        (-1.0, "U8", None),
+        (0.5, "I8", None),
+        (float("nan"), "I8", None),
+        (float("inf"), "I64", None),
+        (0.3, "F8_E4M3", None),
+        (0.0, "F8_E8M0", None),
+        (1.0, "F4", None),
+        (1.0, "C64", None),
+    ],
+)
+def test_one_element(value: float, dtype: str, stored: Optional[str]) -> None:
+    if stored is not None:
+        assert element(value, dtype).hex() == stored
+        return
+    with pytest.raises(LayoutMismatchError, match=f"{dtype} has no value"):
+        element(value, dtype)
+
+
+def test_a_pad_of_nothing_is_the_tensor() -> None:
+    made = apply_rules(held(w=("F32", (4, 6))), [Pad("w", "t", 6, axis=1)])["t"]
+    assert not made.is_computed
+    assert made.meta.shape == (4, 6)
+
+
+def test_one_scale_for_all() -> None:
+    tensors = held(w=("F8_E4M3", (4, 6)), s=("F32", ()))
+    made = apply_rules(tensors, [Dequantize(["w", "s"], "t", block=(4, 6))])["t"]
+    assert made.meta.shape == (4, 6)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ms_ckpt_ext.core.geometry.array import Region
-from ms_ckpt_ext.core.geometry.layout import Layout, cell_region, slice_shape, whole
+from ms_ckpt_ext.core.geometry.layout import Layout, cell_region, layout_from_json, same_slices, slice_shape, whole
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 
 
@@ -85,6 +87,9 @@ def test_layout(name: str) -> None:
     [
         (((), ((),)), "expected one or more extents"),
         (((2, 0), ((),)), "expected one or more extents"),
+        (((1 << 20, 2), ((),)), "has more than 1048576 devices"),
+        (((2,), ((-1,),)), "names a device axis that the device matrix [2] lacks"),
+        (((2, 2), ((0,), ()), -1, 2), "expected step >= 0 and size >= -1"),
         (((2,), ((3,),)), "names a device axis that the device matrix [2] lacks"),
         (((2, 2), ((0,), (0,))), "uses a device axis twice"),
         (((2, 4), ((0,), ()), 1, 3), "optimizer shard of size 3 does not fit the replicas [2]"),
@@ -104,5 +109,52 @@ def test_a_shape_that_cannot_be_cut_names_axis_and_parts() -> None:
         Layout((4,), ((), (0,))).region(0, (4, 6))
     with pytest.raises(LayoutMismatchError, match="has 1 axes; the layout has 2"):
         slice_shape((4,), (2, 2))
+    with pytest.raises(LayoutMismatchError, match=r"slice of shape \[4\] has 1 axes; the layout has 2"):
+        Layout((4,), ((), (0,))).full_shape((4,))
     assert cell_region((1, 0), (2, 1), (4, 3)) == Region((2, 0), (4, 3))
     assert whole(2).region(0, (4, 3)) == Region.whole((4, 3))
+
+
+def test_the_largest_job_is_legal() -> None:
+    assert Layout((1 << 20,), ((),)).devices == 1 << 20
+
+
+def test_an_optimizer_shard_in_numbers() -> None:
+    """Ways, and the two coordinates of an axis that it takes in part: the replica, then the shard."""
+    half = Layout((2, 4), ((1,), ()), 1, 2)
+    assert (half.shards, half.parts) == (2, (4, 1))
+    assert [half.coordinates(rank) for rank in range(4)] == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)]
+    assert half.coordinates(5) == (1, 0, 1)
+    assert Layout((2, 4), ((1,), ()), 1, -1).shards == 4
+    assert Layout((2, 4), ((1,), ())).shards == 1
+    assert Layout((2, 4), ((1,), ())).coordinates(6) == (1, 2)
+    for inactive in (Layout((2,), ((),), 0, 2), Layout((2,), ((),), 1, 0)):
+        assert (inactive.opt_sharded, inactive.parts) == (False, (1,))
+
+
+def test_a_map_of_several_axes_may_be_that_of_one() -> None:
+    assert Layout((2, 4), ((1,), (0,))).over(1) == Layout((2, 4), ((1, 0),))
+    assert Layout((2, 4), ((1,), (0,)), 1, 0).over(1) == Layout((2, 4), ((1, 0),), 1, 0)
+    for kept in (Layout((2, 4), ((1,), ())), Layout((2, 4), ((1,),))):  # an axis is whole; there is one anyway
+        assert kept.over(1) == kept
+    assert Layout((2, 4), ((1,), (0,))).over(2) == Layout((2, 4), ((1,), (0,)))
+
+
+def test_layouts_from_json() -> None:
+    layout = Layout((2, 4), ((0,), ()), 4, -1)
+    assert layout_from_json(json.loads(json.dumps(layout))) == layout
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        (Layout((2, 4), ((1,), ())), Layout((2, 2, 2), ((2,), ())), True),
+        (Layout((2, 4), ((1,), ())), Layout((2, 4), ((0,), ())), False),
+        (Layout((2, 2), ((1,), ())), Layout((2, 2), ((0,), ())), False),  # as many parts, of other ranks
+        (Layout((2, 2), ((1,), (0,))), Layout((4,), ((0,),)), True),
+        (Layout((4,), ((), ())), Layout((2, 2), ((), ())), True),
+    ],
+)
+def test_the_same_slices_may_be_written_otherwise(one: Layout, two: Layout, same: bool) -> None:
+    assert same_slices(one, two) is same
+    assert same_slices(two, one) is same

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.layout import Layout
-from ms_ckpt_ext.core.geometry.neighbours import Axis, axes_of, representatives
+from ms_ckpt_ext.core.geometry.neighbours import Axis, axes_of, representatives, unseen_axes
 from ms_ckpt_ext.core.geometry.ranks import same_cut
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from tests.support.strategies import layouts
@@ -95,3 +95,20 @@ def test_same_cut(one: dict[str, dict[int, Layout]], two: dict[str, dict[int, La
         for each in (one, two)
     ]
     assert same_cut(*jobs) is same
+
+
+@pytest.mark.parametrize(
+    ("holders", "unseen"),
+    [
+        ((0, 1, 2, 3), False),
+        ((0, 3), False),  # differ on both axes
+        ((0, 1), True),  # nobody elsewhere on the outer axis
+        ((0, 2), True),
+        ((1,), True),
+        ((0, 1, 2, 3, 4, 7), False),
+        ((0, 1, 2, 3, 4, 5), True),  # in the second stage
+    ],
+)
+def test_axes_along_which_nothing_tells(holders: tuple[int, ...], unseen: bool) -> None:
+    assert unseen_axes(holders, 4, iter([Axis(1, 2), Axis(2, 2)])) is unseen
+    assert unseen_axes(holders, 4, []) is False

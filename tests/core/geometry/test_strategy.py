@@ -11,6 +11,7 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import (
     LayoutItem,
     Strategy,
+    layouts_by_name,
     nested_tensor_map,
     split_stage,
     strategy_from_layout_dict,
@@ -60,6 +61,9 @@ def test_ranks_belong_to_stages() -> None:
     assert strategy.names_of(4) == ["emb", "head"]
     assert strategy.cell("head", 3) is None
     assert strategy.cell("head", 5) == (1, 0)
+    assert (strategy.ranks_of(0), strategy.ranks_of(1)) == (range(4), range(4, 8))
+    assert [strategy.stage_of(rank) for rank in (0, 3, 4, 7)] == [0, 0, 1, 1]
+    assert Strategy.from_items([LayoutItem("a", (1 << 18) - 1, ROWS)], "the largest").world == 1 << 20
     assert strategy.layout("nothing", 0) is None
     strategy.check_complete()
 
@@ -70,6 +74,7 @@ def test_ranks_belong_to_stages() -> None:
         ([], "holds no parameter layouts"),
         ([LayoutItem("a", 0, ROWS), LayoutItem("b", 0, Layout((8,), ((),)))], "'b' (stage 0) spans 8 devices"),
         ([LayoutItem("a", 0, ROWS), LayoutItem("a", 0, Layout((2, 2), ((1,), ())))], "two layouts in stage 0"),
+        ([LayoutItem("a", 1 << 18, ROWS)], "speaks of pipeline stage 262144, with 4 devices a stage"),
     ],
 )
 def test_contradictions(items: list[LayoutItem], message: str) -> None:
@@ -141,3 +146,25 @@ def test_layout_dict_of_a_compiled_cell() -> None:
         strategy_from_layout_dict({"a": [1]}, 0, len)
     with pytest.raises(StrategyError, match="holds no parameter layouts"):
         strategy_from_layout_dict({}, 0, len)
+    with pytest.raises(StrategyError, match="'a' must hold numbers of devices and axes"):
+        strategy_from_layout_dict({"a": ([2, "4"], [0, -1])}, 0, len)
+    with pytest.raises(StrategyError, match=r"parameter 'a': tensor map .* names a device axis"):
+        strategy_from_layout_dict({"a": ([2], [1])}, 0, len)
+    with pytest.raises(StrategyError, match="'a' is split unevenly"):
+        strategy_from_layout_dict({"a": ([2], [0], [3], 1)}, 0, len)
+
+
+def test_values_of_a_layout_dict_may_be_short_or_of_other_kinds() -> None:
+    values = {"a": ([2, 2], [0, -1]), "b": ROWS, "c": message([2, 2], [[0, -1]]), "d": ([2, 2], [0, -1], [1, 1], 0)}
+    assert layouts_by_name(values, len) == dict.fromkeys(values, ROWS)
+    assert strategy_from_layout_dict(values, 4, len).layouts["a"] == {1: ROWS}
+    assert strategy_from_layout_dict(values, 3, len).layouts["a"] == {0: ROWS}
+
+
+@pytest.mark.parametrize("uneven", [{"field": 1}, {"param_split_shape": [SimpleNamespace(dim=[1])]}])
+def test_uneven_splits_are_refused(uneven: dict[str, Any]) -> None:
+    told = message([2], [[0]])
+    for name, value in uneven.items():
+        setattr(told, name, value)
+    with pytest.raises(StrategyError, match="'a' is split unevenly"):
+        strategy_from_messages({"a": told})

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.array import Region, Shape
-from ms_ckpt_ext.core.geometry.view import View, frames, nests, split_axes
+from ms_ckpt_ext.core.geometry.view import View, frames, nests, split_axes, unsplit
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,7 @@ from ms_ckpt_ext.core.geometry.view import View, frames, nests, split_axes
         ((8, 6), (4, 2, 6), ((4, 2), (6,))),
         ((8, 6), (8, 2, 3), ((8,), (2, 3))),
         ((1, 6), (1, 6), ((1,), (6,))),
+        ((6, 1), (2, 3), ((2, 3), ())),
         ((6,), (1, 6, 1), ((1, 6, 1),)),
         ((), (), ()),
     ],
@@ -80,3 +81,35 @@ def test_aligned_views_are_one_nest() -> None:
     assert len(list(nests(8 * 6, View(6, (12, 1)), Region.whole((4, 6))))) == 1
     assert len(list(nests(8 * 6, View(12, (24, 6, 1)), Region.whole((2, 1, 6))))) == 1
     assert len(list(nests(2 * 6 * 8, View(48, (1, 8)), Region.whole((8, 6))))) == 1
+
+
+@given(viewed(), st.data())
+def test_a_box_of_a_view_is_boxes_of_the_array(case: tuple[Shape, Shape, Region], data: st.DataObject) -> None:
+    """Each with how it lies in the target, where the box may lie in any way."""
+    shape, view, _ = case
+    shape, view = data.draw(st.sampled_from([(shape, view), ((*shape, 1), view)]))
+    whole = np.arange(prod(shape))
+    box = data.draw(box_of(view))
+    strides = tuple(prod(box.shape[axis + 1 :]) for axis in range(len(view)))
+    target = np.full(box.size + 3, -1)
+    for region, seen in unsplit(shape, view, box, View(3, strides)):
+        for index in np.ndindex(*region.shape):
+            at = seen.offset + int(np.dot(index, seen.strides))
+            assert target[at] == -1
+            target[at] = whole.reshape(shape)[tuple(np.add(index, region.start))]
+    assert target[3:].tolist() == whole.reshape(view)[box.slices].ravel().tolist()
+
+
+def test_boxes_of_a_view_with_fewer_axes() -> None:
+    """A thin axis of the array that the view does not have."""
+    found = frames((6, 1), (2, 3), Region((1, 0), (5, 1)))
+    assert [(frame.box, frame.offset) for frame in found] == [
+        (Region((0, 1), (1, 3)), 0),
+        (Region((1, 0), (2, 2)), 2),
+    ]
+
+
+def test_a_box_that_no_whole_rows_hold_is_a_nest_an_index() -> None:
+    """Two rows of three that lie five apart, the second of which ends where the array does."""
+    found = list(nests(8, View(0, (5, 1)), Region.whole((2, 3))))
+    assert [(nest.start, nest.part) for nest in found] == [(0, Region((0, 0), (1, 3))), (5, Region((1, 0), (2, 3)))]

@@ -273,6 +273,10 @@ def test_bad_rules_are_told_at_birth() -> None:
         QKV("a", "t", 0)
     with pytest.raises(UsageError, match="parts count from 0"):
         Part("a", "t", 2, 2)
+    with pytest.raises(UsageError, match="parts count from 0"):
+        Part("a", "t", -1, 2)
+    with pytest.raises(UsageError, match="experts must be at least 1"):
+        Experts("e.{n}", "t", experts=0)
     with pytest.raises(UsageError, match="names of its sources"):
         Rename([], "t")
     with pytest.raises(UsageError, match="names a placeholder twice"):

@@ -1,0 +1,178 @@
+"""Units of work in tables: what is read in one go, what is copied directly, where batches end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import pytest
+
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region
+from ms_ckpt_ext.core.geometry.strided import StridedCopy
+from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Place, Stretch, Target, Task
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.schedule import schedule
+
+LIMITS = Limits(tile=64, gap=8, direct=1 << 10, chunk=1 << 10)
+
+
+def tensor(
+    name: str, shape: tuple[int, ...], files: tuple[int, ...] = (0,), parts: Optional[tuple[int, ...]] = None
+) -> SourceTensor:
+    """Of bytes; where it lies in parts along its first axis, part n is in file n."""
+    parts = parts or (1,) * len(shape)
+    rest = (0,) * (len(shape) - 1)
+    cells = {(n, *rest): (n,) if parts[0] > 1 else files for n in range(parts[0])}
+    return SourceTensor(TensorMeta(name, DTYPES["U8"], shape), name, (Placement(parts, cells, cells),))
+
+
+def whole(source: SourceTensor, offset: int = 0, sink: int = 0) -> Task:
+    """All of it, to one place."""
+    region = Region.whole(source.meta.shape)
+    return Task(source, (Target(region, (Landing(sink, (Extent(offset, region.size),)),)),))
+
+
+def at(offsets: dict[str, int]) -> object:
+    """Tensors of any length that begin there, in every file."""
+    return lambda _file, name: (Extent(offsets[name], 1 << 20),)
+
+
+def reads(batch: object) -> list[tuple[int, int, int]]:
+    """(file, offset, bytes) of every read of a batch."""
+    assert isinstance(batch, Batch)
+    assert all(len(read.extents) == 1 for read in batch.reads)
+    return [(read.file, *read.extents[0]) for read in batch.reads]
+
+
+def test_small_parameters_share_a_batch_until_it_is_half_full() -> None:
+    """What is near in the file is one read; an array ends with every batch."""
+    tasks = [whole(tensor(name, (size,)), 100 * n) for n, (name, size) in enumerate(zip("abcd", (10, 10, 20, 5)))]
+    units = list(schedule(tasks, at({"a": 0, "b": 18, "c": 37, "d": 57}), LIMITS))  # gaps of 8, 9 and 0 bytes
+    assert [reads(unit) for unit in units] == [[(0, 0, 28), (0, 37, 20)], [(0, 57, 5)]]
+    assert [unit.last for unit in units] == [True, True]
+    first = units[0]
+    assert isinstance(first, Batch)
+    assert first.stretches == (
+        Stretch(10, (Place(0, 0, 0, 10),)),
+        Stretch(10, (Place(0, 100, 0, 10),)),
+        Stretch(20, (Place(0, 200, 0, 20),)),
+    )
+    assert [(copy.stretch, copy.copy) for copy in first.reads[0].copies] == [
+        (0, StridedCopy(10, (), 0, (), 0, ())),
+        (1, StridedCopy(10, (), 18, (), 0, ())),
+    ]
+
+
+@pytest.mark.parametrize(("size", "batches"), [(31, [2]), (32, [1, 1]), (64, [1, 1])])
+def test_a_batch_is_full_at_half_a_tile(size: int, batches: list[int]) -> None:
+    tasks = [whole(tensor("a", (size,))), whole(tensor("b", (size,)), 100)]
+    units = list(schedule(tasks, at({"a": 0, "b": 500}), LIMITS))
+    assert [len(unit.stretches) for unit in units if isinstance(unit, Batch)] == batches
+
+
+def test_what_is_longer_than_a_tile_is_read_in_tiles() -> None:
+    """The last tile, which ends the array, says so; the others do not."""
+    units = list(schedule([whole(tensor("a", (150,)), 7)], at({"a": 1000}), LIMITS))
+    assert [reads(unit) for unit in units] == [[(0, 1000, 64)], [(0, 1064, 64)], [(0, 1128, 22)]]
+    assert [unit.last for unit in units] == [False, False, True]
+    assert [unit.stretches[0].places for unit in units if isinstance(unit, Batch)] == [
+        (Place(0, 7, 0, 64),),
+        (Place(0, 71, 0, 64),),
+        (Place(0, 135, 0, 22),),
+    ]
+
+
+def test_long_runs_are_copied_directly_in_chunks() -> None:
+    limits = LIMITS._replace(direct=100, chunk=60)
+    units = list(schedule([whole(tensor("a", (150,)), 7, sink=2)], at({"a": 1000}), limits))
+    assert units == [
+        Direct(0, 1000, 2, 7, 60, False),
+        Direct(0, 1060, 2, 67, 60, False),
+        Direct(0, 1120, 2, 127, 30, True),
+    ]
+    assert sum(unit.nbytes for unit in units) == 150
+    (short,) = schedule([whole(tensor("a", (99,)), 7)], at({"a": 1000}), limits._replace(tile=200))
+    assert isinstance(short, Batch)
+
+
+def test_a_direct_copy_crosses_the_seams_of_both_sides() -> None:
+    source = tensor("a", (100,))
+    landing = Landing(0, (Extent(0, 30), Extent(200, 70)))
+    task = Task(source, (Target(Region((0,), (100,)), (landing,)),))
+    lying = (Extent(10, 50), Extent(80, 50))
+    units = list(schedule([task], lambda _file, _name: lying, LIMITS._replace(direct=100)))
+    assert units == [
+        Direct(0, 10, 0, 0, 30, False),
+        Direct(0, 40, 0, 200, 20, False),
+        Direct(0, 80, 0, 220, 50, True),
+    ]
+
+
+def test_two_places_share_what_is_read() -> None:
+    region = Region((0,), (100,))
+    landings = (Landing(0, (Extent(0, 100),)), Landing(1, (Extent(40, 100),)))
+    task = Task(tensor("a", (100,)), (Target(region, landings),))
+    (unit,) = schedule([task], at({"a": 0}), LIMITS._replace(direct=100, tile=100))
+    assert isinstance(unit, Batch)
+    assert unit.stretches == (Stretch(100, (Place(0, 0, 0, 100), Place(1, 40, 0, 100))),)
+
+
+@pytest.mark.parametrize(
+    ("width", "found"),
+    [
+        (40, [[(0, 0, 8), (0, 40, 8), (0, 80, 8)]]),  # 32 bytes between runs: they are read one by one
+        (16, [[(0, 0, 40)]]),  # 8 bytes between them are read over
+        (17, [[(0, 0, 8), (0, 17, 8), (0, 34, 8)]]),
+        (9, [[(0, 0, 26)]]),
+    ],
+)
+def test_columns_are_read_over_short_gaps(width: int, found: list[list[tuple[int, int, int]]]) -> None:
+    region = Region((0, 0), (3, 8))
+    task = Task(tensor("a", (3, width)), (Target(region, (Landing(0, (Extent(0, 24),)),)),))
+    units = list(schedule([task], at({"a": 0}), LIMITS._replace(tile=256)))
+    assert [reads(unit) for unit in units] == found
+
+
+def test_long_gaps_are_read_over_where_little_of_a_read_is_one() -> None:
+    """Of 90 bytes 80 are wanted: one read, though a gap is longer than others may be."""
+    region = Region((0, 0), (2, 40))
+    task = Task(tensor("a", (2, 50)), (Target(region, (Landing(0, (Extent(0, 80),)),)),))
+    units = list(schedule([task], at({"a": 0}), LIMITS._replace(tile=256)))
+    assert [reads(unit) for unit in units] == [[(0, 0, 90)]]
+
+
+def test_replicas_take_turns_by_bytes() -> None:
+    tasks = [whole(tensor(name, (size,), files=(3, 5))) for name, size in zip("abcd", (40, 33, 34, 50))]
+    units = list(schedule(tasks, at(dict.fromkeys("abcd", 0)), LIMITS))
+    assert [file for unit in units for file, _, _ in reads(unit)] == [3, 5, 5, 3]
+
+
+def test_slices_of_several_files_fill_one_stretch() -> None:
+    (unit,) = schedule([whole(tensor("a", (8, 4), parts=(2, 1)))], at({"a": 100}), LIMITS)
+    assert reads(unit) == [(0, 100, 16), (1, 100, 16)]
+    assert isinstance(unit, Batch)
+    assert [copy.copy.target for read in unit.reads for copy in read.copies] == [0, 16]
+
+
+def test_a_scattered_source_is_one_read_of_its_extents() -> None:
+    """Or several, where columns of it lie far apart."""
+    lying = (Extent(10, 20), Extent(50, 40))
+
+    def found(region: Region, shape: tuple[int, ...]) -> Sequence[tuple[Extent, ...]]:
+        landing = Landing(0, (Extent(0, region.size),))
+        task = Task(tensor("a", shape), (Target(region, (landing,)),))
+        (unit,) = schedule([task], lambda _file, _name: lying, LIMITS)
+        assert isinstance(unit, Batch)
+        return [read.extents for read in unit.reads]
+
+    assert found(Region((0,), (60,)), (60,)) == [(Extent(10, 20), Extent(50, 40))]
+    assert found(Region((20,), (60,)), (60,)) == [(Extent(50, 40),)]
+    assert found(Region((0, 0), (2, 10)), (2, 30)) == [(Extent(10, 10),), (Extent(60, 10),)]
+
+
+def test_copies_of_one_form_at_even_distances_are_one() -> None:
+    """Three rows that are three targets of one task would be three; in one target they are one."""
+    stacked = Task(tensor("a", (4, 4, 4)), (Target(Region((0, 0, 0), (4, 4, 2)), (Landing(0, (Extent(0, 32),)),)),))
+    (unit,) = schedule([stacked], at({"a": 0}), LIMITS)
+    assert isinstance(unit, Batch)
+    assert [copy.copy for copy in unit.reads[0].copies] == [StridedCopy(2, (16,), 0, (4,), 0, (2,))]
