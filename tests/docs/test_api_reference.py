@@ -115,3 +115,11 @@ def test_docstrings_tell_arguments_results_and_errors(name: str, called: Callabl
     if inspect.isfunction(called):
         assert "Returns" in found or signature.return_annotation in ("None", "bool")
         assert "Raises" in found or not given
+
+
+@pytest.mark.parametrize("name", rules.__all__)
+def test_rules_tell_their_arguments(name: str) -> None:
+    """Sources and target are those of every rule."""
+    doc = getattr(rules, name).__doc__ or ""
+    own = set(inspect.signature(getattr(rules, name)).parameters) - {"sources", "target", "rules"}
+    assert [each for each in own if f"`{each}`" not in doc] == []

@@ -23,6 +23,11 @@ class Rule(ABC):
         sources: names in the checkpoint.
         target: name in the network.
         computes: elements are computed, and rules behind it in a list take what it makes.
+
+    Raises:
+        UsageError: at birth, for arguments that the rule cannot have.
+        LayoutMismatchError: where it is applied, for shapes or dtypes that do not fit it; names target and sources.
+        CoverageError: where it is applied, for a source that the checkpoint lacks.
     """
 
     sources: tuple[str, ...]

@@ -166,7 +166,7 @@ class Interleave(Rule):
 
 @dataclass(frozen=True)
 class Stack(Rule):
-    """Sources of one shape along a new axis, as `numpy.stack`: experts, by a counting placeholder."""
+    """Sources of one shape along a new `axis`, as `numpy.stack`: experts, by a counting placeholder."""
 
     axis: int = 0
 
@@ -198,7 +198,7 @@ class Stack(Rule):
 
 @dataclass(frozen=True)
 class Transpose(Rule):
-    """The source with its axes permuted, as `numpy.transpose`; None reverses them."""
+    """The source with its axes permuted by `axes`, as `numpy.transpose`; None reverses them."""
 
     axes: Optional[tuple[int, ...]] = None
 
