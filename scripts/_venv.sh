@@ -4,12 +4,15 @@
 #   find_python    lets the environment be that is active, if it has MindSpore and this project; else ensure_venv
 #   ensure_mindformers    adds MindFormers to the environment, for its tests
 #   ensure_torch   makes another one with torch and transformers, for the tests that load what was exported
+#   file_requirements     what FILE_TESTS need, which are about files alone: they run without MindSpore
 #
 #   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
 #   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
 #   MS_CKPT_EXT_MINDSPORE   the version of MindSpore  (default: the newest that setup.py allows)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+FILE_TESTS=(tests/core tests/formats tests/storage tests/cli tests/engine/{copying,files,huggingface,integrity,source})
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
@@ -53,6 +56,17 @@ ensure_venv() {
   export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
   unset PYTHONHOME
   unset PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, which would compile the package anew every time
+}
+
+# file_requirements PYTHON: what setup.py requires and the tests do, one a line, without MindSpore and what checks the code.
+file_requirements() {
+  "$1" - "$ROOT/setup.py" <<'PYTHON'
+import ast, sys
+assigned = [node for node in ast.parse(open(sys.argv[1]).read()).body if isinstance(node, ast.Assign)]
+lists = {node.targets[0].id: node.value for node in assigned}
+names = [name for key in ("REQUIRES", "DEV") for name in ast.literal_eval(lists[key])]
+print(*(name for name in names if not name.startswith(("mindspore", "ruff", "mypy", "types-"))), sep="\n")
+PYTHON
 }
 
 find_python() {

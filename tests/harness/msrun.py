@@ -87,8 +87,9 @@ def run_msrun(
     Args:
         device: "cpu", or "ascend" for the emulated one (the test is skipped where that cannot be built).
         env: additional variables; `CANNEMU_*` of the caller are passed on too.
-        timeout: seconds after which everything is killed and the run counts as hung. When a rank failed and that was
-            not expected, the others have 10 s more at most.
+        timeout: seconds after which everything is killed and the run counts as hung, on a machine that does nothing
+            else: MS_CKPT_EXT_PATIENCE multiplies them. When a rank failed and that was not expected, the others have
+            10 s more at most.
         expect_failure: return a run that failed instead of raising; a hung one raises all the same.
         supervised: see the module.
         old: on "ascend", also under a MindSpore that cannot load there.
@@ -96,6 +97,7 @@ def run_msrun(
     Raises:
         AssertionError: the run hung, or failed though that was not expected; it shows the tail of every log.
     """
+    timeout *= float(os.environ.get("MS_CKPT_EXT_PATIENCE", "1"))
     command = [sys.executable, str(Path(script).resolve()), *map(str, args)]
     variables = _environment(device, env or {}, old)
     log_dir = tmp_path / f"log_{time.monotonic_ns()}"
