@@ -69,12 +69,12 @@ def transfer(
     """
 
     def rank(transport: LocalTransport) -> Moved:
-        return _one(transport, source, target, rules, runs, host, between, LoadOptions(bucket_bytes=1 << 20, **options))
+        return one_rank(transport, source, target, rules, runs, host, between, LoadOptions(bucket_bytes=1 << 20, **options))
 
     return LocalWorld(world, timeout=20.0).run(rank)
 
 
-def _one(
+def one_rank(
     transport: LocalTransport,
     source: Side,
     target: Side,
@@ -84,6 +84,7 @@ def _one(
     between: Optional[Callable[[int, dict[str, np.ndarray]], None]],
     options: LoadOptions,
 ) -> Moved:
+    """What one rank of it does; of any transport."""
     rank = transport.rank
     mine, theirs = source.get(rank, {}), target.get(rank, {})
     ranks = members_of(transport, rank in source, None, "source")

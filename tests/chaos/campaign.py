@@ -1,0 +1,327 @@
+"""One run after another, by a seed: a job, what befalls it, what came of it, and the same job again in peace."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import NamedTuple, Optional
+
+from tests.chaos.faults import FAULTS, Counts, Struck
+from tests.chaos.injector import Injection, build, read_counts
+from tests.chaos.inputs import GOLDEN, make_inputs
+from tests.chaos.jobs import JOBS, Job, Place
+from tests.chaos.nursery import Nursery
+from tests.chaos.judging import Result, changed, everything, judge, judge_again, result_of
+from tests.chaos.running import Stage
+
+_NEWNS = 0x00020000
+_MEMORY = Path("/dev/shm")
+_ANEW = 0.15
+"""How many of the processes are new Pythons, with their imports."""
+
+
+class Ran(NamedTuple):
+    """One run: what it was, and what came of it."""
+
+    number: int
+    job: str
+    fault: str
+    outcome: str
+    wrong: tuple[str, ...]
+    seconds: float
+    told: str
+
+
+class Campaign:
+    """What all runs share: the checkpoints, the injector, and what every job makes when nothing befalls it.
+
+    Args:
+        root: a folder of its own.
+        mounts: file systems may be mounted.
+        library: the injector.
+        nursery: where processes come from.
+    """
+
+    def __init__(self, root: Path, mounts: bool, library: Path, nursery: Nursery) -> None:
+        self.root, self.mounts, self.library, self.nursery = root, mounts, library, nursery
+        make_inputs(root / "inputs")
+        self._right: dict[tuple[str, str], Result] = {}
+        self._counts: dict[str, list[Counts]] = {}
+
+    def place(self, name: str, job: Job, which: str = "A") -> Place:
+        """A folder for one run, with a copy of its source."""
+        root, inputs = self.root / name, self.root / "inputs" / which
+        (root / "tmp").mkdir(parents=True)
+        (root / "disk").mkdir()
+        source = GOLDEN
+        if job.source:
+            source = root / "source"
+            shutil.copytree(inputs / job.source, source)
+        return Place(root, source, inputs / "with", root / "disk" / "out")
+
+    def right(self, job: Job, which: str = "A") -> Result:
+        """What a job makes of a checkpoint; of A its calls are counted as well."""
+        key = job.name, which
+        if key not in self._right:
+            place = self.place(f"right-{job.name}-{which}", job, which)
+            stage = Stage(self.nursery, job, place, place, Struck(Injection()), self.library, Random(0))
+            counts = place.root / "counts"
+            ended, _ = stage.run(counts if which == "A" else None)
+            self._right[key] = result_of(job, place, ended)
+            if which == "A":
+                made = [read_counts(counts.with_name(f"counts{rank}")) for rank in range(job.processes)]
+                if not job.source:  # what its ranks hold is brought by the campaign, not by the package
+                    made = [{"clock": each["clock"]} for each in made]
+                self._counts[job.name] = made
+        return self._right[key]
+
+    def older(self, job: Job) -> Path:
+        """A target that holds what the job makes of B."""
+        self.right(job, "B")
+        return self.root / f"right-{job.name}-B" / "disk" / "out"
+
+    def strike(self, rng: Random, job: Job, fault: str) -> tuple[Optional[Struck], int]:
+        """What befalls the job, and which rank; None where the fault has no meaning for it."""
+        self.right(job)
+        victim = rng.randrange(job.processes) if job.processes > 1 and rng.random() < 0.8 else -1
+        counts = self._counts[job.name][max(victim, 0)]
+        if fault == "SIGSTOP for good" and victim < 0:
+            victim = rng.randrange(job.processes)
+        struck = FAULTS[fault](rng, job, counts)
+        if struck is not None and struck.room is not None and not self.mounts:
+            struck = struck._replace(room=None) if struck.deed is not None and not struck.told else None
+        return struck, victim
+
+    def run(self, seed: int, number: int, job: Job, fault: str) -> Optional[Ran]:
+        """One run, and the same job again; None where the fault has no meaning."""
+        rng = Random(f"{seed} {job.name} {fault} {number}")
+        struck, victim = self.strike(rng, job, fault)
+        if struck is None:
+            return None
+        struck = struck._replace(anew=rng.random() < _ANEW)
+        began = time.monotonic()
+        place, other = (self.place(f"run-{number}{end}", job, which) for end, which in (("", "A"), ("-other", "B")))
+        over = job.writes and struck.room is None and rng.random() < 0.4
+        with _mounted(place.target.parent, struck.room):
+            if over:
+                shutil.copytree(self.older(job), place.target)
+            before = {name: (place.source / name).read_bytes() for name in everything(place.source)} if job.source else {}
+            outcome, wrong = self._struck(rng, job, place, other, struck, victim, over)
+        wrong += () if struck.spoils or not job.source else tuple(changed(before, place.source))
+        if struck.spoils:
+            shutil.rmtree(place.source)
+            shutil.copytree(self.root / "inputs" / "A" / job.source, place.source)
+        if struck.room is None:
+            place.target.parent.mkdir(exist_ok=True)
+        if job.writes:
+            ended, _ = Stage(self.nursery, job, place, other, Struck(), None, rng).run()
+            wrong += tuple(judge_again(job, place, ended, self.right(job)))
+        told = f"{_worded(struck)}{', of rank ' + str(victim) if victim >= 0 else ''}{', over an older result' * over}"
+        if not wrong:
+            shutil.rmtree(place.root)
+        shutil.rmtree(other.root)
+        return Ran(number, job.name, fault, outcome, wrong, time.monotonic() - began, told)
+
+    def _struck(
+        self, rng: Random, job: Job, place: Place, other: Place, struck: Struck, victim: int, over: bool
+    ) -> tuple[str, tuple[str, ...]]:
+        stage = Stage(self.nursery, job, place, other, struck, self.library, rng, victim)
+        ended, rivals = stage.run()
+        right, older = [self.right(job)], []
+        if struck.spoils:
+            right += self._of_what_is_there(job, place)
+        if job.name.startswith("resume"):
+            right += self._without_newest(job)
+        if job.writes and (over or rivals):
+            older.append(self.right(job, "B"))
+        if rivals:
+            right += older
+        outcome, wrong = judge(job, place, struck, ended, rivals, right, older, victim)
+        return outcome, wrong
+
+    def _of_what_is_there(self, job: Job, place: Place) -> list[Result]:
+        """What the job makes of its source as it is now, if anything."""
+        root = place.root / "now"
+        (root / "tmp").mkdir(parents=True)
+        now = Place(root, place.source, place.beside, root / "disk" / "out")
+        (root / "disk").mkdir()
+        ended, _ = Stage(self.nursery, job, now, now, Struck(), None, Random(0)).run()
+        try:
+            return [result_of(job, now, ended)]
+        except (AssertionError, KeyError):
+            return []
+
+    def _without_newest(self, job: Job) -> list[Result]:
+        """What a resume makes where the newest checkpoint cannot be read."""
+        key = job.name, "older"
+        if key not in self._right:
+            place = self.place(f"right-{job.name}-older", job)
+            for path in place.source.rglob("*_100*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            ended, _ = Stage(self.nursery, job, place, place, Struck(), None, Random(0)).run()
+            self._right[key] = result_of(job, place, ended)
+        return [self._right[key]]
+
+
+def _worded(struck: Struck) -> str:
+    injection = struck.injection
+    parts = []
+    if injection.doing:
+        parts.append(f"{injection.doing} at call {injection.at} of {','.join(injection.on)}, times {injection.times}")
+    if injection.nfs:
+        parts.append("as NFS")
+    if injection.clock:
+        parts.append(f"clock {injection.clock}")
+    if struck.after:
+        parts.append(f"after {struck.after:.3f} s")
+    if struck.limit:
+        parts.append(f"limit {struck.limit}")
+    if struck.anew:
+        parts.append("a new Python")
+    if struck.room:
+        parts.append(f"{struck.room} bytes of room")
+    return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, room: Optional[int]) -> Iterator[None]:
+    """A file system of its own for a target, with so much room."""
+    if room is None:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "chaos", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        while subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False).returncode == 0:
+            pass
+        folder.mkdir(exist_ok=True)
+
+
+def can_mount() -> bool:
+    """Give this process mounts of its own, which go with it; False where it may not have them."""
+    if os.geteuid() != 0 or ctypes.CDLL(None, use_errno=True).unshare(_NEWNS) != 0:
+        return False
+    private = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, check=False)
+    fresh = ["mount", "-t", "tmpfs", "-o", "size=2g", "chaos", str(_MEMORY)]
+    return private.returncode == 0 and subprocess.run(fresh, capture_output=True, check=False).returncode == 0
+
+
+def chosen(seed: int, runs: int, jobs: Sequence[str], faults: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of a job and a fault: every pair comes once before any comes twice, and early ones show every job and fault."""
+    rng = Random(seed)
+    made = 0
+    while made < runs:
+        pairs = [(job, fault) for job in jobs for fault in faults]
+        rng.shuffle(pairs)
+        seen_jobs: Counter[str] = Counter()
+        seen_faults: Counter[str] = Counter()
+        while pairs and made < runs:
+            pair = min(pairs, key=lambda p: seen_jobs[p[0]] + seen_faults[p[1]])
+            pairs.remove(pair)
+            seen_jobs[pair[0]] += 1
+            seen_faults[pair[1]] += 1
+            made += 1
+            yield pair
+
+
+def table(ran: Sequence[Ran], key: str) -> list[str]:
+    """Rows by fault or by job: runs, right results, named errors, killed as meant, wrong."""
+    rows: dict[str, Counter[str]] = {}
+    for each in ran:
+        for name in (getattr(each, key), "all"):
+            rows.setdefault(name, Counter()).update(["runs", "WRONG" if each.wrong else each.outcome])
+    rows = {**{name: row for name, row in rows.items() if name != "all"}, "all": rows.get("all", Counter())}
+    columns = ("runs", "right", "error", "killed", "WRONG")
+    width = max(map(len, (*rows, key)))
+    lines = [f"{key:{width}}  " + "  ".join(f"{column:>6}" for column in columns)]
+    return lines + [
+        f"{name:{width}}  " + "  ".join(f"{row[column] or '':>6}" for column in columns) for name, row in rows.items()
+    ]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """See `scripts/chaos --help`."""
+    arguments = _parser().parse_args(argv)
+    if arguments.list:
+        print("jobs:\n  " + "\n  ".join(JOBS) + "\nfaults:\n  " + "\n  ".join(FAULTS))
+        return 0
+    if shutil.which(os.environ.get("CC", "cc")) is None or not sys.platform.startswith("linux"):
+        print("skipped: the injector needs Linux and a C compiler (cc)")
+        return 77
+    mounts = can_mount()
+    root = Path(tempfile.mkdtemp(prefix="chaos-", dir=arguments.dir or (_MEMORY if mounts else None)))
+    try:
+        library = build(root)
+        assert library is not None, "there is a compiler"
+        with Nursery(library) as nursery:
+            ran = _all(Campaign(root, mounts, library, nursery), arguments)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(root, ignore_errors=True)
+    for key in ("fault", "job"):
+        print("\n".join(["", *table(ran, key)]))
+    if not mounts:
+        print("\nleft out: faults that need a file system of their own, for this process may not mount any")
+    wrong = [each for each in ran if each.wrong]
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([each._asdict() for each in ran], indent=1))
+    return 1 if wrong else 0
+
+
+def _all(campaign: Campaign, arguments: argparse.Namespace) -> list[Ran]:
+    jobs, faults = arguments.job or [*JOBS], arguments.fault or [*FAULTS]
+    deadline = time.monotonic() + arguments.minutes * 60
+    ran: list[Ran] = []
+    pairs = chosen(arguments.seed, 1 << 30, jobs, faults)
+    for number, (job, fault) in enumerate(pairs):
+        if len(ran) >= arguments.runs or time.monotonic() > deadline or number > 20 * arguments.runs + 1000:
+            break
+        if arguments.only is not None and number != arguments.only:
+            continue
+        each = campaign.run(arguments.seed, number, JOBS[job], fault)
+        if each is None:
+            continue
+        ran.append(each)
+        if arguments.verbose or each.wrong:
+            _show(each, arguments.seed, campaign.root)
+    return ran
+
+
+def _show(each: Ran, seed: int, root: Path) -> None:
+    word = "WRONG" if each.wrong else each.outcome
+    print(f"{each.number:5} {each.job}: {each.fault} ({each.told}): {word}, {each.seconds:.1f} s", flush=True)
+    for problem in each.wrong:
+        print("      " + problem.replace("\n", "\n      "), flush=True)
+    if each.wrong:
+        place = root / f"run-{each.number}"
+        print(f"      again: scripts/chaos --seed {seed} --only {each.number}; {place} holds {everything(place / 'disk')}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="decides on all that is chosen (default 1)")
+    parser.add_argument("--runs", type=int, default=100, help="how many (default 100)")
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin no run after so many")
+    parser.add_argument("--job", nargs="+", choices=JOBS, metavar="JOB", help="of these only")
+    parser.add_argument("--fault", nargs="+", choices=FAULTS, metavar="FAULT", help="of these only")
+    parser.add_argument("--only", type=int, metavar="NUMBER", help="the run of this number only")
+    parser.add_argument("--list", action="store_true", help="tell the jobs and faults there are")
+    parser.add_argument("--dir", help="where it all happens (default: memory, or the temporary folder)")
+    parser.add_argument("--keep", action="store_true", help="keep the folder")
+    parser.add_argument("--json", help="write every run there as well")
+    parser.add_argument("--verbose", action="store_true", help="tell every run")
+    return parser
