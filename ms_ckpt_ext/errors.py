@@ -17,7 +17,8 @@
     ├── LayoutMismatchError         slices, strategy and network disagree on a name, a shape or a dtype
     │                                                                     (also a ValueError and a RuntimeError)
     ├── CoverageError               no source holds a region that a target needs           (also a ValueError)
-    ├── StorageError                the operating system refused a read or a write         (also an OSError)
+    ├── StorageError                the operating system refused a read, a write, memory or a thread
+    │                                                                 (also an OSError, and a MemoryError without memory)
     │   └── ReadError               a file of a checkpoint cannot be read                  (also a ValueError)
     ├── LoadError                   a network could not be filled; says what was already changed (also a RuntimeError)
     └── TransportError              ranks could not exchange                               (also a RuntimeError)
@@ -37,7 +38,8 @@ from __future__ import annotations
 import errno
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional, TypeVar, cast
 
 Kind = TypeVar("Kind", bound="CheckpointError")
@@ -111,7 +113,7 @@ class CoverageError(CheckpointError, ValueError):
 
 
 class StorageError(CheckpointError, OSError):
-    """The operating system refused a read or a write; its errno is kept, and makes the class as for an OSError."""
+    """The operating system refused something; its errno is kept, and makes the class as for an OSError."""
 
     def __new__(cls, *args: object) -> StorageError:
         builtin = _OF_ERRNO.get(args[0]) if len(args) == 2 else None
@@ -161,16 +163,24 @@ _ADVICE = {
     errno.EEXIST: "a file stands where a folder is wanted: choose another path, or move the file away",
     errno.EISDIR: "a folder stands where a file is wanted: choose another path, or move the folder away",
     errno.EMFILE: "too many open files: raise `ulimit -n`",
+    errno.ENFILE: "the machine has too many open files: close some, then run again",
+    errno.ENOMEM: "use fewer threads or smaller buffers, or give the process more memory, then run again",
+    errno.EIO: "the storage failed: look at the machine's log, then run again",
 }
 
+_GENERAL_ADVICE = "check the path and the file system"
+_NO_THREAD = "can't start new thread"
+"""Python's RuntimeError where the system gives it none: for lack of memory, or of processes that a user may have."""
 
-_OF_ERRNO: Mapping[object, type[OSError]] = {
+
+_OF_ERRNO: Mapping[object, type[Exception]] = {
     errno.ENOENT: FileNotFoundError,
     errno.ENOTDIR: NotADirectoryError,
     errno.EEXIST: NotADirectoryError,  # of mkdir: a file stands where a folder is wanted
     errno.EISDIR: IsADirectoryError,
     errno.EACCES: PermissionError,
     errno.EPERM: PermissionError,
+    errno.ENOMEM: MemoryError,
 }
 _ALSO: Mapping[type[CheckpointError], tuple[type[Exception], ...]] = {
     DiscoveryError: (FileNotFoundError, NotADirectoryError),
@@ -200,8 +210,45 @@ def also(kind: type[Kind], builtin: type[BaseException]) -> type[Kind]:
 def storage_error(action: str, path: str, cause: OSError, kind: type[StorageError] = StorageError) -> StorageError:
     """Turn an `OSError` into a `StorageError` that says what was being done, to which file, and what to do."""
     reason = os.strerror(cause.errno) if cause.errno else str(cause)
-    advice = _ADVICE.get(cause.errno or 0, "check the path and the file system")
+    advice = _ADVICE.get(cause.errno or 0, _GENERAL_ADVICE)
     return kind(cause.errno, f"cannot {action} {path!r}: {reason}; {advice}")
+
+
+def named(error: BaseException, doing: str) -> BaseException:
+    """What the operating system refused, whoever asked it, as a StorageError; any other error as it is.
+
+    Args:
+        doing: what could not be done, for the message.
+
+    >>> type(named(MemoryError(), "merge")).__name__, named(KeyError("merge"), "merge")
+    ('MemoryStorageError', KeyError('merge'))
+    """
+    if isinstance(error, CheckpointError):
+        return error
+    where = ""
+    if isinstance(error, OSError):
+        code, reason = error.errno or 0, error.strerror or str(error)
+        where = f": {error.filename!r}" if error.filename is not None else ""
+    elif isinstance(error, MemoryError) or str(error) == _NO_THREAD:
+        code, reason = errno.ENOMEM, os.strerror(errno.ENOMEM)
+    else:
+        return error
+    advice = _ADVICE.get(code, _GENERAL_ADVICE)
+    return StorageError(
+        error.errno if isinstance(error, OSError) else code, f"cannot {doing}: {reason}{where}; {advice}"
+    )
+
+
+@contextmanager
+def naming(doing: str) -> Iterator[None]:
+    """Meanwhile errors of the operating system are `named`."""
+    try:
+        yield
+    except Exception as error:
+        ours = named(error, doing)
+        if ours is error:
+            raise
+        raise ours from error
 
 
 def name_ranks(ranks: Sequence[int], limit: int = 16) -> str:

@@ -246,7 +246,8 @@ def _print_json(data: Any) -> None:
         print(text)
 
 
-def _failed(error: Exception, command: Command, arguments: argparse.Namespace) -> int:
+def _failed(error: BaseException, command: Command, arguments: argparse.Namespace) -> int:
+    error = errors.named(error, command.name)
     code = next((code for kind, code in _CODES if isinstance(error, kind)), Exit.BUG)
     if code is Exit.BUG or arguments.verbose:
         import traceback

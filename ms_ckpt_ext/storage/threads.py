@@ -13,32 +13,57 @@ from typing import Callable, Generic, Optional, TypeVar
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_SLICES, _SLICE_SECONDS = 100, 0.1
+"""How long a thread may take to begin."""
 Make = Callable[[Callable[[], bool]], Callable[[_Item], None]]
 
 
 def spread(items: Iterator[_Item], workers: int, make: Make[_Item]) -> None:
     """Have threads (the calling one is one of them) take items until none are left.
 
-    The first error stops the others and is raised.
+    The first error stops the others and is raised. Where the system gives no more threads, there are fewer.
 
     Args:
         make: called by each thread, with a function that tells whether another thread has failed; returns what the
             thread does with an item.
     """
     source = _Shared(items)
-    threads = [
-        threading.Thread(target=_work, args=(source, make), name=f"pump-{n}", daemon=True) for n in range(workers - 1)
-    ]
+    threads: list[_Thread] = []
     try:
-        for thread in threads:
-            thread.start()
+        while len(threads) < workers - 1 and (thread := _Thread(source, make, f"pump-{len(threads)}")).begins():
+            threads.append(thread)
         _work(source, make)
-    except BaseException as error:  # noqa: BLE001 - a thread that cannot start; raised below
+    except BaseException as error:  # noqa: BLE001 - such as Ctrl-C; raised below
         source.fail(error)
     for thread in threads:
         _join(thread, source)
     if source.error is not None:
         raise source.error
+
+
+class _Begun(threading.Event):
+    """Is set by a thread when it begins. Python waits for that without end, also where memory lacked for it."""
+
+    def wait(self, timeout: Optional[float] = None) -> bool:
+        if any(super(_Begun, self).wait(_SLICE_SECONDS) for _ in range(_SLICES)):  # else one stop would be the end
+            return True
+        raise MemoryError("a thread did not begin")
+
+
+class _Thread(threading.Thread):
+    """A thread of `spread`."""
+
+    def __init__(self, source: _Shared[_Item], make: Make[_Item], name: str) -> None:
+        super().__init__(target=_work, args=(source, make), name=name, daemon=True)
+        self._started = _Begun()
+
+    def begins(self) -> bool:
+        """Start it; False where the system gives neither a thread nor memory for one."""
+        try:
+            self.start()
+        except (RuntimeError, MemoryError):
+            return False
+        return True
 
 
 def _join(thread: threading.Thread, source: _Shared[_Item]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Callable, Optional, TypeVar, Union
 
-from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks
+from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks, named
 from ms_ckpt_ext.transport.base import Ranks, Transport
 
 _T = TypeVar("_T")
@@ -72,8 +72,9 @@ def share_status(transport: Transport[Any], error: Optional[BaseException] = Non
 def start_status(transport: Transport[Any], error: Optional[BaseException] = None) -> Callable[[], None]:
     """The same in two steps: this rank tells how it fares, and may go on; what is returned waits, and raises.
 
-    Nothing else may be shared in between.
+    Nothing else may be shared in between. What the operating system refused this rank is told and raised by its name.
     """
+    error = error and named(error, f"do the part of rank {transport.rank}")
     return partial(_settle, transport, error, transport.start_share(b"" if error is None else _FAILED))
 
 

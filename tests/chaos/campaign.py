@@ -12,9 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple, Optional
@@ -23,8 +22,8 @@ from tests.chaos.faults import FAULTS, Counts, Struck
 from tests.chaos.injector import Injection, build, read_counts
 from tests.chaos.inputs import GOLDEN, make_inputs
 from tests.chaos.jobs import JOBS, Job, Place
-from tests.chaos.nursery import Nursery
 from tests.chaos.judging import Result, changed, everything, judge, judge_again, result_of
+from tests.chaos.nursery import Nursery
 from tests.chaos.running import Stage
 
 _NEWNS = 0x00020000
@@ -114,11 +113,13 @@ class Campaign:
         struck = struck._replace(anew=rng.random() < _ANEW)
         began = time.monotonic()
         place, other = (self.place(f"run-{number}{end}", job, which) for end, which in (("", "A"), ("-other", "B")))
-        over = job.writes and struck.room is None and rng.random() < 0.4
+        over = job.writes and struck.room is None and not struck.spoils and rng.random() < 0.4
         with _mounted(place.target.parent, struck.room):
             if over:
                 shutil.copytree(self.older(job), place.target)
-            before = {name: (place.source / name).read_bytes() for name in everything(place.source)} if job.source else {}
+            before = (
+                {name: (place.source / name).read_bytes() for name in everything(place.source)} if job.source else {}
+            )
             outcome, wrong = self._struck(rng, job, place, other, struck, victim, over)
         wrong += () if struck.spoils or not job.source else tuple(changed(before, place.source))
         if struck.spoils:
@@ -221,7 +222,7 @@ def can_mount() -> bool:
 
 
 def chosen(seed: int, runs: int, jobs: Sequence[str], faults: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a job and a fault: every pair comes once before any comes twice, and early ones show every job and fault."""
+    """Pairs of a job and a fault: each comes once before any comes twice, and all jobs and faults come early."""
     rng = Random(seed)
     made = 0
     while made < runs:
@@ -308,7 +309,9 @@ def _show(each: Ran, seed: int, root: Path) -> None:
         print("      " + problem.replace("\n", "\n      "), flush=True)
     if each.wrong:
         place = root / f"run-{each.number}"
-        print(f"      again: scripts/chaos --seed {seed} --only {each.number}; {place} holds {everything(place / 'disk')}")
+        print(
+            f"      again: scripts/chaos --seed {seed} --only {each.number}; {place} holds {everything(place / 'disk')}"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:

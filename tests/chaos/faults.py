@@ -99,7 +99,11 @@ def _somewhere(
 
 
 def _fails(
-    code: int, kinds: Sequence[str], sides: Sequence[str], may: frozenset[str] = _MAY_FAIL, times: Sequence[int] = (1, 0)
+    code: int,
+    kinds: Sequence[str],
+    sides: Sequence[str],
+    may: frozenset[str] = _MAY_FAIL,
+    times: Sequence[int] = (1, 0),
 ) -> Strike:
     def strike(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
         injection = _somewhere(rng, counts, kinds, sides, f"errno:{code}", times)

@@ -66,5 +66,5 @@ def environment(
 
 
 def read_counts(path: Path) -> dict[str, int]:
-    """"CALL@SIDE" -> how often it was made; "clock" as well."""
+    """ "CALL@SIDE" -> how often it was made; "clock" as well."""
     return {name: int(count) for name, count in (line.split() for line in path.read_text().splitlines())}

@@ -123,8 +123,7 @@ def _of_process(ended: Ended) -> Iterator[str]:
         yield f"it did not end in time: {ended.err[-3000:]}"
     if ended.children:
         yield f"{ended.children} processes outlived it"
-    for problem in re.findall(r"(?m)^Fatal Python error.*|Segmentation fault.*|.*ResourceWarning.*", ended.err):
-        yield problem
+    yield from re.findall(r"(?m)^Fatal Python error.*|Segmentation fault.*|.*ResourceWarning.*", ended.err)
 
 
 def _of_command(job: Job, place: Place, struck: Struck, ended: Ended, wrong: list[str]) -> str:
@@ -147,9 +146,7 @@ def _of_command(job: Job, place: Place, struck: Struck, ended: Ended, wrong: lis
     return ERROR
 
 
-def _of_ranks(
-    ended: Sequence[Ended], struck: Struck, right: Sequence[Result], victim: int, wrong: list[str]
-) -> str:
+def _of_ranks(ended: Sequence[Ended], struck: Struck, right: Sequence[Result], victim: int, wrong: list[str]) -> str:
     """Every rank holds what it should, or has an error of the package's; ranks come to one end."""
     told = _reports(ended)
     dead = [number for number, each in enumerate(ended) if each.code is None or each.code < 0]
@@ -222,7 +219,9 @@ def _of_part(
     job: Job, target: Path, found: Mapping[str, bytes], right: Sequence[Result], older: Sequence[Result]
 ) -> Iterator[str]:
     """A target that is neither: files of one result only, each whole, and loaders refuse them."""
-    contents = {n: held for n, held in found.items() if n.endswith((".safetensors", ".ckpt")) and not n.endswith(OBSTACLE)}
+    contents = {
+        n: held for n, held in found.items() if n.endswith((".safetensors", ".ckpt")) and not n.endswith(OBSTACLE)
+    }
     if not contents:
         return
     if not any(contents.items() <= result.files.items() for result in (*right, *older)):

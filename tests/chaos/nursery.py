@@ -153,7 +153,7 @@ def main() -> int:
 
 def _entries() -> Mapping[str, Any]:
     """Module of a command -> what it does with its arguments; and all that it will need is imported."""
-    import numpy  # noqa: F401, ICN001
+    import numpy  # noqa: F401
 
     from ms_ckpt_ext.cli.main import main as cli
     from tests.chaos import ranks, sockets  # noqa: F401

@@ -115,7 +115,9 @@ def _told(rank: int) -> Iterator[dict[str, Any]]:
 
 def _named(error: BaseException) -> dict[str, Any]:
     named = isinstance(error, CheckpointError)
-    trace: Optional[str] = None if named else "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    trace: Optional[str] = (
+        None if named else "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    )
     return {"error": type(error).__name__, "named": named, "message": str(error), "traceback": trace}
 
 

@@ -69,7 +69,9 @@ def transfer(
     """
 
     def rank(transport: LocalTransport) -> Moved:
-        return one_rank(transport, source, target, rules, runs, host, between, LoadOptions(bucket_bytes=1 << 20, **options))
+        return one_rank(
+            transport, source, target, rules, runs, host, between, LoadOptions(bucket_bytes=1 << 20, **options)
+        )
 
     return LocalWorld(world, timeout=20.0).run(rank)
 

@@ -24,7 +24,7 @@ from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files.job import Job, Output, Report, check_job, job_fingerprint, tasks_of
 from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests
-from ms_ckpt_ext.errors import CheckpointError, FormatError
+from ms_ckpt_ext.errors import CheckpointError, FormatError, naming
 from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.publishing import obstacles
@@ -50,6 +50,11 @@ def execute(job: Job, target: str, workers: int, limits: Limits, progress: Progr
         UsageError: an output file would replace a file of the source.
         StorageError: no space, no permission, another run writes one of the files; finished ones are kept for a rerun.
     """
+    with naming(f"write the result into {target!r}"):
+        return _execute(job, target, workers, limits, progress)
+
+
+def _execute(job: Job, target: str, workers: int, limits: Limits, progress: Progress) -> Report:
     shunned = (*job.shuns, *check_job(job, target))
     staging = Staging(target, job_fingerprint(job), manifest, job.task, job.sync)
     settled = _settled(job, staging)

@@ -143,18 +143,11 @@ class ExchangeRun(Generic[B]):
         """Run it. Arguments and errors are those of `run_exchange`."""
         self._sinks, self._digester, self.in_step = sinks, digester, False
         under_way = 2 if self._transport.traits.overlaps and len(self._turns) > 1 else 1
-        error: Optional[BaseException] = None
         try:
-            if any(demand.tensor.is_computed for demand in self._plan.demands):
-                from ms_ckpt_ext.engine.load.computing import computing_of
-
-                self._computing = computing_of(self._plan.demands, self._transport.rank, sinks, self._mover)
-            self._buffers = self._buffers or [self._allocate() for _ in range(under_way)]
+            error = self._make_ready(under_way)
             if not self._turns:
-                error = self._place_local() or self._finish(0, self._complete.get(0, ()))
+                error = error or self._place_local() or self._finish(0, self._complete.get(0, ()))
             for number, current in enumerate(self._turns):
-                for ahead in range(number, number + 1 + self._prefetch):
-                    self._slabs.start(ahead)
                 error = error or self._prepare(number, current)
                 self._tell(number, error)
                 error = self._start(number, current, error)
@@ -171,6 +164,16 @@ class ExchangeRun(Generic[B]):
             self._drain()
             self._verdict = None
             self._sinks, self._digester = {}, None
+
+    def _make_ready(self, under_way: int) -> Optional[BaseException]:
+        """Get what all rounds need; an error is returned, not raised."""
+        with _Step() as step:
+            if any(demand.tensor.is_computed for demand in self._plan.demands):
+                from ms_ckpt_ext.engine.load.computing import computing_of
+
+                self._computing = computing_of(self._plan.demands, self._transport.rank, self._sinks, self._mover)
+            self._buffers = self._buffers or [self._allocate() for _ in range(under_way)]
+        return step.error
 
     def _allocate(self) -> dict[str, B]:
         """The buffers of a round."""
@@ -192,8 +195,10 @@ class ExchangeRun(Generic[B]):
         return self._buffers[number % len(self._buffers)]
 
     def _prepare(self, number: int, current: RankRound) -> Optional[BaseException]:
-        """Stage this round's chunks and pack what others get of them; an error is returned, not raised."""
+        """Read ahead, stage this round's chunks, pack what others get of them; an error is returned, not raised."""
         with _Step() as step:
+            for ahead in range(number, number + 1 + self._prefetch):
+                self._slabs.start(ahead)
             self._slabs.stage(number)
             buffers = self._of(number)
             with self._trace.span("pack", round=number):
