@@ -49,13 +49,12 @@ class Campaign:
 
     Args:
         root: a folder of its own.
-        mounts: file systems may be mounted.
         library: the injector.
         nursery: where processes come from.
     """
 
-    def __init__(self, root: Path, mounts: bool, library: Path, nursery: Nursery) -> None:
-        self.root, self.mounts, self.library, self.nursery = root, mounts, library, nursery
+    def __init__(self, root: Path, library: Path, nursery: Nursery) -> None:
+        self.root, self.library, self.nursery = root, library, nursery
         make_inputs(root / "inputs")
         self._right: dict[tuple[str, str], Result] = {}
         self._counts: dict[str, list[Counts]] = {}
@@ -99,9 +98,7 @@ class Campaign:
         counts = self._counts[job.name][max(victim, 0)]
         if fault == "SIGSTOP for good" and victim < 0:
             victim = rng.randrange(job.processes)
-        struck = FAULTS[fault](rng, job, counts)
-        if struck is not None and struck.room is not None and not self.mounts:
-            struck = struck._replace(room=None) if struck.deed is not None and not struck.told else None
+        struck = FAULTS[fault].strike(rng, job, counts)
         return struck, victim
 
     def run(self, seed: int, number: int, job: Job, fault: str) -> Optional[Ran]:
@@ -221,22 +218,17 @@ def can_mount() -> bool:
     return private.returncode == 0 and subprocess.run(fresh, capture_output=True, check=False).returncode == 0
 
 
-def chosen(seed: int, runs: int, jobs: Sequence[str], faults: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of a job and a fault: each comes once before any comes twice, and all jobs and faults come early."""
+def chosen(seed: int, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Pairs of a job and a fault, without end: each once before any comes twice, and all jobs and faults early."""
     rng = Random(seed)
-    made = 0
-    while made < runs:
-        pairs = [(job, fault) for job in jobs for fault in faults]
-        rng.shuffle(pairs)
-        seen_jobs: Counter[str] = Counter()
-        seen_faults: Counter[str] = Counter()
-        while pairs and made < runs:
-            pair = min(pairs, key=lambda p: seen_jobs[p[0]] + seen_faults[p[1]])
-            pairs.remove(pair)
-            seen_jobs[pair[0]] += 1
-            seen_faults[pair[1]] += 1
-            made += 1
-            yield pair
+    while pairs:
+        left = rng.sample(pairs, len(pairs))
+        seen: Counter[str] = Counter()
+        while left:
+            job, fault = min(left, key=lambda pair: (seen[pair[0]] + seen[pair[1]], seen[pair[1]]))
+            left.remove((job, fault))
+            seen.update((job, fault))
+            yield job, fault
 
 
 def table(ran: Sequence[Ran], key: str) -> list[str]:
@@ -269,7 +261,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         library = build(root)
         assert library is not None, "there is a compiler"
         with Nursery(library) as nursery:
-            ran = _all(Campaign(root, mounts, library, nursery), arguments)
+            ran = _all(Campaign(root, library, nursery), arguments, mounts)
     finally:
         if not arguments.keep:
             shutil.rmtree(root, ignore_errors=True)
@@ -283,22 +275,23 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 1 if wrong else 0
 
 
-def _all(campaign: Campaign, arguments: argparse.Namespace) -> list[Ran]:
-    jobs, faults = arguments.job or [*JOBS], arguments.fault or [*FAULTS]
+def _all(campaign: Campaign, arguments: argparse.Namespace, mounts: bool) -> list[Ran]:
+    faults = {name: FAULTS[name] for name in arguments.fault or FAULTS}
+    jobs = [JOBS[name] for name in arguments.job or JOBS]
+    pairs = [(job.name, name) for job in jobs for name, fault in faults.items() if fault.fits(job, mounts)]
     deadline = time.monotonic() + arguments.minutes * 60
     ran: list[Ran] = []
-    pairs = chosen(arguments.seed, 1 << 30, jobs, faults)
-    for number, (job, fault) in enumerate(pairs):
-        if len(ran) >= arguments.runs or time.monotonic() > deadline or number > 20 * arguments.runs + 1000:
+    for number, (job, fault) in enumerate(chosen(arguments.seed, pairs)):
+        if len(ran) >= arguments.runs or time.monotonic() > deadline:
             break
-        if arguments.only is not None and number != arguments.only:
-            continue
-        each = campaign.run(arguments.seed, number, JOBS[job], fault)
-        if each is None:
-            continue
-        ran.append(each)
-        if arguments.verbose or each.wrong:
-            _show(each, arguments.seed, campaign.root)
+        if arguments.only is None or number == arguments.only:
+            each = campaign.run(arguments.seed, number, JOBS[job], fault)
+            if each is not None:
+                ran.append(each)
+                if arguments.verbose or each.wrong:
+                    _show(each, arguments.seed, campaign.root)
+        if number == arguments.only:
+            break
     return ran
 
 

@@ -78,12 +78,15 @@ Strike = Callable[[Random, Job, Counts], Optional[Struck]]
 """Gives what happens; None where the fault has no meaning for a job."""
 _MAY_FAIL = frozenset({RIGHT, ERROR})
 _MAY_DIE = frozenset({RIGHT, KILLED})
+_BOTH = ("source", "target")
+_TAKING = ("open", "write", "copy", "reserve", "sync", "rename", "mkdir")
+"""Calls that may find no room."""
 _ALL = ("open", "stat", "list", "read", "write", "copy", "reserve", "sync", "rename", "unlink", "mkdir")
 _RETRIED = ("open", "read", "write", "copy", "reserve", "sync")
 """Calls that may be interrupted by a signal."""
 
 
-def _calls(counts: Counts, kinds: Sequence[str], sides: Sequence[str] = ("source", "target")) -> list[str]:
+def _calls(counts: Counts, kinds: Sequence[str], sides: Sequence[str] = _BOTH) -> list[str]:
     return [call for kind in kinds for side in sides if counts.get(call := f"{kind}@{side}", 0)]
 
 
@@ -126,7 +129,7 @@ def _slow(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
 
 
 def _stalled(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
-    injection = _somewhere(rng, counts, _ALL, ("source", "target"), "delay:1200")
+    injection = _somewhere(rng, counts, _ALL, _BOTH, "delay:1200")
     return None if injection is None else Struck(injection)
 
 
@@ -135,14 +138,10 @@ def _clock(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
     return Struck(Injection(clock=(rng.randint(1, max(1, counts.get("clock", 1))), by)))
 
 
-def _done(deed: Deed, may: frozenset[str], sides: Sequence[str] = ("source", "target"), **more: bool) -> Strike:
+def _done(deed: Deed, may: frozenset[str], sides: Sequence[str] = _BOTH, **more: bool) -> Strike:
     """A deed while a call is held."""
 
     def strike(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
-        if "target" in sides and len(sides) == 1 and not job.writes:
-            return None
-        if "source" in sides and len(sides) == 1 and not job.source:
-            return None
         if not job.source:  # ranks that move what they hold: no call of theirs marks the way
             return Struck(deed=deed, after=rng.uniform(0.2, 0.9), may=may, **more)
         held = _somewhere(rng, counts, _ALL, sides, "hold")
@@ -168,8 +167,6 @@ def _pause(scene: Scene) -> None:
 
 def _stopped(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
     """One rank of several is stopped for good."""
-    if job.processes == 1:
-        return None
     struck = _done(_signal(signal.SIGSTOP), _MAY_DIE)(rng, job, counts)
     return None if struck is None else struck._replace(silent=True)
 
@@ -223,8 +220,6 @@ def _filled(scene: Scene) -> None:
 
 def _full(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
     """A file system that is too small, or that others fill meanwhile."""
-    if not job.writes:
-        return None
     if rng.random() < 0.3:
         return Struck(room=rng.choice((1, 8, 64)) << 14, may=_MAY_FAIL, gone=True)
     held = _somewhere(rng, counts, _ALL, ("target",), "hold")
@@ -235,7 +230,7 @@ def _few_files(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
     """More descriptors than a limit lets the process have; or at one call, as if the machine had no more."""
     if rng.random() < 0.5 and job.processes == 1:
         return Struck(limit=(resource.RLIMIT_NOFILE, rng.randint(7, 24)), may=_MAY_FAIL)
-    return _fails(rng.choice((errno.EMFILE, errno.ENFILE)), ("open", "list"), ("source", "target"))(rng, job, counts)
+    return _fails(rng.choice((errno.EMFILE, errno.ENFILE)), ("open", "list"), _BOTH)(rng, job, counts)
 
 
 def _little_memory(scene: Scene) -> None:
@@ -259,28 +254,47 @@ def _rivalled(other: bool) -> Strike:
     return _done(deed, _MAY_FAIL, ("target",))
 
 
-FAULTS: Mapping[str, Strike] = {
-    "short reads and writes": _short,
-    "EINTR": _fails(errno.EINTR, _RETRIED, ("source", "target"), frozenset({RIGHT}), (1, 2, 5)),
-    "EIO of the source": _fails(errno.EIO, ("open", "stat", "list", "read"), ("source",)),
-    "EIO of the target": _fails(errno.EIO, _ALL, ("target",)),
-    "ENOSPC": _fails(errno.ENOSPC, ("open", "write", "copy", "reserve", "sync", "rename", "mkdir"), ("target",)),
-    "a full file system": _full,
-    "EMFILE": _few_files,
-    "slow storage": _slow,
-    "stalled storage": _stalled,
-    "a file is replaced": _done(_replaced, _MAY_FAIL, ("source",), spoils=True),
-    "a file is truncated": _done(_truncated, _MAY_FAIL, ("source",), spoils=True),
-    "a file is removed": _done(_removed, _MAY_FAIL, ("source",), spoils=True),
-    "the clock jumps": _clock,
-    "SIGKILL": _done(_signal(signal.SIGKILL), _MAY_DIE),
-    "SIGTERM": _done(_signal(signal.SIGTERM), _MAY_DIE),
-    "SIGINT": _done(_signal(signal.SIGINT), _MAY_DIE),
-    "SIGSTOP, SIGCONT": _done(_pause, frozenset({RIGHT})),
-    "SIGSTOP for good": _stopped,
-    "out of memory": _memory,
-    "read-only": _fails(errno.EROFS, (*CHANGING, "open"), ("target",), times=(0,)),
-    "the target vanishes": _vanishing,
-    "two runs at once": _rivalled(other=False),
-    "two jobs at once": _rivalled(other=True),
+class Fault(NamedTuple):
+    """One kind of fault.
+
+    Attributes:
+        strike: how it befalls a run.
+        needs: what a job must have for it: files that it reads ("source"), a "target", "several" ranks in processes of
+            their own; and what the machine must allow: "mounts".
+    """
+
+    strike: Strike
+    needs: frozenset[str] = frozenset()
+
+    def fits(self, job: Job, mounts: bool) -> bool:
+        """Whether it has a meaning for a job, and can be had."""
+        has = {"source": bool(job.source), "target": job.writes, "several": job.processes > 1, "mounts": mounts}
+        return all(has[need] for need in self.needs)
+
+
+_SOURCE, _TARGET = frozenset({"source"}), frozenset({"target"})
+FAULTS: Mapping[str, Fault] = {
+    "short reads and writes": Fault(_short, _SOURCE),
+    "EINTR": Fault(_fails(errno.EINTR, _RETRIED, _BOTH, frozenset({RIGHT}), (1, 2, 5)), _SOURCE),
+    "EIO of the source": Fault(_fails(errno.EIO, ("open", "stat", "list", "read"), ("source",)), _SOURCE),
+    "EIO of the target": Fault(_fails(errno.EIO, _ALL, ("target",)), _TARGET),
+    "ENOSPC": Fault(_fails(errno.ENOSPC, _TAKING, ("target",)), _TARGET),
+    "a full file system": Fault(_full, _TARGET | {"mounts"}),
+    "EMFILE": Fault(_few_files, _SOURCE),
+    "slow storage": Fault(_slow, _SOURCE),
+    "stalled storage": Fault(_stalled, _SOURCE),
+    "a file is replaced": Fault(_done(_replaced, _MAY_FAIL, ("source",), spoils=True), _SOURCE),
+    "a file is truncated": Fault(_done(_truncated, _MAY_FAIL, ("source",), spoils=True), _SOURCE),
+    "a file is removed": Fault(_done(_removed, _MAY_FAIL, ("source",), spoils=True), _SOURCE),
+    "the clock jumps": Fault(_clock),
+    "SIGKILL": Fault(_done(_signal(signal.SIGKILL), _MAY_DIE)),
+    "SIGTERM": Fault(_done(_signal(signal.SIGTERM), _MAY_DIE)),
+    "SIGINT": Fault(_done(_signal(signal.SIGINT), _MAY_DIE)),
+    "SIGSTOP, SIGCONT": Fault(_done(_pause, frozenset({RIGHT}))),
+    "SIGSTOP for good": Fault(_stopped, frozenset({"several"})),
+    "out of memory": Fault(_memory),
+    "read-only": Fault(_fails(errno.EROFS, (*CHANGING, "open"), ("target",), times=(0,)), _TARGET),
+    "the target vanishes": Fault(_vanishing, _TARGET | {"mounts"}),
+    "two runs at once": Fault(_rivalled(other=False), _TARGET),
+    "two jobs at once": Fault(_rivalled(other=True), _TARGET),
 }

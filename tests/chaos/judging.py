@@ -21,6 +21,7 @@ from tests.chaos.running import Ended
 HIDDEN = ".ms_ckpt_ext"
 RECORD = ".ms_ckpt_ext.json"
 _NAMED_CODES = (3, 4, 6)
+_LACKING = 5
 _INTERRUPTED = 130
 _DIFFERENT = 1
 _IN_PROGRESS = re.compile(r"^(\.lock|claims|[0-9a-f]+\.journal|[0-9a-f]+(/.*)?)$")
@@ -139,6 +140,8 @@ def _of_command(job: Job, place: Place, struck: Struck, ended: Ended, wrong: lis
         return KILLED
     if code == _DIFFERENT and not job.writes and (struck.spoils or "cannot " in ended.out):
         return ERROR
+    if code == _LACKING and not struck.told and "failed to map" in said:  # a library, for which there was no memory
+        return ERROR
     if code not in _NAMED_CODES or "Traceback" in said or " error: " not in said:
         wrong.append(f"exit code {code}: {said[-1500:]}{ended.out[-600:]}")
     elif struck.told and str(place.root) not in said:
@@ -219,10 +222,8 @@ def _of_part(
     job: Job, target: Path, found: Mapping[str, bytes], right: Sequence[Result], older: Sequence[Result]
 ) -> Iterator[str]:
     """A target that is neither: files of one result only, each whole, and loaders refuse them."""
-    contents = {
-        n: held for n, held in found.items() if n.endswith((".safetensors", ".ckpt")) and not n.endswith(OBSTACLE)
-    }
-    if not contents:
+    contents = _contents(found)
+    if not contents or any(contents.items() == _contents(result.files).items() for result in older):
         return
     if not any(contents.items() <= result.files.items() for result in (*right, *older)):
         yield f"what is in the target is of no single result: {_differences(contents, right[0].files)}"
@@ -230,6 +231,11 @@ def _of_part(
         yield f"an incomplete result without a mark that it is: {sorted(found)}"
     if job.indexed and _loads(target):
         yield f"an incomplete result that loads: {sorted(found)}"
+
+
+def _contents(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files that hold tensors."""
+    return {n: held for n, held in files.items() if n.endswith((".safetensors", ".ckpt")) and not n.endswith(OBSTACLE)}
 
 
 def _loads(target: Path) -> bool:
