@@ -25,7 +25,7 @@ from typing import NamedTuple, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
-from ms_ckpt_ext.storage.linux import read_small, sync_path
+from ms_ckpt_ext.storage.linux import is_folder, read_small, require_absence, sync_path
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import places_of
 from ms_ckpt_ext.storage.reader import from_json
@@ -164,7 +164,7 @@ class Claim:
             here = place.hidden is self._hidden
             for job, claimed in _claims(place.hidden).items():
                 both, folder = place.meets(names, claimed), place.hidden.job(job)
-                if not both or (here and job == self._job) or not os.path.isdir(folder):
+                if not both or (here and job == self._job) or not is_folder(folder):
                     continue
                 if any(locks.held(folder)):
                     more = f" and {len(both) - 1} more files" if both - {min(both)} else ""
@@ -253,8 +253,9 @@ def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What runs left in a job's folder, besides locks."""
-    walked = ((Path(inside), name) for inside, _, names in os.walk(folder) for name in names)
+    """What runs left in a job's folder, besides locks. Raises StorageError."""
+    walk = os.walk(folder, onerror=lambda error: require_absence(error, folder, "list"))
+    walked = ((Path(inside), name) for inside, _, names in walk for name in names)
     return [inside / name for inside, name in walked if not name.endswith(locks.SUFFIX)]
 
 

@@ -14,7 +14,9 @@ import sys
 from array import array
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
+
+from ms_ckpt_ext.errors import naming, storage_error
 
 _LONGEST = 120
 """Bytes of a temporary name. File systems take 255, encrypted ones 143; what a result is called may be as long."""
@@ -32,11 +34,33 @@ lies 1 to 31 bytes further into its page than the source into its own. Offsets i
 and what `malloc` gives for a long buffer begins 16 bytes after one: just there.
 """
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG}
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 # statfs(2) types of file systems whose server copies, so that the bytes do not cross the network twice: NFS 4.2, CIFS,
 # SMB 2, Ceph, FUSE. Others copy page by page, slower than a read and a write; those that could share blocks (XFS,
 # Btrfs) do so only between offsets that are multiples of a block, which those of tensors are not.
 _COPY_BY_THEMSELVES = {0x6969, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x65735546}
+
+
+def require_absence(error: OSError, path: Union[str, Path], action: str = "look at") -> None:
+    """Return where a file is not there, or is another user's; all other errors do not tell that: raise StorageError."""
+    if error.errno not in _ABSENT:
+        raise storage_error(action, str(path), error) from error
+
+
+def status_of(path: Union[str, Path]) -> Optional[os.stat_result]:
+    """The status of a file or folder; None when there is none, or it is another user's. Raises StorageError."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        require_absence(error, path)
+        return None
+
+
+def is_folder(path: Union[str, Path]) -> bool:
+    """Whether there is such a folder. Raises StorageError, where `os.path.isdir` takes every error for an answer."""
+    status = status_of(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def derived(path: Path, ending: str) -> Path:
@@ -146,9 +170,11 @@ def preallocate(fd: int, size: int) -> None:
     """
     libc = _libc()
     if libc is not None and size:
-        if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
-            return
-        code = ctypes.get_errno()
+        code = errno.EINTR
+        while code == errno.EINTR:
+            if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+                return
+            code = ctypes.get_errno()
         if code not in _UNSUPPORTED:
             raise OSError(code, os.strerror(code))
     os.ftruncate(fd, size)
@@ -222,10 +248,14 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 
 def scratch(nbytes: int) -> memoryview:
-    """Flat writable bytes, zero at first, that begin with a page; in huge pages, since page faults are expensive."""
+    """Flat writable bytes, zero at first, that begin with a page; in huge pages, since page faults are expensive.
+
+    Raises StorageError: there is not so much memory.
+    """
     if nbytes == 0:
         return memoryview(bytearray())
-    area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with naming(f"get {nbytes} bytes of memory"):
+        area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(AttributeError, OSError):  # no such advice on this system, or in this kernel
         area.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(area)

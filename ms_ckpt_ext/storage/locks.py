@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ms_ckpt_ext.errors import StorageError
+from ms_ckpt_ext.storage.linux import is_folder, require_absence
 
 SUFFIX = ".lock"
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
@@ -121,11 +122,7 @@ def held(folder: Path, besides: str = "") -> Iterator[str]:
 
     For who keeps others from taking them meanwhile: a lock that is looked at cannot be taken.
     """
-    try:
-        names = [name for name in os.listdir(folder) if name.endswith(SUFFIX) and name != besides]
-    except OSError:  # there is none
-        return
-    yield from (name for name in names if _is_held(folder / name))
+    yield from (n for n in sorted(_names(folder)) if n.endswith(SUFFIX) and n != besides and _is_held(folder / n))
 
 
 def _is_held(lock: Path) -> bool:
@@ -164,8 +161,8 @@ class HiddenFolder:
 
     @property
     def is_there(self) -> bool:
-        """Whether there is such a folder."""
-        return os.path.isdir(self.path)
+        """Whether there is such a folder. Raises StorageError."""
+        return is_folder(self.path)
 
     @property
     def is_entered(self) -> bool:
@@ -224,9 +221,11 @@ class HiddenFolder:
 
 
 def _names(folder: Path) -> set[str]:
+    """What is in a folder; nothing, where there is none, or it is another user's, above. Raises StorageError."""
     try:
         return set(os.listdir(folder))
-    except OSError:  # there is none, or it is another user's, above
+    except OSError as error:
+        require_absence(error, folder, "list")
         return set()
 
 

@@ -25,8 +25,16 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.errors import StorageError
-from ms_ckpt_ext.storage.linux import boot_id, derived, read_small, sync_path, write_atomically
+from ms_ckpt_ext.errors import StorageError, storage_error
+from ms_ckpt_ext.storage.linux import (
+    boot_id,
+    derived,
+    read_small,
+    require_absence,
+    status_of,
+    sync_path,
+    write_atomically,
+)
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.reader import from_json
 
@@ -69,16 +77,13 @@ class Published(NamedTuple):
 
 
 def state_of(path: Path) -> Optional[State]:
-    """The state of a file; None when there is none."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return State(status.st_size, status.st_mtime_ns)
+    """The state of a file; None when there is none. Raises StorageError."""
+    status = status_of(path)
+    return None if status is None else State(status.st_size, status.st_mtime_ns)
 
 
 def read_published(folder: Path) -> Published:
-    """What is on record in a folder; nothing, where there is no record or it cannot be understood."""
+    """What is on record in a folder; nothing, where no record is or it cannot be understood. Raises StorageError."""
     try:
         held: Any = from_json(read_small(folder / RECORD))
         of_one_job = (held.get("job"), True)  # as records were when they were of one job each
@@ -86,8 +91,11 @@ def read_published(folder: Path) -> Published:
         files = {name: Entry(State(size, mtime), job, bool(digested)) for name, (size, mtime, job, digested) in entries}
         missing = {job: [*map(str, names)] for job, names in held.get("missing", {}).items()}
         return Published(files, missing) if all(map(_is_sound, files.values())) else Published()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Published()
+    except OSError as error:
+        require_absence(error, folder / RECORD, "read")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return Published()
 
 
 def _is_sound(entry: Entry) -> bool:
@@ -193,7 +201,7 @@ def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collectio
 
 
 def read_journal(path: Path) -> Optional[Journal]:
-    """A journal from its file; None when it is none."""
+    """A journal from its file; None when it is none. Raises StorageError: it cannot be read."""
     try:
         held: dict[str, Any] = from_json(read_small(path))
         found = Journal(**{**held, "files": {name: State(*state) for name, state in held["files"].items()}})
@@ -204,7 +212,11 @@ def read_journal(path: Path) -> Optional[Journal]:
         numbers = [number for state in found.files.values() for number in state]
         if any(os.path.isabs(name) or ".." in name.split("/") for name in (*found.files, *found.indexes, *found.gone)):
             return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error("read what an earlier run was publishing, in", str(path), error) from error
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
     return found if sound else None
@@ -304,10 +316,11 @@ def _move(old: Path, new: Path, sync: bool) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """True when a file is the index that stands while files are moved."""
+    """True when a file is the index that stands while files are moved. Raises StorageError."""
     try:
         return path.stat().st_size == len(UNFINISHED) and path.read_bytes() == UNFINISHED
-    except OSError:
+    except OSError as error:
+        require_absence(error, path, "read")
         return False
 
 

@@ -22,7 +22,7 @@ from typing import Any, Callable, Optional
 from ms_ckpt_ext.errors import CheckpointError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
 from ms_ckpt_ext.storage.claims import NOTE, PARTIAL, Claim
-from ms_ckpt_ext.storage.linux import derived, read_small
+from ms_ckpt_ext.storage.linux import derived, read_small, require_absence
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import RECORD, Journal, Ledger, State, state_of
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
@@ -90,10 +90,15 @@ class Staging:
             path.write_bytes(note)
 
     def note(self, name: str) -> Optional[bytes]:
-        """What `keep` was given. Not synced, so a crash of the machine may have left less of it."""
+        """What `keep` was given; a crash of the machine may have left less of it, for it is not synced.
+
+        Raises StorageError.
+        """
+        path = derived(self.folder / name, NOTE)
         try:
-            return read_small(derived(self.folder / name, NOTE))
-        except OSError:
+            return read_small(path)
+        except OSError as error:
+            require_absence(error, path, "read")
             return None
 
     def discard(self, names: Iterable[str]) -> None:
@@ -115,6 +120,8 @@ class Staging:
         Args:
             size: its bytes on disk.
             literals: what must stand where in it, as `opener` shows it.
+
+        Raises StorageError: it is there, and cannot be read.
         """
         return _matches(self.folder / name, size, literals, opener)
 
@@ -178,13 +185,20 @@ class Staging:
             digests: what the ledger is to keep of the files.
             missing: files of the set that are to come from other shares.
         """
-        states = {name: state for name in names if (state := state_of(self.folder / name)) is not None}
+        states = {name: self._complete(name) for name in names}
         texts = {name: contents.decode() for name, contents in index.items()}
         boot = None if self._sync else publishing.this_boot()
         todo = Journal(self.job, states, texts, sorted(gone), dict(digests), sorted(missing), boot)
         with _told("publish the result in", self.target):
             _require_room(self.target, (*todo.names, RECORD, self._ledger.MANIFEST_NAME))
             publishing.publish(self._hidden, todo, self._ledger)
+
+    def _complete(self, name: str) -> State:
+        """The state of a file that is complete."""
+        state = state_of(self.folder / name)
+        if state is None:
+            raise storage_error("find", str(self.folder / name), FileNotFoundError(errno.ENOENT, ""))
+        return state
 
     def abandon(self, names: Iterable[str]) -> None:
         """After an error while writing these files: keep finished ones for the next run, remove all else."""
@@ -230,8 +244,11 @@ def _matches(path: Path, size: int, literals: Sequence[tuple[int, bytes]], opene
             return False
         with opener(str(path)) as reader:
             return all(_read(reader, offset, len(data)) == data for offset, data in literals)
-    except (OSError, CheckpointError):
-        return False
+    except OSError as error:
+        require_absence(error, path)
+    except CheckpointError:
+        pass
+    return False
 
 
 def _read(reader: ByteReader, offset: int, length: int) -> bytearray:

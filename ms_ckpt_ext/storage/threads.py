@@ -9,11 +9,14 @@ import gc
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Callable, Generic, Optional, TypeVar
+
+from ms_ckpt_ext.errors import named
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
-_SLICES, _SLICE_SECONDS = 100, 0.1
+_SLICES, _SLICE_SECONDS = 20, 0.1
 """How long a thread may take to begin."""
 Make = Callable[[Callable[[], bool]], Callable[[_Item], None]]
 
@@ -30,22 +33,25 @@ def spread(items: Iterator[_Item], workers: int, make: Make[_Item]) -> None:
     source = _Shared(items)
     threads: list[_Thread] = []
     try:
-        while len(threads) < workers - 1 and (thread := _Thread(source, make, f"pump-{len(threads)}")).begins():
-            threads.append(thread)
+        while len(threads) < workers - 1:
+            threads.append(_Thread(partial(_work, source, make), f"pump-{len(threads)}"))
+            if not threads[-1].begins():
+                threads.pop()
+                break
         _work(source, make)
     except BaseException as error:  # noqa: BLE001 - such as Ctrl-C; raised below
         source.fail(error)
     for thread in threads:
         _join(thread, source)
     if source.error is not None:
-        raise source.error
+        raise named(source.error, "read or write files")
 
 
 class _Begun(threading.Event):
-    """Is set by a thread when it begins. Python waits for that without end, also where memory lacked for it."""
+    """Set by a thread that begins. Python waits for that without end, also where a thread died for lack of memory."""
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        if any(super(_Begun, self).wait(_SLICE_SECONDS) for _ in range(_SLICES)):  # else one stop would be the end
+        if any(super(_Begun, self).wait(_SLICE_SECONDS) for _ in range(_SLICES)):  # this process may be stopped in one
             return True
         raise MemoryError("a thread did not begin")
 
@@ -53,17 +59,28 @@ class _Begun(threading.Event):
 class _Thread(threading.Thread):
     """A thread of `spread`."""
 
-    def __init__(self, source: _Shared[_Item], make: Make[_Item], name: str) -> None:
-        super().__init__(target=_work, args=(source, make), name=name, daemon=True)
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work_off = work
         self._started = _Begun()
+        self._lock = threading.Lock()
+        self._begun = self._given_up = False
 
     def begins(self) -> bool:
-        """Start it; False where the system gives neither a thread nor memory for one."""
+        """Start it; False where the system gives no thread, or no memory for one: then it never works."""
         try:
             self.start()
         except (RuntimeError, MemoryError):
-            return False
-        return True
+            with self._lock:
+                self._given_up = not self._begun
+        return not self._given_up
+
+    def run(self) -> None:
+        """Work, unless that came too late."""
+        with self._lock:
+            self._begun = not self._given_up
+        if self._begun:
+            self._work_off()
 
 
 def _join(thread: threading.Thread, source: _Shared[_Item]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -94,6 +95,19 @@ def test_local_file_systems_are_not_asked_to_copy(large: Path, tmp_path: Path, m
             pytest.skip("the temporary folder is on a file system that copies by itself")
     merge(large, tmp_path)
     assert_merged(tmp_path, rows=ROWS)
+
+
+def test_room_is_reserved_although_a_signal_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fallocate(fd: int, *_: Any) -> int:
+        calls.append(fd)
+        return fails(errno.EINTR)() if len(calls) < 3 else real.fallocate(fd, *_)
+
+    real: Any = c_library(monkeypatch, fallocate=fallocate)
+    with closing(FileSink(str(tmp_path / "x"), 5000, sync=False)):
+        assert len(calls) == 3
+        assert (tmp_path / "x").stat().st_size == 5000
 
 
 @pytest.mark.parametrize("call", ["no C library", "fallocate"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
 import os
 import threading
 import time
+from typing import Callable
 
 import pytest
 
@@ -51,6 +53,44 @@ def test_the_error_of_the_first_item_that_has_one_is_raised() -> None:
         in_order(call, range(1000), 2)
     assert isinstance(caught.value.__cause__, FileNotFoundError)
     assert len(begun) < 900
+
+
+def no_thread(*_: object, **__: object) -> int:
+    """What Python raises for lack of memory, or of processes that a user may have."""
+    raise RuntimeError("can't start new thread")
+
+
+def stillborn(*_: object, **__: object) -> int:
+    """A thread that is there, and has no memory to begin with anything."""
+    return 1
+
+
+def late(run: Callable[[], object], *_: object, **__: object) -> int:
+    """A thread that begins when it has been given up."""
+
+    def begin() -> None:
+        time.sleep(2.5)
+        run()
+
+    return _thread.start_new_thread(begin, ())
+
+
+@pytest.mark.parametrize("start", [no_thread, stillborn, late])
+def test_where_the_system_gives_no_thread_the_calling_one_does_it_all(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+
+    def call(item: int) -> int:
+        used.append(threading.get_ident())
+        return item
+
+    for name in ("_start_new_thread", "_start_joinable_thread"):  # the latter from Python 3.13 on
+        monkeypatch.setattr(threading, name, start, raising=False)
+    assert in_order(call, range(5), 4) == [*range(5)]
+    if start is late:
+        time.sleep(1.0)
+    assert used == [threading.get_ident()] * 5
 
 
 @pytest.mark.parametrize("workers", [1, 2])

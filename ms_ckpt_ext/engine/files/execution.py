@@ -24,7 +24,7 @@ from ms_ckpt_ext.engine.copying import worker
 from ms_ckpt_ext.engine.files.job import Job, Output, Report, check_job, job_fingerprint, tasks_of
 from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests
-from ms_ckpt_ext.errors import CheckpointError, FormatError, naming
+from ms_ckpt_ext.errors import CheckpointError, FormatError, StorageError, naming
 from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.publishing import obstacles
@@ -65,9 +65,8 @@ def _execute(job: Job, target: str, workers: int, limits: Limits, progress: Prog
     staging.open((*job.everything, *job.index, *obstacles(job.index)), shunned)
     try:
         replaced, there = job.replaces(), published(job, staging)
-        done = [output for output in job.outputs if output.name not in there and is_done(job, output, staging)]
-        kept = {output.name for output in done if is_intact(job, output, staging, workers)}
-        kept |= {output.name for output in job.outputs} & there
+        mine = {output.name: output for output in job.outputs}
+        kept = {name for name, each in mine.items() if name in there or _will_do(job, each, staging, workers)}
         with staging.alone():
             settled = _settled(job, staging)  # by another task, or an earlier run that has been finished meanwhile
             if settled is None:
@@ -104,7 +103,8 @@ def _publish(job: Job, staging: Staging, replaced: Sequence[str]) -> tuple[str, 
     reader takes the rest for a checkpoint.
     """
     there, everything = published(job, staging), job.everything
-    waiting = [name for name, each in everything.items() if name not in there and is_done(job, each, staging)]
+    mine = {output.name for output in job.outputs}
+    waiting = [n for n, each in everything.items() if n not in there and (n in mine or is_done(job, each, staging))]
     missing = tuple(name for name in everything if name not in there and name not in waiting)
     late = {task for task, outputs in job.shares.items() if any(output.name in missing for output in outputs)}
     if not waiting or late & staging.seen():
@@ -142,11 +142,22 @@ def published(job: Job, staging: Staging) -> set[str]:
 
 
 def is_done(job: Job, output: Output, staging: Staging) -> bool:
-    """True when an output waits: complete by its size and framing, and where it is encrypted, by key and beginning."""
+    """True when an output waits: complete by its size and framing, and where it is encrypted, by key and beginning.
+
+    Raises StorageError: that cannot be told.
+    """
     literals = output.layout.fixed if job.seal is None else output.layout.fixed[:1]
     if job.digests and noted(staging, output.name) is None:
         return False
     return staging.holds(output.name, job.size(output), literals, partial(job.open, output))
+
+
+def _will_do(job: Job, output: Output, staging: Staging, workers: int) -> bool:
+    """Whether an earlier run left an output that is complete and intact. What cannot be read is written again."""
+    try:
+        return is_done(job, output, staging) and is_intact(job, output, staging, workers)
+    except StorageError:
+        return False
 
 
 def is_intact(job: Job, output: Output, staging: Staging, workers: int) -> bool:

@@ -17,6 +17,7 @@ from ms_ckpt_ext.errors import UsageError, storage_error
 from ms_ckpt_ext.formats.discovery.rank_folders import HYPER_NAMES, INDEX_NAMES, RANK_FOLDER
 from ms_ckpt_ext.formats.table import FORMATS, SUFFIXES
 from ms_ckpt_ext.storage import publishing
+from ms_ckpt_ext.storage.linux import is_folder
 from ms_ckpt_ext.storage.locks import HiddenFolder
 from ms_ckpt_ext.storage.publishing import Published, places_of, read_published, state_of
 
@@ -92,7 +93,7 @@ def of_recut(
         file_name: rank -> what the job calls its file.
         every_rank: files of this very name in other ranks' folders go, whoever wrote them.
     """
-    if not os.path.isdir(target):
+    if not is_folder(target):
         return ()
     ranks = [int(match[1]) for match in map(RANK_FOLDER.match, _names_in(target)) if match]
     beyond, records = dict.fromkeys(map(file_name, ranks)), Records()

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks
-from ms_ckpt_ext.storage.linux import read_small, write_atomically
+from ms_ckpt_ext.storage.linux import read_small, status_of, write_atomically
 from ms_ckpt_ext.storage.publishing import places_of
 from ms_ckpt_ext.storage.reader import from_json
 
@@ -263,7 +263,7 @@ def take_off(directory: str, names: Collection[str], sync: bool) -> None:
             about.setdefault(folder, set()).update(begins + base for base in bases)
     below = os.path.join(os.path.realpath(directory), "")
     for folder, theirs in about.items():
-        if os.path.exists(os.path.join(folder, MANIFEST_NAME)):
+        if status_of(os.path.join(folder, MANIFEST_NAME)) is not None:
             try:
                 _take_off(folder, theirs, sync)
             except OSError:  # above, others may be at home: the record there is not true any more, which a check tells
@@ -317,8 +317,9 @@ def write_manifest(directory: str, manifest: Manifest, sync: bool = True) -> Non
 
 
 def size_of(directory: str, name: str) -> Optional[int]:
-    """Bytes on disk of a file that a folder's manifest lists; None when there is none."""
+    """Bytes on disk of a file that a folder's manifest lists; None when there is none. Raises StorageError."""
     try:
-        return os.stat(os.path.join(directory, *name.split("/"))).st_size
-    except (OSError, ValueError):  # also a name that no file can have
+        status = status_of(os.path.join(directory, *name.split("/")))
+    except ValueError:  # a name that no file can have
         return None
+    return None if status is None else status.st_size
