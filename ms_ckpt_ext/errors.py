@@ -17,8 +17,8 @@
     ├── LayoutMismatchError         slices, strategy and network disagree on a name, a shape or a dtype
     │                                                                     (also a ValueError and a RuntimeError)
     ├── CoverageError               no source holds a region that a target needs           (also a ValueError)
-    ├── StorageError                the operating system refused a read, a write, memory or a thread
-    │                                                                 (also an OSError, and a MemoryError without memory)
+    ├── StorageError                the operating system refused a read, a write, or memory
+    │                                                           (also an OSError; for lack of memory a MemoryError, too)
     │   └── ReadError               a file of a checkpoint cannot be read                  (also a ValueError)
     ├── LoadError                   a network could not be filled; says what was already changed (also a RuntimeError)
     └── TransportError              ranks could not exchange                               (also a RuntimeError)
@@ -234,9 +234,11 @@ def named(error: BaseException, doing: str) -> BaseException:
     else:
         return error
     advice = _ADVICE.get(code, _GENERAL_ADVICE)
-    return StorageError(
+    made = StorageError(
         error.errno if isinstance(error, OSError) else code, f"cannot {doing}: {reason}{where}; {advice}"
     )
+    made.__cause__ = error
+    return made
 
 
 @contextmanager

@@ -217,6 +217,12 @@ def test_several_that_are_silent_are_all_named() -> None:
         for deaf in (one, other):
             deaf.sendall(frame(HERE))
         told(all_share([found.lines[0], found.lines[2]]), TransportError, "ranks 1, 3 answered nothing for 3 s")
+        for line in found.lines:
+            line.close()
+        found.hub.join(HANG)
+        assert "ms_ckpt_ext hub" not in [thread.name for thread in threading.enumerate()], (
+            "it waits for who is given up"
+        )
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,9 @@ class Hub:
                 self._send(peer, _PING)
         if silent:
             seconds = self._limits.stopped_within(self._size)
-            self._break(GONE if len(silent) == 1 else LATE, min(silent), why_silent(sorted(silent), seconds))
+            why = why_silent(sorted(silent), seconds)
+            self._break(GONE if len(silent) == 1 else LATE, min(silent), why)
+            self._left.update(dict.fromkeys(silent, why))  # given up: the hub ends when the others have left
 
     def _pause(self) -> float:
         """Seconds until the next look around."""
