@@ -226,8 +226,10 @@ def named(error: BaseException, doing: str) -> BaseException:
     if isinstance(error, CheckpointError):
         return error
     where = ""
+    code: Optional[int] = errno.ENOMEM
+    reason = os.strerror(errno.ENOMEM)
     if isinstance(error, OSError):
-        code, reason = error.errno or 0, error.strerror or str(error)
+        code, reason = error.errno, error.strerror or str(error)
         where = f": {error.filename!r}" if error.filename is not None else ""
     elif isinstance(error, MemoryError) or str(error) == _NO_THREAD:
         code, reason = errno.ENOMEM, os.strerror(errno.ENOMEM)
