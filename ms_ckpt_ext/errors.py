@@ -225,20 +225,12 @@ def named(error: BaseException, doing: str) -> BaseException:
     """
     if isinstance(error, CheckpointError):
         return error
-    where = ""
-    code: Optional[int] = errno.ENOMEM
-    reason = os.strerror(errno.ENOMEM)
-    if isinstance(error, OSError):
-        code, reason = error.errno, error.strerror or str(error)
-        where = f": {error.filename!r}" if error.filename is not None else ""
-    elif isinstance(error, MemoryError) or str(error) == _NO_THREAD:
-        code, reason = errno.ENOMEM, os.strerror(errno.ENOMEM)
-    else:
+    code, where = errno.ENOMEM, ""
+    if isinstance(error, OSError) and error.errno is not None:
+        code, where = error.errno, f": {error.filename!r}" if error.filename is not None else ""
+    elif not isinstance(error, MemoryError) and (type(error), str(error)) != (RuntimeError, _NO_THREAD):
         return error
-    advice = _ADVICE.get(code, _GENERAL_ADVICE)
-    made = StorageError(
-        error.errno if isinstance(error, OSError) else code, f"cannot {doing}: {reason}{where}; {advice}"
-    )
+    made = StorageError(code, f"cannot {doing}: {os.strerror(code)}{where}; {_ADVICE.get(code, _GENERAL_ADVICE)}")
     made.__cause__ = error
     return made
 

@@ -34,7 +34,11 @@ lies 1 to 31 bytes further into its page than the source into its own. Offsets i
 and what `malloc` gives for a long buffer begins 16 bytes after one: just there.
 """
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE
-_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP, errno.ENAMETOOLONG}
+_ABSENT = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE),
+    *(errno.EACCES, errno.EPERM),  # it is another user's
+    *(errno.EISDIR, errno.ENXIO, None),  # what is there is no regular file, or too long, see `read_small`
+}
 _UNSUPPORTED = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 # statfs(2) types of file systems whose server copies, so that the bytes do not cross the network twice: NFS 4.2, CIFS,
 # SMB 2, Ceph, FUSE. Others copy page by page, slower than a read and a write; those that could share blocks (XFS,
@@ -43,7 +47,7 @@ _COPY_BY_THEMSELVES = {0x6969, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x65735546}
 
 
 def require_absence(error: OSError, path: Union[str, Path], action: str = "look at") -> None:
-    """Return where a file is not there, or is another user's; all other errors do not tell that: raise StorageError."""
+    """Return where an error tells that a file is absent, another user's, or none of ours; else raise StorageError."""
     if error.errno not in _ABSENT:
         raise storage_error(action, str(path), error) from error
 

@@ -212,9 +212,9 @@ def read_journal(path: Path) -> Optional[Journal]:
         numbers = [number for state in found.files.values() for number in state]
         if any(os.path.isabs(name) or ".." in name.split("/") for name in (*found.files, *found.indexes, *found.gone)):
             return None
-    except FileNotFoundError:
-        return None
     except OSError as error:
+        if error.errno in (errno.ENOENT, None):  # or it is no regular file
+            return None
         raise storage_error("read what an earlier run was publishing, in", str(path), error) from error
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

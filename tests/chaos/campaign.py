@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, TextIO
 
 from tests.chaos.faults import FAULTS, Counts, Struck
 from tests.chaos.injector import Injection, build, read_counts
@@ -51,10 +51,11 @@ class Campaign:
         root: a folder of its own.
         library: the injector.
         nursery: where processes come from.
+        shared: the folder of shared memory, in which only `root` may be.
     """
 
-    def __init__(self, root: Path, library: Path, nursery: Nursery) -> None:
-        self.root, self.library, self.nursery = root, library, nursery
+    def __init__(self, root: Path, library: Path, nursery: Nursery, shared: Optional[Path] = None) -> None:
+        self.root, self.library, self.nursery, self._shared = root, library, nursery, shared
         make_inputs(root / "inputs")
         self._right: dict[tuple[str, str], Result] = {}
         self._counts: dict[str, list[Counts]] = {}
@@ -107,7 +108,7 @@ class Campaign:
         struck, victim = self.strike(rng, job, fault)
         if struck is None:
             return None
-        struck = struck._replace(anew=rng.random() < _ANEW)
+        struck = struck._replace(anew=rng.random() < _ANEW and struck.told)  # without memory not even Python starts
         began = time.monotonic()
         place, other = (self.place(f"run-{number}{end}", job, which) for end, which in (("", "A"), ("-other", "B")))
         over = job.writes and struck.room is None and not struck.spoils and rng.random() < 0.4
@@ -118,6 +119,10 @@ class Campaign:
                 {name: (place.source / name).read_bytes() for name in everything(place.source)} if job.source else {}
             )
             outcome, wrong = self._struck(rng, job, place, other, struck, victim, over)
+        if self._shared is not None:
+            wrong += tuple(
+                f"left in shared memory: {path.name}" for path in self._shared.iterdir() if path != self.root
+            )
         wrong += () if struck.spoils or not job.source else tuple(changed(before, place.source))
         if struck.spoils:
             shutil.rmtree(place.source)
@@ -209,13 +214,15 @@ def _mounted(folder: Path, room: Optional[int]) -> Iterator[None]:
         folder.mkdir(exist_ok=True)
 
 
-def can_mount() -> bool:
-    """Give this process mounts of its own, which go with it; False where it may not have them."""
+def can_mount(memory: bool) -> bool:
+    """Give this process mounts of its own, which go with it, `memory` among them; False where it may not have them."""
     if os.geteuid() != 0 or ctypes.CDLL(None, use_errno=True).unshare(_NEWNS) != 0:
         return False
     private = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, check=False)
     fresh = ["mount", "-t", "tmpfs", "-o", "size=2g", "chaos", str(_MEMORY)]
-    return private.returncode == 0 and subprocess.run(fresh, capture_output=True, check=False).returncode == 0
+    if private.returncode or not memory:
+        return private.returncode == 0
+    return subprocess.run(fresh, capture_output=True, check=False).returncode == 0
 
 
 def chosen(seed: int, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -255,13 +262,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if shutil.which(os.environ.get("CC", "cc")) is None or not sys.platform.startswith("linux"):
         print("skipped: the injector needs Linux and a C compiler (cc)")
         return 77
-    mounts = can_mount()
+    with open(arguments.json or os.devnull, "w", encoding="utf-8") as told:  # before mounts hide it
+        return _campaign(arguments, told)
+
+
+def _campaign(arguments: argparse.Namespace, told: TextIO) -> int:
+    mounts = can_mount(not arguments.dir)
     root = Path(tempfile.mkdtemp(prefix="chaos-", dir=arguments.dir or (_MEMORY if mounts else None)))
+    shared = _MEMORY if mounts and not arguments.dir else None
     try:
         library = build(root)
         assert library is not None, "there is a compiler"
         with Nursery(library) as nursery:
-            ran = _all(Campaign(root, library, nursery), arguments, mounts)
+            ran = _all(Campaign(root, library, nursery, shared), arguments, mounts)
     finally:
         if not arguments.keep:
             shutil.rmtree(root, ignore_errors=True)
@@ -270,8 +283,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if not mounts:
         print("\nleft out: faults that need a file system of their own, for this process may not mount any")
     wrong = [each for each in ran if each.wrong]
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([each._asdict() for each in ran], indent=1))
+    json.dump([each._asdict() for each in ran], told, indent=1)
     return 1 if wrong else 0
 
 

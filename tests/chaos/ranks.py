@@ -21,7 +21,7 @@ import xxhash
 
 from ms_ckpt_ext.engine.load import session
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.load.wants import Want
+from ms_ckpt_ext.engine.load.session import Want
 from ms_ckpt_ext.engine.resume.newest import ResumeRequest, choose_checkpoint
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CheckpointError

@@ -15,7 +15,7 @@ from ms_ckpt_ext.storage import publishing
 from ms_ckpt_ext.storage.locks import HiddenFolder, held
 from tests.support.checkpoints import assert_merged, assert_nothing_complete, merge, source, tree
 
-LOOKS = ((os, "stat"), (os, "listdir"), (os, "scandir"), (os, "open"), (io, "open"))
+LOOKS = ("stat", "listdir", "scandir", "open")
 
 
 class Failing:
@@ -23,8 +23,9 @@ class Failing:
 
     def __init__(self, patch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
         self.seen, self._number, self._folder = 0, number, str(folder)
-        for module, name in LOOKS:
-            patch.setattr(module, name, self._watched(getattr(module, name)))
+        for name in LOOKS:
+            patch.setattr(os, name, self._watched(getattr(os, name)))
+        patch.setattr(io, "open", self._watched(io.open))
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(path: Any, *args: Any, **more: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any, Callable
 
 import pytest
 
-from ms_ckpt_ext.errors import DisagreementError, PeerError
+from ms_ckpt_ext.errors import DisagreementError, PeerError, StorageError
 from ms_ckpt_ext.transport.agree import agree, common_groups, share_status, start_status
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 
@@ -77,8 +77,21 @@ def test_a_failure_is_the_ranks_own_there_and_a_peer_error_elsewhere() -> None:
 
 
 def test_an_error_without_a_message_is_still_a_failure() -> None:
-    got = outcomes(2, lambda t: share_status(t, MemoryError() if t.rank else None))
-    assert isinstance(got[0], PeerError) and "MemoryError" in str(got[0])
+    got = outcomes(2, lambda t: share_status(t, BufferError() if t.rank else None))
+    assert isinstance(got[0], PeerError) and "BufferError" in str(got[0])
+
+
+@pytest.mark.parametrize(
+    ("refused", "kind"),
+    [(MemoryError(), MemoryError), (RuntimeError("can't start new thread"), MemoryError), (OSError(5, "x"), OSError)],
+    ids=["memory", "a thread", "a read"],
+)
+def test_what_the_system_refuses_a_rank_has_a_name(refused: BaseException, kind: type[Exception]) -> None:
+    got = outcomes(2, lambda t: share_status(t, refused if t.rank else None))
+    reason = "Input/output error" if kind is OSError else "Cannot allocate memory"
+    assert isinstance(got[1], StorageError) and isinstance(got[1], kind) and got[1].__cause__ is refused
+    assert f"cannot do the part of rank 1: {reason}; " in str(got[1])
+    assert isinstance(got[0], PeerError) and str(got[1]) in str(got[0])
 
 
 def test_a_huge_message_is_cut() -> None:
