@@ -27,7 +27,7 @@ from tests.support.checkpoints import (
     source,
     tree,
 )
-from tests.support.machine import c_library, fails
+from tests.support.machine import c_library, fails, system_call
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def refuse_to_list(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
             return real(path)
 
-        monkeypatch.setattr(os, name, refusing)
+        system_call(monkeypatch, name, refusing)
 
 
 def refuse_to_look(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -128,7 +128,7 @@ def refuse_to_look(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return real(path, *args, **more)
 
-    monkeypatch.setattr(os, "stat", stat)
+    system_call(monkeypatch, "stat", stat)
 
 
 @pytest.mark.parametrize("refuse", [refuse_to_list, refuse_to_look])

@@ -6,6 +6,7 @@ import builtins
 import ctypes
 import io
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,13 @@ def booted(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
         return io.BytesIO(name) if path == BOOT_FILE else real(path, *args, **more)
 
     monkeypatch.setattr(builtins, "open", opened)
+
+
+def system_call(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[..., Any]) -> None:
+    """A function of `os`, also where pathlib has a reference of its own to it, as before Python 3.11."""
+    monkeypatch.setattr(os, name, call)
+    if hasattr(pathlib, "_NormalAccessor") and hasattr(pathlib._NormalAccessor, name):
+        monkeypatch.setattr(pathlib._NormalAccessor, name, staticmethod(call))
 
 
 class _Library:

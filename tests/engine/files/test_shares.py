@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -205,17 +206,18 @@ def test_a_finished_share_again_while_the_last_one_publishes(tmp_path: Path, mon
     root, target = source(tmp_path / "src"), tmp_path / "out"
     begun(lambda: merge(root, target, split_dst_file=(2, 2), **SMALL))
     merge(root, target, split_dst_file=(1, 2), **SMALL)
-    real = Path.read_bytes
+    real = os.open
 
-    def read_bytes(path: Path) -> bytes:
+    def opened(path: Any, *args: Any, **more: Any) -> int:
         """Before the first note of a finished file is read: the other share publishes."""
-        if path.name.endswith(".note"):
-            monkeypatch.setattr(Path, "read_bytes", real)
+        if str(path).endswith(".note"):
+            monkeypatch.setattr(os, "open", real)
             assert merge(root, target, split_dst_file=(2, 2), **SMALL).published
-        return real(path)
+        return real(path, *args, **more)
 
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    monkeypatch.setattr(os, "open", opened)
     again = merge(root, target, split_dst_file=(1, 2), **SMALL)
+    assert os.open is real
     assert again.published and again.bytes_written == 0
     assert_merged(target)
     assert not list(target.glob(".ms_ckpt_ext"))
