@@ -98,7 +98,7 @@ def parts_of(
 
 
 class _Made(NamedTuple):
-    """A demand, cut: number of its unit of rows, for every slot the number of its set of files."""
+    """A demand, cut: number of its unit of rows, for every part the number of the set of files that hold its slot."""
 
     geometry: Cutting
     unit: int
@@ -120,13 +120,16 @@ class _Builder:
         self._unit_list: list[tuple[Cutting, Ints]] = []
         self._unit_start = [0]
         self._left: dict[Hashable, Travelling] = {}
+        self._alike: dict[Hashable, _Made] = {}
 
     def build(self, demands: Sequence[Demand]) -> Parts:
         made = [self._demand(number, demand) for number, demand in enumerate(demands)]
-        rows, start = self._rows(), starts(len(m.geometry.cuts) for m in made)
-        row_type = narrow(self._unit_start[-1])
-        spans = ((self._unit_start[m.unit], self._unit_start[m.unit + 1]) for m in made)
-        row = joined([np.arange(first, stop, dtype=row_type) for first, stop in spans], row_type)
+        rows, start = self._rows(), starts([len(m.geometry.cuts) for m in made])
+        wide = narrow(max(int(start[-1]), self._unit_start[-1]))
+        first = np.array(self._unit_start)[[m.unit for m in made]] - start[:-1]
+        row = np.repeat(first.astype(wide), np.diff(start))
+        row += np.arange(start[-1], dtype=wide)
+        row = row.astype(narrow(self._unit_start[-1]))
         file = self._choose(made, rows.nbytes, row)
         offset, scattered = self._offsets(made, start, file)
         order = np.lexsort((offset, file)).astype(np.int32)
@@ -137,6 +140,16 @@ class _Builder:
         return Parts(demand, row, file, offset, scattered, rows, self._sets, tuple(self._holders.members))
 
     def _demand(self, number: int, demand: Demand) -> _Made:
+        tensor = demand.tensor
+        if tensor.recipe is not None:
+            return self._cut(number, demand)
+        same = (id(demand.grids), id(tensor.placements), tensor.meta.dtype, tensor.meta.shape)
+        known = self._alike.get(same)
+        if known is None:
+            known = self._alike[same] = self._cut(number, demand)
+        return _Made(known.geometry, known.unit, known.replicas, (tensor.stored_name,))
+
+    def _cut(self, number: int, demand: Demand) -> _Made:
         tensor = demand.tensor
         key: Hashable = number
         if tensor.recipe is None:
@@ -153,7 +166,7 @@ class _Builder:
             geometry, wanted, files = self._travelling(key, geometry, wanted, replicas)
             replicas = self._replicas.numbers(files).astype(np.int32)
         names = (tensor.stored_name,) if tensor.recipe is None else tuple(slot.name for slot in geometry.slots)
-        return _Made(geometry, self._unit(key, geometry, wanted), replicas, names)
+        return _Made(geometry, self._unit(key, geometry, wanted), replicas[geometry.slot], names)
 
     def _number(self, mapping: object, content: Hashable) -> int:
         """A number for the content of a mapping."""
@@ -227,7 +240,7 @@ class _Builder:
     def _choose(self, made: Sequence[_Made], nbytes: Ints, row: Ints) -> Ints:
         """A file for every part: those with the same alternatives take them in turns of four chunks."""
         members = self._replicas.members
-        replicas = joined([m.replicas[m.geometry.slot] for m in made], narrow(len(members)))
+        replicas = joined([m.replicas for m in made], narrow(len(members)))
         most = max(map(max, members), default=0)
         file = np.array([files[0] for files in members], narrow(most))[replicas]
         several = np.flatnonzero(np.array([len(files) > 1 for files in members], bool)[replicas])
@@ -243,23 +256,28 @@ class _Builder:
         """Where every part begins in its file, and the extents of those that do not lie in one stretch."""
         offset = joined([m.geometry.offset for m in made], self._offset_type(made))
         scattered: dict[int, tuple[Extent, ...]] = {}
-        for one, low, high in zip(made, start.tolist(), start[1:].tolist()):
-            if isinstance(self._stored, Mapping):
-                offset[low:high] += self._stored[one.names[0]].offset
-                continue
+        if isinstance(self._stored, Mapping):
+            begin = np.array([self._stored[m.names[0]].offset for m in made], offset.dtype)
+            offset += np.repeat(begin, np.diff(start))
+            return offset, scattered
+        begins, files = [], iter(file.tolist())
+        slots: dict[int, list[int]] = {}
+        for one, low in zip(made, start.tolist()):
+            geometry, names = one.geometry, one.names
+            slot_of = slots.get(id(geometry)) or slots.setdefault(id(geometry), geometry.slot.tolist())
             known: dict[tuple[int, int], tuple[Extent, ...]] = {}
-            for number, (slot, where) in enumerate(zip(one.geometry.slot.tolist(), file[low:high].tolist()), low):
-                at = (slot if len(one.names) > 1 else 0, where)
-                extents = known.get(at) or known.setdefault(at, self._stored(where, one.names[at[0]]))
-                if len(extents) == 1:
-                    offset[number] += extents[0].offset
-                    continue
-                cut = one.geometry.cuts[number - low]
-                lying = tuple(ranges(extents, cut.offset, cut.nbytes))
-                offset[number] = lying[0].offset
-                if len(lying) > 1:
-                    scattered[number] = lying
-        return offset, scattered
+            for number, slot in enumerate(slot_of):
+                at = (slot if len(names) > 1 else 0, next(files))
+                extents = known.get(at) or known.setdefault(at, self._stored(at[1], names[at[0]]))
+                if len(extents) > 1:
+                    cut = geometry.cuts[number]
+                    lying = tuple(ranges(extents, cut.offset, cut.nbytes))
+                    begins.append(lying[0].offset - cut.offset)
+                    if len(lying) > 1:
+                        scattered[low + number] = lying
+                else:
+                    begins.append(extents[0].offset)
+        return offset + np.array(begins, np.int64), scattered
 
     def _offset_type(self, made: Sequence[_Made]) -> Any:
         if not isinstance(self._stored, Mapping):

@@ -154,7 +154,7 @@ class Layout(_Numbers):
         Raises:
             LayoutMismatchError: when `shape` cannot be cut this way.
         """
-        return cell_region(self.cells[rank], self.parts, shape)
+        return _region(self, rank, shape)
 
     def slice_shape(self, shape: Shape) -> Shape:
         """Shape of every slice of a parameter of full `shape`."""
@@ -205,6 +205,11 @@ def cell_region(cell: Cell, parts: Shape, shape: Shape) -> Region:
     extents = slice_shape(shape, parts)
     start = tuple(index * extent for index, extent in zip(cell, extents))
     return Region(start, tuple(low + extent for low, extent in zip(start, extents)))
+
+
+@lru_cache(maxsize=4096)
+def _region(layout: Layout, rank: int, shape: Shape) -> Region:
+    return cell_region(layout.cells[rank], layout.parts, shape)
 
 
 def _axis(layout: Layout, value: int) -> int:

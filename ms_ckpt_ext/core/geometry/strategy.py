@@ -61,7 +61,7 @@ class Strategy(NamedTuple):
         last_stage = 0
         for item in items:
             first = first or item
-            if item.layout.devices != first.layout.devices:
+            if item.layout is not first.layout and item.layout.devices != first.layout.devices:
                 raise StrategyError(
                     f"{origin}: parameter {item.name!r} (stage {item.stage}) spans {item.layout.devices} devices, "
                     f"{first.name!r} (stage {first.stage}) spans {first.layout.devices}; "
@@ -81,7 +81,8 @@ class Strategy(NamedTuple):
                 f"{origin} speaks of pipeline stage {last_stage}, with {first.layout.devices} devices a stage: more "
                 f"than {MAX_RANKS} ranks: it is damaged; save it again from the training job"
             )
-        different = len({layout for stages in layouts.values() for layout in stages.values()})
+        by_id = {id(layout): layout for stages in layouts.values() for layout in stages.values()}
+        different = len({*by_id.values()})
         if different * first.layout.devices > MOST_CELLS:
             raise StrategyError(
                 f"{origin} has {different} different layouts of {first.layout.devices} devices each, which no job "

@@ -13,7 +13,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import xxhash
@@ -75,34 +75,43 @@ def demands_of(catalog: Catalog, wants_by_rank: Sequence[Mapping[str, Want]]) ->
     alike: dict[int, list[int]] = {}
     for rank, wants in enumerate(wants_by_rank):
         alike.setdefault(id(wants), []).append(rank)
-    grids: dict[tuple[str, str], dict[Shape, dict[Cell, tuple[int, ...]]]] = {}
-    for ranks in alike.values():
-        for name, want in wants_by_rank[ranks[0]].items():
-            by_parts = grids.setdefault((want.source, name), {}).setdefault(want.layout.parts, {})
-            for cell, holders in _cells_of(want.layout, tuple(ranks)).items():
-                by_parts[cell] = by_parts.get(cell, ()) + holders
+    found: dict[tuple[str, str], list[_Wanted]] = {}
+    for ranks in map(tuple, alike.values()):
+        wanted: dict[int, _Wanted] = {}  # by identity of the layout: those of a mapping are few
+        for name, (source, layout) in wants_by_rank[ranks[0]].items():
+            each = wanted.get(id(layout)) or wanted.setdefault(id(layout), _Wanted(layout, ranks))
+            found.setdefault((source, name), []).append(each)
     order = {name: number for number, name in enumerate((*catalog.tensors, *catalog.extras))}
+    grids: dict[tuple[int, ...], tuple[Grid, ...]] = {}
     demands = []
-    for source, name in sorted(grids, key=lambda key: (order[key[0]], key[1])):
-        tensor = _tensor_of(catalog, source)
+    for source, name in sorted(found, key=lambda key: (order[key[0]], key[1])):
+        tensor, each_wanted = _tensor_of(catalog, source), found[source, name]
         if all(tensor.meta.shape):
-            wanted = grids[source, name].items()
-            demands.append(Demand(name, tensor, tuple(Grid(parts, cells) for parts, cells in wanted)))
+            key = tuple(map(id, each_wanted))
+            demands.append(Demand(name, tensor, grids.get(key) or grids.setdefault(key, _grids(each_wanted))))
     return demands
+
+
+class _Wanted(NamedTuple):
+    """A layout, and ranks that want something cut by it."""
+
+    layout: Layout
+    ranks: tuple[int, ...]
+
+
+def _grids(wanted: Sequence[_Wanted]) -> tuple[Grid, ...]:
+    """How ranks want a parameter: one value for all parameters that are wanted alike."""
+    grids: dict[Shape, dict[Cell, list[int]]] = {}
+    for layout, ranks in wanted:
+        by_parts, cells = grids.setdefault(layout.parts, {}), layout.cells
+        for rank in ranks:
+            by_parts.setdefault(cells[rank % len(cells)], []).append(rank)
+    return tuple(Grid(parts, {cell: tuple(held) for cell, held in cells.items()}) for parts, cells in grids.items())
 
 
 def _tensor_of(catalog: Catalog, source: str) -> SourceTensor:
     """A parameter of the catalog, by its name there."""
     return catalog.tensors[source] if source in catalog.tensors else catalog.extras[source]
-
-
-@lru_cache(maxsize=4096)
-def _cells_of(layout: Layout, ranks: tuple[int, ...]) -> dict[Cell, tuple[int, ...]]:
-    found: dict[Cell, tuple[int, ...]] = {}
-    for rank in ranks:
-        cell = layout.cells[rank % layout.devices]
-        found[cell] = found.get(cell, ()) + (rank,)
-    return found
 
 
 @dataclass(frozen=True)

@@ -205,18 +205,22 @@ def _parse_protobuf(path: str, data: bytes) -> Any:
 def _items(content: Any, path: str) -> Iterator[LayoutItem]:
     operators = content.parallel_strategy_item
     default = operators[0].parallel_strategys.stage if operators else 0
+    known: dict[bytes, Layout] = {}  # most parameters of a model are laid out alike
     for held in content.parallel_layout_item:
         plain, stage = split_stage(held.param_name, default)
         layouts = held.parallel_layouts
-        yield layout_item(
-            plain,
-            stage,
-            rows_of(layouts, "dev_matrix"),
-            rows_of(layouts, "tensor_map"),
-            (layouts.opt_weight_shard_step, layouts.opt_weight_shard_size),
-            uneven=bool(layouts.field or any(rows_of(layouts, "param_split_shape"))),
-            origin=f"strategy file {path!r}",
-        )
+        raw = layouts.SerializeToString()
+        if raw not in known:
+            known[raw] = layout_item(
+                plain,
+                stage,
+                rows_of(layouts, "dev_matrix"),
+                rows_of(layouts, "tensor_map"),
+                (layouts.opt_weight_shard_step, layouts.opt_weight_shard_size),
+                uneven=bool(layouts.field or any(rows_of(layouts, "param_split_shape"))),
+                origin=f"strategy file {path!r}",
+            ).layout
+        yield LayoutItem(plain, stage, known[raw])
 
 
 def strategy_map() -> Any:
