@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -115,37 +115,51 @@ Lines = Mapping[str, Mapping[int, Sequence[Timed]]]
 """Path of a module -> line -> the tests that run it, the quickest first."""
 
 
+@cache
+def _statements(module: Path) -> list[ast.stmt]:
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+
+
 class Place(NamedTuple):
-    """Where an operator may change something: the `number`-th place of those that it finds in a module."""
+    """Where an operator may change something: the `number`-th place of those that it finds in a statement."""
 
     operator: str
     number: int
     line: int
+    before: str
+    statement: str
+    after: str
 
 
 def places_of(source: str) -> list[Place]:
     """All places in a module."""
     left_alone = [*_left_alone(ast.parse(source))]
-    nodes = [*ast_nodes(get_ast(source))]
+    statements = [(node, node.get_code()) for node in get_ast(source).children]
     found = []
-    for name in (*OPERATORS, LeaveAway.__name__):
-        positions = (position for node in nodes for position in _operator(name).mutation_positions(node))
-        for number, (start, _) in enumerate(positions):
-            if not any(low <= start < high for low, high in left_alone):
-                found.append(Place(name, number, start[0]))
+    for at, (statement, text) in enumerate(statements):
+        nodes = [*ast_nodes(statement)]
+        rest = "".join(other for _, other in statements[:at]), text, "".join(other for _, other in statements[at + 1 :])
+        for name in (*OPERATORS, LeaveAway.__name__):
+            positions = (position for node in nodes for position in _operator(name).mutation_positions(node))
+            for number, (start, _) in enumerate(positions):
+                if not any(low <= start < high for low, high in left_alone):
+                    found.append(Place(name, number, start[0], *rest))
     return found
 
 
+@cache
 def _operator(name: str) -> Operator:
     return LeaveAway() if name == LeaveAway.__name__ else get_operator(f"core/{name}")()
 
 
-def mutant_of(module: Path, source: str, place: Place) -> Optional[Mutant]:
+def mutant_of(module: Path, place: Place) -> Optional[Mutant]:
     """A module with a fault; None where that is no Python."""
-    code = mutate_code(source, _operator(place.operator), place.number)
+    faulty = mutate_code(place.statement, _operator(place.operator), place.number)
+    code = place.before + faulty + place.after
     if not _compiles(code):
         return None
-    changed = [*difflib.unified_diff(source.split("\n"), code.split("\n"), lineterm="", n=0)][2:]
+    changed = [*difflib.unified_diff(place.statement.split("\n"), faulty.split("\n"), lineterm="", n=0)][2:]
     before, after = (" ".join(text[1:].strip() for text in changed if text[0] == sign) for sign in "-+")
     return Mutant(module, place.operator, place.line, code, before, after)
 
@@ -195,8 +209,8 @@ def tests_of(mutant: Mutant, lines: Lines) -> list[Timed]:
 def _statement(mutant: Mutant) -> tuple[int, int]:
     """The first and last line of the innermost statement, its body aside."""
     low, high = mutant.line, mutant.line
-    for node in ast.walk(ast.parse(mutant.module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.stmt) and node.lineno <= mutant.line <= (node.end_lineno or 0):
+    for node in _statements(mutant.module):
+        if node.lineno <= mutant.line <= (node.end_lineno or 0):
             body = getattr(node, "body", None)
             last = body[0].lineno - 1 if body else node.end_lineno or 0
             if node.lineno <= mutant.line <= last:
@@ -575,7 +589,7 @@ def _sample(name: str, path: Path, options: argparse.Namespace) -> Sample:
     text = source.split("\n")
     places = [place for place in places_of(source) if options.containing in text[place.line - 1]]
     random.Random(f"{options.seed} {name}").shuffle(places)
-    made = (mutant_of(path, source, place) for place in places[: options.sample or None])
+    made = (mutant_of(path, place) for place in places[: options.sample or None])
     chosen = [mutant for mutant in made if mutant is not None]
     known = equivalents()
     judged = [mutant for mutant in chosen if mutant.key not in known]

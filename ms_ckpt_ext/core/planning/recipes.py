@@ -225,14 +225,18 @@ def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:
     shape = tensor.meta.shape
     if prod(shape) != prod(view):
         raise LayoutMismatchError(f"{tensor.meta.name!r} of shape {list(shape)} cannot be seen as {list(view)}")
-    if tensor.recipe is not None:
+    recipe, meta = tensor.recipe, tensor.meta._replace(shape=view)
+    if recipe is not None:
         try:
+            if isinstance(recipe, Recipe):
+                split_axes(view, recipe.view)
+                return tensor._replace(meta=meta, recipe=Recipe.of(view, recipe.view, recipe.blocks))
             split_axes(shape, view)
         except ValueError as error:
             raise LayoutMismatchError(f"{tensor.meta.name!r}, which is made by a rule: {error}") from error
-        return SourceTensor(tensor.meta._replace(shape=view), "", (), SplitAxes(tensor, view))
+        return SourceTensor(meta, "", (), SplitAxes(tensor, view))
     placements = tuple(_seen(tensor, placement, view) for placement in tensor.placements)
-    return SourceTensor(tensor.meta._replace(shape=view), tensor.stored_name, placements)
+    return SourceTensor(meta, tensor.stored_name, placements)
 
 
 def _seen(tensor: SourceTensor, placement: Placement, view: Shape) -> Placement:

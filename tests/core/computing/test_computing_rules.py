@@ -28,6 +28,7 @@ from ms_ckpt_ext.rules import (
     Experts,
     Interleave,
     Pad,
+    Part,
     Rule,
     Scale,
     Transpose,
@@ -146,6 +147,17 @@ def test_every_value_is_decoded(tmp_path: Path) -> None:
     got = np.frombuffer(read(catalog, "t", Layout((1,), ((), ())), 0, Limits()), "<f4").reshape(256, 4)
     assert [float(x) for x in got[:255, 3]] == [2.0 ** (n - 127) for n in range(255)]
     assert np.isnan(got[255]).all()
+
+
+def test_one_scale_for_all_may_be_taken_out_of_several(tmp_path: Path) -> None:
+    """By a rule that moves: the scales of experts, stored side by side."""
+    case = quantised("E4M3", "F32", "BF16", (4, 6), (4, 6))
+    several = np.concatenate([[3.0], case.sources["w_scale"].items.ravel(), [5.0]]).astype("<f4")
+    sources = {"w": case.sources["w"], "scales": Tensor("F32", several)}
+    save(sources, tmp_path / "model.safetensors")
+    rules = [Part("scales", "w_scale", 1, 3), *case.rules]
+    taken = Case(rules, sources, case.expected, case.dtype)
+    assert_all_ways(taken, tmp_path, Layout((2, 3), ((1,), (0,))), None, Limits())
 
 
 @st.composite
