@@ -32,20 +32,23 @@ from ms_ckpt_ext.core.planning.weight_rules import (
 )
 
 __all__ = [
+    # moved
     "QKV",
-    "AddProduct",
     "Concat",
-    "Crop",
-    "Dequantize",
     "Duplicate",
     "Experts",
     "Interleave",
-    "Pad",
     "Part",
     "Rename",
-    "Rule",
-    "Scale",
     "Stack",
     "Transpose",
+    # computed
+    "AddProduct",
+    "Crop",
+    "Dequantize",
+    "Pad",
+    "Scale",
+    # all of them
+    "Rule",
     "invert",
 ]

@@ -15,7 +15,7 @@ from ms_ckpt_ext.core.geometry.strategy import (
     strategy_from_messages,
 )
 from ms_ckpt_ext.core.planning.io_units import Limits
-from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer, true_or_false
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also, integer, true_or_false
 from ms_ckpt_ext.formats.crypto import GCM
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access
 from ms_ckpt_ext.formats.table import FORMATS
@@ -33,6 +33,12 @@ MODE_VARIABLE = "MS_CKPT_EXT_MODE"
 BUFFER_BYTES = 64 << 20
 """Default buffer budget of one worker, in bytes."""
 _MOST_WORKERS = 16
+
+
+def require_path(path: str) -> None:
+    """Raise DiscoveryError when there is no such path."""
+    if not os.path.exists(path):
+        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {path!r}; check the path")
 
 
 def path_of(value: Any, argument: str) -> str:

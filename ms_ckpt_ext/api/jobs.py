@@ -27,7 +27,7 @@ from ms_ckpt_ext.api.arguments import (
 )
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
 from ms_ckpt_ext.core.geometry.strategy import Strategy
-from ms_ckpt_ext.engine.files.job import Report, check_apart, refuse_empty
+from ms_ckpt_ext.engine.files.job import Report, check_apart
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, integer
@@ -143,7 +143,7 @@ def run_merge(
         from ms_ckpt_ext.engine.unlisted.proven import ruled
 
         catalog = ruled(catalog, rules)
-    refuse_empty(catalog)
+    catalog.require_any()
     wanted.check((*catalog.tensors, *catalog.absent))
     if catalog.outside:
         from ms_ckpt_ext.engine.unlisted.proven import judged

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Optional, TypeVar, Union
 
-from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of
+from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of, require_path
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.source.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
+from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.registry import Access
 
 _Held = TypeVar("_Held")
@@ -60,8 +59,7 @@ def find_source(
     path = path_of(path, argument)
     checked_format(format, "format", optional=True)
     access = any_mode(None, None) if access is None else access
-    if not os.path.exists(path):
-        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {path!r}; check the path")
+    require_path(path)
     known = as_strategy(strategy, argument="strategy")
     return Source(path, list_checkpoint(path, known, file_suffix, kind=format), known, access)
 

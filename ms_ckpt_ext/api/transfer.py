@@ -89,64 +89,24 @@ def plan_transfer(
         LayoutMismatchError: layouts contradict each other, or shapes or dtypes do not fit.
         DisagreementError, PeerError, TransportError: ranks differ in their inputs, another failed, or is gone.
     """
-    return TransferPlan(
-        request_of(
-            source,
-            target,
-            source_strategy=source_strategy,
-            target_strategy=target_strategy,
-            source_ranks=source_ranks,
-            target_ranks=target_ranks,
-            name_map=name_map,
-            choice_func=choice_func,
-            rules=rules,
-            strict=strict,
-            verify=verify,
-            offload_source=offload_source,
-            load_target=load_target,
-            bucket_bytes=bucket_bytes,
-            timeout=timeout,
-            hardware=hardware,
-        )
-    )
-
-
-def request_of(
-    source: Any,
-    target: Any,
-    *,
-    source_strategy: Any = None,
-    target_strategy: Any = None,
-    source_ranks: Optional[Iterable[int]] = None,
-    target_ranks: Optional[Iterable[int]] = None,
-    name_map: Optional[Mapping[str, str]] = None,
-    choice_func: Optional[Choice] = None,
-    rules: Optional[Sequence[Rule]] = None,
-    strict: bool = True,
-    verify: str = "none",
-    offload_source: bool = False,
-    load_target: bool = False,
-    bucket_bytes: Optional[int] = None,
-    timeout: float = 600.0,
-    hardware: str = "",
-) -> TransferRequest:
-    """The arguments of `plan_transfer`, checked. Raises UsageError, ArgumentTypeError."""
-    from ms_ckpt_ext.bridge.transfer.asked import GivenSide, TransferRequest
+    from ms_ckpt_ext.bridge.transfer.asked import TransferRequest, given_side
     from ms_ckpt_ext.engine.source.renaming import Naming
 
     checked_flags(strict=strict, offload_source=offload_source, load_target=load_target)
-    return TransferRequest(
-        None if source is None else GivenSide(source, source_strategy),
-        None if target is None else GivenSide(target, target_strategy),
-        as_strategy,
-        _ranks(source_ranks, "source_ranks"),
-        _ranks(target_ranks, "target_ranks"),
-        bool(strict),
-        checked_rules(() if rules is None else rules),
-        checked_naming(choice_func, name_map) or Naming(),
-        offload_source=bool(offload_source),
-        load_target=bool(load_target),
-        options=LoadOptions(bucket_bytes=bucket_bytes, verify=verify, timeout=timeout, hardware=hardware),
+    return TransferPlan(
+        TransferRequest(
+            given_side(source, source_strategy),
+            given_side(target, target_strategy),
+            as_strategy,
+            _ranks(source_ranks, "source_ranks"),
+            _ranks(target_ranks, "target_ranks"),
+            bool(strict),
+            checked_rules(() if rules is None else rules),
+            checked_naming(choice_func, name_map) or Naming(),
+            offload_source=bool(offload_source),
+            load_target=bool(load_target),
+            options=LoadOptions(bucket_bytes=bucket_bytes, verify=verify, timeout=timeout, hardware=hardware),
+        )
     )
 
 

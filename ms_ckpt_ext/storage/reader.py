@@ -51,9 +51,6 @@ class Traits(NamedTuple):
     crc32: Optional[Callable[[int], int]] = None
 
 
-PLAIN_TRAITS = Traits()
-
-
 class ByteReader(Protocol):
     """The bytes of one file, at any offset, from any thread."""
 
@@ -80,7 +77,7 @@ class ByteReader(Protocol):
 class PlainReader:
     """A file as it lies on disk. No mmap: a file on a network file system may change or vanish under a map."""
 
-    traits = PLAIN_TRAITS
+    traits = Traits()
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -208,10 +205,10 @@ class SourceFile(Protocol):
 
 
 class _Open:
+    users, admitted = 0, False
+
     def __init__(self, reader: ByteReader) -> None:
         self.reader = reader
-        self.users = 0
-        self.admitted = False
 
     @property
     def keeps(self) -> int:
@@ -280,7 +277,7 @@ class ReaderPool:
                 held = self._open[file] = _Open(self._checked(file))
             held.users += 1
             self._open.move_to_end(file)
-            self._evict()
+            self._drop(len(self._open) - self._most)
         try:
             with self._lock:
                 self._lock.wait_for(lambda: held.admitted or self._admit(held))
@@ -288,7 +285,7 @@ class ReaderPool:
         finally:
             with self._lock:
                 held.users -= 1
-                self._evict()
+                self._drop(len(self._open) - self._most)
                 self._lock.notify_all()
 
     def _checked(self, file: int) -> ByteReader:
@@ -311,13 +308,9 @@ class ReaderPool:
                     raise storage_error("look again at", known.path, error) from error
                 refuse_changed(known, status.st_size, status.st_mtime_ns)
 
-    def _evict(self) -> None:
-        if len(self._open) > self._most:
-            self._drop(len(self._open) - self._most)
-
     def _drop(self, number: int) -> None:
         """Close so many readers that nobody uses, or all of these."""
-        for file in [f for f, held in self._open.items() if held.users == 0][:number]:
+        for file in [f for f, held in self._open.items() if held.users == 0][: max(0, number)]:
             self._open.pop(file).reader.close()
 
     def _admit(self, wanted: _Open) -> bool:

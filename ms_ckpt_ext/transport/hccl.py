@@ -5,7 +5,7 @@ servers). A `mint.narrow` of axis 0 is contiguous and costs nothing, so every st
 
     all_gather   AllGather of equal shares. AllGatherV, which several products lack, is called nowhere.
     broadcast    Broadcast.
-    all_to_all   AlltoAllV; where the product lacks it, see `_lacks_all_to_all`, sends and receives between pairs.
+    all_to_all   AlltoAllV; where the product lacks it, see `lacks_all_to_all`, sends and receives between pairs.
 
 A handle's `wait()` blocks the host until the bytes are there, and raises if they never come. Both takes two calls in
 MindSpore 2.10.0: `Stream.synchronize()` waits without holding the interpreter lock, but only logs a failed collective
@@ -20,8 +20,7 @@ Known bytes go before the first exchange of a process, see `known_answer`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Callable, Optional
@@ -32,6 +31,14 @@ from mindspore import mint
 from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.transport.ascend import (
+    call_limit,
+    free_bytes,
+    lacks_all_to_all,
+    on_one_server,
+    own_groups,
+    soc_version,
+)
 from ms_ckpt_ext.transport.base import (
     Bytes,
     Handle,
@@ -48,9 +55,6 @@ from ms_ckpt_ext.transport.gather import gather
 from ms_ckpt_ext.transport.known_answer import prove, prove_group
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES
 
-_BUFFER_MB = 200
-"""HCCL_BUFFSIZE where it is not set, in MiB."""
-_MIB = 1 << 20
 _proven: set[Optional[str]] = set()
 """Groups whose communicator gave the known answer in this process."""
 
@@ -70,9 +74,9 @@ class Hccl:
         self._group = group
         self.rank: int = distributed.get_rank(group)
         self.size: int = distributed.get_world_size(group)
-        product = _soc_version()
-        way = "pairs" if _lacks_all_to_all(product, self.size, _on_one_server(self.size, group)) else "collective"
-        call_bytes = _buffer_mb() * _MIB
+        product = soc_version()
+        way = "pairs" if lacks_all_to_all(product, self.size, on_one_server(self.size, group)) else "collective"
+        call_bytes = call_limit()
         self._names = own_groups(self.rank, self.size) if group is None else {}
         known = tuple(sorted(self._names))
         self.traits = TransportTraits(True, True, False, known, way, call_bytes, product)
@@ -107,8 +111,8 @@ class Hccl:
         return self._control.start_share(payload)
 
     def free_bytes(self) -> int:
-        """What MindSpore's pool may still take of the device, and what it holds idle; 0 where that is not told."""
-        return _free_bytes()
+        """See `Transport`."""
+        return free_bytes()
 
     def start_all_gather(
         self, send: mindspore.Tensor, nbytes: int, recv: mindspore.Tensor, group: Ranks = ()
@@ -291,70 +295,3 @@ def pinned(nbytes: int) -> Bytes:
 
 def _to_host(buffer: mindspore.Tensor) -> Bytes:
     return np.asarray(buffer.asnumpy()).view(np.uint8)
-
-
-def _can_give(pool: Mapping[str, int], free: int, total: int) -> int:
-    """Bytes that a memory pool can give at least.
-
-    Args:
-        pool: as `mindspore.runtime.memory_stats` tells. Its "eager free" bytes are addresses that the pool has
-            reserved, up to its limit, and not backed yet; 0 where it takes memory in blocks (310P), or took all of it
-            at the start and tells only the blocks in use (910A).
-        free, total: bytes of the device, of which MindSpore leaves a sixteenth alone.
-    """
-    idle = pool["total_reserved_memory"] - pool["total_allocated_memory"]
-    may_take = pool["total_eager_free_memory"] or max(0, free - total // 16)
-    return idle + min(free, may_take)
-
-
-def own_groups(rank: int, size: int) -> dict[Ranks, str]:
-    """The groups of some ranks that this process has made, or MindSpore for the network it compiled; with their names.
-
-    The communicator of each exists, so using it takes no more of the device. Nothing where MindSpore does not tell.
-    """
-    try:
-        from mindspore._c_expression import CollectiveManager
-
-        told = CollectiveManager.get_instance().get_group_map()
-    except (ImportError, AttributeError, RuntimeError):
-        return {}
-    found: dict[Ranks, str] = {}
-    for name, ranks in sorted(told.items(), reverse=True):
-        if rank in ranks and 1 < len(ranks) < size and list(ranks) == sorted(set(ranks)):
-            found[tuple(ranks)] = str(name)
-    return found
-
-
-def _soc_version() -> str:
-    from mindspore._c_expression import MSContext
-
-    return str(MSContext.get_instance().get_ascend_soc_version()).lower()
-
-
-def _free_bytes() -> int:
-    try:
-        device = mindspore.hal.get_device_properties(0, "Ascend")  # of this process's device, whatever the number
-        pool = mindspore.runtime.memory_stats()
-        return _can_give(pool, int(device.free_memory), int(device.total_memory))
-    except (AttributeError, KeyError, RuntimeError):  # another version tells it otherwise
-        return 0
-
-
-def _buffer_mb() -> int:
-    told = os.environ.get("HCCL_BUFFSIZE", "")
-    return int(told) if told.isdecimal() and int(told) else _BUFFER_MB
-
-
-def _on_one_server(size: int, group: Optional[str]) -> bool:
-    """Whether all ranks are on this host, as far as MindSpore knows."""
-    try:
-        return group is not None or int(mindspore.communication.get_local_rank_size()) >= size
-    except RuntimeError:  # the backend does not count hosts
-        return True
-
-
-def _lacks_all_to_all(product: str, size: int, one_server: bool) -> bool:
-    """By HCCL's documentation: 300I Duo has it for at most 4 NPUs of one server, 910A for whole clusters of 4."""
-    if product.startswith("ascend310p"):
-        return size > 4 or not one_server
-    return product == "ascend910" and size > 2 and size % 4 != 0

@@ -22,7 +22,7 @@ from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import DecryptingReader
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
-from ms_ckpt_ext.storage.reader import PLAIN_TRAITS, ByteReader, PlainReader
+from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, Traits
 from tests.support.damage import memory_limit
 from tests.support.memory import MemoryReader
 
@@ -55,7 +55,7 @@ def contents(reader: ByteReader, entry: TensorEntry) -> bytes:
 class Counting:
     """A reader that counts what is asked of it."""
 
-    traits = PLAIN_TRAITS
+    traits = Traits()
 
     def __init__(self, base: Any) -> None:
         self.path, self.size, self.disk_size, self.mtime_ns = base.path, base.size, base.disk_size, base.mtime_ns
@@ -75,7 +75,7 @@ class Counting:
 class Sparse:
     """A file of huge size of which only some stretches are not zero."""
 
-    traits = PLAIN_TRAITS
+    traits = Traits()
 
     def __init__(self, size: int, stretches: dict[int, bytes]) -> None:
         self.path, self.size, self.disk_size, self.mtime_ns, self.fd = "huge.ckpt", size, size, 0, None

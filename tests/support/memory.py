@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Optional
 
 from ms_ckpt_ext.errors import TruncatedFileError
-from ms_ckpt_ext.storage.reader import PLAIN_TRAITS
+from ms_ckpt_ext.storage.reader import Traits
 
 
 class MemoryReader:
     """Bytes at hand as a ByteReader."""
 
     fd: Optional[int] = None
-    traits = PLAIN_TRAITS
+    traits = Traits()
     mtime_ns = 0
 
     def __init__(self, data: bytes, path: str = "<memory>") -> None:

@@ -6,8 +6,8 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-from ms_ckpt_ext.api.arguments import PathLike, checked_flags, path_of
-from ms_ckpt_ext.api.transfer import TransferPlan, request_of
+from ms_ckpt_ext.api.arguments import PathLike, as_strategy, checked_flags, path_of
+from ms_ckpt_ext.api.transfer import TransferPlan
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError, some
 
 if TYPE_CHECKING:
@@ -61,20 +61,23 @@ class TransformParametersD2D:
             raise ArgumentTypeError(f"match_func must be callable, got {type(match_func).__name__}")
         checked_flags(offload_src=offload_src, load_dst=load_dst)
 
+        from ms_ckpt_ext.bridge.transfer.asked import TransferRequest, given_side
+
         def pairs(sources: Sequence[str], targets: Sequence[str]) -> Naming:
             return _naming(match_func, sources, targets)
 
-        request = request_of(
-            src_network,
-            dst_network,
-            source_strategy=src_strategy_path,
-            target_strategy=dst_strategy_path,
+        request = TransferRequest(
+            given_side(src_network, src_strategy_path),
+            given_side(dst_network, dst_strategy_path),
+            as_strategy,
             strict=False,
-            offload_source=offload_src,
-            load_target=load_dst,
+            exact=True,
+            pairs=pairs,
+            offload_source=bool(offload_src),
+            load_target=bool(load_dst),
         )
         self._networks = src_network, dst_network
-        self._plan = TransferPlan(request._replace(exact=True, pairs=pairs))
+        self._plan = TransferPlan(request)
         weakref.finalize(self, self._plan.close)
 
     def transform(self, input_on_device_flag: tuple[bool, bool] = (True, True)) -> bool:

@@ -185,10 +185,8 @@ class _Files(NamedTuple):
         if isinstance(self.filenames, (str, os.PathLike)):
             return _Place(path_of(self.filenames, "checkpoint_filenames"), (), trained, self)
         if not self.listed:
-            raise ArgumentTypeError(
-                "checkpoint_filenames must be a list of paths in the order of ranks, got "
-                f"{type(self.filenames).__name__}"
-            )
+            given = type(self.filenames).__name__
+            raise ArgumentTypeError(f"checkpoint_filenames must be a list of paths in the order of ranks, got {given}")
         paths = tuple(path_of(name, "every item of checkpoint_filenames") for name in self.filenames)
         world = 1 if trained is None else trained.world
         if len(paths) != world:

@@ -19,6 +19,7 @@ from ms_ckpt_ext.api.arguments import (
     checked_words,
     limits_of,
     path_of,
+    require_path,
     workers_of,
 )
 from ms_ckpt_ext.api.mindspore.prefixes import Prefix, as_stock
@@ -31,7 +32,7 @@ from ms_ckpt_ext.engine.source.listing import list_checkpoint
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.source.sharded import alike
 from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
-from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError, also
+from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.discovery.whole_models import is_map
 from ms_ckpt_ext.formats.index import FileIndex
@@ -199,7 +200,7 @@ def load_checkpoint(
         raise UsageError(f"ckpt_file_name must end in .{format}, as format says, got {source!r}")
     naming = as_stock(specify_prefix, filter_prefix, choice_func, name_map)
     access, full = access_of(dec_key, dec_mode, crc_check), _is_full(verify)
-    _require_file(source)
+    require_path(source)
     with _held(file_without_tables(source, access).called(naming), full) as held:
         found = as_parameters(held, sorted(held) if FORMATS[format].by_name else None)  # as MindSpore lists them
         redundancy = held.catalog.files[0].metadata.get(DEDUPLICATED)
@@ -318,17 +319,12 @@ def _catalog(
 ) -> Catalog:
     checked_format(kind, "format", optional=True)
     if not os.path.isdir(path) and not is_map(os.path.basename(path)):
-        _require_file(path)
+        require_path(path)
         if kind is not None and not path.endswith(f".{kind}"):
             raise UsageError(f"path must end in .{kind}, as format says, got {path!r}")
         return file_catalog(path, access)
     known = as_strategy(strategy, argument="strategy")
     return read_slices(list_checkpoint(path, known, file_suffix, kind=kind), known, access, allow_equal)
-
-
-def _require_file(path: str) -> None:
-    if not os.path.exists(path):
-        raise also(DiscoveryError, FileNotFoundError)(f"no such file or directory: {path!r}; check the path")
 
 
 def _patterns(names: Union[str, Iterable[str], None]) -> Optional[list[str]]:

@@ -49,6 +49,11 @@ class GivenSide(NamedTuple):
         return SideHere(found, strategy, boxes, may_be_staged(self.parameters, strategy, len(ranks)))
 
 
+def given_side(parameters: Any, layouts: Any) -> Optional[GivenSide]:
+    """A side as it is given; None where this rank has no Parameters of it."""
+    return None if parameters is None else GivenSide(parameters, layouts)
+
+
 ReadStrategy = Callable[[Any, int, str], Optional[Strategy]]
 """Reads layouts in any form, of the rank of a place; the last is what they are called in messages."""
 

@@ -169,18 +169,14 @@ def check_job(job: Job, target: str) -> Sequence[str]:
     for tensor, regions in _regions(job.outputs):
         require(tensor, regions)
     replaced = job.replaces()
-    _refuse_overwrite(job, target, replaced)
-    return replaced
-
-
-def _refuse_overwrite(job: Job, target: str, replaced: Sequence[str]) -> None:
-    """A source must outlive the run that reads it: a killed run could not be finished without it."""
+    # A source must outlive the run that reads it: a killed run could not be finished without it.
     sources = {os.path.realpath(file.path) for file in job.source.files}
     for name in (*job.everything, *replaced):
         if os.path.realpath(os.path.join(target, name)) in sources:
             raise UsageError(
                 f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
             )
+    return replaced
 
 
 def check_apart(job: Job, folder: str) -> None:
@@ -349,11 +345,3 @@ def output_of(
     notes = {new: catalog.notes[t.stored_name] for new, t, _ in boxes if t.stored_name in catalog.notes}
     layout: FileLayout = registry.lay_out(name, specs, {"format": framework, **notes}, crc)
     return Output(name, layout, tuple(boxes), lambda: layout.tensors)
-
-
-def refuse_empty(catalog: Catalog) -> None:
-    """Raise UsageError for a checkpoint without parameters, CoverageError when it is known where they should be."""
-    if not catalog.tensors:
-        catalog.require(catalog.absent)
-        files = ", ".join(repr(index.path) for index in catalog.files[:3])
-        raise UsageError(f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path")

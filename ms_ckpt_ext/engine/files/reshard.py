@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Callable, Optional
 
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.files import overwrite
-from ms_ckpt_ext.engine.files.job import Job, check_apart, output_of, refuse_empty
+from ms_ckpt_ext.engine.files.job import Job, check_apart, output_of
 from ms_ckpt_ext.engine.files.order import Files, arranged
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.rank_boxes import rank_boxes
@@ -57,7 +57,7 @@ def recut_job(
         UsageError: no parameter of the strategy is in the checkpoint, or none at all.
         CoverageError: one of the ranks wants parameters of a pipeline stage that has no file.
     """
-    refuse_empty(catalog)
+    catalog.require_any()
     for rank in ranks:
         catalog.require(catalog.absent if strategy is None else strategy.names_of(rank))
     keeping = Keeping(catalog, strategy, states, alone)

@@ -23,29 +23,15 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
-from ms_ckpt_ext.core.computing.padding import Crop, Pad
-from ms_ckpt_ext.core.computing.rules import AddProduct, Dequantize, Scale
+from ms_ckpt_ext import rules as weight_rules
 from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.rule import Rule
-from ms_ckpt_ext.core.planning.rule_inverses import invert
-from ms_ckpt_ext.core.planning.weight_rules import (
-    QKV,
-    Concat,
-    Duplicate,
-    Experts,
-    Interleave,
-    Part,
-    Rename,
-    Stack,
-    Transpose,
-)
 from ms_ckpt_ext.engine.huggingface.sizes import Config, Sizes
 from ms_ckpt_ext.errors import UsageError
 
-_MOVING = (QKV, Concat, Duplicate, Experts, Interleave, Part, Rename, Stack, Transpose)
-_COMPUTING = (AddProduct, Crop, Dequantize, Pad, Scale)
-KINDS: Mapping[str, type[Rule]] = {kind.__name__: kind for kind in (*_MOVING, *_COMPUTING)}
+_KNOWN = {name: getattr(weight_rules, name) for name in weight_rules.__all__}
+KINDS: Mapping[str, type[Rule]] = {n: kind for n, kind in _KNOWN.items() if isinstance(kind, type) and kind is not Rule}
 """What a rule can be, by its name."""
 _TOP = {
     "title": (str, "a text"),
@@ -101,7 +87,7 @@ class Family(NamedTuple):
 
         Raises UsageError as `invert`.
         """
-        return invert([rule for rule in self.rules if not isinstance(rule, Dequantize)])
+        return weight_rules.invert([rule for rule in self.rules if not isinstance(rule, weight_rules.Dequantize)])
 
     def missing(self, names: Container[str]) -> list[str]:
         """Parameters of the training that the model has and `names` has not; of alternatives the first one."""
@@ -139,7 +125,7 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
         rule = _rule(entry, names, where)
         rules.append(rule)
         optional = entry.get("optional", False)
-        if optional is not True and not isinstance(rule, Duplicate):
+        if optional is not True and not isinstance(rule, weight_rules.Duplicate):
             needs.append(_Need(rule.target, _words(optional)))
     leaves, keeps = (
         tuple(_told(f"rule file {origin!r}: {key!r} speaks of", names.of, name) for name in document.get(key, []))

@@ -68,7 +68,7 @@ def measure_machine(transport: Transport[Any], folder: str, host: str, seconds: 
     transport.prove()
     told = [answer.decode().split("\0") for answer in transport.share("\0".join((host, _identity(folder))).encode())]
     hosts, seen = [name for name, _ in told], {files for _, files in told}
-    step = _Step(transport, hosts, seconds / 6)
+    step = _Step(transport, seconds / 6)
     reading = _Reading(transport, folder)
     everyone, first = range(transport.size), [rank for rank, name in enumerate(hosts) if name == hosts[0]]
     alone, one_host, together = (step.rate(reading.read, members) for members in ([0], first, everyone))
@@ -84,8 +84,8 @@ def measure_machine(transport: Transport[Any], folder: str, host: str, seconds: 
 class _Step:
     """Times steps that all ranks make together."""
 
-    def __init__(self, transport: Transport[Any], hosts: Sequence[str], seconds: float) -> None:
-        self._transport, self._hosts, self._seconds = transport, hosts, seconds
+    def __init__(self, transport: Transport[Any], seconds: float) -> None:
+        self._transport, self._seconds = transport, seconds
 
     def rate(self, work: Callable[[], int], members: Sequence[int]) -> float:
         """Bytes per second of `members` together, who repeat `work` for the time that there is; `work` gives bytes."""

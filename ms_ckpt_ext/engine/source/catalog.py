@@ -23,6 +23,7 @@ from ms_ckpt_ext.errors import (
     CoverageError,
     DiscoveryError,
     LayoutMismatchError,
+    UsageError,
 )
 from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
@@ -87,6 +88,15 @@ class Catalog(NamedTuple):
         if lacking:
             more = f" and {len(lacking) - 1} more" if lacking[1:] else ""
             raise CoverageError(f"parameter {lacking[0]!r}{more} should be in {self.absent[lacking[0]]}")
+
+    def require_any(self) -> None:
+        """Raise UsageError when there are no parameters, CoverageError when it is known where they should be."""
+        if not self.tensors:
+            self.require(self.absent)
+            files = ", ".join(repr(index.path) for index in self.files[:3])
+            raise UsageError(
+                f"the checkpoint holds no parameters ({files}), so there is nothing to write; check the path"
+            )
 
     def kind(self, held: Union[SourceTensor, UnlistedTensor]) -> tuple[DType, Shape]:
         """Dtype and shape of a parameter; of what ranks have of their own, those of the first that has it."""

@@ -85,12 +85,6 @@ def is_sharded(directory: str) -> bool:
     return bool(rank_folders(directory))
 
 
-def kinds(directory: str) -> set[str]:
-    """Which of the known formats the rank folders hold checkpoints of."""
-    names = _names_by_rank(rank_folders(directory), FORMATS)
-    return {kind for kind in FORMATS if any(name.endswith(f".{kind}") for held in names.values() for name in held)}
-
-
 def rank_folders(directory: str) -> dict[int, Path]:
     """Rank -> its folder, ranks ascending; empty where there are none.
 

@@ -112,7 +112,7 @@ def test_two_folders_of_one_rank(one: str, other: str, tmp_path: Path) -> None:
     assert len(rank_folders.rank_files(str(tmp_path))) == 2
     (tmp_path / other).unlink()
     (tmp_path / other).mkdir()
-    for find in (rank_folders.rank_files, rank_folders.is_sharded, rank_folders.kinds):
+    for find in (rank_folders.rank_files, rank_folders.is_sharded, rank_folders.rank_folders):
         with pytest.raises(DiscoveryError, match=rf"two folders of rank \d, '({one}|{other})' and '({one}|{other})'"):
             find(str(tmp_path))
 
@@ -122,7 +122,6 @@ def test_strategies_and_archives_in_rank_folders_are_no_checkpoints(tmp_path: Pa
         folder(tmp_path, ["net-1_10"], rank)
         (tmp_path / f"rank_{rank}" / "strategy.ckpt").write_bytes(bytes.fromhex("08021204"))
         (tmp_path / f"rank_{rank}" / "torch-9_99.ckpt").write_bytes(b"PK\x03\x04")
-    assert rank_folders.kinds(str(tmp_path)) == {"safetensors"}
     assert {Path(path).name for path in rank_folders.rank_files(str(tmp_path), None).values()} == {
         "net-1_10.safetensors"
     }
