@@ -131,6 +131,8 @@ def _markdown(rows: Iterable[Row], columns: list[str]) -> str:
 def _figure(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, float) and abs(value) >= 100:
+        value = round(value)
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/")
 
 

@@ -191,13 +191,13 @@ def test_a_table_is_written_where_pages_have_a_place_for_it(pages: ModuleType, t
     (tmp_path / "other.md").write_text("<!-- bench plan -->\nold\n<!-- end -->\n")
     rows = [
         {"command": "a|b", "seconds": 0.5, "GiB/s": None, "peak MiB": 1234, "more": 1},
-        {"command": "cat", "seconds": None, "GiB/s": None, "peak MiB": 2},
+        {"command": "cat", "seconds": 1170.546, "GiB/s": None, "peak MiB": 2},
     ]
     assert pages.write_into(tmp_path, "verify", rows) == ["one.md", "zh-CN/one.md"]
     held = (tmp_path / "one.md").read_text()
     assert held == (tmp_path / "zh-CN" / "one.md").read_text()
     assert held.startswith(before) and held.endswith(after) and "the old table" not in held
-    table = "| command | seconds | peak MiB |\n| --- | ---: | ---: |\n| a/b | 0.5 | 1,234 |\n| cat |  | 2 |\n"
+    table = "| command | seconds | peak MiB |\n| --- | ---: | ---: |\n| a/b | 0.5 | 1,234 |\n| cat | 1,171 | 2 |\n"
     assert f"    scripts/bench verify {pages.PARTS['verify'].arguments}\n\n{table}" in held
     assert pages.write_into(tmp_path, "verify", rows) and (tmp_path / "one.md").read_text() == held
     with pytest.raises(SystemExit, match="no page"):
