@@ -144,7 +144,7 @@ def _of_command(job: Job, place: Place, struck: Struck, ended: Ended, wrong: lis
         return ERROR
     if code not in _NAMED_CODES or "Traceback" in said or " error: " not in said:
         wrong.append(f"exit code {code}: {said[-1500:]}{ended.out[-600:]}")
-    elif struck.told and str(place.root) not in said:
+    elif struck.told and str(place.root) not in said and not re.search(r"parameter '.*rank \d", said):
         wrong.append(f"an error that names no file: {said[-300:]}")
     return ERROR
 

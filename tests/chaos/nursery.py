@@ -118,6 +118,7 @@ def _become(birth: Birth) -> None:
     """Take the place of a process: session, folder, files, limit."""
     os.setsid()
     os.chdir(birth.folder)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a campaign in the background of a shell ignores it
     for number, (path, flags) in enumerate(
         ((os.devnull, os.O_RDONLY), (birth.out, os.O_WRONLY | os.O_CREAT), (birth.err, os.O_WRONLY | os.O_CREAT))
     ):
@@ -173,6 +174,7 @@ def _live(birth: Birth, entries: Mapping[str, Any]) -> int:
             if number > 2:
                 os.close(number)
     ctypes.CDLL(library).chaos_begin()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.register(WHERE, all_threads=True)
     return int(entries[module](argv) or 0)
 
