@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Optional
@@ -15,7 +16,7 @@ from typing import Any, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.engine.huggingface.sizes import CONFIG_NAME
 from ms_ckpt_ext.errors import FormatError, storage_error
-from ms_ckpt_ext.storage.linux import read_small
+from ms_ckpt_ext.storage.linux import read_small, status_of
 from ms_ckpt_ext.storage.reader import from_json
 
 _GLOBS = ("config.json", "configuration.json", "generation_config.json", "*processor_config.json", "tokenizer*") + (
@@ -48,10 +49,12 @@ def read_companions(folder: str) -> dict[str, bytes]:
 
 
 def _is_copied(path: str) -> bool:
-    large = os.path.isfile(path) and os.path.getsize(path) > _MOST
-    if large:
+    status = status_of(path)
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return False
+    if status.st_size > _MOST:
         log.warning("%r is too large to be a tokenizer or a configuration, and is not copied", path)
-    return os.path.isfile(path) and not large
+    return status.st_size <= _MOST
 
 
 def _listed(folder: str) -> list[str]:
