@@ -32,7 +32,6 @@ rank, size = get_rank(), get_group_size()
 
 from mindformers.checkpoint import checkpoint as theirs
 from mindformers.checkpoint import metadata, reshard, sharded_tensor
-from mindformers.checkpoint.layout_adapter import LayoutAdapter
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import core, engine, formats, storage
@@ -101,8 +100,14 @@ def use_layouts(spec: dict[str, Wanted]) -> None:
     """What a compiled network would answer."""
     made = Layout(MESH, ("dp", "tp"), list(range(size)))
     layouts = {name: [made(*wanted.axes), ms.float32, wanted.contents.shape] for name, wanted in spec.items()}
+    every = dict.fromkeys(range(size), layouts)
+    try:
+        from mindformers.checkpoint.layout_adapter import LayoutAdapter
+    except ImportError:  # MindFormers 1.9
+        sharded_tensor.get_strategy_metadata = sharded_tensor.get_current_strategy_metadata = lambda _: every
+        return
     LayoutAdapter.is_pynative_mode = staticmethod(lambda: False)
-    LayoutAdapter._get_layout_from_graph = staticmethod(lambda _: dict.fromkeys(range(size), layouts))
+    LayoutAdapter._get_layout_from_graph = staticmethod(lambda _: every)
 
 
 def local(wanted: Wanted) -> np.ndarray:

@@ -130,6 +130,7 @@ def test_names_with_dashes_keep_them(tmp_path: Path) -> None:
     assert load_strategy(tmp_path / "s.ckpt").names_of(2) == ["c-d-e"]
 
 
+@pytest.mark.stock
 def test_no_collision_with_mindspores_own_messages(golden: Path) -> None:
     """In one process, whoever comes first."""
     path = str(golden / "dp2_tp4" / "strategy.ckpt")

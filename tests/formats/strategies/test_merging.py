@@ -67,6 +67,7 @@ def test_beside_stock(suffix: str, golden: Path, tmp_path: Path) -> None:
             assert sorted(map(str, getattr(found, items))) == sorted(map(str, getattr(expected, items)))
 
 
+@pytest.mark.stock
 def test_operators_survive_in_the_other_form(tmp_path: Path) -> None:
     """JSON text in files named .ckpt becomes protobuf, with what it says of operators."""
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
