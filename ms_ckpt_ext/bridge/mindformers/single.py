@@ -88,7 +88,7 @@ def load_ckpt(
         reason = f"weights that {type(network).__name__} fuses itself"
     files = _ckpt_files(config) if not reason else []
     if not files:
-        _leave(reason or f"no .ckpt file that this package finds in {config.checkpoint.load_path!r}", stock)
+        _leave(reason or f"no .ckpt file that this package finds in {_load_path(config)!r}", stock)
         return
     catalog = files_catalog(files)
     _fill([network, optimizer] if optimizer else [network], catalog, options, _step(config, catalog))
@@ -115,11 +115,16 @@ def _plain(network: Any) -> bool:
     return fuse is None or fuse.__module__ in ("mindformers.models.base_model", "mindformers.models.modeling_utils")
 
 
+def _load_path(config: Any) -> Any:
+    """What the YAML says is to be loaded. MindFormers 1.8 has it at the top."""
+    return config.checkpoint.load_path if config.checkpoint else config.load_checkpoint
+
+
 def _ckpt_files(config: Any) -> list[str]:
     """The files that `mindformers.trainer.utils.get_load_checkpoint_result` would read, in its order."""
     from mindformers.trainer import utils as theirs
 
-    path = theirs.format_path(config.checkpoint.load_path)
+    path = theirs.format_path(_load_path(config))
     if os.path.isfile(path):
         return [path]
     if theirs.check_ckpt_file_exist(path):
