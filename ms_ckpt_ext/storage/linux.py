@@ -84,6 +84,18 @@ def derived(path: Path, ending: str) -> Path:
     return path.with_name(f"{begins}-{xxhash.xxh3_64_hexdigest(raw)}{ending}")
 
 
+def is_below(name: str) -> bool:
+    """Whether a name from a note is one that a file below the note's folder can have; links are not looked at.
+
+    >>> is_below("rank_0/net.ckpt"), is_below("../net.ckpt"), is_below("/etc/passwd"), is_below("a\\0b")
+    (True, False, False, False)
+    """
+    try:
+        return not {b"", b".", b".."} & {*os.fsencode(name).split(b"/")} and "\0" not in name
+    except UnicodeEncodeError:  # half a character
+        return False
+
+
 def read_small(path: Union[str, Path], pipe: bool = False, most: int = MOST_BYTES) -> bytes:
     """The contents of a small file: an index, a note, a strategy, a configuration.
 

@@ -29,6 +29,7 @@ from ms_ckpt_ext.errors import StorageError, storage_error
 from ms_ckpt_ext.storage.linux import (
     boot_id,
     derived,
+    is_below,
     read_small,
     require_absence,
     status_of,
@@ -210,16 +211,18 @@ def read_journal(path: Path) -> Optional[Journal]:
             return None
         texts = [found.job, *found.gone, *found.missing, *found.indexes.values(), found.boot or ""]
         numbers = [number for state in found.files.values() for number in state]
-        if any(os.path.isabs(name) or ".." in name.split("/") for name in (*found.files, *found.indexes, *found.gone)):
+        names = (found.job, *found.files, *found.indexes, *found.gone)
+        if not all(isinstance(text, str) for text in texts) or not all(type(number) is int for number in numbers):
             return None
+        for text in found.indexes.values():
+            text.encode()
     except OSError as error:
         if error.errno in (errno.ENOENT, None):  # or it is no regular file
             return None
         raise storage_error("read what an earlier run was publishing, in", str(path), error) from error
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    sound = all(isinstance(text, str) for text in texts) and all(type(number) is int for number in numbers)
-    return found if sound else None
+    return found if found.job == path.stem and "/" not in found.job and all(map(is_below, names)) else None
 
 
 def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:

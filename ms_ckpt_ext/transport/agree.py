@@ -13,13 +13,15 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, Callable, Optional, TypeVar, Union
 
-from ms_ckpt_ext.errors import DisagreementError, PeerError, name_ranks, named
-from ms_ckpt_ext.transport.base import Ranks, Transport
+from ms_ckpt_ext.errors import DisagreementError, PeerError, TransportError, name_ranks, named
+from ms_ckpt_ext.transport.base import SAME_VERSION, Ranks, Transport, inflated
 
 _T = TypeVar("_T")
 _MAX_MESSAGE = 4000
 """Bytes of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""
 _FAILED = b"!"
+_MOST_BYTES = 1 << 31
+"""Of what a rank tells, before it is compressed: tables of a million files have less."""
 
 
 def agree(transport: Transport[Any], facts: Mapping[str, Union[bytes, str]]) -> None:
@@ -132,7 +134,7 @@ def share_alike(transport: Transport[Any], content: bytes, decode: Callable[[byt
     digests = transport.share(hashlib.blake2b(content, digest_size=16).digest())
     first = digests.index(digests[transport.rank]) == transport.rank
     answers = transport.share(zlib.compress(content, 1) if first else b"")
-    decoded = {digest: decode(zlib.decompress(answer)) for digest, answer in zip(digests, answers) if answer}
+    decoded = {digest: decode(_inflated(answer)) for digest, answer in zip(digests, answers) if answer}
     return [decoded[digest] for digest in digests]
 
 
@@ -142,5 +144,15 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` was given; tuples are lists."""
-    return json.loads(zlib.decompress(data))
+    """What `pack` was given; tuples are lists. Raises TransportError when it is nothing that a rank packs."""
+    try:
+        return json.loads(_inflated(data))
+    except (ValueError, RecursionError) as error:
+        raise TransportError(f"a rank told what is not understood ({error}); {SAME_VERSION}") from error
+
+
+def _inflated(data: bytes) -> bytes:
+    try:
+        return inflated(data, _MOST_BYTES)
+    except ValueError as error:
+        raise TransportError(f"a rank told what is not understood ({error}); {SAME_VERSION}") from error

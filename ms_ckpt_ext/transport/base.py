@@ -15,6 +15,7 @@ After either the transport is only good for `close()`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Callable, NamedTuple, Protocol, TypeVar
@@ -180,3 +181,19 @@ def offsets(counts: Sequence[int]) -> list[int]:
     [0, 3, 3]
     """
     return [0, *accumulate(counts)][:-1]
+
+
+SAME_VERSION = "do all ranks run the same version of this package?"
+"""What to do about bytes that no rank of a job sends."""
+
+
+def inflated(data: bytes, most: int) -> bytes:
+    """What `zlib` compressed, of `most` bytes. Raises ValueError when it is no such thing, or longer."""
+    stream = zlib.decompressobj()
+    try:
+        found: bytes = stream.decompress(data, most + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if not stream.eof or len(found) > most:
+        raise ValueError(f"more than {most} bytes, or not all of them")
+    return found

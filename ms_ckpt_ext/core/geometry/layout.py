@@ -28,6 +28,8 @@ Cell = tuple[int, ...]
 
 MAX_RANKS = 1 << 20
 """More ranks than any cluster has; a guard against damaged strategies, because ranks are enumerated."""
+MAX_AXES = 64
+"""More axes than any device matrix or tensor has; a guard likewise: a product of a million extents takes hours."""
 
 
 class _Numbers(NamedTuple):
@@ -68,13 +70,18 @@ class Layout(_Numbers):
         return layout
 
     def _check(self) -> None:
+        axes = [axis for group in self.tensor_map for axis in group]
+        if max(len(self.dev_matrix), len(self.tensor_map), len(axes)) > MAX_AXES:
+            raise StrategyError(
+                f"device matrix of {len(self.dev_matrix)} axes, tensor map of {len(self.tensor_map)} that names "
+                f"{len(axes)} of them: expected at most {MAX_AXES} of each: it is damaged"
+            )
         if not self.dev_matrix or any(extent < 1 for extent in self.dev_matrix):
             raise StrategyError(f"device matrix {list(self.dev_matrix)}: expected one or more extents of at least 1")
         if self.devices > MAX_RANKS:
             raise StrategyError(
                 f"device matrix {list(self.dev_matrix)} has more than {MAX_RANKS} devices: it is damaged"
             )
-        axes = [axis for group in self.tensor_map for axis in group]
         if any(not 0 <= axis < len(self.dev_matrix) for axis in axes):
             raise StrategyError(
                 f"tensor map {self.tensor_map} names a device axis that the device matrix {list(self.dev_matrix)} lacks"

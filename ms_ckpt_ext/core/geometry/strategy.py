@@ -123,9 +123,14 @@ class Strategy(NamedTuple):
         missing = sorted(set(range(self.stages)) - present)
         if missing:
             raise StrategyError(
-                f"{self.origin} lacks pipeline stage(s) {missing} of {self.stages}; "
+                f"{self.origin} lacks pipeline stage(s) {_first(missing)} of {self.stages}; "
                 "give the merged file, or the directory with every stage's file"
             )
+
+
+def _first(numbers: Sequence[int], most: int = 16) -> str:
+    more = f" and {len(numbers) - most} more" if numbers[most:] else ""
+    return f"{list(numbers[:most])}{more}"
 
 
 def split_stage(name: str, default: int) -> tuple[str, int]:

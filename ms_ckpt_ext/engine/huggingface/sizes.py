@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from math import prod
 from typing import Any, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.storage.reader import read_json
 
 CONFIG_NAME = "config.json"
+_MOST = 1 << 62
+_DIGITS = 30
+"""Of a number that is read: more than `_MOST` has."""
 
 
 class Config(NamedTuple):
@@ -79,27 +81,38 @@ class Sizes:
         if isinstance(text, bool) or not isinstance(text, (int, str)):
             raise UsageError(f"{text!r:.60}, which is no whole number and no key of config.json")
         if isinstance(text, int):
-            return text
-        return sum(map(self._term, text.split("+")))
+            return _bounded(text, str(text))
+        return _bounded(sum(map(self._term, text.split("+"))), text)
 
     def _term(self, text: str) -> int:
-        found, *divisors = (
-            prod(self._factor(factor.strip()) for factor in part.split("*")) for part in text.split("//")
-        )
+        found, *divisors = map(self._product, text.split("//"))
         for divisor in divisors:
             if not divisor:
                 raise UsageError(f"{text.strip()!r}, which divides by zero")
             found //= divisor
         return found
 
+    def _product(self, text: str) -> int:
+        found = 1
+        for factor in text.split("*"):
+            found = _bounded(found * self._factor(factor.strip()), text)
+        return found
+
     def _factor(self, text: str) -> int:
         if text.isdecimal():
-            return int(text)
+            return int(text) if len(text) <= _DIGITS else _MOST + 1
         if not text.isidentifier():
             raise UsageError(
                 f"{text!r}, which is no key of config.json: a sum of products of keys and numbers is meant"
             )
         found = self.value(text)
-        if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found <= _MOST:
             raise UsageError(f"{text!r}, which is {found!r:.60} where a whole number is needed")
         return found
+
+
+def _bounded(number: int, text: str) -> int:
+    """A number that a size can be. Raises UsageError."""
+    if number > _MOST:
+        raise UsageError(f"{text.strip()[:60]!r}, which is more than any size")
+    return number

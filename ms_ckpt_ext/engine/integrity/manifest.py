@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import DecryptionError, FormatError, StorageError, storage_error
 from ms_ckpt_ext.storage import locks
-from ms_ckpt_ext.storage.linux import read_small, status_of, write_atomically
+from ms_ckpt_ext.storage.linux import is_below, read_small, status_of, write_atomically
 from ms_ckpt_ext.storage.publishing import places_of
 from ms_ckpt_ext.storage.reader import from_json
 
@@ -317,9 +317,9 @@ def write_manifest(directory: str, manifest: Manifest, sync: bool = True) -> Non
 
 
 def size_of(directory: str, name: str) -> Optional[int]:
-    """Bytes on disk of a file that a folder's manifest lists; None when there is none. Raises StorageError."""
-    try:
-        status = status_of(os.path.join(directory, *name.split("/")))
-    except ValueError:  # a name that no file can have
-        return None
+    """Bytes on disk of a file that a folder's manifest lists; None when there is none, or its name leads elsewhere.
+
+    Raises StorageError.
+    """
+    status = status_of(os.path.join(directory, *name.split("/"))) if is_below(name) else None
     return None if status is None else status.st_size

@@ -7,9 +7,7 @@ wait at a time, so the memory for it is bounded.
 
 from __future__ import annotations
 
-import json
 import threading
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Optional
@@ -19,6 +17,7 @@ import xxhash
 from ms_ckpt_ext.core.exchange.demand import Demand
 from ms_ckpt_ext.errors import ChecksumError, name_ranks
 from ms_ckpt_ext.log import Trace
+from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _WAITING = 2
@@ -95,8 +94,8 @@ def compare_replicas(transport: Transport[Any], demands: Sequence[Demand], diges
     Raises:
         ChecksumError: on all ranks; names the parameter, the ranks, and both digests.
     """
-    shared = transport.share(zlib.compress(json.dumps(digests).encode()))
-    theirs = [{int(n): Digest(*each) for n, each in json.loads(zlib.decompress(answer)).items()} for answer in shared]
+    shared = transport.share(pack(digests))
+    theirs = [{int(n): Digest(*each) for n, each in unpack(answer).items()} for answer in shared]
     for number, demand in enumerate(demands):
         for grid in demand.grids:
             for cell, ranks in grid.ranks.items():

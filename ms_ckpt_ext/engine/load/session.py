@@ -9,8 +9,6 @@ from the lowest rank that has it.
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +33,7 @@ from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, UsageError
 from ms_ckpt_ext.storage.reader import ReaderPool
-from ms_ckpt_ext.transport.agree import agree, common_groups, share_alike
+from ms_ckpt_ext.transport.agree import agree, common_groups, pack, share_alike, unpack
 from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
 
 if TYPE_CHECKING:
@@ -308,8 +306,8 @@ def exchange(
             run(digester)
             digests = digester.wait()
     if options.trace:
-        events = transport.share(zlib.compress(json.dumps(trace.events).encode()))
+        events = transport.share(pack(trace.events))
         if transport.rank == 0:
-            Trace.save_all([json.loads(zlib.decompress(part)) for part in events], options.trace)
+            Trace.save_all([*map(unpack, events)], options.trace)
     received = prepared.plan.bytes_received()[transport.rank]
     return LoadReport("cooperative", readers.count, received, len(prepared.plan.rounds), digests)

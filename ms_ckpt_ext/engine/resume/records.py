@@ -33,14 +33,14 @@ from ms_ckpt_ext.core.geometry.layout import MAX_RANKS
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import FormatError, storage_error
 from ms_ckpt_ext.formats.table import CKPT
-from ms_ckpt_ext.storage.linux import read_small
+from ms_ckpt_ext.storage.linux import is_below, read_small
 from ms_ckpt_ext.storage.reader import from_json
 
 RECORDS_FOLDER = "ms_ckpt_ext"
 STRATEGY_FOLDER = "strategy"
 COMPLETE = "complete.json"
 _FORMAT = "ms_ckpt_ext.record"
-_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
+_RANK_FOLDER = re.compile(r"^rank_([0-9]+)\Z")
 _LAST_RANK = re.compile(r"rank_(\d+)(?!.*rank_\d)")
 
 
@@ -217,7 +217,7 @@ def record_from_json(held: Mapping[str, Any]) -> Record:
         wrong = ["rank or world"]
     if not wrong and not math.isfinite(record.saved):
         wrong = ["time"]
-    if not wrong and (".." in record.file.split("/") or os.path.isabs(record.file) or "\0" in record.file):
+    if not wrong and not is_below(record.file):
         wrong = ["file"]
     if wrong:
         raise ValueError(f"bad {', '.join(wrong)}")

@@ -12,6 +12,7 @@ deleted to save space, and weights load without them.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -159,9 +160,13 @@ def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
     told = {name: value for name, value in held.items() if value is not None}
     for name, value in told.items():
         counts = name in _COUNTS and not (type(value) is int and 0 <= value < 1 << 63)
-        if counts or (name in ("loss_scale", "ckpt_status") and not isinstance(value, (int, float))):
-            raise FormatError(f"{path!r} says that {name} is {value!r}, which it cannot be; use another iteration")
+        if counts or (name in ("loss_scale", "ckpt_status") and not _is_finite(value)):
+            raise FormatError(f"{path!r} says that {name} is {value!r:.60}, which it cannot be; use another iteration")
     return {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < math.inf and abs(value) < 1 << 1000
 
 
 def complaint(folder: str) -> str:

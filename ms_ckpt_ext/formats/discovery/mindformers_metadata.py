@@ -28,6 +28,8 @@ from ms_ckpt_ext.storage.reader import from_json
 _OTHER = "the file is damaged or was edited: restore it, or use another iteration"
 _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError)
 """What reading JSON of another shape may raise."""
+_LONGEST_KEY = 1 << 16
+_SHOWN = 200
 
 
 class ParameterCut(NamedTuple):
@@ -122,7 +124,7 @@ def _places(storage: Mapping[str, Any]) -> _Places:
         slices = found.setdefault(name, {})
         number = _number(offset)
         if number in slices:
-            raise ValueError(f"{key} stands twice")
+            raise ValueError(f"{key[:_SHOWN]} stands twice")
         slices[number] = tuple(dict.fromkeys(_place(key, entry) for entry in held))
     return found
 
@@ -132,18 +134,20 @@ def _slice_named(key: str) -> tuple[str, Any]:
     from ast import literal_eval  # here, for few folders are MindFormers'
 
     try:
-        name, offset = literal_eval(key)
+        name, offset = literal_eval(key) if len(key) <= _LONGEST_KEY else (None, None)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # their texts hold addresses
         name, offset = None, None
     if not isinstance(name, str):
-        raise ValueError(f"{key!r} names no slice of a parameter, such as \"('w', (0,))\"")
+        raise ValueError(f"{key[:_SHOWN]!r} names no slice of a parameter, such as \"('w', (0,))\"")
     return name, offset
 
 
 def _place(key: str, entry: Mapping[str, Any]) -> _Place:
     file, saved_by = entry["file_name"], entry.get("storage_rank")
     if not isinstance(file, str) or os.path.basename(file) != file or not file:
-        raise FormatError(f"slice {key} lies in {file!r}, which is not the name of a file beside the metadata")
+        raise FormatError(
+            f"slice {key[:_SHOWN]} lies in {file!r:.200}, which is not the name of a file beside the metadata"
+        )
     ranks = _ints(entry.get("rank_group") or ())
     return _Place(file, None if saved_by is None else _ints([saved_by])[0], ranks)
 

@@ -26,7 +26,7 @@ HYPER_NAMES = tuple(f"{HYPER_STEM}.{suffix}" for suffix in FORMATS)
 HF_INDEX_NAME = "model.safetensors.index.json"
 INDEX_NAMES = {"mindspore": MAP_NAME, "huggingface": HF_INDEX_NAME}
 """Naming of a merge -> its index."""
-RANK_FOLDER = re.compile(r"^rank_(\d+)$")
+RANK_FOLDER = re.compile(r"^rank_([0-9]+)\Z")
 _SUFFIX_FORMS = (
     (re.compile(r"^_?\d+-\d+_\d+$"), "_"),  # task-epoch_step
     (re.compile(r"^-?\d+_\d+$"), "-"),  # epoch_step

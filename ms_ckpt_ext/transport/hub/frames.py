@@ -20,6 +20,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
+from ms_ckpt_ext.transport.base import inflated
+
 FRAME = struct.Struct("<4sIQ")  # kind, number, length of the body
 LENGTH = struct.Struct("<Q")
 TELL, NOTED, GIVE, HERE, BYE = b"tell", b"note", b"give", b"here", b"bye."
@@ -28,6 +30,8 @@ NOTE_BYTES = 24
 """A digest of 16 bytes and a length of 8."""
 _NOTE = struct.Struct("<16sQ")
 _COUNT = struct.Struct("<I")
+_MOST_NUMBERS = 4 << 20
+"""Bytes of the numbers of a million ranks."""
 
 
 class Message(NamedTuple):
@@ -80,17 +84,20 @@ def encode_answer(contents: Sequence[bytes], which: Sequence[int]) -> bytes:
 
 
 def decode_answer(body: bytes) -> list[bytes]:
-    """Every rank's payload, in rank order.
+    """Every rank's payload, in rank order. Raises Malformed.
 
     >>> decode_answer(encode_answer([b"", b"no"], [0, 1, 0]))
     [b'', b'no', b'']
     """
-    (count,) = _COUNT.unpack_from(body)
-    at = _COUNT.size + count * LENGTH.size
-    contents = []
-    for number in range(count):
-        (length,) = LENGTH.unpack_from(body, _COUNT.size + number * LENGTH.size)
-        contents.append(body[at : at + length])
-        at += length
-    numbers = np.frombuffer(zlib.decompress(body[at:]), np.uint8 if count <= 256 else np.uint32)
-    return [contents[number] for number in numbers.tolist()]
+    try:
+        (count,) = _COUNT.unpack_from(body)
+        at = _COUNT.size + count * LENGTH.size
+        contents = []
+        for number in range(count):
+            (length,) = LENGTH.unpack_from(body, _COUNT.size + number * LENGTH.size)
+            contents.append(body[at : at + length])
+            at += length
+        numbers = np.frombuffer(inflated(body[at:], _MOST_NUMBERS), np.uint8 if count <= 256 else np.uint32)
+        return [contents[number] for number in numbers.tolist()]
+    except (struct.error, ValueError, IndexError) as error:
+        raise Malformed(f"an answer that is none ({error})") from None

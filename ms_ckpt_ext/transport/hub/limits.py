@@ -55,6 +55,10 @@ class ControlLimits(NamedTuple):
         """The longest answer of a hub to `size` ranks."""
         return max(self.least_answer, self.share_bytes // size)
 
+    def longest_answer(self, size: int) -> int:
+        """Bytes of an answer with all that stands around it: which payload each rank has, compressed."""
+        return self.answer_bytes(size) + 8 * size + 1024
+
     def told_bytes(self, size: int) -> int:
         """The longest payload that a rank sends unasked; of a longer one it sends a digest.
 

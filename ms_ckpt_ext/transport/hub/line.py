@@ -11,6 +11,7 @@ from functools import partial
 from typing import Callable, Optional
 
 from ms_ckpt_ext.errors import PeerError, TransportError
+from ms_ckpt_ext.transport.base import SAME_VERSION
 from ms_ckpt_ext.transport.hub.frames import (
     ALIKE,
     ALL,
@@ -23,6 +24,7 @@ from ms_ckpt_ext.transport.hub.frames import (
     NOTED,
     PING,
     TELL,
+    Malformed,
     Message,
     decode_answer,
     frame,
@@ -91,10 +93,16 @@ class Line:
             if answer.kind == ALIKE:
                 return [payload] * self.size
             if answer.kind == ALL:
-                return decode_answer(answer.body)
+                return self._decoded(answer.body)
             if answer.kind == GATHER:
                 return self._gather(payload)
             self._send(frame(GIVE, self.rank, payload))  # it was asked for
+
+    def _decoded(self, body: bytes) -> list[bytes]:
+        try:
+            return decode_answer(body)
+        except Malformed as error:
+            raise TransportError(f"rank {self._keeper} told {error}; {SAME_VERSION}") from None
 
     def check(self, doing: str) -> None:
         """Raise if the job is known to be broken."""
@@ -152,19 +160,16 @@ class Line:
 
     def _listen(self, connection: socket.socket, received: bytearray) -> None:
         """Thread: receive what the hub sends until it or this rank leaves, or the hub is silent for too long."""
-        error: Optional[OSError] = None
-        with _Selector() as selector:
-            selector.register(connection, selectors.EVENT_READ)
-            self._take(received)
-            while self._comes(selector):
-                try:
-                    chunk = connection.recv(1 << 16)
-                except OSError as problem:
-                    error, chunk = problem, b""
-                if not chunk:
-                    break
-                received += chunk
+        error: Optional[Exception] = None
+        try:
+            with _Selector() as selector:
+                selector.register(connection, selectors.EVENT_READ)
                 self._take(received)
+                while self._comes(selector) and (chunk := connection.recv(1 << 16)):
+                    received += chunk
+                    self._take(received)
+        except (OSError, Malformed) as problem:
+            error = problem
         self._break(GONE, self._keeper, why_gone(self._keeper, error, self.limits))
         with contextlib.suppress(OSError):  # a thread that sends something meanwhile is woken
             connection.shutdown(socket.SHUT_RDWR)
@@ -178,7 +183,7 @@ class Line:
         return False
 
     def _take(self, received: bytearray) -> None:
-        for said in take_frames(received):
+        for said in take_frames(received, self.limits.longest_answer(self.size)):
             if said.kind in (GONE, LATE):
                 self._break(said.kind, said.number, said.body.decode(errors="replace"))
             elif said.kind == PING:

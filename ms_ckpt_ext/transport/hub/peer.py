@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ms_ckpt_ext.errors import name_ranks
+from ms_ckpt_ext.transport.base import SAME_VERSION
 from ms_ckpt_ext.transport.hub.frames import Malformed, Message, take_frames
 from ms_ckpt_ext.transport.hub.limits import ControlLimits
 from ms_ckpt_ext.transport.rendezvous.greeting import Door
@@ -149,7 +150,7 @@ def why_gone(rank: int, error: Optional[Exception], limits: ControlLimits) -> st
             "and the network between"
         )
     if isinstance(error, Malformed) or (isinstance(error, OSError) and error.errno == errno.ENOBUFS):
-        return f"rank {rank} was put out: {error}; do all ranks run the same version of this package?"
+        return f"rank {rank} was put out: {error}; {SAME_VERSION}"
     return f"rank {rank} is gone: its process ended or was killed; look at its log for the cause"
 
 
