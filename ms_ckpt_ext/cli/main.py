@@ -20,10 +20,13 @@ from typing import Any, Optional
 
 from ms_ckpt_ext import errors, log
 from ms_ckpt_ext._version import __version__
+from ms_ckpt_ext.cli import words
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
 from ms_ckpt_ext.storage.threads import few_collections
 
 PROG = "ms-ckpt"
+_LAYOUT = "\n\t"
+"""What messages are laid out with."""
 COMMANDS = (
     "inspect",
     "plan",
@@ -200,7 +203,13 @@ def _main(argv: list[str], listed: Optional[Sequence[Command]], interrupted: Seq
 def _show_messages(command: Command, level: str) -> None:
     import logging
 
-    logging.basicConfig(format=f"{PROG} {command.name}: %(message)s", level=level)
+    class Visible(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return words.visible(super().format(record), _LAYOUT)
+
+    shown = logging.StreamHandler()
+    shown.setFormatter(Visible(f"{PROG} {command.name}: %(message)s"))
+    logging.basicConfig(handlers=[shown], level=level)
 
 
 def _parsed(argv: list[str], listed: Optional[Sequence[Command]]) -> argparse.Namespace:
@@ -234,7 +243,7 @@ def _print(answer: Answer, as_json: bool) -> int:
     else:
         for line in answer.lines:
             with _writing():
-                print(line)
+                print(words.visible(line, "\t"))
     return answer.code
 
 
@@ -252,9 +261,10 @@ def _failed(error: BaseException, command: Command, arguments: argparse.Namespac
     if code is Exit.BUG or arguments.verbose:
         import traceback
 
-        traceback.print_exception(type(error), error, error.__traceback__)
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        sys.stderr.write(words.visible("".join(lines), _LAYOUT))
     what = "error in this program, please report it" if code is Exit.BUG else "error"
-    print(f"{PROG} {command.name}: {what}: {error}", file=sys.stderr)
+    print(f"{PROG} {command.name}: {what}: {words.visible(str(error), _LAYOUT)}", file=sys.stderr)
     if code is Exit.KEY:
         print(f"{PROG} {command.name}: a key is given by --dec-key-file or --dec-key-env", file=sys.stderr)
     if arguments.json:

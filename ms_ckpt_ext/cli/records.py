@@ -39,11 +39,21 @@ def _fields_of(kind: type) -> Optional[tuple[str, ...]]:
     return None if names is None else tuple(names)
 
 
+def _spelled(sign: str) -> str:
+    """What a terminal might obey, as JSON spells it."""
+    units = sign.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at] << 8 | units[at + 1]:04x}" for at in range(0, len(units), 2))
+
+
 def json_text(data: Any) -> str:
     """A document, which may hold whatever `plain` takes, as text. The encoder in C writes what stands on one line."""
     from json import JSONEncoder
 
-    encode = JSONEncoder(ensure_ascii=False).encode
+    to_text = JSONEncoder(ensure_ascii=False).encode
+
+    def encode(value: Any) -> str:
+        made = to_text(value)
+        return made if made.isprintable() else "".join(each if each.isprintable() else _spelled(each) for each in made)
 
     def text(value: Any, depth: int) -> str:
         names = _fields(value)

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ms_ckpt_ext.cli import words
+from ms_ckpt_ext.core.geometry.groups import number_in
+
+_DEEPEST = 64
+"""Dots at which names are taken apart; what is left over is one part."""
 
 
 @dataclass
@@ -30,7 +34,7 @@ def tree_lines(parameters: Sequence[tuple[str, str, int]]) -> Iterator[str]:
     root = _Node()
     for name, kind, nbytes in parameters:
         node = root
-        for part in name.split("."):
+        for part in name.split(".", _DEEPEST):
             node = node.below.setdefault(part, _Node())
             node.leaves, node.nbytes = node.leaves + 1, node.nbytes + nbytes
         node.kind = kind
@@ -61,9 +65,11 @@ def _joined(name: str, copies: int, node: _Node) -> tuple[str, int, _Node]:
 
 def _folded(below: dict[str, _Node]) -> Iterator[tuple[str, int, _Node]]:
     """(name, how many, one of them): neighbours by number that are alike are one."""
-    numbered = sorted((int(name), node) for name, node in below.items() if name.isdecimal())
+    numbers_of = {name: number_in(name) for name in below}
+    numbered = sorted((number, name) for name, number in numbers_of.items() if number is not None)
     runs: list[tuple[list[int], _Node]] = []
-    for number, node in numbered:
+    for number, name in numbered:
+        node = below[name]
         if runs and runs[-1][0][-1] + 1 == number and runs[-1][1].likeness() == node.likeness():
             runs[-1][0].append(number)
         else:
@@ -72,5 +78,5 @@ def _folded(below: dict[str, _Node]) -> Iterator[tuple[str, int, _Node]]:
         name = str(numbers[0]) if len(numbers) == 1 else f"[{numbers[0]}-{numbers[-1]}]"
         yield name, len(numbers), node
     for name, node in below.items():
-        if not name.isdecimal():
+        if numbers_of[name] is None:
             yield name, 1, node

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Optional
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
+_STYLED = re.compile(rf"(\033\[(?:0|{'|'.join(_CODES.values())})m)")
 MOST_LISTED = 20
 """Rows of a table that people read at a glance; `--all` and `--json` have the others too."""
 
@@ -69,6 +71,28 @@ def style(text: str, kind: str) -> str:
     return f"\033[{_CODES[kind]}m{text}\033[0m" if coloured() else text
 
 
+def visible(text: str, kept: str = "") -> str:
+    """Text for a terminal: what a name might hold to move the cursor, or to hide what follows, as Python spells it.
+
+    Args:
+        kept: characters that stay as they are.
+
+    >>> print(visible("a\x1b[2Jb\u202e"))
+    a\x1b[2Jb\u202e
+    """
+    if text.isprintable():
+        return text
+    pieces = _STYLED.split(text) if coloured() else [text]
+    return "".join(piece if n % 2 else _escaped(piece, kept) for n, piece in enumerate(pieces))
+
+
+def _escaped(text: str, kept: str) -> str:
+    return "".join(
+        each if each.isprintable() or each in kept else each.encode("unicode_escape", "surrogatepass").decode()
+        for each in text
+    )
+
+
 def width() -> Optional[int]:
     """Columns that a line may have; None when the output is no terminal, and nothing must be cut."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -111,10 +135,12 @@ def folded(told: Mapping[str, str]) -> list[tuple[str, str]]:
     >>> folded({"head.w": "", "layers.0.w": "", "layers.1.w": "", "layers.3.w": ""})
     [('head.w', ''), ('layers.[0-1,3].w', '')]
     """
+    from ms_ckpt_ext.core.geometry.groups import number_in
+
     groups: dict[tuple[str, str, str], list[int]] = {}
     for name, text in told.items():
         parts = name.split(".")
-        at = next((n for n, part in enumerate(parts) if part.isdecimal()), len(parts))
+        at = next((n for n, part in enumerate(parts) if number_in(part) is not None), len(parts))
         key = (".".join(parts[:at]), ".".join(parts[at + 1 :]), text)
         groups.setdefault(key, []).extend(map(int, parts[at : at + 1]))
     found = []

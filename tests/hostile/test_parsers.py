@@ -1,4 +1,4 @@
-"""Every parser of outside data, fed some hundred inputs that are meant to hurt it; more in `scripts/fuzz.sh parsers`."""
+"""Every parser of outside data, fed some hundred inputs that are meant to hurt; more in `scripts/fuzz.sh parsers`."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
     for action in _actions(whole):
         if hasattr(action, "completes"):
             action.complete = kinds[action.completes]  # type: ignore[attr-defined]
-    return Answer(None, [shtab.complete(whole, arguments.shell, root_prefix=PROG.replace("-", "_"))])
+    return Answer(None, shtab.complete(whole, arguments.shell, root_prefix=PROG.replace("-", "_")).splitlines())
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

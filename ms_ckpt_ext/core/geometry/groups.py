@@ -7,8 +7,10 @@ state of FTRL, and a likely name of a layer).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container
 from functools import lru_cache
+from typing import Optional
 
 WEIGHTS, STATES, SCALARS = "weights", "optimizer states", "scalars"
 GROUPS = (WEIGHTS, STATES, SCALARS)
@@ -23,6 +25,7 @@ _CLEAR = {"adam_m", "adam_v", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_in
     "mean_square",
     "accum_update",
 }
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 _AMBIGUOUS = {"accum", "ax", "ax_", "linear", "prev", "stat", "step_size"}
 
 
@@ -37,7 +40,17 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 @lru_cache(maxsize=4096)
 def _natural_part(part: str) -> tuple[int, str]:
-    return (int(part), "") if part.isdecimal() else (-1, part)
+    number = number_in(part)
+    return (-1, part) if number is None else (number, "")
+
+
+def number_in(part: str) -> Optional[int]:
+    """The number that a part of a name is, as layers are numbered; None where it is none.
+
+    >>> number_in("12"), number_in("012"), number_in("w"), number_in("1" * 5000)
+    (12, None, None, None)
+    """
+    return int(part) if _NUMBER.fullmatch(part) else None
 
 
 def group_of(name: str, names: Container[str]) -> str:

@@ -15,6 +15,8 @@ from ms_ckpt_ext.errors import UsageError
 _PLACEHOLDER = re.compile(r"\{(?:(\d+)<=)?(\w*|\*)(?:<(\d+))?\}")
 ANY = "*"
 """The key of the placeholder that stands for any text."""
+_DIGITS = 18
+"""Of a number that a placeholder stands for."""
 
 
 class Pattern:
@@ -46,7 +48,7 @@ class Pattern:
         }
         body = re.escape(self._literals[0])
         for key, literal in zip(self.keys, self._literals[1:]):
-            body += (r"(?P<_any>.+)" if key == ANY else rf"(?P<{key}>\d+)") + re.escape(literal)
+            body += (r"(?P<_any>.+)" if key == ANY else rf"(?P<{key}>[0-9]{{1,{_DIGITS}}})") + re.escape(literal)
         self._match = re.compile(body)
 
     def match(self, name: str) -> Optional[dict[str, str]]:

@@ -12,6 +12,9 @@ from ms_ckpt_ext.core.planning.name_patterns import ANY, Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.errors import CoverageError, UsageError
 
+_SHOWN = 5
+"""Of what is absent, in a message."""
+
 Names = Union[str, Sequence[str]]
 
 
@@ -100,18 +103,22 @@ def _slots(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[di
                 continue
             slots = found.setdefault(target.fill(values), [{} for _ in rule.sources])
             counter = tuple(int(value) for key, value in values.items() if key not in target.keys)
-            slots[number][counter] = tensor
+            other = slots[number].setdefault(counter, tensor)
+            if other is not tensor:
+                which = f"number {' '.join(map(str, counter))} of what {target.text!r} is made of"
+                raise UsageError(f"{other.meta.name!r} and {name!r} are both {which}: rename one, or leave it out")
     return found
 
 
 def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTensor]]) -> list[list[SourceTensor]]:
     wanted = sorted({counter for slot in slots for counter in slot})
     if len(wanted[0]) == 1:
-        wanted = [(number,) for number in range(max(wanted)[0] + 1)]
+        most = min(max(wanted)[0], len(wanted) + _SHOWN)  # beyond these at least as many are absent as are shown
+        wanted = [(number,) for number in range(most + 1)]
     for source, slot in zip(rule.sources, slots):
         absent = [counter for counter in wanted if counter not in slot]
         if absent:
-            which = f" for {', '.join(str(counter[0]) for counter in absent[:5])}" if any(absent) else ""
+            which = f" for {', '.join(str(counter[0]) for counter in absent[:_SHOWN])}" if any(absent) else ""
             raise CoverageError(
                 f"{name!r} is made of {len(rule.sources)} sources, but the checkpoint has nothing called {source!r}"
                 f"{which}: check that it is complete and that the rule's names are those of this model"

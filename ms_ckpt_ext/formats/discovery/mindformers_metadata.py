@@ -189,7 +189,7 @@ def _check_files(places: Iterable[_Place], path: str) -> None:
             totals.setdefault(told.kind, set()).add(told.total)
     for kind, ranks in rank_of.items():
         numbers, in_order = sorted(ranks), [ranks[number] for number in sorted(ranks)]
-        all_numbers = numbers == list(range(max(totals[kind])))
+        all_numbers = len(numbers) == max(totals[kind]) and numbers == list(range(len(numbers)))
         as_named = max(numbers) < max(totals[kind]) and numbers == in_order
         if len(totals[kind]) > 1 or not (as_named or (all_numbers and in_order == sorted(set(in_order)))):
             raise FormatError(

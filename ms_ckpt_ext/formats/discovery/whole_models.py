@@ -211,7 +211,7 @@ def _models(parts: Mapping[str, re.Match[str]]) -> dict[str, Loose]:
 
 def _is_all(numbers: Iterable[int], count: int) -> bool:
     there = sorted(numbers)
-    return there == list(range(1, count + 1)) or there == list(range(count))
+    return len(there) == count and there in ([*range(1, len(there) + 1)], [*range(len(there))])
 
 
 def _lacking(title: str, files: Mapping[int, str], count: int) -> str:
