@@ -20,7 +20,6 @@ from typing import Any, Optional
 
 from ms_ckpt_ext import errors, log
 from ms_ckpt_ext._version import __version__
-from ms_ckpt_ext.cli import words
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
 from ms_ckpt_ext.storage.threads import few_collections
 
@@ -203,6 +202,8 @@ def _main(argv: list[str], listed: Optional[Sequence[Command]], interrupted: Seq
 def _show_messages(command: Command, level: str) -> None:
     import logging
 
+    from ms_ckpt_ext.cli import words
+
     class Visible(logging.Formatter):
         def format(self, record: logging.LogRecord) -> str:
             return words.visible(super().format(record), _LAYOUT)
@@ -241,6 +242,8 @@ def _print(answer: Answer, as_json: bool) -> int:
     if as_json:
         _print_json(answer.data)
     else:
+        from ms_ckpt_ext.cli import words
+
         for line in answer.lines:
             with _writing():
                 print(words.visible(line, "\t"))
@@ -256,6 +259,8 @@ def _print_json(data: Any) -> None:
 
 
 def _failed(error: BaseException, command: Command, arguments: argparse.Namespace) -> int:
+    from ms_ckpt_ext.cli import words
+
     error = errors.named(error, command.name)
     code = next((code for kind, code in _CODES if isinstance(error, kind)), Exit.BUG)
     if code is Exit.BUG or arguments.verbose:

@@ -13,7 +13,7 @@ from tests.hostile.judge import LONGEST, judge
 from tests.hostile.parsers import PARSERS, Parser
 from tests.support.damage import HOPELESS, lies, memory_limit, random_edits, time_limit
 
-ROUNDS = 120
+ROUNDS = 40
 
 
 @pytest.mark.parametrize("name", PARSERS)

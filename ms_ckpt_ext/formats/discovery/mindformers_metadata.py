@@ -29,7 +29,7 @@ _OTHER = "the file is damaged or was edited: restore it, or use another iteratio
 _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError)
 """What reading JSON of another shape may raise."""
 _LONGEST_KEY = 1 << 16
-_SHOWN = 200
+_SHOWN = 400
 
 
 class ParameterCut(NamedTuple):
