@@ -152,3 +152,11 @@ def test_the_operators_page_has_every_variable() -> None:
         name for path in PACKAGE.rglob("*.py") for name in re.findall(r"MS_CKPT_EXT_[A-Z_]*[A-Z]", path.read_text())
     }
     assert {name for name in used if f"`{name}`" not in page} == set()
+
+
+def test_every_advice_about_the_system_is_told() -> None:
+    """What is said of an errno stands in a row: the message is made of it."""
+    said = [message for message, kind in rows(PAGES[0]) if kind == "StorageError"]
+    assert [
+        text for text in errors._ADVICE.values() if not any(is_said(message, [text, "; " + text]) for message in said)
+    ] == []
