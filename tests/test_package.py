@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ def test_a_merge_loads_what_it_needs(tmp_path: Path) -> None:
     assert {"ms_ckpt_ext.engine.files.merge", "ms_ckpt_ext.storage.staging"} <= own
     assert len(own) <= MERGE_MODULES, sorted(own)
     assert not {"cryptography", "mindspore", "ms_ckpt_ext.formats.ckpt", "ms_ckpt_ext.formats.crypto.keys"} & loaded
+
+
+def test_files_and_rooms_are_small() -> None:
+    """What is larger is split along a seam, or says the same in less."""
+    root = Path(ms_ckpt_ext.__file__).parent
+    long = {path: len(path.read_text("utf-8").splitlines()) for path in root.rglob("*.py")}
+    assert {str(path.relative_to(root)): lines for path, lines in long.items() if lines > 350} == {}
+    rooms = Counter(path.parent for path in long if path.name != "__init__.py")
+    assert {str(room.relative_to(root)): count for room, count in rooms.items() if count > 14} == {}
 
 
 SLOW = {"numpy", "logging", "dataclasses", "inspect", "traceback", "ctypes", "xxhash", "concurrent.futures"}

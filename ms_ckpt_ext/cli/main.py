@@ -21,7 +21,6 @@ from typing import Any, Optional
 from ms_ckpt_ext import errors, log
 from ms_ckpt_ext._version import __version__
 from ms_ckpt_ext.cli.command import Answer, Command, Exit
-from ms_ckpt_ext.storage.threads import few_collections
 
 PROG = "ms-ckpt"
 _LAYOUT = "\n\t"
@@ -121,7 +120,7 @@ def run_line(argv: Sequence[str], listed: Optional[Sequence[Command]] = None) ->
     """Run a line of these commands, by default of all, and return its exit code."""
     _ready_output()
     try:
-        with _interruptions() as interrupted, few_collections():
+        with _interruptions() as interrupted:
             code = _main(list(argv), listed, interrupted)
         with _writing():
             sys.stdout.flush()
@@ -189,8 +188,11 @@ def _main(argv: list[str], listed: Optional[Sequence[Command]], interrupted: Seq
         _show_messages(command, "INFO")
     else:
         log.prepared_by(lambda: _show_messages(command, "WARNING"))
+    from ms_ckpt_ext.storage.threads import few_collections  # not to tell a version, nor what may be asked
+
     try:
-        return _print(command.run(arguments), arguments.json)
+        with few_collections():
+            return _print(command.run(arguments), arguments.json)
     except _OutputError:
         raise
     except Exception as error:

@@ -170,8 +170,8 @@ def load_checkpoint(
         strict_load, remove_redundancy: of that function; what the file says about redundancy comes first.
         specify_prefix, filter_prefix: keep, or leave out, names that begin so; either replaces `choice_func`.
         dec_key, dec_mode: of an encrypted file.
-        choice_func: parameter name -> True (keep), False (leave out) or a str (new name). As in stock MindSpore, what
-            is no str counts by its truth.
+        choice_func: parameter name -> True (keep), False (leave out) or a str (new name). As in stock MindSpore,
+            anything else counts by its truth.
         crc_check: verify the file's checksum, if it has one.
         format: "ckpt" or "safetensors".
         name_map: name in the result -> name in the file (as the choice left it), as for `load`.
@@ -209,13 +209,8 @@ def load_checkpoint(
     if net is not None:
         from ms_ckpt_ext.bridge.parameters import load_into
 
-        load_into(
-            net,
-            found,
-            _sources(held),
-            strict_load,
-            {"True": True, "False": False}.get(redundancy or "", remove_redundancy),
-        )
+        told = {"True": True, "False": False}.get(redundancy or "", remove_redundancy)
+        load_into(net, found, _sources(held), strict_load, told)
     return found
 
 

@@ -130,7 +130,7 @@ class Crop(Rule):
 def _check_extent(name: str, shape: Shape, axis: int, known: Optional[int]) -> None:
     if known is not None and shape[axis] != known:
         raise LayoutMismatchError(
-            f"{name!r}: axis {axis} of {list(shape)} has not {known} indices, as source_size says"
+            f"{name!r}: axis {axis} of {list(shape)} does not have {known} indices, as source_size says"
         )
 
 

@@ -22,7 +22,7 @@ class Hardware(NamedTuple):
         link: bytes per second that one rank can send or receive inside its server.
         latency: seconds one collective takes beside the bytes.
         host: bytes per second that one host can take from shared storage.
-        between: the same as `link`, from and to other servers; None: as inside.
+        between: the same as `link`, from and to other servers; 0: as inside.
         upload: bytes per second from the memory of the host to that of one device.
         reader: bytes per second that one rank can read.
         per_rank: seconds by which each rank of the job lengthens a collective.

@@ -98,9 +98,11 @@ def cuts_of(
 
 
 def _boxes(needs: Sequence[Placing], shape: Shape, dtype: DType, most: int) -> Iterator[Region]:
-    """What is needed of a slice, cut into boxes that are contiguous there: of at most `most` bytes, and, where that
-    makes no crumbs, at the rows where other ranks' needs begin, so that few boxes have several readers to choose from
-    who each want a part only."""
+    """What is needed of a slice, cut into boxes of at most `most` bytes that are contiguous there.
+
+    They are cut as well at the rows where other ranks' needs begin, unless the parts would be too short: so there are
+    few boxes of which several ranks want a part each.
+    """
     hull = _rows(needs, shape)
     free = next((axis for axis, extent in enumerate(hull.shape) if extent > 1), None)
     if free is None:

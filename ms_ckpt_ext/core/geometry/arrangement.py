@@ -41,7 +41,7 @@ class Bit:
     def __init__(self, block: int, wanted: Region, view: View) -> None:
         self.block, self.wanted, self.view = block, wanted, view
         self.known: Optional[tuple[Any, Any]] = None
-        """What was made of the bit the last time, and of what: the next parameter of its kind is often alike."""
+        """The piece that was made of it last, and from which: often the next parameter of its kind gives the same."""
 
 
 class Arrangement:

@@ -77,5 +77,7 @@ class Pattern:
         """The name with values put in. Raises UsageError for a placeholder without a value."""
         absent = [key for key in self.keys if key not in values]
         if absent:
-            raise UsageError(f"{self.text!r} has the placeholder {absent[0].lstrip('_')!r}, which its sources have not")
+            raise UsageError(
+                f"{self.text!r} has the placeholder {absent[0].lstrip('_')!r}, which its sources do not have"
+            )
         return self._literals[0] + "".join(values[k] + text for k, text in zip(self.keys, self._literals[1:]))

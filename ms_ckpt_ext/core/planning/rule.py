@@ -43,7 +43,9 @@ class Rule(ABC):
         if not self.sources or not all(isinstance(name, str) and name for name in (*self.sources, target)):
             raise UsageError(f"a rule needs the names of its sources and of its target, got {sources!r} and {target!r}")
         if ANY not in Pattern(target).keys and any(ANY in Pattern(name).keys for name in self.sources):
-            raise UsageError(f"a source of the rule for {target!r} has {{*}}, which stands for any text: so must it")
+            raise UsageError(
+                f"a source of the rule for {target!r} has {{*}} (any text), so the target must have it, too"
+            )
 
     @abstractmethod
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:

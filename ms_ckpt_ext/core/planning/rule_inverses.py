@@ -30,7 +30,7 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
 
     Raises:
         ArgumentTypeError: there is something else among the rules.
-        UsageError: a rule has no inverse, or two rules are made of one source, so that there were two of it; says
+        UsageError: a rule has no inverse, or two rules have one source, which the way back would make twice; says
             which and why.
 
     >>> from ms_ckpt_ext.rules import Rename, Stack

@@ -6,7 +6,7 @@
    twice, and no plaintext reaches the disk. A write that covers a unit by itself does not wait.
 3. Memory is bounded by order. `rounds` hands out the work in the order of the files' bytes, few files and some MiB at a
    time, so few units are incomplete at any moment.
-4. A checksum goes inside the encryption, put together by `summing`; digests are of the plaintext, as in every file.
+4. A checksum goes inside the encryption, put together as in `crc_sink`; digests are of the plaintext, as in every file.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 1. The job has every output file laid out (`engine.files.job`), so every offset is known before a byte moves.
 2. What an interrupted run finished is kept, when it is still what was written (`is_intact`).
-3. The pump moves the bytes into the staging folder; a file is synced and accepted when its last byte has landed.
+3. Workers (`engine.copying.worker`) move the bytes into the staging folder; a file is synced and accepted when its last
+   byte has landed.
    Without `Job.sync` the kernel writes it to disk when it likes: safe from a killed process, not from a power cut, so
    after the next boot nothing of such a job is taken for done.
 4. When the whole set is complete, it is published (see `storage.staging`), its digests (`engine.integrity.manifest`)

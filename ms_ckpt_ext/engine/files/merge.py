@@ -75,21 +75,10 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         CoverageError: a pipeline stage has no file, or a parameter is not where a map says.
         LayoutMismatchError: what lies outside the strategy differs by rank.
     """
-    catalog.require(catalog.absent)
-    if catalog.outside:
-        from ms_ckpt_ext.engine.unlisted.proven import merged
-
-        catalog = merged(catalog)
-    tell_accumulated(catalog.files)
+    catalog = _whole(catalog)
     named = catalog.tensors
-    if not named:
-        raise UsageError("choice_func dropped every parameter; nothing would be written")
     sizes = {name: _nbytes(tensor) for name, tensor in named.items()}
-    count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
-    count = min(count, len(sizes))
-    limited = options.naming == "huggingface"
-    groups = _limited(sizes, count, options.part_bytes) if limited else _balanced(sizes, count)
-    groups = [names for group in groups for names in _listable(group, named, options.format)]
+    groups = [names for group in _groups(sizes, options) for names in _listable(group, named, options.format)]
     # transformers opens files of "pt", "tf", "flax" and "mlx" only.
     framework = "pt" if options.naming == "huggingface" else "ms"
     write = partial(output_of, catalog=catalog, crc=options.crc, seal=options.seal, framework=framework)
@@ -117,6 +106,27 @@ def merge_job(catalog: Catalog, target: str, options: MergeOptions) -> Job:
         options.seal,
         options.digests,
     )
+
+
+def _whole(catalog: Catalog) -> Catalog:
+    """What a merge writes: there must be something, all of it, and one copy of what lies outside the strategy."""
+    catalog.require(catalog.absent)
+    if catalog.outside:
+        from ms_ckpt_ext.engine.unlisted.proven import merged
+
+        catalog = merged(catalog)
+    tell_accumulated(catalog.files)
+    if not catalog.tensors:
+        raise UsageError("choice_func dropped every parameter; nothing would be written")
+    return catalog
+
+
+def _groups(sizes: Mapping[str, int], options: MergeOptions) -> list[list[str]]:
+    """The names of every part, by the size that parts should have."""
+    count = max(math.ceil(sum(sizes.values()) / options.part_bytes), options.tasks, 1)
+    count = min(count, len(sizes))
+    limited = options.naming == "huggingface"
+    return _limited(sizes, count, options.part_bytes) if limited else _balanced(sizes, count)
 
 
 def _index(total: int, weight_map: Mapping[str, str]) -> bytes:

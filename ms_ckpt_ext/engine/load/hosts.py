@@ -93,7 +93,7 @@ def deal(work: Sequence[Work], load: list[int], sees: Optional[Sees]) -> list[in
 
 
 class _Turns:
-    """Who has the least, of some ranks, without looking at all of them each time: a heap for every set of ranks.
+    """Finds the rank with the least without looking at all of them each time: a heap for every set of ranks.
 
     A load that grew by another set's turn is put right when its rank comes to the top.
     """

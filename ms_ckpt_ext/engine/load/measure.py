@@ -128,7 +128,7 @@ class _Step:
         return lambda: self._transport.start_all_to_all(send, counts, receive, counts).wait()
 
     def _repeated(self, call: Callable[[], None]) -> float:
-        """Seconds of one `call`, of many; the first, which may set something up, is left out."""
+        """Mean seconds of a `call`, made many times; the first, which may set something up, is left out."""
         call()
         begin = time.perf_counter()
         call()

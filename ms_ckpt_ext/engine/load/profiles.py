@@ -4,10 +4,10 @@ Every figure says where it comes from: a page, "measured", or "assumed" where no
 magnitude: good for choosing a way and for seeing what dominates, not for promising seconds. `ms-ckpt measure` writes a
 profile with measured ones.
 
-From what a machine has follows how much staging memory a rank has for one round, its bucket. Every round costs a status
-and a call or two, and a call is slow beyond HCCL_BUFFSIZE: so on a device a round reads, sends and receives about that
-much each. Two rounds are under way, and what Parameters still take of the device comes first: never more than an eighth
-of what is left then. What is left the device tells; where it does not, its profile and the plan do.
+The machine also decides how much staging memory a rank has for one round: its bucket. Every round costs a status and a
+call or two, and a call is slow beyond HCCL_BUFFSIZE: so on a device a round reads, sends and receives about that much
+each. Two rounds are under way, and what Parameters still take of the device comes first: a bucket is never more than an
+eighth of what is left then. The device tells how much is left; where it does not, its profile and the plan do.
 """
 
 from __future__ import annotations

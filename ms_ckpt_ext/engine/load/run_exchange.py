@@ -7,8 +7,8 @@
    with what is in its buffers. The first status is waited for, before anything is changed, and so is the last; where
    nothing travels meanwhile, every one, so that nobody enters a collective in vain.
 3. What a rank reads for others is packed, exchanged by one all-to-all and, for every group that wants the same, one
-   all-gather of equal shares, or a broadcast by who reads for it; what arrives is placed in the sinks. What a rank
-   reads for itself goes there at once.
+   all-gather of equal shares, or a broadcast by the rank that reads for it; what arrives is placed in the sinks. What a
+   rank reads for itself goes there at once.
 4. Where the transport overlaps, two rounds are under way: the next one is staged, packed and started before this one
    is waited for, in buffers of its own.
 5. Of a parameter that is computed, what arrives is what it is computed from: see `engine.load.computing`.
@@ -177,18 +177,14 @@ class ExchangeRun(Generic[B]):
 
     def _allocate(self) -> dict[str, B]:
         """The buffers of a round."""
-        turns = self._turns
-        sizes = {
-            "send": max((sum(w.send_counts) for w in turns), default=0),
-            "receive": max((sum(w.receive_counts) for w in turns), default=0),
-        }
-        for turn in turns:
+        sizes = {"send": 0, "receive": 0}
+        for turn in self._turns:
+            needed = {"send": sum(turn.send_counts), "receive": sum(turn.receive_counts)}
             if turn.spread is not None:
-                for name, counts in (("send on", turn.spread.send_counts), ("late", turn.spread.receive_counts)):
-                    sizes[name] = max(sizes.get(name, 0), sum(counts))
+                needed.update({"send on": sum(turn.spread.send_counts), "late": sum(turn.spread.receive_counts)})
             for number, gather in enumerate(turn.gathers):
-                for name, nbytes in ((f"give {number}", gather.gives), (f"gather {number}", gather.nbytes)):
-                    sizes[name] = max(sizes.get(name, 0), nbytes)
+                needed.update({f"give {number}": gather.gives, f"gather {number}": gather.nbytes})
+            sizes.update({name: max(nbytes, sizes.get(name, 0)) for name, nbytes in needed.items()})
         return {name: self._transport.allocate(nbytes) for name, nbytes in sizes.items()}
 
     def _of(self, number: int) -> dict[str, B]:

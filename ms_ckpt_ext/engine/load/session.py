@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.slabs import Mover, SliceSink
 
 _AS_GOOD_AS = 1.02
-"""Where reading takes longest both ways take as long; what crosses less then leaves the network to others."""
+"""Where reading takes longest, both ways take the same time; the one that sends less between servers is chosen then."""
 
 
 class Want(NamedTuple):

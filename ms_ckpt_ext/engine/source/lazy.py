@@ -143,7 +143,7 @@ class LazyTensor:
         return self.shape[0]
 
     def __bool__(self) -> bool:
-        """Of one element, what numpy says of its value; of more, numpy has no answer either."""
+        """The truth of a single element, as in numpy. Raises UsageError for more than one, where numpy raises, too."""
         if math.prod(self.shape) != 1:
             raise UsageError(
                 f"{self.name!r} of shape {list(self.shape)} is neither true nor false; compare with None, or read it "

@@ -28,7 +28,8 @@ from ms_ckpt_ext.formats.discovery import rank_folders
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 
 _FEW_RANKS, _RANKS_PER_FILE = 16_384, 1024
-"""A strategy of more ranks than both, for the files at hand, is refused: every one costs time for every parameter."""
+"""A strategy of more ranks than the first, and than the second for each file, is refused: every rank costs time for
+every parameter."""
 _SHOWN = 4
 
 

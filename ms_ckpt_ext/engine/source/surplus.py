@@ -1,9 +1,9 @@
 """Rank folders beyond those that a strategy speaks of: left over from a larger run, or a sign of the wrong strategy.
 
-Who trains on 8 ranks and then on 4 in the same directory has rank_4 … rank_7 of the first run beside the second's; who
-gives the strategy of one pipeline stage of a model whose parameters are all tied has the other stages' files there.
-Such files may be passed over, but only where that is plain: the strategy of a part of the job would make a part of the
-model pass for all of it. They must hold no parameter that the others lack, and either
+A training on 8 ranks, then one on 4 in the same directory: rank_4 … rank_7 of the first lie beside the second's files.
+Or the strategy is that of one pipeline stage of a model whose parameters are all tied, and the files of the other
+stages are there. Such files may be passed over, but only where the case is clear: with the strategy of a part of the
+job, a part of the model would pass for all of it. They must hold no parameter that the others lack, and either
 
 - be of another run: of another step by their names or by their counters, much older than the others, or cut otherwise;
 - or repeat the others: stretches of what they hold are those of the rank in the same place, as with tied parameters,

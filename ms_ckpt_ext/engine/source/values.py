@@ -140,9 +140,9 @@ def bytes_of(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> byt
 
 
 def to_python(data: bytes, dtype: DType, shape: Shape) -> object:
-    """Contents of a small tensor as a number or a nested list of them; None for what Python has no word for.
+    """Contents of a small tensor as a number or a nested list of them; None for what Python has no type for.
 
-    Without numpy, which takes longer to import than all else that tells a few numbers.
+    numpy is not used: it takes longer to import than everything else that a few numbers need.
     """
     numbers = _numbers(data, dtype)
     return None if numbers is None else _nested(iter(numbers), shape)

@@ -53,7 +53,7 @@ def test_every_name(pattern: str, names: list[tuple[str, tuple[str, ...]]]) -> N
 
 
 def test_a_placeholder_without_a_value_is_told_by_name() -> None:
-    with pytest.raises(UsageError, match="has the placeholder 'm', which its sources have not"):
+    with pytest.raises(UsageError, match="has the placeholder 'm', which its sources do not have"):
         Pattern("a.{n}.{m}").fill({"n": "1"})
     with pytest.raises(UsageError, match="has the placeholder '0'"):
         Pattern("a.{}").fill({})
