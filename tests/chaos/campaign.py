@@ -239,18 +239,14 @@ def chosen(seed: int, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[str, s
 
 
 def table(ran: Sequence[Ran], key: str) -> list[str]:
-    """Rows by fault or by job: runs, right results, named errors, killed as meant, wrong."""
+    """Rows by fault or by job, as Markdown: runs, right results, named errors, killed as meant, wrong."""
     rows: dict[str, Counter[str]] = {}
-    for each in ran:
-        for name in (getattr(each, key), "all"):
-            rows.setdefault(name, Counter()).update(["runs", "WRONG" if each.wrong else each.outcome])
-    rows = {**{name: row for name, row in rows.items() if name != "all"}, "all": rows.get("all", Counter())}
+    for each in sorted(ran, key=lambda each: (*FAULTS, *JOBS).index(getattr(each, key))):
+        rows.setdefault(getattr(each, key), Counter()).update(["runs", "WRONG" if each.wrong else each.outcome])
+    rows["all"] = sum(rows.values(), Counter())
     columns = ("runs", "right", "error", "killed", "WRONG")
-    width = max(map(len, (*rows, key)))
-    lines = [f"{key:{width}}  " + "  ".join(f"{column:>6}" for column in columns)]
-    return lines + [
-        f"{name:{width}}  " + "  ".join(f"{row[column] or '':>6}" for column in columns) for name, row in rows.items()
-    ]
+    head = [f"| {key} | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    return head + [f"| {name} | {' | '.join(str(row[column]) for column in columns)} |" for name, row in rows.items()]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

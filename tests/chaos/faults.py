@@ -172,7 +172,9 @@ def _stopped(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
 
 
 def _file_of(scene: Scene) -> Path:
-    return scene.rng.choice(sorted(p for p in scene.place.source.rglob("*") if p.suffix in (".safetensors", ".ckpt")))
+    return scene.rng.choice(
+        sorted(p for p in scene.place.source.rglob("*") if p.suffix in (".safetensors", ".ckpt") and p.is_file())
+    )
 
 
 def _replaced(scene: Scene) -> None:

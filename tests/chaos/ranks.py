@@ -114,7 +114,8 @@ def _told(rank: int) -> Iterator[dict[str, Any]]:
 
 
 def _named(error: BaseException) -> dict[str, Any]:
-    named = isinstance(error, CheckpointError)
+    ours = any("/ms_ckpt_ext/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    named = isinstance(error, CheckpointError) or (isinstance(error, MemoryError) and not ours)  # a network's memory
     trace: Optional[str] = (
         None if named else "".join(traceback.format_exception(type(error), error, error.__traceback__))
     )
@@ -125,7 +126,7 @@ def _left(before: int) -> dict[str, Any]:
     """Threads that were left, but for those that wait for a next call; and descriptors."""
     deadline = time.monotonic() + 2
     while True:
-        threads = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+        threads = [t.name for t in threading.enumerate() if t is not threading.main_thread() and t.is_alive()]
         threads = [name for name in threads if name != "ms_ckpt_ext caller"]
         if not threads or time.monotonic() > deadline:
             return {"threads": threads, "descriptors": len(os.listdir("/proc/self/fd")) - before}
