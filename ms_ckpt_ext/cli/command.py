@@ -27,7 +27,7 @@ class Exit(IntEnum):
     DIFFERENT = 1, "differences or faults were found"
     USAGE = 2, "wrong arguments; nothing was read or written"
     BAD_INPUT = 3, "a checkpoint or strategy is missing, damaged, incomplete, or does not fit"
-    STORAGE = 4, "the operating system refused a read or a write; run again to go on"
+    STORAGE = 4, "the operating system refused a read, a write or memory; run again to go on"
     DEPENDENCY = 5, "an optional package is not installed"
     KEY = 6, "an encrypted file: no key, a wrong one, or the file was altered"
     BUG = 70, "an error in this program; please report it"

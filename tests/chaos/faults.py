@@ -172,9 +172,8 @@ def _stopped(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
 
 
 def _file_of(scene: Scene) -> Path:
-    return scene.rng.choice(
-        sorted(p for p in scene.place.source.rglob("*") if p.suffix in (".safetensors", ".ckpt") and p.is_file())
-    )
+    files = (path for path in scene.place.source.rglob("*") if path.is_file())
+    return scene.rng.choice(sorted(path for path in files if path.suffix in (".safetensors", ".ckpt")))
 
 
 def _replaced(scene: Scene) -> None:

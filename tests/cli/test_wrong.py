@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import shutil
 import signal
@@ -45,6 +47,35 @@ def test_the_installed_script_says_what_is_missing(words: tuple[str, ...], tmp_p
     assert "'nothing'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("refuses", "told"),
+    [
+        (
+            OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+            "of memory: Cannot allocate memory; use fewer threads",
+        ),
+        (MemoryError(), "cannot merge: Cannot allocate memory; use fewer threads or smaller buffers"),
+    ],
+    ids=["of the system", "of Python"],
+)
+def test_lack_of_memory_is_no_error_of_the_program(
+    refuses: Exception, told: str, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> object:
+        raise refuses
+
+    if isinstance(refuses, OSError):
+        monkeypatch.setattr(mmap, "mmap", refuse)
+    else:
+        monkeypatch.setattr(os, "preadv", refuse)
+    strategy = golden / ZERO / "strategy.ckpt"
+    ran = run("merge", golden / ZERO / "shards", tmp_path / "out", "--strategy", strategy, "--workers", 1)
+    assert (ran.code, ran.out) == (4, "")
+    assert "ms-ckpt merge: error: " in ran.err and told in ran.err
+    assert "Traceback" not in ran.err and "report" not in ran.err
+    assert not (tmp_path / "out").exists()
 
 
 SECRET = "S3cretS3cretS3c!"

@@ -13,11 +13,13 @@ from ms_ckpt_ext.errors import (
     ChecksumError,
     DisagreementError,
     PeerError,
+    StorageError,
     TruncatedFileError,
 )
 from ms_ckpt_ext.formats.registry import open_reader
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.reader import ReaderPool
+from ms_ckpt_ext.transport.local import LocalTransport
 from tests.support.loads import Load, golden_load
 
 
@@ -86,6 +88,32 @@ def test_a_sink_that_refuses(golden: Path) -> None:
     errors = load.fail()
     assert all("layers.1.norm is read-only" in str(error) for error in errors.values())
     assert [type(errors[rank]) for rank in (0, 1, 3)] == [PeerError] * 3
+
+
+def test_a_rank_without_memory_for_its_buffers(golden: Path) -> None:
+    """Before the first round, where the others would wait for it."""
+
+    class Full(Load):
+        def prepare(self, transport: LocalTransport) -> Any:
+            ready = super().prepare(transport)
+            if transport.rank == 2:
+                transport.allocate = refuse  # type: ignore[method-assign]
+            return ready
+
+    def refuse(_nbytes: int) -> Any:
+        raise MemoryError
+
+    load = Full(
+        golden / "dp2_tp4/shards",
+        load_strategy(golden / "dp2_tp4/strategy.ckpt"),
+        load_strategy(golden / "tp4/strategy.ckpt"),
+    )
+    errors = load.fail()
+    assert isinstance(errors[2], StorageError) and isinstance(errors[2], MemoryError)
+    assert "cannot do the part of rank 2: Cannot allocate memory" in str(errors[2])
+    for rank in (0, 1, 3):
+        error = errors[rank]
+        assert isinstance(error, PeerError) and error.rank == 2 and str(errors[2]) in str(error)
 
 
 def test_replicas_that_differ_are_found(golden: Path) -> None:
