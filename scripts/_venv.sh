@@ -1,13 +1,13 @@
 # Sourced by the other scripts: ROOT, and a virtual environment that holds this project and its tools.
 #
 #   ensure_venv    makes it or brings it up to date, then puts it first on PATH
-#   find_python    lets the environment be that is active, if it has MindSpore and this project; else ensure_venv
+#   find_python    keeps the active environment if it has MindSpore and what this project needs; else ensure_venv
 #   ensure_mindformers    adds MindFormers to the environment, for its tests
 #   ensure_torch   makes another one with torch and transformers, for the tests that load what was exported
 #   file_requirements     what FILE_TESTS need, which are about files alone: they run without MindSpore
 #
-#   MS_CKPT_EXT_VENV   where it lies       (default: .venv in the project)
-#   PYTHON             what it is made of  (default: the first Python 3.9 to 3.12 on PATH)
+#   MS_CKPT_EXT_VENV   its folder                   (default: .venv in the project)
+#   PYTHON             the interpreter it is made of (default: the first Python 3.9 to 3.12 on PATH)
 #   MS_CKPT_EXT_MINDSPORE   the version of MindSpore  (default: the newest that setup.py allows)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -79,7 +79,7 @@ pip_install() { python -m pip install --quiet --disable-pip-version-check --no-i
 
 # MindFormers, for its tests: about half a minute and 650 MB. It is installed without its declared requirements, because
 # one of them (hyper-parallel) is not on PyPI; what it imports stands in tests/bridge/mindformers/requirements.txt.
-# MS_CKPT_EXT_MINDFORMERS=0 leaves it out, and its tests are skipped; another value than 2.0.0 is tried as its version.
+# MS_CKPT_EXT_MINDFORMERS=0 leaves it out, and its tests are skipped; any other value is the version to install.
 ensure_mindformers() {
   local wanted="${MS_CKPT_EXT_MINDFORMERS:-2.0.0}" list="$ROOT/tests/bridge/mindformers/requirements.txt" stamp
   if [[ $wanted == 0 ]]; then return; fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every end-to-end run: real training on emulated NPUs, resumed and served under other layouts; the loads and transports
-# of which the default run makes a choice; and what transformers makes of exported models. About 20 minutes.
+# Every end-to-end run: real training on emulated NPUs, resumed and served under other layouts; all loads and transports,
+# of which scripts/test.sh runs some; and what transformers makes of exported models. About 20 minutes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, in an environment of their own, on up to four cores. Arguments go to pytest: scripts/test.sh -k golden
-# Those of a file stay together, for they share what is dear to make. `-n 0` runs all in one process, as --pdb needs.
-# There is one process more than cores, for ranks that start wait for each other; tests/conftest.py has the order.
+# Tests of a file stay together, because they share fixtures that take long. `-n 0` runs all in one process, for --pdb.
+# There is one process more than cores, because ranks that start wait for each other; tests/conftest.py has the order.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
