@@ -6,6 +6,7 @@ in `standin.py`: operators and two collectives, no checkpoint code.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -42,6 +43,15 @@ if importlib.util.find_spec("mindformers") is None:
 
 yaml = pytest.importorskip("yaml", reason="comes with MindFormers")
 pytestmark = [pytest.mark.slow]
+
+
+FIRST = importlib.metadata.version("mindformers").startswith("1.8.")
+"""MindFormers 1.8 has no weight converters yet, and loads folders into networks of its own classes only."""
+LEFT_IN_WRAPPER = 4 if FIRST else 5
+"""What the last step leaves in the train cell, beside parameters, their states and the step."""
+since_1_9 = pytest.mark.skipif(
+    FIRST, reason="MindFormers 1.8 has neither weight converters nor folders for any network"
+)
 
 
 class Run(NamedTuple):
@@ -182,7 +192,7 @@ def test_the_legacy_way_by_yaml_alone(form: str, page: Page, resumed: dict[str, 
     wanted = sum(array.nbytes for name, array in held.items() if name in ours.begun)
     assert wanted <= ours.read <= wanted + (128 << 10)  # tables of contents, and the step once more
     assert ours.begun == stock.begun
-    assert len(ours.begun.keys() & held.keys()) == 63  # 58 as above, and what the last step left in the wrapper
+    assert len(ours.begun.keys() & held.keys()) == 58 + LEFT_IN_WRAPPER
     assert ours.losses == stock.losses == page.second.losses
     last = [load_file(run.output / "checkpoint/rank_0/qwen3_rank_0-2_4.safetensors") for run in (ours, stock)]
     assert _whole(last[0]) == _whole(last[1])
@@ -303,6 +313,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@since_1_9
 @pytest.mark.msrun
 def test_folders_of_four_ranks_on_two(folders: Path, tmp_path: Path) -> None:
     """(2, 2) to (1, 2), in all three forms; a rank reads its own bytes, together they read every byte once."""
@@ -341,6 +352,7 @@ def _whole(held: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in held.items()}
 
 
+@since_1_9
 def test_converters_and_the_legacy_way(golden: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """MindFormers' operators against the rules made of them, and its legacy functions against ours."""
     worker = [sys.executable, str(HERE / "functions_worker.py"), str(golden), str(tmp_path)]
