@@ -126,6 +126,11 @@ def _where(stored: Stored, how: How) -> Any:
     return (how or Layout((1,), ((),) * len(stored.shape))).over(len(stored.shape))
 
 
+def received(moved: Sequence[Moved]) -> list[int]:
+    """Payload that every rank got from others."""
+    return [held.prepared.plan.bytes_received()[rank] for rank, held in enumerate(moved)]
+
+
 def lower_bound(source: Side, target: Side, full: Mapping[str, tuple[int, ...]]) -> int:
     """Bytes that have to travel: of every target slice what its rank does not hold itself."""
     total = 0

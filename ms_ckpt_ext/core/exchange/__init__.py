@@ -6,6 +6,7 @@ parts      which sets of ranks want which cut
 chunks     the long reads that bring the parts, and who makes them
 rounds     which parts travel together, and what groups gather of them in equal shares
 tiers      what crosses between servers once, and is spread inside
+concerns   what of it concerns one rank
 plan       all of it put together
 one_rank   what one rank packs, sends, receives and unpacks in a round
 ragged     rows of different lengths in flat arrays

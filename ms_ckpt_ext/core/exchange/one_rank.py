@@ -121,16 +121,12 @@ def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
     """This rank's side of `round_`."""
     out, into, on, late = _blank(plan), _blank(plan), _blank(plan), _blank(plan)
     own: list[Item] = []
-    exchanges = spreads = False
     for number in round_.parts:
         part = plan.parts[number]
         if part.gathered:
             continue
         reader = plan.chunks[part.chunk].reader
         for delivery in part.deliveries:
-            exchanges = exchanges or delivery.ranks != (reader,)
-            away = _teams_away(plan, delivery, reader)
-            spreads = spreads or any(len(team) > 1 for team in away)
             if reader == rank:
                 for to in _first_hop(plan, delivery, reader, part.turn):
                     if to == rank:
@@ -138,6 +134,7 @@ def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
                     else:
                         out[to].append((part, delivery))
             elif rank in delivery.ranks:
+                away = _teams_away(plan, delivery, reader)
                 team = next((team for team in away if rank in team), (rank,))
                 by = carrier(team, part.turn)
                 (into[reader] if by == rank else late[by]).append((part, delivery))
@@ -155,8 +152,8 @@ def rank_round(plan: ExchangePlan, round_: Round, rank: int) -> RankRound:
         incoming,
         receive_counts,
         tuple(_gather(plan, gather, rank) for gather in round_.gathers if rank in gather.ranks),
-        _spread(plan, on, late, incoming) if spreads else None,
-        exchanges,
+        _spread(plan, on, late, incoming) if round_.spreads else None,
+        round_.exchanges,
     )
 
 

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import NamedTuple, Optional
 
 import numpy as np
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks_of
+from ms_ckpt_ext.core.exchange.concerns import Moving, concerning, moving
 from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
@@ -105,11 +107,18 @@ class GroupGather(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Parts (by number) that travel together, the chunks that must be read before, and what groups gather."""
+    """Parts (by number) that travel together, the chunks that must be read before, and what groups gather.
+
+    Attributes:
+        exchanges: some rank sends another some by all-to-all.
+        spreads: some rank sends on what it got, in a tiered plan.
+    """
 
     parts: tuple[int, ...]
     chunks: tuple[int, ...]
     gathers: tuple[GroupGather, ...] = ()
+    exchanges: bool = True
+    spreads: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,15 @@ class ExchangeTable:
         parts = self.chunks.parts
         return turns(self.round_of, parts.rows.interest[parts.row], parts.rows.nbytes[parts.row])
 
+    def digest(self) -> str:
+        """The same where the same was decided."""
+        state, parts = blake2b(digest_size=16), self.chunks.parts
+        columns = (self.chunks.start, self.chunks.file, self.chunks.reader, self.round_of)
+        for column in (*columns, parts.demand, parts.row, parts.file, parts.offset, parts.rows.ranks, parts.rows.moved):
+            state.update(column.astype(np.int64).tobytes())
+        state.update(repr((self.chunks.groups, parts.sets.members, parts.holders, self.ways)).encode())
+        return state.hexdigest()
+
     def is_of_some(self, group: FedGroup) -> bool:
         """Whether a group is of some ranks only."""
         return len(self.chunks.parts.sets.members[group.ranks]) < self.world
@@ -141,7 +159,7 @@ class ExchangeTable:
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """The whole load, for all ranks."""
+    """The whole load, for all ranks; or what of it concerns one, with the same rounds."""
 
     world: int
     demands: tuple[Demand, ...]
@@ -232,24 +250,26 @@ def decide(
     return ExchangeTable(world, tuple(demands), chunks, classes, round_of, limits.read, ways)
 
 
-def plan_of(table: ExchangeTable) -> ExchangePlan:
-    """Objects of what was decided."""
-    gathered = list(table.gatherings())
-    read, number = _chunks(table)
-    chunks, gathers = list(read), _Gathers()
-    for each in gathered:
-        gathers.add(table, each, chunks)
-    turn = table.turns().tolist() if table.ways.tiered else None
-    parts = tuple(_parts(table.chunks, number, gathers.places, turn))
+def plan_of(table: ExchangeTable, rank: Optional[int] = None) -> ExchangePlan:
+    """Objects of what was decided; of a `rank` only of what it reads, and of what it gets."""
+    kept = np.ones(len(table.round_of), bool) if rank is None else concerning(table.chunks, rank)
+    read, number = _chunks(table, kept)
+    chunks, gathers = list(read), _Gathers(np.cumsum(kept) - 1)
+    for each in table.gatherings():
+        if rank is None or rank in table.chunks.parts.sets.members[each.group.ranks]:
+            gathers.add(table, each, chunks)
+    turn = table.turns()[kept].tolist() if table.ways.tiered else ()
+    parts = tuple(_parts(table.chunks, kept, number, gathers.places, turn, rank))
     servers = table.ways.servers if table.ways.tiered else ()
-    rounds = tuple(_rounds(table, number, gathers))
+    rounds = tuple(_rounds(table, kept, number, gathers, moving(table.chunks, table.world, table.round_of, servers)))
     return ExchangePlan(table.world, table.demands, tuple(chunks), parts, rounds, servers)
 
 
 class _Gathers:
-    """Gathers by round, and where every part lies in its stream."""
+    """Gathers by round, and where every part lies in its stream. `number`: of every part of the table, in the plan."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: Ints) -> None:
+        self._number = number
         self.by_round: dict[int, list[GroupGather]] = {}
         self.places: dict[int, int] = {}
 
@@ -259,17 +279,19 @@ class _Gathers:
         columns = (pieces.member, pieces.file, pieces.offset, pieces.nbytes)
         for member, file, offset, nbytes in zip(*(column.tolist() for column in columns)):
             chunks.append(Chunk(file, (Extent(offset, nbytes),), nbytes, ranks[member]))
-        numbers, reads = tuple(each.parts.tolist()), tuple(range(first, len(chunks)))
+        numbers, reads = tuple(self._number[each.parts].tolist()), tuple(range(first, len(chunks)))
         places = tuple(pieces.at.tolist())
         gather = GroupGather(ranks, each.stream.share, numbers, reads, places, each.group.root)
         self.by_round.setdefault(each.round, []).append(gather)
         self.places.update(zip(numbers, each.stream.at.tolist()))
 
 
-def _chunks(table: ExchangeTable) -> tuple[Iterator[Chunk], Ints]:
-    """The chunks that one rank reads, and the number of each of the table's among them; -1 for a group's."""
+def _chunks(table: ExchangeTable, kept: Ints) -> tuple[Iterator[Chunk], Ints]:
+    """The chunks of the parts that are kept and that one rank reads, and the number of each of the table's among them;
+    -1 for a group's."""
     columns, parts = table.chunks, table.chunks.parts
-    alone = columns.reader < table.world
+    before = np.concatenate([[0], np.cumsum(kept)])[columns.start]
+    alone = (columns.reader < table.world) & (np.diff(before) > 0)
     number = np.where(alone, np.cumsum(alone) - 1, -1)
 
     def found() -> Iterator[Chunk]:
@@ -282,39 +304,45 @@ def _chunks(table: ExchangeTable) -> tuple[Iterator[Chunk], Ints]:
 
 
 def _parts(
-    table: Chunks, number: Ints, places: Mapping[int, int], turn: Optional[Sequence[float]]
+    table: Chunks, kept: Ints, number: Ints, places: Mapping[int, int], turn: Sequence[float], rank: Optional[int]
 ) -> Iterator[SlicePart]:
     parts, rows = table.parts, table.parts.rows
     chunk_of = table.of_part
     stops = np.cumsum(rows.nbytes[parts.row])
     offset = stops - rows.nbytes[parts.row]
     offset -= offset[table.start[:-1]][chunk_of] if len(offset) else 0
-    columns = (parts.demand, number[chunk_of], offset, parts.row)
-    known: dict[int, tuple[Delivery, ...]] = {}
-    for part, (demand, chunk, at, row) in enumerate(zip(*(column.tolist() for column in columns))):
-        cut, deliveries = rows.cuts[row], known.get(row)
+    chunk_of, row_of = chunk_of[kept], parts.row[kept]
+    whole = np.ones(len(row_of), bool) if rank is None else table.reader[chunk_of] == rank
+    columns = (np.flatnonzero(kept), parts.demand[kept], number[chunk_of], offset[kept], row_of, whole)
+    known: dict[tuple[int, bool], tuple[Delivery, ...]] = {}
+    for at, (part, demand, chunk, begin, row, all_of_it) in enumerate(zip(*(each.tolist() for each in columns))):
+        cut, deliveries = rows.cuts[row], known.get((row, all_of_it))
         if deliveries is None:
-            deliveries = known[row] = tuple(_deliveries(table, row))
-        at = places.get(part, at)
-        yield SlicePart(demand, chunk, at, cut.nbytes, cut.shape, deliveries, cut.dtype, turn[part] if turn else 0.0)
+            deliveries = known[row, all_of_it] = tuple(_deliveries(table, row, None if all_of_it else rank))
+        begin = places.get(part, begin)
+        yield SlicePart(demand, chunk, begin, cut.nbytes, cut.shape, deliveries, cut.dtype, turn[at] if turn else 0.0)
 
 
-def _deliveries(table: Chunks, row: int) -> Iterator[Delivery]:
-    """The deliveries of a row, which all its parts share."""
+def _deliveries(table: Chunks, row: int, rank: Optional[int]) -> Iterator[Delivery]:
+    """The deliveries of a row, which all its parts share; of a `rank` those that it gets."""
     rows, members = table.parts.rows, table.parts.sets.members
     ranks = rows.ranks[rows.start[row] : rows.start[row + 1]].tolist()
     for number, each in zip(ranks, rows.cuts[row].shares):
-        yield Delivery(members[number], each.in_part, each.in_target, each.target_shape, each.view, each.into)
+        if rank is None or rank in members[number]:
+            yield Delivery(members[number], each.in_part, each.in_target, each.target_shape, each.view, each.into)
 
 
-def _rounds(table: ExchangeTable, number: Ints, gathers: _Gathers) -> Iterator[Round]:
+def _rounds(table: ExchangeTable, kept: Ints, number: Ints, gathers: _Gathers, moves: Moving) -> Iterator[Round]:
     loaded: set[int] = set()
-    chunk_of = number[table.chunks.of_part]
-    order = np.argsort(table.round_of, kind="stable")
-    for numbers in np.split(order, np.flatnonzero(np.diff(table.round_of[order])) + 1):
+    chunk_of = number[table.chunks.of_part[kept]]
+    round_of = table.round_of[kept]
+    order = np.argsort(round_of, kind="stable")
+    stops = np.searchsorted(round_of[order], np.arange(len(moves.exchanges)), side="right")
+    low = 0
+    for at, stop in enumerate(stops.tolist()):
+        numbers, low = order[low:stop], stop
         touched = set(chunk_of[numbers].tolist()) - {-1}
-        if len(numbers):
-            gathered = tuple(gathers.by_round.get(int(table.round_of[numbers[0]]), ()))
-            fresh = sorted((touched - loaded).union(*(gather.chunks for gather in gathered)))
-            yield Round(tuple(numbers.tolist()), tuple(fresh), gathered)
+        gathered = tuple(gathers.by_round.get(at, ()))
+        fresh = sorted((touched - loaded).union(*(gather.chunks for gather in gathered)))
+        yield Round(tuple(numbers.tolist()), tuple(fresh), gathered, moves.exchanges[at], moves.spreads[at])
         loaded |= touched

@@ -20,7 +20,7 @@ share, which it broadcasts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -39,6 +39,11 @@ from ms_ckpt_ext.core.exchange.ragged import (
     sums,
 )
 from ms_ckpt_ext.core.exchange.tiers import teams_of
+
+_AT_ONCE = 1 << 14
+"""Parts that are tried together, where all of them may fit."""
+_TABLE = 1 << 22
+"""Numbers that a table of rows and classes may have."""
 
 
 class Classes(NamedTuple):
@@ -120,6 +125,15 @@ def _queue(chunks: Chunks) -> Ints:
     return joined([entries_of(chunks.start, order[block])[1].astype(kind) for block in blocks(len(order))], kind)
 
 
+def _table(classes: Classes, rows: int) -> Optional[Ints]:
+    """Bytes that every class gets of every row; None where that would be too much to hold."""
+    count = len(classes.size)
+    if rows * count > _TABLE:
+        return None
+    owner, entry = entries_of(classes.start, np.arange(rows))
+    return sums(owner * count + classes.gets[entry], classes.nbytes[entry], rows * count).reshape(rows, count)
+
+
 class _Filler:
     """Readers are the ranks, then the groups, whose members read and give equal shares, unless one does it for all."""
 
@@ -142,6 +156,7 @@ class _Filler:
         self._reads[gathered] = rows.nbytes[parts.row[gathered]]
         self._shares = shares_of(self._totals(chunks), limits)
         self._round = np.full(len(parts.row), -1, np.int32)
+        self._table = _table(classes, len(rows.nbytes))
 
     def _totals(self, chunks: Chunks) -> Shares:
         """What the ranks with the most of it read, send and receive in all; what a reader keeps counts as sent, too."""
@@ -156,18 +171,59 @@ class _Filler:
         return Shares(*(int(column.max(initial=0)) for column in (*each, wanted * self._carries)))
 
     def fill(self) -> Ints:
-        number = 0
+        number, most = 0, 1 << 8
         while True:
             active = np.flatnonzero(self._head < self._stop)
             if not len(active):
                 return self._round.astype(narrow(number))
             self._sent, self._read = self._shares.sent * self._members, self._shares.read * self._members
             self._room = np.full(len(self._classes.size), self._shares.received // self._carries)
-            empty = True
+            empty, several = True, most
             while len(active):
-                active = self._turn(active, number, empty)
+                several = min(several, max(_AT_ONCE // len(active), 1))
+                if several == 1:
+                    active = self._turn(active, number, empty)
+                elif self._take(active, several, number):
+                    active = active[self._head[active] < self._stop[active]]
+                    most = several = 2 * several
+                else:
+                    several //= 2
+                    most = several if empty else most
+                    continue
                 empty = False
             number += 1
+
+    def _take(self, active: Ints, several: int, number: int) -> bool:
+        """Take the next parts of every active reader, up to so many, if all fit: as many turns in which all do."""
+        counts = np.minimum(self._stop[active] - self._head[active], several)
+        which, entry = entries_of(starts(counts), np.arange(len(active)))
+        readers = active[which]
+        part = self._queue[self._head[readers] + entry - starts(counts)[which]]
+        row = self._row[part]
+        own, got = self._totals_of(readers, row)
+        sent = sums(which, np.where(readers < self._world, self._copies[row] - own, self._nbytes[row]), len(active))
+        reads = sums(which, self._reads[part], len(active))
+        if (sent > self._sent[active]).any() or (reads > self._read[active]).any() or (got > self._room).any():
+            return False
+        self._round[part] = number
+        self._head[active] += counts
+        self._sent[active] -= sent
+        self._read[active] -= reads
+        self._room -= got
+        return True
+
+    def _totals_of(self, readers: Ints, row: Ints) -> tuple[Ints, Ints]:
+        """What every reader sends to itself of what it offers, and what every class gets of all."""
+        if self._table is None:
+            _, gets, nbytes, own = self._loads(readers, row)
+            return own, sums(gets, nbytes, len(self._room))
+        mine = self._class_of[readers]
+        own = np.where(mine < 0, 0, self._table[row, mine])
+        times = np.bincount(row, minlength=len(self._table))
+        some = np.flatnonzero(times)
+        got = (times[some, None] * self._table[some]).sum(axis=0)
+        alone = (mine >= 0) & (self._classes.size[mine] == 1)
+        return own, got - sums(mine[alone], own[alone], len(got))
 
     def _turn(self, active: Ints, number: int, empty: bool) -> Ints:
         """Every active reader offers its next part; returns those that may offer another."""

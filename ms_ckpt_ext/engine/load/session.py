@@ -156,7 +156,7 @@ def prepare(
     except CoverageError as error:
         raise CoverageError(f"{error} (hosts asked: {', '.join(seen.hosts)})") from error
     plan = plan_of(table)
-    agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
+    agree(transport, {"plan": table.digest()})
     mode = _possible_mode(options.mode, demands, sees)
     cooperative = _cooperative(plan, sees is None, mode, hardware, transport.traits)
     if cooperative:

@@ -100,8 +100,8 @@ def prepare_transfer(
     addresses = Addresses(demand.tensor for demand in demands)
     require_held(demands)
     table = choose_way(demands, transport.size, addresses.stored, limits, None, ways, hardware, in_memory=True)
-    plan = plan_of(table)
-    agree(transport, {"plan": repr((plan.chunks, plan.rounds, plan.servers))})
+    plan = plan_of(table, transport.rank)
+    agree(transport, {"plan": table.digest()})
     if plan.rounds:
         transport.prove()
     local = [piece for number, demand in enumerate(demands) for piece in local_pieces(demand, number, transport.rank)]

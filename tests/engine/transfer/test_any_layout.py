@@ -19,7 +19,7 @@ from ms_ckpt_ext.engine.transfer.estimate import dry_transfer
 from ms_ckpt_ext.rules import QKV
 from tests.support.checkpoints import Stored
 from tests.support.strategies import dtypes, pairs
-from tests.support.transfers import CPU, Side, lower_bound, transfer
+from tests.support.transfers import CPU, Side, lower_bound, received, transfer
 
 
 def cut(layout: Layout, array: np.ndarray, dtype: str, first: int, name: str = "w") -> Side:
@@ -51,7 +51,7 @@ def test_any_layout(case: tuple, dtype: DType, first: int, hosts: int, seed: int
     for rank, held in enumerate(moved):
         assert rank not in absent or held.contents == {}
         assert held.contents == {name: stored.data for name, (stored, _) in target.get(rank, {}).items()}
-    assert sum(moved[0].prepared.plan.bytes_received()) == lower_bound(source, target, {"w": shape})
+    assert sum(received(moved)) == lower_bound(source, target, {"w": shape})
 
 
 def test_what_is_predicted_happens() -> None:
@@ -63,7 +63,7 @@ def test_what_is_predicted_happens() -> None:
         planned = estimate.of_shapes([TensorMeta("w", DTYPES["F32"], (64, 64))], strategies[0])
         options = LoadOptions(bucket_bytes=1 << 20)
         done, kept = dry_transfer(planned, *strategies, options, CPU, apart=bool(first))
-        assert done.tally.received.tolist() == moved[0].prepared.plan.bytes_received()
+        assert done.tally.received.tolist() == received(moved)
         assert done.tally.sent.tolist() == [held.prepared.bytes_sent(rank) for rank, held in enumerate(moved)]
         assert kept.tolist() == [held.prepared.bytes_local for held in moved]
         assert len(done.tally.rounds) == len(moved[0].prepared.plan.rounds)
@@ -125,7 +125,7 @@ def test_tied_parameters_come_from_the_nearest_stage() -> None:
     moved = transfer(source, target, 4, host=lambda rank: "one")
     for held in moved:
         assert held.contents == {"w": array.tobytes()}
-    assert moved[0].prepared.plan.bytes_received() == [array.nbytes // 2] * 2 + [0, 0]
+    assert received(moved) == [array.nbytes // 2] * 2 + [0, 0]
 
 
 def test_scalars_and_nothing_at_all() -> None:
@@ -134,4 +134,4 @@ def test_scalars_and_nothing_at_all() -> None:
     target: Side = {rank: {"step": (scalar, None), "empty": (empty, None)} for rank in (1, 2)}
     moved = transfer(source, target, 3)
     assert [held.contents for held in moved] == [{}] + [{"step": scalar.data, "empty": b""}] * 2
-    assert moved[0].prepared.plan.bytes_received() == [0, 0, 8]
+    assert received(moved) == [0, 0, 8]
