@@ -113,6 +113,7 @@ class Played:
     """A world of ranks.
 
     Attributes:
+        last: rank, number of the demand -> the round in which the last of it came.
         boxes: rank, number of the demand, number of the box (0: the one that is wanted) -> what came there.
         counted: what the ranks did.
     """
@@ -121,6 +122,7 @@ class Played:
         """`stored`: the bytes of every file; or, `in_memory`, of what every rank holds."""
         self.plan, self._stored, self._in_memory = plan, stored, in_memory
         self.boxes: dict[tuple[int, int, int], Box] = {}
+        self.last: dict[tuple[int, int], int] = {}
         self.counted = Counted(plan.world)
         for number, demand in enumerate(plan.demands):
             self._make(number, demand)
@@ -135,6 +137,7 @@ class Played:
         """What a rank takes of a slice in its own memory."""
         held = elements(slice_, piece.dtype).reshape(*piece.shape, -1)[piece.in_source.slices]
         self.boxes[rank, piece.demand, piece.into].place(held, piece.in_target, piece.view)
+        self.last[rank, piece.demand] = 0
 
     def play(self) -> list[list[RankRound]]:
         """All rounds, one after another; returns every rank's side of each."""
@@ -156,6 +159,7 @@ class Played:
                 slabs[rank][item.offset :][: item.nbytes] = self._cut(item, part).reshape(-1)
         sends, receives = [turn.send_counts for turn in turns], [turn.receive_counts for turn in turns]
         got = self._all_to_all(slabs, sends, receives, "send", "receive")
+        assert {turn.exchanges for turn in turns} == {any(map(any, sends))}, "on all ranks alike"
         self._placed([turn.incoming for turn in turns], receives, got)
         self._spread(turns, got)
         self._gather(each, turns)
@@ -187,6 +191,7 @@ class Played:
         box = self.boxes[rank, item.part.demand, delivery.into]
         assert delivery.target_shape == box.shape
         box.place(piece, delivery.in_target, delivery.view)
+        self.last[rank, item.part.demand] = len(self.counted.rounds)
         self.counted.wanted[rank] += piece.size
 
     def _all_to_all(

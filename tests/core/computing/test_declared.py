@@ -9,9 +9,11 @@ from typing import Optional
 import pytest
 
 from ms_ckpt_ext.core.computing.arithmetic import element
+from ms_ckpt_ext.core.computing.operations import AddedProduct
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.recipes import Computation, Recipe
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.rules import AddProduct, Concat, Crop, Dequantize, Experts, Pad, Rename, Rule, Scale, Stack, invert
 
@@ -89,6 +91,8 @@ REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
     ([Scale("norm.weight", "t", 1e300)], LayoutMismatchError, "no normal number in F32"),
     ([Pad("norm.weight", "t", 200)], LayoutMismatchError, "longer than 200; use Crop"),
     ([Pad("norm.weight", "t", 400, source_size=301)], LayoutMismatchError, "does not have 301 indices"),
+    ([Crop("norm.weight", "t", 200, source_size=301)], LayoutMismatchError, "does not have 301 indices"),
+    ([AddProduct(["e.0.w.weight_scale_inv"] * 3, "t")], LayoutMismatchError, "must be (m, n), (m, r) and (r, n)"),
     ([Crop("norm.weight", "t", 400)], LayoutMismatchError, "shorter than 400; use Pad"),
     ([Pad("e.0.w.weight", "t", 257, value=1000.0)], LayoutMismatchError, "F8_E4M3 has no value 1000.0"),
     ([Pad("packed", "t", 400)], LayoutMismatchError, "narrower than a byte"),
@@ -209,3 +213,38 @@ def test_one_scale_for_all() -> None:
     tensors = held(w=("F8_E4M3", (4, 6)), s=("F32", ()))
     made = apply_rules(tensors, [Dequantize(["w", "s"], "t", block=(4, 6))])["t"]
     assert made.meta.shape == (4, 6)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_a_pad_is_the_tensor_and_one_element_behind_it(axis: int) -> None:
+    shape = [4, 6, 5]
+    made = apply_rules(held(w=("F32", (4, 6, 5))), [Pad("w", "t", 9, axis=axis, value=1.0)])["t"]
+    start = [0, 0, 0]
+    start[axis] = shape[axis]
+    rest, whole = list(shape), list(shape)
+    rest[axis], whole[axis] = 9 - shape[axis], 9
+    assert made.meta.shape == tuple(whole)
+    assert isinstance(made.recipe, Recipe)
+    assert [(block.start, block.region.shape) for block in made.recipe.blocks] == [
+        ((0, 0, 0), (4, 6, 5)),
+        (tuple(start), tuple(rest)),
+    ]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_a_crop_is_the_first_indices(axis: int) -> None:
+    made = apply_rules(held(w=("F32", (4, 6, 5))), [Crop("w", "t", 3, axis=axis)])["t"]
+    shape = [4, 6, 5]
+    shape[axis] = 3
+    assert made.meta.shape == tuple(shape)
+
+
+def test_a_product_is_of_three_dtypes() -> None:
+    tensors = held(w=("BF16", (4, 6)), b=("F32", (4, 2)), a=("F16", (2, 6)))
+    made = apply_rules(tensors, [AddProduct(["w", "b", "a"], "t", factor=0.5)])["t"]
+    assert isinstance(made.recipe, Computation)
+    assert made.recipe.operation == AddedProduct(0.5, ("BF16", "F32", "F16"), 2, "BF16")
+    for shapes in (((4, 6), (3, 2), (2, 6)), ((4, 6), (4, 2), (3, 6)), ((4, 6), (4, 2), (2, 5))):
+        wrong = held(**{name: ("F32", shape) for name, shape in zip("wba", shapes)})
+        with pytest.raises(LayoutMismatchError, match="must be"):
+            apply_rules(wrong, [AddProduct(["w", "b", "a"], "t")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, Sees, Ways, local_pieces
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, LocalPiece, Sees, Ways, local_pieces
+from ms_ckpt_ext.core.exchange.one_rank import completed_by, turns_of
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
 from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing
 from ms_ckpt_ext.core.exchange.totals import MATRIX, RankTotals, tally
@@ -110,6 +112,14 @@ def assert_contents(played: Played, whole: Mapping[str, np.ndarray]) -> None:
                         assert box.contents.tobytes() == expected.tobytes()
 
 
+def assert_told_when_complete(played: Played, local: Mapping[int, Sequence[LocalPiece]] = MappingProxyType({})) -> None:
+    """Every rank knows in which round the last piece of a parameter comes to it."""
+    for rank in range(played.plan.world):
+        told = completed_by(turns_of(played.plan, rank), local.get(rank, ()))
+        found = {(rank, demand): number for number, demands in told.items() for demand in demands}
+        assert found == {key: number for key, number in played.last.items() if key[0] == rank}
+
+
 def assert_reads(plan: ExchangePlan, sees: Optional[Sees]) -> None:
     """No byte is read twice, by ranks that see its file."""
     read = sorted((chunk.file, at, at + length) for chunk in plan.chunks for at, length in chunk.extents)
@@ -193,6 +203,7 @@ def assert_played(
     plan = plan_of(table)
     played = Played(plan, source.files)
     turns = played.play()
+    assert_told_when_complete(played)
     assert_contents(played, whole)
     assert_reads(plan, sees)
     assert_within(plan, turns, bucket)
@@ -218,9 +229,12 @@ def all_ways(draw: st.DrawFn, world: int) -> Ways:
     return Ways(choice[0], choice[1], frozenset(), choice[2], tuple(servers), choice[3] and bool(servers))
 
 
+@pytest.mark.parametrize("tiered", [False, True])
 @given(cuts(), st.lists(DTYPE, min_size=1, max_size=3), st.sampled_from([512, 4096, 1 << 16]), st.data())
-@settings(max_examples=80)
-def test_any_layout_to_any_layout(case: Pair, dtypes: list[DType], bucket: int, data: st.DataObject) -> None:
+@settings(max_examples=40)
+def test_any_layout_to_any_layout(
+    tiered: bool, case: Pair, dtypes: list[DType], bucket: int, data: st.DataObject
+) -> None:
     """Any layouts, replicas, servers, ways and views of the storage; slices in one stretch or two."""
     before, after, shape = case
     world = after.devices
@@ -234,6 +248,7 @@ def test_any_layout_to_any_layout(case: Pair, dtypes: list[DType], bucket: int, 
     limits = ExchangeLimits(bucket, data.draw(st.sampled_from([64, 1024])))
     demands = demands_for(source.tensors, after, wanting)
     ways = data.draw(all_ways(world))
+    ways = ways._replace(tiered=tiered, servers=ways.servers or (0,) * world)
     assert_played(decide(demands, world, source.stored, limits, sees, ways), source, source.whole, bucket, sees)
 
 
@@ -312,11 +327,12 @@ def test_memory_to_memory(case: Pair, dtypes: list[DType], data: st.DataObject) 
     table = decide(demands, world, source.stored, ExchangeLimits(4096, 256), None, ways, in_memory=True)
     plan = plan_of(table)
     played = Played(plan, source.files, in_memory=True)
-    for rank in range(world):
-        for number, demand in enumerate(demands):
-            for piece in local_pieces(demand, number, rank):
-                played.take(rank, piece, source.slice(rank, piece.name))
+    local = [[p for n, demand in enumerate(demands) for p in local_pieces(demand, n, rank)] for rank in range(world)]
+    for rank, pieces in enumerate(local):
+        for piece in pieces:
+            played.take(rank, piece, source.slice(rank, piece.name))
     played.play()
+    assert_told_when_complete(played, dict(enumerate(local)))
     assert_contents(played, source.whole)
     assert_totals(tally(table), played.counted, plan, ways, in_memory=True)
     width = sum(dtype.bits // 8 for dtype in dtypes)

@@ -94,6 +94,7 @@ def test_layout(name: str) -> None:
         (((2, 2), ((0,), (0,))), "uses a device axis twice"),
         (((2, 4), ((0,), ()), 1, 3), "optimizer shard of size 3 does not fit the replicas [2]"),
         (((2, 4), ((0,), ()), 1, 4), "optimizer shard of size 4 does not fit"),
+        (((4, 3), ((),), 1, 4), "optimizer shard of size 4 does not fit"),  # the inner axis comes first
         (((2, 4), ((0,), ()), 1, -2), "expected step >= 0 and size >= -1"),
         (((2,), (), 1, 2), "has no axes"),
     ],
@@ -128,6 +129,7 @@ def test_an_optimizer_shard_in_numbers() -> None:
     assert Layout((2, 4), ((1,), ()), 1, -1).shards == 4
     assert Layout((2, 4), ((1,), ())).shards == 1
     assert Layout((2, 4), ((1,), ())).coordinates(6) == (1, 2)
+    assert Layout((2, 1, 2), ((0,), ()), 1, -1).coordinates(3) == (0, 1, 0, 1), "an axis of one is not consumed"
     for inactive in (Layout((2,), ((),), 0, 2), Layout((2,), ((),), 1, 0)):
         assert (inactive.opt_sharded, inactive.parts) == (False, (1,))
 

@@ -56,6 +56,9 @@ def test_a_box_is_copied(case: tuple[Shape, Region, Shape, Region], dtype: str, 
     assert all(part.source_span <= most or not part.counts for part in parts)
     assert len(parts) == 1 or copy.source_span > most
     assert copy.form.at(copy.source, copy.target) == copy
+    axes = [*zip(copy.counts, copy.source_strides, copy.target_strides), (copy.run, 1, 1)]
+    for (_, *outer), (count, *inner) in zip(axes, axes[1:]):
+        assert outer != [count * stride for stride in inner], "what is contiguous on both sides is one axis"
     inner, starts = copy.form.apart(copy.source, copy.target)
     pieces = [inner.at(*start) for start in starts]
     assert carried_out(pieces, source, expected.size).tobytes() == expected.tobytes()
@@ -98,6 +101,7 @@ def test_a_copy_made_several_times() -> None:
     assert run.repeated(3, 4, 4) == StridedCopy(12, (), 8, (), 0, ())
     assert run.repeated(3, 4, 8) == StridedCopy(4, (3,), 8, (4,), 0, (8,))
     assert run.repeated(3, 8, 4) == StridedCopy(4, (3,), 8, (8,), 0, (4,))
+    assert list(run.repeated(3, 0, 4).runs()) == [(8, 0), (8, 4), (8, 8)], "one source in three places"
     assert rows.repeated(3, 4, 4) == StridedCopy(4, (3, 2), 8, (4, 16), 0, (4, 4))
 
 
@@ -106,6 +110,8 @@ def test_a_copy_made_several_times() -> None:
     [
         ((2, 8), Region((0, 2), (2, 6)), StridedCopy(2, (2,), 1, (4,), 0, (2,))),
         ((2, 8), Region((1, 0), (2, 8)), StridedCopy(4, (), 4, (), 0, ())),
+        ((2, 3, 8), Region((1, 1, 2), (2, 3, 4)), StridedCopy(1, (2,), 17, (4,), 0, (1,))),
+        ((8,), Region((2,), (6,)), StridedCopy(2, (), 1, (), 0, ())),
         ((2, 8), Region((0, 1), (2, 5)), None),
         ((2, 8), Region((0, 2), (2, 5)), None),
         ((2, 7), Region((0, 2), (2, 6)), None),
