@@ -93,7 +93,9 @@ def test_layouts_that_no_memory_holds_are_refused_before_ranks_are_enumerated() 
 
 @pytest.mark.parametrize("ranks, layouts", [(16_384, 256), (65_536, 64)])
 def test_large_jobs_are_legal(ranks: int, layouts: int) -> None:
-    items = [LayoutItem(f"w{n}", 0, Layout((ranks,), ((0,), *[()] * n))) for n in range(layouts)]
+    maps = (tuple((0,) if axis == at else () for axis in range(ndim)) for ndim in range(1, 24) for at in range(ndim))
+    items = [LayoutItem(f"w{n}", 0, Layout((ranks,), each)) for n, each in zip(range(layouts), maps)]
+    assert len(items) == layouts
     assert Strategy.from_items(items, "a test").world == ranks
 
 
