@@ -19,6 +19,7 @@ from typing import Any, Callable, Optional
 
 import xxhash
 
+from ms_ckpt_ext import errors
 from ms_ckpt_ext.engine.load import session
 from ms_ckpt_ext.engine.load.options import LoadOptions
 from ms_ckpt_ext.engine.load.session import Want
@@ -115,6 +116,7 @@ def _told(rank: int) -> Iterator[dict[str, Any]]:
 
 def _named(error: BaseException) -> dict[str, Any]:
     ours = any("/ms_ckpt_ext/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+    error = errors.named(error, "load")  # a load into a network makes its steps by `on_all`, which does so
     named = isinstance(error, CheckpointError) or (isinstance(error, MemoryError) and not ours)  # a network's memory
     trace: Optional[str] = (
         None if named else "".join(traceback.format_exception(type(error), error, error.__traceback__))

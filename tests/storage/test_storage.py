@@ -15,6 +15,7 @@ from typing import Any, Callable, Optional
 import numpy as np
 import pytest
 
+import ms_ckpt_ext
 from ms_ckpt_ext import errors, load_distributed_checkpoint
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.engine.integrity import manifest
@@ -143,6 +144,38 @@ def test_a_source_that_changes_during_the_run(large: Path, tmp_path: Path, monke
         assert tree(tmp_path / "out") == {} if (tmp_path / "out").exists() else True
     merge(large, tmp_path / "out")
     assert_merged(tmp_path / "out", rows=ROWS)
+
+
+def test_what_was_made_of_a_source_that_changed_is_not_kept(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was overwritten while it was read, and put back as it was, with its time: the next run begins anew."""
+    victim = large / "shards" / "rank_0" / "net.safetensors"
+    before, contents = victim.stat(), victim.read_bytes()
+    preadv = os.preadv
+
+    def overwritten(*args: Any) -> Any:
+        if victim.read_bytes() == contents:
+            victim.write_bytes(contents[:-9000] + bytes(9000))
+        return preadv(*args)
+
+    def convert() -> None:
+        ms_ckpt_ext.convert(large / "shards", tmp_path / "out", to="ckpt", max_process_num=1)
+
+    with monkeypatch.context() as patch:
+        real = shutil.disk_usage
+
+        def room(path: Any) -> Any:
+            patch.setattr(os, "preadv", overwritten)
+            return real(path)
+
+        patch.setattr(shutil, "disk_usage", room)
+        with pytest.raises(errors.StorageError, match="rank_0.*changed since its header was read"):
+            convert()
+    victim.write_bytes(contents)
+    os.utime(victim, ns=(before.st_atime_ns, before.st_mtime_ns))
+    convert()
+    assert ms_ckpt_ext.verify(large / "shards" / "rank_0", tmp_path / "out" / "rank_0").ok
 
 
 def outcomes(jobs: list[Callable[[], Any]]) -> list[Optional[BaseException]]:

@@ -29,7 +29,7 @@ from ms_ckpt_ext.errors import CheckpointError, FormatError, StorageError, namin
 from ms_ckpt_ext.storage.digest_sink import DigestingSink, streams_of
 from ms_ckpt_ext.storage.linux import allow_open_files
 from ms_ckpt_ext.storage.publishing import obstacles
-from ms_ckpt_ext.storage.reader import PlainReader, from_json
+from ms_ckpt_ext.storage.reader import PlainReader, ReaderPool, from_json
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
 
@@ -188,7 +188,38 @@ def _fill(
     written = sum(map(job.size, todo))
     staging.check_space(written)
     allow_open_files(len(todo) + len(job.source.files))
-    with job.source.readers() as readers, _Files(todo, staging, job, workers) as files:
+    readers = job.source.readers()
+    try:
+        _move(job, staging, todo, readers, workers, limits, progress)
+        readers.verify()
+    except BaseException:
+        if _changed(readers):  # and may be put back as they were
+            staging.discard(output.name for output in todo)
+        raise
+    return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
+
+
+def _changed(readers: ReaderPool) -> bool:
+    """Whether files are not what they were when they were read."""
+    try:
+        readers.verify()
+    except StorageError as error:
+        return not error.errno  # else they cannot be looked at
+    return False
+
+
+def _move(
+    job: Job,
+    staging: Staging,
+    todo: Sequence[Output],
+    readers: ReaderPool,
+    workers: int,
+    limits: Limits,
+    progress: Progress,
+) -> None:
+    """Read, and write and accept files."""
+    written = sum(map(job.size, todo))
+    with readers, _Files(todo, staging, job, workers) as files:
 
         def landed(sink: int, nbytes: int) -> None:
             files.landed(sink, nbytes)
@@ -198,8 +229,6 @@ def _fill(
             units = schedule(tasks, job.source.stored, limits)
             worker.run(units, readers, files.sinks, workers, landed, _shared_out(limits, job, written, workers))
         files.settle()
-        readers.verify()
-        return readers.count.nbytes, readers.count.reads, written, tuple(o.name for o in todo), tuple(sorted(kept))
 
 
 def _shared_out(limits: Limits, job: Job, nbytes: int, workers: int) -> Limits:
