@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
+from operator import sub
 from typing import NamedTuple, Optional
 
 Shape = tuple[int, ...]
@@ -107,7 +108,7 @@ class Region(_Corners):
     @property
     def shape(self) -> Shape:
         """Extent of every axis."""
-        return tuple(high - low for low, high in zip(self.start, self.stop))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def size(self) -> int:

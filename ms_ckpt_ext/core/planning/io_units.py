@@ -48,6 +48,20 @@ class Task(NamedTuple):
     tensor: SourceTensor
     targets: tuple[Target, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are wanted."""
+        return sum(self.tensor.meta.dtype.nbytes(target.region.size) for target in self.targets)
+
+    def shares(self, other: Task) -> bool:
+        """Whether both parameters are made of one stored tensor, so that a read may serve both: what was fused."""
+        if self.tensor.recipe is None or other.tensor.recipe is None:
+            return False
+        one, two = next(self.tensor.stored(), None), next(other.tensor.stored(), None)
+        if one is None or two is None:
+            return False
+        return one.placements is two.placements and one.stored_name == two.stored_name
+
 
 class Limits(NamedTuple):
     """Sizes in bytes that shape the I/O.

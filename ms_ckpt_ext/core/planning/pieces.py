@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
@@ -198,14 +199,14 @@ def locate(tensor: SourceTensor, target: Region) -> list[Sourced]:
 
 
 def require(tensor: SourceTensor, targets: Iterable[Region]) -> None:
-    """Raise CoverageError as `locate`, which need not be asked where all that a parameter is made of is there whole."""
-    if not all(any(map(_whole, each.placements)) for each in tensor.stored()):
+    """Raise CoverageError as `locate`, which need not be asked where all that a parameter is made of is there."""
+    if not all(any(map(_complete, each.placements)) for each in tensor.stored()):
         for target in targets:
             locate(tensor, target)
 
 
-def _whole(placement: Placement) -> bool:
-    return all(count == 1 for count in placement.parts) and any(placement.holders.values())
+def _complete(placement: Placement) -> bool:
+    return sum(map(bool, placement.holders.values())) == prod(placement.parts)
 
 
 def _locate(tensor: SourceTensor, target: Region, rest: Region, first: int, found: list[Sourced]) -> Region | None:

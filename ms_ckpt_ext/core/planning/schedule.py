@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from operator import itemgetter
 from typing import NamedTuple, Optional
 
@@ -49,7 +49,11 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
     """
     chooser = _Balance()
     batch = _BatchBuilder(stored, limits)
+    before: Optional[Task] = None  # with whose end the batch may end
     for task in tasks:
+        if before is not None and not (before.shares(task) and batch.nbytes + task.nbytes <= limits.tile * 3 // 2):
+            yield batch.finish(last=True)
+        before = None
         if _is_small_and_whole(task, limits):
             if batch.nbytes >= limits.tile:
                 yield batch.finish()
@@ -65,7 +69,8 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
             for sourced, copy in copies or ():
                 file = chooser.pick(sourced.files, copy.nbytes)
                 yield from _direct(file, stored(file, sourced.stored_name), target.landings[0], copy, limits)
-        yield from _tiles(batch, task.tensor, staged, chooser, limits)
+        if (yield from _tiles(batch, task.tensor, staged, chooser, limits)):
+            before = task
     if batch.nbytes:
         yield batch.finish(last=True)
 
@@ -83,8 +88,11 @@ def _long_copies(tensor: SourceTensor, target: Target, limits: Limits) -> Option
 
 def _tiles(
     batch: _BatchBuilder, tensor: SourceTensor, staged: list[Target], chooser: _Balance, limits: Limits
-) -> Iterator[Batch]:
-    """Add targets of one parameter to a batch, tile by tile; gives the batches that are full."""
+) -> Generator[Batch, None, bool]:
+    """Add targets of one parameter to a batch, tile by tile; gives the batches that are full.
+
+    Returns whether the last one is full enough to end with the parameter.
+    """
     begun = False
     for block in tile_blocks([target.region for target in staged], tensor.meta.dtype, limits.tile):
         if batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
@@ -94,8 +102,7 @@ def _tiles(
             tile = target.region.intersect(block)
             if tile is not None:
                 batch.add(tensor, target, tile, chooser)
-    if batch.nbytes and (begun or batch.nbytes >= limits.tile // 2):
-        yield batch.finish(last=True)
+    return batch.nbytes > 0 and (begun or batch.nbytes >= limits.tile // 2)
 
 
 def _is_small_and_whole(task: Task, limits: Limits) -> bool:
