@@ -34,7 +34,7 @@ def spread(items: Iterator[_Item], workers: int, make: Make[_Item]) -> None:
     threads: list[_Thread] = []
     try:
         while len(threads) < workers - 1:
-            threads.append(_Thread(partial(_work, source, make), f"pump-{len(threads)}"))
+            threads.append(_Thread(partial(_work, source, make), f"worker-{len(threads)}"))
             if not threads[-1].begins():
                 threads.pop()
                 break

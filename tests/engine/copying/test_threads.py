@@ -96,7 +96,7 @@ def test_an_error_of_the_plan_is_raised_and_ends_all_threads(workers: int, tmp_p
         sink = MemorySink(np.zeros(8, np.uint8))
         with pytest.raises(RuntimeError, match="planning failed at unit 50"):
             worker.run(units(100, fail_at=50), pool, [sink], workers, lambda *_: None)
-    assert not [t for t in threading.enumerate() if t.name.startswith("pump-")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("worker-")]
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -114,7 +114,7 @@ def test_an_error_of_a_worker_stops_the_others(workers: int, error: BaseExceptio
         with pytest.raises(type(error)):
             worker.run(units(100_000), pool, [sink], workers, landed)
     assert len(done) < 1000
-    assert not [t for t in threading.enumerate() if t.name.startswith("pump-")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("worker-")]
 
 
 def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +122,14 @@ def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path, monkeypatch: pytest
     release, real, interrupted = threading.Event(), threading.Thread.join, []
 
     def join(thread: threading.Thread, timeout: Optional[float] = None) -> None:
-        if thread.name.startswith("pump-") and not interrupted:
+        if thread.name.startswith("worker-") and not interrupted:
             interrupted.append(thread)
             release.set()
             raise KeyboardInterrupt
         real(thread, timeout)
 
     def landed(sink: int, nbytes: int) -> None:
-        if threading.current_thread().name.startswith("pump-"):
+        if threading.current_thread().name.startswith("worker-"):
             release.wait(10)
 
     monkeypatch.setattr(threading.Thread, "join", join)
