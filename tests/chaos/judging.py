@@ -24,7 +24,7 @@ _NAMED_CODES = (3, 4, 6)
 _LACKING = 5
 _INTERRUPTED = 130
 _DIFFERENT = 1
-_IN_PROGRESS = re.compile(r"^(\.lock|claims|[0-9a-f]+\.journal|[0-9a-f]+(/.*)?)$")
+_IN_PROGRESS = re.compile(r"^(\.lock|claims|[0-9a-f]+\.journal(\.partial)?|[0-9a-f]+(/.*)?)$")
 
 
 class Result(NamedTuple):
