@@ -23,7 +23,7 @@ from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.reshard import recut_job
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import save_strategy
-from ms_ckpt_ext.rules import Experts
+from ms_ckpt_ext.rules import Experts, invert
 from tests.core.planning.test_weight_rules import strategy
 from tests.support.quantised import Tensor, save
 
@@ -117,3 +117,15 @@ def test_parts_of_one_row_share_their_deliveries() -> None:
     readers = [plan.chunks[part.chunk].reader for part in plan.parts]
     own = [64 * readers.count(rank) for rank in range(8)]
     assert plan.bytes_received() == [200 * 64 - mine for mine in own]
+
+
+def test_what_was_fused_is_read_once_on_the_way_out(experts: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """Gate and up of an expert come with one read, though the first of them is enough for a batch."""
+    fused = [Experts(RULES[0].sources, RULES[0].target, merge=False, shares=(1, 1)), RULES[1]]
+    ms_ckpt_ext.reshard(tmp_path / "in", tmp_path / "out", rules=fused)
+    catalog = open_catalog(str(tmp_path / "out"), None).ruled(invert(fused))
+    job = merge_job(catalog, str(tmp_path / "back"), MergeOptions())
+    one = experts["l.0.e.0.gate"].nbytes
+    batches = [u for u in schedule(tasks_of(job.outputs), catalog.stored, Limits(tile=2 * one)) if isinstance(u, Batch)]
+    assert len(batches) == 2 * LAYERS * EXPERTS and max(batch.nbytes for batch in batches) == 2 * one
+    assert sum(read.nbytes for batch in batches for read in batch.reads) == sum(a.nbytes for a in experts.values())
