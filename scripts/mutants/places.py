@@ -120,13 +120,15 @@ def _compiles(code: str) -> bool:
 
 
 def _left_alone(tree: ast.Module) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where nothing is changed: annotations and types, errors that are raised, imports for type checkers only."""
+    """Where nothing is changed: annotations and types, decorators, errors, imports for type checkers only."""
     for node in ast.walk(tree):
         part: Any = None
         if isinstance(node, (ast.arg, ast.AnnAssign)):
             part = node.annotation
         elif isinstance(node, ast.FunctionDef):
             part = node.returns
+            for each in node.decorator_list:
+                yield (each.lineno, each.col_offset), (each.end_lineno or 0, each.end_col_offset or 0)
         elif (
             isinstance(node, ast.Raise)
             or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import prod
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, LocalPiece, Sees, Ways, local_pieces
 from ms_ckpt_ext.core.exchange.one_rank import completed_by, turns_of
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, decide, plan_of
@@ -128,6 +130,19 @@ def assert_reads(plan: ExchangePlan, sees: Optional[Sees]) -> None:
     assert all(sees is None or chunk.reader in sees[chunk.file] for chunk in plan.chunks)
 
 
+def assert_allowed(plan: ExchangePlan, table: ExchangeTable, sees: Optional[Sees]) -> None:
+    """Groups gather where they may; one rank broadcasts where that may be, and where not all of them see a file. Parts
+    are read together up to a limit."""
+    for gather in plan.gathers:
+        assert table.ways.may_gather(gather.ranks, plan.world)
+        files = {plan.chunks[number].file for number in gather.chunks}
+        seen = sees is None or all(sees[file].issuperset(gather.ranks) for file in files)
+        assert seen if gather.root == EVERYBODY else table.ways.broadcast and not seen
+    together = Counter(part.chunk for part in plan.parts if not part.gathered)
+    for number, count in together.items():
+        assert count == 1 or plan.chunks[number].nbytes <= table.read
+
+
 def assert_totals(total: RankTotals, made: Counted, plan: ExchangePlan, ways: Ways, in_memory: bool = False) -> None:
     """The columns of a plan say what playing it out counted."""
     world = plan.world
@@ -206,6 +221,7 @@ def assert_played(
     assert_told_when_complete(played)
     assert_contents(played, whole)
     assert_reads(plan, sees)
+    assert_allowed(plan, table, sees)
     assert_within(plan, turns, bucket)
     assert_totals(tally(table), played.counted, plan, table.ways)
     return plan
@@ -367,3 +383,13 @@ def test_where_all_files_are_alike_one_table_says_where_tensors_lie() -> None:
     table = {name: source.extents[0, name][0] for name in source.tensors}
     limits = ExchangeLimits(512, 256)
     assert plan_of(decide(demands, 4, table, limits)) == plan_of(decide(demands, 4, source.stored, limits))
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_readers_have_alike_to_read(world: int) -> None:
+    """Of what all want, and may not gather, each reads as much as any other."""
+    source = source_of(Layout((1,), ((), ())), [TensorMeta("w", DTYPES["U8"], (48, 64))])
+    demands = demands_for(source.tensors, Layout((world,), ((), ())), range(world))
+    table = decide(demands, world, source.stored, ExchangeLimits(1 << 16, 64), None, Ways(gather=False))
+    plan = assert_played(table, source, source.whole, 1 << 16)
+    assert plan.bytes_read() == [48 * 64 // world] * world
