@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ms_ckpt_ext.errors import UsageError
+from ms_ckpt_ext.storage.linux import read_small
 
 ENVIRONMENT = "environment"
 """The section of variables for the ranks; any names."""
@@ -98,8 +99,7 @@ def read_settings(job: str, path: str) -> Settings:
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";", "#"))
     parser.optionxform = str  # type: ignore[assignment]  # variables have capitals
     try:
-        with open(path, encoding="utf-8") as file:
-            parser.read_file(file)
+        parser.read_string(read_small(path, pipe=True).decode(), path)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise UsageError(f"cannot read the configuration {path!r}: {error}") from error
     settings = {(setting.section, setting.name): setting for setting in known(job)}

@@ -5,7 +5,6 @@ What holds tensors or layouts in binary form is damaged in tests/formats; MindFo
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -250,20 +249,17 @@ def test_damaged_notes_are_refused_or_right(note: Note) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["resume", "infer", "merge"]), edits, st.sampled_from(["8", "\xb2", "-1", "1e3", "9" * 5000]))
-def test_damaged_configurations(job: str, changes: list[Any], number: str) -> None:
+def test_damaged_configurations(
+    job: str, changes: list[Any], number: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     text = (
         f"[launch]\nscript = a.py\nhosts = 2\nhost_rank = 0\nport = {number}\n[load]\ncheckpoint_dir = c\n"
         f"mode = auto\n[merge]\nsource = s\ntarget = t\nworkers = {number}\n[environment]\nA = 1\n"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        data = mutate(text.encode(), changes)
-        patch.setattr("builtins.open", lambda *_, **more: _opened(data, more.get("encoding")))
-        try:
-            read = ini.read_settings(job, "job.ini")
-        except CheckpointError:
-            return
+    path = tmp_path_factory.getbasetemp() / "job.ini"
+    path.write_bytes(mutate(text.encode(), changes))
+    try:
+        read = ini.read_settings(job, str(path))
+    except CheckpointError:
+        return
     assert all(isinstance(value, (str, int)) for value in read.values.values())
-
-
-def _opened(data: bytes, encoding: Optional[str]) -> Any:
-    return io.TextIOWrapper(io.BytesIO(data), encoding)
