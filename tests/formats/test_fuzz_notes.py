@@ -250,7 +250,7 @@ def test_damaged_notes_are_refused_or_right(note: Note) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["resume", "infer", "merge"]), edits, st.sampled_from(["8", "\xb2", "-1", "1e3", "9" * 5000]))
 def test_damaged_configurations(
-    job: str, changes: list[Any], number: str, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, job: str, changes: list[Any], number: str
 ) -> None:
     text = (
         f"[launch]\nscript = a.py\nhosts = 2\nhost_rank = 0\nport = {number}\n[load]\ncheckpoint_dir = c\n"
