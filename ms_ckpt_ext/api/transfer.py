@@ -120,10 +120,9 @@ class TransferPlan:
     """
 
     def __init__(self, request: TransferRequest) -> None:
-        from ms_ckpt_ext.bridge.together import join
-        from ms_ckpt_ext.bridge.transfer.planned import plan_move
+        from ms_ckpt_ext.bridge.transfer.planned import plan_move, transport_among
 
-        transport = join(request.options.timeout)
+        transport = transport_among(request.options.timeout)
         try:
             self._move: Optional[PlannedMove] = plan_move(transport, request)
         except BaseException:

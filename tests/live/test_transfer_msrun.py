@@ -99,7 +99,7 @@ def counted(root: Path, *ways: tuple[list[int], list[int]]) -> list[Any]:
         here.mkdir()
         cut = Layout((len(give),), ((0,), ()))
         trained = strategy_of(dict.fromkeys(full, cut), here / "trained.ckpt")
-        turned = Layout((len(take) // 2, 2), ((), (0,)))
+        turned = Layout((len(take) // 2, 2), ((), (0,))) if len(take) > 1 else Layout((1,), ((), (0,)))
         predicted = strategy_of(dict.fromkeys(full, turned), here / "predicted.ckpt")
         write(trained, full, here / "source")
         write(predicted, full, here / "expected")
@@ -130,7 +130,7 @@ def check_counts(result: MsrunResult, cases: list[Any], ranks: int) -> None:
         assert {(c["up"], c["down"]) for c in counts} == {(0, 0)}
         assert {c["growth"] for c in counts} == {0}
         kept = 1 / len(case["give"]) if case["give"] == case["take"] else 0
-        least = 16 * MIB // 2 * len(case["take"]) * (1 - kept)
+        least = 16 * MIB // min(2, len(case["take"])) * len(case["take"]) * (1 - kept)
         assert sum(c["received"] for c in counts) == least
         assert least * case["counted"] <= sum(c["link"] for c in counts) <= 1.05 * least * case["counted"]
         assert max(c["above"] for c in counts) <= 2 * case["bucket"] + 32 * MIB
@@ -161,3 +161,12 @@ def test_eight_emulated_npus(golden: Path, tmp_path: Path, ahead: str) -> None:
     cases = [*measured, *on_eight(golden), serving(tmp_path / "serving", 6, [6, 7])]
     result = run(cases, 8, tmp_path, "ascend", CANNEMU_ASYNC=ahead, CANNEMU_POISON=ahead)
     check_counts(result, measured, 8)
+
+
+@pytest.mark.ascend
+def test_one_emulated_npu(tmp_path: Path) -> None:
+    """What moves on one device does not go through the host."""
+    emulator_or_skip()
+    measured = counted(tmp_path / "counted", ([0], [0]))
+    result = run(measured, 1, tmp_path, "ascend", CANNEMU_ASYNC="1", CANNEMU_POISON="1")
+    check_counts(result, measured, 1)

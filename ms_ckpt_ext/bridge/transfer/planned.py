@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import xxhash
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.bridge.memory import bytes_to_come, contents_of
-from ms_ckpt_ext.bridge.together import host_name
+from ms_ckpt_ext.bridge.memory import bytes_to_come, contents_of, on_device
+from ms_ckpt_ext.bridge.together import host_name, join
 from ms_ckpt_ext.bridge.transfer.asked import GivenSide, ReadStrategy, TransferRequest
 from ms_ckpt_ext.bridge.transfer.matching import Matching, differs, match_sides, tell_casts, tell_missing
 from ms_ckpt_ext.bridge.transfer.moving import PlannedMove
@@ -34,6 +34,17 @@ if TYPE_CHECKING:
 
 _SAMPLES, _SAMPLE = 16, 4096
 """Of a Parameter on a device that no layout lists: how many samples ranks compare, and the bytes of each."""
+
+
+def transport_among(timeout: float) -> Transport[Any]:
+    """All ranks meet: to be closed. A single NPU has buffers on the device. Raises as `together.join`."""
+    transport = join(timeout)
+    if transport.size > 1 or not on_device():
+        return transport
+    from ms_ckpt_ext.bridge.npu.alone import OneDevice
+
+    transport.close()
+    return OneDevice()
 
 
 def plan_move(transport: Transport[Any], request: TransferRequest) -> PlannedMove:
