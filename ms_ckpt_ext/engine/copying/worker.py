@@ -48,6 +48,16 @@ _LARGEST_UNIT = 8 << 20
 """Bytes of the largest unit of an encrypted file that a copy takes at once."""
 
 
+def shared_out(limits: Limits, nbytes: int, workers: int, by_blocks: bool) -> Limits:
+    """The limits with what one worker takes of an array at once, where `nbytes` are written in all.
+
+    Most arrays whole, for what two workers bring of one is read back to be digested; but no worker shall be left with
+    more than an eighth of its share while the others have nothing to do. Of what was encrypted in large blocks
+    (`by_blocks`) a block, or what lies in it: parts of one block then meet in the block that a reader keeps.
+    """
+    return limits._replace(share=0 if by_blocks else max(limits.share, nbytes // (8 * workers)))
+
+
 def run(
     units: Iterator[Unit],
     readers: ReaderPool,

@@ -218,7 +218,7 @@ def _move(
     progress: Progress,
 ) -> None:
     """Read, and write and accept files."""
-    written = sum(map(job.size, todo))
+    shared = worker.shared_out(limits, sum(map(job.size, todo)), workers, job.source.authenticated)
     with readers, _Files(todo, staging, job, workers) as files:
 
         def landed(sink: int, nbytes: int) -> None:
@@ -227,18 +227,8 @@ def _move(
 
         for tasks in in_rounds(job, todo, workers):
             units = schedule(tasks, job.source.stored, limits)
-            worker.run(units, readers, files.sinks, workers, landed, _shared_out(limits, job, written, workers))
+            worker.run(units, readers, files.sinks, workers, landed, shared)
         files.settle()
-
-
-def _shared_out(limits: Limits, job: Job, nbytes: int, workers: int) -> Limits:
-    """The limits with what one worker takes of an array at once.
-
-    Most arrays whole, for what two workers bring of one is read back to be digested; but no worker shall be left with
-    more than an eighth of its share while the others have nothing to do. Of what was encrypted in large blocks a block,
-    or what lies in it: parts of one block then meet in the block that a reader keeps.
-    """
-    return limits._replace(share=0 if job.source.authenticated else max(limits.share, nbytes // (8 * workers)))
 
 
 def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[Task]]:
