@@ -41,6 +41,16 @@ class Target(NamedTuple):
     region: Region
     landings: tuple[Landing, ...]
 
+    def places(self, offset: int, nbytes: int) -> tuple[Place, ...]:
+        """Where bytes `offset .. offset + nbytes` of the box go, as a stretch of their own."""
+        places = []
+        for landing in self.landings:
+            skip = 0
+            for extent in ranges(landing.extents, offset, nbytes):
+                places.append(Place(landing.sink, extent.offset, skip, extent.length))
+                skip += extent.length
+        return tuple(places)
+
 
 class Task(NamedTuple):
     """A source parameter and the boxes that are wanted of it."""

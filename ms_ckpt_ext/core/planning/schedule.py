@@ -231,7 +231,7 @@ class _BatchBuilder:
         dtype = tensor.meta.dtype
         shape, box = byte_box(target.region.shape, tile.relative_to(target.region.start), dtype)
         offset = sum(low * stride for low, stride in zip(box.start, strides_of(shape)))
-        self._bring(tensor, tile, self._places(target, offset, box.size), chooser)
+        self._bring(tensor, tile, target.places(offset, box.size), chooser)
 
     def _bring(self, tensor: SourceTensor, box: Region, places: tuple[Place, ...], chooser: _Balance) -> int:
         """Add a stretch for a box, and all that fills it; gives its number."""
@@ -274,16 +274,6 @@ class _BatchBuilder:
                 self._lay(file, extents, number, run.start, run.stop - run.start, run.target, run.form)
         else:
             self._scattered.append(Read(file, scattered, (ReadCopy(number, form.at(0, target)),)))
-
-    @staticmethod
-    def _places(target: Target, offset: int, nbytes: int) -> tuple[Place, ...]:
-        places = []
-        for landing in target.landings:
-            skip = 0
-            for extent in ranges(landing.extents, offset, nbytes):
-                places.append(Place(landing.sink, extent.offset, skip, extent.length))
-                skip += extent.length
-        return tuple(places)
 
     def finish(self, last: bool = False) -> Batch:
         """The batch so far; the builder starts anew."""
