@@ -38,7 +38,7 @@ if [[ $(cat "$site/.ms_ckpt_ext" 2>/dev/null) != "$stamp" ]]; then
 fi
 
 cd "$ROOT"
-export QEMU_LD_PREFIX="$root" PYTHONPATH="$ROOT:$site"
+export QEMU_LD_PREFIX="$root" PYTHONPATH="$ROOT:$site" MS_CKPT_EXT_EMULATED=1
 unset PYTHONDONTWRITEBYTECODE
 tests=("$@")
 if [[ $# == 0 ]]; then tests=("${FILE_TESTS[@]}"); fi
