@@ -24,8 +24,7 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks_of
-from ms_ckpt_ext.core.exchange.concerns import Moving, concerning, moving
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, Moving, chunks_of, concerning, moving
 from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
