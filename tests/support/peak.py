@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -22,6 +20,8 @@ def run(imports: str, code: str, *arguments: Any) -> int:
     Skips the test under an emulator, whose own memory, such as translated code, grows as well.
     """
     if os.environ.get("MS_CKPT_EXT_EMULATED"):
+        import pytest  # not in the process that is measured
+
         pytest.skip("memory of an emulated process is the emulator's, too")
     command = [sys.executable, "-m", "tests.support.peak", imports, code, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
