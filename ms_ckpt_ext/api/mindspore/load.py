@@ -310,8 +310,7 @@ def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **ho
 
 def _is_mindspores(given: Mapping[str, Any]) -> bool:
     """Whether a call names files one by one and has nothing that MindSpore does not take: its answer is True."""
-    decorated: Any = load_distributed_checkpoint
-    own: Mapping[str, Any] = decorated.__wrapped__.__kwdefaults__
+    own: Mapping[str, Any] = vars(load_distributed_checkpoint)["__wrapped__"].__kwdefaults__
     trained, wanted = given["train_strategy_filename"], given["predict_strategy"]
     return (
         isinstance(given["checkpoint_filenames"], (list, tuple))
