@@ -1,4 +1,4 @@
-"""Work on threads that ends with the first error, without `concurrent.futures`, which takes 10 ms to import.
+"""Work on threads, which waits for no thread that gets no memory to begin, as `concurrent.futures` does.
 
 Also what keeps the interpreter's collector of garbage from looking at all values again and again meanwhile.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Generic, Optional, TypeVar
+from typing import Callable, Generic, Optional, TypeVar, cast
 
 from ms_ckpt_ext.errors import named
 
@@ -57,7 +58,7 @@ class _Begun(threading.Event):
 
 
 class _Thread(threading.Thread):
-    """A thread of `spread`."""
+    """A thread of `spread` or of a `ThreadPool`."""
 
     def __init__(self, work: Callable[[], None], name: str) -> None:
         super().__init__(name=name, daemon=True)
@@ -119,6 +120,107 @@ def _work(source: _Shared[_Item], make: Make[_Item]) -> None:
             do(item)
     except BaseException as error:  # noqa: BLE001 - handed to the caller of spread()
         source.fail(error)
+
+
+class Pending(Generic[_Result]):
+    """A call that a `ThreadPool` makes."""
+
+    def __init__(self, call: Callable[[], _Result]) -> None:
+        self._call = call
+        self._ended = threading.Event()
+        self._result: Optional[_Result] = None
+        self._error: Optional[BaseException] = None
+
+    def make(self) -> None:
+        """Make the call, and keep what comes of it."""
+        try:
+            self._result = self._call()
+        except BaseException as error:  # noqa: BLE001 - raised by result()
+            self._error = error
+        self._ended.set()
+
+    def drop(self) -> None:
+        """It is not made any more: `result` raises a RuntimeError."""
+        self._error = RuntimeError("the pool was closed before it began this")
+        self._ended.set()
+
+    def result(self) -> _Result:
+        """Wait for the call; returns what it returned, or raises what it raised."""
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+        return cast(_Result, self._result)
+
+
+class ThreadPool:
+    """Threads that make calls in the order in which they were submitted.
+
+    A thread is started when a call finds none free, up to so many. Where the system gives fewer, those do the work.
+    """
+
+    def __init__(self, workers: int, name: str) -> None:
+        self._most, self._name = workers, name
+        self._threads: list[_Thread] = []
+        self._starting = threading.Lock()
+        self._changed = threading.Condition()
+        self._waiting: deque[Pending[object]] = deque()
+        self._free, self._closed = 0, False
+
+    def submit(self, call: Callable[[], _Result]) -> Pending[_Result]:
+        """Have a thread make a call. Any thread may submit.
+
+        Raises:
+            StorageError: the system gives not one thread; a MemoryError as well.
+            RuntimeError: the pool is closed.
+        """
+        pending = Pending(call)
+        with self._starting:
+            if len(self._threads) < self._most and len(self._waiting) >= self._free:
+                self._add_thread()
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the pool is closed")
+            self._waiting.append(cast("Pending[object]", pending))
+            self._changed.notify()
+        return pending
+
+    def _add_thread(self) -> None:
+        thread = _Thread(self._serve, f"{self._name}-{len(self._threads)}")
+        if thread.begins():
+            self._threads.append(thread)
+        elif self._threads:
+            self._most = len(self._threads)
+        else:
+            raise named(MemoryError("no thread began"), f"start a thread to {self._name}")
+
+    def _serve(self) -> None:
+        while (pending := self._next()) is not None:
+            pending.make()
+
+    def _next(self) -> Optional[Pending[object]]:
+        with self._changed:
+            self._free += 1
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            self._free -= 1
+            return self._waiting.popleft() if self._waiting else None
+
+    def close(self, finish: bool = False) -> None:
+        """Wait for the calls that were begun, and end.
+
+        Args:
+            finish: those that were not begun are made, too; else they are dropped.
+        """
+        with self._changed:
+            self._closed = True
+            dropped = [] if finish else list(self._waiting)
+            if not finish:
+                self._waiting.clear()
+            self._changed.notify_all()
+        for pending in dropped:
+            pending.drop()
+        for thread in self._threads:
+            thread.join()
 
 
 def in_order(call: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> list[_Result]:

@@ -7,11 +7,13 @@ import gc
 import os
 import threading
 import time
+from functools import partial
 from typing import Callable
 
 import pytest
 
-from ms_ckpt_ext.storage.threads import few_collections, in_order
+from ms_ckpt_ext.errors import StorageError
+from ms_ckpt_ext.storage.threads import ThreadPool, few_collections, in_order
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3, 50])
@@ -75,6 +77,93 @@ def late(run: Callable[[], object], *_: object, **__: object) -> int:
     return _thread.start_new_thread(begin, ())
 
 
+def without_threads(start: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_start_new_thread", "_start_joinable_thread"):  # the latter from Python 3.13 on
+        monkeypatch.setattr(threading, name, start, raising=False)
+
+
+def test_a_pool_makes_calls_in_order_and_raises_what_they_raise() -> None:
+    made: list[int] = []
+
+    def call(number: int) -> int:
+        made.append(number)
+        if number == 3:
+            raise ValueError("three")
+        return -number
+
+    pool = ThreadPool(1, "count")
+    pending = [pool.submit(partial(call, number)) for number in range(100)]
+    assert [each.result() for each in pending[:3]] == [0, -1, -2]
+    with pytest.raises(ValueError, match="three"):
+        pending[3].result()
+    assert pending[99].result() == -99
+    assert made == [*range(100)]
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(lambda: None)
+
+
+def test_a_pool_has_as_many_threads_as_are_busy_and_no_more_than_it_may() -> None:
+    """Also where many threads submit at once: with one thread, calls are in order."""
+    for most in (1, 3):
+        pool, used = ThreadPool(most, "work"), set[str]()
+
+        def call(used: set[str] = used) -> None:
+            used.add(threading.current_thread().name)
+            time.sleep(0.002)
+
+        in_order(lambda _, pool=pool, call=call: [pool.submit(call).result() for _ in range(10)], range(8), 8)
+        pool.close()
+        assert used == {f"work-{number}" for number in range(most)}
+    idle = ThreadPool(8, "work")
+    for _ in range(5):
+        assert idle.submit(lambda: 1).result() == 1
+        time.sleep(0.01)
+    assert sum(thread.name.startswith("work-") for thread in threading.enumerate()) == 1
+    idle.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("work-")]
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_a_pool_that_closes_drops_or_makes_what_was_not_begun(finish: bool) -> None:
+    pool, began, go = ThreadPool(1, "work"), threading.Event(), threading.Event()
+
+    def first() -> str:
+        began.set()
+        go.wait(30)
+        return "first"
+
+    pending = [pool.submit(first), pool.submit(lambda: "second")]
+    began.wait(30)
+    closing = threading.Thread(target=partial(pool.close, finish))
+    closing.start()
+    if not finish:
+        with pytest.raises(RuntimeError, match="closed before"):
+            pending[1].result()
+    go.set()
+    closing.join()
+    assert pending[0].result() == "first"
+    assert not finish or pending[1].result() == "second"
+
+
+@pytest.mark.parametrize("start", [no_thread, stillborn, late])
+def test_a_pool_that_gets_no_thread_says_so_and_one_that_gets_few_has_those(
+    start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, pool = threading.Event(), ThreadPool(4, "read")
+    held = pool.submit(lambda: go.wait(30))
+    with monkeypatch.context() as patch:
+        without_threads(start, patch)
+        later = pool.submit(lambda: 5)
+        with pytest.raises(StorageError, match="start a thread to read: Cannot allocate memory") as caught:
+            ThreadPool(4, "read").submit(lambda: 5)
+        assert isinstance(caught.value, MemoryError)
+    go.set()
+    assert held.result()
+    assert later.result() == 5
+    pool.close()
+
+
 @pytest.mark.parametrize("start", [no_thread, stillborn, late])
 def test_where_the_system_gives_no_thread_the_calling_one_does_it_all(
     start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
@@ -85,8 +174,7 @@ def test_where_the_system_gives_no_thread_the_calling_one_does_it_all(
         used.append(threading.get_ident())
         return item
 
-    for name in ("_start_new_thread", "_start_joinable_thread"):  # the latter from Python 3.13 on
-        monkeypatch.setattr(threading, name, start, raising=False)
+    without_threads(start, monkeypatch)
     assert in_order(call, range(5), 4) == [*range(5)]
     if start is late:
         time.sleep(1.0)

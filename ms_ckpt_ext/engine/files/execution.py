@@ -32,10 +32,9 @@ from ms_ckpt_ext.storage.publishing import obstacles
 from ms_ckpt_ext.storage.reader import PlainReader, ReaderPool, from_json
 from ms_ckpt_ext.storage.sink import FileSink, Sink
 from ms_ckpt_ext.storage.staging import Staging
+from ms_ckpt_ext.storage.threads import Pending, ThreadPool
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
-
     from ms_ckpt_ext.engine.files.encrypted_sink import SealedSink
 
 
@@ -244,13 +243,6 @@ def in_rounds(job: Job, todo: Sequence[Output], workers: int) -> Iterable[list[T
     return [sorted(tasks, key=job.source.position) if job.source.authenticated else tasks]
 
 
-def _pool() -> ThreadPoolExecutor:
-    """Where files are synced, while others are written. A job that does not sync need not import what that takes."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(max_workers=2, thread_name_prefix="sync")
-
-
 class _Files:
     """The files being written: each is synced and accepted when its last byte has landed."""
 
@@ -258,8 +250,8 @@ class _Files:
         self._outputs, self._staging, self._job, self._workers = outputs, staging, job, workers
         self._lock = threading.Lock()
         self._left = [sum(entry.nbytes for entry in output.layout.tensors.values()) for output in outputs]
-        self._syncs = _pool() if job.sync else None
-        self._accepted: list[Future[None]] = []
+        self._syncs = ThreadPool(2, "sync") if job.sync else None
+        self._accepted: list[Pending[None]] = []
         self._digesting: dict[int, DigestingSink] = {}
         self.sinks: list[Sink] = []
 
@@ -311,7 +303,7 @@ class _Files:
         if self._syncs is None:
             self._finish(number)
         else:
-            self._accepted.append(self._syncs.submit(self._finish, number))
+            self._accepted.append(self._syncs.submit(partial(self._finish, number)))
 
     def _finish(self, number: int) -> None:
         self.sinks[number].finish()
@@ -339,11 +331,11 @@ class _Files:
 
     def settle(self) -> None:
         """Wait until every file is on disk. Raises the first error of a sync."""
-        for future in self._accepted:
-            future.result()
+        for pending in self._accepted:
+            pending.result()
 
     def __exit__(self, *_: object) -> None:
         if self._syncs is not None:
-            self._syncs.shutdown(wait=True)
+            self._syncs.close(finish=True)
         for sink in self.sinks:
             sink.close()

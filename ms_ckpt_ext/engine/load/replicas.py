@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple, Optional
 
 import xxhash
@@ -17,6 +17,7 @@ import xxhash
 from ms_ckpt_ext.core.exchange.demand import Demand
 from ms_ckpt_ext.errors import ChecksumError, name_ranks
 from ms_ckpt_ext.log import Trace
+from ms_ckpt_ext.storage.threads import Pending, ThreadPool
 from ms_ckpt_ext.transport.agree import pack, unpack
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
@@ -50,16 +51,16 @@ class Digester:
 
     def __init__(self, trace: Optional[Trace] = None) -> None:
         self._trace = trace or Trace()
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
+        self._pool = ThreadPool(1, "digest")
         self._room = threading.Semaphore(_WAITING)
         self._states: dict[int, tuple[str, Any]] = {}
-        self._pieces: list[Future[None]] = []
+        self._pieces: list[Pending[None]] = []
 
     def __enter__(self) -> Digester:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
     def add(self, number: int, contents: SliceBytes) -> None:
         """Digest a slice that nobody writes to any more. Waits while too many copied pieces are pending."""
@@ -68,7 +69,7 @@ class Digester:
         for piece in contents.pieces:
             if contents.copied:
                 self._room.acquire()
-            self._pieces.append(self._pool.submit(self._update, number, state, piece, contents.copied))
+            self._pieces.append(self._pool.submit(partial(self._update, number, state, piece, contents.copied)))
 
     def _update(self, number: int, state: Any, piece: Bytes, copied: bool) -> None:
         try:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Optional, Protocol, TypeVar
 
 import numpy as np
@@ -25,6 +25,7 @@ from ms_ckpt_ext.engine.copying.strides import copy_strided
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.storage import linux
 from ms_ckpt_ext.storage.reader import ReaderPool
+from ms_ckpt_ext.storage.threads import Pending, ThreadPool
 from ms_ckpt_ext.transport.base import B, Bytes
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class _Slab(Generic[B]):
     host: Bytes
     nbytes: int
     offsets: dict[int, int]
-    reads: list[Future[None]] = field(default_factory=list)
+    reads: list[Pending[None]] = field(default_factory=list)
 
 
 class Slabs(Generic[B]):
@@ -198,7 +199,7 @@ class Slabs(Generic[B]):
         trace: Trace,
     ) -> None:
         self._plan, self._turns, self._mover, self._readers, self._trace = plan, turns, mover, readers, trace
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="read")
+        self._pool = ThreadPool(threads, "read")
         sizes = [[plan.chunks[chunk].nbytes for chunk in turn.chunks] for turn in turns]
         shared = min(_SLAB, max((sum(map(_aligned, each)) for each in sizes), default=0))
         self._slab = max([shared, *(nbytes for each in sizes for nbytes in each)])
@@ -216,7 +217,7 @@ class Slabs(Generic[B]):
         for chunks in self._groups(self._turns[number].chunks):
             slab: _Slab[B] = _Slab(self._mover.host(self._slab), *self._laid_out(chunks))
             slabs.append(slab)
-            slab.reads += [self._pool.submit(self._read, chunk, slab) for chunk in chunks]
+            slab.reads += [self._pool.submit(partial(self._read, chunk, slab)) for chunk in chunks]
 
     def stage(self, number: int) -> None:
         """Wait for the reads of round `number`, slab by slab, and move each on. Raises what a read raised."""
@@ -249,7 +250,7 @@ class Slabs(Generic[B]):
     def close(self) -> None:
         """Stop reading."""
         self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
     def _groups(self, chunks: Sequence[int]) -> list[list[int]]:
         """Chunks that share a slab, in their order."""
