@@ -72,7 +72,7 @@ def style(text: str, kind: str) -> str:
 
 
 def visible(text: str, kept: str = "") -> str:
-    """Text for a terminal: what a name might hold to move the cursor, or to hide what follows, as Python spells it.
+    r"""Text for a terminal: what a name might hold to move the cursor, or to hide what follows, as Python spells it.
 
     Args:
         kept: characters that stay as they are.

@@ -235,7 +235,8 @@ def check_alike(transport: Transport[Any], candidate: Candidate, folder: str, pr
     if odd:
         raise StrategyError(
             f"{name_ranks(odd)} saved other values of what was trained than rank {min(told)}, and no layouts: these "
-            "are slices, and nothing tells of what; give train_strategy_filename"
+            "are slices, and nothing tells of what, or the ranks did not train alike (each began with random values of "
+            "its own); give train_strategy_filename, which says what is a slice and what is whole"
         )
 
 
