@@ -33,6 +33,7 @@ from ms_ckpt_ext.formats.registry import PLAIN, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.storage.reader import ReaderPool
 from ms_ckpt_ext.storage.sink import MemorySink
+from ms_ckpt_ext.transport.agree import on_all
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.checkpoints import cut, read_file, strategy_of
 
@@ -116,6 +117,7 @@ class Load:
                     for number, sink in sinks.items():
                         digester.add(number, sink.contents())
                     report = report._replace(digests=digester.wait())
+            on_all(transport, readers.verify)
         if self.options.verify != "none":
             compare_replicas(transport, ready.demands, report.digests)
         return Loaded({n: a.tobytes() for n, a in memory.items()}, report, ready.plan, ready)
