@@ -70,9 +70,9 @@ def test_weights_without_adapters_stay() -> None:
     named = {name: tensor._replace(meta=tensor.meta._replace(name=name)) for name, tensor in tensors.items()}
     rule = AddProduct(["{*}.w", "{*}.B", "{*}.A"], "{*}.w", factor=2.0)
     assert kinds(apply_rules(named, [rule])) == {"a.w": ("BF16", (4, 6)), "b.w": ("BF16", (4, 6))}
-    del named["a.A"]
-    with pytest.raises(CoverageError, match=re.escape("nothing called '{*}.A'")):
-        apply_rules(named, [rule])
+    for lost in ("a.A", "a.B"):
+        with pytest.raises(CoverageError, match=re.escape(f"nothing called '{{*}}.{lost[-1]}'")):
+            apply_rules({name: tensor for name, tensor in named.items() if name != lost}, [rule])
 
 
 REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
@@ -84,6 +84,8 @@ REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
         "give block=",
     ),
     ([Dequantize(["norm.weight", "e.0.w.weight"], "t")], LayoutMismatchError, "of BF16 elements and F8_E4M3 scales"),
+    ([Dequantize(["e.0.w.weight", "norm.weight"], "t", block=128)], LayoutMismatchError, "has scales of shape"),
+    ([Dequantize(["e.0.w.weight", "e.1.w.weight"], "t")], LayoutMismatchError, "and F8_E4M3 scales"),
     ([Dequantize(["{*}.weight", "{*}.scale"], "{*}.weight")], CoverageError, "nothing called '{*}.scale'"),
     ([Scale("e.0.w.weight", "t", 2.0)], LayoutMismatchError, "made of F8_E4M3 elements"),
     ([AddProduct(["norm.weight"] * 3, "t")], LayoutMismatchError, "must be (m, n), (m, r) and (r, n)"),
@@ -115,6 +117,7 @@ def test_what_does_not_fit_is_refused(rules: list[Rule], error: type[CheckpointE
         (lambda: Dequantize(["{*}.a", "{*}.b"], "t"), "\\(any text\\), so the target must have it"),
         (lambda: AddProduct(["a", "b"], "t"), "takes three sources, W, B and A"),
         (lambda: AddProduct(["a", "b", "c"], "t", float("nan")), "factor must be a finite number"),
+        (lambda: AddProduct(["a", "b", "c"], "t", True), "factor must be a finite number"),
         (lambda: Scale("a", "t", 0), "finite number other than 0"),
         (lambda: Scale("a", "t", float("inf")), "finite number other than 0"),
         (lambda: Scale("a", "t", dtype="I8"), "dtype must be one of"),
@@ -173,6 +176,10 @@ def test_experts_are_stacked_as_floats() -> None:
         (-2.0, "F16", "00c0"),
         (1.00390625, "BF16", "803f"),  # a tie goes to even
         (1.01171875, "BF16", "823f"),
+        (1.00390625 - 2**-40, "BF16", "803f"),  # F32 would be the tie, and the tie another number
+        (1.00390625 + 2**-40, "BF16", "813f"),
+        (1.01171875 - 2**-40, "BF16", "813f"),
+        (-1.01171875 + 2**-40, "BF16", "81bf"),
         (1.5, "F64", "000000000000f83f"),
         (-1.0, "I8", "ff"),
         (255.0, "U8", "ff"),
@@ -248,3 +255,13 @@ def test_a_product_is_of_three_dtypes() -> None:
         wrong = held(**{name: ("F32", shape) for name, shape in zip("wba", shapes)})
         with pytest.raises(LayoutMismatchError, match="must be"):
             apply_rules(wrong, [AddProduct(["w", "b", "a"], "t")])
+
+
+def test_the_ends_of_what_is_allowed() -> None:
+    """No longer than it is; and the largest and least normal numbers of F32."""
+    assert Pad("a", "t", 5, source_size=5).size == Crop("a", "t", 5, source_size=5).size == 5
+    for factor in (float(2**127 * (2 - 2**-23)), 2.0**-126):
+        assert apply_rules(held(w=("F32", (4,))), [Scale("w", "t", factor)])["t"].is_computed
+    for factor in (2.0**128, 2.0**-127):
+        with pytest.raises(LayoutMismatchError, match="no normal number in F32"):
+            apply_rules(held(w=("F32", (4,))), [Scale("w", "t", factor)])

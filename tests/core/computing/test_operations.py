@@ -110,3 +110,11 @@ def test_what_the_first_operand_is_needed_for() -> None:
         assert operation.gives(box) == box
     flat = Region((2, 3), (4, 5))
     assert AddedProduct(1.0, ("F32",) * 3, 2, "F32").gives(flat) == flat
+
+
+def test_a_product_is_added_in_64_bits_to_a_matrix_of_them() -> None:
+    """What F32 would lose of 1 + 2 ** -40 is there."""
+    items = [np.ones((1, 1)), np.full((1, 1), 2.0**-20, np.float32), np.full((1, 1), 2.0**-20, np.float32)]
+    operation = AddedProduct(1.0, ("F64", "F32", "F32"), 1, "F64")
+    found = computed(operation, Region.whole((1, 1)), items, "F64")
+    assert found.tobytes() == np.float64(1 + 2.0**-40).tobytes()

@@ -393,3 +393,14 @@ def test_readers_have_alike_to_read(world: int) -> None:
     table = decide(demands, world, source.stored, ExchangeLimits(1 << 16, 64), None, Ways(gather=False))
     plan = assert_played(table, source, source.whole, 1 << 16)
     assert plan.bytes_read() == [48 * 64 // world] * world
+
+
+@pytest.mark.parametrize(("blind", "roots"), [((), False), ((2,), True)])
+def test_one_rank_broadcasts_where_another_does_not_see_the_file(blind: tuple[int, ...], roots: bool) -> None:
+    """Also of the first set of ranks that there is."""
+    source = source_of(Layout((1,), ((), ())), [TensorMeta("w", DTYPES["F32"], (48, 64))])
+    demands = demands_for(source.tensors, Layout((4,), ((), ())), range(4))
+    sees = {0: frozenset(range(4)) - frozenset(blind)}
+    table = decide(demands, 4, source.stored, ExchangeLimits(1 << 16, 256), sees, Ways(broadcast=True))
+    plan = assert_played(table, source, source.whole, 1 << 16, sees)
+    assert {gather.root != EVERYBODY for gather in plan.gathers} == {roots}
