@@ -29,6 +29,11 @@ _FOLDER = ".ms_ckpt_ext"
 _JOURNAL = ".journal"
 
 
+def lock_of(path: Path) -> Path:
+    """The lock of those that change a file: hidden, beside it."""
+    return path.with_name(f".{path.name}{SUFFIX}")
+
+
 def open_lock(path: Path) -> int:
     """Open the file of a lock, made if need be: whoever may write into its folder may hold it. Raises OSError."""
     try:

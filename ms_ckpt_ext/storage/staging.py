@@ -145,7 +145,11 @@ class Staging:
 
     def tidy(self) -> None:
         """Remove what is left of a job that is all in place, as far as that may be: a run was killed just then."""
+        lock = locks.lock_of(Path(self.target, self._ledger.MANIFEST_NAME))
         with contextlib.suppress(OSError):
+            if lock.exists():
+                with locks.alone(lock):
+                    pass
             if self._hidden.enter_if_there():
                 try:
                     publishing.finish_all(self._hidden, self._ledger, lambda _: ())

@@ -289,7 +289,7 @@ def _take_off(directory: str, files: Collection[str], sync: bool) -> None:
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
     """Keep out others that change a folder's manifest: jobs for several ranks, files and trees may run at once."""
-    path = Path(directory, f".{MANIFEST_NAME}{locks.SUFFIX}")
+    path = locks.lock_of(Path(directory, MANIFEST_NAME))
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locks.alone(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -130,3 +131,22 @@ def test_who_drops_finished_files_of_another_job_says_so(tmp_path: Path, caplog:
         merge(root, target, (1, 2), part_bytes=20_000)
     said = caplog.messages[0]
     assert f"drops {count} finished files" in said and "source, layouts or options" in said and str(target) in said
+
+
+def test_a_lock_that_could_not_be_removed_is_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target was read-only just then; the same command finds all in place, and leaves nothing of the first."""
+    root, target = source(tmp_path / "src"), tmp_path / "out"
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.name.endswith(".digests.json.lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        merge(root, target, digests=True)
+    assert [path.name for path in target.glob("*.lock")] == [".ms_ckpt_ext.digests.json.lock"]
+    merge(root, target, digests=True)
+    assert not [*target.glob("*.lock")]
+    assert_merged(target)
