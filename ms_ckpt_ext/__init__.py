@@ -1,6 +1,6 @@
 """Checkpoint resharding for MindSpore: drop-in functions that read less, hold less and survive more.
 
-Importing this package does not import mindspore; what needs it imports it when it is used.
+Importing this package does not import mindspore; functions that need it import it when they are called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m ms_ckpt_ext` is `ms-ckpt`, where the console script is not on the path."""
+"""`python -m ms_ckpt_ext` runs `ms-ckpt` where the console script is not on the path."""
 
 from __future__ import annotations
 

@@ -25,12 +25,12 @@
         ├── PeerError               another rank failed: its rank and its message
         └── DisagreementError       ranks were started with different inputs: which ones, and what differs
 
-The built-in bases are those stock MindSpore raises in the same place, so existing `except` clauses keep working. Where
-it raises one of the system's, such as NotADirectoryError, ours is one of these as well: see `also`.
-A message tells what happened, where (parameter, rank, file, offset), what was expected and what to do next. Its text
-stands where it is raised: search the package for a few of its words.
+The built-in bases are what stock MindSpore raises in the same place, so existing `except` clauses keep working. Where
+it raises an error of the operating system, such as NotADirectoryError, ours is one as well: see `also`.
+A message says what happened, where (parameter, rank, file, offset), what was expected and what to do next. Its text
+is where it is raised: search the package for a few of its words.
 
-Below the errors is what makes messages, and the checks of single arguments that every room makes.
+Below the errors are the functions that make messages, and the checks of single arguments that all rooms share.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MissingNameError(UsageError, KeyError):
 
 
 class UnsupportedError(UsageError):
-    """A legal call that stock MindSpore serves and this package does not; `argument` is what it cannot take."""
+    """A legal call that stock MindSpore serves and this package does not; `argument` names what it cannot take."""
 
     def __init__(self, message: str, argument: str) -> None:
         super().__init__(message)
@@ -113,7 +113,7 @@ class CoverageError(CheckpointError, ValueError):
 
 
 class StorageError(CheckpointError, OSError):
-    """The operating system refused something; its errno is kept, and makes the class as for an OSError."""
+    """The operating system refused something; its errno is kept, and selects the subclass as for an OSError."""
 
     def __new__(cls, *args: object) -> StorageError:
         builtin = _OF_ERRNO.get(args[0]) if len(args) == 2 else None
@@ -141,7 +141,7 @@ class TransportError(CheckpointError, RuntimeError):
 
 
 class PeerError(TransportError):
-    """Another rank failed; `rank` is which."""
+    """Another rank, `rank`, failed."""
 
     def __init__(self, message: str, rank: int) -> None:
         super().__init__(message)
@@ -170,13 +170,13 @@ _ADVICE = {
 
 _GENERAL_ADVICE = "check the path and the file system"
 _NO_THREAD = "can't start new thread"
-"""Python's RuntimeError where the system gives it none: for lack of memory, or of processes that a user may have."""
+"""Text of Python's RuntimeError where the system refuses a thread: out of memory, or over the user's process limit."""
 
 
 _OF_ERRNO: Mapping[object, type[Exception]] = {
     errno.ENOENT: FileNotFoundError,
     errno.ENOTDIR: NotADirectoryError,
-    errno.EEXIST: NotADirectoryError,  # of mkdir: a file stands where a folder is wanted
+    errno.EEXIST: NotADirectoryError,  # from mkdir: a file stands where a folder is wanted
     errno.EISDIR: IsADirectoryError,
     errno.EACCES: PermissionError,
     errno.EPERM: PermissionError,
@@ -188,7 +188,7 @@ _ALSO: Mapping[type[CheckpointError], tuple[type[Exception], ...]] = {
     StorageError: tuple(dict.fromkeys(_OF_ERRNO.values())),
     ReadError: tuple(dict.fromkeys(_OF_ERRNO.values())),
 }
-"""Errors that stock MindSpore raises as one of these built-in ones; so each has a subclass that is both."""
+"""Errors for which stock MindSpore raises one of these built-in ones; each pair has a subclass that is both."""
 _BOTH: dict[tuple[type[CheckpointError], type[Exception]], type[CheckpointError]] = {
     (kind, builtin): type(builtin.__name__[: -len("Error")] + kind.__name__, (kind, builtin), {"__module__": __name__})
     for kind, builtins in _ALSO.items()
@@ -198,7 +198,7 @@ globals().update({made.__name__: made for made in _BOTH.values()})  # where pick
 
 
 def also(kind: type[Kind], builtin: type[BaseException]) -> type[Kind]:
-    """The class of `kind` that is a `builtin` error too; `kind` itself where MindSpore raises none such.
+    """The subclass of `kind` that is a `builtin` error too; `kind` itself where MindSpore raises no such error.
 
     >>> issubclass(also(StrategyError, NotADirectoryError), NotADirectoryError)
     True
@@ -215,7 +215,7 @@ def storage_error(action: str, path: str, cause: OSError, kind: type[StorageErro
 
 
 def named(error: BaseException, doing: str) -> BaseException:
-    """What the operating system refused, whoever asked it, as a StorageError; any other error as it is.
+    """An error of the operating system, whoever called it, as a StorageError; any other error as it is.
 
     Args:
         doing: what could not be done, for the message.
@@ -237,7 +237,7 @@ def named(error: BaseException, doing: str) -> BaseException:
 
 @contextmanager
 def naming(doing: str) -> Iterator[None]:
-    """Meanwhile errors of the operating system are `named`."""
+    """Errors of the operating system inside the block are `named`."""
     try:
         yield
     except Exception as error:
@@ -269,10 +269,10 @@ def some(names: Iterable[str], limit: int = 5) -> str:
 
 
 def integer(value: Any, argument: str, least: Optional[int] = None, kind: str = "an int") -> int:
-    """An integer of any kind as an int. True and False are none.
+    """An integer of any kind as an int; True and False are refused.
 
     Raises:
-        ArgumentTypeError: it is no integer; `argument` is what it is called, `kind` what it may be.
+        ArgumentTypeError: it is not an integer; the message calls it `argument`, and says that it must be `kind`.
         UsageError: it is below `least`.
     """
     try:
@@ -287,7 +287,7 @@ def integer(value: Any, argument: str, least: Optional[int] = None, kind: str = 
 
 
 def true_or_false(value: Any, argument: str) -> bool:
-    """True or False, numpy's included, as a bool. Raises ArgumentTypeError for anything else, whatever its truth."""
+    """True or False, numpy's included, as a bool. Raises ArgumentTypeError for anything else, truthy or not."""
     if type(value).__name__ not in ("bool", "bool_"):
         raise ArgumentTypeError(f"{argument} must be True or False, got {value!r:.60}")
     return bool(value)

@@ -1,7 +1,7 @@
-"""What is told on the way: to the logger `ms_ckpt_ext`, on terminals by a progress bar, and in a trace.
+"""What is reported on the way: to the logger `ms_ckpt_ext`, by a progress bar on terminals, and in a trace.
 
-`logging` is imported when there is something to tell, for that takes 10 ms. If it was never imported, no handler can
-want INFO records.
+`logging` is imported only when there is something to report, as importing it takes 10 ms. If it was never imported, no
+handler can want INFO records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _prepare: Optional[Callable[[], None]] = None
 
 
 def prepared_by(prepare: Callable[[], None]) -> None:
-    """Have handlers set up when there is first something to tell: a program need not import `logging` before."""
+    """Have handlers set up when there is first something to report, so a program need not import `logging` earlier."""
     global _prepare
     _prepare = prepare
 
@@ -33,18 +33,18 @@ def _logger() -> Any:
 
 
 def info(message: str, *values: object) -> None:
-    """Tell what was done. Arguments as of `logging.Logger.info`."""
+    """Report what was done. Arguments as for `logging.Logger.info`."""
     if "logging" in sys.modules:
         _logger().info(message, *values, stacklevel=2)
 
 
 def error(message: str, *values: object) -> None:
-    """Tell what went wrong and is not raised. Arguments as of `logging.Logger.error`."""
+    """Report what went wrong and is not raised. Arguments as for `logging.Logger.error`."""
     _logger().error(message, *values, stacklevel=2)
 
 
 def warning(message: str, *values: object) -> None:
-    """Tell what may not be what was meant. Arguments as of `logging.Logger.warning`."""
+    """Report what may not be intended. Arguments as for `logging.Logger.warning`."""
     _logger().warning(message, *values, stacklevel=2)
 
 

@@ -1,8 +1,8 @@
-"""Weight rules for `rules=`: parameters made of a checkpoint's tensors by renaming, joining, stacking, transposing.
+"""Weight rules for `rules=`: parameters made from a checkpoint's tensors by renaming, joining, stacking, transposing.
 
 Some compute: `Dequantize`, `Scale`, `AddProduct`, and `Pad`, whose inverse is `Crop`.
 
-`invert` turns rules round: from a network's parameters back to the tensors that made them.
+`invert` reverses rules: from a network's parameters back to the tensors that made them.
 
 >>> from ms_ckpt_ext.rules import Interleave, QKV, Rename
 >>> layer = "model.layers.{layer}."

@@ -1,4 +1,4 @@
-"""A callback that notes what a checkpoint needs to be resumed, when MindSpore saves it.
+"""A callback that records what resuming from a checkpoint needs, when MindSpore saves it.
 
     config = CheckpointConfig(save_checkpoint_steps=1000, integrated_save=False)
     saver = ModelCheckpoint("net", f"checkpoint/rank_{get_rank()}", config)
@@ -6,7 +6,7 @@
 
 It follows every callback that saves (`ModelCheckpoint`, and what derives from it, as MindFormers' does), waits for
 asynchronous saves without holding up the training, digests the file in a thread and leaves the notes of
-`engine.resume.records` beside it. No rank speaks to another: that all are done shows in the files.
+`engine.resume.records` beside it. Ranks do not communicate: the files show when all are done.
 """
 
 from __future__ import annotations
@@ -41,13 +41,16 @@ class _Saved(NamedTuple):
 
 
 class CheckpointRecorder(ms.train.Callback):
-    """Notes strategy, world and digests beside every checkpoint; put it behind the callback that saves.
+    """Records strategy, world and digests beside every checkpoint; list it after the callback that saves.
 
-    What goes wrong while noting is logged, and the training goes on: a checkpoint without notes can still be loaded.
+    Failures are logged, and the training goes on: a checkpoint without these notes can still be loaded.
 
     Args:
-        digests: digest every tensor: reads the file once more, out of the page cache, in a thread.
-        start_epoch, start_step: of the training when this run started, e.g. those that `resume` returned.
+        digests: digest every tensor, which reads the file once more, from the page cache, in a thread.
+        start_epoch, start_step: epoch and step of the training when this run started, e.g. what `resume` returned.
+
+    Raises:
+        ArgumentTypeError: `digests` is neither True nor False.
     """
 
     def __init__(self, digests: bool = True, start_epoch: int = 0, start_step: int = 0) -> None:
@@ -82,7 +85,7 @@ class CheckpointRecorder(ms.train.Callback):
         step: Optional[int] = None,
         loss_scale: Optional[float] = None,
     ) -> bool:
-        """Note a file that was saved without `Model.train`, now; on every rank for its own.
+        """Record a file that was saved without `Model.train`, at once; every rank does so for its own file.
 
         Args:
             path: the file, in a folder `rank_{N}` of the checkpoint's directory where there are several ranks.
@@ -90,11 +93,11 @@ class CheckpointRecorder(ms.train.Callback):
             epoch, step, loss_scale: of the training.
 
         Returns:
-            True on the rank that came last, for then the checkpoint is complete.
+            True on the rank that came last, which makes the checkpoint complete.
 
         Raises:
             ArgumentTypeError: epoch or step is no integer.
-            StorageError, FormatError: the file cannot be read, or the notes not be written.
+            StorageError, FormatError: the file cannot be read, or the notes cannot be written.
         """
         epoch = None if epoch is None else integer(epoch, "epoch")
         step = None if step is None else integer(step, "step")
@@ -114,7 +117,7 @@ class CheckpointRecorder(ms.train.Callback):
             self._waiting.append(_Saved(path, epoch, self._start[1] + step, scale, network.parameter_layout_dict))
 
     def _note_finished(self) -> None:
-        there = [saved for saved in self._waiting if os.path.exists(saved.path)]  # renamed to that when complete
+        there = [saved for saved in self._waiting if os.path.exists(saved.path)]  # renamed to this when complete
         self._waiting = [saved for saved in self._waiting if saved not in there]
         self._under_way = [job for job in self._under_way if not job.done()]
         self._under_way += [self._pool.submit(self._note_or_log, saved) for saved in there]

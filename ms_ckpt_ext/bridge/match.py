@@ -1,8 +1,8 @@
 """Which Parameter takes what: names, boxes, shapes and dtypes, all settled before the first byte is read.
 
 The rules are those of `mindspore.load_param_into_net`: by name, then (unless strict) by suffix; casts within floats and
-within ints; Parameters that pipeline stages share are filled by their owner. What a suffix may mean is stricter here,
-see `core.planning.suffixes`: stock takes the first name that ends so, be it a moment.
+within ints; Parameters that pipeline stages share are filled by their owner. Suffixes are matched more strictly here,
+see `core.planning.suffixes`: stock takes the first name with that suffix, even that of an optimizer's moment.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def offer_of(catalog: Catalog, takes: Takes) -> Offer:
 
 
 _ATTRIBUTES = {"Bool": "bool_", "Float8E4M3FN": "float8_e4m3fn", "Float8E5M2": "float8_e5m2"}
-"""MindSpore's dtypes whose attribute is not their name in small letters."""
+"""MindSpore's dtypes whose attribute is not their name in lower case."""
 
 
 def mindspore_dtype(dtype: DType) -> Any:
@@ -104,7 +104,7 @@ class Matches(NamedTuple):
         matches: Parameters that get something.
         missing: names of those that get nothing.
         unused: names in the checkpoint that go nowhere.
-        passed: some of `missing` -> a name in the checkpoint that ends so, but is not what is meant.
+        passed: some of `missing` -> a name in the checkpoint with that suffix, which is not what is meant.
     """
 
     matches: list[Match]
@@ -119,7 +119,7 @@ def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer]
     Raises:
         UnsupportedError: a Parameter is a MapParameter, or has a storage format of its own.
         LayoutMismatchError: a suffix has several readings.
-        CoverageError: a Parameter gets nothing, or would get another's, as what it goes by is absent from the files.
+        CoverageError: a Parameter gets nothing, or would get another's, as the name it matches is in no file.
     """
     named, missing = sort_parameters(network, offers)
     for parameter in named:
@@ -152,14 +152,14 @@ def match_parameters(network: Any, catalog: Catalog, offers: Mapping[str, Offer]
 
 
 class Sorted(NamedTuple):
-    """Parameters of a network whose names are held, and those that lack something; the rest is filled in other ways."""
+    """Parameters of a network whose names are held, and those whose names are not; the rest is filled in other ways."""
 
     named: list[Any]
     missing: list[Any]
 
 
 def sort_parameters(network: Any, held: Container[str]) -> Sorted:
-    """Which Parameters of a network go by names that are held."""
+    """Sort the Parameters of a network by whether their names are held."""
     found = Sorted([], [])
     parallel = is_parallel(network)
     for _, parameter in network.parameters_and_names():
@@ -180,7 +180,7 @@ def _names(parameters: Iterable[Any]) -> list[str]:
 def suffixes(
     missing: Sequence[str], named: Sequence[str], offers: Mapping[str, Offer], absent: Iterable[str]
 ) -> Suffixes:
-    """What missing names are called in the checkpoint, be it there or absent. Raises as `match_suffixes`."""
+    """What missing names are called in the checkpoint, whether held or absent there. Raises as `match_suffixes`."""
     from ms_ckpt_ext.core.planning.suffixes import match_suffixes
 
     contents = {**{name: (name, 0) for name in absent}, **{name: _stored(offer) for name, offer in offers.items()}}
@@ -189,13 +189,13 @@ def suffixes(
 
 
 def told_passed(found: Matches) -> str:
-    """For a message: what ends as a missing name does, and why it was not taken; "" where nothing does."""
+    """For a message: names with the suffix of a missing one, and why they were not taken; "" if there are none."""
     told = "; ".join(f"{stored!r} is no {name!r}" for name, stored in list(found.passed.items())[:3])
     return f" ({told}: a state of an optimizer, or of another Cell)" if told else ""
 
 
 def tell_suffixes(found: Suffixes) -> None:
-    """Log, once, what is loaded from another name."""
+    """Log, once, what is loaded under another name."""
     prefixes = Counter(stored[: -len(name)] for name, stored in found.found.items())
     if prefixes:
         log.warning(
@@ -207,7 +207,7 @@ def tell_suffixes(found: Suffixes) -> None:
 
 
 def _stored(offer: Offer) -> tuple[str, int]:
-    """The same for offers of the same contents: what a name map gives another name is not left over under its own."""
+    """Equal for offers of the same contents: what a name map renames does not count as unused under its own name."""
     return offer.tensor.stored_name, id(offer.tensor.recipe)
 
 
@@ -246,7 +246,7 @@ def fits(match: Match) -> bool:
 
 
 def same_shape(match: Match) -> bool:
-    """Whether the slice has the Parameter's shape, axes of one element at its end aside."""
+    """Whether the slice has the Parameter's shape, apart from trailing axes of length 1."""
     shape, stored = tuple(match.parameter.shape), match.offer.shape
     return shape == (stored[: len(shape)] if set(stored[len(shape) :]) <= {1} else stored)
 

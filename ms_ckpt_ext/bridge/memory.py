@@ -1,6 +1,6 @@
 """Parameters as memory on the CPU, where a Parameter's host memory is its only memory.
 
-Bytes written to `Parameter.asnumpy()` are in the Parameter; that this holds is checked each time. Where it does not
+Bytes written to `Parameter.asnumpy()` are in the Parameter, which is checked each time. Where they would not be
 (not yet initialised or sliced, packed types), a buffer takes the bytes and becomes the Parameter's data afterwards.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
 _COPY = 4 << 20
-"""Bytes that come down from a device at once."""
+"""Bytes that are copied from a device at once."""
 _NUMPY: Mapping[str, Any] = {
     "BOOL": np.bool_,
     "U8": np.uint8,
@@ -61,9 +61,9 @@ def stays_on_host(parameter: Any) -> bool:
 def kept_on_host(parameters: Sequence[Any]) -> frozenset[int]:
     """Ids of the Parameters that stay in host memory: those made so, and those that were offloaded.
 
-    MindSpore does not tell an offloaded Parameter from a fresh one, which has not been on the device yet. Where some
-    matrix of the network is on the device, what is not has been offloaded; else all are fresh (an optimizer's numbers
-    may be there before anything has run).
+    MindSpore does not distinguish an offloaded Parameter from a fresh one, which has not been on the device yet. Where
+    some matrix of the network is on the device, what is not has been offloaded; else all are fresh (numbers of an
+    optimizer may be there before anything has run).
     """
     if not on_device():
         return frozenset(map(id, parameters))
@@ -76,7 +76,7 @@ def kept_on_host(parameters: Sequence[Any]) -> frozenset[int]:
 
 
 def bytes_to_come(parameters: Sequence[Any]) -> int:
-    """Bytes that Parameters will take of the device when they are filled, beside what they have there."""
+    """Bytes of device memory that Parameters will take when they are filled, beyond what they have there."""
     kept = kept_on_host(parameters)
     lacking = (p for p in parameters if id(p) not in kept and (_on_host(p) or _is_meta(p)))
     return sum(math.prod(parameter.shape) * int(parameter.itemsize) for parameter in lacking)
@@ -96,7 +96,7 @@ def _is_meta(parameter: Any) -> bool:
 
 
 def give_device_memory(parameter: Any, shape: Shape) -> None:
-    """Make sure that a Parameter has memory on the device, for a slice of `shape`. What it held before stays behind."""
+    """Make sure that a Parameter has memory on the device, for a slice of `shape`. What it held is not copied."""
     if parameter.has_init:
         parameter.init_data()
     other = math.prod(parameter.shape) != math.prod(shape)
@@ -129,7 +129,7 @@ def tensor_of(buffer: Bytes, offer: Offer) -> Any:
     numpy = _NUMPY.get(offer.tensor.meta.dtype.name)
     if numpy is not None:
         return ms.Tensor.from_numpy(buffer.view(numpy).reshape(offer.shape))
-    # 8-bit floats: numpy lacks them and the CPU cannot view bytes as them, so as `mindspore.load_checkpoint` does it.
+    # 8-bit floats: numpy lacks them and the CPU cannot view bytes as them, so as in `mindspore.load_checkpoint`.
     return TensorPy.convert_bytes_to_tensor(buffer.tobytes(), tuple(offer.shape), offer.dtype)
 
 
@@ -153,9 +153,9 @@ def mark_loaded(parameter: Any) -> None:
 
 
 def contents_of(parameter: Any, samples: Optional[tuple[int, int]] = None) -> SliceBytes:
-    """What a Parameter holds: on the CPU its memory, of a device copies of a few MiB made one after another.
+    """What a Parameter holds: on the CPU its memory, on a device copies of a few MiB made one after another.
 
-    `samples`: how many, and bytes of each, of what is on a device; from end to end. None for all of it.
+    `samples`: on a device, how many samples, spread from end to end, and bytes of each; None for all of it.
     """
     from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
@@ -191,7 +191,7 @@ def host_bytes(parameter: Any, dtype: Any = None) -> Bytes:
 
 
 class CastSink:
-    """A Parameter's memory of another dtype: every piece is cast as it lands."""
+    """Memory of a Parameter of another dtype: every piece is cast as it lands."""
 
     def __init__(self, memory: Bytes, shape: Shape, source: DType, parameter: Any) -> None:
         self._memory, self._shape, self._source = memory, shape, source
@@ -212,7 +212,7 @@ class CastSink:
 
 
 class ParameterSink:
-    """Where one Parameter's slice lands on the CPU; `finish` when all of it has."""
+    """Where one Parameter's slice lands on the CPU; call `finish` when all of it has landed."""
 
     def __init__(self, match: Match, kept: bool = False, tell: bool = True) -> None:
         offer, parameter = match.offer, match.parameter
@@ -244,5 +244,5 @@ class ParameterSink:
         mark_loaded(self._match.parameter)
 
     def contents(self) -> SliceBytes:
-        """What the Parameter holds, cast where it was."""
+        """What the Parameter holds, after any cast."""
         return contents_of(self._match.parameter)

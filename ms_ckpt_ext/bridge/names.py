@@ -1,9 +1,9 @@
-"""Functions of MindSpore under all their names: put others in their place, and take them back.
+"""Functions of MindSpore under all their names: put others in their place, and restore them.
 
 A function is one object that many modules refer to: `mindspore.X`, `mindspore.parallel.X`, the module that defines it,
 and whatever imported it by name. All of them are found by identity among the loaded modules, so nothing that merely
-has the same name is touched. What is imported later finds the new function where the old one was. Some functions there
-are twice: `mindspore.train` keeps wrappers of those that moved to `mindspore.parallel`.
+has the same name is touched. What is imported later finds the new function where the old one was. Some functions exist
+twice: `mindspore.train` keeps wrappers of those that moved to `mindspore.parallel`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def stock_functions(names: Iterable[str]) -> dict[str, tuple[Function, ...]]:
 
 
 def replace(pairs: Mapping[Function, Function], everywhere: bool) -> int:
-    """Let every name of a key refer to its value; returns how many names that were.
+    """Let every name of a key refer to its value; returns how many names changed.
 
     Args:
-        pairs: functions as they are -> what to put in their place.
+        pairs: present functions -> what to put in their place.
         everywhere: in all loaded modules; else in those of MindSpore only. This package's own are never touched.
     """
     wanted = {id(old): new for old, new in pairs.items()}

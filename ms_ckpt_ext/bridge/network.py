@@ -51,19 +51,19 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
 _LEAST_TILE = 1 << 20
-"""Bytes that a thread reads at once at least, unless a slab is shorter."""
+"""The least bytes that a thread reads at once, unless a slab is shorter."""
 _ROUNDED = 64
-"""Bytes that a stretch may take of a slab beyond its own."""
+"""Bytes of a slab that a stretch may take beyond its own."""
 
 
 def fill(request: LoadRequest, catalog: Catalog) -> Filled:
-    """Fill the Parameters of a network with this rank's slices, without a word to other ranks.
+    """Fill the Parameters of a network with this rank's slices, without communication between ranks.
 
     Args:
         catalog: the checkpoint by its names in the network, see `LoadRequest.read`.
 
     Raises:
-        CoverageError: the checkpoint should have a Parameter, and has not; nothing was changed.
+        CoverageError: the checkpoint should have a Parameter, and does not; nothing was changed.
         LayoutMismatchError: shapes or dtypes do not fit; nothing was changed.
         LoadError: reading failed on the way; `changed` names the Parameters that may hold new bytes.
         MissingDependencyError: see `world.require_views_of_bytes`.
@@ -79,7 +79,7 @@ def fill(request: LoadRequest, catalog: Catalog) -> Filled:
 
 
 def _settled(request: LoadRequest, catalog: Catalog) -> tuple[Catalog, Matches]:
-    """The source with what had to be compared compared, by this rank alone, and what every Parameter takes of it."""
+    """The source after the comparisons it needs, made by this rank alone, and what every Parameter takes of it."""
 
     def taking(catalog: Catalog) -> Taking:
         return Taking(catalog, request.target, request.rank, world.world_size())
@@ -107,7 +107,7 @@ def _compared(catalog: Catalog, names: Collection[str]) -> Catalog:
 def network_dict(request: LoadRequest, catalog: Catalog) -> dict[str, Any]:
     """This rank's slices of everything the checkpoint has, as `{name: Parameter}`; the network is left alone.
 
-    Text is a str, as `mindspore.load_checkpoint` has it.
+    Text is a str, as in `mindspore.load_checkpoint`.
     """
     check_cell(request.network)
     strategy, rank = request.target, request.rank
@@ -136,7 +136,7 @@ def _parameter(name: str, contents: Bytes, offer: Offer) -> Any:
 
 
 def prove_matches(matches: Sequence[Match], catalog: Catalog, workers: int, limits: Limits) -> None:
-    """Decrypt what the matches want, for its tags only. Raises as `proof.prove_tasks`."""
+    """Decrypt what the matches want, for its tags only. Raises as `authenticate.prove_tasks`."""
     if catalog.authenticated:
         from ms_ckpt_ext.engine.integrity import authenticate
 
@@ -151,9 +151,9 @@ def fill_matches(
     limits: Limits,
     filled: Optional[Callable[[Match, SliceBytes], None]] = None,
 ) -> None:
-    """Read every match's slice into its Parameter. Raises LoadError, also for what was changed before.
+    """Read every match's slice into its Parameter. Raises LoadError, which also names what changed before.
 
-    `filled` is told of every Parameter that has all its bytes, by any thread, while others are still read.
+    `filled` is called for every Parameter that has all its bytes, from any thread, while others are still read.
     """
     kept = kept_on_host([match.parameter for match in matches])
     in_place: list[tuple[Match, Bytes]] = []
@@ -270,7 +270,7 @@ def _read(
     limits: Limits,
     whole: Callable[[int], None] = lambda _number: None,
 ) -> None:
-    """`whole` is told the number of every offer of which the last byte has landed."""
+    """`whole` is called with the number of every offer of which the last byte has landed."""
     sinks = [MemorySink(array) for _, array in wanted]
     left = [array.size for _, array in wanted]
     lock = threading.Lock()

@@ -42,10 +42,10 @@ def load_into(
     strict_load: bool,
     remove_redundancy: bool,
 ) -> None:
-    """MindSpore's own `load_param_into_net`, but for the names that it would match by order.
+    """MindSpore's own `load_param_into_net`, except for the names that it would match by order.
 
     Args:
-        stored: name of a parameter -> the name of the file's that it is.
+        stored: name of a parameter -> its name in the file.
 
     Raises LayoutMismatchError where a suffix has several readings; nothing was changed.
     """
@@ -53,7 +53,7 @@ def load_into(
     given = dict(parameters)
     if not strict_load:
         given = _settled(network, given, stored)
-    # What strict means beyond this, no search for suffixes and no cast, is done.
+    # Strict here, as suffixes and casts, where they are allowed, are settled above.
     ms.load_param_into_net(network, given, True, remove_redundancy)
 
 

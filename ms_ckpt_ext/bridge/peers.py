@@ -34,7 +34,7 @@ StepOf = Callable[[Chosen], Optional[int]]
 
 
 class Alive(NamedTuple):
-    """What a rank says of itself.
+    """What a rank says about itself.
 
     Attributes:
         good: its Parameters hold what the training made of them.
@@ -49,10 +49,10 @@ class PeersResumed(NamedTuple):
     """What came from where, on this rank.
 
     Attributes:
-        resumed: what was read of a checkpoint; None where none was.
-        skipped: newer checkpoints.
-        step: of the ranks whose Parameters are good; None where there are none.
-        received: bytes that this rank was given by them.
+        resumed: what was read from a checkpoint; None if nothing was.
+        skipped: newer checkpoints that were passed over.
+        step: that of the ranks whose Parameters are good; None where there are none.
+        received: bytes that this rank received from them.
     """
 
     resumed: Optional[Resumed]
@@ -62,14 +62,14 @@ class PeersResumed(NamedTuple):
 
 
 def fill_with_peers(request: LoadRequest, wanted: ResumeRequest, alive: Alive, step_of: StepOf) -> PeersResumed:
-    """Give the ranks that lost what their Parameters held the same again.
+    """Give the ranks that lost the contents of their Parameters the same contents again.
 
     Args:
-        step_of: the step of a checkpoint, None where it does not tell.
+        step_of: gives the step of a checkpoint; None where it does not say.
 
     Raises:
         UsageError: a rank's Parameters are good, and nothing says of which step.
-        LayoutMismatchError: good Parameters are of different steps, or the checkpoint is of another one than they are.
+        LayoutMismatchError: good Parameters are of different steps, or the checkpoint is of another step than they are.
         DiscoveryError: something is lost everywhere, and there is no complete checkpoint.
         LoadError: it stopped on the way; good Parameters are as they were.
         Others as `restore.fill_newest`.
@@ -182,7 +182,7 @@ class _Part(ms.nn.Cell):
         self.network, self._names = network, frozenset(names)
 
     def parameters_and_names(self, name_prefix: str = "", expand: bool = True) -> Iterator[tuple[str, Any]]:
-        """As of a Cell, those only."""
+        """As for a Cell, but only those to be filled."""
         for name, parameter in self.network.parameters_and_names(name_prefix, expand):
             if parameter.name in self._names:
                 yield name, parameter

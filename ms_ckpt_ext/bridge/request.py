@@ -1,4 +1,4 @@
-"""What is to be loaded into whose network, and what came of it; the same for every way of loading."""
+"""What is to be loaded into which network, and the outcome; the same for every way of loading."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _SHOWN = 20
 
 
 class LoadRequest(NamedTuple):
-    """What is loaded into whose network, and how; one rank's.
+    """What one rank loads into which network, and how.
 
     Attributes:
         network: the Cell to fill.
         target: layouts of this job; None for one device.
         rank: this rank.
         manner: how Parameters are matched.
-        rules: weight rules that make the network's parameters of what the files hold.
-        naming: how these are called in the network; None for as they are.
-        allow_equal_slices: slices that are all equal are meant, see `engine.unlisted.whole_slices`.
+        rules: weight rules that make the network's parameters from what the files hold.
+        naming: how these are called in the network; None: as they are.
+        allow_equal_slices: slices that are all equal are intended, see `engine.unlisted.whole_slices`.
         options: how all ranks load together.
         workers, limits: threads and buffers of a rank that reads its own bytes.
     """
@@ -67,7 +67,7 @@ class LoadRequest(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What a load ended with, on one rank.
+    """The outcome of a load, on one rank.
 
     Attributes:
         missing: Parameters that got nothing.

@@ -26,7 +26,7 @@ __all__ = ["Resumed", "both", "fill_chosen", "fill_newest", "layouts_of", "with_
 
 
 class Resumed(NamedTuple):
-    """A checkpoint that was chosen, and what was loaded of it."""
+    """A checkpoint that was chosen, and what was loaded from it."""
 
     chosen: Chosen
     filled: Filled
@@ -75,18 +75,18 @@ def _lacks(request: LoadRequest, stored: Catalog) -> str:
     except CoverageError as error:
         return str(error)
     except CheckpointError:
-        return ""  # of the call, not of the files: the load will say it
+        return ""  # an error of the call, not of the files: the load will report it
     return ""
 
 
 def _uncompared(catalog: Catalog, _names: Iterable[str]) -> Catalog:
-    """What several files hold outside the strategy as if it were alike: whether it is there is all that is asked."""
+    """What several files hold outside the strategy as if it were alike: all that matters is whether it is there."""
     copies = {name: alike(held, catalog.files) for name, held in catalog.unproven.items()}
     return catalog._replace(extras={**catalog.extras, **copies}, unproven={})
 
 
 def _own_scalars(chosen: Chosen, rank: int, stands: bool) -> dict[str, Value]:
-    """Of the scalars that differ between ranks those of a rank that stands where it stood."""
+    """Of the scalars that differ between ranks, those of this rank, if it `stands` where it stood at the save."""
     found = {name: values[rank] for name, values in chosen.own.items() if stands and rank in values}
     lost = sorted(chosen.own.keys() - found.keys())
     if lost:
@@ -99,7 +99,7 @@ def fill_newest(request: LoadRequest, wanted: ResumeRequest) -> tuple[Optional[R
     """Choose and load, together; see `engine.resume.newest` and `together.fill_from`.
 
     Returns:
-        What was loaded, None when there is no complete checkpoint; and those that were skipped.
+        What was loaded, None when there is no complete checkpoint; and the checkpoints that were skipped.
     """
     with meeting(request.options.timeout) as transport:
         chosen, skipped = choose_checkpoint(transport, with_lacks(wanted, request))

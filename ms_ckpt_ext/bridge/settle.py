@@ -2,7 +2,7 @@
 
 1. Parameters and names in the checkpoint are matched, as if everything that no strategy lists were alike.
 2. What is wanted of that is compared: by the rank alone, or by all ranks together.
-3. Each Parameter gets its box: what is alike as everywhere, what differs from the file of the very rank.
+3. Each Parameter gets its box: what is alike as on every rank, what differs from the rank's own file.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def matched(network: Any, taking: Taking, manner: Manner) -> Matches:
 
     Raises:
         ArgumentTypeError, UsageError, UnsupportedError, LayoutMismatchError: as `match_parameters` and `Taking.all`.
-        CoverageError: the checkpoint should have a Parameter, and has not.
+        CoverageError: the checkpoint should have a Parameter, and does not.
     """
     check_cell(network)
     found = match_parameters(network, taking.catalog, offers_to(taking), manner.exact)
@@ -102,7 +102,7 @@ def boxes(network: Any, found: Matches, taking: Taking, own: Callable[[str], Tak
     """Step 3; `own` gives what the rank takes of its own.
 
     Raises:
-        LayoutMismatchError, CoverageError: a Parameter cannot be given what is its, named.
+        LayoutMismatchError, CoverageError: a Parameter cannot be given what belongs to it; the message names it.
         UnsupportedError: a Parameter's memory is in a format of its own.
     """
     found = _of_this_stage(network, found, taking)
@@ -149,8 +149,8 @@ def _without_schedules(found: Matches) -> Matches:
 
 
 def _of_this_stage(network: Any, found: Matches, taking: Taking) -> Matches:
-    """Without what differs by rank and is of other pipeline stages: in the source, or by what MindSpore has cut, where
-    the target speaks of one stage only."""
+    """Without what differs by rank and is of other pipeline stages: in the source or, where the target describes one
+    stage only, by what MindSpore has cut."""
     parallel = is_parallel(network)
     unknown = taking.partial and not taking.stands and parallel
     own = [match for match in found.matches if match.name in taking.catalog.own]

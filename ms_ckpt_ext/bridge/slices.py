@@ -1,4 +1,4 @@
-"""Slices that are in memory, put together: one Parameter out of those of all ranks; layouts as MindSpore's messages."""
+"""Slices in memory, joined: one Parameter from those of all ranks; layouts as MindSpore's messages."""
 
 from __future__ import annotations
 

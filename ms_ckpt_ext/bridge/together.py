@@ -4,8 +4,8 @@ Collective: every rank of the job calls it. An error on one rank, whatever it wa
 first round nothing is changed.
 
 1. All ranks meet (`meeting`), and look at the checkpoint together: its files are listed, and each header is read, once.
-   Who comes from `engine.resume.newest` has done so already.
-2. `fill_from` does the rest: what the files hold, by its names in the network; which Parameter takes what; the plan,
+   A caller from `engine.resume.newest` has done so already.
+2. `fill_from` does the rest: what the files hold, by names in the network; which Parameter takes what; the plan,
    the same on all ranks; the bytes.
 """
 
@@ -55,7 +55,7 @@ class SharedSource(NamedTuple):
         strategy: the strategy that cut it; None for a merged one.
         access: how its files are opened.
         expected: files that were named one by one, by key: some host must see each.
-        naming: how parameters are called, by what a folder of MindFormers says; None for as the request says.
+        naming: how parameters are called according to a folder of MindFormers; None: as the request says.
     """
 
     look: Callable[[], Listing]
@@ -65,7 +65,7 @@ class SharedSource(NamedTuple):
     naming: Optional[Callable[[Optional[Folder]], Optional[Naming]]] = None
 
     def stored(self, seen: Survey) -> Catalog:
-        """What the ranks saw. Raises DiscoveryError for an expected file that is not among it."""
+        """What the ranks saw. Raises DiscoveryError for an expected file that none of them saw."""
         for key, path in self.expected.items():
             if key not in seen.indexes:
                 raise DiscoveryError(
@@ -117,7 +117,7 @@ def fill_from(transport: Transport[Any], request: LoadRequest, seen: Survey, sto
 
 
 def _settled(transport: Transport[Any], request: LoadRequest, seen: Survey, stored: Catalog) -> tuple[Catalog, Matches]:
-    """The source with what any rank wants of it compared, and what every Parameter of this rank takes of it."""
+    """The source, after comparing what any rank wants of it, and what every Parameter of this rank takes of it."""
 
     @cache
     def look() -> Together:
@@ -146,7 +146,7 @@ def _settled(transport: Transport[Any], request: LoadRequest, seen: Survey, stor
 
 
 def _check_slices(stored: Catalog, look: Together, allow_equal: bool, tell: bool) -> None:
-    """Whether slices are slices, and copies copies; one rank is to `tell` what is odd."""
+    """Check that slices are slices and copies are copies; one rank is to `tell` what is odd."""
     from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
     from ms_ckpt_ext.engine.unlisted.whole_slices import refuse_gathered
 
@@ -174,7 +174,7 @@ def _compared(
 
 
 def join(timeout: float, refused: Optional[CheckpointError] = None) -> Transport[Any]:
-    """All ranks meet, for as long as they want: to be closed. Arguments and errors are those of `meeting`."""
+    """All ranks meet; the caller closes the transport. Arguments and errors are those of `meeting`."""
     require_views_of_bytes()
     transport = select_transport(timeout=timeout)
     try:
@@ -190,7 +190,7 @@ def meeting(timeout: float, refused: Optional[CheckpointError] = None) -> Iterat
     """All ranks meet, and leave together.
 
     Args:
-        timeout: seconds to wait for who does not come, here and in every exchange.
+        timeout: seconds to wait for a rank that does not come, here and in every exchange.
         refused: why this rank cannot take part: raised on it, and told to the others, who raise PeerError.
 
     Raises PeerError, TransportError, or what was refused; see also `world.require_views_of_bytes`.
@@ -214,9 +214,9 @@ def _prepared(
     target = request.target
     facts = {
         "rules": repr(request.rules),
-        "target strategy": repr(target and target.devices_per_stage),  # a layout dict is of one stage only
+        "target strategy": repr(target and target.devices_per_stage),  # a layout dict covers one stage only
         "name_map": repr(sorted(request.naming.name_map.items()) if request.naming else []),
-        "choice_func": repr([(*catalog.tensors,), (*catalog.extras,)]),  # a function is told by what it left
+        "choice_func": repr([(*catalog.tensors,), (*catalog.extras,)]),  # a function is known by what it left
     }
     traits = transport.traits
     asked = request.options.hardware
@@ -228,7 +228,7 @@ def _prepared(
 
 
 def _prove(rank: int, request: LoadRequest, ready: Prepared, matches: Sequence[Match]) -> None:
-    """Find altered encrypted files while nothing is changed."""
+    """Find altered encrypted files before anything is changed."""
     if not ready.catalog.authenticated:
         return
     if ready.cooperative:
@@ -284,7 +284,7 @@ def _fill(request: LoadRequest, ready: Prepared, matches: Sequence[Match], reade
 
 
 def _wanted(ready: Prepared, matches: Sequence[Match]) -> list[tuple[int, Match]]:
-    """The demands of this rank by number; a parameter without elements is none."""
+    """The demands of this rank by number; a parameter without elements has none."""
     numbers = {(demand.tensor.meta.name, demand.name): number for number, demand in enumerate(ready.demands)}
     keyed = [((match.offer.tensor.meta.name, match.name), match) for match in matches]
     return [(numbers[key], match) for key, match in keyed if key in numbers]
@@ -314,7 +314,7 @@ def mover_of(transport: Transport[Any]) -> Any:
 
 
 def sinks_of(transport: Transport[Any], parameters: Sequence[Any], tell: bool = True) -> Callable[[Match], Any]:
-    """What makes the sink of a Parameter, one of these: on the device, or in host memory. `tell`: log what is cast."""
+    """A function that makes the sink of one of these: on the device, or in host memory. `tell`: log what is cast."""
     if not transport.traits.on_device:
         return partial(ParameterSink, tell=tell)
     from ms_ckpt_ext.bridge.npu.cutting import DeviceSink, KeptSink

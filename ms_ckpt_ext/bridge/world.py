@@ -37,7 +37,7 @@ def own_rank() -> int:
 
 
 def world_size() -> int:
-    """Ranks of this job; 1 where communication was not initialised."""
+    """Number of ranks of this job; 1 where communication was not initialised."""
     try:
         return int(communication.get_group_size())
     except RuntimeError:
@@ -76,7 +76,7 @@ def group_size(name: str) -> int:
 
 
 def training_strategy_file(network: Any) -> Optional[str]:
-    """Where the job says that the training strategy is: `AutoParallel`, else the context; None when neither does."""
+    """Path of the training strategy by what the job says: `AutoParallel`, else the context; None when neither does."""
     if isinstance(network, mindspore.nn.Cell):
         for _, cell in network.cells_and_names():
             if type(cell).__name__ == "AutoParallel":

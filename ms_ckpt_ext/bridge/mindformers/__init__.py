@@ -1,6 +1,6 @@
 """MindFormers' checkpoint loading, served by this package.
 
-seam         puts it there, by identity, under all its names; a plugin asks for it from YAML
+seam         replaces MindFormers' functions under all their names; a plugin asks for it from YAML
 options      what the YAML entry says
 loader       its newer way: load_checkpoint, load_hf_checkpoint
 converters   its conversion templates as weight rules

@@ -45,7 +45,7 @@ def _single(converter: Any) -> str:
 
 
 def _concat(converter: Any) -> list[Rule]:
-    """Row by row unless told otherwise, which MindFormers 2.0 cannot be."""
+    """Row by row unless the converter says otherwise, which MindFormers 2.0 cannot express."""
     if getattr(converter, "interleaved", True):
         return [Interleave(converter.hf_names, _single(converter), axis=converter.dim)]
     return [Concat(converter.hf_names, _single(converter), axis=converter.dim)]

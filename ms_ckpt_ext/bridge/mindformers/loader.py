@@ -217,7 +217,7 @@ def _listed(folder: Optional[Folder]) -> Optional[Naming]:
 
 
 def _step(directory: str, given: Optional[int]) -> int:
-    """The step that a checkpoint without `global_step` stands for: as told, else from `common.json`, else 0."""
+    """The step that a checkpoint without `global_step` stands for: as given, else from `common.json`, else 0."""
     return int(given or read_common(directory).get("global_step", 0))
 
 

@@ -1,7 +1,7 @@
-"""Where MindFormers meets this package: its loading functions by identity, under all their names.
+"""Replaces MindFormers' loading functions by this package's: by identity, under all their names.
 
     install(Options())     from here on MindFormers loads through this package
-    uninstall()            and by itself again
+    uninstall()            from here on it loads by itself again
 
 Both of its ways are covered: the new one (`use_legacy_format: False`: `load_checkpoint`, `load_hf_checkpoint`) and the
 legacy one, whose merge by rank 0 gives way to a load from the rank folders (`legacy`), and whose whole files go

@@ -136,7 +136,7 @@ def _ckpt_files(config: Any) -> list[str]:
 
 
 def _step(config: Any, catalog: Catalog) -> Optional[int]:
-    """The step to go on from, scaled where the batch size has changed; None where the file's own stands."""
+    """The step to go on from, scaled where the batch size has changed; None to keep the file's own."""
     scale = config.runner_config.step_scale
     if scale is None or _STEP not in catalog.tensors:
         return None

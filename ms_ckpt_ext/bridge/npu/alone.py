@@ -14,7 +14,7 @@ from ms_ckpt_ext.transport.hccl import pinned
 
 
 class OneDevice:
-    """See `Transport`; of one rank, which gives what it sends to itself."""
+    """A `Transport` of one rank, which receives what it sends."""
 
     rank, size = 0, 1
     traits = TransportTraits(on_device=True)
@@ -52,7 +52,7 @@ class OneDevice:
         return self._copied(send, nbytes, recv)
 
     def start_broadcast(self, buffer: Any, nbytes: int, root: int, group: Ranks = ()) -> Handle:
-        """It is there."""
+        """The buffer has it already."""
         return Done()
 
     def start_all_to_all(self, send: Any, send_counts: Sequence[int], recv: Any, recv_counts: Sequence[int]) -> Handle:
@@ -65,4 +65,4 @@ class OneDevice:
         return Done()
 
     def close(self) -> None:
-        """Nobody is left."""
+        """There is no other rank to leave."""

@@ -29,7 +29,7 @@ from ms_ckpt_ext.engine.load.replicas import SliceBytes
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 CARRIERS = {1: ms.int8, 2: ms.int16, 4: ms.int32, 8: ms.int64}
-"""Types that move elements of a width without looking at them."""
+"""Types that carry elements of a width without interpreting them."""
 NUMPY_CARRIERS = {ms.int8: np.int8, ms.int16: np.int16, ms.int32: np.int32, ms.int64: np.int64}
 
 
@@ -71,7 +71,7 @@ class DeviceMover:
         return buffer
 
     def release(self, staged: Any) -> None:
-        """To be uploaded into again."""
+        """Let a buffer be uploaded into again."""
         self._idle.append(staged)
 
     def pack(self, source: Any, offset: int, shape: Shape, box: Region, dtype: DType, target: Any, at: int) -> None:
@@ -155,7 +155,7 @@ class DeviceSink:
         memory.mark_loaded(self._parameter)
 
     def contents(self) -> SliceBytes:
-        """What the Parameter holds, cast where it was."""
+        """What the Parameter holds, after any cast."""
         return contents_of(self._parameter)
 
 

@@ -1,4 +1,4 @@
-"""Memory of Parameters that is in a format of its own, such as FRACTAL_NZ, which no view of it tells."""
+"""Memory of Parameters that is in a format of its own, such as FRACTAL_NZ, which no view of it shows."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _FORMATTED = (ms.float16, ms.bfloat16, ms.float32, ms.int8, ms.uint8, ms.int32)
 _PLAIN = 2
 """ACL_FORMAT_ND."""
 _MARKS = 64
-"""Elements that are changed to see in which order they lie: more than are in a row of a block of any format."""
+"""Elements that are changed to see in which order they lie: more than a row of a block has in any format."""
 
 
 def refuse_formats(parameters: Iterable[Any], argument: str) -> None:
     """Raise UnsupportedError for a Parameter whose bytes lie in another order on the device than its elements, such as
-    FRACTAL_NZ. `argument` is what holds it.
+    FRACTAL_NZ. `argument` names what holds it.
 
-    MindSpore 2.10 does not tell the format, so it is tried: see `_lies_in_order`. Of Parameters whose names differ by
-    numbers alone, as those of layers do, one is tried.
+    MindSpore 2.10 does not report the format, so it is tested: see `_lies_in_order`. Of Parameters whose names differ
+    only in numbers, as those of layers do, one is tested.
     """
     kinds: dict[tuple[str, Shape, str], Any] = {}
     for parameter in parameters:
@@ -50,7 +50,7 @@ def refuse_formats(parameters: Iterable[Any], argument: str) -> None:
 def _lies_in_order(parameter: Any) -> bool:
     """Whether a copy to the first bytes of a Parameter's memory changes its first elements. They are put back.
 
-    Views and copies between them take memory as it lies; `format_cast` and `asnumpy` of the Parameter itself mind its
+    Views and copies between them take memory as it lies; `format_cast` and `asnumpy` of the Parameter itself heed its
     format.
     """
     carrier = CARRIERS.get(int(parameter.itemsize), ms.int8)
@@ -74,6 +74,6 @@ def _first_elements(parameter: Any, count: int) -> Bytes:
     try:
         plain = ms.ops.auto_generate.format_cast(parameter, _PLAIN)
         held = mint.narrow(plain.view(-1), 0, 0, count).asnumpy()
-    except (AttributeError, RuntimeError):  # there is none, or no memory for a copy
+    except (AttributeError, RuntimeError):  # there is no format_cast, or no memory for a copy
         held = parameter.asnumpy()
     return np.ascontiguousarray(held).reshape(-1)[:count].view(np.uint8)

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 def tiles_of(match: Match, most: int) -> Iterator[Tile]:
-    """A slice in stretches of at most `most` bytes, in order; one, without bytes, of an empty slice."""
+    """A slice in stretches of at most `most` bytes, in order; for an empty slice one, without bytes."""
     offer, start = match.offer, 0
     dtype = offer.tensor.meta.dtype
     if offer.region is None or not nbytes_of(offer):
@@ -92,7 +92,7 @@ class Uploads:
 
 
 def _send(tile: Tile, host: Bytes) -> Any:
-    """Launch the copies of a stretch; what must stay until they are over."""
+    """Launch the copies of a stretch; returns what must stay until they are over."""
     parameter, dtype = tile.match.parameter, tile.offer.dtype
     width = tile.offer.tensor.meta.dtype.bits // 8
     elements = host.nbytes // width

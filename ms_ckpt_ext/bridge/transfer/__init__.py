@@ -2,10 +2,10 @@
 
 asked         what is to be moved, and how
 sides         Parameters of a Cell or a dictionary, and how they lie
-distributed   tensors that say so themselves
+distributed   tensors that state their own layout
 matching      which Parameter takes what
-overlap       memory that is of both sides
-planned       agree and plan
-present       the Parameters as they are when it is run
-moving        then move
+overlap       memory that both sides share
+planned       the ranks agree and plan
+present       the Parameters as they are when a transfer is run
+moving        a planned transfer is run
 """

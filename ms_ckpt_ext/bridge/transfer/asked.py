@@ -31,7 +31,7 @@ class GivenSide(NamedTuple):
     layouts: Any
 
     def side(self, argument: str, rank: int, ranks: Sequence[int], read: ReadStrategy) -> SideHere:
-        """What it comes to on a rank, one of the side's. Raises as `side_of`, `refuse_formats` and `as_strategy`."""
+        """What it amounts to on a rank of the side. Raises as `side_of`, `refuse_formats` and `as_strategy`."""
         rest, boxes = split_boxes(self.layouts, f"{argument}_strategy")
         if rest is None and not boxes and isinstance(self.parameters, ms.nn.Cell):
             from ms_ckpt_ext.bridge.restore import layouts_of
@@ -55,11 +55,11 @@ def given_side(parameters: Any, layouts: Any) -> Optional[GivenSide]:
 
 
 ReadStrategy = Callable[[Any, int, str], Optional[Strategy]]
-"""Reads layouts in any form, of the rank of a place; the last is what they are called in messages."""
+"""Reads layouts in any form, for the rank at a place; the last argument is what messages call them."""
 
 
 class TransferRequest(NamedTuple):
-    """What is moved, and how; one rank's.
+    """What one rank wants moved, and how.
 
     Attributes:
         source, target: what this rank has of each; None where it has no part.
@@ -67,8 +67,8 @@ class TransferRequest(NamedTuple):
         source_ranks, target_ranks: the ranks of each side in the order of their places; None: those that have a part.
         strict: every Parameter of the target must take something, by its exact name.
         exact: no names by suffix, strict or not.
-        rules, naming: as of a load.
-        pairs: makes the naming, of the names of both sides on all ranks; None where it is known.
+        rules, naming: as for a load.
+        pairs: makes the naming from the names of both sides on all ranks; None where it is known.
         offload_source, load_target: Parameters of the source go to host memory after each run, those of the target come
             to the device before it.
         options: how the ranks exchange.

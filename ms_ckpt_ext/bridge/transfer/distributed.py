@@ -1,4 +1,4 @@
-"""Distributed tensors of hyper-parallel, by what they have: `layout` with a mesh, and `to_local`."""
+"""Distributed tensors of hyper-parallel, recognised by what they have: `layout` with a mesh, and `to_local`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ms_ckpt_ext.errors import StrategyError, UsageError
 
 
 def local_of(value: Any) -> Any:
-    """The tensor of this rank of a distributed one; anything else as it is."""
+    """This rank's part of a distributed tensor; anything else as it is."""
     return value.to_local() if hasattr(value, "to_local") and getattr(value, "layout", None) is not None else value
 
 
 def own_boxes(named: Iterable[tuple[str, Any]], rank: int) -> dict[str, Box]:
-    """The boxes that distributed tensors say themselves, by name. `rank`: of this process in the job."""
+    """The boxes that distributed tensors state themselves, by name. `rank`: of this process in the job."""
     found = {}
     for name, value in named:
         layout = getattr(value, "layout", None)

@@ -36,7 +36,7 @@ class Matching(NamedTuple):
     unused: tuple[str, ...] = ()
 
     def wants(self, boxes: Mapping[str, Box]) -> dict[str, WantedBox]:
-        """What that is of the source, by the Parameter's name."""
+        """What the Parameters take of the source, by the Parameter's name."""
         return {match.parameter.name: _wanted(match, boxes.get(match.parameter.name)) for match in self.matches}
 
     def held(self, boxes: Mapping[str, Box], place: int) -> Matching:
@@ -77,11 +77,11 @@ def match_sides(
     """Pair the Parameters of this rank's target with what the source has.
 
     Args:
-        catalog, named: the source, and under its names in the target.
+        catalog, named: the source, and the same under its names in the target.
         place, members: this rank's place among the ranks of the target, and how many they are.
         strict: every Parameter must take something, unless `choice_func` leaves it out.
         exact: no names by suffix.
-        differing: names of the source that ranks hold with different contents, and which.
+        differing: names of the source that ranks hold with different contents -> which ranks, in words.
 
     Raises:
         CoverageError: strict, and the source has nothing for a Parameter.
@@ -109,7 +109,7 @@ def match_sides(
 
 
 def _offers(named: Catalog, side: SideHere, place: int, members: int) -> dict[str, Offer]:
-    """What the source has for this rank, by its name in the target; of a target of boxes everything, whole."""
+    """What the source has for this rank, by its name in the target; for boxes, all of it whole."""
     offers = offers_to(Taking(named, side.strategy, place, members))
     for name in side.boxes:
         tensor = named.tensors.get(name) or named.extras.get(name)
@@ -142,7 +142,7 @@ def _refuse_differing(missing: Iterable[str], differing: Mapping[str, str], nami
 
 
 def differs(name: str, told: str, who: str) -> LayoutMismatchError:
-    """The error of somebody who wants what ranks of the source have different contents of."""
+    """The error where `who` wants a name of which ranks of the source have different contents."""
     return LayoutMismatchError(
         f"{who} would take {name!r}, which no layout of the source lists, and the ranks that hold it have different "
         f"contents ({told}), so it is no copy of one value: give its layout (source_strategy=[…, {{name: layout}}], or "
@@ -151,7 +151,7 @@ def differs(name: str, told: str, who: str) -> LayoutMismatchError:
 
 
 def _lacking(held: Iterable[str], missing: Sequence[str], naming: Naming) -> list[str]:
-    """Of Parameters that take nothing those which nobody left out. `held`: names in the source."""
+    """Of the Parameters that take nothing, those that nobody left out. `held`: names in the source."""
     left = {name for name in held if chosen_name(naming.choice, name) is None}
     return [name for name in missing if name not in left]
 

@@ -128,7 +128,7 @@ class PlannedMove:
         return {number: sink_of(match) for number, match in self._filled.items()}
 
     def _look(self) -> None:
-        """Find the Parameters anew by their names. Raises as `present`."""
+        """Find the Parameters again by their names. Raises as the functions of `present`."""
         source, target = self._request.source, self._request.target
         if source is not None:
             self._source = side_of(source.parameters, "source") or {}
@@ -203,6 +203,6 @@ def _uploaded(transport: Transport[Any], parameter: Any) -> Any:
 
 
 def _numbered(ready: PreparedTransfer, matching: Matching, rank: int) -> dict[int, Match]:
-    """The demands of this rank by number; a Parameter without elements is none."""
+    """The demands of this rank by number; a Parameter without elements has none."""
     numbers = ready.numbers(rank)
     return {numbers[m.parameter.name]: m for m in matching.matches if m.parameter.name in numbers}

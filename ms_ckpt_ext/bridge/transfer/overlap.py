@@ -1,4 +1,4 @@
-"""Memory that is of both sides of a transfer, or twice of the target: writing one would change what the other gives.
+"""Memory shared by both sides, or within the target, of a transfer: writing one would change what the other gives.
 
 A Parameter that takes exactly its own bytes is no such case: there is nothing to move.
 """
@@ -65,7 +65,7 @@ def _stretch(parameter: Any, name: str, written: bool) -> _Stretch:
 
 
 def _span(parameter: Any) -> tuple[int, int]:
-    """First byte and the one behind the last; (0, 0) where there is no memory yet."""
+    """First byte and the one after the last; (0, 0) where there is no memory yet."""
     if parameter.has_init or getattr(parameter, "is_meta", False):
         return 0, 0
     start = int(parameter.data_ptr())

@@ -37,7 +37,7 @@ _SAMPLES, _SAMPLE = 16, 4096
 
 
 def transport_among(timeout: float) -> Transport[Any]:
-    """All ranks meet: to be closed. A single NPU has buffers on the device. Raises as `together.join`."""
+    """All ranks meet; the caller closes the transport. A single NPU has buffers on the device. Raises as `join`."""
     transport = join(timeout)
     if transport.size > 1 or not on_device():
         return transport
@@ -129,7 +129,7 @@ def _ruled(catalog: Catalog, rules: Sequence[Rule], differing: Mapping[str, str]
 def _naming(
     transport: Transport[Any], request: TransferRequest, holders: Mapping[str, Any], target: Optional[SideHere]
 ) -> Naming:
-    """How the source is called in the target, known to all."""
+    """How the source is called in the target; the same on all ranks."""
     if request.pairs is None:
         return request.naming
     told = told_by_all(transport, lambda: list(target.parameters) if target else [])
@@ -162,7 +162,7 @@ def _side(
 def _differing(
     transport: Transport[Any], names: Sequence[str], mine: Mapping[str, Any], holds: Holds, whole: bool
 ) -> dict[str, str]:
-    """Of names that no layout lists those whose contents differ between the ranks that hold them: which, in words."""
+    """Of `names`, which no layout lists, those whose contents differ between ranks -> which ranks, in words."""
 
     def digests() -> dict[str, str]:
         return {name: _digest(mine[name], whole) for name in names if name in holds}
@@ -180,7 +180,7 @@ def _differing(
 
 
 def _digest(parameter: Any, whole: bool) -> str:
-    """Of a Parameter's shape, dtype and contents; on a device of samples of them, unless `whole`."""
+    """Digest of a Parameter's shape, dtype and contents; on a device, of samples of these unless `whole`."""
     if parameter.has_init:
         parameter.init_data()
     state = xxhash.xxh3_128(f"{parameter.dtype}{tuple(parameter.shape)}".encode())

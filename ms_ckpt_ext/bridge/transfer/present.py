@@ -1,4 +1,4 @@
-"""The Parameters of a planned transfer as they are when it is run: other objects of the same names may have come."""
+"""The Parameters of a planned transfer as they are when it is run: other objects may have their names now."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PlannedParameter(NamedTuple):
 
 
 def present_source(name: str, held: Mapping[str, Any], planned: PlannedParameter) -> Any:
-    """The Parameter that gives what was planned to be read under a name.
+    """The Parameter that now has a name that the plan reads.
 
     Raises:
-        UsageError: there is none any more, or it has no contents.
+        UsageError: there is no longer one, or it has no contents.
         LayoutMismatchError: it has another shape or dtype.
     """
     parameter = _present(name, held, "source")
@@ -56,7 +56,7 @@ def present_target(match: Match, held: Mapping[str, Any]) -> Match:
 
 
 def refuse_parted(source: Mapping[str, Any], target: Mapping[str, Any], stay: Mapping[str, str]) -> None:
-    """Raise UsageError where a Parameter that was of both sides no longer is. `stay`: name in the target -> source."""
+    """Raise UsageError where a Parameter that both sides shared no longer is. `stay`: name in the target -> source."""
     for name, given in stay.items():
         if plain(_present(name, target, "target")) is not plain(_present(given, source, "source")):
             raise UsageError(f"parameter {name!r} of the target is not {given!r} of the source now, and was {_ADVICE}")

@@ -1,6 +1,6 @@
 """The two sides of a transfer: Parameters of a Cell, or of a dictionary, and how the slices of this rank lie.
 
-A dictionary's keys are the names that count. A distributed tensor says itself how it lies, see `distributed`.
+A dictionary's keys are the names that count. A distributed tensor states its own layout, see `distributed`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class SideHere(NamedTuple):
     Attributes:
         parameters: by the names that count.
         strategy: layouts; None where none are given.
-        boxes: what was said outright, by name.
-        staged: some of the Parameters in its Cell may be of other pipeline stages, and are not cut then.
+        boxes: the boxes that were given, by name.
+        staged: some of the Parameters in its Cell may be of other pipeline stages, and are then not cut.
     """
 
     parameters: Mapping[str, Any]
@@ -94,7 +94,7 @@ def side_of(given: Any, argument: str) -> Optional[dict[str, Any]]:
 
 
 def named_parameters(given: Any, argument: str) -> Iterator[tuple[str, Any]]:
-    """The names that count, and what they are of. Raises ArgumentTypeError."""
+    """The names that count, and the Parameters they name. Raises ArgumentTypeError."""
     if isinstance(given, Mapping):
         for name, value in given.items():
             if not isinstance(name, str):
@@ -124,7 +124,7 @@ class Called:
 
     @property
     def has_init(self) -> bool:
-        """A Tensor has its data."""
+        """Whether the data is still to be initialised; a Tensor has its data."""
         return bool(getattr(self.parameter, "has_init", False))
 
 
@@ -144,7 +144,7 @@ def check_boxes(parameters: Mapping[str, Any], boxes: Mapping[str, Box], argumen
 
 
 def split_boxes(given: Any, argument: str) -> tuple[Any, dict[str, Box]]:
-    """What was given as layouts, without the Boxes among it; and these.
+    """The given layouts without the Boxes among them; and the Boxes, by name.
 
     Raises ArgumentTypeError: a Box that is not in a dictionary by name.
     """

@@ -1,6 +1,6 @@
 """Is it what was written? Read in this order:
 
-contents       what files hold, told by one pass: digests, checksums, odd numbers
+contents       what files hold, found in one pass: digests, checksums, odd numbers
 manifest       what is on record: a digest of every tensor
 digests        digests of a file that is there
 finding        what is not as it should be in a file

@@ -1,7 +1,7 @@
 """Reads what a load is going to read, and keeps nothing: altered encrypted files are found before a Parameter changes.
 
-Authenticated encryption proves a chunk when it is decrypted, and a load goes straight into the Parameters, where half
-of a checkpoint is worse than none. So what this rank wants of encrypted files is decrypted twice, the first time for
+Authenticated encryption proves a chunk only when it is decrypted, and a load goes straight into the Parameters, which
+must not be left half changed. So what this rank wants of encrypted files is decrypted twice, the first time for
 its tags only. Plain files have no tags: their checksums are verified with their headers, where that is asked for.
 """
 
@@ -19,7 +19,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 
 
 class _Nowhere:
-    """A sink that forgets."""
+    """A sink that keeps nothing."""
 
     path = "nowhere"
     fd: Optional[int] = None

@@ -1,15 +1,15 @@
-"""Are two checkpoints the same model? Region by region, without putting either together.
+"""Are two checkpoints the same model? Region by region, without assembling either.
 
 1. Every parameter that both have in the same dtype and shape is cut into blocks of a few MiB, whole rows of it; many
    small ones make a batch.
 2. A thread takes a batch, has it assembled from the files of either side into its own two buffers, and compares the
-   two byte for byte. What a file holds just so is read as it lies, many blocks at once (`engine.integrity.contents`);
+   two byte for byte. What one file holds whole is read as it lies, many blocks at once (`engine.integrity.contents`);
    for the rest `core.planning.schedule` finds the reads, as for every job.
 3. Only where bytes differ are they looked at as numbers.
 4. What pipeline stages hold in different cuts (tied embeddings) is there more than once: every such copy is compared,
    with all of the other side.
 
-So memory is `workers x about 4 batches`, whatever the model's size, and each side is read once, but for such copies.
+So memory is `workers x about 4 batches`, whatever the model's size, and each side is read once, except for such copies.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class _Found:
 
 
 def _in_whole(at: int, block: _Block) -> int:
-    """The number of an element of a block, in the whole parameter; of packed types those of bytes."""
+    """The number of an element of a block, in the whole parameter; of a byte, for packed types."""
     meta, region = block.pair.a.meta, block.region
     if meta.dtype.bits < 8:
         return meta.dtype.nbytes(_number(region.start, meta.shape)) + at
@@ -231,7 +231,7 @@ def _index(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Side:
-    """A thread's way to one side."""
+    """A thread's access to one side."""
 
     def __init__(self, catalog: Catalog, readers: ReaderPool, block_bytes: int) -> None:
         self._readers, self._stored = readers, catalog.stored
@@ -239,7 +239,7 @@ class _Side:
         self._scratch = memoryview(bytearray())
 
     def fill(self, blocks: Sequence[tuple[SourceTensor, _Block]], into: Bytes) -> None:
-        """Bring the blocks of a batch."""
+        """Read the blocks of a batch."""
         sections: dict[int, list[Section]] = {}
         for number, (tensor, block) in enumerate(blocks):
             file, extents = self._as_it_lies(tensor, block.region)
@@ -278,7 +278,7 @@ class _Side:
 
 
 class _Worker:
-    """One thread: its buffers, and its way to both sides."""
+    """One thread: its buffers, and its access to both sides."""
 
     def __init__(self, a: _Side, b: _Side, found: _Found, progress: Callable[[int], None]) -> None:
         self._sides = (a, b)

@@ -1,12 +1,12 @@
-"""What files hold, told by one pass over their bytes: digests, checksums, values that are all equal or no numbers.
+"""What files hold, found in one pass over their bytes: digests, checksums, values that are all equal or no numbers.
 
-1. Whoever asks names portions: a tensor, a stretch of one, or a file's framing, which is all that is no tensor's.
-2. What portions of a file want is read in the order in which it lies there, in runs of up to 1 MiB: many small tensors
-   by one read, and a byte once, however many portions and checksums want it.
+1. The caller names portions: a tensor, a stretch of one, or a file's framing, which is all bytes outside tensors.
+2. The bytes that portions of a file need are read in file order, in runs of up to 1 MiB: many small tensors by one
+   read, and each byte once, however many portions and checksums need it.
 3. Runs are dealt to threads in bundles; all of a tensor lies in one bundle, so it is digested from front to back.
 
 Every comparison of stored bytes by digests goes through here: with a manifest, with what was noted when a file was
-written, with the same slice in other files. Of a file that is being written digests are made on the way
+written, with the same slice in other files. Digests of a file that is being written are made on the way
 (`storage.digest_sink`).
 """
 
@@ -59,7 +59,7 @@ class Seen(NamedTuple):
     Attributes:
         digest: xxh3-128 of its bytes, as hex.
         constant: all of its elements have the same bits.
-        nans, infinities: how many elements are that.
+        nans, infinities: how many elements are NaN, and infinite.
     """
 
     digest: str
@@ -84,7 +84,7 @@ class Pass:
     Args:
         files: what is read.
         portions: what is looked at.
-        sums: file number -> its checksum, which is shown all that is read of the file.
+        sums: file number -> its checksum, which is given all that is read of the file.
         more: file number -> what else is read of it: what its checksum covers, or all that is to be authenticated.
         read_bytes: most bytes of one read, of which every thread has a buffer.
         bundle_bytes: how much of a file one thread reads before it takes something else.
@@ -115,7 +115,7 @@ class Pass:
 
         Args:
             workers: threads, each with a buffer of `read_bytes`.
-            progress: is told of bytes read, by any thread.
+            progress: is told the bytes read since its last call, from any thread.
             failed: takes the first error of each file, of whose portions nothing is known then; None to raise it.
 
         Raises:
@@ -160,7 +160,7 @@ class Pass:
         return sections
 
     def _most(self, sections: Mapping[int, Sequence[Section]]) -> int:
-        """How many bundles there are at least, or a few."""
+        """About how many bundles there are at most."""
         wanted = (sum(section.stop - section.start for section in held) for held in sections.values())
         return sum(1 + nbytes // self._bundle_bytes for nbytes in wanted)
 
@@ -246,7 +246,7 @@ class _Bundle(NamedTuple):
 
 
 def runs(sections: Sequence[Section], read_bytes: int = RUN) -> Iterator[Run]:
-    """Reads that bring sorted sections, each byte once. A long one begins a read, so that its elements are aligned."""
+    """Reads that cover sorted sections, each byte once. A long one begins a read, so that its elements are aligned."""
     under_way: list[Section] = []
     following = at = 0
     while under_way or following < len(sections):
@@ -277,7 +277,7 @@ def _at_once(portion: Portion, part: memoryview) -> Seen:
 
 
 class _Watch:
-    """A portion whose bytes come in parts: in order, but those of a framing."""
+    """A portion whose bytes come in parts: in order, except those of a framing."""
 
     def __init__(self, portion: Portion, files: NumberedFiles) -> None:
         again = _Again(files, portion.file)
@@ -303,7 +303,7 @@ class _Watch:
 
 
 class _Again:
-    """A file of which a digest takes once more what came too early."""
+    """A file from which a digest reads again what came too early."""
 
     unit = 0
 
@@ -316,7 +316,7 @@ class _Again:
 
 
 class _Elements:
-    """Whether elements are all the same, and how many are no finite numbers, told part by part, in order."""
+    """Whether elements are all the same, and how many are no finite numbers, found part by part, in order."""
 
     __slots__ = ("_dtype", "_first", "_left", "_numbers", "_width", "constant", "infinities", "nans")
 

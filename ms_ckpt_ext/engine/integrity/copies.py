@@ -1,4 +1,4 @@
-"""A parameter that pipeline stages hold in different cuts, tied embeddings above all: its copies, and where they meet.
+"""A parameter that pipeline stages hold in different cuts, tied embeddings above all: its copies, and what they share.
 
 Stages that cut alike share a placement, where files with the same cell are copies of each other. Placements of other
 cuts have no cell in common, but regions, so that is where they are compared.

@@ -1,6 +1,6 @@
 """Digests of what is stored: of each tensor of a file, and of its framing.
 
-For files that are there. Those of a file that is being written come with its bytes, see `storage.digest_sink`.
+For files that exist. A file that is being written is digested as its bytes are written, see `storage.digest_sink`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def digest_file(index: FileIndex, workers: int = 1, opener: Opener = open_reader
 
 
 def portions(file: int, index: FileIndex, names: Iterable[Optional[str]], size: int) -> dict[Optional[str], Portion]:
-    """Tensors of a file of `size` bytes of plaintext as what is looked at; None names its framing."""
+    """Tensors of a file of `size` bytes of plaintext, as portions; None names its framing."""
     found: dict[Optional[str], Portion] = {}
     for name in names:
         if name is None:

@@ -72,7 +72,7 @@ def find_listed(path: str) -> ListedFiles:
     """The manifests of a folder.
 
     Raises:
-        DiscoveryError: it is no folder, or none is there.
+        DiscoveryError: it is not a folder, or holds no manifest.
         FormatError, StorageError: one cannot be read.
     """
     if not os.path.isdir(path):
@@ -91,7 +91,7 @@ def find_listed(path: str) -> ListedFiles:
 def check_listed(
     listed: ListedFiles, access: Access, workers: int, progress: Callable[[int], None] = lambda _: None
 ) -> ManifestCheck:
-    """Compare the files of a folder with its manifests; arguments as of `check_digests`."""
+    """Compare the files of a folder with its manifests; arguments as for `check_digests`."""
     found: list[Finding] = []
     tensors = 0
     for folder, manifest in listed.manifests.items():
@@ -135,7 +135,7 @@ def check_digests(
         files: which of the manifest's files, relative to the folder; None for all of them.
         workers: threads, each with a buffer of 1 MiB.
         access: how encrypted files are opened.
-        progress: is told of bytes read, by any thread.
+        progress: is told the bytes read since its last call, from any thread.
         closed: files whose record does not open with the key, of which only the size is compared.
 
     Raises:

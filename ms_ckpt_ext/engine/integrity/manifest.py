@@ -8,15 +8,15 @@ relative to the manifest's folder, sizes are bytes on disk:
      "files": {"part0.safetensors": {"size": 4096, "framing": "c9788c84a05f64d9a4b6d0ac2e8a5f0c",
                                      "tensors": {"layer.weight": "99aa06d3014798d86001c324468d497f"}}}}
 
-`framing` is the digest of all bytes that are no tensor's, in file order: names, dtypes, shapes, a file's notes, its
+`framing` is the digest of all bytes outside tensors, in file order: names, dtypes, shapes, a file's notes, its
 checksum. Manifests of older releases lack it.
 
-It finds accidents: bit rot, lost pages, truncation. It is no signature: who can change a file can change the manifest.
+It finds accidents: bit rot, lost pages, truncation. It is no signature: whoever can change files can change it as well.
 
-Of an encrypted file `tensors` is empty and `sealed`, in base64, holds what else would stand there, encrypted with the
+Of an encrypted file `tensors` is empty and `sealed`, in base64, holds what would otherwise be there, encrypted with the
 file's key (`formats.crypto.envelope`) and bound to its name and size. Readable digests of the plaintext would confirm a
-guess at the contents, and equal ones would tell that two tensors are equal. Nobody without the key can make a sealed
-entry, nor give it to another file; but an old file and its old manifest may be put back together.
+guess at the contents, and equal ones would show that two tensors are equal. Nobody without the key can make a sealed
+entry, or move it to another file; but an old file and its old manifest may be put back together.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class FileDigests(NamedTuple):
     def opened_by(self, key: Optional[Key], name: str) -> FileDigests:
         """The readable digests of a sealed entry; the entry as it is, where it is not sealed or there is no key.
 
-        Raises DecryptionError: it was sealed with another key or about another file, or it was altered.
+        Raises DecryptionError: it was sealed with another key or for another file, or it was altered.
         """
         if self.sealed is None or key is None:
             return self
@@ -127,7 +127,7 @@ class Manifest(NamedTuple):
     files: Mapping[str, FileDigests]
 
     def to_json(self) -> bytes:
-        """The manifest's file: a line for every file, for `json` indents in Python, which takes ten times as long."""
+        """The manifest's file: one line per file, as `json` indents in pure Python, which takes ten times as long."""
         try:
             return self._text(ensure_ascii=False).encode()
         except UnicodeEncodeError:  # names of files need not be Unicode
@@ -193,7 +193,7 @@ def recorded_digests(
 
     Returns:
         The manifest's folder, the file's name there, and the digests, opened if there is a key; of two records the
-        first that tells more than a size. None when no manifest lists the file.
+        first that says more than a size. None when no manifest lists the file.
 
     Raises:
         FormatError, StorageError: as `load_manifest`.
@@ -216,11 +216,11 @@ def recorded_digests(
 def update_manifest(directory: str, files: Mapping[str, FileDigests]) -> None:
     """Put files on record in a folder's manifest; entries of other files stay while their sizes fit.
 
-    One process at a time does, where the file system has locks. A manifest that cannot be understood is replaced.
+    One process at a time does so, where the file system has locks. A manifest that cannot be understood is replaced.
     Raises StorageError.
     """
     with contextlib.ExitStack() as alone:
-        with contextlib.suppress(StorageError):  # no locks: then there is one process, it is hoped
+        with contextlib.suppress(StorageError):  # no locks: we trust that there is one process
             alone.enter_context(_alone(directory))
         write_manifest(directory, _renewed(directory, files))
 
@@ -229,7 +229,7 @@ def put_on(directory: str, entries: Mapping[str, Any], sync: bool) -> None:
     """Put files on record in a folder's manifest, as `update_manifest` does.
 
     Args:
-        entries: file -> its entry, as `FileDigests.to_json` gives it; what is none is left out.
+        entries: file -> its entry, as `FileDigests.to_json` gives it; what is not one is left out.
         sync: the manifest is durable.
 
     Raises StorageError.
@@ -245,7 +245,7 @@ def put_on(directory: str, entries: Mapping[str, Any], sync: bool) -> None:
 def take_off(directory: str, names: Collection[str], sync: bool) -> None:
     """Take files off all manifests: the directory's, those of their own folders, and those further up.
 
-    To be done before they are replaced: a record that lacks a file is true. Others stay; a manifest without any goes.
+    To be done before they are replaced: a record that lacks a file is true. Other entries stay; an empty manifest goes.
 
     Args:
         names: the files, relative to the directory.
@@ -266,7 +266,7 @@ def take_off(directory: str, names: Collection[str], sync: bool) -> None:
         if status_of(os.path.join(folder, MANIFEST_NAME)) is not None:
             try:
                 _take_off(folder, theirs, sync)
-            except OSError:  # above, others may be at home: the record there is not true any more, which a check tells
+            except OSError:  # further up, others may own it: the record there is stale then, which a check finds
                 if os.path.join(os.path.realpath(folder), "").startswith(below):
                     raise
 

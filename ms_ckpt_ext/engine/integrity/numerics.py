@@ -1,7 +1,7 @@
 """Two arrays of one element type: which elements differ, and by how much. One array: what in it is not a number.
 
-Elements differ when their bits do: -0.0 is not 0.0, and two NaN with different payloads differ. How far apart two
-numbers are is told in two ways: as the absolute difference, in the type's values, and in units in the last place
+Elements differ when their bits do: -0.0 is not 0.0, and two NaN with different payloads differ. The distance of
+two numbers is given in two ways: as the absolute difference, in the type's values, and in units in the last place
 (ulp), the number of steps from one to the next representable number that lie between them. -0.0 and 0.0 are 0 ulp
 apart. Where either is a NaN or infinite there is no absolute difference; where either is a NaN, no ulp.
 """
@@ -24,7 +24,7 @@ _CHUNK = 128 << 10  # of either array at once: both stay in a core's cache, and 
 
 
 class _Float(NamedTuple):
-    """A binary format: bits of exponent and mantissa, bias, and how it spells what is no finite number."""
+    """A binary format: bits of exponent and mantissa, bias, and how it encodes what is no finite number."""
 
     exponent: int
     mantissa: int
@@ -221,7 +221,7 @@ class Odd(NamedTuple):
 
 
 def odd_numbers(data: Bytes, dtype: DType) -> Odd:
-    """Count what is no finite number in a flat byte array; nothing is, in types that are no floats."""
+    """Count what is no finite number in a flat byte array; types that are no floats have none."""
     name = _PARTS.get(dtype.name, dtype.name)
     form = _FLOATS.get(name)
     if form is None:

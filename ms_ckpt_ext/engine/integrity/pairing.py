@@ -88,7 +88,7 @@ def pair_up(a: Mapping[str, Kept], b: Mapping[str, Kept]) -> Pairing:
 
 
 def _pairs(name: str, one: Kept, two: Kept) -> Optional[list[Pair]]:
-    """What is compared under one name; None where that is nothing."""
+    """What is compared under one name; None where the two do not match."""
     if isinstance(one, SourceTensor) and isinstance(two, SourceTensor):
         return None if _kind(one) != _kind(two) else [*_whole(name, one, two), *_copies(name, one, two)]
     if isinstance(one, SourceTensor) or isinstance(two, SourceTensor):

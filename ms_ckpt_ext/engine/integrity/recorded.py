@@ -1,6 +1,6 @@
 """Stored bytes against the digests on record: by one process, or by all ranks together.
 
-1. Of a slice that several files hold one file is chosen, and a load reads no other: what is read was checked.
+1. Of the files that hold a slice, one is chosen, and a load reads no other: what is read was checked.
 2. What is wanted, and the framing of the files, is dealt out to the ranks that see it (`engine.load.hosts`). A
    tensor is digested once, by one rank, whole: what is on record is a digest of the whole.
 3. All ranks are told what was found, and go on alike.
@@ -49,11 +49,11 @@ class Expected(NamedTuple):
     Attributes:
         file: its number among the files that are read.
         table: its table of contents.
-        record: its digests; of what has none nothing is compared.
+        record: its digests; what has none is not compared.
         names: what is compared: tensors, None for the framing and for what is on record but not there.
-        name: how it is called in what is found; "" for its path.
+        name: what findings call it; "" for its path.
         checksum: its own, which is compared where nothing else differs.
-        whole: read all of it, for what decrypting it proves.
+        whole: read all of it, as decrypting it authenticates it.
     """
 
     file: int
@@ -99,8 +99,8 @@ def compare_files(
     Args:
         readers: of the files, by their numbers.
         workers: threads, each with a buffer of 1 MiB.
-        progress: is told of bytes read, by any thread.
-        tolerant: a file that cannot be read is something that was found, and no error.
+        progress: is told the bytes read since its last call, from any thread.
+        tolerant: a file that cannot be read is a finding, not an error.
 
     Raises:
         FormatError, DecryptionError, StorageError: a file cannot be read.
@@ -122,7 +122,7 @@ def compare_files(
 
 
 def _plain_size(readers: ReaderPool, each: Expected, failed: Optional[dict[int, CheckpointError]]) -> Optional[int]:
-    """Bytes of a file's plaintext; None when it cannot be opened, which `failed` takes, or which is raised."""
+    """Bytes of a file's plaintext; None when it cannot be opened: the error is put in `failed`, or raised."""
     if each.table.reader == "plain":
         return each.table.size
     try:
@@ -195,7 +195,7 @@ def audit_alone(catalog: Catalog, wanted: Iterable[SourceTensor], workers: int) 
 def damaged_files(transport: Transport[Any], catalog: Catalog, sees: Optional[Sees], workers: int) -> list[Finding]:
     """What differs in the files of a catalog from what is on record, on all ranks alike. Collective.
 
-    A file that is on no record passes; one that cannot be read does not, nor does a record.
+    A file without a record passes; a file or a record that cannot be read does not.
     """
     pairs = [(number, name) for number, index in enumerate(catalog.files) for name in (None, *index.tensors)]
     mine = _deal(pairs, catalog, sees, transport.size)[transport.rank]
@@ -266,7 +266,7 @@ def _found(catalog: Catalog, share: Mapping[int, _Names], workers: int, tolerant
 
 
 def _expected(catalog: Catalog, file: int, names: _Names, load: Load, required: bool) -> Union[Expected, Finding, None]:
-    """A file with what is on record about it; or what is wrong with it already; or None, where nothing is compared.
+    """A file with what is on record about it; or what is wrong with it already; or None if nothing is compared.
 
     Raises:
         UsageError: digests are `required`, and there are none.

@@ -4,9 +4,9 @@
 2. Every stored slice is digested (`engine.integrity.contents`); files that hold the same cell must have the same
    digest, and so must what several ranks hold outside the strategy. Where pipeline stages cut a parameter differently
    (tied embeddings), what their slices have in common is read again, and compared byte for byte.
-3. Of every distinct cell what is NaN or infinite is counted on the way.
+3. NaN and infinities in every distinct cell are counted on the way.
 4. Slices that should differ must not all be equal (`whole_slices`).
-5. Of files that carry a checksum of their own the rest is read, too, and summed on the way.
+5. Of files that carry a checksum of their own, the rest is read too, and all is summed on the way.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ class Health:
         gaps: parts of parameters that no file holds.
         unequal: copies that differ: of one slice, or of what several ranks hold outside the strategy.
         outside: names of those that the strategy does not list: frozen parameters, training scalars, states of random
-            generators. Whether they are cut, or each rank's own, or damaged, nothing tells.
+            generators. Nothing says whether they are cut, or each rank's own, or damaged.
         not_finite: parameters with NaN or infinities.
         checksums: files that carry a checksum, which was verified.
-        damaged: those of them whose contents it does not fit.
+        damaged: those of them whose contents do not fit it.
         gathered: slices that should differ and are all equal, as `integrated_save=True` makes them.
     """
 
@@ -93,7 +93,7 @@ class Health:
 
     @property
     def ok(self) -> bool:
-        """True when nothing is missing or damaged and copies, but not slices, are equal. NaN may be meant."""
+        """True when nothing is missing or damaged and copies, but not slices, are equal. NaN may be intended."""
         return not (self.absent or self.gaps or self.unequal or self.damaged or self.gathered)
 
 
@@ -116,7 +116,7 @@ def check_values(
     progress: Callable[[int], None] = lambda _: None,
     allow_equal_slices: bool = False,
 ) -> Health:
-    """Read all of a checkpoint and tell what is wrong with it.
+    """Read all of a checkpoint and report what is wrong with it.
 
     Args:
         catalog: the checkpoint.
@@ -125,7 +125,7 @@ def check_values(
         wanted: whether a name is to be looked at, for what the checkpoint lacks and what lies outside the strategy.
         workers: threads, each with a buffer of 1 MiB.
         progress: told the bytes read since its last call, from any thread.
-        allow_equal_slices: do not ask whether the slices are slices.
+        allow_equal_slices: do not check that the slices are slices.
 
     Raises:
         FormatError, StorageError: a file cannot be read.
@@ -165,7 +165,7 @@ def _absent(slices: Sequence[_Slice], strategy: Optional[Strategy], wanted: Call
 
 
 class _Known:
-    """Answers, out of what is known of whole slices, whether stretches of them are equal: as far as the wholes are."""
+    """Answers for stretches of slices by what is known of whole slices: they count as equal where the wholes are."""
 
     def __init__(self, catalog: Catalog, slices: Sequence[_Slice], seen: Sequence[Seen]) -> None:
         self._files = catalog.files
@@ -190,7 +190,7 @@ def bytes_to_read(catalog: Catalog, tensors: Mapping[str, SourceTensor], wanted:
 
 
 def _checksums(catalog: Catalog, slices: Sequence[_Slice]) -> dict[int, StoredChecksum]:
-    """The checksums of files that hold a slice, or nothing at all."""
+    """The checksums of files that hold a slice, or no tensor at all."""
     looked_at = {item.file for item in slices}
     stored = {
         number: stored_checksum(index)
