@@ -52,7 +52,7 @@ def path_of(value: Any, argument: str) -> str:
 
 
 def check_path(path: str, argument: str) -> None:
-    """Raise UsageError for what no file can be called."""
+    """Raise UsageError for a path that no file can have."""
     try:
         fits = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
@@ -69,17 +69,17 @@ def checked_format(value: Any, argument: str, optional: bool = False) -> None:
 
 
 def checked_flags(**flags: Any) -> None:
-    """Raise ArgumentTypeError for one that is neither True nor False, numpy's included."""
+    """Raise ArgumentTypeError for a flag that is neither True nor False (numpy's are allowed, too)."""
     for argument, value in flags.items():
         true_or_false(value, argument)
 
 
 def checked_words(function: Callable[..., Any], given: Mapping[str, Any], besides: Collection[str] = ()) -> None:
-    """Raise ArgumentTypeError for what is no flag where a function says `bool`, and no text where it says `str`.
+    """Raise ArgumentTypeError for an argument annotated `bool` that is no flag, or annotated `str` that is no text.
 
     Args:
         given: arguments by name: what `locals()` gives in the function's first line.
-        besides: arguments that may be something else, as MindSpore takes them.
+        besides: arguments that are not checked, because MindSpore takes other types, too.
     """
     for argument, kind in function.__annotations__.items():
         if argument in besides or argument not in given:
@@ -113,7 +113,7 @@ def checked_choice(choice_func: Any) -> Optional[Choice]:
 def checked_naming(choice_func: Any, name_map: Optional[Mapping[str, str]], **more: Any) -> Optional[Naming]:
     """`choice_func` and `name_map` (name in the result -> name in the checkpoint) as one value; None for no change.
 
-    `more` are the other attributes of `Naming`. Logs sources that the map gives to several names: tied weights mean it.
+    `more` are the other attributes of `Naming`. Warns of sources with several names, as of tied weights.
     """
     names, choice = checked_name_map(name_map), checked_choice(choice_func)
     if choice is None and not names:
@@ -137,7 +137,7 @@ def checked_rules(rules: Sequence[Rule]) -> tuple[Rule, ...]:
 
 
 def mode_of(mode: Optional[str]) -> str:
-    """How ranks load together: as it was said, else as the environment says."""
+    """How ranks load together: as given, else as the environment says."""
     return mode or os.environ.get(MODE_VARIABLE) or "auto"
 
 
@@ -162,22 +162,22 @@ def _number(value: Any, argument: str, least: int) -> int:
 def as_strategy(value: Any, rank: int = 0, argument: str = "a strategy") -> Optional[Strategy]:
     """Any form in which MindSpore gives layouts, as one value; None for one device.
 
-    An empty dict is the layouts of a network that is not compiled, and None, as in MindSpore. A list is of several of
-    these forms, put together: MindSpore's strategy files list trainable parameters only, and what they lack may be
-    given beside them, by another file or by name: `[file, {"dense.weight": (dev_matrix, tensor_map)}]`, see
+    An empty dict, the layouts of a network that is not compiled, gives None, as in MindSpore. A list holds several of
+    these forms, to be put together: MindSpore's strategy files list trainable parameters only, and what they lack may
+    be given beside them, by another file or by name: `[file, {"dense.weight": (dev_matrix, tensor_map)}]`, see
     `core.geometry.supplement`.
 
     Args:
         value: the path of a strategy file (protobuf or JSON) or of a directory with one per pipeline stage, the dict of
             `build_searched_strategy`, `Cell.parameter_layout_dict`, a list of these, a `Strategy`, or None.
-        rank: whose network a layout dict is of.
-        argument: what it is called, for messages.
+        rank: the rank from whose network a layout dict comes.
+        argument: its name in messages.
 
     Returns:
         The layouts of all ranks, as every argument called `strategy` takes them; None for one device.
 
     Raises:
-        StrategyError: the value is of a legal type but its contents are not, or those of a list contradict each other.
+        StrategyError: the value is of a legal type but invalid, or the parts of a list contradict each other.
         ArgumentTypeError: it is none of the legal types.
     """
     if value is None or isinstance(value, Strategy):
@@ -238,7 +238,7 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
 
     Raises:
         ArgumentTypeError: the key is neither bytes nor what `load_key` gives, or the mode no string.
-        UsageError: a key of no legal length, or no such mode.
+        UsageError: a key of a wrong length, or no such mode.
     """
     if not isinstance(dec_mode, str):
         raise ArgumentTypeError(f"dec_mode must be a str, got {type(dec_mode).__name__}")
@@ -249,7 +249,7 @@ def access_of(dec_key: Any, dec_mode: Any, crc_check: bool = False) -> Access:
 
 
 def any_mode(dec_key: Any, dec_mode: Optional[str], crc_check: bool = False) -> Access:
-    """`access_of` where a mode of None means whatever container a file is."""
+    """`access_of`, where a mode of None allows any container."""
     access = access_of(dec_key, GCM if dec_mode is None else dec_mode, crc_check)
     return access._replace(mode=None) if dec_mode is None else access
 
@@ -283,7 +283,7 @@ def _key_of(key: Any, argument: str, env: Optional[str] = None) -> Optional[Key]
 
 
 class Running(NamedTuple):
-    """How a job is run: on how many threads, with which buffers, to the disk or to the page cache, or only on paper."""
+    """How a job is run: on how many threads, with which buffers, to the disk or to the page cache, or as a dry run."""
 
     workers: int
     limits: Limits
@@ -300,17 +300,17 @@ def running(
     argument: str = "max_process_num",
     least: int = 1,
 ) -> Running:
-    """The arguments that say how a job is run; `argument` is what the first is called. Raises UsageError.
+    """The arguments that say how a job is run; `argument` is the name of the first. Raises UsageError.
 
-    `least` is 0 where MindSpore does not look at the number, so any call may have it.
+    `least` is 0 where MindSpore ignores the number, so existing calls may pass 0.
     """
     return Running(workers_of(max_process_num, argument, least), limits_of(buffer_bytes), sync, dry_run)
 
 
 def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Report:
-    """Run a job with a progress bar; or only tell what it would do, as a `Preview`, which is a report too.
+    """Run a job with a progress bar; or only report what it would do, as a `Preview`, which is a report too.
 
-    Raises UsageError when one of several tasks is not to sync, and whatever the job raises.
+    Raises UsageError when one of several shares is to run without sync, and whatever the job raises.
     """
     from ms_ckpt_ext import log
     from ms_ckpt_ext.engine.files import execution

@@ -50,16 +50,16 @@ def ckpt_to_safetensors(
 ) -> None:
     """Convert `.ckpt` files to safetensors. Drop-in for `mindspore.ckpt_to_safetensors`.
 
-    Tensors, training scalars and text survive; tensors without elements, which stock MindSpore loses, and text, on
-    which it fails, too. What earlier conversions left beside the inputs, stock's as well, is no obstacle.
+    Tensors, training scalars and text survive; also tensors without elements, which stock MindSpore loses, and
+    text, on which it fails. What earlier conversions left beside the inputs, stock's as well, is no obstacle.
     An encrypted input is decrypted with the key in the environment (`MS_CKPT_EXT_DEC_KEY`).
 
     Args:
         file_path: a `.ckpt` file, or a directory whose `rank*` folders hold them.
         save_path: directory for the results, by default the inputs' own; keeps the rank folders.
         name_map: parameter name in the input -> name in the output.
-        file_name_regex: convert only files whose name it is found in; of a single file, whose path.
-        processes_num: upper bound on worker threads; None for as many as help. Of a single file it may be 0.
+        file_name_regex: convert only files in whose names it is found; for a single file, in its path.
+        processes_num: upper bound on worker threads; None for as many as help. For a single file it may be 0.
 
     Raises:
         DiscoveryError: no such input, no rank folder, nothing to convert, or without `save_path` a file that is no
@@ -114,7 +114,7 @@ def convert(
         to: "safetensors" or "ckpt"; None to keep every file's format (or to take it from the suffix of `dst`).
         name_map: parameter name in the input -> name in the output.
         choice_func: parameter name in the input -> True (keep), False (drop) or a str (new name); before `name_map`.
-        file_name_regex: only files whose name it is found in.
+        file_name_regex: only files in whose names it is found.
         dec_key, dec_mode: of encrypted inputs, as for every reader.
         enc_key: encrypt the results. Default: the environment variable MS_CKPT_EXT_ENC_KEY; without it they are plain.
         enc_mode: of a `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; of safetensors
@@ -122,11 +122,11 @@ def convert(
         crc_check: verify the checksum of every input that has one, before anything is written.
         crc: give every result a checksum.
         digests: write `ms_ckpt_ext.digests.json` beside the results: xxh3-128 of every tensor, see
-            `engine.integrity.manifest`; of encrypted results they are encrypted, too.
+            `engine.integrity.manifest`; those of encrypted results are encrypted, too.
         max_process_num: upper bound on worker threads.
         buffer_bytes: buffer budget of each worker.
         sync: the results are on disk when this returns; False as in `merge`.
-        dry_run: only tell what would be read and written.
+        dry_run: only report what would be read and written.
 
     Returns:
         What was read and written; of a dry run, a `Preview`.
@@ -165,7 +165,7 @@ def encrypt(
     """Encrypt one checkpoint file or a tree of them, as they are: `decrypt` gives back the same bytes.
 
     Arguments, results and errors are those of `convert`; `enc_key` is needed. Parameter maps (`param_name_map.json`) of
-    merged checkpoints go along and stay readable, and with them names of parameters and files.
+    merged checkpoints go along and stay readable, and so do the names of parameters and files in them.
     """
     checked_words(encrypt, locals(), ("file_name_regex",))
     seal = seal_of(enc_key, enc_mode)
@@ -191,10 +191,10 @@ def decrypt(
     """Decrypt one checkpoint file or a tree of them, to the very bytes that were encrypted.
 
     Arguments, results and errors are those of `convert`; `dec_key` is needed. Nothing appears in `dst` unless every
-    file decrypted. That proves of the chunked container that the file is whole and as it was written; of MindSpore's
-    AES-GCM blocks that each block is, but not their order, nor that none is missing at the end; of CBC nothing but that
-    the key fits. A checksum at the end of a `.ckpt` inside such blocks is verified, and shows more (ChecksumError).
-    Files that changed places as a whole, under one key, are noticed in no mode. See docs/encryption.md, "What is
+    file decrypted. For the chunked container this proves that the file is whole and as it was written; for
+    MindSpore's AES-GCM blocks, that each block is, but not their order, nor that none is missing at the end; for CBC,
+    only that the key fits. A checksum at the end of a `.ckpt` inside such blocks is verified, and shows more
+    (ChecksumError). No mode notices that whole files under one key changed places. See docs/encryption.md, "What is
     noticed".
     """
     checked_words(decrypt, locals(), ("file_name_regex",))
@@ -216,7 +216,7 @@ def _copy(
     title: str,
     run: Running,
 ) -> Report:
-    """Every file with the plaintext it has."""
+    """Copy every file, with its plaintext unchanged."""
     found = find_inputs(path_of(src, "src"), path_of(dst, "dst"), None, _pattern(file_name_regex))
     maps = {name: renamed_map(os.path.join(found.source, name), {}, str) for name in found.maps}
     job = copy_job(found.inputs, access, maps, seal, digests)
@@ -252,7 +252,7 @@ def _as_mindspore(
 
 
 def _convert(found: Inputs, job: Job, run: Running) -> Report:
-    """Run a conversion, but for results that are there already, made by other means."""
+    """Run a conversion, except for results that are already there, made by other means."""
     same: tuple[str, ...] = ()
     if found.beside:
         job, same = settle(job, found.target)

@@ -34,7 +34,7 @@ class Change(NamedTuple):
     Attributes:
         a, b: before and after.
         what: what changes: "stage", "device matrix", "split", "optimizer shard", "copies".
-        same_slices: True when every rank holds the same slice in both all the same.
+        same_slices: True when every rank nevertheless holds the same slice in both.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StrategyDiff:
         a, b: the strategies as a whole.
         changes: parameters whose layout changes, by name.
         unchanged: how many have the same layout in both.
-        only_a, only_b: parameters that one strategy lacks.
+        only_a, only_b: parameters that only one strategy lists.
     """
 
     a: StrategyInfo
@@ -71,17 +71,17 @@ class StrategyDiff:
 
 
 def diff_strategy(a: Any, b: Any, *, shapes: Any = None, match: Globs = (), exclude: Globs = ()) -> StrategyDiff:
-    """Tell what changes for each parameter between two strategies.
+    """Compare two strategies: what changes for each parameter.
 
     Args:
         a, b: strategies in any form that `as_strategy` takes: a file, a directory with one per stage, a layout dict.
         shapes: whole shapes of parameters, which a strategy does not know: name -> {"dtype": "F32", "shape": [2, 3]},
-            or the path of a JSON file with that. With them slices have shapes.
+            or the path of a JSON file with that. They give the shapes of slices.
         match, exclude: shell-style globs of parameter names.
 
     Returns:
-        The parameters whose layout differs, how, and those that one side alone lists; its `same` is True where nothing
-        does.
+        The parameters whose layout differs, how, and those that only one side lists; its `ok` is True where nothing
+        differs.
 
     Raises:
         UsageError: globs that leave nothing to compare.

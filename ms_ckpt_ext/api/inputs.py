@@ -20,8 +20,8 @@ class Inputs(NamedTuple):
     Attributes:
         source, target: directories.
         files: input relative to the source -> output relative to the target.
-        maps: parameter maps that go along, relative to both.
-        beside: results get their inputs' names, but for the suffix, in the inputs' own directory.
+        maps: parameter maps that are carried along, relative to both.
+        beside: results get their inputs' names, except for the suffix, in the inputs' own directory.
     """
 
     source: str
@@ -68,7 +68,7 @@ def find_inputs(source: str, target: str, to: Optional[str], pattern: Optional[r
 def find_in_ranks(source: str, target: str, to: str, pattern: Optional[re.Pattern[str]]) -> Inputs:
     """The files of a conversion as MindSpore chooses them: one, or those in the folders `rank*` of a directory.
 
-    They are those of the other format than `to`, whatever else is there. Arguments and errors as of `find_inputs`.
+    They are those of other formats than `to`; the rest is ignored. Arguments and errors as of `find_inputs`.
     """
     if os.path.isfile(source):
         return _single(source, target, to, None)
@@ -94,7 +94,7 @@ def _refuse_absent(source: str) -> None:
 def _checkpoints(
     source: str, names: list[str], suffixes: tuple[str, ...], pattern: Optional[re.Pattern[str]]
 ) -> list[str]:
-    """Those of some files that are checkpoints of these formats, and fit a pattern."""
+    """The checkpoints among these names that have one of the suffixes and match the pattern."""
     named = (name for name in names if name.endswith(suffixes) and (not pattern or pattern.search(_base(name))))
     return [name for name in named if kind_of(os.path.join(source, name)) != STRATEGY]
 
@@ -109,13 +109,13 @@ def _inputs(
 
 
 def _is_new_path(target: str) -> bool:
-    """Whether a target is the path of the one result, by its suffix: unless it is a directory, whatever its name."""
+    """Whether a target is the path of a single result: it has a format's suffix, and is no directory."""
     return target.endswith(SUFFIXES) and not os.path.isdir(target)
 
 
 _base = os.path.basename
 _LOST = "lost+found"
-"""A folder of the file system's own at the root of a disk, which no checkpoint is in."""
+"""A folder of the file system itself, at the root of a disk; it holds no checkpoint."""
 
 
 def _single(path: str, target: str, to: Optional[str], pattern: Optional[re.Pattern[str]]) -> Inputs:
@@ -142,7 +142,7 @@ def _renamed(name: str, to: Optional[str]) -> str:
 
 
 def _walk(source: str) -> list[str]:
-    """Files below a directory, relative to it; hidden ones aside."""
+    """Files below a directory, relative to it, without hidden ones."""
     found = []
 
     def refused(error: OSError) -> None:

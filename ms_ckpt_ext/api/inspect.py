@@ -1,6 +1,6 @@
-"""What is in a checkpoint or a strategy, told from headers.
+"""What is in a checkpoint or a strategy, as its headers say.
 
-Of contents training scalars are read, and samples of what else lies outside the strategy: whether ranks differ in it.
+Of contents, only training scalars are read, and samples of what else lies outside the strategy: do ranks differ in it?
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 _MOST_ELEMENTS = 64
-"""A scalar's contents are told up to this many elements."""
+"""A scalar's contents are shown up to this many elements."""
 
 
 @few_collections()
@@ -54,11 +54,11 @@ def inspect(
     dec_key: Optional[KeyLike] = None,
     dec_mode: Optional[str] = None,
 ) -> Inspection:
-    """Tell what a checkpoint or a strategy holds.
+    """Describe what a checkpoint or a strategy holds.
 
     Args:
         path: a checkpoint file, rank folders, a merged directory, a strategy file, or a directory of these.
-        strategy: of the job that saved rank folders, which tells whole shapes and layouts.
+        strategy: of the job that saved rank folders, which gives whole shapes and layouts.
         match, exclude: shell-style globs of parameter names.
         file_suffix: which file of a rank folder; None for the newest.
         format: "safetensors" or "ckpt", where there are both.
@@ -206,7 +206,7 @@ def _as_scalar(parameter: ParameterInfo) -> ParameterInfo:
 
 
 def _own(held: UnlistedTensor, catalog: Catalog) -> ParameterInfo:
-    """What differs by rank: of its whole shape, and of copies, nothing is known."""
+    """A parameter that differs by rank: its whole shape and its copies are unknown."""
     entries = [held.entry(catalog.files, rank) for rank in held.files]
     stored = sum(entry.nbytes for entry in entries)
     dtypes = dict.fromkeys(entry.dtype.name for entry in entries)
@@ -228,7 +228,7 @@ def _own(held: UnlistedTensor, catalog: Catalog) -> ParameterInfo:
 def _parameters(
     tensors: Mapping[str, SourceTensor], catalog: Catalog, strategy: Optional[Strategy]
 ) -> Iterator[ParameterInfo]:
-    """What is told of stored parameters; what those of one dtype, shape and placement share is made once."""
+    """Describe stored parameters; what those of one dtype, shape and placement share is computed once."""
     known: dict[tuple[int, DType, Shape], _Slices] = {}
     for name, tensor in tensors.items():
         (_, dtype, shape), _, placements, _ = tensor
@@ -304,7 +304,7 @@ def _groups(parameters: Iterable[ParameterInfo]) -> dict[str, GroupInfo]:
 
 
 def _scalars(catalog: Catalog, names: Iterable[str]) -> dict[str, Any]:
-    """Contents of small tensors; None for what is not small, or cannot be told."""
+    """Contents of small tensors; None for those that are not small, or not readable."""
     found: dict[str, Any] = {}
     with catalog.readers() as readers:
         for name in names:
@@ -329,7 +329,7 @@ def _contents(catalog: Catalog, readers: ReaderPool, tensor: SourceTensor) -> An
 
 
 def _text(data: bytes) -> Optional[str]:
-    """Text as `load` gives it; None for a damaged one, for the rest of a checkpoint can be told in spite of it."""
+    """Text as `load` gives it; None for damaged text: the rest of the checkpoint can still be described."""
     try:
         return decode_text(data)
     except FormatError:

@@ -1,4 +1,4 @@
-"""What an inspection tells: values, nothing else."""
+"""The result of an inspection, as plain values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ms_ckpt_ext.core.geometry.describe import LayoutInfo, StrategyInfo
 
 
 class FileInfo(NamedTuple):
-    """A file: `rank` where its folder names one, `encryption` where it is encrypted, `tensors` in number."""
+    """A file: `rank` if its folder names one, the number of `tensors`, `encryption` if it is encrypted."""
 
     path: str
     size: int
@@ -73,7 +73,7 @@ class Redundancy(NamedTuple):
 
     @property
     def replicas(self) -> str:
-        """Of a job that has copies: "held" in every rank's file, "dropped" but for one, or "partly dropped"."""
+        """Of copies: "held" in every rank's file, "dropped" except for one, "partly dropped", or "none" in the job."""
         if self.expected == self.slices:
             return "none"
         if self.stored >= self.expected:
@@ -86,7 +86,7 @@ class Inspection(NamedTuple):
 
     Attributes:
         kind: "strategy", "file", "sharded", "merged", or "files" that nothing relates to each other.
-        files: checkpoint files; () of a strategy.
+        files: checkpoint files; () for a strategy.
         strategy: the one that was given or found.
         parameters: those that match the filter, by group, then by name.
         groups: sums over them.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto import KeyLike
 
 # (rank, world) as rank tables, msrun, torchrun, Open MPI, MPICH and Intel MPI, and SLURM's srun give them; the first
-# pair that is set counts. SLURM comes last, for its variables are there under every launcher that it starts.
+# pair that is set counts. SLURM comes last, because its variables are also set for every launcher that it starts.
 _LAUNCHERS = (
     ("RANK_ID", "RANK_SIZE"),
     ("RANK_ID", "MS_WORKER_NUM"),
@@ -104,10 +104,10 @@ def merge(
         digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.integrity.manifest`.
         max_process_num, buffer_bytes: upper bound on worker threads, and the buffer budget of each.
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
-            for the disk either. Being killed harms no result in either case. Not with shares.
-        dry_run: only tell what would be read and written.
-        allow_equal_slices: slices that are all equal are meant. Else they are an error, for `integrated_save=True`
-            makes such by writing whole parameters into every rank's file; see `engine.unlisted.whole_slices`.
+            for the disk either. Being killed harms no result in either case. With shares it must be True.
+        dry_run: only report what would be read and written.
+        allow_equal_slices: slices that are all equal are intended. Otherwise they are an error: `integrated_save=True`
+            makes them by writing whole parameters into every rank's file; see `engine.unlisted.whole_slices`.
 
     Returns:
         What was read and written; of a dry run, a `Preview`.
@@ -138,7 +138,7 @@ def run_merge(
     naming: Optional[Naming],
     wanted: Filter,
 ) -> Report:
-    """A merge of what was read, by arguments that are checked; `wanted` must leave something. Raises as `merge`."""
+    """Merge a catalog, by arguments that are checked; `wanted` must leave something. Raises as `merge`."""
     if rules:
         from ms_ckpt_ext.engine.unlisted.proven import ruled
 
@@ -189,10 +189,10 @@ def reshard(
         dst: the directory for the result: `rank_N/net.safetensors` for every rank.
         strategy: of the job that saved rank folders; to_strategy: of the job that will load, None for one device.
         rank: write this rank's folder only, so that several hosts can do their ranks at the same time.
-        choice_func: name in the source -> True (keep), False (leave out) or a str (new name); of scalars as well.
-        name_map: name in the result -> name in the source (as `choice_func` left it). It comes before a parameter that
-            has the name by itself; several names may share a source, which keeps its own where `to_strategy` lists it,
-            or is None: to rename, use `choice_func`.
+        choice_func: name in the source -> True (keep), False (leave out) or a str (new name); also of scalars.
+        name_map: name in the result -> name in the source (as `choice_func` left it). It takes precedence
+            over a parameter that already has that name; several names may share a source, which also keeps its own name
+            where `to_strategy` lists it or is None: to rename, use `choice_func`.
 
     The other arguments, the result and the errors are those of `merge`.
 
@@ -237,10 +237,10 @@ def _ranks(strategy: Optional[Strategy], rank: Optional[int]) -> list[int]:
 
 
 def share_of(share: Any, argument: str) -> tuple[int, int]:
-    """(i, n): share i of n, from 1. "auto" takes it from the launcher's environment; nothing means all of it.
+    """(i, n): share i of n, from 1. "auto" takes it from the launcher's environment; an empty value means all of it.
 
     Raises:
-        ArgumentTypeError: `argument`, as it is called, is neither that nor a pair of ints.
+        ArgumentTypeError: it is neither that nor a pair of ints; the message calls it `argument`.
         UsageError: there is no such share, or the launcher's variables are no numbers.
     """
     if isinstance(share, str) and share == "auto":

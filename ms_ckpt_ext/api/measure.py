@@ -21,23 +21,23 @@ def measure(
     """Read, upload and exchange for some seconds, and write what was measured as a hardware profile.
 
     Collective in a job of several ranks, started by msrun: it joins the communication if that is not initialised. A
-    process on its own measures its reading.
+    single process measures only reading.
 
     Args:
         src: a directory of large files, such as a checkpoint, on the storage that loads will read from.
         dst: the profile to write, a `.json` file; rank 0 writes it. Give its path as `hardware` or in
             MS_CKPT_EXT_HARDWARE.
-        seconds: how long all steps take together, about.
+        seconds: about how long all steps take together.
         device_target: "Ascend" or "CPU" where this call joins the communication; default: what MindSpore is set to.
 
     Returns:
-        the profile.
+        The profile.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
         DiscoveryError: `src` has no large files.
         StorageError: a file cannot be read, or the profile not written.
-        PeerError, TransportError: another rank failed, or has gone.
+        PeerError, TransportError: another rank failed, or is gone.
     """
     checked_words(measure, locals())
     folder, path = path_of(src, "src"), path_of(dst, "dst")

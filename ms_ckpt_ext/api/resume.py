@@ -58,8 +58,8 @@ class Restored:
         skipped: newer checkpoints that are not complete, newest first, and others that might be taken for newer:
             (name, reason).
         mode: "direct" or "cooperative"; "peers" where nothing was read from files.
-        bytes_read: from storage by this rank, tables of contents aside.
-        bytes_from_peers: that this rank was given by ranks whose Parameters are good.
+        bytes_read: bytes that this rank read from storage, without headers.
+        bytes_from_peers: bytes that this rank received from ranks whose Parameters are good.
     """
 
     checkpoint: Optional[str]
@@ -113,7 +113,7 @@ def resume(
 
     Args:
         network: the train cell, compiled where it is parallel.
-        optimizer: if its states are not in `network`.
+        optimizer: the optimizer, if its states are not in `network`.
         checkpoint_dir: see `engine.resume.candidates` for what is found there; or one file, or the index of a model in
             parts.
             Default: MS_CKPT_EXT_CHECKPOINT_DIR.
@@ -129,7 +129,7 @@ def resume(
         prefix: of the saves that count, as `ModelCheckpoint` was given it, where several savers share a directory. Its
             later runs (`net_1`, …) are meant, too. Default: MS_CKPT_EXT_PREFIX, else all.
         choice_func, name_map: as in `load_distributed_checkpoint`: name in the checkpoint -> True (take it), False
-            (leave it) or a str (new name); then name in the network -> name after that.
+            (leave it) or a str (new name); then name in the network -> that name.
         rules: weight rules (`ms_ckpt_ext.rules`), as in `load_distributed_checkpoint`.
         dec_key, dec_mode: of encrypted files, as in `load_distributed_checkpoint`.
         check: "headers": all files are there and long enough. "digests": also every tensor is as it was saved, where
@@ -138,10 +138,10 @@ def resume(
             `ms_ckpt_ext.engine.load.options.LoadOptions`; the default of `mode` is MS_CKPT_EXT_MODE, else "auto"; of
             `hardware` MS_CKPT_EXT_HARDWARE, else what fits the NPU.
         max_process_num, allow_equal_slices: as in `load_distributed_checkpoint`.
-        alive: whether this rank's Parameters still are what the training made of them; to be said by all ranks, or
-            none. What a rank lost and another has comes from there, and only what no rank has is read from files. The
+        alive: whether this rank's Parameters still hold what the training made of them; given by all ranks, or by none.
+            What a rank lost and another has comes from that rank; only what no rank has is read from files. The
             checkpoint must then be of the same step, and the layouts of this job those of the ranks that are alive.
-        alive_step: the step that they are of. Default: the network's Parameter `step_num` or `global_step`.
+        alive_step: the step of these Parameters. Default: the network's Parameter `step_num` or `global_step`.
 
     Returns:
         What was loaded, of which epoch and step; `Restored(None)`, of step 0, where nothing is there and `required` is
@@ -150,7 +150,7 @@ def resume(
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.
         DiscoveryError: no complete checkpoint, and one is required; says what was skipped and why. Or several whole
-            ones are equally new, of other prefixes, formats or folders, and nothing tells which is meant.
+            ones are equally new, of different prefixes, formats or folders, and it is not clear which is meant.
         DisagreementError: ranks look into different directories, or for different things.
         LayoutMismatchError, CoverageError, LoadError, PeerError, TransportError: as in `load_distributed_checkpoint`.
     """
@@ -237,7 +237,7 @@ class _Ready(NamedTuple):
 
 
 def _ready(network: Any, optimizer: Any, predicted: Any, trained: Any, timeout: float) -> _Ready:
-    """Raises what is wrong with them, on this rank; the others are told."""
+    """Raises what is wrong with the arguments; the other ranks are informed."""
     from ms_ckpt_ext.bridge.restore import both, layouts_of
     from ms_ckpt_ext.bridge.together import give_up
     from ms_ckpt_ext.bridge.world import own_rank
@@ -253,7 +253,7 @@ def _ready(network: Any, optimizer: Any, predicted: Any, trained: Any, timeout: 
 
 
 def _restored(directory: str, resumed: Resumed, skipped: tuple[Skipped, ...]) -> Restored:
-    """What was loaded of a directory, in words; the log tells it, too."""
+    """The result of a load from a directory, which is also logged."""
     chosen, filled = resumed
     restored = Restored(
         directory if os.path.isfile(directory) else os.path.normpath(os.path.join(directory, chosen.candidate.title)),
@@ -276,7 +276,7 @@ def load_for_inference(
     """Fill a network that has no optimizer from a training job's checkpoint, a merged one or a Hugging Face directory.
 
     As `resume`, and with the same keywords. What the network has no Parameter for is not read: of a training
-    checkpoint the weights leave the storage, and the optimizer states, mostly two thirds of it, do not. With
+    checkpoint only the weights are read, not the optimizer states, which are usually two thirds of it. With
     data-parallel replicas every byte is read by one rank and exchanged, unless reading is the cheaper way (see `mode`).
 
     Args:
@@ -326,9 +326,9 @@ def _progress(chosen: Chosen) -> tuple[Optional[int], Optional[int], Optional[fl
 
 
 def _number(kind: Callable[[Any], N], what: str, value: Any) -> Optional[N]:
-    """A number of a checkpoint; None, with a warning, for what is none, as an infinite step."""
+    """A number of a checkpoint; None, with a warning, for what is not one, such as an infinite step."""
     try:
         return None if value is None else kind(value)
     except (TypeError, ValueError, OverflowError):
-        log.warning("the checkpoint has %r for the %s, which is none", value, what)
+        log.warning("the checkpoint has %r for the %s, which is no such number", value, what)
         return None

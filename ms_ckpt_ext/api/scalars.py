@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside its slices: training scalars, text."""
+"""What a checkpoint holds besides its slices: training scalars, text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def training_scalars(
 ) -> dict[str, Any]:
     """What a checkpoint holds outside its strategy: `global_step`, `epoch_num`, `loss_scale`, learning rate and so on.
 
-    Text, and what has no more than one axis: a matrix is no scalar. What differs between ranks is none either, and a
-    warning names it.
+    That is text, and tensors with at most one axis; matrices are left out. So is what differs between ranks, with a
+    warning that names it.
 
     Args:
         checkpoint_dir: a merged or a sharded checkpoint, of either format; or one file.

@@ -30,7 +30,7 @@ class Source(NamedTuple):
         return read_listing(self.listing, self.strategy, self.access)
 
     def slices(self, allow_equal_slices: bool) -> Catalog:
-        """Read the headers, and that slices are slices. Raises as `engine.unlisted.whole_slices.read_slices`."""
+        """Read the headers; refuse whole parameters as slices. Raises as `engine.unlisted.whole_slices.read_slices`."""
         from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 
         return read_slices(self.listing, self.strategy, self.access, allow_equal_slices)
@@ -84,11 +84,11 @@ class Filter:
         return bool(self._match or self._exclude)
 
     def of(self, tensors: Mapping[str, _Held], names: Mapping[str, str] = {}) -> dict[str, _Held]:
-        """The parameters that are wanted; `names` are those that the globs are of, where they have others."""
+        """The parameters that are wanted; `names` gives the name that the globs match, where it is another."""
         return {name: tensor for name, tensor in tensors.items() if self(names.get(name, name))}
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise UsageError when none of `names` is wanted: a proof of nothing would look like a proof."""
+        """Raise UsageError when none of `names` is wanted: a check of nothing would seem to pass."""
         if self and not any(map(self, names)):
             raise UsageError(
                 f"no parameter is left by match {list(self._match)} and exclude {list(self._exclude)}; "

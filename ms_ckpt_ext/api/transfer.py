@@ -62,18 +62,18 @@ def plan_transfer(
     Args:
         source, target: as in `transfer`.
         source_strategy, target_strategy: layouts, in any form that `load_distributed_checkpoint` takes for
-            `predict_strategy`; or `{name: Box(global_shape, offsets, shape)}`, what this rank has. By default those of
-            the Cell; a dictionary holds whole Parameters, and distributed tensors, which say themselves how they lie.
+            `predict_strategy`; or `{name: Box(global_shape, offsets, shape)}`, what this rank holds. By default those
+            of the Cell; a dictionary holds whole Parameters, and distributed tensors, which know their own layout.
         source_ranks, target_ranks: the ranks of each side, the first of which has place 0 in its layouts. By default
             those whose argument is not None, ascending.
         name_map: name in the target -> name in the source, as `choice_func` left it.
         choice_func: name in the source -> True (move it), False (leave it) or a str (new name).
-        rules: weight rules (`ms_ckpt_ext.rules`) that make the target's Parameters of the source's.
+        rules: weight rules (`ms_ckpt_ext.rules`) that make the target's Parameters from the source's.
         strict: every Parameter of the target must take something, by its exact name, unless `choice_func` leaves it
-            out. Else names are matched by suffix as well, as in a load, and who gets nothing keeps its values. Dtypes
-            are cast within floats and within ints either way.
+            out. Otherwise names also match by suffix, as in a load, and a Parameter without a source keeps its values.
+            Dtypes are cast within floats and within ints either way.
         verify: "replicas": after every run compare digests of the same region on several ranks of the target. "full":
-            compare what every rank took with what all ranks of the source hold of it, at the cost of one more look at
+            compare what every rank took with what all ranks of the source hold of it, at the cost of one more pass over
             every byte of both, on the host; not with rules that compute.
         offload_source: offload the source's Parameters to host memory after every run (Ascend).
         load_target: bring the target's Parameters to the device before every run (Ascend).
@@ -81,13 +81,13 @@ def plan_transfer(
 
     Returns:
         The plan, to be used in a `with` statement or closed: `run()` moves the values that the Parameters hold then,
-        and `report` tells what a run moves.
+        and `report` says what a run moves.
 
     Raises:
         UsageError, ArgumentTypeError, UnsupportedError, StrategyError: wrong arguments.
         CoverageError: the source lacks a Parameter, or a region of one; names it, and the ranks.
         LayoutMismatchError: layouts contradict each other, or shapes or dtypes do not fit.
-        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another failed, or is gone.
+        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or is gone.
     """
     from ms_ckpt_ext.bridge.transfer.asked import TransferRequest, given_side
     from ms_ckpt_ext.engine.source.renaming import Naming
@@ -111,9 +111,9 @@ def plan_transfer(
 
 
 class TransferPlan:
-    """A transfer that was planned: `run` moves the present values, as often as wanted. Made by `plan_transfer`.
+    """A transfer that was planned: `run` moves the current values, as often as wanted. Made by `plan_transfer`.
 
-    To be closed, or used in a `with` statement: it keeps the ranks in touch, and staging memory.
+    To be closed, or used in a `with` statement: it holds connections to the other ranks, and staging memory.
 
     Attributes:
         report: what every run moves on this rank.
@@ -131,12 +131,16 @@ class TransferPlan:
         self.report: TransferReport = self._move.report
 
     def run(self, *, offloaded: bool = False) -> TransferReport:
-        """Move what the source's Parameters hold now. Collective; nothing is planned, and after the first run nothing
-        allocated.
+        """Move what the source's Parameters hold now. Collective.
+
+        Nothing is planned, and after the first run nothing is allocated.
 
         Args:
-            offloaded: the Parameters of both sides are in host memory: they come to the device, and leave it again
-                (Ascend).
+            offloaded: the Parameters of both sides are in host memory: they are brought to the device, and
+                offloaded again (Ascend).
+
+        Returns:
+            What was moved on this rank.
 
         Raises:
             UsageError: the plan is closed; or Parameters of both sides share memory; nothing was moved.
@@ -148,7 +152,7 @@ class TransferPlan:
         return self._move.run(offloaded)
 
     def close(self) -> None:
-        """Give up the staging memory, and leave the other ranks. May be called twice."""
+        """Free the staging memory, and disconnect from the other ranks. May be called twice."""
         move, self._move = self._move, None
         if move is not None:
             move.close()

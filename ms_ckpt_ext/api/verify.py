@@ -61,27 +61,27 @@ def verify(
 
     With `b`: are both the same model? Layouts, formats and encryption may differ; values are compared bit for bit,
     region by region, in memory that does not grow with the model. With `manifest`: does every tensor have the digest
-    that `ms_ckpt_ext.digests.json` gives it? Those of encrypted files open with their key, without which they count as
-    not checked. An encrypted file without digests is decrypted whole instead; in a mode without authentication it
-    counts as not checked. Else: is every slice there, are all copies of a slice equal, are the slices
-    slices, and what is NaN or infinite? Without `b`, checksums that files carry are verified as well.
+    that `ms_ckpt_ext.digests.json` gives it? Digests of encrypted files need their key, without which these files count
+    as not checked. An encrypted file without digests is decrypted whole instead; in a mode without authentication it
+    counts as not checked. Otherwise: is every slice there, are all copies of a slice equal, is no slice a whole
+    parameter, and what is NaN or infinite? Without `b`, checksums that files carry are verified as well.
 
     Args:
         a, b: checkpoints: a file, rank folders, or a merged directory.
         strategy, strategy_b: of the jobs that saved them, where they are rank folders.
         manifest: compare `a` with the digests in its `ms_ckpt_ext.digests.json`.
-        match, exclude: shell-style globs of parameter names (as `a` has them after `choice_func`); all by default. What
-            is found is told by the names in `b`.
+        match, exclude: shell-style globs of parameter names (as `a` has them after `choice_func`); all by default.
+            Findings have the names in `b`.
         choice_func: with `b`: parameter name in `a` -> True (compare it), False (leave it out) or a str (a new name).
-        name_map: with `b`: parameter name in `b` -> name in `a` after that. Both as the job had them that made `b` of
-            `a`, unless it was a conversion, which reads its map the other way round.
-        rules: with `b`: weight rules (`ms_ckpt_ext.rules`) that made `b` of `a`, applied to `a` first. What they
+        name_map: with `b`: parameter name in `b` -> name in `a` after that. Give both as the job that made `b` from `a`
+            had them, but turn the map of a conversion round: it goes from `a` to `b`.
+        rules: with `b`: weight rules (`ms_ckpt_ext.rules`) that made `b` from `a`, applied to `a` first. What they
             compute is computed again, and compared bit for bit.
         file_suffix, file_suffix_b: which file of a rank folder; None for the newest.
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
         dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
         max_process_num: upper bound on worker threads.
-        allow_equal_slices: without `b`: slices that are all equal are meant, and no fault; see
+        allow_equal_slices: without `b`: slices that are all equal are intended, and no fault; see
             `engine.unlisted.whole_slices`.
 
     Returns:
@@ -111,7 +111,7 @@ def verify(
 
 
 def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, workers: int) -> Comparison:
-    """Compare what is `wanted` of two checkpoints; `names` by name in `b`, what `a` calls it."""
+    """Compare what is `wanted` of two checkpoints; `names` maps names in `b` to names in `a`."""
     one = compared(a, filter(wanted, a.unproven), depth=Depth.ALL)
     two = compared(b, [name for name in b.unproven if wanted(names.get(name, name))], depth=Depth.ALL)
     held = everything(two)
@@ -128,7 +128,7 @@ def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, w
 def _by_names_of_b(a: Mapping[str, Kept], b: Mapping[str, Kept], names: Mapping[str, str]) -> dict[str, Kept]:
     """What should be in `b`: what `a` holds, by the names that a job with this map gives it.
 
-    A source that `b` lacks under its own name is called otherwise there, and is not missing.
+    A source that `b` has only under another name is not missing.
     """
     found = {name: tensor for name, tensor in a.items() if name not in names}
     found.update({name: a[source] for name, source in names.items() if source in a})

@@ -1,4 +1,4 @@
-"""`ms-ckpt`: the functions of `ms_ckpt_ext` as commands. What is here is words; the work is done by `api`.
+"""`ms-ckpt`: the functions of `ms_ckpt_ext` as commands. This package holds words; `api` does the work.
 
 main        from a command line to an exit code
 command     what a command is
@@ -6,5 +6,5 @@ commands/   one module each
 options     options that several commands have
 jobs        what the commands that write files have in common
 words       numbers, tables and emphasis; `tree` parameters as a tree; `records` values as JSON
-launch      behind scripts/*.sh, told by `settings`
+launch      what scripts/*.sh run; their options are in `settings`
 """

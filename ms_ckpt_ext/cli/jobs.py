@@ -1,4 +1,4 @@
-"""What jobs that write checkpoints have in common: options, the call, and the words for a report."""
+"""What jobs that write checkpoints have in common: options, the call, and the text of a report."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def add_rewriting(parser: argparse.ArgumentParser) -> None:
 
 
 def add_crc_check(parser: argparse.ArgumentParser) -> None:
-    """Look at checksums first."""
+    """Whether checksums are verified first."""
     parser.add_argument("--crc-check", action="store_true", help="verify checksums of the source before anything else")
 
 
@@ -62,11 +62,11 @@ def rewriting(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Options of every job."""
-    parser.add_argument("--dry-run", action="store_true", help="tell what would be read and written, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be read and written, and stop")
     parser.add_argument(
         "--no-sync",
         action="store_true",
-        help="do not wait until the result is on disk, as cp does not; a kill is still harmless, a power cut is not",
+        help="do not wait until the result is on disk (nor does cp); a kill is still harmless, a power cut is not",
     )
     options.add_workers(parser)
     parser.add_argument(
@@ -113,7 +113,7 @@ def encryption(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def answer(job: Callable[[], Report]) -> Answer:
-    """Run a job, and tell what it did or would do."""
+    """Run a job, and say what it did or would do."""
     from ms_ckpt_ext.engine.files.dry_run import Preview
 
     begin = time.monotonic()

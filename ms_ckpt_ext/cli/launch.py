@@ -1,4 +1,4 @@
-"""Start the ranks of a job that resumes or serves, or merge a checkpoint: what `scripts/*.sh` of these names call.
+"""Start the ranks of a job that resumes or serves, or merge a checkpoint: `scripts/{resume,infer,merge}.sh` call this.
 
     python -m ms_ckpt_ext.cli.launch {resume,infer,merge} [--config FILE] [--dry-run] [options]
 
@@ -60,7 +60,7 @@ def parser(job: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one of the scripts; returns its exit code: 2 for wrong arguments, 1 for what failed later."""
+    """Run one of the scripts; returns its exit code: 2 for wrong arguments, 1 for later failures."""
     if not arguments or arguments[0] not in _SUMMARY:
         sys.stderr.write(f"{__doc__}\n")
         return 2
@@ -101,7 +101,7 @@ def command(values: Mapping[str, Any], port: int) -> list[str]:
 
 
 def variables(values: Mapping[str, Any], more: Mapping[str, str]) -> dict[str, str]:
-    """What the ranks find in their environment beside what is there."""
+    """Environment variables that are added for the ranks."""
     return {**{_VARIABLES[name]: str(values[name]) for name in _VARIABLES if values[name]}, **more}
 
 

@@ -24,7 +24,7 @@ from ms_ckpt_ext.cli.command import Answer, Command, Exit
 
 PROG = "ms-ckpt"
 _LAYOUT = "\n\t"
-"""What messages are laid out with."""
+"""Control characters that stay in messages: their layout."""
 COMMANDS = (
     "inspect",
     "plan",
@@ -47,7 +47,7 @@ Look at MindSpore checkpoints, compare them, merge them, and cut them for anothe
 Works on login nodes: neither MindSpore nor an NPU is needed. Nothing appears in a target before it is complete, and a
 job that was interrupted goes on when the same command is run again."""
 
-# The first that fits counts, so what is special comes first.
+# The first match counts, so specific errors come before general ones.
 _CODES = (
     (errors.UsageError, Exit.USAGE),
     (errors.MissingDependencyError, Exit.DEPENDENCY),
@@ -63,7 +63,7 @@ def commands(names: Sequence[str] = COMMANDS) -> list[Command]:
 
 
 def parser(listed: Optional[Sequence[Command]] = None) -> argparse.ArgumentParser:
-    """The command line, whole or of some subcommands. A parsed one has `command` and `parser`, that of the command."""
+    """The parser of all subcommands, or of some. Its result has `command`, and `parser`, the parser of that command."""
     top = argparse.ArgumentParser(
         prog=PROG, description=_DESCRIPTION, epilog=_exit_codes(), formatter_class=_Formatter, allow_abbrev=False
     )
@@ -87,7 +87,7 @@ def parser(listed: Optional[Sequence[Command]] = None) -> argparse.ArgumentParse
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Paragraphs as they stand, room beside long options, and commands as a list without a head of its own."""
+    """Keeps paragraphs as written, leaves room beside long options, and lists commands without their own heading."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=30, **options)
@@ -108,7 +108,7 @@ def _examples(command: Command) -> str:
 
 
 class _OutputError(Exception):
-    """Standard output took no more; the cause says why."""
+    """Standard output could not be written; the cause says why."""
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -117,7 +117,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def run_line(argv: Sequence[str], listed: Optional[Sequence[Command]] = None) -> int:
-    """Run a line of these commands, by default of all, and return its exit code."""
+    """Run one line of these commands (by default of all), and return its exit code."""
     _ready_output()
     try:
         with _interruptions() as interrupted:
@@ -125,7 +125,7 @@ def run_line(argv: Sequence[str], listed: Optional[Sequence[Command]] = None) ->
         with _writing():
             sys.stdout.flush()
     except _OutputError as error:
-        # The interpreter flushes once more at its end, into nothing.
+        # The interpreter flushes once more at exit: into /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error.__cause__, BrokenPipeError):
             return Exit.PIPE
@@ -138,7 +138,7 @@ def run_line(argv: Sequence[str], listed: Optional[Sequence[Command]] = None) ->
 
 
 def _ready_output() -> None:
-    """Names of files and parameters may hold what the terminal's encoding has no sign for; `>&-` leaves no output."""
+    """Prepare for names that the terminal's encoding cannot represent, and for a closed standard output (`>&-`)."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     elif isinstance(sys.stdout, TextIOWrapper):
@@ -155,7 +155,7 @@ def _writing() -> Iterator[None]:
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """Collects Ctrl-C, beside raising KeyboardInterrupt: an import of C code may turn that into an ImportError."""
+    """Record Ctrl-C besides raising KeyboardInterrupt, which an import of C code may turn into an ImportError."""
     seen: list[int] = []
 
     def note(number: int, frame: Optional[FrameType]) -> None:
@@ -188,7 +188,7 @@ def _main(argv: list[str], listed: Optional[Sequence[Command]], interrupted: Seq
         _show_messages(command, "INFO")
     else:
         log.prepared_by(lambda: _show_messages(command, "WARNING"))
-    from ms_ckpt_ext.storage.threads import few_collections  # not to tell a version, nor what may be asked
+    from ms_ckpt_ext.storage.threads import few_collections  # which --version and --help do without
 
     try:
         with few_collections():
@@ -235,7 +235,7 @@ def _meant(word: str) -> Sequence[str]:
 
 
 def _quotable(unknown: Sequence[str]) -> list[str]:
-    """Arguments nobody knows; of options only the names, for what follows may be a key (`--dec-key …`)."""
+    """Unknown arguments; of options only the names, because what follows may be a key (`--dec-key …`)."""
     options = [word.split("=")[0] if word.startswith("--") else word[:2] for word in unknown if word.startswith("-")]
     return options or list(unknown)
 

@@ -60,7 +60,7 @@ def add_share(parser: ArgumentParser) -> None:
 
 
 def add_rules(parser: ArgumentParser, default: str, config: str) -> None:
-    """Weight rules of a family or a file; `default` and `config` say what holds without, and what else is done."""
+    """Weight rules of a family or a file; `default` and `config` complete their help texts."""
     rules = f"a family of models (llama, qwen2, qwen3, qwen3-moe, deepseek-v3), or a rule file (default: {default})"
     takes_path(parser.add_argument("--rules", metavar="FAMILY", help=rules))
     folder = f"Hugging Face's config.json, or a folder with one, for numbers of heads and layers; {config}"
@@ -94,7 +94,7 @@ def sizes(arguments: Namespace) -> dict[str, Any]:
 
 
 def rules(arguments: Namespace) -> Any:
-    """The rules that `add_rules` asked for, for what comes from Hugging Face. Raises as `load_rules`."""
+    """The rules that `add_rules` asked for, for a checkpoint from Hugging Face. Raises as `load_rules`."""
     if arguments.rules is None:
         return ()
     import os
@@ -107,7 +107,7 @@ def rules(arguments: Namespace) -> Any:
 
 
 def add_equal_slices(parser: ArgumentParser) -> None:
-    """Slices that are all equal are meant."""
+    """Whether slices that are all equal are intended."""
     help_ = (
         "equal slices are intended: do not take them for whole parameters that integrated_save=True put into every file"
     )
@@ -138,7 +138,7 @@ def add_mode(parser: ArgumentParser, whose: str = "files", suffix: str = "") -> 
 
 
 def mode(text: str) -> str:
-    """A mode on the command line; what is none is not repeated, for it may be a key.
+    """A mode on the command line; an unknown one is not repeated in the message, because it may be a key.
 
     >>> mode("AES-GCM")
     'AES-GCM'

@@ -11,11 +11,11 @@ from typing import Any, Callable, Optional
 
 _PLAIN = frozenset((str, int, bool, type(None)))
 _EXPANDED = 2
-"""Levels of a document that have a line for every item; what lies deeper stands on one line."""
+"""Levels of a document with one line per item; what lies deeper is on the line of its item."""
 
 
 def plain(value: Any) -> Any:
-    """Named tuples and dataclasses become objects; NaN and infinities, which JSON lacks, text."""
+    """Named tuples and dataclasses become objects; NaN and infinities, which JSON lacks, become text."""
     if type(value) in _PLAIN:
         return value
     names = _fields(value)
@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
 
 
 def _fields(value: Any) -> Optional[tuple[str, ...]]:
-    """The names of what a record holds; None of what is no record."""
+    """The names of a record's fields; None for anything else."""
     return _fields_of(type(value))  # type: ignore[arg-type]
 
 
@@ -40,13 +40,13 @@ def _fields_of(kind: type) -> Optional[tuple[str, ...]]:
 
 
 def _spelled(sign: str) -> str:
-    """What a terminal might obey, as JSON spells it."""
+    """A character that a terminal might interpret, as JSON escapes it."""
     units = sign.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[at] << 8 | units[at + 1]:04x}" for at in range(0, len(units), 2))
 
 
 def json_text(data: Any) -> str:
-    """A document, which may hold whatever `plain` takes, as text. The encoder in C writes what stands on one line."""
+    """A document of anything that `plain` takes, as text. The encoder in C writes whatever is on one line."""
     from json import JSONEncoder
 
     to_text = JSONEncoder(ensure_ascii=False).encode
@@ -75,7 +75,7 @@ def json_text(data: Any) -> str:
 
 
 def _lines(values: Sequence[Any], encode: Callable[[Any], str]) -> list[str]:
-    """Each value as text. What several records hold, as the same object, is encoded once."""
+    """Each value as text. An object that several records share is encoded once."""
     names = _fields(values[0])
     if not names or len({*map(type, values)}) > 1:
         return [encode(plain(value)) for value in values]

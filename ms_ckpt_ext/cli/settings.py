@@ -1,4 +1,4 @@
-"""What `scripts/resume.sh`, `infer.sh` and `merge.sh` can be told: one table, for configuration files and options.
+"""Settings of `scripts/resume.sh`, `infer.sh` and `merge.sh`: one table for configuration files and options.
 
 A configuration file is INI, as Python's `configparser` reads it: `key = value` under section names, `;` or `#` before a
 comment. Every key but those of [environment] is also an option (`ranks_per_host` is `--ranks-per-host`), and the option
@@ -16,7 +16,7 @@ from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage.linux import read_small
 
 ENVIRONMENT = "environment"
-"""The section of variables for the ranks; any names."""
+"""The section of environment variables for the ranks, under any names."""
 _WHOLE = re.compile(r"[0-9]{1,18}")
 LOADERS, MERGE = ("resume", "infer"), ("merge",)
 
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
         kind: str, int, or a tuple of the words that are allowed.
         default: None where it must be given.
         help: what it is.
-        jobs: which scripts know it.
+        jobs: which scripts take it.
     """
 
     section: str
@@ -54,11 +54,17 @@ SETTINGS = (
     Setting(
         "launch", "port", int, 0, "TCP port there, the same on all hosts; 0 for a free one if there is one host only"
     ),
-    Setting("launch", "log_dir", str, "log", "gets worker_N.log of every rank"),
+    Setting("launch", "log_dir", str, "log", "directory for worker_N.log of every rank"),
     Setting("launch", "start_timeout", int, 600, "seconds that the ranks wait for each other at the start"),
     Setting("load", "checkpoint_dir", str, None, "where the checkpoints are; the newest complete one is taken"),
-    Setting("load", "train_strategy", str, "", "layouts of the job that saved; default: recorded or found with them"),
-    Setting("load", "prefix", str, "", "of the saves that count, where several savers share the directory"),
+    Setting(
+        "load",
+        "train_strategy",
+        str,
+        "",
+        "layouts of the job that saved; default: recorded or found with the checkpoint",
+    ),
+    Setting("load", "prefix", str, "", "prefix of the saves that count, where several savers share the directory"),
     Setting("load", "mode", ("auto", "direct", "cooperative"), "auto", "who reads: see docs/training-resume.md"),
     Setting(
         "load",
@@ -69,7 +75,9 @@ SETTINGS = (
     ),
     Setting("merge", "source", str, None, "the sharded checkpoint: holds rank_0, rank_1, …", MERGE),
     Setting("merge", "strategy", str, "", "layouts of the job that saved: a file, or a directory of stages", MERGE),
-    Setting("merge", "target", str, None, "gets the merged checkpoint, whole or not at all", MERGE),
+    Setting(
+        "merge", "target", str, None, "directory for the merged checkpoint, which appears whole or not at all", MERGE
+    ),
     Setting("merge", "naming", ("mindspore", "huggingface"), "mindspore", "names of the merged files", MERGE),
     Setting(
         "merge", "file_suffix", str, "", "which file of a rank folder, as 1_300 for net-1_300; default: newest", MERGE
@@ -128,7 +136,7 @@ def value_of(setting: Setting, text: str, where: str) -> Any:
 
 
 def complete(job: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options over configuration over defaults.
+    """All settings: options override the configuration, which overrides the defaults.
 
     Raises:
         UsageError: something is missing, or host numbers do not fit.
@@ -144,5 +152,5 @@ def complete(job: str, config: Mapping[str, Any], options: Mapping[str, Any]) ->
     if values["hosts"] < 1 or values["host_rank"] >= values["hosts"]:
         raise UsageError(f"host_rank must be below hosts, got {values['host_rank']} of {values['hosts']}")
     if values["hosts"] > 1 and values.get("port") == 0:
-        raise UsageError("with several hosts, port must be the same number on all of them, as 8118")
+        raise UsageError("with several hosts, port must be the same number on all of them, such as 8118")
     return values

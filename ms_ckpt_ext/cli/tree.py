@@ -9,7 +9,7 @@ from ms_ckpt_ext.cli import words
 from ms_ckpt_ext.core.geometry.groups import number_in
 
 _DEEPEST = 64
-"""Dots at which names are taken apart; what is left over is one part."""
+"""Names are split at this many dots at most; the rest is one part."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ def tree_lines(parameters: Sequence[tuple[str, str, int]]) -> Iterator[str]:
     """Lines of a tree.
 
     Args:
-        parameters: name, what to say of it, bytes.
+        parameters: (name, description, bytes) of each.
     """
     root = _Node()
     for name, kind, nbytes in parameters:
@@ -56,7 +56,7 @@ def _branch(node: _Node, indent: str) -> Iterator[str]:
 
 
 def _joined(name: str, copies: int, node: _Node) -> tuple[str, int, _Node]:
-    """A branch with a single one below it, and no more to tell, on one line with that."""
+    """A branch with a single entry, and no parameter of its own, joined with that entry on one line."""
     while copies == 1 and not node.kind and len(node.below) == 1:
         ((part, below_copies, node),) = _folded(node.below)
         name, copies = f"{name}.{part}", below_copies
@@ -64,7 +64,7 @@ def _joined(name: str, copies: int, node: _Node) -> tuple[str, int, _Node]:
 
 
 def _folded(below: dict[str, _Node]) -> Iterator[tuple[str, int, _Node]]:
-    """(name, how many, one of them): neighbours by number that are alike are one."""
+    """(name, how many, one of them): equal branches with consecutive numbers are folded into one."""
     numbers_of = {name: number_in(name) for name in below}
     numbered = sorted((number, name) for name, number in numbers_of.items() if number is not None)
     runs: list[tuple[list[int], _Node]] = []

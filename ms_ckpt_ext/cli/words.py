@@ -13,7 +13,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 _STYLED = re.compile(rf"(\033\[(?:0|{'|'.join(_CODES.values())})m)")
 MOST_LISTED = 20
-"""Rows of a table that people read at a glance; `--all` and `--json` have the others too."""
+"""Rows of a table that people read at a glance; `--all` and `--json` show the others too."""
 
 
 def size(nbytes: float) -> str:
@@ -38,7 +38,7 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 
 def ranges(numbers: Sequence[int], comma: str = ", ", least: int = 3) -> str:
-    """Ascending integers, runs from `least` on shortened.
+    """Ascending integers as text; runs of at least `least` numbers become ranges.
 
     >>> ranges([0, 1, 2, 5]), ranges([3, 4])
     ('0-2, 5', '3, 4')
@@ -62,7 +62,7 @@ def shape(extents: Optional[Sequence[int]]) -> str:
 
 
 def coloured() -> bool:
-    """Whether the output takes colours: a terminal, and nobody said otherwise (https://no-color.org)."""
+    """Whether to use colours: on a terminal, unless they are switched off (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -72,7 +72,7 @@ def style(text: str, kind: str) -> str:
 
 
 def visible(text: str, kept: str = "") -> str:
-    r"""Text for a terminal: what a name might hold to move the cursor, or to hide what follows, as Python spells it.
+    r"""Text that is safe on a terminal: characters that move the cursor or hide text are escaped as in Python.
 
     Args:
         kept: characters that stay as they are.
@@ -94,7 +94,7 @@ def _escaped(text: str, kept: str) -> str:
 
 
 def width() -> Optional[int]:
-    """Columns that a line may have; None when the output is no terminal, and nothing must be cut."""
+    """Columns of the terminal; None when the output is no terminal, and nothing may be cut."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
@@ -102,7 +102,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", 
     """Rows under heads. On a terminal that is too narrow, the first column has a line of its own.
 
     Args:
-        right: one letter a column, "r" for those that are flush right, e.g. "lrr".
+        right: one letter per column, "r" for right-aligned, e.g. "lrr".
     """
     widths = [max(len(row[n]) for row in (heads, *rows)) for n in range(len(heads))]
     columns = width()
@@ -130,7 +130,7 @@ def listed(
 
 
 def folded(told: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Names that differ in the number of their first numbered part, and of which the same is told, as one.
+    """Names with the same text that differ only in the number of their first numbered part, folded into one.
 
     >>> folded({"head.w": "", "layers.0.w": "", "layers.1.w": "", "layers.3.w": ""})
     [('head.w', ''), ('layers.[0-1,3].w', '')]

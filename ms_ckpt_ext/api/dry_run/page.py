@@ -1,7 +1,7 @@
 """The plan as one HTML page that needs nothing else: no network, no libraries, a few hundred kB at any size.
 
 The page is a template with data; what is large is condensed here: traffic by at most 64 groups of ranks, rounds by at
-most 240 groups, slices of a layout by at most 32 boxes along an axis, layouts that many parameters share once.
+most 240 groups, slices of a layout by at most 32 boxes along an axis; layouts that parameters share are drawn once.
 """
 
 from __future__ import annotations

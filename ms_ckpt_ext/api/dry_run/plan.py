@@ -44,10 +44,10 @@ def plan(
     transfer: bool = False,
     other_ranks: bool = False,
 ) -> PlanReport:
-    """Plan a load of every rank of a job without making it; needs neither NPU nor MindSpore.
+    """Plan a load of every rank of a job without carrying it out; needs neither NPU nor MindSpore.
 
-    Reads headers, and samples of what the strategy of the job that saved does not list: each rank takes its own of what
-    differs by rank, as in the load, or it is an error as there.
+    Reads headers, and samples of what the strategy of the job that saved does not list: of what differs by rank, each
+    rank takes its own, or it is an error, as in the load.
 
     The plan is the one that the job's ranks would make, so bytes, messages, rounds and memory are exact; times are
     those of a small model of the machine (`core.exchange.cost`).
@@ -59,11 +59,11 @@ def plan(
         src_strategy: layouts of the job that saved; None for a merged checkpoint.
         shapes: instead of a checkpoint, its parameters: `{name: {"dtype": "F32", "shape": [..]}}` with full shapes, or
             a JSON file of that.
-        hardware: names of profiles or paths of profile files, see `engine.load.profiles`; None for all that come along.
-            The first says how ranks lie on servers, and what a round may hold; of None that is MS_CKPT_EXT_HARDWARE, or
-            an Atlas 800T A2.
-        mode: what the job will ask for; only told in the report, which has both modes.
-        bucket_bytes, prefetch: as the job's; without a bucket the one that the first machine would choose.
+        hardware: names of profiles or paths of profile files, see `engine.load.profiles`; None for all included ones.
+            The first says how ranks lie on servers, and what a round may hold; with None, MS_CKPT_EXT_HARDWARE or an
+            Atlas 800T A2 does.
+        mode: what the job will ask for; only noted in the report, which has both modes.
+        bucket_bytes, prefetch: as in the job; the default bucket is the one that the first machine would choose.
         html: write a page there as well.
         groups: the job has a group of every set of replicas, as MindSpore makes them for a training network when it
             compiles it; False for a job that has none, whose replicas are each sent a copy.
@@ -72,7 +72,7 @@ def plan(
         choice_func, name_map: as the load will have them; not with `shapes`, which have the names that are loaded.
         transfer: plan a transfer from the Parameters of a job under `src_strategy` to those of one under
             `dst_strategy`, see `ms_ckpt_ext.transfer`; with `shapes`.
-        other_ranks: of a transfer: the target's ranks come behind the source's; by default rank i of both is one.
+        other_ranks: for a transfer: the target's ranks follow the source's; by default rank i is the same in both.
         dec_key, dec_mode: of encrypted files, as in `inspect`; their headers are encrypted too.
 
     Returns:

@@ -42,7 +42,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A load that was planned, not made. Sizes are bytes.
+    """A load that was planned, not made. Sizes are in bytes.
 
     Attributes:
         source, target: what was given.
@@ -64,10 +64,10 @@ class PlanReport:
         groups: groups of ranks that gather, beside those of all ranks.
         crossing: bytes that arrive at a server from others.
         balance: bytes of the busiest reader, as a multiple of a fair share.
-        bucket, chunk: the limits that were planned with.
+        bucket, chunk: the limits of a round and of a read.
         rounds: the rounds, in order.
         predictions: one for every machine. Of a transfer, "direct" is to read the wanted bytes from storage instead.
-        kept: of a transfer, bytes that every rank takes of its own memory; None for a load, which has none.
+        kept: for a transfer, bytes that every rank takes from its own memory; None for a load.
     """
 
     source: str
@@ -115,7 +115,7 @@ def report_of(
     target: str,
     kept: Optional[Ints] = None,
 ) -> PlanReport:
-    """Sum a dry run up. `origin` and `target` tell what was planned, `mode` what is asked for; `kept`: see there."""
+    """Sum up a dry run. `origin` and `target` say what was planned, `mode` what is asked for; `kept`: as there."""
     tally, demands = done.tally, done.table.demands
     sizes = {d.name: d.tensor.meta.dtype.nbytes(math.prod(d.tensor.meta.shape)) for d in demands}
     unique = sum(sizes.values())

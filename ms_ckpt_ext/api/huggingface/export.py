@@ -1,7 +1,7 @@
 """A training's checkpoint to Hugging Face's files: a merge by the inverse of the rules that a load takes.
 
-1. Rules: of a family by its name, of a rule file, or as they are; turned round.
-2. Names: weights go out, optimizer states and training scalars stay, what nobody names is refused.
+1. Rules: of a family by its name, of a rule file, or as given; inverted.
+2. Names: weights are exported, optimizer states and training scalars are not, and what no rule names is refused.
 3. Tied tensors are compared, and written once; a dtype is chosen, or kept.
 4. The rest is `merge` with Hugging Face's names: streaming, resumable, whole or not at all.
 """
@@ -88,17 +88,17 @@ def export(
         rules: a family's name ("llama", "qwen2", "qwen3", "qwen3-moe", "deepseek-v3"), the path of a rule file, or a
             list of weight rules: from Hugging Face's names to the training's, as a load takes them. By default those
             of the family that has the architecture of `config`.
-        config: the folder of the model on the hub, or its config.json: tells numbers of heads, layers and experts, and
+        config: the folder of the model on the hub, or its config.json: gives numbers of heads, layers and experts, and
             is copied, with the tokenizer's files if it is a folder. By default config.json in `src`, not copied.
-        sizes: key of config.json -> number, and switch of the rule file -> value, which come first.
+        sizes: key of config.json -> number, and switch of the rule file -> value; they take precedence.
         strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
         dtype: of the floats that are written: "bfloat16", "float16" or "float32"; None for that of the training. Values
-            are rounded to the nearest, ties to even. What a rule file says must keep its dtype keeps it.
+            are rounded to the nearest, ties to even. What a rule file exempts keeps its dtype.
         exclude: shell-style globs of names in the training that are left out.
         max_shard_size: bytes of a file at most, or a text as transformers takes it: "5GB" is 5 * 10**9, "5GiB" 5 << 30.
             Only a single larger tensor exceeds it.
 
-    The other arguments, the result and what happens to older ones in `dst` are those of `merge`.
+    The other arguments, the result and the handling of older results in `dst` are those of `merge`.
 
     Returns:
         What was read and written; of a dry run, a `Preview`.

@@ -14,7 +14,7 @@ from ms_ckpt_ext.engine.huggingface.sizes import Config, read_config
 from ms_ckpt_ext.errors import ArgumentTypeError
 
 SizesLike = Mapping[str, Union[int, bool, None]]
-"""Key of config.json, or switch of a rule file -> what it is."""
+"""Key of config.json, or switch of a rule file -> its value."""
 
 
 def load_rules(
@@ -26,13 +26,13 @@ def load_rules(
         rules: the family's name ("llama", "qwen2", "qwen3", "qwen3-moe", "deepseek-v3"), or the path of a rule file.
             None for the family that has the architecture of `config`.
         config: Hugging Face's config.json, or a folder with one: numbers of heads, experts and layers.
-        sizes: key of config.json -> number, and switch of the rule file -> value, which come first.
+        sizes: key of config.json -> number, and switch of the rule file -> value; they take precedence.
 
     Returns:
         The rules, in the order in which they apply.
 
     Raises:
-        UsageError: no such family; or the rule file says something else than it should: names file, rule and key.
+        UsageError: no such family, or an invalid rule file; the message names file, rule and key.
         FormatError, StorageError: config.json or the rule file cannot be read.
 
     >>> from ms_ckpt_ext import load_rules
@@ -45,7 +45,7 @@ def load_rules(
 
 
 def family_from(rules: Optional[PathLike], config: Config, sizes: Optional[SizesLike]) -> Family:
-    """The family of `load_rules`. Raises as that."""
+    """The family of `load_rules`. Raises as `load_rules`."""
     given = {} if sizes is None else sizes
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise ArgumentTypeError(f"sizes must map keys of config.json to numbers, got {given!r:.60}")

@@ -5,7 +5,7 @@ merge        unified_safetensors, merge_pipeline_strategys
 transform    transform_checkpoints and its relatives
 parameters   load_checkpoint, load_segmented_checkpoints; and `load`, which is ours
 background   load_checkpoint_async
-family       what else there is
+family       the rest of MindSpore's checkpoint functions
 d2d          TransformParametersD2D of mindrlhf
 install      all of them under MindSpore's own names
 prefixes     which names a prefix keeps or leaves out

@@ -1,4 +1,4 @@
-"""`load_checkpoint` beside other work."""
+"""`load_checkpoint` in the background."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MindSpore RLHF's class of weights from the training network to the serving one, on top of `plan_transfer`."""
+"""MindSpore RLHF's class that moves weights from the training network to the serving one, by `plan_transfer`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MatchFunc = Callable[[str, str], bool]
 class TransformParametersD2D:
     """Parameters of a source network into those of a destination network, device to device.
 
-    Drop-in for the class of this name in mindrlhf. Beyond it, the networks may run on different numbers of devices, on
-    other ranks (None where a rank has no part), and pipelines of any kind on both sides; what ranks hold already does
-    not travel. Planned at birth, a collective call; `transform` plans nothing.
+    Drop-in for the class of this name in mindrlhf. Unlike there, the networks may run on different numbers of devices,
+    on different ranks (None where a rank has no part), and with any pipeline on either side; what ranks hold already
+    does not travel. Creating the object plans the transfer, a collective call; `transform` plans nothing.
 
     Args:
         src_network: the Cell that gives.
-        dst_network: the Cell that takes. Parameters that match nothing keep their values, and the log tells.
+        dst_network: the Cell that takes. Parameters that match nothing keep their values, and the log says so.
         src_strategy_path, dst_strategy_path: the merged strategy files; any form that `plan_transfer` takes.
         match_func: (name in the source, name in the destination) -> whether they belong together; asked for every pair
             until one fits. By default names must be equal.
@@ -81,11 +81,14 @@ class TransformParametersD2D:
         weakref.finalize(self, self._plan.close)
 
     def transform(self, input_on_device_flag: tuple[bool, bool] = (True, True)) -> bool:
-        """Move the present values. Collective.
+        """Move the current values. Collective.
 
         Args:
-            input_on_device_flag: (False, False) where the Parameters of both networks were offloaded: they come to the
-                device for it and leave it again.
+            input_on_device_flag: (False, False) where the Parameters of both networks were offloaded: they are brought
+                to the device for it, and offloaded again.
+
+        Returns:
+            True.
 
         Raises:
             UsageError, ArgumentTypeError: another flag.
@@ -101,7 +104,7 @@ class TransformParametersD2D:
         return True
 
     def close(self) -> None:
-        """Give up the staging memory, and leave the other ranks; done by itself when the object goes."""
+        """Free the staging memory, and disconnect from the other ranks; also done when the object is deleted."""
         self._plan.close()
 
 

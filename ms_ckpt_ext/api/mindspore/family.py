@@ -1,4 +1,4 @@
-"""What else there is in MindSpore's checkpoint family: layouts, ranks and slices in memory."""
+"""The rest of MindSpore's checkpoint functions: layouts, ranks and slices in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build_searched_strategy(strategy_filename: Optional[PathLike]) -> Optional[d
         strategy_filename: the file, of either form; None gives None.
 
     Returns:
-        Name as the file has it (`"{stage}-{name}"` in a merged one) -> `ParallelLayouts`; {} of a file without layouts.
+        Name as the file has it (`"{stage}-{name}"` in a merged one) -> `ParallelLayouts`; {} where it has no layouts.
 
     Raises:
         ArgumentTypeError: it is no path.
@@ -41,9 +41,9 @@ def build_searched_strategy(strategy_filename: Optional[PathLike]) -> Optional[d
 
 
 def merge_sliced_parameter(sliced_parameters: Sequence[Any], strategy: Optional[Mapping[str, Any]] = None) -> Any:
-    """One Parameter out of its slices. Drop-in for `mindspore.merge_sliced_parameter`.
+    """Merge the slices of one Parameter. Drop-in for `mindspore.merge_sliced_parameter`.
 
-    Unlike there, bfloat16 stays bfloat16, and the slices of an optimizer shard come into their places.
+    Unlike there, bfloat16 stays bfloat16, and the slices of an optimizer shard are put in their places.
 
     Args:
         sliced_parameters: Parameters of one name, in the order of ranks, of one pipeline stage.
@@ -84,7 +84,7 @@ def restore_group_info_list(group_info_file_name: PathLike) -> list[int]:
 
     Raises:
         ArgumentTypeError: it is no path.
-        FormatError: the file is no such file, or lists no ranks.
+        FormatError: it is not such a file, or lists no ranks.
         StorageError: it cannot be read.
     """
     return restore_ranks(path_of(group_info_file_name, "group_info_file_name"))
@@ -94,8 +94,8 @@ def get_ckpt_path_with_strategy(cur_ckpt_path: PathLike, cur_strategy_path: Path
     """A checkpoint that holds what this rank's should hold: its own if it is there, else that of another rank.
 
     Drop-in for `mindspore.get_ckpt_path_with_strategy`; called when communication is initialised. Every `rank_N` in the
-    path is exchanged for other ranks that hold the same slice of every parameter in the strategy. Where these are not
-    the same for all parameters, MindSpore looks at no other rank; here those that agree in all of them count.
+    path is replaced by other ranks that hold the same slice of every parameter in the strategy. Where these differ
+    between parameters, MindSpore looks at no other rank; here those that agree in all of them count.
 
     Args:
         cur_ckpt_path: this rank's file.
@@ -122,7 +122,7 @@ def _same(strategy: Strategy, rank: int) -> list[int]:
     """Ranks that hold the same slice of every parameter as `rank`, ascending."""
     local = rank % strategy.devices_per_stage
     stages = {stage for held in strategy.layouts.values() for stage in held}
-    stage = stages.pop() if len(stages) == 1 else strategy.stage_of(rank)  # a stage's own file speaks of that stage
+    stage = stages.pop() if len(stages) == 1 else strategy.stage_of(rank)  # a stage's own file describes that stage
     layouts = [held[stage] for name, held in strategy.layouts.items() if stage in held and not _is_none(name)]
     if not layouts:
         raise StrategyError(

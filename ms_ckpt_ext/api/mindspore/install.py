@@ -1,7 +1,7 @@
-"""MindSpore's own names for this package's functions: one call, and code that was never changed uses them.
+"""This package's functions under MindSpore's own names: after one call, unchanged code uses them.
 
     import ms_ckpt_ext
-    ms_ckpt_ext.install()       # mindspore.load_distributed_checkpoint(...) is ours from here on
+    ms_ckpt_ext.install()       # from here on mindspore.load_distributed_checkpoint(...) is ours
 
 A call that this package cannot serve goes to the stock function, with a warning that names function and argument. While
 a stock function runs, for that reason or because it was left stock, everything it calls is stock too, so any subset of
@@ -51,7 +51,7 @@ NAMES = tuple(_HOMES)
 """What `install` can replace."""
 
 _STOCK_CODE = ("mindspore.parallel.", "mindspore.train.serialization", "mindspore.safeguard.")
-"""Modules of MindSpore whose functions call those that `install` replaces, and then mean their own."""
+"""Modules of MindSpore whose functions call those that `install` replaces, and then expect the stock ones."""
 
 _installed: dict[str, dict[_Function, _Function]] = {}
 """Name -> stock function -> what replaces it; changed only under `bridge.names.LOCK`."""
@@ -62,7 +62,7 @@ def install(
 ) -> tuple[str, ...]:
     """Replace MindSpore's checkpoint functions by this package's, under all their names. See `NAMES`.
 
-    After the call exactly the chosen functions are replaced, whatever was before; calling it again changes nothing.
+    After the call exactly the chosen functions are replaced, whichever were before; calling it again changes nothing.
 
     Args:
         only: names of the functions to replace; None for all.
@@ -154,7 +154,7 @@ def _replacement(name: str, stock: _Function) -> _Function:
 
 
 def _within_stock() -> bool:
-    """Whether the caller of a replacement is at work for a stock function, in this thread."""
+    """Whether the caller of a replacement works for a stock function, in this thread."""
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_code is _call_stock.__code__ or frame.f_globals.get("__name__", "").startswith(_STOCK_CODE):

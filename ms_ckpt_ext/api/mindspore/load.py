@@ -85,16 +85,16 @@ def load_distributed_checkpoint(
     Args:
         network: the `Cell` to fill, or None.
         checkpoint_filenames: with format="ckpt": the file of every rank of the job that saved, in the order of ranks;
-            or a directory, as `unified_safetensors_dir`. Of a list of files what the strategies list is loaded and no
-            more, as in MindSpore: learning rates, counters and frozen parameters stay as the network has them.
+            or a directory, as `unified_safetensors_dir`. Of a list of files only what the strategies list is
+            loaded, as in MindSpore: learning rates, counters and frozen parameters stay as the network has them.
         predict_strategy: layouts of the target: a strategy file or directory, the dict of
             `build_searched_strategy`, `Cell.parameter_layout_dict` or `Model.infer_predict_layout()`, or None for one
             device.
         train_strategy_filename: strategy that cut the source, in any form that `as_strategy` takes, also a list of a
             file and what it lacks; needed when that is sharded. With
             `checkpoint_filenames` the default is the one that `AutoParallel` or the context names.
-        strict_load: refuse to cast between dtypes of a family and to match names by suffix. By suffix: where names
-            differ by a wrapper's prefix; never an optimizer's state, and never one of several readings, see
+        strict_load: refuse to cast between dtypes of a family and to match names by suffix. Suffixes match
+            names that differ by a wrapper's prefix; never an optimizer's state, and never where several would fit, see
             `core.planning.suffixes`.
         dec_key, dec_mode: of an encrypted source, of either format; as in `unified_safetensors`.
         format: "ckpt" or "safetensors".
@@ -102,31 +102,31 @@ def load_distributed_checkpoint(
         dst_safetensors_dir: target of save mode.
         output_format: of save mode: "safetensors" or "ckpt".
         rank_id: rank of save mode; None for all.
-        name_map: name in the network (or target strategy) -> name in the checkpoint (as `choice_func` left it). What it
-            names comes before a parameter that has the name by itself; several names may share a source, and a source
-            keeps its own name, too; in save mode, where `predict_strategy` lists it.
+        name_map: name in the network (or target strategy) -> name in the checkpoint (as `choice_func` left it). It
+            takes precedence over a parameter that already has that name; several names may share a source, and a source
+            keeps its own name, too (in save mode, where `predict_strategy` lists it).
         max_process_num: upper bound on worker threads; None for as many as help.
         return_param_dict: with a network: return `{name: Parameter}` instead of filling it.
         file_suffix, buffer_bytes, crc_check, allow_equal_slices: as in `unified_safetensors`.
-        digests, sync, crc, enc_key, enc_mode: the same, of save mode.
+        digests, sync, crc, enc_key, enc_mode: the same, for save mode.
         mode, bucket_bytes, prefetch, verify, trace, timeout, hardware: of a load into a network, see
-            `ms_ckpt_ext.engine.load.options.LoadOptions`. Defaults are the environment variables
+            `ms_ckpt_ext.engine.load.options.LoadOptions`. Defaults are in the environment variables
             MS_CKPT_EXT_MODE and MS_CKPT_EXT_HARDWARE.
-        rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters of the checkpoint's: renamed,
+        rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters from the checkpoint's: renamed,
             joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
         choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
 
     Returns:
         `(param_not_load, ckpt_not_load)` as `load_param_into_net` gives them, or the parameter dict; True in save mode,
-        and where MindSpore serves the same call with `checkpoint_filenames`: the log tells what is missing.
+        and for calls with `checkpoint_filenames` as MindSpore takes them: the log says what is missing.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, also those of a load into a network in save mode; nothing was
             changed.
         DiscoveryError, StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was changed.
             LayoutMismatchError also for names that suffixes match in several ways.
-        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or has gone.
-        ChecksumError: verify="full", and the files are not what they were; nothing was changed.
+        DisagreementError, PeerError, TransportError: ranks differ in their inputs, another rank failed, or is gone.
+        ChecksumError: verify="full", and the files do not match their digests; nothing was changed.
         LoadError: the load stopped on the way; `changed` names the Parameters that may hold new bytes.
     """
     checked_words(load_distributed_checkpoint, locals(), ("return_param_dict",))
@@ -177,7 +177,7 @@ class _Files(NamedTuple):
         return isinstance(self.filenames, (list, tuple))
 
     def checked(self, trained: Optional[Strategy]) -> _Place:
-        """Raises UsageError, ArgumentTypeError."""
+        """Where to look for them. Raises UsageError, ArgumentTypeError."""
         if self.filenames is None:
             return _Place(path_of(self.directory, "unified_safetensors_dir"), (), trained, self)
         if self.format != CKPT.name or self.directory is not None:
@@ -217,7 +217,7 @@ class _Place(NamedTuple):
         return list_files(found, self.trained)
 
     def require_named(self) -> None:
-        """Raise DiscoveryError for a named file that is not there; where no other host may have it."""
+        """Raise DiscoveryError for a named file that is absent: for jobs in which no other host may have it."""
         for rank, path in enumerate(self.named):
             if not os.path.isfile(path):
                 what = "is a directory" if os.path.isdir(path) else "does not exist"
@@ -239,7 +239,7 @@ class _Asked(NamedTuple):
     run: Running
 
     def place(self, network: Any) -> _Place:
-        """Where the source is, with the strategy that cut it; of files named one by one, the network's own."""
+        """Where the source is, with the strategy that cut it; for `checkpoint_filenames` by default the network's."""
         filename = self.trained
         if filename is None and network is not None and self.files.filenames is not None:
             from ms_ckpt_ext.bridge.world import training_strategy_file
@@ -249,7 +249,7 @@ class _Asked(NamedTuple):
 
 
 def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_dict: bool) -> Any:
-    """Into a network, or as a dictionary of Parameters; what is returned then."""
+    """Load into a network, or as a dictionary of Parameters; returns what the call returns."""
     from ms_ckpt_ext.bridge.request import LoadRequest
     from ms_ckpt_ext.bridge.settle import Manner
     from ms_ckpt_ext.bridge.world import own_rank, world_size
@@ -291,7 +291,7 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
 
 
 def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **how: Any) -> None:
-    """Into files; `how` they are written, see `engine.files.reshard.folders_job`."""
+    """Write files; for `how`, see `engine.files.reshard.folders_job`."""
     from ms_ckpt_ext.engine.files.reshard import folders_job
     from ms_ckpt_ext.engine.unlisted.proven import ruled
     from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
@@ -309,7 +309,7 @@ def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **ho
 
 
 def _is_mindspores(given: Mapping[str, Any]) -> bool:
-    """Whether a call names files one by one and has nothing that MindSpore does not take: its answer is True."""
+    """Whether a call names files one by one and MindSpore would take it, too: then it returns True."""
     own: Mapping[str, Any] = vars(load_distributed_checkpoint)["__wrapped__"].__kwdefaults__
     trained, wanted = given["train_strategy_filename"], given["predict_strategy"]
     return (
@@ -329,11 +329,11 @@ _INSTEAD = {
     "timeout": "ranks that write files do not wait for each other",
     "hardware": "it chooses between ways of an exchange, and nothing is exchanged",
 }
-"""Arguments of this package that only mean something to a load into a network, and what to do in save mode."""
+"""Arguments of this package that only apply to loads into a network, and what to do in save mode."""
 
 
 def _refuse_live(options: LoadOptions, mode: Optional[str]) -> None:
-    """Raise UsageError for what save mode would ignore: who asks for a check must not believe that it was made."""
+    """Raise UsageError for what save mode would ignore: a check that was asked for must not seem to be made."""
     given, plain = vars(options), vars(LoadOptions())
     for name in _INSTEAD:
         if mode is not None if name == "mode" else given[name] != plain[name]:

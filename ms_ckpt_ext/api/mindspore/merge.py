@@ -74,34 +74,34 @@ def unified_safetensors(
             scalars), `hyper_param.safetensors`. An older result there is replaced when the new one is complete.
         merge_with_redundancy: kept for compatibility: which slices a file holds is read from the file.
         file_suffix: which file of a rank folder, see `formats.discovery.rank_folders`; None for the newest.
-        max_process_num: upper bound on worker threads, never more than the cores this process may use; None for these.
+        max_process_num: upper bound on worker threads, at most the cores this process may use; None for all of them.
         choice_func: parameter name -> True (keep), False (drop) or a str (new name).
         split_dst_file: (i, n): write share i of n, from 1, on any hosts. Shares that have begun in one `dst_dir` appear
             together; one that sees no other there publishes what it has, and the report and the log say what is
-            missing: gathered from several disks, their files are the whole result. "auto" takes i and n from the
-            launcher's environment.
+            missing: the files of all shares, gathered from several disks, are the whole result. "auto" takes i and n
+            from the launcher's environment.
         naming: "mindspore", or "huggingface" for `model-00001-of-000NN.safetensors` and its index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         buffer_bytes: buffer budget of each worker.
         digests: write `ms_ckpt_ext.digests.json` beside the files: xxh3-128 of every tensor, see
             `engine.integrity.manifest`.
         sync: the result is on disk, safe from a power cut, when this returns. False is for speed: `cp` does not wait
-            for the disk either. Being killed harms no result in either case. Not with shares.
+            for the disk either. Being killed harms no result in either case. With shares it must be True.
         dec_key: key of encrypted sources: bytes, or what `load_key` gives. Default: the environment variable
             MS_CKPT_EXT_DEC_KEY.
         dec_mode: "AES-GCM" (which covers this package's "chunked" container), "AES-CBC" or "SM4-CBC".
         crc_check: verify the checksum of every source file that has one.
         crc: give a checksum to every file that is written.
         output_format: "safetensors", or "ckpt" for `part{i}.ckpt` and `hyper_param.ckpt`.
-        enc_key: encrypt what is written, but for the map, which names parameters. Default: the environment variable
+        enc_key: encrypt what is written, except the map, which names parameters. Default: the environment variable
             MS_CKPT_EXT_ENC_KEY.
         enc_mode: for `.ckpt` "AES-GCM", "AES-CBC", "SM4-CBC" in MindSpore's format, or "chunked"; for safetensors
             "AES-GCM", in this package's chunked container. See docs/encryption.md.
         rules: weight rules (`ms_ckpt_ext.rules`), applied before `choice_func`; what they make is written.
         name_map: name in the result -> name in the checkpoint as `choice_func` left it, as for
             `load_distributed_checkpoint`; a source keeps its own name, too.
-        allow_equal_slices: slices that are all equal are meant. Else they are an error, for `integrated_save=True`
-            makes such by writing whole parameters into every rank's file; see `engine.unlisted.whole_slices`.
+        allow_equal_slices: slices that are all equal are intended. Otherwise they are an error: `integrated_save=True`
+            makes them by writing whole parameters into every rank's file; see `engine.unlisted.whole_slices`.
 
     Returns:
         What was read and written. `published` is False while files of other shares are `missing`.

@@ -58,7 +58,7 @@ def load(
     buffer_bytes: int = BUFFER_BYTES,
     allow_equal_slices: bool = False,
 ) -> Parameters:
-    """The parameters of any checkpoint as a dictionary, each read when it is indexed, and only what the index asks.
+    """The parameters of any checkpoint as a dictionary, each read when it is indexed, as far as the index asks.
 
         held = load("net.ckpt")
         held["embedding.weight"][1000:2000]         # a numpy array; reads these rows
@@ -79,21 +79,21 @@ def load(
         format: "safetensors" or "ckpt", where a directory holds both.
         file_suffix: which file of a rank folder; None for the newest.
         max_process_num: upper bound on the threads of one read.
-        buffer_bytes: buffer budget of each.
+        buffer_bytes: buffer budget of each thread.
         allow_equal_slices: as in `unified_safetensors`.
 
     Returns:
-        A mapping of names to `LazyTensor` (text: to `str`), in the checkpoint's order. Close it, or use it in a `with`
-        statement, or let go of it.
+        A mapping of names to `LazyTensor` (text: to `str`), in the checkpoint's order. Close it, use it in a `with`
+        statement, or drop it.
 
     Raises:
-        UsageError, ArgumentTypeError: wrong arguments, or two parameters of one name, or `names` that mean none; or
+        UsageError, ArgumentTypeError: wrong arguments, two parameters of one name, or `names` that match none; or
             verify="full", and a file has no digests on record.
-        DiscoveryError, StrategyError, LayoutMismatchError: what the files are cannot be told.
+        DiscoveryError, StrategyError, LayoutMismatchError: it is not clear what the files are.
         FormatError, ChecksumError, DecryptionError, StorageError: they cannot be read.
 
     What lies outside the strategy, in several ranks' files, is compared when it is first read; a LayoutMismatchError
-    tells what differs.
+    says what differs.
     """
     checked_words(load, locals())
     source = path_of(path, "path")
@@ -166,8 +166,8 @@ def load_checkpoint(
     Args:
         ckpt_file_name: the file; its name must end in `format`.
         net: a Cell to fill by `mindspore.load_param_into_net`, or None. Names that differ by a wrapper's prefix are
-            matched by suffix, but never by order as there, see `core.planning.suffixes`.
-        strict_load, remove_redundancy: of that function; what the file says about redundancy comes first.
+            matched by suffix, but, unlike there, never by order, see `core.planning.suffixes`.
+        strict_load, remove_redundancy: as there; what the file says about redundancy takes precedence.
         specify_prefix, filter_prefix: keep, or leave out, names that begin so; either replaces `choice_func`.
         dec_key, dec_mode: of an encrypted file.
         choice_func: parameter name -> True (keep), False (leave out) or a str (new name). As in stock MindSpore,
@@ -186,7 +186,7 @@ def load_checkpoint(
             tables (MapParameter), what a parameter server keeps, and AITurbo's store.
         DiscoveryError: no such file.
         FormatError, ChecksumError, DecryptionError, StorageError: it cannot be read.
-        LayoutMismatchError: names of `net` can be matched by suffix in several ways; it is as it was.
+        LayoutMismatchError: names of `net` can be matched by suffix in several ways; `net` is unchanged.
     """
     checked_words(load_checkpoint, locals())
     refuse_what_is_no_file(ckpt_file_name)
@@ -240,7 +240,7 @@ def load_segmented_checkpoints(
         ckpt_file_dir: the directory; files in its folders are not looked at.
 
     Raises:
-        DiscoveryError: also when two files hold a parameter with other dtypes, shapes or values.
+        DiscoveryError: also when two files hold a parameter with different dtypes, shapes or values.
     """
     checked_words(load_segmented_checkpoints, locals())
     folder = path_of(ckpt_file_dir, "ckpt_file_dir")
@@ -332,7 +332,7 @@ def _patterns(names: Union[str, Iterable[str], None]) -> Optional[list[str]]:
 
 
 def _wanted(stored: Iterable[str], patterns: Optional[list[str]]) -> set[str]:
-    """Names that one of the patterns means. Raises UsageError for a pattern that means none: it may be misspelt."""
+    """Names that one of the patterns matches. Raises UsageError for a pattern without a match: it may be misspelt."""
     names = list(stored)
     if patterns is None:
         return set(names)

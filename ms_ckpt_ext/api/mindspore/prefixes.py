@@ -17,7 +17,7 @@ Prefix = Union[str, list[str], tuple[str, ...], None]
 def as_stock(
     specify: Prefix, filters: Prefix, choice_func: Optional[Choice], name_map: Optional[Mapping[str, str]]
 ) -> Optional[Naming]:
-    """Names as MindSpore's loads choose them: prefixes before `choice_func`; what a choice returns counts by its truth.
+    """Names as MindSpore's loads choose them: prefixes before `choice_func`; its result counts by its truth.
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments.

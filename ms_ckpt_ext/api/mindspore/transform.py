@@ -41,7 +41,7 @@ from ms_ckpt_ext.formats.table import CKPT, SUFFIXES
 from ms_ckpt_ext.storage.threads import few_collections
 
 _NOT_COUNTED = ("accu_grads", "adam_v", "adam_m")
-"""What MindSpore leaves out when it asks whether a strategy has more parameters than another."""
+"""Names that MindSpore leaves out when it compares which of two strategies has more parameters."""
 
 
 @few_collections()
@@ -74,7 +74,7 @@ def transform_checkpoints(
     encrypted sources are taken as well, and `.ckpt` may become safetensors.
 
     Args:
-        src_checkpoints_dir: holds `rank_{N}/*.ckpt` or `rank_{N}/*.safetensors`; or one file, as that of rank 0.
+        src_checkpoints_dir: holds `rank_{N}/*.ckpt` or `rank_{N}/*.safetensors`; or one file, taken as that of rank 0.
         dst_checkpoints_dir: gets `rank_{N}/{ckpt_prefix}{N}.{output_format}`. When the source strategy is that of one
             pipeline stage and the target strategy lists more parameters, the files are those of that stage,
             `rank_{N}/{ckpt_prefix}{N}_part{stage}.{output_format}`.
@@ -91,7 +91,7 @@ def transform_checkpoints(
         crc: give every file a checksum.
         digests: write `ms_ckpt_ext.digests.json` beside the files, see `engine.integrity.manifest`.
         sync: the files are on disk when this returns; False as in `unified_safetensors`.
-        choice_func, name_map: as in `load_distributed_checkpoint`: what the target's names hold of the source's.
+        choice_func, name_map: as in `load_distributed_checkpoint`: the source of each name in the target.
         allow_equal_slices: as in `unified_safetensors`.
 
     Returns:
@@ -99,8 +99,8 @@ def transform_checkpoints(
 
     Raises:
         UsageError, ArgumentTypeError: wrong arguments, or a target in the source's rank folders; nothing was written.
-        DiscoveryError: no rank folders, or files of both formats or of several steps, or no telling which file of a
-            folder is meant.
+        DiscoveryError: no rank folders, or files of both formats or of several steps, or it is not clear which file
+            of a folder is meant.
         StrategyError, FormatError, LayoutMismatchError, CoverageError: bad input; nothing was written.
         StorageError: no space or permission; what is finished is kept for a rerun.
     """
@@ -164,7 +164,7 @@ def transform_checkpoint_by_rank(
     name_map: Optional[Mapping[str, str]] = None,
     allow_equal_slices: bool = False,
 ) -> Report:
-    """Cut the file of one rank of another strategy out of the files that hold it.
+    """Cut the file of one rank of another strategy from the files that hold its slices.
 
     Drop-in for `mindspore.transform_checkpoint_by_rank`; the arguments up to `dst_strategy_file` are MindSpore's.
 
@@ -302,7 +302,7 @@ def _refuse_two_newest(files: Mapping[int, str]) -> None:
 
 
 def _stage_alone(trained: Optional[Strategy], wanted: Optional[Strategy]) -> Optional[int]:
-    """The stage whose strategy the source is, when MindSpore would write that stage's part of the target only."""
+    """The stage that the source's strategy describes, if MindSpore would write only that stage's part of the target."""
     if trained is None or wanted is None or wanted.stages != 1:
         return None
     stages = {stage for held in trained.layouts.values() for stage in held}
@@ -319,7 +319,7 @@ def _only_stage(strategy: Strategy, stage: int) -> Strategy:
 
 
 def _only_names(wanted: Optional[Strategy], listed: Collection[str]) -> Optional[Strategy]:
-    """What of the target the source lists, by the names that the target knows."""
+    """The part of the target that the source lists, by the target's names."""
     if wanted is None:
         return None
     layouts = {name: stages for name, stages in wanted.layouts.items() if name in listed}

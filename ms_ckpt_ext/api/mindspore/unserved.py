@@ -1,4 +1,4 @@
-"""What only MindSpore's own `load_checkpoint` serves: refused so that `install` notices it, and calls that."""
+"""What only MindSpore's own `load_checkpoint` serves: refused, so that `install` notices and calls it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ms_ckpt_ext.errors import MapParameterError, UnsupportedError
 from ms_ckpt_ext.formats.registry import Access
 
 _CACHE_KEY = ".__param_key__"
-"""In names of what MindSpore's parameter server keeps of an embedding table."""
+"""Part of the names under which MindSpore's parameter server stores its cache of an embedding table."""
 
 
 def refuse_what_is_no_file(given: Any) -> None:
-    """Raise UnsupportedError for contents in memory, and where files are not where checkpoints are."""
+    """Raise UnsupportedError for contents in memory, and where checkpoints are not kept in files."""
     if hasattr(given, "read"):
         raise UnsupportedError(
             "ckpt_file_name must be a path; contents in memory are for mindspore.load_checkpoint", "ckpt_file_name"
@@ -26,7 +26,7 @@ def refuse_what_is_no_file(given: Any) -> None:
 
 
 def file_without_tables(source: str, access: Access) -> Catalog:
-    """The file. Raises UnsupportedError for what a parameter server keeps beside parameters, or instead of them."""
+    """Open a file. Raises UnsupportedError for what a parameter server keeps beside or instead of parameters."""
     try:
         catalog = file_catalog(source, access)
     except MapParameterError as error:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def _configure(parser: argparse.ArgumentParser) -> None:
     takes_path(parser.add_argument("a", help="strategy file or directory"))
     takes_path(parser.add_argument("b", help="another one"))
-    shapes = 'JSON file {"name": {"dtype": "F32", "shape": [2, 3]}}: tells shapes of slices, which strategies lack'
+    shapes = 'JSON file {"name": {"dtype": "F32", "shape": [2, 3]}}: adds shapes of slices, which strategies lack'
     takes_path(parser.add_argument("--shapes", metavar="FILE", help=shapes))
     options.add_filter(parser)
     parser.add_argument("--all", action="store_true", help="list every parameter that changes")
@@ -86,7 +86,7 @@ def _slices(change: Change) -> str:
 
 COMMAND = Command(
     name="diff-strategy",
-    summary="tell what changes for each parameter between two strategies",
+    summary="show what changes for each parameter between two strategies",
     description=(
         "Compare two strategies: device matrix, split axes, optimizer shard, copies and pipeline stage of every\n"
         "parameter, and whether ranks hold other slices. Exit code 1 when anything changes."

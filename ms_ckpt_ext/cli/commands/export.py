@@ -57,9 +57,9 @@ COMMAND = Command(
     summary="write a training's weights as Hugging Face's libraries read them",
     description=(
         "Write the weights of a training as Hugging Face's libraries read them, straight from the slices, in memory\n"
-        "that does not grow with the model. Optimizer states and training scalars stay; a parameter that no rule\n"
-        "names is an error. The result appears when it is complete; after an interruption the same command goes on\n"
-        "where it stopped."
+        "that does not grow with the model. Optimizer states and training scalars are left out; a parameter that\n"
+        "no rule names is an error. The result appears when it is complete; after an interruption the same command\n"
+        "goes on where it stopped."
     ),
     examples=(
         (

@@ -76,7 +76,7 @@ def _lines(found: Inspection, tree: bool, everything: bool) -> Iterator[str]:
 
 
 def _differing(found: Inspection, everything: bool) -> Iterator[str]:
-    """What the strategy does not list, and ranks have of their own."""
+    """What the strategy does not list and differs between ranks."""
     rows = [[p.name, p.differs] for p in found.parameters if p.differs]
     if rows:
         yield ""
@@ -151,7 +151,7 @@ def _table(found: Inspection, everything: bool) -> Iterator[str]:
 
 
 def _copies(parameter: ParameterInfo) -> str:
-    """Copies held, of those the ranks have."""
+    """Copies in the files, and of how many on the ranks where that differs."""
     if parameter.copies is None or parameter.copies_expected is None:
         return "?"
     held, expected = (("-".join(map(str, dict.fromkeys(c)))) for c in (parameter.copies, parameter.copies_expected))
@@ -160,12 +160,12 @@ def _copies(parameter: ParameterInfo) -> str:
 
 COMMAND = Command(
     name="inspect",
-    summary="tell what is in a checkpoint or a strategy",
+    summary="show what is in a checkpoint or a strategy",
     description=(
-        "Tell what is in a checkpoint (a file, rank folders, a merged or Hugging Face directory; safetensors or\n"
+        "Show what is in a checkpoint (a file, rank folders, a merged or Hugging Face directory; safetensors or\n"
         ".ckpt, plain or encrypted) or in a strategy: parameters, dtypes, shapes, layouts, sizes by group, training\n"
-        "scalars, copies. Headers are read, scalars, and samples of what the strategy does not list: ranks may differ\n"
-        "in it."
+        "scalars, copies. It reads headers, scalars, and samples of what the strategy does not list, where ranks may\n"
+        "differ."
     ),
     examples=(
         ("ms-ckpt inspect checkpoint --strategy strategy.ckpt", "rank folders, with whole shapes and layouts"),

@@ -1,4 +1,4 @@
-"""`ms-ckpt measure SRC DST`: what this machine does, as a profile for plans and loads."""
+"""`ms-ckpt measure SRC DST`: how fast this machine is, as a hardware profile for plans and loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ms-ckpt plan SRC DST`: what a load would read, move and cost, without making it."""
+"""`ms-ckpt plan SRC DST`: what a load would read, move and cost, without carrying it out."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--other-ranks",
         action="store_true",
-        help="of a transfer: DST's ranks come behind SRC's (default: rank i of both is one)",
+        help="of a transfer: DST's ranks are numbered after SRC's (default: rank i is the same process in both)",
     )
     add(
         "--no-groups",
@@ -209,7 +209,7 @@ COMMAND = Command(
     name="plan",
     summary="the dry run of a load: bytes, messages, rounds, memory, time",
     description=(
-        "Plan the load of a checkpoint by every rank of a job, without making it: what each rank reads, sends,\n"
+        "Plan the load of a checkpoint by every rank of a job, without carrying it out: what each rank reads, sends,\n"
         "receives and holds, in how many rounds, and how long that takes on named machines.\n\n"
         "From a checkpoint's headers, or from parameter shapes alone (--shapes), for up to many thousands of ranks."
     ),

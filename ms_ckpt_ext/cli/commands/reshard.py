@@ -55,7 +55,7 @@ COMMAND = Command(
         ("ms-ckpt reshard merged checkpoint_4p --to-strategy strategy_4p.ckpt --to ckpt", "a merged one, as .ckpt"),
         (
             "ms-ckpt reshard Qwen3-8B checkpoint --rules qwen3 --to-strategy strategy.ckpt",
-            "a model of the hub for a training by MindFormers",
+            "a model of the hub, for training with MindFormers",
         ),
         ("ms-ckpt reshard checkpoint out --strategy a.ckpt --to-strategy b.ckpt --rank 0", "one rank of it"),
     ),
