@@ -1,7 +1,7 @@
-"""CRC-32 of a file's parts: read in order, or put together from stretches that were written in any order.
+"""CRC-32 of a file's parts: read in order, or combined from stretches that were written in any order.
 
-A CRC-32 of two stretches follows from theirs and the length of the second: appending n bytes multiplies the first by
-x^(8n) in GF(2)[x] modulo the generator (as zlib's `crc32_combine` does, which Python's zlib does not have).
+The CRC-32 of two stretches together follows from their own and the length of the second: appending n bytes multiplies
+the first by x^(8n) in GF(2)[x] modulo the generator (as in zlib's `crc32_combine`, which Python's zlib lacks).
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from ms_ckpt_ext.storage.reader import ByteReader
 
 
 class Integer(NamedTuple):
-    """An integer scalar of a file, which MindSpore's checksum of safetensors sums as that many zero bytes.
+    """An integer scalar n of a file, which MindSpore's checksum of safetensors counts as n zero bytes.
 
-    It calls `bytes(array)`, and of a 0-d integer array Python makes `bytes(number)`. A negative one it cannot sum; here
-    that counts as its bytes.
+    MindSpore calls `bytes(array)`, which for a 0-d integer array is `bytes(number)`. That fails for a negative number,
+    which counts here as its own bytes.
     """
 
     extent: Extent
     signed: bool
 
     def extend(self, crc: int, contents: bytes) -> int:
-        """The checksum up to here and this number."""
+        """The checksum so far, extended by this number."""
         number = int.from_bytes(contents, "little", signed=self.signed)
         return zlib.crc32(contents, crc) if number < 0 else _multiply(_shift(number), crc ^ _ALL) ^ _ALL
 
 
 Covered = Union[bytes, Extent, Integer]
-"""What a checksum covers: bytes as they are, or a stretch of the file."""
+"""What a checksum covers: given bytes, a stretch of the file, or an integer scalar in it."""
 
 
 class StoredChecksum(NamedTuple):
-    """A checksum that a file carries: what it covers, and, given the sum that was found, what is wrong; else None."""
+    """A checksum in a file: what it covers, and `fault`: a computed sum -> what is wrong with it, None if nothing."""
 
     parts: tuple[Covered, ...]
     fault: Callable[[int], Optional[str]]
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        """What it covers of the file."""
+        """The stretches of the file that it covers."""
         found = (part.extent if isinstance(part, Integer) else part for part in self.parts)
         return tuple(part for part in found if isinstance(part, Extent))
 
@@ -97,7 +97,7 @@ def _sum_of(reader: ByteReader, parts: tuple[Covered, ...]) -> int:
 
 
 class Sums:
-    """The CRC-32 of parts of a file, put together from stretches that come in any order."""
+    """The CRC-32 of parts of a file, combined from stretches that come in any order."""
 
     def __init__(self, parts: Sequence[Covered]) -> None:
         self._parts = parts
@@ -146,7 +146,7 @@ class Sums:
 
 
 def combine(first: int, second: int, length: int) -> int:
-    """CRC-32 of two stretches out of theirs, the second `length` bytes long.
+    """CRC-32 of two stretches together, from their own; the second is `length` bytes long.
 
     >>> combine(zlib.crc32(b"sea"), zlib.crc32(b"shell"), 5) == zlib.crc32(b"seashell")
     True

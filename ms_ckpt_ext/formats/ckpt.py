@@ -14,7 +14,7 @@ The file is a concatenation of protobuf messages that MindSpore's `train/checkpo
 4. A tail `crc_num` + 10 bytes, big-endian, is the CRC-32 of everything before it.
 
 Stock MindSpore is more lenient: it fills missing bytes with zeros, ignores surplus ones, and lets the second of two
-equal names win. Here each of these is an error, for a checkpoint that does so is damaged.
+equal names win. Here each of these is an error, for such a checkpoint is damaged.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ CRC_OFFSET = "crc_offset"
 """Metadata key: where the tail begins; the checksum itself stands at `CRC_NUM`, as in safetensors files."""
 
 MAX_TEXT = 1 << 16
-"""Longest name or type, in bytes, that is believed."""
+"""Longest name or type, in bytes, that is accepted."""
 
 _SCALAR: Shape = (0,)
 _PER_VALUE, _PER_AXIS = 500, 40
-"""Bytes of objects that a value becomes beside its two strings, and each of its dims; as measured."""
+"""Bytes of Python objects per value, beside its two strings, and per dim; as measured."""
 
 
 class _Value(NamedTuple):
@@ -96,7 +96,7 @@ def read_index(reader: ByteReader, mtime_ns: int = 0, budget: int = BUDGET) -> F
 
 
 def stored_crc(reader: ByteReader) -> Optional[int]:
-    """The checksum that a file ends in, by its last bytes alone; None when it has none."""
+    """The checksum at the end of a file, read from its last bytes alone; None when it has none."""
     if reader.size < CRC_TAIL:
         return None
     tail = bytearray(CRC_TAIL)
@@ -122,14 +122,14 @@ def stored_checksum(index: FileIndex) -> Optional[StoredChecksum]:
 
 
 def value_bytes(tag: str, axes: int, kind: str) -> int:
-    """Bytes of objects that a value becomes, of which a table may have as many as its file, and `BUDGET`."""
+    """Bytes of Python objects per value; a table may have as many as its file has bytes, plus `BUDGET`."""
     return _PER_VALUE + _PER_AXIS * axes + sys.getsizeof(tag) + sys.getsizeof(kind)
 
 
 def _values(cursor: Cursor, budget: int) -> Iterator[_Value]:
     """Every value of the file in order; stops at the checksum tail or the end.
 
-    Refuses a file that is hardly more than framing before its values are objects a hundred times its size.
+    A file that is hardly more than framing is refused before its values become objects a hundred times its size.
     """
     memory = 0
     while cursor.pos < cursor.size and not _at_crc(cursor):
@@ -221,7 +221,7 @@ def _text(cursor: Cursor, field: Field, what: str) -> str:
 
 
 def _entry(cursor: Cursor, parts: list[_Value]) -> TensorEntry:
-    """One tensor out of its consecutive values."""
+    """One tensor from its consecutive values."""
     first, total = parts[0], sum(part.contents.length for part in parts)
     for part in parts[1:]:
         if (part.dims, part.type) != (first.dims, first.type):
@@ -280,7 +280,7 @@ def _crc_in(tail: Union[bytes, bytearray]) -> int:
 
 
 def _require_checkpoint(cursor: Cursor) -> None:
-    """Refuse by its first bytes what is certainly something else, and say what it is."""
+    """Refuse a file whose first bytes are certainly not a checkpoint's, and say what it is."""
     if cursor.size == 0:
         raise TruncatedFileError(f"{cursor.path!r} is empty; a save was interrupted: choose another checkpoint")
     head = cursor.peek(table.HEAD_BYTES)

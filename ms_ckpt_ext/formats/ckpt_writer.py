@@ -1,10 +1,10 @@
-"""Writing `.ckpt`: every offset known before a byte moves, and the bytes those of MindSpore's own writer.
+"""Writing `.ckpt`: every offset is known before a byte moves, and the bytes are those of MindSpore's own writer.
 
 1. `layout` turns names, dtypes and shapes into framing literals and holes. A tensor above 512 MiB becomes several
    values with one tag, each carrying all dims and the next 512 MiB (`_write_parameter_bytes_data` in
    mindspore/train/serialization.py); text and scalars are framed as `save_checkpoint` frames them.
-2. Anybody fills the holes, in any order.
-3. With `crc`, the last literal is the checksum's tail with zeros in it; the layout's `checksum` says what goes there
+2. The holes may be filled by anybody, in any order.
+3. With `crc`, the last literal is the checksum's tail with zeros in it; the layout's `checksum` says what replaces it
    when the rest is in place.
 """
 
@@ -39,11 +39,11 @@ def layout(
         specs: the tensors. A dtype STR is text: shape (code points,), contents UTF-32.
         crc: leave room for the checksum tail, the last 17 bytes; see `crc_tail`.
         metadata: `{name: "Int4"}` marks int8 tensors that hold packed 4-bit numbers.
-        piece: most bytes of one value; MindSpore takes other ones as well.
-        budget: bytes of memory that a reader's table may take beyond the size of the file, as `ckpt.read_index` has it.
+        piece: most bytes of one value; MindSpore reads other lengths as well.
+        budget: bytes of memory that a reader's table may take beyond the size of the file, as in `ckpt.read_index`.
 
     Raises:
-        UsageError: a name stands twice or is too long, a dtype has no name in MindSpore, or the tensors are too many.
+        UsageError: a name occurs twice or is too long, a dtype has no name in MindSpore, or the tensors are too many.
     """
     notes = metadata or {}
     memory = 0

@@ -24,7 +24,7 @@ MAX_RANK = 32
 
 
 def countable(dtype: DType, shape: Shape) -> bool:
-    """Whether an array can have this shape: numpy counts bytes in 63 bits, and axes of no extent as one.
+    """Whether an array can have this shape: numpy counts bytes in 63 bits, taking axes without extent as 1.
 
     >>> from ms_ckpt_ext.core.geometry.array import DTYPES
     >>> countable(DTYPES["F32"], (0, 1 << 60)), countable(DTYPES["F32"], (0, 1 << 61))
@@ -55,7 +55,7 @@ class FileIndex(NamedTuple):
         mtime_ns: its modification time, to notice a source that changes under a run.
         tensors: name -> entry, in file order.
         metadata: the file's own notes (safetensors `__metadata__`); empty for formats that have none.
-        reader: what its bytes come through: "plain", or the container it is encrypted in ("AES-GCM", "chunked", …).
+        reader: how its bytes are read: "plain", or the container it is encrypted in ("AES-GCM", "chunked", …).
     """
 
     path: str
@@ -80,7 +80,7 @@ class Checksum(NamedTuple):
     Attributes:
         parts: what it covers, in order.
         offset: where the literal begins that holds it.
-        render: number -> that literal, of a constant length.
+        render: checksum -> that literal, of a constant length.
     """
 
     parts: tuple[Covered, ...]
@@ -89,7 +89,7 @@ class Checksum(NamedTuple):
 
 
 class FileLayout(NamedTuple):
-    """A file that is to be written, with every offset known: the framing as it is, and holes for the tensors.
+    """A file that is to be written, with every offset known: the finished framing, and holes for the tensors.
 
     Attributes:
         size: length of the whole file in bytes.

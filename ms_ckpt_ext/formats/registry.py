@@ -1,7 +1,7 @@
 """How files of any format are opened and laid out, plain or encrypted.
 
-The suffix says the format (`formats.table`), the first bytes say whether the file is encrypted. Above this module a
-file is its plaintext: tables of contents and reads have plaintext offsets, whatever lies on disk.
+The suffix gives the format (`formats.table`), and the first bytes tell whether the file is encrypted. Above this module
+a file is its plaintext: tables of contents and reads have plaintext offsets, whatever is on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CACHE_BYTES = 8 << 20
 """Memory of one open encrypted file for chunks that are read in part; MindSpore's AES-GCM needs a block, 64 MiB."""
 _MODES = (crypto.GCM, crypto.CBC, crypto.SM4, crypto.CHUNKED)
 AUTHENTICATED = frozenset((crypto.GCM, crypto.CHUNKED))
-"""Containers that notice every altered byte, when it is decrypted."""
+"""Containers that detect every altered byte when it is decrypted."""
 
 
 class _How(NamedTuple):
@@ -44,13 +44,13 @@ class Access(_How):
     """How files may be opened.
 
     Attributes:
-        key: the key of encrypted files; None when there is none. It shows in no repr.
+        key: the key of encrypted files; None when there is none. No repr shows it.
         mode: the container that is expected; None for any. "AES-GCM" also covers this package's chunked container,
             which is AES-GCM too.
-        crc_check: verify the checksum of every file that has one when its table of contents is read. Of MindSpore's
-            blocks in AES-GCM that is always done: nothing else ties blocks to their places.
-        optional: the key need not be used, for it comes from the environment. A key that the caller gave says that
-            the files are encrypted: a plain one in their place is refused, as MindSpore does.
+        crc_check: verify the checksum of every file that has one when its table of contents is read. For MindSpore's
+            AES-GCM blocks that is always done: nothing else ties blocks to their places.
+        optional: the key need not be used, for it comes from the environment. A key that the caller gave means that
+            the files are encrypted: a plain one in their place is refused, as by MindSpore.
 
     Raises:
         UsageError: no such mode.
@@ -78,7 +78,7 @@ def open_reader(path: str, access: Access = PLAIN) -> ByteReader:
     """The plaintext of a checkpoint file; costs a plain file one read of 8 bytes.
 
     Raises:
-        DecryptionError: encrypted and no key, in another mode, or by another key; plain where a key was given.
+        DecryptionError: encrypted and no key, in another mode, or with another key; plain where a key was given.
         FormatError: an encrypted file whose headers are damaged, or a pointer that git-lfs left in place of the file.
         StorageError: the operating system refused.
     """
@@ -114,7 +114,7 @@ def _decrypted(base: PlainReader, access: Access) -> ByteReader:
 
 
 def reopen(index: FileIndex, access: Access) -> ByteReader:
-    """The plaintext of a file whose table of contents was read: a plain one is opened without looking again."""
+    """The plaintext of a file whose table of contents was read: a plain one's first bytes are not read again."""
     return PlainReader(index.path) if index.reader == "plain" else open_reader(index.path, access)
 
 
@@ -122,8 +122,8 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
     """Table of contents of one checkpoint file, by its suffix, with plaintext offsets.
 
     Raises:
-        UsageError: a suffix no reader knows.
-        ChecksumError: `access.crc_check`, or blocks of AES-GCM, and the contents are not what was written.
+        UsageError: a suffix that no reader knows.
+        ChecksumError: the contents are not what was written (with `access.crc_check`, or blocks of AES-GCM).
         FormatError, DecryptionError, StorageError: as the format's reader and `open_reader` say.
     """
     form = _form(path, "read")
@@ -134,7 +134,7 @@ def read_index(path: str, access: Access = PLAIN) -> FileIndex:
             from ms_ckpt_ext.formats.checksum import verify_stored
 
             if not verify_stored(reader, stored_checksum(index)):
-                log.warning("%r has no checksum, so crc_check can tell nothing about it", path)
+                log.warning("%r has no checksum, so crc_check cannot check it", path)
         return index
 
 
@@ -147,7 +147,7 @@ def index_through(reader: ByteReader, name: str) -> FileIndex:
 def _by_blocks(reader: ByteReader, form: Format) -> bool:
     """Whether only the checksum inside a file ties its blocks to their places, and there is one: it is always verified.
 
-    Most of an AES-GCM block file is decrypted for its table of contents anyway. In CBC it is not, nor is it authentic.
+    Most of an AES-GCM block file is decrypted for its table of contents anyway. A CBC file is not, nor is it authentic.
     """
     if not form.blocks or reader.traits.container != crypto.GCM or _module(form.reader).stored_crc(reader) is None:
         return False
@@ -167,9 +167,9 @@ def read_indexes(paths: Iterable[str], access: Access = PLAIN, workers: int = 8)
 
 
 def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool = False) -> FileLayout:
-    """Plan an output file of the format that its suffix says; with `crc`, with room for a checksum.
+    """Plan an output file in the format of its suffix; with `crc`, with room for a checksum.
 
-    Raises UsageError for a suffix no writer knows, or a tensor that the format cannot hold.
+    Raises UsageError for a suffix that no writer knows, or a tensor that the format cannot hold.
     """
     for spec in specs:
         try:
@@ -184,7 +184,7 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str],
 
 
 def in_files(specs: Sequence[TensorSpec], form: Format) -> list[list[TensorSpec]]:
-    """The tensors of a file in as few groups, in their order, as files of a format can list; one, unless very many."""
+    """The tensors, in their order, in as few groups as files of a format can list; one, unless they are very many."""
     if not form.listed:
         return [[*specs]]
     groups: list[list[TensorSpec]] = _module(form.writer).in_headers(specs)

@@ -4,10 +4,10 @@ The reader checks everything a header can get wrong before any content is used. 
 safetensors library does (dtype descending, then name), so a file written here is byte-identical to the library's.
 
 MindSpore's checksum is the entry `crc_num` of the metadata: the CRC-32, in decimal, of name and contents of every
-tensor, in the order of names (but see `checksum.Integer`). A writer leaves room for it and puts it in at the end.
+tensor, in the order of names (but see `checksum.Integer`). A writer leaves room for it and fills it in at the end.
 
 The format has no text, which a `.ckpt` may hold beside its tensors. Here text is a tensor of its code points, U32 with
-one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_ext.text`, names those that are text.
+one axis, the same bytes as in a `.ckpt`; a JSON list in the metadata, `ms_ckpt_ext.text`, lists those that are text.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
 _MEMBER_BYTES, _CHARACTER_BYTES = 1000, 12
-"""More than a tensor's member takes beside its name, and a character of its name, which a note may repeat."""
+"""Upper bounds: a tensor's member without its name, and a character of the name, which a note may repeat."""
 DEDUPLICATED = "remove_redundancy"
-"""MindSpore's metadata key: "True" when replicas were dropped, so that a slice lies in one of its ranks' files only."""
+"""MindSpore's metadata key: "True" when replicas were dropped, so a slice is in the file of only one of its ranks."""
 SHARDING_INFO = "DCP_SHARDING_INFO"
 """Metadata key of torch's distributed checkpoint, see `formats.discovery.torch_slices`."""
 NO_CRC = "0" * len(str(2**32 - 1))
-"""What stands at `CRC_NUM` until it is known."""
+"""The value of `CRC_NUM` until it is known."""
 TEXT_NOTE = "ms_ckpt_ext.text"
 _TEXT, _TEXT_AS = DTYPES["STR"], DTYPES["U32"]
 _ADVICE = "the file is damaged or was not completely written: restore it, or choose another checkpoint"
@@ -128,7 +128,7 @@ def _header_length(reader: ByteReader) -> int:
 
 
 class _Table:
-    """Entries of tensors, checked one by one; what many of them share is made and checked once."""
+    """Entries of tensors, checked one by one; what many of them have in common is made and checked once."""
 
     def __init__(self, base: int) -> None:
         self.tensors: dict[str, TensorEntry] = {}
@@ -153,7 +153,7 @@ class _Table:
 
 
 def _form(member: Member) -> tuple[DType, Shape, int]:
-    """Dtype, shape and number of bits of a tensor. Raises HeaderError for what no tensor is."""
+    """Dtype, shape and number of bits of a tensor. Raises HeaderError for what no tensor has."""
     name, shape = member.name, member.shape
     dtype = DTYPES.get(member.dtype)
     if dtype is None or dtype.name not in _WRITABLE:
@@ -179,7 +179,7 @@ def _texts(path: str, note: str, tensors: Mapping[str, TensorEntry]) -> list[str
     except (HeaderError, KeyError):
         fits = False
     if not fits:
-        raise FormatError(f"{path!r}: {TEXT_NOTE} in {METADATA} is no list of U32 tensors of one axis; {_ADVICE}")
+        raise FormatError(f"{path!r}: {TEXT_NOTE} in {METADATA} is not a list of U32 tensors of one axis; {_ADVICE}")
     return names
 
 
@@ -247,7 +247,7 @@ def layout(specs: Sequence[TensorSpec], metadata: Mapping[str, str], crc: bool =
 
 
 def in_headers(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    """The tensors in as few groups, in their order, as headers can list; one, unless they are very many."""
+    """The tensors, in their order, in as few groups as headers can list; one, unless they are very many."""
     if sum(_MEMBER_BYTES + _CHARACTER_BYTES * len(spec.name) for spec in specs) <= MAX_HEADER:
         return [list(specs)]
     groups: list[list[TensorSpec]] = []
@@ -263,7 +263,7 @@ def in_headers(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
 
 
 def _member_bytes(spec: TensorSpec) -> int:
-    """Most bytes that a tensor takes in a header, wherever in the file it comes to lie, with a note beside it."""
+    """Most bytes that a tensor takes in a header, wherever it lies in the file, with a note about it."""
     name = len(_json(spec.name).encode())
     return 2 * name + len(_member(spec._replace(name=""), 1 << 63, 1 << 63)) + len(',:"Int4",')
 
@@ -279,7 +279,7 @@ def _storable(spec: TensorSpec) -> TensorSpec:
 
 
 def _member(spec: TensorSpec, start: int, stop: int) -> str:
-    """As `_json` of the entry would be, without objects in between."""
+    """The same text as `_json` of the entry, without objects in between."""
     name, (_, dtype, shape) = json.encoder.encode_basestring(spec.name), spec
     return f'{name}:{{"dtype":"{dtype.name}","shape":[{_numbers(shape)}],"data_offsets":[{start},{stop}]}}'
 

@@ -2,12 +2,12 @@
 
     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …, "__metadata__": {"key": "value", …}}
 
-A header may be 100,000,000 bytes long and list a million tensors. Parsed at once it becomes objects of ten times its
-size, and of far more if it is meant to; here one member is parsed at a time.
+A header may be 100,000,000 bytes long and list a million tensors. Parsed at once, it becomes objects of ten times its
+size, and a hostile one of far more; here one member is parsed at a time.
 
 1. A member that is written as every writer does is one match of a regular expression.
-2. Of any other (more keys, another order, escapes) the end is found by its quotes and braces, then it is parsed alone.
-3. Whatever is no table of tensors is refused at its first member that is none.
+2. For any other (more keys, another order, escapes) the end is found by quotes and braces, then it is parsed alone.
+3. What is not a table of tensors is refused at the first member that is not a tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TEXT, _NUMBER = rb'"([^"\\\x00-\x1f]*)"', rb"(0|[1-9][0-9]{0,19})"
 
 
 def _grammar(pattern: bytes) -> re.Pattern[bytes]:
-    """A pattern in which a blank stands for any blanks of JSON, `T` for a text without escapes, `N` for a number."""
+    """A pattern in which a blank means JSON's white space, `T` a text without escapes, `N` a number."""
     return re.compile(pattern.replace(b" ", _SPACE).replace(b"T", _TEXT).replace(b"N", _NUMBER))
 
 
@@ -40,11 +40,11 @@ _FORM = "dtype, shape and data_offsets"
 
 
 class HeaderError(Exception):
-    """What is wrong with a header, in words that go after the name of the file."""
+    """What is wrong with a header; the message goes after the name of the file."""
 
 
 class Member(NamedTuple):
-    """A tensor as the header has it; nothing is checked but that shape and offsets are whole numbers."""
+    """A tensor as in the header; only that shape and offsets are whole numbers is checked."""
 
     name: str
     dtype: str
@@ -54,10 +54,10 @@ class Member(NamedTuple):
 
 
 def read_header(raw: bytearray, take: Callable[[Member], None], most: int = MAX_NOTES) -> dict[str, str]:
-    """Give every tensor of a header to `take`, in its order, and return the metadata, which are `most` entries.
+    """Give every tensor of a header to `take`, in its order, and return the metadata, at most `most` entries.
 
     Raises:
-        HeaderError: it is no header.
+        HeaderError: it is not a valid header.
     """
     notes: Optional[dict[str, str]] = None
     shapes: dict[bytes, tuple[int, ...]] = {}
@@ -85,7 +85,7 @@ def read_header(raw: bytearray, take: Callable[[Member], None], most: int = MAX_
 
 
 def _first(raw: bytearray, at: int) -> tuple[bytes, int]:
-    """As `_mark`, of what stands at the beginning of an object."""
+    """As `_mark`, at the beginning of an object: a comma means that a member follows."""
     empty = _EMPTY.match(raw, at)
     return (b",", at) if empty is None else (b"}", empty.end())
 
@@ -116,7 +116,7 @@ def _numbers(listed: bytes, at: int) -> tuple[int, ...]:
 
 
 def _other(raw: bytearray, at: int, name: str, take: Callable[[Member], None]) -> int:
-    """A member that is not in the usual form, from its value on."""
+    """Take a member that is not in the usual form; returns where its value has ended."""
     if raw[at : at + 1] != b"{":
         raise _no_entry(name, "it is no object")
     end = _object_end(raw, at)
@@ -134,7 +134,7 @@ def _other(raw: bytearray, at: int, name: str, take: Callable[[Member], None]) -
 
 
 def _notes(raw: bytearray, at: int, most: int) -> tuple[dict[str, str], int]:
-    """The metadata, from their value on, and where that has ended; null is none."""
+    """The metadata, whose value begins there, and where that has ended; null means none."""
     notes: dict[str, str] = {}
     values: dict[str, str] = {}
     null = _NULL.match(raw, at)
@@ -232,7 +232,7 @@ def _decoded(text: bytes, at: int) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs) if pairs else {}  # an empty dict() takes four times as much in Python 3.9
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return found
 
 

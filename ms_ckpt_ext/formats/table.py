@@ -1,9 +1,9 @@
-"""The formats of checkpoint files, a row for each, and what a file is: decided here and nowhere else.
+"""The formats of checkpoint files, a row for each, and what kind a file is: decided here and nowhere else.
 
-A file's suffix names its format. `.ckpt` is the suffix of checkpoints, of strategy files, and of whatever other
-programs call so; the first bytes tell them apart. `.json` may be a strategy. A safetensors file has a suffix of its own
+A file's suffix names its format. `.ckpt` is the suffix of checkpoints, of strategy files, and of files of other
+programs; the first bytes tell them apart. `.json` may be a strategy. A safetensors file has a suffix of its own
 and is never taken for anything else: its first byte, the low one of its header's length, may be that of any format.
-Under any name, what git leaves in place of a large file that was not fetched is told by its text.
+Under any name, what git leaves in place of a large file that was not fetched is recognised by its text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Format(NamedTuple):
     Attributes:
         name: what arguments call it; a file's suffix without the dot.
         reader, writer: modules of `ms_ckpt_ext.formats`, imported when there is a file to read or to write. The reader
-            has `read_index` and `stored_checksum`, the writer `layout`, as `formats.safetensors` has them.
+            has `read_index` and `stored_checksum`, the writer `layout`, as in `formats.safetensors`.
         mixed: files of other kinds have the suffix, too.
         blocks: it may be encrypted in MindSpore's blocks, and the reader has `stored_crc`; others take the chunked
             container only.
-        by_name: MindSpore lists a file's parameters by name; else as they lie in the file.
-        listed: a header lists the tensors, as many as fit; the writer has `in_headers`.
+        by_name: MindSpore lists a file's parameters in the order of names; else in that of the file.
+        listed: a header of limited length lists the tensors; the writer has `in_headers`.
         hub: Hugging Face's libraries read it.
     """
 
@@ -41,21 +41,21 @@ class Format(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """How names of its files end."""
+        """The end of its files' names, with the dot."""
         return f".{self.name}"
 
 
 SAFETENSORS = Format("safetensors", "safetensors", "safetensors", by_name=True, listed=True, hub=True)
 CKPT = Format("ckpt", "ckpt", "ckpt_writer", mixed=True, blocks=True)
 FORMATS = {each.name: each for each in (SAFETENSORS, CKPT)}
-"""By name; the first is the one that is written where nobody says which."""
+"""By name; the first is written by default."""
 SUFFIXES = tuple(each.suffix for each in FORMATS.values())
 STRATEGY_SUFFIXES = (CKPT.suffix, ".json")
 
 CHECKPOINT, STRATEGY, FOREIGN = "checkpoint", "strategy", "foreign"
 """FOREIGN: certainly neither a checkpoint nor a strategy that this package knows."""
 HEAD_BYTES = 16
-"""How much of a `.ckpt` is looked at."""
+"""How many first bytes of a `.ckpt` are looked at."""
 _JSON_BYTES, _POINTER_BYTES = 1 << 20, 1024
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _CURRENT_STAGE = b"\x08"
@@ -73,7 +73,7 @@ MINDFORMERS_FILE = re.compile(r"(?:^|-)(model|opt)-(\d{7,})-(\d{7,})\.safetensor
 
 
 def format_of(path: str) -> Optional[Format]:
-    """The format that a file's suffix names; None for no known one."""
+    """The format that a file's suffix names; None for an unknown one."""
     return FORMATS.get(os.path.splitext(path)[1][1:])
 
 
@@ -83,7 +83,7 @@ def is_mindformers(name: str) -> bool:
 
 
 def kind_of(path: str) -> str:
-    """What a file called `.ckpt`, `.safetensors` or `.json` is. What is no regular file is not opened: a pipe blocks.
+    """The kind of a `.ckpt`, `.safetensors` or `.json` file. Only regular files are opened: a pipe would block.
 
     Raises:
         StorageError: it cannot be read.
@@ -98,7 +98,7 @@ def kind_of(path: str) -> str:
 
 
 def is_strategy(head: bytes) -> bool:
-    """Whether a `.ckpt` that begins so is a strategy: MindSpore's protobuf or, which it takes under this name, JSON.
+    """Whether a `.ckpt` with this head is a strategy: MindSpore's protobuf or, which it takes under this name, JSON.
 
     >>> is_strategy(bytes.fromhex("0802120a")), is_strategy(bytes.fromhex("0a140a01")), is_strategy(b"")
     (True, False, False)
@@ -107,14 +107,14 @@ def is_strategy(head: bytes) -> bool:
 
 
 def what_else(head: bytes) -> Optional[str]:
-    """What a `.ckpt` that begins so is, where it is certainly none of MindSpore's; None where nothing says so."""
+    """What a `.ckpt` with this head is, where it is certainly none of MindSpore's; None where that is not certain."""
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32:
         return "a safetensors file, and should be called so"
     return next((what for magic, what in _MAGICS if head.startswith(magic)), None)
 
 
 def pointer_fault(path: str, head: bytes) -> Optional[str]:
-    """That a file is only git-lfs' pointer to its contents, and what helps; None when it is not. `head` has 8 bytes."""
+    """The message for a file that is only git-lfs' pointer to its contents; None for another. `head` has 8 bytes."""
     if head[:8] != _POINTER[:8]:
         return None
     text = _head(path, _POINTER_BYTES)

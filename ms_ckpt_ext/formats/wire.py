@@ -7,7 +7,7 @@ A message is a run of fields. A field begins with a varint key, `number << 3 | w
     wire type 2   a varint length and that many bytes: text, bytes, a message, packed numbers
     wire type 5   four bytes
 
-`Cursor` reads such things through small buffered reads; `fields` lists one message without entering the contents of
+`Cursor` reads these through small buffered reads; `fields` lists one message without entering the contents of
 its length-delimited fields, so a gigabyte of tensor costs the few bytes of its key and length.
 Source of the rules: https://protobuf.dev/programming-guides/encoding/
 """
@@ -21,7 +21,7 @@ from ms_ckpt_ext.errors import FormatError, TruncatedFileError
 from ms_ckpt_ext.storage.reader import ByteReader
 
 WINDOW = 4096
-"""Bytes of one buffered read: a page, the least an operating system fetches; a tensor's framing is mostly below 200."""
+"""Bytes of one buffered read: a page, the least a system fetches; framing of a tensor is mostly below 200."""
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _FIXED_WIDTH = {FIXED64: 8, FIXED32: 4}
@@ -35,7 +35,7 @@ class Field(NamedTuple):
     Attributes:
         number: the field's number in its message.
         wire: its wire type.
-        offset: where its key stands in the file.
+        offset: where its key begins in the file.
         value: the varint, or the first byte of the contents (a file offset) for every other wire type.
         stop: file offset just behind the field.
     """
@@ -64,7 +64,7 @@ class Cursor:
         start = self.pos
         if self._base <= start < self._top and start < end:
             byte = self._data[start - self._base]
-            if byte < 0x80:  # one byte at hand: by far the commonest case
+            if byte < 0x80:  # one byte at hand: by far the most common case
                 self.pos = start + 1
                 return byte
         value, shift, byte = 0, 0, 0x80
@@ -101,7 +101,7 @@ class Cursor:
         return self._data[pos - self._base]
 
     def _fill(self, need: int) -> None:
-        """Read the window anew from the cursor on; `need` bytes are known to exist."""
+        """Refill the window from the cursor on; `need` bytes are known to exist."""
         length = min(max(need, self._window), self.size - self.pos)
         data = bytearray(length)
         self._reader.read_into(self.pos, memoryview(data))

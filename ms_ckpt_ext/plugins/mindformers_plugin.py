@@ -1,4 +1,4 @@
-"""MindFormers loads checkpoints through this package, asked for in its YAML alone.
+"""MindFormers loads checkpoints through this package when its YAML asks for it.
 
     export REGISTER_PATH="$(python -m ms_ckpt_ext.plugins)"
 
@@ -7,7 +7,7 @@
         auto_register: mindformers_plugin.Resharding
         mode: auto
 
-MindFormers copies this file and imports the copy, so it says everything in absolute terms. The entry is a callback
+MindFormers copies this file and imports the copy, so its imports are absolute. The entry is a callback
 because MindFormers makes its callbacks before it loads a checkpoint; during training it does nothing.
 """
 
@@ -23,14 +23,14 @@ from ms_ckpt_ext.bridge.mindformers.options import Options
 
 
 class Resharding(Callback):
-    """Puts the loaders in place when it is made.
+    """Installs this package's loaders when it is constructed.
 
     Args:
         mode: "direct", "cooperative" or "auto", as in `ms_ckpt_ext.load_distributed_checkpoint`.
         verify: "none" or "replicas".
         bucket_bytes: staging memory of a rank for one round of a cooperative load; None for what fits.
         workers: reading threads of a rank.
-        hardware: profile of the machine, by name or path of a file; "" for the one that fits.
+        hardware: profile of the machine, a name or the path of a file; "" for the one that fits.
     """
 
     def __init__(

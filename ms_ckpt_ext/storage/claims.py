@@ -1,12 +1,12 @@
-"""The right to write files: of two runs that would write one, one does, and the other is told.
+"""The right to write files: of two runs that would write the same file, one does and the other is refused.
 
-1. A task enters the hidden folder of its target, of those above and of the folders that it writes into, as far as there
-   are any, from the top down: so of two that meet somewhere, one comes first.
+1. A task enters the hidden folders of its target, of the folders above it and of those that it writes into, where they
+   exist, from the top down: so of two tasks that meet somewhere, one comes first.
 2. What others had begun to publish there is finished (`storage.publishing`).
 3. It locks a file of its own in its job's folder, looks at what others claim whose locks are held, and claims the names
-   that it is going to write. It is refused where one of them is another's, and where this very job is run by tasks that
-   share it out among another number, and would meet in the same files.
-4. What a job left unfinished that nobody runs, and which would write the same files here, is removed.
+   that it is going to write. It is refused where another run claims one of them, and where this very job is run by
+   tasks that divide it into a different number of parts, and would write the same files.
+4. What is left of an unfinished job that nobody runs, and that would write the same files here, is removed.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ms_ckpt_ext.storage.publishing import places_of
 from ms_ckpt_ext.storage.reader import from_json
 
 NOTE, PARTIAL = ".note", ".partial"
-"""Ends of names of what belongs to a file of a job, or is one that is not complete."""
+"""Endings of the names of files that belong to a file of a job, or are not complete yet."""
 _NOT_FINISHED = (NOTE, PARTIAL, locks.SUFFIX)
 _TASK = re.compile(r"^task-\d+(-of-\d+)\.lock$")
 
 
 class _Place(NamedTuple):
-    """Where a job may run that writes some of the same files.
+    """A folder into which another job may write some of the same files.
 
     Attributes:
         hidden: its hidden folder.
-        above, below: where its target is, seen from this one's: names begin with `above` there, or here with `below`.
+        above, below: where its target lies, seen from this one: names begin with `above` there, or with `below` here.
     """
 
     hidden: HiddenFolder
@@ -49,11 +49,11 @@ class _Place(NamedTuple):
     below: str = ""
 
     def here(self, names: Collection[str]) -> set[str]:
-        """Names of files there, as they are called here, as far as they may be here."""
+        """Names of files there, as they are called here; without those that cannot lie here."""
         return {self.below + name[len(self.above) :] for name in names if name.startswith(self.above)}
 
     def meets(self, mine: Set[str], theirs: Collection[str]) -> set[str]:
-        """Names of files here that are meant by both."""
+        """Names here of the files that both write."""
         return self.here(theirs) & mine
 
 
@@ -64,8 +64,8 @@ class Claim:
         hidden: the hidden folder of the target.
         job: the job.
         task: the part of it that this process does.
-        sync: the names of folders that are made for the target are durable.
-        ledger: what is finished for others is put on record there.
+        sync: whether the names of folders that are made for the target are made durable.
+        ledger: where files are put on record whose publishing is finished for others.
     """
 
     def __init__(self, hidden: HiddenFolder, job: str, task: str, sync: bool, ledger: publishing.Ledger) -> None:
@@ -78,10 +78,10 @@ class Claim:
     def take(self, written: Collection[str], shunned: Collection[str] = ()) -> None:
         """Claim files that are going to be written, and others that nobody else may write meanwhile.
 
-        By names relative to the target. The job's folder is there then.
+        Names are relative to the target. Afterwards the job's folder exists.
 
         Raises:
-            StorageError: another run writes one of them, or no file can have such a name; or there are no locks there.
+            StorageError: another run writes one of them, or no file can have such a name; or there are no locks.
         """
         above = (self._target, *self._target.parents)
         self._made = [path for path in above if not os.path.lexists(path)]
@@ -101,7 +101,7 @@ class Claim:
             raise
 
     def _take(self, names: Set[str]) -> bool:
-        """Claim files. False: a hidden folder has come up that was not entered. Raises OSError, StorageError."""
+        """Claim files. False: a hidden folder has appeared that was not entered. Raises OSError, StorageError."""
         places = self._around(names)
         with contextlib.ExitStack() as entered:
             there = []
@@ -122,7 +122,7 @@ class Claim:
         return not any(hidden.is_there and hidden.target not in seen for hidden in others)
 
     def _around(self, names: Collection[str]) -> list[_Place]:
-        """The target, the folders above it, and those in it that the names are in: each once, from the top down."""
+        """The target, the folders above it, and those in it that hold the names: each once, from the top down."""
         inner = {above.as_posix() for name in names for above in PurePosixPath(name).parents} - {"."}
         above = ((HiddenFolder(Path(folder)), begins) for folder, begins in places_of(str(self._target)) if begins)
         below = ((HiddenFolder(self._target / folder), f"{folder}/") for folder in inner)
@@ -158,7 +158,7 @@ class Claim:
         return f"{self._task}{locks.SUFFIX}"
 
     def _look(self, places: Collection[_Place], names: Set[str]) -> None:
-        """Refuse what another run claims, and remove here what nobody runs and would write the same."""
+        """Refuse names that another run claims; remove jobs here that nobody runs and that would write the same."""
         left = []
         for place in places:
             here = place.hidden is self._hidden
@@ -171,12 +171,12 @@ class Claim:
                     raise _busy(place.hidden.target, f"both write {min(both)!r}{more}")
                 left += [folder] if here else []
         if any(map(self._is_another_split, locks.held(self._folder, self._own_lock))):
-            raise _busy(self._target, "it shares out this very job among another number of tasks")
+            raise _busy(self._target, "it divides this very job among another number of tasks")
         for folder in left:
             self._drop(folder)
 
     def _is_another_split(self, lock: str) -> bool:
-        """Whether a lock is that of a task that shares the work among another number than this one."""
+        """Whether a lock belongs to a task that divides the work into a different number of parts than this one."""
         task = _TASK.match(lock)
         return task is not None and not self._task.endswith(task[1])
 
@@ -194,25 +194,25 @@ class Claim:
         if finished:
             log.warning(
                 "the job into %s drops %d finished files of another that was not completed there: its source, layouts "
-                "or options were others (or it did not sync, and the machine was started anew), so they do not fit",
+                "or options were different (or it did not sync, and the machine was restarted), so they do not fit",
                 self._target,
                 finished,
             )
 
     def _write(self, names: Collection[str]) -> None:
-        """Claim the names. A line that a killed process left half written stays one."""
+        """Claim the names in a new line, even after one that a killed process left half written."""
         line = json.dumps({"job": self._job, "names": sorted(names)})
         with open(locks.open_lock(self._hidden.claims), "wb") as file:
             file.seek(0, os.SEEK_END)
             file.write(f"\n{line}\n".encode())
 
     def seen(self) -> set[str]:
-        """Tasks of this job that have begun here, whatever became of them, as far as the job is unfinished."""
+        """Tasks of this job that have begun here, whatever became of them, while the job is unfinished."""
         locked = (path.name for path in self._folder.glob(f"*{locks.SUFFIX}"))
         return {name[: -len(locks.SUFFIX)] for name in locked}
 
     def _leave(self) -> None:
-        """Go away without a trace, but for finished files of an earlier run."""
+        """Leave no trace, except finished files of an earlier run."""
         try:
             with contextlib.suppress(OSError):
                 self.drop_if_empty()
@@ -220,7 +220,7 @@ class Claim:
             self.release()
 
     def drop_if_empty(self) -> None:
-        """Remove the folder unless there are files or another task runs; and a target made for it. Raises OSError."""
+        """Remove the folder, unless it has files or another task runs, and a target made for it. Raises OSError."""
         try:
             besides = "" if self._lock is None else self._own_lock
             with self._hidden.entered():
@@ -232,17 +232,17 @@ class Claim:
                     made.rmdir()
 
     def release(self) -> None:
-        """Let go of the lock."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
-    """Job -> what its tasks claimed, in the order in which they did. A line that was cut short counts for nothing."""
+    """Job -> the names its tasks claimed; jobs in the order of their claims. A line that was cut short is ignored."""
     try:
         lines = read_small(hidden.claims).splitlines()
-    except (FileNotFoundError, PermissionError):  # or it is another user's, above
+    except (FileNotFoundError, PermissionError):  # a folder above may be another user's
         return {}
     found: dict[str, set[str]] = {}
     for line in filter(None, lines):
@@ -253,7 +253,7 @@ def _claims(hidden: HiddenFolder) -> dict[str, set[str]]:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What runs left in a job's folder, besides locks. Raises StorageError."""
+    """Files that runs left in a job's folder, besides locks. Raises StorageError."""
     walk = os.walk(folder, onerror=lambda error: require_absence(error, folder, "list"))
     walked = ((Path(inside), name) for inside, _, names in walk for name in names)
     return [inside / name for inside, name in walked if not name.endswith(locks.SUFFIX)]

@@ -1,11 +1,11 @@
 """A sink that digests every tensor while its bytes pass through.
 
-A digest takes a tensor's bytes in order, workers bring them in any. A piece whose turn it is goes into the digest from
-the worker's buffer; one that comes too early is noted, and read back (from the page cache, decrypted where the file is
-encrypted) when its turn has come, by whoever closed the gap. So every byte is digested when the last write returns, and
-no worker waits for another. The framing, all that is no tensor's, is one more stream: of many short pieces, which are
-kept when they come too early. What a file needs in memory for all this begins with its first byte and ends with its
-digests: a job may have thousands of files open.
+A digest takes a tensor's bytes in order; workers bring them in any order. A piece whose turn it is goes into the digest
+from the worker's buffer; one that comes too early is noted, and read back (from the page cache, decrypted where the
+file is encrypted) when its turn has come, by the worker that closed the gap. So every byte is digested when the last
+write returns, and no worker waits for another. The framing, all bytes that belong to no tensor, is one more stream: of
+many short pieces, which are kept when they come too early. The memory that a file needs for all this is taken with its
+first byte and released with its digests: a job may have thousands of files open.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ms_ckpt_ext.storage.sink import FileLike
 
 _BUFFER = 1 << 20  # stays in a core's cache between read and digest
 KEPT = 4 << 10
-"""Most bytes of a piece of framing that is kept rather than read back."""
+"""Longest piece of framing, in bytes, that is kept rather than read back."""
 
 Streams = Mapping[Optional[str], Iterable[Extent]]
 """What is digested: a tensor's name, or None for the framing -> where its bytes lie, one extent after another."""
 
 
 def streams_of(tensors: Mapping[str, Sequence[Extent]], size: int) -> Streams:
-    """The streams of a file of `size` bytes with these tensors: each of them, and all that is between them."""
+    """The streams of a file of `size` bytes with these tensors: each of them, and all that lies between them."""
     between, at = [], 0
     for offset, length in (*sorted(extent for extents in tensors.values() for extent in extents), (size, 0)):
         if offset > at:
@@ -47,7 +47,7 @@ class DigestingSink:
 
     Args:
         sink: takes the bytes.
-        streams: tells what is digested, when the first bytes come.
+        streams: called when the first bytes come; returns what is digested.
         literals: framing that the sink has by itself.
     """
 
@@ -66,7 +66,7 @@ class DigestingSink:
         self.landed(offset, buffer)
 
     def landed(self, offset: int, buffer: memoryview) -> None:
-        """Digest bytes that reached `offset` in another way."""
+        """Digest bytes that reached `offset` other than by `write`."""
         self._begin()
         at, stop = max(0, bisect_right(self._starts, offset) - 1), offset + len(buffer)
         while at < len(self._parts) and self._parts[at].start < stop:
@@ -79,7 +79,7 @@ class DigestingSink:
     def digests(self) -> dict[Optional[str], str]:
         """Name (None: framing) -> 32 hexadecimal digits of the xxh3-128 of its bytes.
 
-        Once, after the last write returned.
+        To be called once, after the last write has returned.
         """
         self._begin()
         streams, self._streams, self._parts, self._starts = self._streams, {}, [], []
@@ -106,7 +106,7 @@ class DigestingSink:
         self._sink.finish()
 
     def close(self) -> None:
-        """Close without a promise."""
+        """Close without making anything durable."""
         self._sink.close()
 
 
@@ -132,14 +132,14 @@ class Readable(Protocol):
 
 
 class DigestStream:
-    """A digest under way, of bytes that lie in `extents`; pieces of at most `kept` bytes are kept, not read back."""
+    """A digest in progress of the bytes in `extents`; early pieces of at most `kept` bytes are kept, not read back."""
 
     __slots__ = ("_busy", "_early", "_extents", "_found", "_kept", "_lock", "_next", "_sink", "_state", "_total")
 
     def __init__(self, extents: tuple[Extent, ...], sink: Readable, lock: threading.Lock, kept: int) -> None:
         self._extents, self._sink, self._lock, self._kept = extents, sink, lock, kept
         self._total, self._next = sum([extent.length for extent in extents]), 0
-        self._state: Any = None  # only while there are digests to make
+        self._state: Any = None  # only while bytes are still to come
         # Pieces whose turn has not come: position -> length and, of one that is kept, the bytes.
         self._early: Optional[dict[int, tuple[int, Optional[bytes]]]] = None
         self._busy = False
@@ -155,7 +155,7 @@ class DigestStream:
 
     def take(self, position: int, buffer: memoryview) -> None:
         """Digest a piece, and those that waited for it; or note it for whoever fills the gap before it."""
-        if len(buffer) == self._total:  # nobody else has a piece
+        if len(buffer) == self._total:  # it is the only piece
             self._next, self._found = self._total, xxhash.xxh3_128_hexdigest(buffer)
             return
         with self._lock:
@@ -180,7 +180,7 @@ class DigestStream:
                 self._catch_up(length)
 
     def _catch_up(self, length: int) -> None:
-        """Digest bytes that were written before; of an encrypted file, whole units."""
+        """Digest bytes that were written before; of an encrypted file, in whole units."""
         step = max(_BUFFER, self._sink.unit)
         scratch = linux.scratch(min(step, length))
         for offset, count in ranges(self._extents, self._next, length):
@@ -197,6 +197,6 @@ class DigestStream:
         return self._next == self._total
 
     def digest(self) -> str:
-        """32 hexadecimal digits; once it is complete."""
+        """32 hexadecimal digits; only when it is complete."""
         assert self.complete
         return self._found or xxhash.xxh3_128_hexdigest(b"")

@@ -1,5 +1,5 @@
-"""What Python's `os` lacks: small files that are read or replaced whole, and names that survive a power cut and that
-fit; calls of Linux, with a harmless answer where the system refuses them; scratch memory.
+"""What Python's `os` lacks: small files read or replaced whole, temporary names that fit, and names made durable;
+calls of Linux, with a harmless answer where the system refuses them; scratch memory.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from typing import Any, Optional, Union
 from ms_ckpt_ext.errors import naming, storage_error
 
 _LONGEST = 120
-"""Bytes of a temporary name. File systems take 255, encrypted ones 143; what a result is called may be as long."""
+"""Most bytes of a temporary name. File systems take 255, encrypted ones 143; the name of a result may be as long."""
 _KEPT = 72
-"""Bytes that are kept of a name that is too long for a temporary one: people are to recognise it."""
+"""Bytes that are kept of a name that is too long for a temporary one, so that people recognise it."""
 PAGE = 4096
 MOST_BYTES = 1 << 31
-"""Of a file that is read whole: what protobuf takes of a strategy, more than indexes of millions of tensors have."""
+"""Most bytes of a file read whole: protobuf's limit for a strategy; indexes of millions of tensors are shorter."""
 _PIECE = 1 << 16
 _APART = 64
-"""Bytes by which source and target of a copy must not follow each other within their pages, unless they are level.
+"""The target of a copy should lie as far into its page as the source into its own, or at least these bytes further.
 
 AMD's processors from Zen 3 on copy (`rep movsb`, which the kernel uses) at a quarter of their speed to a place that
 lies 1 to 31 bytes further into its page than the source into its own. Offsets in files are often multiples of a page,
-and what `malloc` gives for a long buffer begins 16 bytes after one: just there.
+and a long buffer from `malloc` begins 16 bytes after one: in that very range.
 """
 _START_WRITEBACK = 2  # SYNC_FILE_RANGE_WRITE
 _ABSENT = {
@@ -47,7 +47,7 @@ _COPY_BY_THEMSELVES = {0x6969, 0xFF534D42, 0xFE534D42, 0x00C36400, 0x65735546}
 
 
 def require_absence(error: OSError, path: Union[str, Path], action: str = "look at") -> None:
-    """Return where an error tells that a file is absent, another user's, or none of ours; else raise StorageError."""
+    """Return if an error means that a file is absent, another user's, or not one of ours; else raise StorageError."""
     if error.errno not in _ABSENT:
         raise storage_error(action, str(path), error) from error
 
@@ -62,13 +62,13 @@ def status_of(path: Union[str, Path]) -> Optional[os.stat_result]:
 
 
 def is_folder(path: Union[str, Path]) -> bool:
-    """Whether there is such a folder. Raises StorageError, where `os.path.isdir` takes every error for an answer."""
+    """Whether there is such a folder. Raises StorageError; `os.path.isdir` would return False for every error."""
     status = status_of(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def derived(path: Path, ending: str) -> Path:
-    """A temporary name beside a file: its own with an ending, or where that is long, its beginning and a digest of it.
+    """A temporary name beside a file: its own with an ending or, where that is too long, its beginning and a digest.
 
     >>> derived(Path("out/part0.safetensors"), ".partial").name
     'part0.safetensors.partial'
@@ -99,15 +99,15 @@ def is_below(name: str) -> bool:
 def read_small(path: Union[str, Path], pipe: bool = False, most: int = MOST_BYTES) -> bytes:
     """The contents of a small file: an index, a note, a strategy, a configuration.
 
-    What is meant to hurt cannot stop a job here: a pipe would wait for a writer for ever, a device has no end, and a
-    file with holes may be longer than memory.
+    A hostile file cannot stop a job here: a pipe would wait for a writer for ever, a device has no end, and a file with
+    holes may be longer than memory.
 
     Args:
-        pipe: it may also be a pipe, such as a shell makes of `<(command)`, that somebody has opened to write into it.
-        most: bytes.
+        pipe: whether it may also be a pipe with a writer, such as a shell makes of `<(command)`.
+        most: most bytes that it may have.
 
     Raises:
-        OSError: it cannot be read, is no such file, or is too long.
+        OSError: it cannot be read, is another kind of file, or is too long.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -156,7 +156,7 @@ def write_atomically(path: Union[str, Path], contents: bytes, sync: bool = True)
 
 
 def sync_path(path: Path) -> None:
-    """Make durable what is in a file, or names that were given or taken away in a folder. Raises OSError."""
+    """Make the contents of a file durable, or the names that were added to or removed from a folder. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -197,20 +197,20 @@ def preallocate(fd: int, size: int) -> None:
 
 
 def can_scatter() -> bool:
-    """True where `scatter` works: its vectors are of 64-bit addresses."""
+    """True where `scatter` works: its vectors hold 64-bit addresses."""
     return ctypes.sizeof(ctypes.c_void_p) == 8 and hasattr(_libc(), "preadv")
 
 
 def scatter(fd: int, vector: array[int], offset: int) -> int:
     """Read once from `offset` into the places in `vector`: address and length in bytes of each, in turn.
 
-    `os.preadv` takes an object for every place, which takes Python longer to make than the kernel to fill.
+    `os.preadv` needs an object for every place, which takes longer to make than to fill the place.
 
     Args:
         vector: "Q" items, at most 2 * 1024; the memory at these addresses must stay where it is meanwhile.
 
     Returns:
-        Bytes read, which may be fewer than there is place for.
+        Bytes read, which may be fewer than there is room for.
 
     Raises:
         OSError: the read failed.
@@ -226,7 +226,7 @@ def scatter(fd: int, vector: array[int], offset: int) -> int:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the soft limit of open files (often 1,024) towards `count` more than usual, as far as the hard one lets."""
+    """Raise the soft limit of open files (often 1,024) so that `count` more fit, as far as the hard one lets."""
     try:
         import resource
     except ImportError:  # not a Unix system
@@ -239,7 +239,7 @@ def allow_open_files(count: int) -> None:
 
 
 def boot_id() -> bytes:
-    """Tells this boot of this machine from every other; where that cannot be told, every call from every other."""
+    """What identifies this boot of this machine; where the system has nothing, different bytes for every call."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             return file.read()
@@ -264,9 +264,9 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
 
 
 def scratch(nbytes: int) -> memoryview:
-    """Flat writable bytes, zero at first, that begin with a page; in huge pages, since page faults are expensive.
+    """Flat writable bytes, zero at first and page-aligned; in huge pages, since page faults are expensive.
 
-    Raises StorageError: there is not so much memory.
+    Raises StorageError: there is not enough memory.
     """
     if nbytes == 0:
         return memoryview(bytearray())
@@ -278,7 +278,7 @@ def scratch(nbytes: int) -> memoryview:
 
 
 def address_of(buffer: memoryview) -> int:
-    """Where writable bytes lie in memory; 0 when there are none. They lie there as long as `buffer` lives."""
+    """Where writable bytes lie in memory; 0 when there are none. They stay there while `buffer` lives."""
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
 
 
@@ -289,7 +289,7 @@ class Buffer:
         self._bytes = scratch(0)
 
     def take(self, nbytes: int, source: int = 0, target: int = 0) -> memoryview:
-        """`nbytes` that are filled from offset `source` of a file, and written to offset `target` of another.
+        """`nbytes` of memory, to be filled from offset `source` of a file and written to offset `target` of another.
 
         They begin where both copies are fast: as far into a page as the source does, or a little further.
         """

@@ -1,13 +1,13 @@
-"""Who may change what: locks, and the hidden folder of a target, where jobs prepare what they are to publish there.
+"""Who may change what: locks, and the hidden folder of a target, where jobs prepare what they publish there.
 
 A lock is held until its process ends, however it ends: `flock` on a file named `*.lock`. The folder is `.ms_ckpt_ext`:
 
-    .lock           held by who looks at what is in here, or changes it: for moments, in which things are published
-    claims          a line for every task that began: names that its job writes (`storage.claims`)
+    .lock           held by whoever reads or changes what is in here: briefly, while things are published
+    claims          a line for every task that began: the names that its job writes (`storage.claims`)
     JOB/            files of a job until they are published (`storage.staging`), and a lock of every task that runs
     JOB.journal     what a job has begun to publish (`storage.publishing`)
 
-It is there while jobs are, and as long as one is unfinished.
+It exists while jobs run, and as long as one is unfinished.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _JOURNAL = ".journal"
 
 
 def lock_of(path: Path) -> Path:
-    """The lock of those that change a file: hidden, beside it."""
+    """The lock that is held to change a file: hidden, beside it."""
     return path.with_name(f".{path.name}{SUFFIX}")
 
 
 def open_lock(path: Path) -> int:
-    """Open the file of a lock, made if need be: whoever may write into its folder may hold it. Raises OSError."""
+    """Open the file of a lock, creating it if needed: whoever may write into its folder may hold it. Raises OSError."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except PermissionError as error:
-        try:  # another user's, made by other means: on a local file system it can be held by who may read it
+        try:  # another user's, made by other means: on a local file system whoever may read it may hold it
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             raise error from None
@@ -53,7 +53,7 @@ def try_lock(descriptor: int, path: Path, shared: bool = False) -> bool:
 
     Args:
         path: what messages call it.
-        shared: only to see whether it is held; those who look do not keep each other out.
+        shared: only check whether it is held; several processes may check at once.
 
     Raises:
         StorageError: the file system has no locks.
@@ -62,10 +62,10 @@ def try_lock(descriptor: int, path: Path, shared: bool = False) -> bool:
 
 
 def wait_for_lock(path: Path) -> int:
-    """Hold a lock that is made for it, when nobody else does any more; gives the open file, see `let_go`.
+    """Wait until nobody else holds a lock, and hold it; made if needed. Returns the open file, for `let_go`.
 
     Raises:
-        OSError: its folder is not there, or nothing may be made in it.
+        OSError: its folder does not exist, or no file may be made in it.
         StorageError: the file system has no locks.
     """
     while True:
@@ -81,7 +81,7 @@ def wait_for_lock(path: Path) -> int:
 
 
 def let_go(descriptor: int, path: Path) -> None:
-    """Release what `wait_for_lock` gave, and remove the file; who waits for it makes another."""
+    """Release what `wait_for_lock` returned, and remove the file; whoever waits for it makes another."""
     try:
         with contextlib.suppress(OSError):  # it may stay
             path.unlink()
@@ -91,7 +91,7 @@ def let_go(descriptor: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold a lock of this name meanwhile. Raises as `wait_for_lock`."""
+    """Hold the lock at this path inside a `with` block. Raises as `wait_for_lock`."""
     descriptor = wait_for_lock(path)
     try:
         yield
@@ -125,7 +125,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def held(folder: Path, besides: str = "") -> Iterator[str]:
     """Names of the locks in a folder, other than `besides`, that somebody holds. Raises StorageError.
 
-    For who keeps others from taking them meanwhile: a lock that is looked at cannot be taken.
+    The caller keeps others from taking locks meanwhile: one that is being checked cannot be taken.
     """
     yield from (n for n in sorted(_names(folder)) if n.endswith(SUFFIX) and n != besides and _is_held(folder / n))
 
@@ -144,7 +144,7 @@ def _is_held(lock: Path) -> bool:
 
 
 class HiddenFolder:
-    """The hidden folder of `target`, which is entered by one at a time."""
+    """The hidden folder of `target`, which one process at a time may enter."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -157,16 +157,16 @@ class HiddenFolder:
         return self.path / job
 
     def journal(self, job: str) -> Path:
-        """The file of what a job has begun to publish."""
+        """The journal of what a job has begun to publish."""
         return self.path / (job + _JOURNAL)
 
     def journals(self) -> list[Path]:
-        """Those files of all jobs."""
+        """The journals of all jobs."""
         return [self.path / name for name in sorted(_names(self.path)) if name.endswith(_JOURNAL)]
 
     @property
     def is_there(self) -> bool:
-        """Whether there is such a folder. Raises StorageError."""
+        """Whether the folder exists. Raises StorageError."""
         return is_folder(self.path)
 
     @property
@@ -175,27 +175,27 @@ class HiddenFolder:
         return self._lock >= 0
 
     def enter(self) -> None:
-        """Wait until nobody else is in; made if need be. Raises OSError; StorageError: there are no locks here."""
+        """Enter when nobody else is in; made if needed. Raises OSError; StorageError: the file system has no locks."""
         while self._lock < 0:
             _make_like(self.path, self.target)
             try:
                 self._lock = wait_for_lock(self.path / SUFFIX)
-            except FileNotFoundError:  # who was in it has just removed it
+            except FileNotFoundError:  # whoever was in it has just removed it
                 continue
             except StorageError:
                 self._remove()
                 raise
 
     def enter_if_there(self) -> bool:
-        """Enter it, or one that cannot be entered, look at it; False when there is none."""
+        """Enter it, or only look at one that cannot be entered; False when there is none."""
         try:
             self._lock = wait_for_lock(self.path / SUFFIX)
-        except OSError:  # above, others may be at home
+        except OSError:  # a folder above may be another user's
             return self.is_there
         return True
 
     def leave(self) -> None:
-        """Let others in; the folder goes when nothing in it is unfinished."""
+        """Let others in; the folder is removed when nothing in it is unfinished."""
         if self._lock < 0:
             return
         lock, self._lock = self._lock, -1
@@ -217,7 +217,7 @@ class HiddenFolder:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Be in it meanwhile. Raises as `enter`."""
+        """Be in it inside a `with` block. Raises as `enter`."""
         self.enter()
         try:
             yield
@@ -226,7 +226,7 @@ class HiddenFolder:
 
 
 def _names(folder: Path) -> set[str]:
-    """What is in a folder; nothing, where there is none, or it is another user's, above. Raises StorageError."""
+    """The names in a folder; none where it does not exist or is another user's. Raises StorageError."""
     try:
         return set(os.listdir(folder))
     except OSError as error:
@@ -235,7 +235,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _make_like(folder: Path, above: Path) -> None:
-    """Make a folder in another, for everybody who may write into that. Raises OSError."""
+    """Make a folder in another, for everybody who may write into the other. Raises OSError."""
     for last in (*[False] * 1000, True):
         try:
             above.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,16 @@
 """A result appears in a target whole, and what appeared there is on record.
 
-1. When every file of a job is complete in its hidden folder, it notes in a journal all that is to be done: files to
+1. When every file of a job is complete in its hidden folder, the job notes in a journal what is to be done: files to
    move, files of an older result to remove, indexes to write, digests to put on record. From then on the result is the
    new one: if this process is killed, whoever enters the hidden folder next finishes what the journal says.
-2. Meanwhile loaders refuse the target: indexes are replaced by ones that lead to an empty file, the old result is taken
-   away, the files are moved, and the true indexes come last.
+2. Meanwhile loaders refuse the target: indexes are replaced by ones that lead to an empty file, the old result is
+   removed, the files are moved, and the true indexes come last.
 3. What is published in a folder is on record in it: `.ms_ckpt_ext.json`, a line for every file. A file that is as it
-   was published is this package's, and may be replaced by another result; and a job whose files all are has nothing to
-   do. Jobs into one folder share the record, each for its files, and change it one at a time (`storage.locks`). Names
+   was published is this package's, and may be replaced by another result; a job whose files all are has nothing to do.
+   Jobs into one folder share the record, each for its files, and change it one at a time (`storage.locks`). Names
    are relative to the folder, so a file may be on record there or in a folder further up.
-4. Of a job that does not sync, a journal is good until the machine is started anew. Then what was moved may have holes:
-   it is taken away. So is what was moved of a set of which a file was lost by other hands.
+4. The journal of a job that does not sync is good until the machine is restarted. After that, what was moved may have
+   holes, and is removed. So is what was moved of a set if somebody else has removed one of its files.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Published(NamedTuple):
     missing: Mapping[str, Collection[str]] = {}
 
     def is_as_published(self, name: str, state: Optional[State]) -> bool:
-        """Whether a file that is like this is on record so."""
+        """Whether a file is on record with this state."""
         return name in self.files and self.files[name].state == state
 
 
@@ -84,10 +84,10 @@ def state_of(path: Path) -> Optional[State]:
 
 
 def read_published(folder: Path) -> Published:
-    """What is on record in a folder; nothing, where no record is or it cannot be understood. Raises StorageError."""
+    """What is on record in a folder; nothing where there is no record, or a faulty one. Raises StorageError."""
     try:
         held: Any = from_json(read_small(folder / RECORD))
-        of_one_job = (held.get("job"), True)  # as records were when they were of one job each
+        of_one_job = (held.get("job"), True)  # for older records, which were of one job each
         entries = ((name, (*entry, *of_one_job)[:4]) for name, entry in held["files"].items())
         files = {name: Entry(State(size, mtime), job, bool(digested)) for name, (size, mtime, job, digested) in entries}
         missing = {job: [*map(str, names)] for job, names in held.get("missing", {}).items()}
@@ -104,7 +104,7 @@ def _is_sound(entry: Entry) -> bool:
 
 
 class Ledger(Protocol):
-    """Keeps digests of files, in a file of this name in their folder or one above. See `engine.integrity.manifest`."""
+    """Keeps digests of files, in `MANIFEST_NAME` in their folder or one above. See `engine.integrity.manifest`."""
 
     MANIFEST_NAME: str
 
@@ -125,7 +125,7 @@ class Journal(NamedTuple):
         gone: files of an older result.
         digests: file -> what the ledger is to keep of it.
         missing: files of the set that other shares are to publish.
-        boot: of the machine, where the files are not synced: they are worth nothing after the next.
+        boot: the machine's, where the files are not synced: after another boot they cannot be trusted.
     """
 
     job: str
@@ -138,7 +138,7 @@ class Journal(NamedTuple):
 
     @property
     def sync(self) -> bool:
-        """What is done is to be durable."""
+        """Whether what is done is made durable."""
         return self.boot is None
 
     @property
@@ -158,12 +158,12 @@ def obstacles(indexes: Iterable[str]) -> set[str]:
 
 
 def this_boot() -> str:
-    """Tells this boot of the machine from others."""
+    """What identifies this boot of the machine."""
     return boot_id().hex()
 
 
 def publish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
-    """Publish the files of a job. For who has entered the hidden folder. Raises OSError, StorageError."""
+    """Publish the files of a job. The caller has entered the hidden folder. Raises OSError, StorageError."""
     write_atomically(hidden.journal(journal.job), json.dumps(journal._asdict()).encode(), journal.sync)
     if journal.sync:
         folders = {(hidden.job(journal.job) / name).parent for name in journal.files}
@@ -173,10 +173,10 @@ def publish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
 
 
 def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collection[str]], Collection[str]]) -> None:
-    """Finish what was interrupted: for who has entered the hidden folder.
+    """Finish what was interrupted. The caller has entered the hidden folder, where that is possible.
 
     Args:
-        needed: names -> those that must not be left as they are, so that it is an error when they cannot be finished.
+        needed: names -> those of them that must be finished, so that it is an error when they cannot be.
 
     Raises:
         StorageError: such files cannot be finished.
@@ -202,7 +202,7 @@ def finish_all(hidden: HiddenFolder, ledger: Ledger, needed: Callable[[Collectio
 
 
 def read_journal(path: Path) -> Optional[Journal]:
-    """A journal from its file; None when it is none. Raises StorageError: it cannot be read."""
+    """A journal from its file; None when it is not a valid one. Raises StorageError: it cannot be read."""
     try:
         held: dict[str, Any] = from_json(read_small(path))
         found = Journal(**{**held, "files": {name: State(*state) for name, state in held["files"].items()}})
@@ -239,13 +239,13 @@ def _finish(hidden: HiddenFolder, journal: Journal, ledger: Ledger) -> None:
 
 
 def _is_done(target: Path, journal: Journal) -> bool:
-    """Whether all is on record, which comes last. What has changed since is not this job's business."""
+    """Whether all is on record, which is the last step. What has changed since is not this job's business."""
     known = read_published(target).files
     return all(name in known and known[name][:2] == (state, journal.job) for name, state in journal.files.items())
 
 
 def _take_away(target: Path, journal: Journal) -> None:
-    """Remove what was moved; an older result that is still there stays, and so does what keeps loaders away."""
+    """Remove what was moved; an older result that is still there stays, and so do files that keep loaders away."""
     known = read_published(target)
     for name, state in journal.files.items():
         found = state_of(target / name)
@@ -288,7 +288,7 @@ def _apply(target: Path, folder: Path, journal: Journal, ledger: Ledger) -> None
 def put_on_record(
     folder: Path, files: Mapping[str, Entry], gone: Collection[str], missing: Collection[str], sync: bool
 ) -> None:
-    """Put files of a job on record, and take others off it. For one at a time. Raises OSError."""
+    """Put files of a job on record, and take others off it. One caller at a time. Raises OSError."""
     known = read_published(folder)
     kept = {name: entry for name, entry in known.files.items() if name not in gone}
     entries = {**kept, **files}
@@ -311,7 +311,7 @@ def _move(old: Path, new: Path, sync: bool) -> None:
         if error.errno != errno.EXDEV:
             raise
         partial = derived(new, ".partial")
-        shutil.copy2(old, partial)  # with its time: it is the same file
+        shutil.copy2(old, partial)  # with its modification time, which is part of its state
         if sync:
             sync_path(partial)
         os.replace(partial, new)
@@ -319,7 +319,7 @@ def _move(old: Path, new: Path, sync: bool) -> None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """True when a file is the index that stands while files are moved. Raises StorageError."""
+    """True when a file is the index that stands in while files are moved. Raises StorageError."""
     try:
         return path.stat().st_size == len(UNFINISHED) and path.read_bytes() == UNFINISHED
     except OSError as error:
@@ -328,15 +328,15 @@ def is_unfinished(path: Path) -> bool:
 
 
 def _others_unfinished(folder: Path, mine: Collection[str]) -> bool:
-    """Whether an unfinished index stands in a folder besides those of these names."""
+    """Whether a folder has an unfinished index other than those of these names."""
     names = {os.path.basename(name) for name in mine}
     return any(path.name not in names and is_unfinished(path) for path in folder.glob("*.json"))
 
 
 def places_of(folder: str) -> Iterator[tuple[str, str]]:
-    """A folder and those above it, each with how names in the first begin there.
+    """A folder and those above it, each with the prefix that names in the first have there.
 
-    Of a folder that is named through links, by that name and where it really is.
+    Where a folder is named through links, both by that name and by its real path.
 
     >>> list(places_of("/a/b"))
     [('/a/b', ''), ('/a', 'b/'), ('/', 'a/b/')]

@@ -21,10 +21,10 @@ from ms_ckpt_ext.errors import FormatError, ReadError, StorageError, TruncatedFi
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)  # a pipe would wait for its writer
 _MOST_PLACES = 1024
-"""What one call of the kernel fills at most (Linux: UIO_MAXIOV)."""
+"""Most places that one system call fills (Linux: UIO_MAXIOV)."""
 
 MOST_LEVELS = 64
-"""Lists and objects in each other of a JSON text; none that is read here has ten."""
+"""How deep lists and objects in a JSON text may be nested; none that is read here needs ten levels."""
 _DEEP = f"nested deeper than {MOST_LEVELS} levels"
 
 Take = Callable[[int, memoryview], None]
@@ -32,16 +32,16 @@ Take = Callable[[int, memoryview], None]
 
 
 class Traits(NamedTuple):
-    """How a reader is best asked, beyond reading any range.
+    """How a reader is best used, beyond reading any range.
 
     Attributes:
         container: what its bytes come through: "plain", or the container that the file is encrypted in.
-        unit: bytes that it makes at once: reads that begin and end at its multiples mostly cost nothing twice; 0 where
-            any range is as good as another.
+        unit: bytes that it produces at once: reads that begin and end at its multiples rarely produce any twice; 0
+            where any range is as good as another.
         keeps: most bytes of plaintext that it keeps in memory.
-        stream: hands a range (offset, length) over in pieces, in order; where that is better than reading it. Pieces
-            may come before it is known that they are authentic, which the end of the call tells.
-        crc32: CRC-32 of the bytes up to an offset, where the reader knows a shorter way than reading them.
+        stream: hands a range (offset, length) over in pieces, in order, where that is better than reading it. Pieces
+            may come before they are known to be authentic, which they are once the call has returned.
+        crc32: CRC-32 of the bytes up to an offset, where the reader has a shorter way than reading them.
     """
 
     container: str = "plain"
@@ -102,7 +102,7 @@ class PlainReader:
             done += self._read(lambda fd, at: os.preadv(fd, [buffer[at - offset :]], at), offset + done, total - done)
 
     def scatter(self, offset: int, vector: array[int]) -> None:
-        """Fill the places in `vector`, as `linux.scatter` takes it, with the bytes from `offset` on; as `read_into`."""
+        """Fill the places in `vector` (see `linux.scatter`) with the bytes from `offset` on; raises as `read_into`."""
         from ms_ckpt_ext.storage import linux  # and ctypes with it
 
         done = 0
@@ -121,7 +121,7 @@ class PlainReader:
             vector[done + 1] -= got
 
     def _read(self, call: Callable[[int, int], int], offset: int, wanted: int) -> int:
-        """One call of the kernel; it may stop short of `wanted` bytes, but not before the first."""
+        """Make one system call, which may read fewer than `wanted` bytes, but at least one."""
         if self.fd is None:
             raise StorageError(0, f"cannot read {self.path!r}: the reader is closed")
         try:
@@ -149,7 +149,7 @@ class PlainReader:
 
 
 def from_json(text: Union[bytes, str]) -> Any:
-    """What a text says. Raises ValueError when it is no JSON, is nested too deep, or says two things of one name.
+    """The value of a JSON text. Raises ValueError when it is not JSON, nests too deep, or gives a name two values.
 
     >>> from_json(b'{"a": [1, 2]}')
     {'a': [1, 2]}
@@ -168,20 +168,20 @@ def from_json(text: Union[bytes, str]) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object. Of several values Python's own reader takes the last, and another program may take the first."""
+    """An object. Of a name's several values, Python's own reader takes the last; other programs may take the first."""
     found = dict(pairs)
     for name, value in pairs if len(found) < len(pairs) else ():
         if isinstance(value, (dict, list)) or repr(found[name]) != repr(value):
-            raise ValueError(f"the name {name[:99]!r} stands there twice, with different values")
+            raise ValueError(f"the name {name[:99]!r} occurs twice, with different values")
     return found
 
 
 def read_json(path: str, what: str, kind: Union[type[UsageError], type[FormatError]] = FormatError) -> Any:
-    """What a small file says that a user gave, or what a pipe does: `what` it is, for messages.
+    """The value of a small JSON file, or pipe, that a user gave; messages call it `what`.
 
     Raises:
         StorageError: it cannot be read.
-        FormatError, or another `kind`: it is no JSON.
+        FormatError, or another `kind`: it is not JSON.
     """
     from ms_ckpt_ext.storage.linux import read_small
 
@@ -217,14 +217,14 @@ class _Open:
 
 
 class ReadCount:
-    """What was asked of the storage, for tests, benchmarks and reports."""
+    """Reads that were asked of the storage, for tests, benchmarks and reports."""
 
     def __init__(self) -> None:
         self.reads = self.nbytes = 0
         self.files: set[str] = set()
 
     def add(self, other: ReadCount) -> None:
-        """Count what another pool was asked for as well."""
+        """Add what another pool counted."""
         self.reads += other.reads
         self.nbytes += other.nbytes
         self.files |= other.files
@@ -237,7 +237,7 @@ class ReaderPool:
         files: what is read.
         opener: path -> reader.
         most: files that stay open though nobody uses them.
-        most_bytes: what readers keep in memory together, or the one in use where it alone keeps more. A thread that
+        most_bytes: most that readers keep in memory together; one that keeps more is used alone. A thread that
             wants one more reader waits until the others have let go of theirs, so it must not hold one itself.
     """
 
@@ -299,7 +299,7 @@ class ReaderPool:
         return reader
 
     def verify(self) -> None:
-        """Look at every file that was read once more. Raises StorageError when one changed meanwhile."""
+        """Look once more at every file that was read. Raises StorageError when one changed meanwhile."""
         for known in self._files:
             if known.path in self.count.files:
                 try:
@@ -309,12 +309,12 @@ class ReaderPool:
                 refuse_changed(known, status.st_size, status.st_mtime_ns)
 
     def _drop(self, number: int) -> None:
-        """Close so many readers that nobody uses, or all of these."""
+        """Close this number of the readers that nobody uses, or all of them."""
         for file in [f for f, held in self._open.items() if held.users == 0][: max(0, number)]:
             self._open.pop(file).reader.close()
 
     def _admit(self, wanted: _Open) -> bool:
-        """Let a reader take memory if there is room, which readers that nobody uses make."""
+        """Let a reader take memory if there is room; readers that nobody uses are closed to make some."""
         while wanted.keeps and (others := sum(held.keeps for held in self._open.values() if held.admitted)):
             if others + wanted.keeps <= self._most_bytes:
                 break

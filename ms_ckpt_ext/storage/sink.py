@@ -13,7 +13,7 @@ from ms_ckpt_ext.storage.reader import ByteReader
 # The kernel or file system cannot copy between these two files by itself; bytes through a buffer always work.
 _NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
-# Longer writes make the page cache look for huge stretches of free memory, which are slow to come by, above all in
+# Longer writes make the page cache look for huge stretches of free memory, which are slow to find, above all in
 # virtual machines that hand free memory back to their host.
 _WRITE = 1 << 20
 
@@ -21,8 +21,8 @@ _WRITE = 1 << 20
 class Sink(Protocol):
     """Something of known size that takes bytes at any offset, from any thread, each byte once.
 
-    Bytes that are written may turn out not to be authentic: then the job fails, and nothing of them appears anywhere.
-    A `MemorySink` may be a Parameter: what fills it was proved before, see `engine.integrity.authenticate`.
+    Bytes that are written may turn out not to be authentic: then the job fails, and none of them appear anywhere.
+    A `MemorySink` may be a Parameter: what fills it was authenticated before, see `engine.integrity.authenticate`.
 
     Attributes:
         path: what messages call it.
@@ -39,10 +39,10 @@ class Sink(Protocol):
         """Take `buffer` (flat bytes) at `offset`; it may be reused afterwards. Raises StorageError."""
 
     def finish(self) -> None:
-        """Every byte was written: make them durable, and close. Raises StorageError."""
+        """Make the bytes durable after the last write, and close. Raises StorageError."""
 
     def close(self) -> None:
-        """Let go of the file without a promise; also after `finish`."""
+        """Close without making anything durable; also allowed after `finish`."""
 
 
 class FileLike(Sink, Protocol):
@@ -56,7 +56,7 @@ class FileSink:
     """A file of known size, created empty and filled at any offset.
 
     Args:
-        sync: `finish` makes the bytes durable; else the kernel writes them when it likes.
+        sync: whether `finish` makes the bytes durable; else the kernel writes them when it likes.
     """
 
     unit = 0
@@ -114,16 +114,16 @@ class FileSink:
         return self._file
 
     def close(self) -> None:
-        """Close without a promise."""
+        """Close without making anything durable."""
         file, self._file, self.fd = self._file, None, None
         if file is not None:
             os.close(file)
 
 
 def kernel_copy(reader: ByteReader, source: int, sink: Sink, offset: int, length: int) -> int:
-    """Copy a stretch of a file into a sink inside the kernel; returns how many bytes, from the first one on.
+    """Copy a stretch of a file into a sink inside the kernel; returns how many bytes it copied, from the first on.
 
-    Less than `length` where kernel or file system do not copy between these two: the rest needs a buffer.
+    Fewer than `length` where kernel or file system do not copy between these two: the rest needs a buffer.
 
     Raises:
         StorageError: the copy failed for another reason.
@@ -137,7 +137,7 @@ def kernel_copy(reader: ByteReader, source: int, sink: Sink, offset: int, length
                 break
             what = f"copy {length - done} bytes from offset {source + done} of {reader.path!r} into offset "
             raise storage_error(f"{what}{offset + done} of", sink.path, error) from error
-        if copied == 0:  # end of the source, or a file system that cannot say no: the buffer will tell
+        if copied == 0:  # end of the source, or a file system that reports no error: the read will show
             break
         done += copied
     return done

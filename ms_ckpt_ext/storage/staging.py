@@ -3,9 +3,9 @@
 1. A job writes into a folder of its own in the target's hidden folder, named after a fingerprint of everything that
    decides the result. A file is written under a temporary name, synced, and renamed when it is complete.
 2. A second run of the same job finds the finished files by that fingerprint and does not write them again.
-3. When what is to appear together is complete, it is published (`storage.publishing`). Killed in between, the target
-   refuses to load; the next run there, whatever it is for, finishes that first.
-4. While it runs a job claims the names of its files (`storage.claims`), so that no two write the same.
+3. When all that appears together is complete, it is published (`storage.publishing`). If a job is killed meanwhile, the
+   target refuses to load; the next run there, of whatever job, finishes that first.
+4. While it runs, a job claims the names of its files (`storage.claims`), so that no two write the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Staging:
         job: fingerprint of the job.
         ledger: where digests of what is published go.
         task: the part of the job that this process does.
-        sync: what is published is durable; else the kernel writes it when it likes.
+        sync: whether what is published is durable; else the kernel writes it when it likes.
     """
 
     def __init__(self, target: str, job: str, ledger: Ledger, task: str = ONE_TASK, sync: bool = True) -> None:
@@ -56,7 +56,7 @@ class Staging:
             written: files that are going to be written, relative to the target.
             shunned: others that nobody else may write meanwhile.
 
-        Raises StorageError: another run writes one of them, or there are no locks there.
+        Raises StorageError: another run writes one of them, or the file system has no locks.
         """
         self._claim.take(written, shunned)
 
@@ -102,7 +102,7 @@ class Staging:
             return None
 
     def discard(self, names: Iterable[str]) -> None:
-        """Remove what there is of these files, lest another task takes it for complete. Raises StorageError."""
+        """Remove what exists of these files, so that no other task takes them for complete. Raises StorageError."""
         for path in (self.folder / name for name in names):
             for each in (derived(path, PARTIAL), path, derived(path, NOTE)):
                 with _told("remove", each):
@@ -119,32 +119,32 @@ class Staging:
 
         Args:
             size: its bytes on disk.
-            literals: what must stand where in it, as `opener` shows it.
+            literals: bytes that it must have, each with its offset, as `opener` reads it.
 
-        Raises StorageError: it is there, and cannot be read.
+        Raises StorageError: it exists, but cannot be read.
         """
         return _matches(self.folder / name, size, literals, opener)
 
     def published(self) -> dict[str, State]:
-        """Files that this very job has published here, and nobody touched; nor lost where their digests were."""
+        """Unchanged files that this very job has published here; not those whose digests were recorded and are lost."""
         digests = (self.target / self._ledger.MANIFEST_NAME).exists()
         mine = {n: e for n, e in publishing.read_published(self.target).files.items() if e.job == self.job}
         return {n: e.state for n, e in mine.items() if state_of(self.target / n) == e.state and e.digested <= digests}
 
     def begun(self) -> dict[str, State]:
-        """Files that this very job was publishing when it was interrupted: `open` finishes that."""
+        """Files that this very job was publishing when it was interrupted; `open` finishes that."""
         found = publishing.read_journal(self._hidden.journal(self.job))
         return {} if found is None else dict(found.files)
 
     def is_at(self, index: Mapping[str, bytes]) -> bool:
-        """Whether these small files stand in the target."""
+        """Whether these small files (name -> contents) are in the target."""
         try:
             return all(read_small(self.target / name) == contents for name, contents in index.items())
         except OSError:
             return False
 
     def tidy(self) -> None:
-        """Remove what is left of a job that is all in place, as far as that may be: a run was killed just then."""
+        """Remove, where possible, what is left of a job whose files are all in place: a run was killed just then."""
         lock = locks.lock_of(Path(self.target, self._ledger.MANIFEST_NAME))
         with contextlib.suppress(OSError):
             if lock.exists():
@@ -164,7 +164,7 @@ class Staging:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Be the one that publishes in this target, or looks whether it should. Raises StorageError."""
+        """Be the only one that publishes in this target, or checks whether it should. Raises StorageError."""
         with _told("lock", self.target):
             self._hidden.enter()
         try:
@@ -180,7 +180,7 @@ class Staging:
         digests: Mapping[str, Any] = MappingProxyType({}),
         missing: Collection[str] = (),
     ) -> None:
-        """Move files that are complete into place; for who is `alone`. Raises StorageError.
+        """Move files that are complete into place; the caller is `alone`. Raises StorageError.
 
         Args:
             names: the files, relative to the target.
@@ -205,14 +205,14 @@ class Staging:
         return state
 
     def abandon(self, names: Iterable[str]) -> None:
-        """After an error while writing these files: keep finished ones for the next run, remove all else."""
+        """After an error while writing these files: keep finished ones for the next run, remove the others."""
         with contextlib.suppress(OSError):
             for name in names:
                 derived(self.folder / name, PARTIAL).unlink(missing_ok=True)
             self._claim.drop_if_empty()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Release the claimed files."""
         self._claim.release()
 
 
@@ -233,7 +233,7 @@ def _require_room(target: Path, names: Iterable[str]) -> None:
 
 
 def free_space(target: str) -> Optional[int]:
-    """Bytes left where a directory is, or would be made; None when that cannot be told."""
+    """Bytes free where a directory is, or would be made; None when that is unknown."""
     path = Path(target).absolute()
     there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
     try:
@@ -263,7 +263,7 @@ def _read(reader: ByteReader, offset: int, length: int) -> bytearray:
 
 @contextlib.contextmanager
 def _told(action: str, path: Path) -> Iterator[None]:
-    """Raise what the system refuses as a StorageError, which others are already."""
+    """Raise an error of the system as a StorageError."""
     try:
         yield
     except StorageError:

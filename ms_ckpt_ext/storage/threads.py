@@ -1,6 +1,6 @@
-"""Work on threads, which waits for no thread that gets no memory to begin, as `concurrent.futures` does.
+"""Work on threads that does not wait, as `concurrent.futures` does, for a thread that has no memory to begin.
 
-Also what keeps the interpreter's collector of garbage from looking at all values again and again meanwhile.
+Also what keeps Python's garbage collector from looking at all values again and again meanwhile.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def spread(items: Iterator[_Item], workers: int, make: Make[_Item]) -> None:
 
 
 class _Begun(threading.Event):
-    """Set by a thread that begins. Python waits for that without end, also where a thread died for lack of memory."""
+    """Set by a thread that begins. Python waits for that without end, even where a thread died for lack of memory."""
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        if any(super(_Begun, self).wait(_SLICE_SECONDS) for _ in range(_SLICES)):  # this process may be stopped in one
+        if any(super(_Begun, self).wait(_SLICE_SECONDS) for _ in range(_SLICES)):  # the process may be suspended in one
             return True
         raise MemoryError("a thread did not begin")
 
@@ -77,7 +77,7 @@ class _Thread(threading.Thread):
         return not self._given_up
 
     def run(self) -> None:
-        """Work, unless that came too late."""
+        """Work, unless `begins` has given up waiting."""
         with self._lock:
             self._begun = not self._given_up
         if self._begun:
@@ -140,7 +140,7 @@ class Pending(Generic[_Result]):
         self._ended.set()
 
     def drop(self) -> None:
-        """It is not made any more: `result` raises a RuntimeError."""
+        """Give up the call: `result` raises a RuntimeError."""
         self._error = RuntimeError("the pool was closed before it began this")
         self._ended.set()
 
@@ -155,7 +155,7 @@ class Pending(Generic[_Result]):
 class ThreadPool:
     """Threads that make calls in the order in which they were submitted.
 
-    A thread is started when a call finds none free, up to so many. Where the system gives fewer, those do the work.
+    A thread is started when a call finds none free, up to `workers`. Where the system gives fewer, those do the work.
     """
 
     def __init__(self, workers: int, name: str) -> None:
@@ -170,7 +170,7 @@ class ThreadPool:
         """Have a thread make a call. Any thread may submit.
 
         Raises:
-            StorageError: the system gives not one thread; a MemoryError as well.
+            StorageError, also a MemoryError: the system gives not a single thread.
             RuntimeError: the pool is closed.
         """
         pending = Pending(call)
@@ -209,7 +209,7 @@ class ThreadPool:
         """Wait for the calls that were begun, and end.
 
         Args:
-            finish: those that were not begun are made, too; else they are dropped.
+            finish: whether those that were not begun are made, too; else they are dropped.
         """
         with self._changed:
             self._closed = True
@@ -224,7 +224,7 @@ class ThreadPool:
 
 
 def in_order(call: Callable[[_Item], _Result], items: Iterable[_Item], workers: int) -> list[_Result]:
-    """`call` of every item, by so many threads; raises the error of the first item, in order, that has one."""
+    """`call` of every item, by `workers` threads; raises the error of the first item, in order, that has one."""
     results: dict[int, _Result] = {}
     errors: dict[int, BaseException] = {}
 
@@ -246,7 +246,7 @@ def in_order(call: Callable[[_Item], _Result], items: Iterable[_Item], workers: 
     except BaseException as error:  # noqa: BLE001 - raised below
         failed = error
     if failed is not None:
-        # What stands before an item that was taken was taken, too. Ctrl-C comes before everything.
+        # All items before one that was taken were taken, too. Ctrl-C comes before everything.
         raise errors[min(errors)] if errors and isinstance(failed, Exception) else failed
     return [results[number] for number in range(len(todo))]
 
@@ -256,7 +256,7 @@ _RARELY = 200_000
 
 
 class _Collector:
-    """The threshold of Python's collector of garbage, raised for as long as somebody wants it."""
+    """The threshold of Python's garbage collector, raised for as long as somebody wants it."""
 
     def __init__(self) -> None:
         self._lock, self._users, self._before = threading.Lock(), 0, 0

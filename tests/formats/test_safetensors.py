@@ -100,7 +100,7 @@ BAD = {
     "negative shape": (file_of({"a": entry(shape=(-2,))}, bytes(8)), FormatError, "whole numbers of at least 0"),
     "negative offset": (file_of({"a": entry(offsets=(-8, 0))}, bytes(8)), FormatError, "its offsets [-8, 0] give 8"),
     "huge offset": (file_of({"a": entry(offsets=(10**19, 10**19 + 8))}, bytes(8)), FormatError, "gap of 1000000000"),
-    "a key twice": (file_of(b'{"a":{"shape":[],"shape":[]}}'), FormatError, "a key stands twice"),
+    "a key twice": (file_of(b'{"a":{"shape":[],"shape":[]}}'), FormatError, "a key occurs twice"),
     "float shape": (file_of({"a": entry(shape=(2.0,))}, bytes(8)), FormatError, "whole numbers"),
     "bool shape": (file_of({"a": entry(shape=(True, 2))}, bytes(8)), FormatError, "whole numbers"),
     "huge shape": (file_of({"a": entry(shape=(1 << 62, 1 << 62))}, bytes(8)), FormatError, "no array has the shape"),

@@ -20,11 +20,11 @@ def nested(levels: int, opens: str = "[", closes: str = "]", inner: str = "") ->
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
         (b'{"a": 1, "a": 1.0}', "twice"),
         (b'{"a": 1, "a": true}', "twice"),
         (b'{"a": [], "a": []}', "twice"),
-        (b'{"b": {"a": 1, "\\u0061": "1"}}', "'a' stands there twice"),
+        (b'{"b": {"a": 1, "\\u0061": "1"}}', "'a' occurs twice"),
         (nested(MOST_LEVELS + 1), "nested deeper"),
         (nested(MOST_LEVELS, '{"a":', "}", "[]"), "nested deeper"),
         (nested(900), "nested deeper"),

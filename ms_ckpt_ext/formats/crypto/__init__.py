@@ -1,6 +1,6 @@
 """Encryption: MindSpore's own block format for `.ckpt`, and a chunked container for everything else.
 
-    keys             where keys come from; they never show
+    keys             where keys come from; they are never shown
     block_table      where MindSpore's blocks lie in a file
     blocks           DecryptingReader: MindSpore's AES-GCM, AES-CBC, SM4-CBC, at plaintext offsets
     blocks_writer    EncryptingWriter, BlockSealer: the same, written as a stream or block by block
@@ -8,13 +8,13 @@
     container_writer ChunkedWriter, Sealer: the same, written as a stream or chunk by chunk
     units            the reader that both authenticated formats share
     envelope         a few bytes encrypted as a whole: the digests of an encrypted file
-    backend          the only module that imports `cryptography`, late
+    backend          the only module that imports `cryptography`, when it is needed
 
-The first bytes of a file say which container it is. A safetensors file begins with the length of its header, at most
+The first bytes of a file show which container it is. A safetensors file begins with the length of its header, at most
 100 MB in eight little-endian bytes, a `.ckpt` with 0x0a; so neither can begin with one of the magics here.
 
-Importing this package costs nothing: what knows a container is imported when one is met, `cryptography` when something
-is encrypted or decrypted.
+Importing this package costs nothing: the module of a container is imported when one is met, `cryptography` when
+something is encrypted or decrypted.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
 
 GCM, CBC, SM4 = "AES-GCM", "AES-CBC", "SM4-CBC"
-"""MindSpore's names of its block formats, as in `enc_mode` and `dec_mode`."""
+"""MindSpore's names for its block formats, as in `enc_mode` and `dec_mode`."""
 CHUNKED = "chunked"
 """The container of this package, see container.py."""
 
 BLOCK_MAGIC = {0x7F3A5ED8: GCM, 0x7F3A5ED9: CBC, 0x7F3A5EDA: SM4}
 """First four bytes, little-endian, of every block that MindSpore encrypts."""
 CHUNK_MAGIC = b"\x89MSX\r\n\x1a\x01"
-"""As PNG does it: not text, and damaged by anything that takes it for text. Read as a length it is 8e16."""
+"""As PNG's: it is not text, and is damaged by anything that takes it for text. Read as a length it is 8e16."""
 
 SNIFF_BYTES = 8
-"""How many first bytes `sniff` wants."""
+"""How many first bytes `sniff` needs."""
 
 _LATE = {
     "BlockSealer": "blocks_writer",
@@ -111,7 +111,7 @@ def is_encrypted(head: bytes) -> bool:
 
 
 def key_fingerprint(key: Key, label: bytes) -> str:
-    """Hexadecimal digits that tell keys apart and tell nothing about them: HKDF-SHA256 of the key."""
+    """Hexadecimal digits that distinguish keys and reveal nothing about them: HKDF-SHA256 of the key."""
     from ms_ckpt_ext.formats.crypto import backend
 
     return backend.hkdf(key, b"", label, 16).hex()

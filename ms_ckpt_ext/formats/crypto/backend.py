@@ -1,8 +1,8 @@
 """The only module that imports `cryptography`, and only when a cipher is really needed.
 
 The streaming contexts (`Cipher(...).encryptor()`) are used rather than the one-shot AEAD classes: they exist in all
-versions, write into buffers that are reused, and let other threads run meanwhile. On a machine where fresh memory is
-dear this is several times faster.
+versions, write into buffers that are reused, and let other threads run meanwhile. Where fresh memory is expensive
+this is several times faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ms_ckpt_ext.formats.crypto.keys import Key
 CIPHER_BLOCK = 16
 """Bytes of a cipher block of AES and of SM4, and of a GCM tag."""
 _SLACK = CIPHER_BLOCK - 1
-"""Bytes that `update_into` wants to see free behind its output, though it does not touch them."""
+"""Bytes that `update_into` requires behind its output, though it does not touch them."""
 
 
 class Context(Protocol):
@@ -70,7 +70,7 @@ def cbc(key: Key, iv: bytes, *, sm4: bool, encrypt: bool) -> Any:
 
 @cache
 def _sm4() -> Any:
-    """The SM4 class, which newer versions of the package may keep among the decrepit ones."""
+    """The SM4 class, which newer versions of the package may keep in its `decrepit` module."""
     for place in ("hazmat.primitives.ciphers.algorithms", "hazmat.decrepit.ciphers.algorithms"):
         try:
             return getattr(importlib.import_module(f"cryptography.{place}"), "SM4")  # noqa: B009
@@ -102,7 +102,7 @@ def hkdf(key: Key, salt: bytes, info: bytes, length: int) -> bytes:
 def pour(context: Context, source: memoryview, target: memoryview) -> None:
     """Transform `source` into `target`, which is exactly as long (in CBC: whole blocks only).
 
-    All but the last bytes go straight into place; those that lack the slack behind them take a detour.
+    All but the last bytes go straight into place; those without slack behind them go through a copy.
     """
     direct = max(0, len(source) - _SLACK) // CIPHER_BLOCK * CIPHER_BLOCK
     if direct:

@@ -11,11 +11,11 @@ all numbers u32 little-endian:
     cipher length
     ciphertext      GCM: as long as the plaintext; CBC: padded to 16 bytes (PKCS #7)
 
-Headers are walked one by one. In CBC the last two cipher blocks of each block are decrypted as well, for the padding
-says how long the plaintext is, and nonsense there says that the key is wrong.
+Headers are walked one by one. In CBC the last two cipher blocks of each block are read as well, for the padding gives
+the length of the plaintext, and an invalid one means that the key is wrong.
 
 `save_checkpoint(enc_key=…, crc_check=True)` appends an unencrypted `crc_num` and ten zeros, which MindSpore itself
-then refuses to decrypt. Such a tail is recognised and skipped here. A checksum inside the plaintext is read by both.
+then refuses to decrypt. Such a tail is recognised and skipped here. Both read a checksum inside the plaintext.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NONCE_BYTES = 12
 TAG_BYTES = 16
 _U32 = struct.Struct("<I")
 _PER_BLOCK = 450
-"""Bytes of objects that a block becomes in the table, as measured."""
+"""Bytes of Python objects per block in the table, as measured."""
 _STRAY_TAIL = 17
 """Length of the unencrypted checksum tail that MindSpore appends by mistake."""
 
@@ -63,7 +63,7 @@ def wrong_key(path: str, offset: int, mode: str) -> DecryptionError:
 
 
 def block_mode(reader: ByteReader, wanted: Optional[str]) -> str:
-    """The mode that the file says it has, which must be the wanted one if there is one."""
+    """The mode that the file states, which must be the wanted one if one is given."""
     if wanted is not None and wanted not in BLOCK_MAGIC.values():
         raise UsageError(f"no such mode: MindSpore has {', '.join(BLOCK_MAGIC.values())}; pass one of these")
     if reader.size < _U32.size:
@@ -103,7 +103,7 @@ def _walk(reader: ByteReader, mode: str, key: Key, budget: int) -> Iterator[Ciph
 
 
 def _header(reader: ByteReader, offset: int, start: int, mode: str) -> CipherBlock:
-    """The block whose header is at `offset`, before padding is taken off."""
+    """The block whose header is at `offset`, with its padding."""
     tagged = TAG_BYTES if mode == GCM else 0
     width = 4 * _U32.size + tagged + IV_BYTES
     if offset + width > reader.size:
@@ -139,7 +139,7 @@ def _check(reader: ByteReader, offset: int, mode: str, header: tuple[Optional[st
 
 
 def _padding(reader: ByteReader, block: CipherBlock, key: Key, mode: str) -> int:
-    """Length of a CBC block's padding, out of its last 16 bytes."""
+    """Length of a CBC block's padding, from its last 16 bytes."""
     sealed = bytearray(min(2 * CIPHER_BLOCK, block.length))
     reader.read_into(block.offset + block.length - len(sealed), memoryview(sealed))
     iv = bytes(sealed[:CIPHER_BLOCK]) if len(sealed) > CIPHER_BLOCK else block.iv

@@ -1,14 +1,14 @@
 """MindSpore's encrypted `.ckpt`, read in place.
 
 1. The headers give the table of blocks (`block_table`).
-2. GCM: a block is decrypted whole, for nothing in it may be believed before its tag was checked; see units.py.
-   CBC: any 16 bytes can be decrypted with the 16 cipher bytes before them as IV, so just what is asked is read.
+2. GCM: a block is decrypted whole, for nothing in it may be trusted before its tag was checked; see units.py.
+   CBC: any 16 bytes can be decrypted with the 16 cipher bytes before them as IV, so only what is asked for is read.
 
 CBC has no authentication. A wrong key is noticed (padding and the first byte of a checkpoint: all but 1 in 65,000);
 altered contents are not, unless the plaintext has a CRC tail. Prefer AES-GCM.
 
-GCM blocks are authentic one by one, and nothing ties them to their place or their file: blocks that change places
-decrypt. A CRC tail in the plaintext, out of reach without the key, finds that: `crc32` reads it off the blocks.
+GCM blocks are authentic one by one, but nothing ties them to their place or their file: blocks that change places still
+decrypt. A CRC tail in the plaintext, out of reach without the key, detects that: `crc32` combines it from the blocks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DecryptingReader:
         key: 16, 24 or 32 bytes, for SM4 16.
         mode: "AES-GCM", "AES-CBC", "SM4-CBC", or None to take what the file says.
         cache_bytes: most memory for decrypted GCM blocks; at least one block.
-        expect: first bytes of the plaintext, by which a wrong key is told in CBC; a `.ckpt` begins with 0x0a.
+        expect: first bytes of the plaintext, which reveal a wrong key in CBC; a `.ckpt` begins with 0x0a.
         budget: bytes of memory that the table of blocks may take beyond the size of the file.
         piece_bytes: most bytes that `stream` hands over at once.
 
@@ -96,12 +96,12 @@ class DecryptingReader:
         self._inner.stream(offset, length, take)
 
     def keep_checksums(self) -> None:
-        """From now on note the CRC-32 of every GCM block that is decrypted: `crc32` need not decrypt it again."""
+        """From now on keep the CRC-32 of every GCM block that is decrypted: `crc32` need not decrypt it again."""
         if self.mode == GCM:
             self._units.checksums = {}
 
     def crc32(self, stop: int) -> int:
-        """CRC-32 of the plaintext up to `stop`: put together from those of blocks, where they are kept."""
+        """CRC-32 of the plaintext up to `stop`, combined from those of blocks where they are kept."""
         known = self._units.checksums if self.mode == GCM else None
         crc = start = 0
         if known is not None:
@@ -176,7 +176,7 @@ class _GcmBlocks:
 
 
 class _CbcReader:
-    """Plaintext ranges of an AES-CBC or SM4-CBC file, without a cache: no more is decrypted than is asked."""
+    """Plaintext ranges of an AES-CBC or SM4-CBC file, without a cache: no more is decrypted than is asked for."""
 
     def __init__(self, base: ByteReader, key: Key, mode: str, budget: int) -> None:
         self.path = base.path

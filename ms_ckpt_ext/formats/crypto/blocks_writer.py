@@ -33,7 +33,7 @@ class EncryptingWriter:
         sink: where the blocks go; only its `write` is used.
         key: 16, 24 or 32 bytes, for SM4 16.
         mode: "AES-GCM" (authenticated; prefer it), "AES-CBC" or "SM4-CBC".
-        block: plaintext bytes of a block; other than the default only in tests.
+        block: plaintext bytes of a block; only tests change the default.
 
     Raises:
         UsageError: no such mode, or a key of the wrong length.
@@ -101,7 +101,7 @@ class EncryptingWriter:
             self._context = backend.cbc(self._key, self._iv, sm4=self._mode == SM4, encrypt=True)
 
     def _encrypt(self, data: memoryview) -> None:
-        """Encrypt whole cipher blocks, or the end of a GCM block, behind what the buffer holds."""
+        """Encrypt whole cipher blocks, or the end of a GCM block, and append them to the buffer."""
         assert self._context is not None
         stop = self._filled + len(data)
         for low in range(self._filled, stop, PIECE):
@@ -194,7 +194,7 @@ class BlockSealer:
         return front + length
 
     def unseal(self, index: int, stored: memoryview, out: memoryview) -> bool:
-        """Decrypt what `seal` gave into `out`, of the block's length; False when its tag does not fit any more."""
+        """Decrypt what `seal` wrote into `out`, of the block's length; False when its tag no longer fits."""
         front, whole = self._front, len(out) // CIPHER_BLOCK * CIPHER_BLOCK
         iv = bytes(stored[front - 4 - IV_BYTES : front - 4])
         if self._mode == GCM:
@@ -208,7 +208,7 @@ class BlockSealer:
 
 
 def write_all(sink: BinaryIO, data: Union[bytes, memoryview]) -> None:
-    """Write all of `data`, also to an unbuffered file, which may take less at once."""
+    """Write all of `data`, even to an unbuffered file, which may take less at a time."""
     view = memoryview(data)
     try:
         while len(view):
@@ -225,7 +225,7 @@ class Writer(Protocol):
 
 
 def encrypt_all(reader: ByteReader, writer: Writer) -> None:
-    """Pass the whole of a plain file through an encrypting writer, in bounded memory; `finish` is the caller's."""
+    """Pass the whole of a plain file through an encrypting writer, in bounded memory; the caller calls `finish`."""
     buffer = linux.scratch(min(PIECE, reader.size))
     for offset in range(0, reader.size, PIECE):
         part = buffer[: min(PIECE, reader.size - offset)]

@@ -15,9 +15,9 @@ The plaintext is any file. docs/encryption.md is the specification; in short, li
 1. HKDF-SHA256(key, salt, info = a label and bytes 0 to 64) gives the file's AES key and the check. So a wrong key or
    an altered header is noticed before anything is decrypted, and each file has a key of its own.
 2. Chunk i is AES-GCM with nonce = i (12 bytes, big-endian) and associated data = bytes 0 to 64, i, and whether it is
-   the last. A chunk that was altered, moved, doubled, dropped or taken from another file fails its tag.
+   the last one. A chunk that was altered, moved, doubled, dropped or taken from another file fails its tag.
 3. All chunks but the last are equally long, so every offset is known: readers decrypt what they need, writers may
-   write chunks in any order. A chunk number must be encrypted once per file only, which container_writer.py enforces.
+   write chunks in any order. Each chunk number may be encrypted only once per file, which container_writer.py enforces.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from ms_ckpt_ext.formats.crypto.units import PIECE, Sealed, UnitReader, thread_s
 from ms_ckpt_ext.storage.reader import ByteReader
 
 CHUNK = 1 << 20
-"""Default chunk: a slice costs at most 2 MiB more than itself, tags 16 parts in a million."""
+"""Default chunk: reading a slice costs at most 2 MiB beyond it, and tags add 16 parts in a million."""
 MIN_CHUNK, MAX_CHUNK = 64, 64 << 20
-"""Limits that a reader accepts, so that a forged header cannot ask for much memory."""
+"""Limits of what a reader accepts, so that a forged header cannot demand much memory."""
 MAX_CHUNKS = 1 << 32
-"""Most chunks of a file: what NIST SP 800-38D allows one key."""
+"""Most chunks of a file: what NIST SP 800-38D allows for one key."""
 VERSION = 1
 TAG = 16
 SALT = 32
@@ -56,7 +56,7 @@ class Geometry:
     """What a header says: where everything lies.
 
     Raises:
-        FormatError: at birth, for numbers outside the format's limits.
+        FormatError: numbers outside the format's limits.
     """
 
     key_length: int

@@ -69,7 +69,7 @@ class Sealer:
         return len(plain) + TAG
 
     def unseal(self, index: int, stored: memoryview, out: memoryview) -> bool:
-        """Decrypt what `seal` gave into `out`, of the chunk's length; False when its tag does not fit any more."""
+        """Decrypt what `seal` wrote into `out`, of the chunk's length; False when its tag no longer fits."""
         context = self._secrets.context(index, bytes(stored[-TAG:]))
         pour(context, stored[:-TAG], out)
         return backend.key_fits(context)
@@ -91,7 +91,7 @@ class ChunkedWriter:
     """Takes plaintext in order and writes a container to a binary file object, which stays open.
 
     `finish` (or leaving the `with` block without an error) writes the last chunk. Only chunks that `write` gets in
-    parts are copied; whole ones are encrypted from where they are.
+    parts are copied; whole ones are encrypted where they lie.
 
     Args:
         sink: where the file goes; only its `write` is used.

@@ -1,11 +1,11 @@
-"""A few bytes encrypted as a whole, for what is told about an encrypted file: its digests.
+"""A few bytes encrypted as a whole, for what is noted about an encrypted file: its digests.
 
     0   salt        32 random bytes
     32  ciphertext  as long as the plaintext
     …   tag         16 bytes
 
-HKDF-SHA256(key, salt, info = a label) gives the AES key of this one message, as long as the user's, so the nonce is
-twelve zeros. The associated data is what the message is about: it opens for nothing else.
+HKDF-SHA256(key, salt, info = a label) gives the AES key of this one message, as long as the user's, so the nonce may be
+twelve zeros. The associated data is what the message is about: it can be opened for nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NONCE = bytes(12)
 
 
 def wrap(key: Key, plain: bytes, about: bytes) -> bytes:
-    """Encrypt a message; `about` is not in it, and must be known to open it."""
+    """Encrypt a message; `about` is not stored in it, and is needed to open it."""
     salt = os.urandom(_SALT)
     context = backend.gcm(_derived(key, salt), _NONCE, None, about)
     sealed: bytes = salt + context.update(plain) + context.finalize() + context.tag

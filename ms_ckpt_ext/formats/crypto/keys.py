@@ -1,9 +1,9 @@
-"""Keys: where they come from, how long they are, and that they show nowhere.
+"""Keys: where they come from, how long they are, and that they are shown nowhere.
 
 A key is 16, 24 or 32 bytes (AES-128, -192, -256; SM4 takes 16). It comes from exactly one of: the bytes themselves, a
 file, an environment variable. A file or variable holds the raw bytes, or text with a prefix: `hex:…` or `base64:…`.
-No repr and no message contains key bytes, not even an error about them; nor the name of a file or variable that is not
-there and may be a key in the wrong place.
+No repr and no message contains key bytes, not even an error about them; nor the name of a file or variable that
+does not exist and may be a key in the wrong place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_FILE = 1024
 
 _VARIABLE = re.compile(r"^[A-Za-z_]\w*\Z", re.ASCII)
 _DIGITS = re.compile(r"^([0-9A-Fa-f]{32,}|[A-Za-z0-9+/_-]{22}==|[A-Za-z0-9+/_-]{43}=)\Z")
-"""Hexadecimal of 16 bytes or more, or base64 of 16 or 32; that of 24 is as long as a raw key."""
+"""Hexadecimal of 16 bytes or more, or base64 of 16 or 32; base64 of 24 is as long as a raw key."""
 
 
 class Key:
@@ -86,8 +86,8 @@ def load_key(key: Optional[KeyLike] = None, *, file: Optional[str] = None, env: 
         The key, which no message or `repr` shows; None when no source is given.
 
     Raises:
-        UsageError: several sources, an unset variable, or contents that are no key.
-        ArgumentTypeError: `file` or `env` is no str.
+        UsageError: several sources, an unset variable, or contents that are not a key.
+        ArgumentTypeError: `file` or `env` is not a str.
         StorageError: the file cannot be read.
     """
     for what, source in (("file", file), ("env", env)):
@@ -138,7 +138,7 @@ def _may_be_key(text: str) -> bool:
 
 
 def _without_newline(raw: bytes) -> bytes:
-    """Without the one newline that an editor adds, where a key remains; a key may end in more of these bytes itself."""
+    """Without the one newline that an editor adds, if that leaves a key; a key may itself end in such bytes."""
     for newline in (b"\n", b"\r\n"):
         if raw.endswith(newline) and len(raw) - len(newline) in AES_LENGTHS:
             return raw[: -len(newline)]
@@ -146,7 +146,7 @@ def _without_newline(raw: bytes) -> bytes:
 
 
 def _decode(raw: bytes, source: str) -> bytes:
-    """Key bytes out of the contents of a source, which errors name and never quote."""
+    """Key bytes from the contents of a source; errors name the source and never quote it."""
     secret = raw if len(raw) in AES_LENGTHS else _without_newline(raw)
     try:
         if raw.startswith(b"hex:"):

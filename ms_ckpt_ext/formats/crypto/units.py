@@ -1,4 +1,4 @@
-"""A reader over things that can only be decrypted whole.
+"""A reader over units that can only be decrypted whole.
 
 Authenticated encryption gives nothing until a whole unit (a MindSpore block of 64 MiB, or a chunk of 1 MiB) has been
 read and its tag checked. `UnitReader` serves any range of plaintext from such units:
@@ -6,13 +6,13 @@ read and its tag checked. `UnitReader` serves any range of plaintext from such u
 1. Units that a read covers fully are decrypted straight into the caller's buffer, many in one read, and not kept.
 2. A unit that a read covers partly is decrypted into a slot, which serves later neighbours: reading a table of
    contents touches the same unit hundreds of times.
-3. `stream` is for who can take back what it did: it hands a large unit over while that is decrypted, needs no room for
-   it, and tells at the unit's end whether the tag fits.
+3. `stream` is for callers that can undo what they did: it hands a large unit over while that is decrypted, needs no
+   room for it, and checks the tag at the unit's end.
 
-Slots are few and reused, least recently used first, so memory is bounded and never allocated anew. A slot has a lock:
-two threads that want the same unit decrypt it once; different units go in parallel. `read_into` hands nothing out
-before the unit's tag was checked, and a failed unit is never kept; after an error the contents of the buffer are
-undefined.
+Slots are few and reused, the least recently used first, so memory is bounded and rarely allocated. A slot has a lock:
+two threads that want the same unit decrypt it once; different units go in parallel. `read_into` does not
+return before the units' tags were checked, and a failed unit is never kept; after an error the contents of the buffer
+are undefined.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ PIECE = 4 << 20
 """Bytes of one read of ciphertext: long enough for network file systems, short enough for a processor's cache."""
 STREAMED = 1 << 20
 """Most bytes that `stream` hands over at once: they are still in a core's cache when they are written."""
-"""(offset in the plaintext, bytes); the bytes may be overwritten when it returns."""
 
 _local = threading.local()
 
@@ -40,7 +39,7 @@ _local = threading.local()
 def thread_scratch(length: int) -> memoryview:
     """`length` bytes of this thread's own reused buffer, which is at least a `PIECE`.
 
-    Valid until the next call, which any decrypting reader makes: never a place for results.
+    Valid until the next call, which any decrypting reader may make: results must not be kept in it.
     """
     buffer: Optional[memoryview] = getattr(_local, "buffer", None)
     if buffer is None or len(buffer) < length:
@@ -59,10 +58,10 @@ class Sealed(NamedTuple):
 
 
 def unseal(base: ByteReader, sealed: Sealed, places: Iterable[memoryview]) -> Iterator[memoryview]:
-    """Decrypt a unit into places that it fills one after another; yields each when it is full.
+    """Decrypt a unit into places, one after another; yields each when it is full.
 
     Raises:
-        DecryptionError: the tag does not fit, after the last place; nothing in any of them may be believed.
+        DecryptionError: the tag does not fit, after the last place; nothing in any of them may be trusted.
     """
     at = sealed.offset
     for place in places:
@@ -106,7 +105,7 @@ class _Slot:
 
 
 class _Turn:
-    """A lock that goes to who has waited longest, so that work done in order stays in order."""
+    """A lock that goes to whoever has waited longest, so that work done in order stays in order."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -119,7 +118,7 @@ class _Turn:
             self._tickets += 1
             try:
                 self._changed.wait_for(lambda: self._served == ticket)
-            except BaseException:  # Ctrl-C: who stands behind must not wait for this one
+            except BaseException:  # Ctrl-C: those behind must not wait for this one
                 self._gone.add(ticket)
                 self._next()
                 raise
@@ -141,10 +140,10 @@ class UnitReader:
 
     Args:
         base: the reader of the ciphertext; closed with this one.
-        units: how it is cut and decrypted.
+        units: how the ciphertext is cut and decrypted.
         cache_bytes: most memory for units that were read in part; always at least one unit's. Where one is larger,
             long ranges are better streamed than read piece by piece.
-        container: what it is called.
+        container: the container's name.
         piece_bytes: most bytes that `stream` hands over at once.
     """
 
@@ -193,13 +192,13 @@ class UnitReader:
     def stream(self, offset: int, length: int, take: Take) -> None:
         """Hand a range over in pieces of at most `piece_bytes`, in order.
 
-        Pieces of a unit that the range covers fully come *before the unit's tag was checked*: this is for who can take
-        back what it did with them, as a job can, whose files appear when all is well. Raises as `read_into` does.
+        Pieces of a unit that the range covers fully come *before the unit's tag was checked*: this is for callers
+        that can undo what they did with them, as a job can whose files appear at the end. Raises as `read_into` does.
         """
         require_range(self.path, self.size, offset, length, self._closed)
         parts = list(self._parts(offset, offset + length))
         torn = any(not whole for *_, whole in parts)
-        # Threads that want parts of units go one after another, lest they take the one that is kept from each other.
+        # Threads that want parts of units go one after another, so that they do not evict each other's unit.
         with self._turn if self._large and torn else nullcontext():
             buffer = linux.scratch(min(self._piece_bytes, length))
             for unit, low, high, whole in parts:
@@ -214,7 +213,7 @@ class UnitReader:
                     low += len(piece)
 
     def _parts(self, offset: int, stop: int) -> Iterator[tuple[int, int, int, bool]]:
-        """(unit, first byte of it, last byte + 1, whether that is all of the unit) of what a range covers."""
+        """(unit, first byte, last byte + 1, whether that is all of the unit), for each unit that a range touches."""
         while offset < stop:
             unit = self._units.find(offset)
             low, high = self._units.span(unit)
@@ -243,9 +242,9 @@ class UnitReader:
             out[:] = slot.data[skip : skip + len(out)]
 
     def _slot(self, unit: int) -> _Slot:
-        """The slot for a unit: its own, a new one, or the one longest unused.
+        """The slot for a unit: its own, a new one, or the least recently used.
 
-        Another thread may take the slot away before its lock is held; then `slot.unit` tells, and it is filled again.
+        Another thread may take the slot before its lock is held; then `slot.unit` shows that, and it is filled again.
         """
         with self._lock:
             slot = self._slots.pop(unit, None)

@@ -3,11 +3,11 @@
     root/latest_checkpointed_iteration.txt         the number of the newest one
     root/iteration_%08d/{prefix}-model-{file:07d}-{files:07d}.safetensors     parameters of one or more ranks
     root/iteration_%08d/{prefix}-opt-{file:07d}-{files:07d}.safetensors       optimizer states
-    root/iteration_%08d/metadata.json              who holds which slice; absent when one device saved everything whole
+    root/iteration_%08d/metadata.json              what file holds which slice; absent when one device saved all whole
     root/iteration_%08d/common.json                training scalars, and whether the training was healthy
 
-Files that the metadata names and that are not there are missed by who wants their parameters: the optimizer's are often
-deleted to save space, and weights load without them.
+Files that the metadata names and that do not exist matter only to whoever wants their parameters: the optimizer's are
+often deleted to save space, and weights load without them.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Folder(NamedTuple):
 
 
 def find_folder(directory: str) -> Optional[Folder]:
-    """The checkpoint in `directory`, an iteration's folder or the root above it; None when it is no such directory.
+    """The checkpoint in `directory`, an iteration's folder or the root above it; None when it is neither.
 
     Raises:
         DiscoveryError: no file that the metadata names is there, or the newest iteration is gone; or the files are
-            those of several ranks, and nothing says how they are cut.
-        FormatError, StrategyError: as `read_cuts`; or the newest iteration is no number.
+            those of several ranks, and nothing states how they are cut.
+        FormatError, StrategyError: as `read_cuts`; or the newest iteration is not a number.
     """
     root = Path(directory)
     tracker = root / TRACKER_NAME
@@ -98,7 +98,7 @@ def _prefix(file: str) -> Optional[str]:
 
 
 def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
-    """What one device saved; None when the files are not MindFormers'."""
+    """The folder of what one device saved; None when the files are not MindFormers'."""
     told = {name: file_name(name) for name in files}
     totals = sorted({name.total for name in told.values() if name is not None})
     if not files or None in told.values():
@@ -107,7 +107,7 @@ def _whole(root: Path, files: dict[str, str]) -> Optional[Folder]:
     if prefixes[1:]:
         raise DiscoveryError(
             f"{str(root)!r} holds files of several checkpoints, {prefixes[0]!r} and {prefixes[1]!r} by their names; "
-            "move those that are not meant away"
+            "keep those that are meant, and move the others away"
         )
     if totals != [1]:
         raise DiscoveryError(
@@ -144,7 +144,7 @@ def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
     """The training scalars of an iteration's `common.json`, without those that are null; empty when there is no file.
 
     Raises:
-        FormatError: it is not JSON, or what should be a number is none.
+        FormatError: it is not JSON, or what should be a number is not one.
     """
     path = os.path.join(folder, COMMON_NAME)
     if not os.path.isfile(path):
@@ -161,7 +161,7 @@ def read_common(folder: str) -> Mapping[str, Union[int, float, str]]:
     for name, value in told.items():
         counts = name in _COUNTS and not (type(value) is int and 0 <= value < 1 << 63)
         if counts or (name in ("loss_scale", "ckpt_status") and not _is_finite(value)):
-            raise FormatError(f"{path!r} says that {name} is {value!r:.60}, which it cannot be; use another iteration")
+            raise FormatError(f"{path!r} says that {name} is {value!r:.60}, which is impossible; use another iteration")
     return {name: value for name, value in told.items() if isinstance(value, (int, float, str))}
 
 
@@ -172,7 +172,7 @@ def _is_finite(value: Any) -> bool:
 def complaint(folder: str) -> str:
     """Why an iteration's `common.json` speaks against using it; "" when it does not.
 
-    MindFormers' health monitor notes 0 for a healthy checkpoint, and null where it did not look.
+    MindFormers' health monitor notes 0 for a healthy checkpoint, and null where it did not check.
     """
     try:
         status = read_common(folder).get("ckpt_status", HEALTHY)

@@ -3,12 +3,12 @@
     state_dict_metadata   name -> full shape, layout in MindSpore's terms, and the slices that there are ("chunk")
     storage_data          "('name', (slice,))" -> the files that hold the slice, who saved each, and whose slice it is
 
-A slice is named by `global_offset`, which is no offset: it is the slice's number, row-major over the grid of slices.
-Much is said twice, and what is said twice is compared: a number that the layout has not, two slices of a parameter in
-one file (which holds one tensor of a name), a rank that has another slice by its layout, files of ranks in another
-order. What is merely missing, a slice or a file, is not judged here: an optimizer's is no matter to who serves weights.
+A slice is named by `global_offset`, which is not an offset but the slice's number, row-major over the grid of slices.
+Much is stated twice, and both statements are compared. Errors are: a number that the layout does not have, two slices
+of a parameter in one file (which holds one tensor of a name), a rank that has another slice by its layout, files of
+ranks in another order. A missing slice or file is not judged here: whoever serves weights needs no optimizer states.
 
-Read with MindFormers 2.0 and 2.1 at hand; both write the same.
+This follows MindFormers 2.0 and 2.1, which write the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ms_ckpt_ext.storage.reader import from_json
 
 _OTHER = "the file is damaged or was edited: restore it, or use another iteration"
 _JUNK = (AttributeError, KeyError, IndexError, TypeError, ValueError, SyntaxError, RecursionError, MemoryError)
-"""What reading JSON of another shape may raise."""
+"""What may be raised by JSON of another structure."""
 _LONGEST_KEY = 1 << 16
 _SHOWN = 400
 
@@ -35,7 +35,7 @@ _SHOWN = 400
 class ParameterCut(NamedTuple):
     """One parameter of a folder: its full shape, how it is cut, and which files (by name) hold the slices listed.
 
-    `stage` is the pipeline stage of its layout; None where none is told, and the parameter is whole.
+    `stage` is the pipeline stage of its layout; None where there is no layout, and the parameter is whole.
     """
 
     shape: Shape
@@ -54,7 +54,7 @@ class FileName(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A file that holds a slice; who saved it, and all ranks whose slice it is, where that is told."""
+    """A file that holds a slice; the rank that saved it and all ranks whose slice it is, where that is stated."""
 
     file: str
     saved_by: Optional[int]
@@ -62,9 +62,9 @@ class _Place(NamedTuple):
 
 
 _Places = dict[str, dict[int, tuple[_Place, ...]]]
-"""Parameter -> number of the slice -> where it lies."""
+"""Parameter -> number of the slice -> the files that hold it."""
 _Wrong = Callable[[str], FormatError]
-"""What a parameter contradicts, as an error that names it."""
+"""Makes the error that names the parameter, from what is wrong with it."""
 
 
 def file_name(file: str) -> Optional[FileName]:
@@ -78,11 +78,11 @@ def file_name(file: str) -> Optional[FileName]:
 
 
 def read_cuts(path: str) -> Optional[dict[str, ParameterCut]]:
-    """The parameters of a `metadata.json`, accumulated gradients aside; None when the file is another of that name.
+    """The parameters of a `metadata.json`, accumulated gradients aside; None when it is another program's.
 
     Raises:
         FormatError: it is not JSON, lacks something, or contradicts itself; names the parameter.
-        StrategyError: a layout that this package does not know how to cut, such as an interleaved one; names it too.
+        StrategyError: a layout that this package does not know how to cut, such as an interleaved one; names it, too.
     """
     from ms_ckpt_ext.storage.linux import read_small
 
@@ -113,7 +113,7 @@ def _cuts(entries: Mapping[str, Mapping[str, Any]], places: _Places, path: str) 
                 raise FormatError(f"{path!r}: parameter {name!r}: {type(error).__name__}: {error}") from error
     for name in places:
         if name not in entries and not name.startswith(ACCUMULATED_GRADIENT_PREFIX):
-            raise FormatError(f"{path!r} says in which files parameter {name!r} lies, and not how it is cut; {_OTHER}")
+            raise FormatError(f"{path!r} says in which files parameter {name!r} lies, but not how it is cut; {_OTHER}")
     return cuts
 
 
@@ -124,14 +124,14 @@ def _places(storage: Mapping[str, Any]) -> _Places:
         slices = found.setdefault(name, {})
         number = _number(offset)
         if number in slices:
-            raise ValueError(f"{key[:_SHOWN]} stands twice")
+            raise ValueError(f"{key[:_SHOWN]} occurs twice")
         slices[number] = tuple(dict.fromkeys(_place(key, entry) for entry in held))
     return found
 
 
 def _slice_named(key: str) -> tuple[str, Any]:
-    """The parameter and the number of its slice, out of the text of a tuple of them."""
-    from ast import literal_eval  # here, for few folders are MindFormers'
+    """The parameter and the number of its slice, from the text of a tuple of both."""
+    from ast import literal_eval  # imported here, for few folders are MindFormers'
 
     try:
         name, offset = literal_eval(key) if len(key) <= _LONGEST_KEY else (None, None)
@@ -153,7 +153,7 @@ def _place(key: str, entry: Mapping[str, Any]) -> _Place:
 
 
 def _number(offset: Any) -> int:
-    """The number of a slice; that of a whole parameter may be told for every axis."""
+    """The number of a slice; a whole parameter's may be given per axis, all 0."""
     numbers = _ints(offset)
     if len(numbers) > 1 and not any(numbers):
         return 0
@@ -172,7 +172,7 @@ def _ints(values: Any) -> tuple[int, ...]:
 
 
 def _check_files(places: Iterable[_Place], path: str) -> None:
-    """A file is saved by one rank, and files are numbered in the order of those: all ranks, or those with anything."""
+    """A file is saved by one rank, and files are numbered in the order of ranks: all, or those that save anything."""
     saved_by: dict[str, int] = {}
     for place in places:
         if place.saved_by is not None and saved_by.setdefault(place.file, place.saved_by) != place.saved_by:
@@ -222,7 +222,7 @@ def _cut(name: str, entry: Mapping[str, Any], places: Mapping[int, tuple[_Place,
 
 
 def _listed(chunks: Iterable[Mapping[str, Any]], shape: Shape, layout: Layout, wrong: _Wrong) -> list[int]:
-    """The numbers of the slices that there are; their shapes are what the layout makes."""
+    """The numbers of the slices that exist; raises where a shape is not what the layout makes."""
     slice_shape, numbers = layout.slice_shape(shape), []
     for chunk in chunks:
         number, local = _number(chunk["global_offset"]), _ints(chunk["local_shape"] or ())
@@ -236,7 +236,7 @@ def _listed(chunks: Iterable[Mapping[str, Any]], shape: Shape, layout: Layout, w
 
 
 def _check_places(places: Mapping[int, tuple[_Place, ...]], layout: Layout, wrong: _Wrong) -> None:
-    """A file holds one slice; its ranks are those whose cell that is, and who saved it is one of them."""
+    """A file holds one slice; its ranks are those whose cell that is, and the rank that saved it is one of them."""
     first: dict[str, int] = {}
     for number, held in places.items():
         for file, saved_by, ranks in held:
@@ -266,7 +266,7 @@ def _cell(number: int, parts: Shape) -> Cell:
 
 
 def layout_of(name: str, raw: Mapping[str, Any], origin: str) -> Layout:
-    """A layout as `mindspore.Layout.to_dict` gives it.
+    """A layout from what `mindspore.Layout.to_dict` returns.
 
     Raises:
         StrategyError: an interleaved layout, ranks that are no pipeline stage in order, or numbers that contradict each

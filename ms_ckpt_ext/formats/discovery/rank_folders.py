@@ -4,7 +4,7 @@ A sharded checkpoint is `dir/rank_{N}/*.{suffix}`. With several files in a rank 
 save counts (`formats.discovery.saves`): the one with the largest last two numbers in its name (`...-{epoch}_{step}`),
 the same in all rank folders. A `file_suffix` of the forms `_T-E_S`, `-E_S`, `E_S`, `_S`, `S` selects by task, epoch
 and step; any other must match one file. Where stock MindSpore would pick one of several equally good files by chance,
-this raises and lists them; and where nobody says which format is meant, a directory that holds both is an error. Files
+this raises and lists them; and where no format is given, a directory that holds both is an error. Files
 without rank folders are `formats.discovery.whole_models`.
 """
 
@@ -35,11 +35,11 @@ _SUFFIX_FORMS = (
 
 
 def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
-    """What of a folder is wanted, in the order of names.
+    """The wanted entries of a folder, in the order of names.
 
     Raises:
         DiscoveryError: there is no such folder, or it is a file.
-        StorageError: the operating system does not let us look into it.
+        StorageError: the operating system does not let it be listed.
     """
     try:
         return sorted(child for child in folder.iterdir() if wanted(child))
@@ -56,7 +56,7 @@ def inside(folder: Path, wanted: Callable[[Path], bool] = lambda _: True) -> lis
 def folders_in(directory: Path, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
     """Folders below a directory, in the order of names.
 
-    One that cannot be looked into and is no rank's, such as `lost+found` of a disk, is logged and passed over.
+    One that cannot be listed and is not a rank's, such as a disk's `lost+found`, is logged and passed over.
 
     Raises as `inside`.
     """
@@ -104,11 +104,11 @@ def rank_folders(directory: str) -> dict[int, Path]:
 
 
 def checkpoint_names(folder: Path, suffixes: Iterable[str], known: Optional[dict[str, str]] = None) -> list[str]:
-    """Names of the files in a folder that are checkpoints of these formats, in order; hidden ones are not.
+    """Names of the files in a folder that are checkpoints of these formats, in order, without hidden ones.
 
     Args:
         known: kinds of `.ckpt` files by their names without numbers: one file of a family is looked into, for the
-            others are written by the same code. Without it every one is.
+            others are written by the same code. If None, every file is.
     """
     endings = tuple(f".{suffix}" for suffix in suffixes)
 
@@ -140,14 +140,14 @@ def rank_files(
     file_suffix: Optional[str] = None,
     world: Optional[int] = None,
 ) -> dict[int, str]:
-    """The file of every rank: rank -> path, ranks ascending. A rank folder without a file of the kind is left out.
+    """The file of every rank: rank -> path, ranks ascending. A rank folder without such a file is left out.
 
     Args:
         directory: holds the `rank_{N}` folders.
-        suffix: "safetensors", "ckpt", or None for whichever is there.
+        suffix: "safetensors", "ckpt", or None for whichever exists.
         file_suffix: end of the wanted file's name, without `.suffix`; None for the newest.
         world: how many ranks saved, if that is known. Folders of higher ranks are of another run, and need not hold the
-            save that the others hold: then their newest is given.
+            save that the others hold: then their own newest is returned.
 
     Raises:
         DiscoveryError: no such directory, no rank folder with such a file, two folders of one rank, several equally
@@ -177,7 +177,7 @@ def rank_files(
 
 
 def _newest(names: Mapping[int, Sequence[str]], folders: Mapping[int, Path], world: Optional[int]) -> dict[int, str]:
-    """The file of every rank that is of the newest save."""
+    """Rank -> its file of the newest save."""
     every = {name for held in names.values() for name in held}
     if len(every) == 1:
         return dict.fromkeys(names, every.pop())
@@ -194,7 +194,7 @@ def _newest(names: Mapping[int, Sequence[str]], folders: Mapping[int, Path], wor
     }
     for rank, name in own.items():
         known, wanted = step_of(name), step_of(best)
-        if (world is None or rank < world) and (None in (known, wanted) or known == wanted):  # else the steps tell
+        if (world is None or rank < world) and (None in (known, wanted) or known == wanted):  # else the steps differ
             first = next(iter(groups[best]))
             raise DiscoveryError(
                 f"rank {rank} has no file of the newest save: {str(folders[rank])!r} holds {list(rest[rank])}, but "
@@ -239,7 +239,7 @@ def newest_of(groups: Mapping[str, Mapping[int, str]], folder_of: Callable[[int]
 
 
 def _rivals(equal: Sequence[str], groups: Mapping[str, Mapping[int, str]]) -> tuple[int, list[str]]:
-    """A rank that holds several of the saves, and its files; or one of each save, where no rank does."""
+    """A rank that holds several of the saves, and its files; where none does, any rank and a file of each save."""
     for rank in sorted({rank for name in equal for rank in groups[name]}):
         files = [groups[name][rank] for name in equal if rank in groups[name]]
         if len(files) > 1:
@@ -248,10 +248,10 @@ def _rivals(equal: Sequence[str], groups: Mapping[str, Mapping[int, str]]) -> tu
 
 
 def check_one_step(files: Mapping[int, str]) -> None:
-    """See that the files of ranks, as far as their names end in `-{epoch}_{step}`, are of one step and one saver.
+    """Check that the files of ranks whose names end in `-{epoch}_{step}` are of one step and one saver.
 
     Stock MindSpore merges the newest file of every rank, whatever step it is of, when a save was cut short. Names
-    whose last number is the rank's, as a prefix like `net-3_` makes them, tell no step.
+    whose last number is the rank's, as with a prefix like `net-3_`, state no step.
 
     Raises:
         DiscoveryError: they are of several steps, or of prefixes that differ in more than numbers.
@@ -296,10 +296,10 @@ def or_suffixes(suffix: Optional[str]) -> str:
 
 
 def by_suffix(names: Sequence[str], suffix: str, file_suffix: str, folder: str) -> str:
-    """The file that `file_suffix` means.
+    """The file that `file_suffix` selects.
 
     Raises:
-        DiscoveryError: no file ends so, or several do equally well.
+        DiscoveryError: no file ends with it, or several match equally well.
     """
     matching = [name for name in names if name.endswith(f"{file_suffix}.{suffix}")]
     if not matching:
@@ -314,7 +314,7 @@ def by_suffix(names: Sequence[str], suffix: str, file_suffix: str, folder: str) 
 
 
 def _exact(matching: list[str], suffix: str, file_suffix: str) -> list[str]:
-    """Those of the files in which `file_suffix` is all of a task, epoch and step, or the step."""
+    """Those of the files in which `file_suffix` is the whole task, epoch and step, epoch and step, or step."""
     for form, lead in _SUFFIX_FORMS:
         if form.match(file_suffix):
             wanted = file_suffix if file_suffix.startswith(lead) else lead + file_suffix

@@ -5,12 +5,12 @@
     {prefix}-{epoch}_{step}_breakpoint      `exception_save`, which counts runs by breakpoints alone
     {prefix}{N}, {prefix}{N}_part{stage}    `transform_checkpoints`
 
-1. Of every name the last two numbers are the save's, epoch and step, as MindSpore's own rule has it.
-2. A number that is the rank's own in every rank folder is no part of the name: what is left is shared by the ranks. One
-   that is the same in all folders is the prefix's, as in `lora_rank_8`; inside a rank folder the rank is known.
-3. The newest save has the largest numbers. Two that are equally new are told apart by nothing, and so is a save of a
-   later run with smaller numbers, or one whose numbers are no epoch and step beside one whose are: who chooses must
-   ask. A breakpoint of the very step of a save gives way to it.
+1. In every name the last two numbers are the save's, epoch and step, by MindSpore's own rule.
+2. A number that is the rank's own in every rank folder is no part of the name: the ranks share what is left. One that
+   is the same in all folders belongs to the prefix, as in `lora_rank_8`; inside a rank folder the rank is known.
+3. The newest save has the largest numbers. It is undecided between two that are equally new, beside a save of a later
+   run with smaller numbers, and between numbers that are epoch and step and others that are not: the user must choose.
+   Of a breakpoint and a save of the same step, the save counts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BREAKPOINT = "_breakpoint"
 STEP, NUMBERS = 2, 1
 """How a name tells when a save was made: by epoch and step, or by numbers that may mean anything."""
 _OWN = "*"
-"""In place of a rank's own number; left out of what is shown unless two names would be one."""
+"""Stands for a rank's own number; left out of shared names, unless two of them would become equal."""
 _SUFFIX = re.compile(r"\.(?:safetensors|ckpt)$")
 
 
@@ -35,10 +35,10 @@ class Save(NamedTuple):
     """What a checkpoint's name says.
 
     Attributes:
-        prefix: what it begins with, without the number of the run.
+        prefix: its beginning, without the number of the run.
         run: 0 for the first in a folder.
         step: the last two numbers; fewer where there are fewer.
-        regular: it was saved when it was due, not when an exception ended the run.
+        regular: it was saved on schedule, not when an exception ended the run.
     """
 
     prefix: str
@@ -72,20 +72,21 @@ def save_of(name: str) -> Save:
 
 
 def _stem(name: str) -> tuple[str, bool]:
-    """A name without its format and without the mark of a breakpoint, and whether it has none."""
+    """A name without its suffix and without the mark of a breakpoint, and whether it had no such mark."""
     stem = _SUFFIX.sub("", name)
     return (stem[: -len(_BREAKPOINT)], False) if stem.endswith(_BREAKPOINT) else (stem, True)
 
 
 def grouped(files: Mapping[int, Iterable[str]]) -> dict[str, dict[int, str]]:
-    """The files of rank folders by what their names share.
+    """The files of rank folders by what their names have in common.
 
     Args:
         files: rank -> names of the files in its folder.
 
     Returns:
-        shared name -> rank -> file. Names of one step that differ in another number, as pipeline stages' may, and that
-        no rank has two of, share the first one's. So do the only files of all folders if no name holds a number.
+        shared name -> rank -> file. Names of one step that differ in another number, as those of pipeline
+        stages may, are one group under the first name if no rank has two of them. So are the only files of all folders
+        if no name has a number that dates it.
     """
     held = {rank: sorted(names) for rank, names in files.items() if names}
     marked: dict[str, dict[int, str]] = {}
@@ -109,7 +110,7 @@ def unlike(files: Mapping[int, str]) -> Optional[tuple[str, str]]:
 
 
 def _joined(groups: Mapping[str, dict[int, str]]) -> dict[str, dict[int, str]]:
-    """Groups of one step whose names differ in numbers only, as one where no rank has two of them."""
+    """Join groups of one step whose names differ in numbers only, where no rank has two of them."""
     alike: dict[tuple[str, Optional[tuple[int, int]]], list[str]] = {}
     for name in groups:
         alike.setdefault((_NUMBERS.sub("#", name), step_of(name)), []).append(name)
@@ -124,7 +125,7 @@ def _joined(groups: Mapping[str, dict[int, str]]) -> dict[str, dict[int, str]]:
 
 
 def _shared(held: Mapping[int, Sequence[str]]) -> dict[tuple[int, str], str]:
-    """(rank, file) -> its name with a mark for the numbers that are the rank's."""
+    """(rank, file) -> its name with a mark in place of the rank's numbers."""
     patterns: dict[str, list[tuple[int, str]]] = {}
     for rank, names in held.items():
         for name in names:
@@ -138,7 +139,7 @@ def _shared(held: Mapping[int, Sequence[str]]) -> dict[tuple[int, str], str]:
 
 
 def _rank_places(members: Sequence[tuple[int, str]]) -> list[int]:
-    """Which of the numbers of names that differ in numbers only are their ranks'."""
+    """Which numbers are the rank's, in names that differ in numbers only."""
     ranks = {rank for rank, _ in members}
     if len(ranks) < 2:
         return []
@@ -161,7 +162,7 @@ def _epoch_place(name: str, count: int) -> int:
 
 
 def _without(name: str, places: Sequence[int], rank: int) -> str:
-    """A name with a mark for those of its numbers, at these places, that are the rank's."""
+    """A name with a mark in place of those numbers at these places that are the rank's."""
     numbers = list(_NUMBERS.finditer(name)) if places else []
     for at in reversed(places):
         number = numbers[at]
@@ -171,15 +172,15 @@ def _without(name: str, places: Sequence[int], rank: int) -> str:
 
 
 def names_rank(name: str) -> bool:
-    """Whether a name tells a rank, or looks as if it did."""
+    """Whether a name states a rank, or seems to."""
     return _RANK.search(name) is not None
 
 
 def grouped_flat(names: Iterable[str], ranked: bool = False) -> dict[str, dict[int, str]]:
-    """The files of one folder, where only names tell ranks: shared name -> rank -> file.
+    """The files of one folder, where only names state ranks: shared name -> rank -> file.
 
-    `_rank_N` is a rank where 0 or several consecutive ones are there, or where it is known that ranks saved (`ranked`);
-    else it is the prefix's, as in `lora_rank_8`.
+    `_rank_N` is a rank where 0 or several consecutive ones occur, or where ranks are known to have saved (`ranked`);
+    else it belongs to the prefix, as in `lora_rank_8`.
     """
     families: dict[str, dict[int, str]] = {}
     found: dict[str, dict[int, str]] = {}
@@ -206,7 +207,7 @@ class Newest(NamedTuple):
     """The newest of several saves by their names.
 
     Attributes:
-        equal: the newest; several where names do not tell which.
+        equal: the newest; several where names do not decide.
         later_run: the newest of a later run, whose numbers are smaller; None when there is none.
         others: the newest of every other prefix.
     """
@@ -217,7 +218,7 @@ class Newest(NamedTuple):
 
 
 def newest(names: Iterable[str]) -> Newest:
-    """Tell the newest of saves by the names that ranks share, of which there is at least one.
+    """The newest of saves, by the names that ranks share; there must be at least one.
 
     Epoch and step are not compared with other numbers, such as those of `step_400` or `llama_7b`.
     """
@@ -245,7 +246,7 @@ def newest(names: Iterable[str]) -> Newest:
 
 
 def dated(name: str) -> int:
-    """What a name says of the time of a save: `STEP`, other `NUMBERS`, or nothing, 0."""
+    """What a name says about the time of a save: `STEP`, other `NUMBERS`, or nothing, 0."""
     return STEP if is_step(name) else NUMBERS if save_of(name).step else 0
 
 
@@ -255,6 +256,6 @@ def is_step(name: str) -> bool:
 
 
 def step_of(name: str) -> Optional[tuple[int, int]]:
-    """Epoch and step of a name that ends in `-{epoch}_{step}`; None of another."""
+    """Epoch and step of a name that ends in `-{epoch}_{step}`; None for another."""
     found = _STEP.search(_stem(name)[0])
     return (int(found[1]), int(found[2])) if found else None

@@ -4,8 +4,8 @@ torch's `HuggingFaceStorageWriter` notes in `__metadata__`, as JSON, where in th
 
     "DCP_SHARDING_INFO": {"name": {"saved_offsets": [2, 0]}, …}
 
-An offset above zero is that of a slice. All are zero in the first rank's file, but also in one that holds whole
-tensors; there the name tells: files of ranks are called `shard-00001-model-00001-of-00001.safetensors`.
+A tensor with an offset above zero is a slice. All are zero in the first rank's file, but also in one that holds whole
+tensors; there the name decides: files of ranks are called `shard-00001-model-00001-of-00001.safetensors`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _OF_A_RANK = re.compile(r"shard-\d+-.+-of-\d+\.safetensors")
 
 
 def refuse_slices(indexes: Iterable[FileIndex]) -> None:
-    """Raise FormatError, by name of file and tensor, for a file that holds a rank's slices."""
+    """Raise FormatError, which names file and tensor, for a file that holds a rank's slices."""
     for index in indexes:
         info = index.metadata.get(SHARDING_INFO)
         found = "" if info is None else _slice_in(info, index)
@@ -42,7 +42,7 @@ def is_of_a_rank(name: str) -> bool:
 
 
 def _slice_in(info: str, index: FileIndex) -> str:
-    """What tells that there are slices in a file; "" when nothing does."""
+    """Why there are slices in a file, for a message; "" when nothing says so."""
     named = _NAMED.search(info)
     if named is not None:
         return f"tensor {named[1]!r} is a slice, which begins behind the beginning of the whole tensor"

@@ -1,13 +1,13 @@
-"""Whole models in one folder: which of its files belong together, and what is said where nothing tells.
+"""Whole models in one folder: which of its files belong together, and the message where that cannot be known.
 
     param_name_map.json and the files it lists         MindSpore's merge, and this package's
     *.safetensors.index.json and its files             Hugging Face's, of any name: transformers, diffusers, variants
-    NAME-00001-of-00003.safetensors, …                 the same without their index, if all are there
+    NAME-00001-of-00003.safetensors, …                 the same without their index, if all exist
     one file                                           whatever its name
-    PREFIX-EPOCH_STEP.ckpt, PREFIX_rank_N-…            saves of a training in one folder: the newest, as of rank folders
+    PREFIX-EPOCH_STEP.ckpt, PREFIX_rank_N-…            saves of a training in one folder: the newest, as in rank folders
 
-Everything else has two readings, or is no model: several files that nothing relates, a part of a model, an adapter,
-training scalars alone. The message fits whoever downloaded the folder, or ran the merge that wrote it.
+Everything else is ambiguous, or not a model: several unrelated files, a part of a model, an adapter, training scalars
+alone. The message fits whoever downloaded the folder, or ran the merge that wrote it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class UnifiedFiles(NamedTuple):
 
     Attributes:
         files: name -> path, of whole parameters.
-        names: parameter -> name of its file; None where the files say it themselves.
+        names: parameter -> name of its file; None where only the files say it.
         hyper: the file of training scalars, if there is one.
-        ranks: rank -> path instead, where the files are those of ranks.
+        ranks: rank -> path, instead of `files`, where the files are those of ranks.
     """
 
     files: dict[str, str]
@@ -72,8 +72,8 @@ class Loose(NamedTuple):
 
     Attributes:
         files: number -> file: the ranks' of a save, or the parts of one model.
-        parts: the numbers are those of parts.
-        fault: why it is none; "" where nothing speaks against it.
+        parts: whether the numbers are those of parts.
+        fault: why it is not a checkpoint; "" where nothing speaks against it.
     """
 
     files: dict[int, str]
@@ -97,13 +97,13 @@ def unified_files(
 
     Args:
         directory: holds the files.
-        suffix: "safetensors", "ckpt", or None for whichever the map names or is there.
+        suffix: "safetensors", "ckpt", or None for whichever the map names or exists.
         file_suffix: which of several saves, see `formats.discovery.rank_folders`.
-        index: name of the map that counts; None for the one that is there.
-        ranked: several ranks saved, as their strategy says, so `_rank_N` in a name is one, even if it is alone.
+        index: name of the map to use; None for the one that exists.
+        ranked: several ranks saved, as their strategy says, so `_rank_N` in a name is a rank, even if only one.
 
     Raises:
-        DiscoveryError: no such directory, no file, several that nothing relates, a part of a model, or both formats.
+        DiscoveryError: no such directory, no file, several unrelated ones, a part of a model, or both formats.
         FormatError: the map is not what it should be.
     """
     root = Path(directory)
@@ -161,7 +161,7 @@ def loose(names: Iterable[str], ranked: bool = False) -> dict[str, Loose]:
     """What may be a checkpoint among the files of a folder without a map.
 
     Returns:
-        what the files' names share -> the files, and what speaks against them.
+        what the files' names have in common -> the files, and what speaks against them.
     """
     held = sorted(names)
     hyper = [name for name in held if name in HYPER_NAMES]
@@ -185,7 +185,7 @@ def loose(names: Iterable[str], ranked: bool = False) -> dict[str, Loose]:
 
 
 def _beside(hyper: Sequence[str], adapters: Sequence[str]) -> str:
-    """What speaks against a model that lies beside these."""
+    """What speaks against a model beside these files."""
     if adapters:
         return f"{adapters[0]!r} is an adapter to a model, which is not applied here: give the path of the model's file"
     return _NO_MAP if hyper else ""
@@ -196,7 +196,7 @@ def _unfinished(merged: Sequence[str]) -> str:
 
 
 def _models(parts: Mapping[str, re.Match[str]]) -> dict[str, Loose]:
-    """Models in numbered parts, whose index is not there: whole where all parts are."""
+    """Models in numbered parts without an index: whole if all parts exist."""
     found: dict[str, dict[int, str]] = {}
     counts: dict[str, int] = {}
     for name, match in parts.items():
@@ -250,9 +250,9 @@ def _restore(index: Path) -> str:
 
 
 def _map_of(root: Path, found: Sequence[str]) -> tuple[Optional[Path], Optional[dict[str, str]]]:
-    """The map that counts, and what it says.
+    """The map to use, and what it says.
 
-    MindFormers leaves a map of its own names beside Hugging Face's index, of the same files, whose names the index has.
+    MindFormers leaves a map with its own names beside Hugging Face's index of the same files, which use the index's.
     """
     indexes = [root / name for name in found if name != MAP_NAME]
     if MAP_NAME not in found:
@@ -315,7 +315,7 @@ def _are_of_ranks(names: Iterable[str]) -> bool:
 
 
 def instead(directory: str) -> str:
-    """What a folder without a checkpoint holds instead, as `, but …`; "" where nothing explains it."""
+    """What a folder without a checkpoint holds instead, as `, but …` for a message; "" where nothing explains it."""
     root = Path(directory)
     there = [path.name for path in inside(root, Path.is_file)] if root.is_dir() else []
     other = [name for name in there if name.endswith(_NOT_READ)]

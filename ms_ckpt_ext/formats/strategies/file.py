@@ -1,9 +1,9 @@
 """Strategy files: MindSpore's `node_strategy.proto`, and the strategies in such files, one stage or several merged.
 
 The messages are built at run time in a pool of their own. MindSpore's generated code holds the same ones in protobuf's
-default pool, where a second definition under the same full names collides; and generated code of ours would be bound to
-one major version of protobuf. Files of groups have messages of the same declaration; the JSON form of a strategy is in
-`json_form`.
+default pool, where a second definition under the same full names collides; and generated code in this package would
+be bound to one major version of protobuf. The messages of files of groups are declared here as well; the JSON form of
+a strategy is in `json_form`.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ MESSAGES = {
     ),
     "ParallelGroupRanks": ("repeated uint32 dim 1",),
 }
-"""Name of a message -> its fields: rule, type, name and number. Required ones are written; a reader does without."""
+"""Name of a message -> its fields: rule, type, name and number. Required ones are always written, not demanded."""
 ROW_FIELDS = ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset")
 NUMBER_FIELDS = ("field", "opt_weight_shard_step", "opt_weight_shard_size")
 _PACKAGE = "ms_ckpt_ext"
-_FRESH, MERGED = 2, 1  # what MindSpore puts into current_stage, which is not a stage
+_FRESH, MERGED = 2, 1  # what MindSpore writes as current_stage, which is not a stage
 
 
 def load_strategy(path: Union[str, Path]) -> Strategy:
     """Read a strategy file, or a directory with one file per stage (merged on the fly).
 
     Raises:
-        StrategyError: no such file, empty, not a strategy file, or contradictory.
+        StrategyError: there is no such file, or it is empty, not a strategy file, or contradicts itself.
     """
     path = os.fspath(path)
     if not os.path.isdir(path):
@@ -95,7 +95,7 @@ def save_strategy(strategy: Strategy, target: Union[str, Path]) -> None:
     """Write a strategy file that MindSpore reads too: merged when it has several stages; JSON for a `.json` name.
 
     Raises:
-        StrategyError: a parameter's name is no Unicode.
+        StrategyError: a parameter's name is not valid Unicode.
         StorageError: the file cannot be written.
     """
     merged = strategy.stages > 1
@@ -126,7 +126,7 @@ def _add_layout(content: Any, name: str, layout: Layout) -> None:
 
 
 def write(target: Union[str, Path], data: bytes) -> None:
-    """Put a strategy file in its place, whole or not at all. Raises StorageError."""
+    """Write a strategy file, whole or not at all. Raises StorageError."""
     path = Path(target)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def write(target: Union[str, Path], data: bytes) -> None:
 
 
 def stage_files(directory: str) -> list[str]:
-    """The files of a directory with one for each stage, in the order of names. Raises StrategyError."""
+    """The files of a directory that has one per stage, in the order of names. Raises StrategyError."""
     if not os.path.isdir(directory):
         raise also(StrategyError, NotADirectoryError)(
             f"{directory!r} is not a directory of strategy files; give one that exists"
@@ -155,10 +155,10 @@ def stage_files(directory: str) -> list[str]:
 
 
 def read_map(path: str, empty: bool = False) -> Any:
-    """Either form as a `ParallelStrategyMap`.
+    """Read a strategy file of either form, as a `ParallelStrategyMap`.
 
     Raises:
-        StrategyError: it is neither, or holds no layouts and may not be `empty` of them.
+        StrategyError: it is neither, or has no layouts and `empty` does not allow that.
     """
     data = read_bytes(path)
     if data.lstrip()[:1] == b"{":
@@ -177,7 +177,7 @@ def read_map(path: str, empty: bool = False) -> Any:
 
 
 def read_bytes(path: str) -> bytes:
-    """All of a strategy file. Raises StrategyError when there is none, or nothing in it."""
+    """All of a strategy file. Raises StrategyError when it does not exist or is empty."""
     try:
         data = read_small(path, pipe=True)
     except OSError as error:
@@ -205,7 +205,7 @@ def _parse_protobuf(path: str, data: bytes) -> Any:
 def _items(content: Any, path: str) -> Iterator[LayoutItem]:
     operators = content.parallel_strategy_item
     default = operators[0].parallel_strategys.stage if operators else 0
-    known: dict[bytes, Layout] = {}  # most parameters of a model are laid out alike
+    known: dict[bytes, Layout] = {}  # most parameters of a model have the same layout
     for held in content.parallel_layout_item:
         plain, stage = split_stage(held.param_name, default)
         layouts = held.parallel_layouts
@@ -229,14 +229,14 @@ def strategy_map() -> Any:
 
 
 _OLD = re.compile(rb"__version__ = '2\.[789]\.")
-"""What the file of MindSpore's version says in releases whose generated code is of protoc before 3.19."""
+"""What MindSpore's version file says in releases whose code was generated by protoc before 3.19."""
 
 
 def _choose_implementation() -> None:
     """Make sure that MindSpore can be imported after protobuf.
 
-    The generated code of 2.7 to 2.9 is a fatal error in every implementation but that in Python, for which these
-    releases ask themselves, when they are imported first.
+    The generated code of 2.7 to 2.9 fails in every implementation of protobuf but the one in Python, which these
+    releases select themselves when they are imported first.
     """
     variable = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
     if variable in os.environ or "google.protobuf" in sys.modules:
@@ -274,17 +274,17 @@ def decode(data: bytes) -> Any:
     """The `ParallelStrategyMap` in a file's bytes.
 
     Raises:
-        ValueError: they are none, or the name of a parameter is not UTF-8.
+        ValueError: they are not one, or the name of a parameter is not UTF-8.
     """
     content = _parsed("ParallelStrategyMap", data)
     for held in content.parallel_layout_item:
-        if isinstance(held.param_name, bytes):  # what is no text is handed out as it is
+        if isinstance(held.param_name, bytes):  # protobuf returns what is not UTF-8 as bytes
             raise ValueError(f"the name {held.param_name!r} is not UTF-8")
     return content
 
 
 def decode_groups(data: bytes) -> Any:
-    """The `ParallelGroupMap` in the bytes of a file of groups. Raises ValueError when they are none."""
+    """The `ParallelGroupMap` in the bytes of a file of groups. Raises ValueError when they are not one."""
     return _parsed("ParallelGroupMap", data)
 
 
@@ -300,7 +300,7 @@ def _parsed(name: str, data: bytes) -> Any:
 
 
 def encode(content: Any, current_stage: int) -> bytes:
-    """The file of a `ParallelStrategyMap`."""
+    """The bytes of a `ParallelStrategyMap`'s file."""
     content.current_stage = current_stage
     data: bytes = content.SerializeToString()
     return data
@@ -315,11 +315,11 @@ def add_operator(content: Any, name: str, stage: int, cuts: IntRows = ()) -> Non
 
 
 def add_parameter(content: Any, name: str, rows: Sequence[IntRows], numbers: Sequence[int]) -> None:
-    """Append a parameter's layouts, which come in the order of `ROW_FIELDS` and `NUMBER_FIELDS`.
+    """Append a parameter's layouts, in the order of `ROW_FIELDS` and `NUMBER_FIELDS`.
 
     Raises:
-        ValueError: a number does not fit its field, or the name is no Unicode.
-        TypeError: what should be a number is none.
+        ValueError: a number does not fit its field, or the name is not valid Unicode.
+        TypeError: what should be a number is not one.
     """
     layouts = content.parallel_layout_item.add(param_name=name).parallel_layouts
     for field, held in zip(ROW_FIELDS, rows):

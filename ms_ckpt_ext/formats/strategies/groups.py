@@ -1,4 +1,4 @@
-"""MindSpore's file of communication groups (`GROUP_INFO_FILE`): which ranks save what this rank saves."""
+"""MindSpore's file of communication groups (`GROUP_INFO_FILE`): which ranks save what the rank that wrote it saves."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ms_ckpt_ext.storage.linux import read_small
 
 
 def restore_ranks(path: str) -> list[int]:
-    """The ranks whose checkpoints hold what the checkpoint of the rank holds that wrote this file, in its order.
+    """The ranks whose checkpoints hold the same as that of the rank that wrote this file, in the file's order.
 
     Raises:
-        FormatError: it is no such file, or lists none.
+        FormatError: it is not such a file, or lists no ranks.
         StorageError: it cannot be read.
     """
     try:

@@ -20,7 +20,7 @@ from ms_ckpt_ext.storage.reader import from_json
 
 
 def from_text(path: str, data: bytes) -> Any:
-    """A `ParallelStrategyMap` from its JSON form. Raises StrategyError, by the path, when it is none."""
+    """A `ParallelStrategyMap` from its JSON form. Raises StrategyError, which names the path, when it is not one."""
     content = strategy_map()
     try:
         said = from_json(data)
@@ -44,7 +44,7 @@ def _rows(value: list[Any]) -> IntRows:
 
 
 def _cuts(value: Any) -> IntRows:
-    """How an operator's inputs are cut, where that is lists of numbers: nothing here depends on it."""
+    """How an operator's inputs are cut, if those are lists of numbers, else (): nothing here depends on it."""
     try:
         return _rows(value or [])
     except TypeError:

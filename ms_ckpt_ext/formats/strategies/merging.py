@@ -1,4 +1,4 @@
-"""The strategy files of pipeline stages as one, as MindSpore's `merge_pipeline_strategys` makes it."""
+"""The strategy files of pipeline stages merged into one, as by MindSpore's `merge_pipeline_strategys`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _OPERATORS, _PARAMETERS = "parallel_strategy_item", "parallel_layout_item"
 def merge_strategy_files(directory: Union[str, Path], target: Union[str, Path]) -> None:
     """Merge the per-stage strategy files of `directory` into one.
 
-    Entries get the `"{stage}-"` prefix; files of one stage say the same, or add to each other. A JSON directory gives
-    JSON. Files that are merged already are left out, such as an earlier run's result among the stages.
+    Entries get the `"{stage}-"` prefix; files of one stage may repeat or complement each other. A directory of JSON
+    files gives JSON. Files that are merged already, such as an earlier result among the stages, are left out.
 
     Raises:
         StrategyError: a file cannot be read or does not say its stage, two of one stage contradict each other, or the
@@ -45,7 +45,7 @@ def merge_strategy_files(directory: Union[str, Path], target: Union[str, Path]) 
 
 
 class _Entry(NamedTuple):
-    """A `ParallelLayoutItem`, and the file that has it first."""
+    """A `ParallelLayoutItem`, and the first file that has it."""
 
     file: str
     item: Any
@@ -80,7 +80,7 @@ def _used(entries: dict[str, _Entry]) -> Iterable[str]:
 
 
 def _as_json(maps: dict[str, Any], entries: dict[str, _Entry]) -> bytes:
-    """What the files say of operators and parameters, word for word."""
+    """What the files say about operators and parameters, unchanged."""
     said = {file: _parsed(file) for file in maps}
     operators: dict[str, Any] = {}
     for file in _used(entries):

@@ -137,7 +137,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "no word about how it is cut": (
         lambda told: told["state_dict_metadata"].pop("rows"),
-        "in which files parameter 'rows' lies, and not how it is cut",
+        "in which files parameter 'rows' lies, but not how it is cut",
     ),
     "no layout": (lambda told: told["state_dict_metadata"]["rows"].update(layout=None), "'rows'"),
     "no ranks": (
