@@ -1,6 +1,6 @@
 """One answer on all ranks, built on `share` alone, so it is the same over every transport.
 
-What takes a transport is collective: all ranks call it at the same point, and all ranks leave it the same way.
+Functions that take a transport are collective: all ranks call them at the same point, and return or raise alike.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _MAX_MESSAGE = 4000
 """Bytes of an error that travel to the other ranks: enough for the cause, little enough for thousands of ranks."""
 _FAILED = b"!"
 _MOST_BYTES = 1 << 31
-"""Of what a rank tells, before it is compressed: tables of a million files have less."""
+"""Limit of what a rank sends, before compression: tables of a million files are smaller."""
 
 
 def agree(transport: Transport[Any], facts: Mapping[str, Union[bytes, str]]) -> None:
     """Make sure that all ranks were started with the same `facts` (name -> value).
 
-    One digest of all travels; those of every fact only where it differs, once for all ranks that have the same.
+    One digest of all facts is sent; digests of each fact only where it differs, once for all ranks with the same ones.
 
     Raises:
         DisagreementError: on every rank, when any fact differs anywhere; names the facts, and the ranks that differ
@@ -52,7 +52,7 @@ def _digest(value: Union[bytes, str]) -> str:
 
 
 def _odd_ones(name: str, digests: list[Optional[str]]) -> str:
-    """Who differs in one fact, as text; empty when nobody does."""
+    """Which ranks differ in one fact, as text; empty when none does."""
     common = Counter(digests).most_common(1)[0][0]  # the first seen wins a tie: that of the lowest rank
     odd = [rank for rank, digest in enumerate(digests) if digest != common]
     if not odd:
@@ -62,7 +62,7 @@ def _odd_ones(name: str, digests: list[Optional[str]]) -> str:
 
 
 def share_status(transport: Transport[Any], error: Optional[BaseException] = None) -> None:
-    """Tell all ranks how this one fares, and learn how they do: the end of every step that may fail on one rank.
+    """Exchange statuses with all ranks: the end of every step that may fail on one rank.
 
     Raises:
         the rank's own `error`, when it has one;
@@ -72,9 +72,9 @@ def share_status(transport: Transport[Any], error: Optional[BaseException] = Non
 
 
 def start_status(transport: Transport[Any], error: Optional[BaseException] = None) -> Callable[[], None]:
-    """The same in two steps: this rank tells how it fares, and may go on; what is returned waits, and raises.
+    """`share_status` in two steps: this rank sends its status and may go on; the function returned waits, and raises.
 
-    Nothing else may be shared in between. What the operating system refused this rank is told and raised by its name.
+    Nothing else may be shared in between. An error of the operating system is sent and raised as one of the package's.
     """
     error = error and named(error, f"do the part of rank {transport.rank}")
     return partial(_settle, transport, error, transport.start_share(b"" if error is None else _FAILED))
@@ -99,7 +99,7 @@ def _message(error: BaseException) -> bytes:
 
 
 def on_all(transport: Transport[Any], step: Callable[[], _T]) -> _T:
-    """Make a step of this rank's own; if it fails on any rank, whatever the error is, all raise: see `share_status`."""
+    """Run a step on this rank; if it fails on any rank, with whatever error, all raise: see `share_status`."""
     result: list[_T] = []
     error: Optional[BaseException] = None
     try:
@@ -111,9 +111,9 @@ def on_all(transport: Transport[Any], step: Callable[[], _T]) -> _T:
 
 
 def common_groups(transport: Transport[Any]) -> frozenset[Ranks]:
-    """The groups of some ranks that the transport has already, on all of their members. Collective.
+    """The groups of some ranks that exist already in the transports of all of their members. Collective.
 
-    A group's members are told once, by the lowest of them; the others tell what stands for it.
+    A group's members are sent once, by the lowest of them; the others send a digest.
     """
     mine = {_digest(repr(group)): group for group in transport.traits.known_groups}
     told = transport.share(pack([sorted(mine), sorted(group for group in mine.values() if group[0] == transport.rank)]))
@@ -124,13 +124,13 @@ def common_groups(transport: Transport[Any]) -> frozenset[Ranks]:
 
 
 def told_by_all(transport: Transport[Any], step: Callable[[], Any]) -> list[Any]:
-    """`on_all`, and what every rank's step returns, in rank order, as JSON has it."""
+    """`on_all`, and what every rank's step returned, in rank order, after a trip through JSON."""
     return [unpack(answer) for answer in transport.share(pack(on_all(transport, step)))]
 
 
 def share_alike(transport: Transport[Any], content: bytes, decode: Callable[[bytes], _T]) -> list[_T]:
-    """What every rank's content says, by rank. What ranks have alike travels once, from the lowest of them, is decoded
-    once, and is one value. Collective."""
+    """Every rank's content, decoded, in rank order. Equal contents are sent once, by the lowest rank that has them,
+    decoded once, and are one value. Collective."""
     digests = transport.share(hashlib.blake2b(content, digest_size=16).digest())
     first = digests.index(digests[transport.rank]) == transport.rank
     answers = transport.share(zlib.compress(content, 1) if first else b"")
@@ -144,7 +144,7 @@ def pack(value: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """What `pack` was given; tuples are lists. Raises TransportError when it is nothing that a rank packs."""
+    """What `pack` was given, with lists for tuples. Raises TransportError for bytes that no rank packs."""
     try:
         return json.loads(_inflated(data))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What MindSpore tells of a job's NPUs: the product and what it lacks, free memory, groups that have a communicator."""
+"""What MindSpore reports about NPUs: the product and what it lacks, free memory, groups that have a communicator."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def _can_give(pool: Mapping[str, int], free: int, total: int) -> int:
     """Bytes that a memory pool can give at least.
 
     Args:
-        pool: as `mindspore.runtime.memory_stats` tells. Its "eager free" bytes are addresses that the pool has
+        pool: from `mindspore.runtime.memory_stats`. Its "eager free" bytes are addresses that the pool has
             reserved, up to its limit, and not backed yet; 0 where it takes memory in blocks (310P), or took all of it
-            at the start and tells only the blocks in use (910A).
-        free, total: bytes of the device, of which MindSpore leaves a sixteenth alone.
+            at the start and reports only the blocks in use (910A).
+        free, total: bytes of the device; MindSpore leaves a sixteenth of the total unused.
     """
     idle = pool["total_reserved_memory"] - pool["total_allocated_memory"]
     may_take = pool["total_eager_free_memory"] or max(0, free - total // 16)
@@ -29,9 +29,9 @@ def _can_give(pool: Mapping[str, int], free: int, total: int) -> int:
 
 
 def own_groups(rank: int, size: int) -> dict[Ranks, str]:
-    """The groups of some ranks that this process has made, or MindSpore for the network it compiled; with their names.
+    """The groups of some ranks that this process made, or MindSpore for the network it compiled: ranks -> name.
 
-    The communicator of each exists, so using it takes no more of the device. Nothing where MindSpore does not tell.
+    The communicator of each exists, so using it takes no more device memory. Empty where MindSpore does not list them.
     """
     try:
         from mindspore._c_expression import CollectiveManager
@@ -54,12 +54,12 @@ def soc_version() -> str:
 
 
 def free_bytes() -> int:
-    """What MindSpore's pool may still take of the device, and what it holds idle; 0 where that is not told."""
+    """What MindSpore's pool may still take of the device, plus what it holds idle; 0 where that is not known."""
     try:
         device = mindspore.hal.get_device_properties(0, "Ascend")  # of this process's device, whatever the number
         pool = mindspore.runtime.memory_stats()
         return _can_give(pool, int(device.free_memory), int(device.total_memory))
-    except (AttributeError, KeyError, RuntimeError):  # another version tells it otherwise
+    except (AttributeError, KeyError, RuntimeError):  # another version reports it differently
         return 0
 
 

@@ -1,16 +1,16 @@
-"""The seam between a plan and the wires.
+"""The interface between a plan and the backends.
 
 Ranks hold flat staging buffers of bytes and exchange stretches of them: numpy arrays where the ranks meet on the host,
 device tensors on Ascend. Three bulk exchanges, which every product has in some form, are enough for every plan: an
 all-to-all with a byte count per pair, an all-gather of equal shares, and a broadcast. A small one, `share`, carries
-what ranks tell each other about themselves.
+what ranks say about themselves.
 
 Order: all ranks of a transport make the same calls, `wait()` included, in the same order. Calls for a group are made
 by its members alone; two groups that share a rank are called in one order by all ranks that are in both. Between
 `start_*` and its handle's `wait()` the send buffer must not be written and the receive buffer not be touched; `wait()`
-returns when the bytes are there.
-Failure: every call may raise `TransportError`, or its kind `PeerError` when it is known which other rank is the cause.
-After either the transport is only good for `close()`.
+returns when the bytes have arrived.
+Failure: every call may raise `TransportError`, or its subclass `PeerError` when it is known which other rank is the
+cause. After either, only `close()` may be called.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Handle(Protocol):
 
 
 class TransportTraits(NamedTuple):
-    """What a transport is, beyond what it does.
+    """Properties of a transport.
 
     Attributes:
         on_device: its buffers are device tensors; else they are `Bytes`.
-        overlaps: `start_*` returns before the bytes are there, so that a second round may be prepared meanwhile.
-        groups: all-gathers and broadcasts may be made in any group of some ranks; else by all ranks, and in these:
+        overlaps: `start_*` returns before the bytes have arrived, so that a second round may be prepared meanwhile.
+        groups: all-gathers and broadcasts work in any group of ranks; else among all ranks, and in `known_groups`.
         known_groups: groups of some ranks that exist already, of which this rank is a member.
-        all_to_all: how `start_all_to_all` is made: "collective", or "pairs" where the product lacks the collective and
-            stretches are sent from rank to rank, one call a pair; "" where there is no way.
+        all_to_all: how `start_all_to_all` works: "collective", or "pairs" where the product lacks the collective and
+            stretches are sent from rank to rank, one call a pair; "" where it does not work.
         call_bytes: a call that moves more than this many bytes a rank is slower (HCCL_BUFFSIZE); 0 where none is known.
         product: soc version of an NPU, in lower case; "" without one.
     """
@@ -69,7 +69,7 @@ HOST_TRAITS = TransportTraits()
 
 
 class Transport(Protocol[B]):
-    """One rank's end. See the module for order and failure."""
+    """One rank's end. See the module's docstring for order and failure."""
 
     rank: int
     size: int
@@ -87,22 +87,22 @@ class Transport(Protocol[B]):
     def share(self, payload: bytes) -> list[bytes]:
         """Every rank's payload, in rank order; sizes may differ. What is equal on all ranks costs next to nothing.
 
-        What differs travels once. All of it comes to every rank, so it should be small: bytes to some MB in sum.
+        Each distinct payload is sent once, to every rank, so their sum should be small: bytes to some MB.
         """
 
     def start_share(self, payload: bytes) -> Callable[[], list[bytes]]:
-        """`share` in two steps: this rank tells its payload, and may go on; what is returned waits for all of them.
+        """`share` in two steps: this rank sends its payload and may go on; the function returned waits for all.
 
         Bulk exchanges may be started and waited for in between, and nothing else may be shared.
         """
 
     def free_bytes(self) -> int:
-        """Memory that staging buffers of this rank can be made of; 0 where that is not known. May differ by rank."""
+        """Bytes available for staging buffers of this rank; 0 where that is not known. May differ by rank."""
 
     def prove(self) -> None:
         """Before the first round of a process: make sure that exchanges deliver what was sent. Collective.
 
-        Raises TransportError on every rank, which names the call and what was expected and found.
+        Raises TransportError on every rank, naming the call, and what was expected and found.
         """
 
     def start_all_gather(self, send: B, nbytes: int, recv: B, group: Ranks = ()) -> Handle:
@@ -112,7 +112,7 @@ class Transport(Protocol[B]):
         """
 
     def start_broadcast(self, buffer: B, nbytes: int, root: int, group: Ranks = ()) -> Handle:
-        """The first `nbytes` bytes of the `buffer` of rank `root` come to the same place of all others'.
+        """Copy the first `nbytes` bytes of the `buffer` of rank `root` to the start of every other rank's.
 
         `group`: ranks that take part, ascending, `root` among them; all when it is empty.
         """
@@ -120,7 +120,7 @@ class Transport(Protocol[B]):
     def start_all_to_all(self, send: B, send_counts: Sequence[int], recv: B, recv_counts: Sequence[int]) -> Handle:
         """`send` starts with `send_counts[r]` bytes for each rank r in order; `recv` gets `recv_counts[r]` from each.
 
-        What rank a sends to b must be what b expects of a; zeros allowed.
+        What rank a sends to b must be what b expects from a; zeros allowed.
         """
 
     def close(self) -> None:
@@ -168,7 +168,7 @@ def check_room(what: str, nbytes: int, buffer: str, capacity: int) -> None:
 
 
 def flat_bytes(array: npt.NDArray[np.generic]) -> Bytes:
-    """The bytes of a contiguous array, without copying."""
+    """The bytes of a contiguous array, without copying. Raises UsageError for any other."""
     if not array.flags.c_contiguous:
         raise UsageError(f"a contiguous array is needed, got shape {array.shape} with strides {array.strides}")
     return array.reshape(-1).view(np.uint8)
@@ -184,11 +184,11 @@ def offsets(counts: Sequence[int]) -> list[int]:
 
 
 SAME_VERSION = "do all ranks run the same version of this package?"
-"""What to do about bytes that no rank of a job sends."""
+"""Advice about bytes that no rank of a job sends."""
 
 
 def inflated(data: bytes, most: int) -> bytes:
-    """What `zlib` compressed, of `most` bytes. Raises ValueError when it is no such thing, or longer."""
+    """Decompress what `zlib` compressed, at most `most` bytes. Raises ValueError for anything else, or more."""
     stream = zlib.decompressobj()
     try:
         found: bytes = stream.decompress(data, most + 1)

@@ -1,31 +1,31 @@
-"""Small messages between the processes of a job, and who of them is still alive: what `mccl` and `hccl` build on.
+"""Small messages between the processes of a job, and which of them are still alive: what `mccl` and `hccl` build on.
 
-Rank 0 keeps a hub, a thread with one TCP connection to every rank (its own included). A rank tells its payload; the
-hub counts equal ones together, and when it has heard everybody it answers with what differs: that all is well, or that
+Rank 0 runs a hub, a thread with one TCP connection to every rank (its own included). A rank sends its payload; the
+hub counts equal ones together, and when it has heard from all it answers with what differs: that all is well, or that
 all digests are equal, costs each rank 32 bytes, however many ranks there are. Payloads whose sum would be too much for
 one process to send are gathered over the backend (`gather`), and the hub only says so. Why not always a collective:
 
 * A collective does not say who is missing, and waits long: MCCL 30 s (fixed, and it counts a rank that is merely slow
   as dead), HCCL 1836 s unless HCCL_EXEC_TIMEOUT says otherwise. MindSpore's own heartbeat ends survivors with SIGTERM
-  after about 30 s, without a word to Python. A connection, in contrast, closes in the moment its process dies, so
+  after about 30 s, without an exception in Python. A connection, in contrast, closes the moment its process dies, so
   here every survivor raises PeerError with the rank's number within a second.
 * A message need not queue behind bulk data on the communicator's stream: 0.2 ms for 4 ranks on one host, where an
   MCCL all-gather takes 6 to 10 ms.
 
 A host that vanishes without closing its connections (power, cable) is noticed by its silence, within 30 s, whether or
-not something was on the way to it; a process that is stopped, within a minute and a little more for each rank, since
-the thread that listens gives signs of life while the others compute or read; a process that lives but does not come,
-or does not read, by the hub after `timeout`, which then names it; a hub that is silent, by each rank itself. Where
-rank 0 is, only a collective can say: the ranks of a host make sure before that all of them are there (`gate`), and
+not something was being sent to it; a process that is stopped, within a minute and a little more for each rank, since
+the listening thread gives signs of life while the others compute or read. A process that is alive but does not come,
+or does not read, is noticed and named by the hub after `timeout`; a hub that is silent, by each rank itself. Where
+rank 0 is, only a collective can say: the ranks of a host first make sure that all of them are there (`gate`), and
 wait for others by `guard`.
 
 Blocking calls of the backend run in a thread of their own (`guard`), so this process hears of a dead rank while it
-waits. Such a call cannot be taken back: the survivor raises PeerError at once, but its process may linger at exit
+waits. Such a call cannot be cancelled: the survivor raises PeerError at once, but its process may linger at exit
 until the backend gives up or the launcher kills it (msrun does, a second after the first rank failed).
 
-While a process exits MindSpore takes its globals down, and a thread that ends or wakes meanwhile does so amid ruins.
-So threads of blocking calls wait for the next one rather than end (see `_Caller`), and `close` waits for those that
-listen. What was given up, or never closed, may still come back at that time.
+While a process exits, MindSpore destroys its globals, which a thread that ends or wakes meanwhile may still use.
+So threads of blocking calls wait for the next one rather than end (see `_Caller`), and `close` waits for listening
+threads. A call that was given up, or a line never closed, may still wake at that time.
 
 The connections carry no secrets and are not encrypted; a random token keeps others out, see `rendezvous.greeting`.
 """
@@ -67,7 +67,7 @@ class _Call(Generic[_T]):
         self.done = threading.Event()
 
     def make(self) -> None:
-        """Make the call, and let go of it: what it refers to is freed by who waits, if anybody still does."""
+        """Make the call, then drop it: the waiting thread, if there still is one, frees what it refers to."""
         assert self._blocking is not None
         try:
             self._results.append(self._blocking())
@@ -88,9 +88,9 @@ class _Call(Generic[_T]):
 
 
 class _Caller:
-    """A thread that makes blocking calls one after another, and waits for the next one to the end of the process.
+    """A thread that makes blocking calls one after another, and waits for the next one until the process ends.
 
-    Were it to end with its call, it would destroy MindSpore's thread-local objects, possibly while the process exits.
+    If it ended with its call, it would destroy MindSpore's thread-local objects, possibly while the process exits.
     """
 
     _idle: ClassVar[list[_Caller]] = []
@@ -115,17 +115,17 @@ class _Caller:
     def _one(self, call: _Call[Any]) -> None:
         call.make()
         done = call.done
-        del call  # who waits has the last reference
+        del call  # the waiting thread has the last reference
         self._idle.append(self)
         done.set()
 
 
 class ControlPlane(Line):
-    """One rank's connection to the hub, which rank 0 keeps. To be entered before anything else.
+    """One rank's connection to the hub, which rank 0 runs. Call `enter` before anything else.
 
     Args:
         timeout: seconds that one `share`, or one guarded call, may last while all ranks are alive.
-        gather: what `share` does with payloads that are too much for a hub, over the backend.
+        gather: how `share` exchanges payloads that are too large for a hub, over the backend.
         limits: see there; all ranks have the same.
     """
 
@@ -145,7 +145,7 @@ class ControlPlane(Line):
         """Connect to rank 0, see `rendezvous.meeting`.
 
         Args:
-            announce: all-gathers at most `CELL_ROOM` bytes per rank over the backend, by `guard`.
+            announce: all-gathers at most `CELL_ROOM` bytes per rank over the backend, under `guard`.
 
         Raises:
             TransportError: on all ranks, when any of them cannot connect to rank 0, or does not come.
@@ -162,8 +162,8 @@ class ControlPlane(Line):
     def guard(self, blocking: Callable[[], _T], doing: str) -> _T:
         """Run `blocking()` in a thread; stop waiting for it when a rank has died, or after `timeout` seconds.
 
-        The backend's own error becomes a TransportError, or a PeerError when it is known who died. `blocking` keeps
-        whatever it refers to alive, also after nobody waits any more: the backend may still write there.
+        The backend's own error becomes a TransportError, or a PeerError when it is known which rank died. `blocking`
+        keeps what it refers to alive, also when nothing waits any more: the backend may still write there.
         """
         call = _Call(blocking)
         _Caller.run(call)
@@ -198,7 +198,7 @@ class ControlPlane(Line):
             ) from error
 
     def close(self) -> None:
-        """Leave; a rank that waits for this one in `share` is told so.
+        """Leave; a rank that waits for this one in `share` is told.
 
         Rank 0 waits until the others have left as well, but 2 s at most, and not when the job is known to be broken.
         """
@@ -212,7 +212,7 @@ class ControlPlane(Line):
         return super()._gather(payload) if self._over_backend is None else self._over_backend(payload)
 
     def _abandon(self) -> None:
-        """End what was begun: the job was not to be."""
+        """End what was begun: the ranks did not meet."""
         super().close()
         if self._hub is not None:
             self._hub.stop()
@@ -230,7 +230,7 @@ def unpack_cell(cell: Bytes) -> bytes:
 
 
 def _first_lines(error: BaseException) -> str:
-    """MindSpore's errors go on for pages: what failed, and what the driver says about it."""
+    """What failed, and what the driver says about it: the start of MindSpore's errors, which go on for pages."""
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and not line.startswith("-")]
     return f"{type(error).__name__}: {' / '.join(told[:3])}"

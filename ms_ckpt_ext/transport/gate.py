@@ -1,17 +1,17 @@
 """All ranks of a host, before any of them calls the backend for the first time.
 
-A collective that not all ranks join cannot be taken back. MCCL waits 30 s for them and HCCL half an hour, neither says
-who is missing, and the process cannot end meanwhile. So ranks meet here before: whoever comes first opens a socket of a
-name that all ranks of the job on this host know, and keeps a hub there; when all have come they go on, and when one has
-not come in time, all who have are told which, and the backend was never called. One that has ended before it came is
-noticed within seconds where the kernel tells (`living`).
+A collective that not all ranks join cannot be cancelled. MCCL waits 30 s for them and HCCL half an hour, neither says
+which are missing, and the process cannot end meanwhile. So ranks meet here first: the first to come opens a socket
+under a name that all ranks of the job on this host know, and runs a hub there. When all have come they go on; when one
+has not come in time, all that have are told which, and the backend was never called. A rank that ended before it came
+is noticed within seconds where the kernel shows it (`living`).
 
-MindSpore counts the ranks of a host's name. Where all ranks seem to be of one host, and some are not, those that are go
-on without the others, who meet on a host of the same name.
+MindSpore counts ranks by host name. Where several hosts have one name, so that all ranks seem to be of one host, those
+that are here go on without the others, which meet on their own host.
 
-The name is in the kernel's abstract namespace, made of the address of MindSpore's scheduler, which is the job's alone:
+The name is in the kernel's abstract namespace, made of the address of MindSpore's scheduler, which only this job has:
 no port that another program may want, nothing to delete. Where there is no scheduler (a job started by a rank table),
-or no such namespace, ranks pass. Ranks of other hosts are not waited for here: they meet in the collective that
+or no such namespace, ranks do not meet here. Ranks of other hosts are not waited for: they meet in the collective that
 follows, which `control` bounds.
 """
 
@@ -40,17 +40,17 @@ _DOING = "the first meeting of ranks"
 def meet(
     rank: int, size: int, timeout: float, everybody: bool, limits: ControlLimits = DEFAULT, number: Optional[int] = None
 ) -> list[int]:
-    """Wait until all ranks of this host have come, and return their numbers in the job; none where they do not meet.
+    """Wait until all ranks of this host have come; returns their numbers in the job, or none where they do not meet.
 
     Args:
         rank, size: among the ranks of this host.
         timeout: seconds to wait.
         everybody: these are all ranks of the job, so that their numbers are those of the job.
         limits: see there; all ranks have the same.
-        number: of this rank in the job, where that is not `rank`.
+        number: this rank's number in the job, where that is not `rank`.
 
     Raises:
-        PeerError, TransportError: on all that have come, when one of them has gone, or another did not come in time.
+        PeerError, TransportError: on all ranks that have come, when one of them left, or another did not come in time.
     """
     name = _name()
     mine = rank if number is None else number
@@ -92,7 +92,7 @@ def _name() -> Optional[str]:
 
 
 def _open(name: str, line: Line, everybody: bool) -> Optional[Hub]:
-    """The hub of this name, None where there is one already."""
+    """A hub of this name; None where there is one already. Raises TransportError."""
     server = socket.socket(socket.AF_UNIX)
     try:
         server.bind(name)
@@ -108,7 +108,7 @@ def _open(name: str, line: Line, everybody: bool) -> Optional[Hub]:
 
 
 def _enter(line: Line, name: str, seconds: float) -> bool:
-    """Whether there is a hub, and lets this rank in; not one of an earlier meeting, in which it has been."""
+    """Whether there is a hub that lets this rank in; one of an earlier meeting, which has had this rank, does not."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(max(seconds, _RETRY_SECONDS))
     try:

@@ -1,11 +1,11 @@
-"""What ranks share when it is too much for a hub: it goes over the backend, so no process sends it to all others.
+"""Payloads that are too large for a hub: they go over the backend, so no process sends them to all others.
 
-First all ranks gather the notes of what each has, which are equally long. Then every distinct payload goes around once,
-from the lowest rank that has it: its front in one all-gather, to which all give equally much, and what is longer in a
-broadcast of its own. How much is gathered is what makes the sum of bytes and calls the least.
+First all ranks gather a note of each payload; notes are equally long. Then every distinct payload is sent once, by the
+lowest rank that has it: its front in one all-gather, to which all contribute equally much, and the rest in a
+broadcast of its own. The length of the fronts is the one that costs least in bytes and calls.
 
-A collective that one rank does not join cannot be taken back. So before each, buffers are made and filled, and a status
-says whether all could.
+A collective that one rank does not join cannot be cancelled. So before each, buffers are made and filled, and a status
+says whether all ranks could.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ms_ckpt_ext.transport.base import B, Bytes, Transport
 from ms_ckpt_ext.transport.hub.frames import NOTE_BYTES, length_noted, note_of
 
 _CALL_BYTES = 1 << 16
-"""As many bytes move in the time that a call takes, as an order of magnitude."""
+"""Bytes that move in the time that a call takes, as an order of magnitude."""
 
 
 def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes]) -> list[bytes]:
     """Every rank's payload, in rank order. A collective.
 
     Args:
-        to_host: the contents of one of the transport's buffers.
+        to_host: returns the contents of one of the transport's buffers.
     """
     notes = _gather_fronts(transport, note_of(payload), NOTE_BYTES, to_host)
     first = {note: rank for rank, note in reversed(list(enumerate(notes)))}
@@ -43,7 +43,7 @@ def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes
 
 
 def front_width(lengths: Sequence[int]) -> int:
-    """How much every rank gives to the all-gather, for payloads of these lengths.
+    """How many bytes every rank gives to the all-gather, for payloads of these lengths.
 
     >>> front_width([0, 0, 5_000_000, 0]), front_width([9, 10, 8, 7]), front_width([9, 10, 8, 5_000_000])
     (0, 10, 10)
@@ -70,7 +70,7 @@ def _gather_fronts(transport: Transport[B], mine: bytes, width: int, to_host: Ca
 def _broadcast_rests(
     transport: Transport[B], mine: bytes, lengths: dict[int, int], to_host: Callable[[B], Bytes]
 ) -> dict[int, bytes]:
-    """What ranks have behind their fronts: rank -> as many bytes as `lengths` says."""
+    """What follows the fronts of payloads: rank -> as many bytes as `lengths` says."""
 
     def prepare() -> dict[int, B]:
         buffers = {root: transport.allocate(nbytes) for root, nbytes in lengths.items()}

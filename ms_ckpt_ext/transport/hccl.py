@@ -7,15 +7,15 @@ servers). A `mint.narrow` of axis 0 is contiguous and costs nothing, so every st
     broadcast    Broadcast.
     all_to_all   AlltoAllV; where the product lacks it, see `lacks_all_to_all`, sends and receives between pairs.
 
-A handle's `wait()` blocks the host until the bytes are there, and raises if they never come. Both takes two calls in
+A handle's `wait()` blocks the host until the bytes have arrived, and raises if they never do. This takes two calls in
 MindSpore 2.10.0: `Stream.synchronize()` waits without holding the interpreter lock, but only logs a failed collective
 and returns (so do `mindspore.runtime.synchronize()` and `Event.query()`); `Event.synchronize()` raises, but holds the
-lock, which would stop the threads that read files meanwhile. So the stream first, then the event, which is then over.
-It is a stream of its own, so that what was launched for the next round is not waited for.
+lock, which would stop the threads that read files meanwhile. So the stream is waited for first, then the event, which
+has happened by then. The stream is a separate one, so that what was launched for the next round is not waited for.
 
-Only communicators that the job has are used and none is created: each costs two HCCL buffers of device memory. Beside
-that of all ranks, or of the given group, these are those of the groups that MindSpore made for the network it compiled.
-Known bytes go before the first exchange of a process, see `known_answer`.
+Only communicators that the job has are used and none is created: each costs two HCCL buffers of device memory. Besides
+that of all ranks, or of the given group, these belong to the groups that MindSpore made for the network it compiled.
+Known bytes are exchanged before the first exchange of a process, see `known_answer`.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ _proven: set[Optional[str]] = set()
 
 
 class Hccl:
-    """The ranks of `group`, all of the job by default; the communication was initialized.
+    """The ranks of `group`, by default all ranks of the job. Communication must have been initialized.
 
     Args:
         timeout: seconds that one call may last while all ranks are alive.
         group: name of an existing group of which this rank is a member.
 
-    A rank that dies is a PeerError with its number on all others within a second, also while they wait for a
-    collective; see `control` for what lingers. A collective that fails by itself is a TransportError.
+    When a rank dies, all others raise PeerError with its number within a second, also while they wait for a
+    collective; see `control` for what lingers. A collective that fails by itself raises TransportError.
     """
 
     def __init__(self, timeout: float, group: Optional[str] = None) -> None:
@@ -80,7 +80,7 @@ class Hccl:
         self._names = own_groups(self.rank, self.size) if group is None else {}
         known = tuple(sorted(self._names))
         self.traits = TransportTraits(True, True, False, known, way, call_bytes, product)
-        self._telling = False  # what ranks tell each other is no round
+        self._telling = False  # sharing over the backend is no round, and is not to be proven
         self._control = ControlPlane(self.rank, self.size, timeout, self._gather)
         self._control.enter(self._announce)
 
@@ -89,7 +89,7 @@ class Hccl:
         return mint.empty((nbytes,), dtype=mindspore.int8)
 
     def pinned(self, nbytes: int) -> Bytes:
-        """Memory that the device reads by itself, at the speed of the bus."""
+        """Memory that the device reads directly, at the speed of the bus."""
         return pinned(nbytes)
 
     def upload(self, host: Bytes, buffer: mindspore.Tensor, offset: int) -> None:
@@ -147,7 +147,7 @@ class Hccl:
         return f"HCCL on {self.traits.product or 'this device'}"
 
     def _name(self, members: Ranks) -> Optional[str]:
-        """What a group is called by MindSpore. Raises UsageError for one that the job does not have: none is made."""
+        """MindSpore's name of a group. Raises UsageError for one that the job does not have: none is made."""
         if len(members) == self.size:
             return self._group
         if members not in self._names:
@@ -184,7 +184,7 @@ class Hccl:
     def _pairs(
         self, send: mindspore.Tensor, send_counts: Sequence[int], recv: mindspore.Tensor, recv_counts: Sequence[int]
     ) -> list[distributed.CommHandle]:
-        """In turn k rank r meets rank k - r. The lower of the two sends first, so a send may wait for its receiver."""
+        """In turn k rank r pairs with rank k - r. The lower sends first, so a send may wait for its receiver."""
         places, landings = offsets(send_counts), offsets(recv_counts)
         handles = []
         for turn in range(self.size):
@@ -216,7 +216,7 @@ class Hccl:
 
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:
-        """What ranks tell each other inside is no round, and needs no proof."""
+        """Exchanges made inside are no rounds, and need no proof."""
         before, self._telling = self._telling, True
         try:
             yield
@@ -279,7 +279,7 @@ class _Pending:
 
 @cache
 def _watch() -> mindspore.runtime.Stream:
-    """The stream on which ends of collectives are waited for."""
+    """The stream on which the ends of collectives are awaited."""
     return mindspore.runtime.Stream()
 
 
@@ -288,7 +288,7 @@ def _front(buffer: mindspore.Tensor, length: int, start: int = 0) -> mindspore.T
 
 
 def pinned(nbytes: int) -> Bytes:
-    """Pinned host memory. It stays while the array or a tensor made of it does."""
+    """Pinned host memory. It lives as long as the array, or a tensor made from it."""
     memory: Bytes = mint.empty(nbytes, dtype=mindspore.int8, device="CPU", pin_memory=True).asnumpy().view(np.uint8)
     return memory
 

@@ -1,7 +1,7 @@
-"""Known bytes before real ones: a backend may return success and other bytes than were sent.
+"""Known bytes before real ones: a backend may return success and deliver other bytes than were sent.
 
-Once a process every rank sends every rank bytes that both can compute, by each bulk exchange that loads make. What
-came is compared, and all ranks hear of the first difference: which call, between whom, what was expected and found.
+Once per process every rank sends every rank bytes that both can compute, by each bulk exchange that loads make. What
+arrives is compared, and all ranks learn the first difference: which call, which ranks, what was expected and found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def prove(transport: Transport[B], to_host: Callable[[B], Bytes], backend: str) 
     """Compare what each bulk exchange delivers with what it should. Collective.
 
     Args:
-        to_host: the contents of one of the transport's buffers.
+        to_host: returns the contents of one of the transport's buffers.
         backend: what the error calls the transport's backend and device.
 
     Raises TransportError on every rank: some rank got other bytes than were sent to it.
@@ -39,7 +39,7 @@ def prove(transport: Transport[B], to_host: Callable[[B], Bytes], backend: str) 
 
 
 def prove_group(transport: Transport[B], group: Ranks, to_host: Callable[[B], Bytes], backend: str) -> None:
-    """The same, by the members of a group. Raises TransportError on those that got other bytes than were sent."""
+    """`prove` in a group, by its members. Raises TransportError on those that got other bytes than were sent."""
     came, wanted = _all_gather(transport, group)
     wrong = _difference("all_gather", to_host(came), wanted)
     if wrong:
@@ -93,7 +93,7 @@ def _known(source: int, target: int) -> Bytes:
 
 
 def _other(contents: Bytes) -> Bytes:
-    """Bytes of which none is as in `contents`."""
+    """As many bytes, each different from the one in `contents`."""
     return np.invert(contents)
 
 

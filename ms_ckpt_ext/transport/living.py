@@ -1,12 +1,12 @@
-"""How many ranks of this host still live, by the connections that each keeps to MindSpore's scheduler.
+"""How many ranks of this host are still alive, by the connections that each keeps to MindSpore's scheduler.
 
-A rank that has come to a hub is known to live by its connection there. One that has not come is known to nobody but the
+A rank that has come to a hub is known to be alive by its connection there. One that has not is known only to the
 scheduler, which says nothing for half a minute. But the kernel lists the connections to it from this network, and
-closes those of a process that ends: where every one of them is held by a process that can be looked into, so many such
-processes live, and no more can come. In all other cases (another container, another user, no Linux) nothing is known.
+closes those of a process that ends: where each of them is held by a process whose sockets can be listed, the number of
+such processes is the number of live ranks. Otherwise (another container, another user, no Linux) nothing is known.
 
 A connection to the scheduler whose other end is not in this network leads to another host. In a job of several hosts
-that MindSpore counts as one, for they have one name, the ranks that are not here live elsewhere.
+that MindSpore counts as one, because they have one name, the ranks that are not here run elsewhere.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAPPED = "0000000000000000FFFF0000"
 """What an IPv4 address begins with in the table of IPv6."""
 _AGAIN_SECONDS = 0.4
 _LOOKS = 3
-"""So many looks, `_AGAIN_SECONDS` apart, must say the same, for a connection may be made anew."""
+"""How many looks, `_AGAIN_SECONDS` apart, must agree, since a rank may be reconnecting."""
 
 
 class Watch:
@@ -41,13 +41,13 @@ class Watch:
         self._size = size
         self._port = port
         self._everybody = everybody
-        self._due = time.monotonic() + _AGAIN_SECONDS  # mostly all come before
+        self._due = time.monotonic() + _AGAIN_SECONDS  # usually all come before
         self._fewer = 0
 
     def look(self, missing: Sequence[int]) -> Optional[str]:
-        """What to tell of ranks that have not come yet, when some of them never will; None when that is not known.
+        """What to report of ranks that have not come yet, when some of them never will; None when that is not known.
 
-        Nothing is to be told of them, "", when they are on another host.
+        Empty when they are on another host, so that there is nothing to report.
         """
         now = time.monotonic()
         if now < self._due:
@@ -68,7 +68,7 @@ class Watch:
 
 
 def living_ranks(port: int, size: int) -> Optional[int]:
-    """Processes of this host that are connected to the scheduler; None when not known; `size` when all seem to be."""
+    """How many processes of this host are connected to the scheduler: `size` when all seem to be; None if unknown."""
     try:
         held = _connections(port)
         mine = len(held & _sockets("self"))
@@ -124,7 +124,7 @@ def _connections(port: int) -> set[str]:
 
 
 def _holders(held: set[str]) -> Optional[int]:
-    """How many processes hold them, with their children as one; None when somebody holds any who cannot be seen."""
+    """How many processes hold them, each counted with its children; None when a holder of any cannot be seen."""
     groups: list[set[str]] = []
     for sockets in _all_sockets():
         mine = sockets & held

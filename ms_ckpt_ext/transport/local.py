@@ -1,9 +1,9 @@
 """Ranks as threads of one process: the transport of a single process, and the world in which plans are tested.
 
-Every exchange is a meeting, numbered per rank by the order of its calls. A rank lays a reference to its buffer down
-when it starts, and takes what it wants from the others' buffers when it waits; nothing is copied on the way. It leaves
-the meeting when everybody has taken theirs, so a buffer may be overwritten after `wait()` and not before, as on a
-device. The first failure ends the world: whoever waits, or comes later, is told at once whose it was.
+Every exchange is a meeting, numbered per rank by the order of its calls. A rank leaves a reference to its buffer when
+it starts, and takes what it needs from the others' buffers when it waits; nothing is copied in between. It leaves
+the meeting when all have taken their part, so a buffer may be overwritten after `wait()` and not before, as on a
+device. The first failure ends the world: every rank that waits, or comes later, is told at once whose it was.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 
 @dataclass
 class _Meeting:
-    """One exchange: what it is, who comes, what each rank brought, and how many have taken theirs."""
+    """One exchange: its call, its members, what each rank brought, and how many have taken their part."""
 
     call: str
     opened_by: int
@@ -51,7 +51,7 @@ class LocalWorld:
         timeout: seconds that a rank waits for the others in one exchange.
 
     Attributes:
-        errors: rank -> what it raised, of the last `run`.
+        errors: rank -> what it raised in the last `run`.
     """
 
     def __init__(self, size: int, timeout: float = 60.0) -> None:
@@ -72,7 +72,7 @@ class LocalWorld:
     def run(self, fn: Callable[[LocalTransport], _T]) -> list[_T]:
         """Run `fn(transport)` on every rank, each in a thread, and return their results in rank order.
 
-        What `fn` calls finds its rank by `select_transport`, too, and may close that as often as it likes.
+        Inside `fn`, `select_transport` returns this rank's transport as well, and closing that has no effect.
 
         Raises:
             what the first rank that failed raised; `errors` has the others' too. A world that failed stays failed.
@@ -99,15 +99,15 @@ class LocalWorld:
             threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True).start()
         with self._changed:
             self._changed.wait_for(lambda: len(ended) == self.size or self._failure is not None)
-            # Whoever is in an exchange now leaves it at once. One that is stuck elsewhere cannot be stopped; it is
-            # waited for a little, because the cause is worth more than its company.
+            # A rank that is in an exchange now leaves it at once. One that is stuck elsewhere cannot be stopped; it is
+            # waited for at most `timeout`, so that the cause is raised even if it never ends.
             self._changed.wait_for(lambda: len(ended) == self.size, self.timeout)
         if self._failure:
             raise self._failure[1]
         return [results[rank] for rank in range(self.size)]
 
     def abort(self, rank: int, error: BaseException) -> None:
-        """End the world because of `rank`: every other rank raises PeerError from its present or next exchange."""
+        """End the world because of `rank`: every other rank raises PeerError in its present or next exchange."""
         with self._changed:
             self._failure = self._failure or (rank, error)
             self._changed.notify_all()
@@ -119,7 +119,7 @@ class LocalWorld:
             self._changed.notify_all()
 
     def bring(self, rank: int, members: Ranks, number: int, call: str, item: Any) -> _Meeting:
-        """Come to meeting `number` of these ranks and lay `item` down; does not wait."""
+        """Come to meeting `number` of these ranks and leave `item` there; does not wait."""
         with self._changed:
             self._check(rank)
             meeting = self._meetings.setdefault((members, number), _Meeting(call, rank, members))
@@ -131,7 +131,7 @@ class LocalWorld:
             return meeting
 
     def meet(self, rank: int, number: int, meeting: _Meeting, take: Callable[[list[Any]], _T]) -> _T:
-        """Wait until everybody is there, `take` from what they brought, and wait until everybody has taken."""
+        """Wait until all members are there, `take` from what they brought, and wait until all have taken."""
         members = meeting.members
         self._wait(rank, meeting, lambda: len(meeting.brought) == len(members))
         taken = take([meeting.brought[peer] for peer in members])
@@ -184,7 +184,7 @@ class _LocalHandle(Generic[_T]):
             self.result()
 
     def result(self) -> _T:
-        """Same, once, with what was taken."""
+        """As `wait`, once; returns what was taken."""
         finish, self._finish = self._finish, None
         assert finish is not None
         return finish()
@@ -224,7 +224,7 @@ class LocalTransport:
         return self.allocate(nbytes)
 
     def upload(self, host: Bytes, buffer: Bytes, offset: int) -> None:
-        """Copy `host` into `buffer`; nothing is copied where it already lies there."""
+        """Copy `host` into `buffer`, unless it lies there already."""
         source, target = flat_bytes(host), buffer[offset : offset + host.nbytes]
         if target.nbytes != source.nbytes:
             raise UsageError(f"{source.nbytes} bytes at offset {offset} do not fit into a buffer of {buffer.nbytes}")
@@ -244,7 +244,7 @@ class LocalTransport:
         return 0
 
     def prove(self) -> None:
-        """Ranks are threads: what one gives is the memory that another copies."""
+        """Nothing to prove: ranks are threads, and copy from each other's memory."""
 
     def start_all_gather(self, send: Bytes, nbytes: int, recv: Bytes, group: Ranks = ()) -> Handle:
         """See `Transport`."""
@@ -294,7 +294,7 @@ class LocalTransport:
         return self._start("all_to_all", mine, take)
 
     def close(self) -> None:
-        """No more calls by this rank; others that wait for it are told."""
+        """This rank makes no more calls; others that wait for it are told."""
         self._world.leave(self.rank)
 
     def _start(self, call: str, item: Any, take: Callable[[list[Any]], _T], members: Ranks = ()) -> _LocalHandle[_T]:
@@ -314,10 +314,10 @@ class LocalTransport:
 
 
 class _Lent(LocalTransport):
-    """The same end of the same world, for callers that come and go."""
+    """The same end of the same world, for code that opens and closes transports of its own."""
 
     def __init__(self, transport: LocalTransport) -> None:
         self.__dict__ = transport.__dict__
 
     def close(self) -> None:
-        """The rank stays."""
+        """Nothing: the rank stays in its world."""

@@ -1,13 +1,13 @@
-"""Ranks of a MindSpore job on the CPU. It proves the code path; it is not for speed.
+"""Ranks of a MindSpore job on the CPU. It serves to test the code path; it is not built for speed.
 
 MCCL has no all-to-all, nothing uneven, and no byte counts: ranks that disagree corrupt each other's memory or hang
-(a collective of other sizes on a peer gave "Memcpy error"). So every exchange first compares calls and counts over the
+(different sizes in one collective gave "Memcpy error"). So every exchange first compares calls and counts over the
 control plane, which costs 0.2 ms, and a rank that is slow to come is waited for there, where nothing times out early:
 inside a collective MCCL gives up after 30 s.
 
     all_gather   one broadcast per rank that has something, straight into its place: no padding, no copies. MCCL's own
-                 all_gather is 30 % faster for equal counts (4 ranks, 16 MiB each: 0.67 s against 0.94 s), and would
-                 need padding for all others.
+                 all_gather is 30 % faster for equal counts (4 ranks, 16 MiB each: 0.67 s against 0.94 s), but would
+                 need padding for unequal ones.
     all_to_all   one scatter per rank, padded to the longest stretch it sends, in bounded steps. Measured on 4 ranks,
                  16 MiB each: 270 ms; with a broadcast per rank 780 ms, with one all_gather 630 ms.
 
@@ -48,12 +48,12 @@ _STEP_BYTES = 16 << 20
 
 
 class Mccl:
-    """All ranks of the job; `mindspore.communication.init()` was called.
+    """All ranks of the job; `mindspore.communication.init()` must have been called.
 
     Args:
         timeout: seconds that one call may last while all ranks are alive.
 
-    A rank that dies is a PeerError with its number on all others within a second, also from inside a collective; see
+    When a rank dies, all others raise PeerError with its number within a second, also from inside a collective; see
     `control` for what lingers.
     """
 
@@ -75,7 +75,7 @@ class Mccl:
         return self.allocate(nbytes)
 
     def upload(self, host: Bytes, buffer: Bytes, offset: int) -> None:
-        """Copy `host` into `buffer`; nothing is copied where it already lies there."""
+        """Copy `host` into `buffer`, unless it lies there already."""
         source, target = flat_bytes(host), buffer[offset : offset + host.nbytes]
         if source.ctypes.data != target.ctypes.data:
             np.copyto(target, source)
@@ -122,7 +122,7 @@ class Mccl:
             raise UsageError(f"{call}: MCCL has no groups of some ranks; got {list(group)}")
 
     def start_uneven_gather(self, send: Bytes, counts: Sequence[int], recv: Bytes) -> Handle:
-        """See `Transport`."""
+        """As `start_all_gather`, of `counts[r]` bytes from each rank r."""
         check_counts("all_gather", counts, self.size, "recv", recv.nbytes)
         check_counts("all_gather", [counts[self.rank]], 1, "send", send.nbytes)
         self._compare("all_gather", [counts[self.rank]] * self.size, counts)
@@ -161,10 +161,10 @@ class Mccl:
         return gather(self, payload, lambda buffer: buffer)
 
     def _scatter(self, root: int, outgoing: list[Bytes], target: Bytes, at: int, width: int) -> None:
-        """Bytes [at, at + width) of what `root` sends to everyone, as far as there are any."""
+        """Bytes [at, at + width) of what `root` sends to each rank, where there are that many."""
         received = np.empty(width, np.uint8)
         tensor = mindspore.Tensor.from_numpy(received)
-        pieces = [tensor] * self.size  # on the others these only give the shape
+        pieces = [tensor] * self.size  # on ranks other than `root` these only give the shape
         if root == self.rank:
             pieces = [mindspore.Tensor.from_numpy(_padded(piece[at : at + width], width)) for piece in outgoing]
         doing = f"all_to_all, {width} bytes from rank {root} to each"
@@ -173,7 +173,7 @@ class Mccl:
         wanted[:] = tensor.asnumpy()[: wanted.nbytes]
 
     def _compare(self, call: str, send: Sequence[int], recv: Sequence[int]) -> list[tuple[int, ...]]:
-        """Everybody's send counts, after everybody has come; all ranks raise the same error if they do not match."""
+        """All ranks' send counts, once all have come; all ranks raise the same error if they do not match."""
         pattern = struct.Struct(f"<16s{2 * self.size}Q")
         answers = self._control.share(pattern.pack(call.encode(), *send, *recv), call)
         told = [pattern.unpack(answer) for answer in answers]
@@ -190,10 +190,10 @@ class Mccl:
         return sent
 
     def _run(self, launch: Callable[[], None], tensors: Iterable[mindspore.Tensor], doing: str) -> None:
-        """Launch operators on `tensors` and wait for them: launching only queues, and errors show when it is drained.
+        """Launch operators on `tensors` and wait for them: launching only queues; errors appear when the queue drains.
 
-        `asnumpy()` waits for its tensor. `mindspore.runtime.synchronize()` alone would not do: on the CPU the first
-        call of a process returns at once, with "CPU device is not supported" in the log (seen in MindSpore 2.10.0).
+        `asnumpy()` waits for its tensor. `mindspore.runtime.synchronize()` alone is not enough: on the CPU its first
+        call in a process returns at once, with "CPU device is not supported" in the log (seen in MindSpore 2.10.0).
         """
 
         def blocking() -> None:

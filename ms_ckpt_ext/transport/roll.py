@@ -1,12 +1,12 @@
-"""Who of all ranks has come to the first meeting, asked when it takes long: so that its error names who has not.
+"""Which ranks have come to the first meeting, asked when it takes long, so that its error names those that have not.
 
-The ranks of a host meet at its `gate`, and those of several hosts in a collective of the backend, which says nothing of
-who is missing; before it there is no connection of ours. But all ranks know where MindSpore's scheduler is. Who has
-waited for a tenth of the timeout, 10 s at most, reports there: on its host, the first to do so opens a hub at a port
-that follows from the scheduler's address, and after nine tenths of the timeout it tells all who has not reported.
+The ranks of a host meet at its `gate`, and those of several hosts in a collective of the backend, which does not say
+which are missing; before it there is no connection of ours. But all ranks know where MindSpore's scheduler is. A rank
+that has waited for a tenth of the timeout, 10 s at most, reports there: the first to do so on that host opens a hub at
+a port derived from the scheduler's address, which after nine tenths of the timeout tells all which have not reported.
 
-Nothing hangs on it. Where there is no scheduler, none of its host's ranks has come, or the port is taken or cannot be
-reached, the error is told without. A meeting that does not take long opens no port.
+Nothing depends on it. Where there is no scheduler, no rank of its host has come, or the port is taken or cannot be
+reached, the error does not name them. A meeting that does not take long opens no port.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ms_ckpt_ext.transport.rendezvous.search import arrive
 _PATIENCE_SECONDS = 10.0
 _CONNECT_SECONDS = 2.0
 _FIRST_PORT, _PORTS = 20_000, 10_000
-"""Below those that systems give out by themselves."""
+"""Below the ports that systems assign by themselves."""
 
 
 @contextlib.contextmanager
 def calling_roll(rank: int, size: int, timeout: float) -> Iterator[None]:
-    """Say in a TransportError that ends what is done meanwhile which ranks have not come, if that is found out.
+    """Add to a TransportError raised inside which ranks have not come, if that is found out.
 
     Args:
         rank, size: in the job.
@@ -70,7 +70,7 @@ class _Roll:
     """One rank's part.
 
     Attributes:
-        absent: what to tell of who has not come; empty as long as that is not known.
+        absent: a sentence about the ranks that have not come; empty as long as they are not known.
     """
 
     def __init__(self, rank: int, size: int, timeout: float, where: Address) -> None:
@@ -87,7 +87,7 @@ class _Roll:
         self._thread.start()
 
     def end(self) -> None:
-        """Leave no thread behind."""
+        """End the thread, the line and the hub."""
         with self._attaching:
             self._over.set()
         self._line.close()
@@ -96,7 +96,7 @@ class _Roll:
         self._thread.join(2 * _CONNECT_SECONDS)
 
     def _report(self) -> None:
-        """Thread: say that this rank has come, and hear who has not."""
+        """Thread: report that this rank has come, and hear which have not."""
         while not self._over.wait(self._patience):
             try:
                 self._hub = self._hub or self._open()
@@ -106,7 +106,7 @@ class _Roll:
             except TransportError as error:
                 self.absent = str(error)
                 return
-            except OSError:  # nobody is there, or not yet, or no way leads there
+            except OSError:  # nothing listens there, or not yet, or it cannot be reached
                 continue
 
     def _open(self) -> Optional[Hub]:
@@ -119,7 +119,7 @@ class _Roll:
         return None
 
     def _enter(self) -> bool:
-        """Whether this rank is let in while it is still asked for. Raises OSError."""
+        """Whether this rank is let in, and has not ended meanwhile. Raises OSError."""
         connection = socket.create_connection(self._where, _CONNECT_SECONDS)
         try:
             arrival = arrive(connection, Guest(self._token, self._line.rank, self._line.size))

@@ -1,4 +1,4 @@
-"""Which transport fits the process as it is. mindspore is imported only if a backend of its is asked for or in use."""
+"""Which transport fits this process. mindspore is imported only if one of its backends is asked for or in use."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ms_ckpt_ext.transport.base import Transport
 
 TRANSPORT_VARIABLE = "MS_CKPT_EXT_TRANSPORT"
 HOST_VARIABLE = "MS_CKPT_EXT_HOST"
-"""What this rank's host is called, where host names do not tell hosts apart."""
+"""The name of this rank's host, where host names do not tell hosts apart."""
 _NAMES = ("local", "mccl", "hccl")
 DEFAULT_TIMEOUT = 600.0
-"""Seconds. A rank that died is noticed at once; this bounds waiting for one that lives and does not come, and must be
-longer than the slowest rank's read of one round from a loaded file system."""
+"""Seconds. A rank that died is noticed at once; this bounds waiting for one that is alive and does not come, and must
+be longer than the slowest rank's read of one round from a busy file system."""
 
 
 _LONGEST = 1e7
-"""Seconds, a third of a year: who waits longer waits for ever, and the operating system's clocks have an end."""
+"""Seconds, a third of a year: longer means for ever, and the operating system limits how long a wait may be."""
 
 
 _LENT = threading.local()
@@ -30,7 +30,7 @@ _LENT = threading.local()
 
 @contextlib.contextmanager
 def lent(transport: Transport[Any]) -> Iterator[None]:
-    """Meanwhile this thread is a rank of its own: `select_transport` gives it `transport`."""
+    """Make this thread a rank: inside, `select_transport` returns `transport` in it."""
     before = getattr(_LENT, "transport", None)
     _LENT.transport = transport
     try:
@@ -47,8 +47,8 @@ def select_transport(
 ) -> Transport[Any]:
     """The transport between the ranks of this job.
 
-    A process whose communication was not initialized, or is alone in its job, is on its own: "local". All ranks must
-    come to the same answer: they call this together, and with the same arguments. A thread of a `LocalWorld` is a rank
+    A process whose communication was not initialized, or that is alone in its job, gets "local". All ranks must get
+    the same transport: they call this together, and with the same arguments. A thread of a `LocalWorld` is a rank
     of that, whatever the arguments.
 
     Args:
@@ -60,7 +60,7 @@ def select_transport(
     Raises:
         UsageError: unknown name or device target, or `group` where it has no meaning.
         TransportError: a backend was asked for whose communication is not initialized; or a rank did not come in time.
-        PeerError: a rank has gone while the others waited for more.
+        PeerError: a rank ended while the others still waited.
     """
     found: Optional[Transport[Any]] = getattr(_LENT, "transport", None)
     if found is not None:
@@ -93,7 +93,7 @@ def select_transport(
 
 @contextlib.contextmanager
 def _first_meeting(timeout: float) -> Iterator[None]:
-    """The ranks of this host meet; what all ranks do then is part of it. An error says who has not come."""
+    """The ranks of this host meet; the body, in which all ranks do, is part of it. An error names those missing."""
     from ms_ckpt_ext.transport.roll import calling_roll
 
     communication = sys.modules["mindspore"].communication
@@ -103,7 +103,7 @@ def _first_meeting(timeout: float) -> Iterator[None]:
 
 
 def _meet(timeout: float) -> tuple[list[int], int]:
-    """Wait for the ranks of this host, where it is known how many they are; which they are, of how many."""
+    """Wait for the ranks of this host, where their number is known; returns them, and the size of the job."""
     communication = sys.modules["mindspore"].communication
     everybody = communication.get_group_size()
     if os.environ.get(HOST_VARIABLE):  # MindSpore counts the ranks of a host name, which several hosts may have
@@ -119,7 +119,7 @@ def _meet(timeout: float) -> tuple[list[int], int]:
 
 @contextlib.contextmanager
 def naming_absent(here: Sequence[int], size: int) -> Iterator[None]:
-    """Say in the error of a first meeting that not all come to which ranks that may be.
+    """Add to the error of a first meeting that is incomplete which ranks may be missing.
 
     Args:
         here: ranks of this host, all of which have come; empty where that is not known.
@@ -152,6 +152,6 @@ def _fitting(device_target: Optional[str]) -> str:
 
 
 def _initialized() -> bool:
-    """Whether this process is one of several that can communicate. Nobody could have done that without mindspore."""
+    """Whether this process is one of several that can communicate, which takes mindspore to be imported."""
     mindspore = sys.modules.get("mindspore")
     return mindspore is not None and bool(mindspore.mint.distributed.is_initialized())

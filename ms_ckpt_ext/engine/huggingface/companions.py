@@ -1,7 +1,7 @@
-"""The files that lie beside a model's weights: configuration, tokenizer, code. Copied as they are, but for two keys.
+"""The files that lie beside a model's weights: configuration, tokenizer, code. Copied unchanged, except for two keys.
 
 `config.json` tells transformers which dtype the weights have and how they are quantised. Where an export changes that,
-it says so there as well; else the model would be loaded as something that it is not.
+it changes these keys as well; else the model would be loaded wrongly.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _GLOBS = ("config.json", "configuration.json", "generation_config.json", "*proce
     "*.py",
 )
 _MOST = 256 << 20
-"""Bytes of one file; tokenizers have some tens of MiB at most."""
+"""Limit of bytes of one file; tokenizers have some tens of MiB at most."""
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def read_companions(folder: str) -> dict[str, bytes]:
-    """Name -> contents of what lies beside the weights in a folder, or of the one file that is named.
+    """Name -> contents of the files beside the weights in a folder, or of the one file that is given.
 
     Raises StorageError.
     """
@@ -73,7 +73,11 @@ def read_companion(path: str) -> bytes:
 
 
 def adapted(files: Mapping[str, bytes], names: Iterable[str], dtype: Optional[str]) -> dict[str, bytes]:
-    """The files, with a config.json that says what is written: names of tensors, and their dtype if it was chosen.
+    """The files, with a config.json that matches the exported weights.
+
+    Args:
+        names: of the exported tensors.
+        dtype: theirs, if it was chosen.
 
     Raises FormatError: config.json is no JSON object.
     """

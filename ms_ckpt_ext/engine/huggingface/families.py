@@ -25,10 +25,10 @@ def read_family(name: str, config: Config, given: Mapping[str, Any] = {}) -> Fam
 
     Args:
         config: of the model.
-        given: key -> value, before what `config` says.
+        given: key -> value, which takes precedence over `config`.
 
     Raises:
-        UsageError: no such family, or a file that is no rule file; says what is wrong.
+        UsageError: there is no such family, or the file is no rule file; says what is wrong.
         StorageError: the file cannot be read.
     """
     family = family_of(document_of(name), _path(name), config, given)
@@ -58,7 +58,7 @@ def family_for(config: Config) -> str:
 
 
 def document_of(name: str) -> Any:
-    """What a rule file says, unchecked. Raises as `read_family`."""
+    """The contents of a rule file, unchecked. Raises as `read_family`."""
     path = _path(name)
     return read_json(path, "rule file", UsageError)
 

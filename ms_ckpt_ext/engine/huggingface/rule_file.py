@@ -1,4 +1,4 @@
-"""What a rule file says: checked, and turned into weight rules.
+"""The contents of a rule file: checked, and turned into weight rules.
 
     {"title": "what it is for",
      "architectures": ["Qwen3ForCausalLM"],                    of config.json; optional
@@ -7,13 +7,13 @@
      "tied": {"lm_head.weight": "model.embed_tokens.weight"},  one tensor where tie_word_embeddings is true
      "leave": ["layers.{layer}.expert_load"],                  parameters of a training that are no weights
      "keep": ["model.layers.{layer}.gate.bias"],               Hugging Face's names of what keeps its dtype in an export
-     "shapes": {"lm_head.weight": ["vocab_size", "hidden_size"]},  of what is exported, held against config.json
+     "shapes": {"lm_head.weight": ["vocab_size", "hidden_size"]},  of exported tensors, checked with config.json
      "rules": [{"rule": "QKV", "sources": ["…q…", "…k…", "…v…"], "target": "…", "groups": "num_key_value_heads"}]}
 
 A rule is a class of `ms_ckpt_ext.rules` and its arguments, from Hugging Face's names to those of the training. Numbers
-may be said by keys of config.json (`engine.huggingface.sizes`), in names as `{=key}`; `{low<=layer<high}` bounds a
-placeholder. `when` and `unless` hold a rule against keys. `optional` is true where a parameter may be absent, or words:
-of the rules that share one, one must have made something for every layer.
+may be given by keys of config.json (`engine.huggingface.sizes`), in names as `{=key}`; `{low<=layer<high}` bounds a
+placeholder. `when` and `unless` make a rule depend on keys. `optional` is true where a parameter may be absent, or
+words: of the rules that share one, one must have made something for every layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ms_ckpt_ext.errors import UsageError
 
 _KNOWN = {name: getattr(weight_rules, name) for name in weight_rules.__all__}
 KINDS: Mapping[str, type[Rule]] = {n: kind for n, kind in _KNOWN.items() if isinstance(kind, type) and kind is not Rule}
-"""What a rule can be, by its name."""
+"""The classes of rules, by name."""
 _TOP = {
     "title": (str, "a text"),
     "architectures": (list, "a list of names"),
@@ -53,7 +53,7 @@ _BOUNDED = re.compile(r"\{(?:([^{}<]+)<=)?(\w+)(?:<([^{}<]+))?\}")
 
 
 class _Need(NamedTuple):
-    """A parameter that must be there for every value of its placeholders; with words, it or another that shares one."""
+    """A parameter required for every value of its placeholders; with words, it or another that shares one of them."""
 
     target: str
     words: tuple[str, ...]
@@ -65,11 +65,12 @@ class Family(NamedTuple):
     Attributes:
         origin: the rule file.
         rules: from Hugging Face's names to those of the training.
-        leaves: names, with placeholders, of what a training holds beside its weights.
+        needs: parameters that the model must have.
+        leaves: names, with placeholders, of what a training holds besides its weights.
         keeps: Hugging Face's names, with placeholders, of what keeps its dtype.
-        tied: Hugging Face's name -> name of the tensor that it is, where the model ties its embeddings.
-        shapes: (Hugging Face's name, with placeholders, shape) as far as config.json says it.
-        switches: what the file has defaults for.
+        tied: Hugging Face's name -> name of the tensor that it equals, where the model ties its embeddings.
+        shapes: (Hugging Face's name, with placeholders, shape), where config.json gives all numbers.
+        switches: keys for which the file has defaults.
     """
 
     origin: str
@@ -83,14 +84,14 @@ class Family(NamedTuple):
 
     @property
     def back(self) -> list[Rule]:
-        """The rules for the way out: weights that were quantised go out as the floats that they are trained as.
+        """The rules for an export: weights that were quantised are exported as the floats that training uses.
 
         Raises UsageError as `invert`.
         """
         return weight_rules.invert([rule for rule in self.rules if not isinstance(rule, weight_rules.Dequantize)])
 
     def missing(self, names: Container[str]) -> list[str]:
-        """Parameters of the training that the model has and `names` has not; of alternatives the first one."""
+        """Parameters of the training that the model has and `names` lacks; of alternatives the first one."""
         alternatives: dict[tuple[str, ...], list[str]] = {}
         for need in self.needs:
             for name, values in Pattern(need.target).every():
@@ -101,7 +102,7 @@ class Family(NamedTuple):
 
 
 def family_of(document: Any, origin: str, config: Config, given: Mapping[str, Any]) -> Family:
-    """What a rule file says of a model.
+    """The rules that a rule file has for a model.
 
     Args:
         document: the file's contents.
@@ -109,7 +110,7 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
         config, given: see `Sizes`.
 
     Raises:
-        UsageError: it says something else than it should; names file, rule, key, and what is expected.
+        UsageError: the contents are not as they should be; names file, rule, key, and what is expected.
     """
     _check_top(document, origin)
     sizes = Sizes(given, config, document.get("defaults", {}))
@@ -152,7 +153,7 @@ def _words(optional: Any) -> tuple[str, ...]:
 
 
 def family_of_rules(rules: Sequence[Rule], config: Config, given: Mapping[str, Any]) -> Family:
-    """Rules that are no family's: nothing is known of what a model has beside them, but for what `config` says."""
+    """Rules that belong to no family: only `config` says what the model has besides them."""
     return Family("", tuple(rules), (), (), (), _TIED if _tied(Sizes(given, config, {})) else {}, (), ())
 
 
@@ -217,7 +218,7 @@ def _tied(sizes: Sizes) -> bool:
 
 
 def _told(where: str, make: Callable[..., Any], *arguments: Any) -> Any:
-    """What `make` gives; its UsageError tells where."""
+    """What `make` returns; `where` is put before the text of its UsageError."""
     try:
         return make(*arguments)
     except UsageError as error:
@@ -262,7 +263,7 @@ def _argument(value: Any, annotation: str, sizes: Sizes, where: str) -> Any:
 
 
 class _Names:
-    """Names of a rule file, with its numbers put in."""
+    """Names of a rule file, with numbers filled in."""
 
     def __init__(self, sizes: Sizes, bounds: Mapping[str, Any]) -> None:
         self.sizes, self._bounds = sizes, bounds

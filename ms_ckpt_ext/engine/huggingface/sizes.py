@@ -1,7 +1,7 @@
-"""Numbers and switches that a rule file speaks of by the keys of Hugging Face's config.json.
+"""Numbers and switches that a rule file gives by keys of Hugging Face's config.json.
 
-What the caller gives comes before config.json, and that before the file's own defaults. Where a number is wanted, a sum
-of products of keys will do, also divided: `"num_heads * head_dim + 8"`, `"hidden_size // num_heads"`. A default may be
+What the caller gives takes precedence over config.json, and that over the file's own defaults. A number may be a sum
+of products of keys, also divided: `"num_heads * head_dim + 8"`, `"hidden_size // num_heads"`. A default may be
 such a text, too.
 """
 
@@ -17,18 +17,18 @@ from ms_ckpt_ext.storage.reader import read_json
 CONFIG_NAME = "config.json"
 _MOST = 1 << 62
 _DIGITS = 30
-"""Of a number that is read: more than `_MOST` has."""
+"""Most digits of a number that is parsed: more than `_MOST` has."""
 
 
 class Config(NamedTuple):
-    """What a config.json says, and where it is; "" when there is none."""
+    """The contents of a config.json, and its path; "" when there is none."""
 
     values: Mapping[str, Any]
     path: str
 
 
 def read_config(path: Optional[str], needed: bool = False) -> Config:
-    """The config.json of a path: the file itself, or one in the folder; without a path, or without one there, nothing.
+    """Read the config.json of a path: the file itself, or one in the folder; empty without a path, or if none is there.
 
     Raises:
         UsageError: there is none, and it is `needed`.
@@ -49,7 +49,7 @@ def read_config(path: Optional[str], needed: bool = False) -> Config:
 
 
 class Sizes:
-    """What the keys in a rule file stand for.
+    """The values of the keys in a rule file.
 
     Attributes:
         config: where most of them come from.
@@ -59,7 +59,7 @@ class Sizes:
         self._given, self.config, self._defaults = given, config, defaults
 
     def value(self, key: str) -> Any:
-        """What a key stands for. Raises UsageError when nothing says so."""
+        """The value of a key. Raises UsageError when it has none."""
         if key in self._given:
             return self._given[key]
         found = self.config.values.get(key)
@@ -112,7 +112,7 @@ class Sizes:
 
 
 def _bounded(number: int, text: str) -> int:
-    """A number that a size can be. Raises UsageError."""
+    """`number`, if a size can be that large. Raises UsageError otherwise."""
     if number > _MOST:
         raise UsageError(f"{text.strip()[:60]!r}, which is more than any size")
     return number

@@ -1,8 +1,8 @@
-"""Which parameters of a training go out: its weights, and nothing that is not one.
+"""Which parameters of a training are exported: its weights, and nothing else.
 
-A parameter that a rule names is a weight. Optimizer states are told by their prefix, training scalars by having one
-value, and a rule file lists what else a family's training holds. Whatever remains is in question, and refused: what is
-missing from an exported model is seen by nobody until it answers nonsense.
+A parameter that a rule names is a weight. Optimizer states are recognized by their prefix, training scalars by having
+one value, and a rule file lists what else a family's training holds. Whatever remains is unclear, and refused: nobody
+notices that an exported model lacks something until it answers nonsense.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _Held = TypeVar("_Held")
 
 
 class Outgoing(NamedTuple):
-    """Names of a training: weights go out, `left` do not, and about `open` nobody says."""
+    """Names of a training: `weights` are exported, `left` are not, and what `open` are is unknown."""
 
     weights: tuple[str, ...]
     left: tuple[str, ...]
@@ -38,7 +38,7 @@ class Outgoing(NamedTuple):
 
 
 def sort_names(catalog: Catalog, rules: Sequence[Rule], leaves: Iterable[str]) -> Outgoing:
-    """The names that a checkpoint holds or should hold; `rules` are those for the way out."""
+    """Sort the names that a checkpoint holds or should hold; `rules` are those for an export."""
     names = {*catalog.tensors, *catalog.outside, *catalog.absent}
     weights = set(sources_among(names, rules))
     patterns = [Pattern(leaf) for leaf in leaves]
@@ -54,7 +54,7 @@ def sort_names(catalog: Catalog, rules: Sequence[Rule], leaves: Iterable[str]) -
 
 
 def only(catalog: Catalog, wanted: Callable[[str], bool]) -> Catalog:
-    """The checkpoint without the parameters that are not wanted."""
+    """The checkpoint with only the parameters that are wanted."""
 
     def kept(group: Mapping[str, _Held]) -> dict[str, _Held]:
         return {name: held for name, held in group.items() if wanted(name)}
@@ -69,7 +69,7 @@ def only(catalog: Catalog, wanted: Callable[[str], bool]) -> Catalog:
 
 
 def _is_scalar(catalog: Catalog, name: str) -> bool:
-    """Whether it is text, or has one value and is no part of a network: by its name, or outside the strategy."""
+    """Whether it is text, or has one value and is outside the strategy, or outside a network by its name."""
     held = catalog.tensors.get(name) or catalog.extras.get(name) or catalog.unproven.get(name) or catalog.own.get(name)
     if held is None:
         return False
@@ -82,8 +82,8 @@ def require_weights(found: Outgoing, catalog: Catalog, family: Family, back: Seq
     """Raise unless every weight has a rule, and every rule of the family its weight.
 
     Raises:
-        UsageError: no rule names a parameter, or all of them.
-        CoverageError: a parameter of the model is not there.
+        UsageError: no rule names some parameter, or any of them.
+        CoverageError: a parameter of the model is missing.
     """
     if not found.weights:
         names = {*catalog.tensors, *catalog.outside}
@@ -118,9 +118,9 @@ def _hint(family: Family) -> str:
 
 
 def require_shapes(catalog: Catalog, family: Family) -> None:
-    """Raise LayoutMismatchError when a tensor that goes out has not the shape that config.json gives it.
+    """Raise LayoutMismatchError when an exported tensor does not have the shape that config.json gives it.
 
-    Rules need numbers of heads and experts from there. Of another model's some fit as well, and weights get mixed up.
+    Rules take numbers of heads and experts from there. Some of another model's fit as well, and would mix weights up.
     """
     by_end: dict[str, list[tuple[Pattern, Shape]]] = {}
     for pattern, shape in ((Pattern(name), shape) for name, shape in family.shapes):
@@ -137,12 +137,12 @@ def require_shapes(catalog: Catalog, family: Family) -> None:
 
 
 def _end(name: str) -> str:
-    """What stands behind the last number, or the last placeholder of one."""
+    """The part of a name after its last number, or placeholder."""
     return _NUMBERED.sub("", name)
 
 
 def without_ties(catalog: Catalog, family: Family) -> Catalog:
-    """The tensors that go out, of tied ones the first only.
+    """The tensors to export, with only the first of tied ones.
 
     Raises LayoutMismatchError when tied ones differ, and FormatError or StorageError when they cannot be read.
     """
@@ -157,7 +157,7 @@ def without_ties(catalog: Catalog, family: Family) -> Catalog:
 
 
 def cast(catalog: Catalog, dtype: str, keeps: Iterable[str]) -> Catalog:
-    """The floats of a checkpoint in one dtype, rounded to the nearest, but for the names that keep theirs."""
+    """The checkpoint with floats in one dtype, rounded to nearest, except for names that keep theirs."""
     patterns = [Pattern(keep) for keep in keeps]
 
     def changes(name: str, held: SourceTensor) -> bool:

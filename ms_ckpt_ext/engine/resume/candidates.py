@@ -1,14 +1,14 @@
-"""Which checkpoints a training job left in a directory, made of what all hosts see, and whether what was noted holds.
+"""Which checkpoints a training job left in a directory, from what all hosts see, and whether they agree with records.
 
 Looked for in the directory and in the folders of its first level:
 
     rank_N/PREFIX-EPOCH_STEP.ckpt, rank_N/net.safetensors, …    one for every name that the rank folders share
     PREFIX-EPOCH_STEP.ckpt, PREFIX_rank_N-EPOCH_STEP.ckpt, …    ranks in one folder, or one process
     *.safetensors with a map or an index, or all parts of one   a model of whole parameters
-    iteration_N/*.safetensors with common.json, metadata.json   MindFormers' own, which knows its layouts
+    iteration_N/*.safetensors with common.json, metadata.json   MindFormers' own, which includes its layouts
 
-The names are read as `formats.discovery.saves` and `formats.discovery.whole_models` do for every load; what is no
-model by its name is a candidate with its reason. `engine.resume.trial_order` puts them in order.
+The names are read as `formats.discovery.saves` and `formats.discovery.whole_models` do for every load; files whose
+names do not form a model are a candidate with the reason. `engine.resume.trial_order` puts them in order.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Candidate:
     Attributes:
         folder: relative to the directory that was looked at; "" for itself.
         name: what the ranks' file names share, or `_MERGED`.
-        files: number -> file: of ranks, or of the parts of one model; where a map says it, there are none here.
+        files: number of the rank, or of the part of one model -> file; empty where a map lists them.
         modified: latest modification time, in seconds since 1970.
-        records: what is noted about it.
-        trouble: why it cannot be used, as far as looking at names told; "" if nothing speaks against it.
+        records: what was recorded about it.
+        trouble: why it cannot be used, judged by names alone; "" if nothing speaks against it.
         parts: the numbers are those of parts.
-        alike: of one without records: a recorded one of the same series, with files of the same sizes rank by rank,
-            so that what was noted about the job holds here, too; None where there is none.
-        unlike: why the layouts of another save of the series may not be its; "" where nothing says so.
+        alike: for one without records: a recorded one of the same series, with files of the same sizes rank by rank,
+            so that what was recorded about the job holds here, too; None where there is none.
+        unlike: why the layouts of another save of the series may not be its own; "" where nothing says so.
     """
 
     folder: str
@@ -66,31 +66,31 @@ class Candidate:
 
     @property
     def title(self) -> str:
-        """Its path relative to the directory; for a sharded one, of what its ranks' files have in common."""
+        """Its path relative to the directory; for a sharded one, with the name that its ranks' files have in common."""
         return "/".join(filter(None, (self.folder, "" if self.merged else self.name))) or "."
 
     @property
     def merged(self) -> bool:
-        """Whole parameters in a few files, as a map says."""
+        """Whether it is whole parameters in a few files that a map lists."""
         return self.name == _MERGED
 
     @property
     def job(self) -> tuple[Record, ...]:
-        """Notes of the job that saved it."""
+        """Records of the job that saved it."""
         return self.records or (self.alike.records if self.alike else ())
 
     @property
     def whole(self) -> bool:
-        """No file holds a part of a parameter only."""
+        """Whether every file holds whole parameters only."""
         return self.merged or self.parts or (bool(self.job) and not self.job[0].sharded)
 
     def place(self, directory: str) -> str:
-        """Its folder on this host; arguments as of `listing`."""
+        """Its folder on this host; `directory` as in `listing`."""
         base = os.path.dirname(directory) or os.curdir if os.path.isfile(directory) else directory
         return os.path.join(base, self.folder) if self.folder else base
 
     def homes(self) -> list[str]:
-        """Names under which notes of the job lie in its folder."""
+        """Names under which records of the job lie in its folder."""
         files = self.files if self.records or self.alike is None else self.alike.files
         return list(dict.fromkeys(home_name(held.file, rank) for rank, held in files.items()))
 
@@ -100,10 +100,10 @@ class Candidate:
         Args:
             directory: what was looked at, on this host; or the file that was named.
             files: which of its files count, see `check_ranks`.
-            kind: the wanted format, of a map's files.
+            kind: the wanted format of a map's files.
 
         Raises:
-            as `list_checkpoint`.
+            see `list_checkpoint`.
         """
         if self.merged:
             return list_checkpoint(os.path.join(directory, self.folder) if self.folder else directory, None, kind=kind)
@@ -116,7 +116,7 @@ class Candidate:
 
 
 def candidates(seen: Iterable[Iterable[CheckpointFolder]]) -> list[Candidate]:
-    """What several hosts see, as checkpoints, in no special order. A file of two sizes is trouble."""
+    """The checkpoints among what several hosts see, in no special order. A file of two sizes is `trouble`."""
     folders: dict[str, list[CheckpointFolder]] = {}
     for places in seen:
         for place in places:
@@ -164,7 +164,7 @@ def _by_ranks(folder: str, files: Iterable[str]) -> Iterator[Candidate]:
 
 
 def _flat(folder: str, files: Iterable[str], beside: bool) -> Iterator[Candidate]:
-    """What lies in one folder without a map, `beside` rank folders or not."""
+    """The saves in one folder without a map, `beside` rank folders or not."""
     for name, found in loose(files).items():
         held = {number: SizedFile(file, 0) for number, file in found.files.items()}
         title = f"./{name}" if beside else name
@@ -172,7 +172,7 @@ def _flat(folder: str, files: Iterable[str], beside: bool) -> Iterator[Candidate
 
 
 def _measured(found: Candidate, seen: Mapping[str, Sight], torn: set[str]) -> Candidate:
-    """With sizes and times; a file of which hosts hold different ones is trouble."""
+    """The candidate with sizes and times; a file that differs between hosts is `trouble`."""
     sights = {number: seen[held.file] for number, held in found.files.items()}
     differ = [number for number, sight in sights.items() if sight.file in torn]
     trouble = f"hosts hold different files of {name_ranks(differ)}" if differ else ""
@@ -196,7 +196,7 @@ def _together(places: Iterable[CheckpointFolder]) -> dict[str, Noted]:
 
 
 def _noted(found: Candidate, noted: Mapping[str, Noted]) -> Candidate:
-    """With its records: those that are about its files."""
+    """The candidate with its records: those that are about its files."""
     held = [noted[home] for home in found.homes() if home in noted]
     records = {
         record.rank: record
@@ -213,11 +213,11 @@ def _noted(found: Candidate, noted: Mapping[str, Noted]) -> Candidate:
 def check_noted(candidate: Candidate) -> None:
     """Compare files with records.
 
-    What is not noted is not missing: a save without records is judged by its files alone, here and where its headers
-    are read.
+    Files without records do not count as missing: a save without records is judged by its files alone, here and where
+    its headers are read.
 
     Raises:
-        DiscoveryError: a rank's file is missing, or of another size, or ranks noted different steps.
+        DiscoveryError: a rank's file is missing, or of another size, or ranks recorded different steps.
     """
     if candidate.trouble:
         raise DiscoveryError(candidate.trouble)
@@ -252,7 +252,7 @@ def unnoted(candidate: Candidate) -> list[int]:
 
 
 def check_ranks(candidate: Candidate, strategy: Optional[Strategy]) -> dict[int, SizedFile]:
-    """The files to load: of all ranks that the strategy knows; without one, the lowest rank's, which holds all.
+    """The files to load: those of all ranks of the strategy; without one, the lowest rank's, which holds all.
 
     Raises:
         DiscoveryError: a rank's file is missing.

@@ -1,10 +1,10 @@
 """The newest checkpoint that is whole, chosen by all ranks together.
 
-1. One rank per host looks at the directory; what they see is put together, so all ranks have the same list.
-2. Newest first (`engine.resume.trial_order`): the records must hold, the layouts be known and every rank's file be
-   there. Each header is read by one rank. What is wrong with a checkpoint is said on all ranks alike, and the next one
-   is tried.
-3. One that is whole, and that nothing tells from another whole one, is not taken: which is meant must be said.
+1. One rank per host looks at the directory; what they see is combined, so all ranks have the same list.
+2. Newest first (`engine.resume.trial_order`): the files must agree with the records, the layouts be known and every
+   rank's file be there. Each header is read by one rank. All ranks learn what is wrong with a checkpoint, and the next
+   one is tried.
+3. One that is whole, but cannot be told apart from another whole one, is not taken: the user must say which is meant.
 4. The training scalars are read by one rank each and shared.
 
 Collective: all ranks call it, and all return the same or raise.
@@ -61,7 +61,7 @@ class Skipped(NamedTuple):
 
 
 def first_absent(catalog: Catalog) -> str:
-    """Where the first parameter should be that no file holds; "" when there is none."""
+    """Where the first parameter that no file holds should be; "" when there is none."""
     return next((f"parameter {name!r} should be in {where}" for name, where in catalog.absent.items()), "")
 
 
@@ -70,15 +70,15 @@ class ResumeRequest:
     """Where to look, and for what.
 
     Attributes:
-        directory: on this host.
-        host: key of this rank's, see `engine.load.hosts`.
+        directory: path on this host.
+        host: key of this rank's host, see `engine.load.hosts`.
         strategy: layouts of the job that saved, if they were given; None to find them with the checkpoint.
         kind: "safetensors", "ckpt" or None.
         access: how files are opened.
         digests: compare every tensor with the digests on record: reads everything once.
         prefix: of the saves that count; None for all.
-        lacks: what the load wants of a checkpoint and its files do not hold, in words; "" if nothing. Ranks may differ.
-        peers: ranks say which of them hold what they should; see `bridge.peers`.
+        lacks: returns what the load needs and a checkpoint's files lack, in words; "" if nothing. Ranks may differ.
+        peers: ranks say which of them still hold their state; see `bridge.peers`.
     """
 
     directory: str
@@ -106,8 +106,8 @@ class Chosen:
         seen: its files, and what their headers say: all that a load needs to know of them.
         catalog: the same as parameters.
         strategy: the layouts that cut it; None for whole parameters.
-        scalars: what it holds outside the strategy, single values and texts.
-        own: those of them that differ between ranks, by name and rank.
+        scalars: single values and texts that it holds outside the strategy.
+        own: those that differ between ranks, by name and rank.
     """
 
     candidate: Candidate
@@ -124,7 +124,7 @@ def choose_checkpoint(transport: Transport[Any], wanted: ResumeRequest) -> tuple
     Raises:
         DiscoveryError: several whole checkpoints are equally new.
         DisagreementError: ranks look for different things, or ranks of one host in different directories.
-        PeerError, TransportError: another rank failed, or has gone.
+        PeerError, TransportError: another rank failed, or is gone.
     """
     agree(transport, wanted.facts())
     probe = _agree_on_directories(transport, wanted)
@@ -184,7 +184,7 @@ def _tell(candidate: Candidate) -> None:
 
 
 class _Unfit(Exception):
-    """Why a checkpoint cannot be taken; on all ranks the same."""
+    """Why a checkpoint cannot be taken; the same on all ranks."""
 
 
 def _agree_on_directories(transport: Transport[Any], wanted: ResumeRequest) -> bool:
@@ -274,7 +274,7 @@ def _read_headers(
         problem = wanted.lacks(catalog) or _uncovered(catalog)
         result = seen, catalog
     except PeerError:
-        pass  # the peer tells below; if it is gone, that shows below too
+        pass  # the peer sends its problem below; if it is gone, that shows below too
     except TransportError:
         raise
     except CheckpointError as error:
@@ -302,14 +302,14 @@ def _common(transport: Transport[Any], folder: Optional[Folder]) -> dict[str, Va
     from ms_ckpt_ext.formats.discovery.mindformers import read_common
 
     mine: dict[str, Any] = {}
-    with contextlib.suppress(FormatError):  # of one that is chosen it was readable a moment ago
+    with contextlib.suppress(FormatError):  # it was readable a moment ago, when the checkpoint was chosen
         mine = dict(read_common(folder.path))
     told: dict[str, Any] = next(filter(None, map(unpack, transport.share(pack(mine)))), {})
     return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 
 
 def _compare_digests(transport: Transport[Any], catalog: Catalog, sees: Optional[Sees]) -> None:
-    """Every file with its manifest, each on ranks that see it. A file that is on no manifest passes."""
+    """Compare every file with its manifest, on ranks that see it. A file that is in no manifest passes."""
     from ms_ckpt_ext.engine.integrity.recorded import damaged_files
 
     found = damaged_files(transport, catalog, sees, 1)

@@ -1,19 +1,19 @@
-"""What a training job notes beside a checkpoint when it saves it, so that a later job can tell whether it is whole.
+"""What a training job records beside a checkpoint when it saves it, so that a later job can tell whether it is whole.
 
-Every rank notes its own file, after it is there; nobody waits for anybody. Whoever finds that all ranks have done so
+Every rank records its own file once it is written; none waits for another. A rank that finds that all have done so
 writes the one file that says the checkpoint is complete. In the folder that holds the rank folders:
 
     rank_0/net-1_300.safetensors
     rank_0/ms_ckpt_ext.digests.json                             digest of every tensor (`engine.integrity.manifest`)
-    ms_ckpt_ext/net-1_300.safetensors/rank_0.json               this rank's note
+    ms_ckpt_ext/net-1_300.safetensors/rank_0.json               this rank's record
     ms_ckpt_ext/net-1_300.safetensors/strategy/stage_0.ckpt     layouts, by the first rank of every pipeline stage
-    ms_ckpt_ext/net-1_300.safetensors/complete.json             all ranks' notes, once there are as many as ranks
+    ms_ckpt_ext/net-1_300.safetensors/complete.json             all ranks' records, once there are as many as ranks
 
-A checkpoint goes by the name its files have in common. A rank knows its own file's only, so the last `rank_N` of a name
-loses its N: in a rank folder whatever it is, for it is the rank's or, as in `lora_rank_8`, the same on all ranks;
-elsewhere where it is this rank's. Two saves that differ in such a number only share one place; a record says which file
-it is of.
-Folder names are those of the rank folders' parent, so a checkpoint can be moved or copied with its records.
+A checkpoint is named by what its files' names have in common. A rank knows only its own file's, so the last `rank_N` of
+a name loses its N: in a rank folder always, since it is the rank's or, as in `lora_rank_8`, the same on all ranks;
+elsewhere only where it is this rank's. Two saves that differ only in such a number share one place; a record names its
+file.
+Paths are relative to the rank folders' parent, so a checkpoint can be moved or copied with its records.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ _LAST_RANK = re.compile(r"rank_(\d+)(?!.*rank_\d)")
 
 @dataclass(frozen=True)
 class Record:
-    """One rank's note.
+    """One rank's record.
 
     Attributes:
-        rank, world: who saved, of how many.
-        file: relative to the folder of the records' folder, with `/`.
+        rank, world: the rank that saved, and the number of ranks.
+        file: relative to the folder that has the records' folder, with `/`.
         size: of the file, in bytes.
         saved: when, in seconds since 1970.
         sharded: layouts were recorded; else every rank holds whole parameters.
@@ -70,7 +70,7 @@ class Record:
 
 
 class Home(NamedTuple):
-    """Where a checkpoint file belongs: the folder of all ranks, the name the ranks' files share, and its path there."""
+    """Where a checkpoint file belongs: the folder of all ranks, the name their files share, and its path in there."""
 
     folder: str
     name: str
@@ -78,7 +78,7 @@ class Home(NamedTuple):
 
 
 def home_of(path: str, rank: int) -> Home:
-    """Place a rank's checkpoint file.
+    """The `Home` of a rank's checkpoint file.
 
     >>> home_of("/out/rank_3/qwen_rank_3-1_20.ckpt", 3)
     Home(folder='/out', name='qwen_rank_-1_20.ckpt', file='rank_3/qwen_rank_3-1_20.ckpt')
@@ -95,7 +95,7 @@ def home_of(path: str, rank: int) -> Home:
 
 
 def home_name(file: str, rank: int) -> str:
-    """Under which name the notes of a file lie; `file` as a `Home` has it.
+    """The name under which the records of a file lie; `file` as in a `Home`.
 
     >>> home_name("rank_8/lora_rank_8-1_20.ckpt", 8), home_name("lora_rank_8-1_20.ckpt", 0)
     ('lora_rank_-1_20.ckpt', 'lora_rank_8-1_20.ckpt')
@@ -108,11 +108,11 @@ def home_name(file: str, rank: int) -> str:
 
 
 def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bool:
-    """Note a file; returns whether the checkpoint is complete with it.
+    """Record a file; returns whether the checkpoint is complete with it.
 
     Args:
         home: of the file.
-        record: what to note.
+        record: what to write.
         strategy: the layouts of this rank's pipeline stage, from the stage's first rank; None from the others.
 
     Raises:
@@ -135,12 +135,12 @@ def write_record(home: Home, record: Record, strategy: Optional[Strategy]) -> bo
 
 
 def _complete(folder: Path, own: Record) -> bool:
-    """Write the file that says so when this rank was the last; two that both think they are write the same."""
+    """Write `complete.json` if this rank was the last; two ranks that both find themselves last write the same."""
     if any(not (folder / f"rank_{rank}.json").exists() for rank in range(own.world)):
         return False
     records = _parse(folder / f"rank_{rank}.json" for rank in range(own.world))
     if any((r.world, r.step) != (own.world, own.step) for r in records):
-        return False  # notes of an older checkpoint of the same name are still being replaced
+        return False  # records of an older checkpoint of the same name are still being replaced
     from ms_ckpt_ext.storage.linux import write_atomically
 
     mine = folder / f".complete_{own.rank}"
@@ -150,10 +150,10 @@ def _complete(folder: Path, own: Record) -> bool:
 
 
 def read_records(folder: str, name: str) -> list[Record]:
-    """What is noted about a checkpoint, ranks ascending; empty when nothing is.
+    """The records of a checkpoint, ranks ascending; empty when there are none.
 
     Raises:
-        FormatError: a note is damaged.
+        FormatError: a record is damaged.
         StorageError: one cannot be read.
     """
     home = Path(folder, RECORDS_FOLDER, name)

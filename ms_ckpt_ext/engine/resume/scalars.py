@@ -1,7 +1,7 @@
 """Training scalars of a checkpoint, read by all ranks together: single values and texts outside the layouts.
 
-Those that several ranks hold are compared, all copies of them. What is alike is one value for all; of what differs, the
-state of a generator or a cursor in the data, every rank is told every rank's.
+Of those that several ranks hold, all copies are compared. Equal ones are one value for all; of what differs, such as
+the state of a generator or a cursor in the data, every rank gets every rank's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Value = Union[npt.NDArray[Any], str]
 
 
 class Scalars(NamedTuple):
-    """What is alike on all ranks that hold it, by name; and what differs, by name and rank."""
+    """What is alike on all ranks that hold it, by name; what differs, by name and rank."""
 
     alike: Mapping[str, Value]
     own: Mapping[str, Mapping[int, Value]]
@@ -34,10 +34,10 @@ def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Optional[See
     """Compare and read; collective.
 
     Args:
-        catalog: as headers tell it.
-        sharded: its files are those of ranks, and without layouts of a single one; where nothing is cut by layouts of
-            ranks, parameters of a single element are scalars as well.
+        catalog: the checkpoint, from its headers.
         sees: file number -> ranks that can open it; None when all see all.
+        sharded: its files are those of ranks; without layouts, that of a single one. Where no layouts cut the files of
+            ranks, parameters of a single element are scalars as well.
 
     Raises:
         FormatError, StorageError: a file cannot be read; PeerError on the ranks that did not read it.
@@ -74,7 +74,7 @@ def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Optional[See
 
 
 class _Scalar(NamedTuple):
-    """A name, and whose it is; None where it is everybody's."""
+    """A name, and the rank whose it is; None where it is the same for all."""
 
     name: str
     rank: Optional[int]
@@ -97,7 +97,7 @@ def _small(catalog: Catalog, held: Union[SourceTensor, UnlistedTensor]) -> bool:
 
 
 def _reader(tensor: SourceTensor, world: int, sees: Optional[Sees]) -> int:
-    """Which rank reads it: of those that see its file one by the file's number."""
+    """Which rank reads it: one of those that see its file, chosen by the file's number."""
     file = next(iter(tensor.placements[0].holders.values()))[0]
     able = range(world) if sees is None else sorted(sees[file])
     return able[file % len(able)]

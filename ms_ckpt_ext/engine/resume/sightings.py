@@ -1,10 +1,10 @@
-"""What lies where checkpoints may be, as one host sees it: told to the other hosts before anything is made of it.
+"""What lies where checkpoints may be, as one host sees it: sent to the other hosts before anything is concluded.
 
-Looked at are the directory and the folders of its first level: files of checkpoint formats, in rank folders or not,
-maps that speak for a whole model, and the records of saves. No checkpoint is opened; of `.ckpt` files as many as are
-needed to tell checkpoints from strategies. What of this is one checkpoint is for `engine.resume.candidates` to say,
-once all hosts' parts are together. For one that was chosen the hosts then tell the layouts of the job that saved it:
-those noted with it, or in the strategy files that training jobs keep nearby.
+The directory and the folders of its first level are listed: files of checkpoint formats, in rank folders or not, maps
+that describe a whole model, and the records of saves. No checkpoint is opened, except as many `.ckpt` files as are
+needed to tell checkpoints from strategies. `engine.resume.candidates` decides which files form a checkpoint, once all
+hosts' parts are together. For a chosen one the hosts then share the layouts of the job that saved it: those recorded
+with it, or in the strategy files that training jobs keep nearby.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.resume.candidates import Candidate
 
 _FOLDERS = ("strategy", os.path.join("..", "strategy"))
-"""Where MindFormers and most scripts keep them, seen from a checkpoint's folder."""
+"""Where MindFormers and most scripts keep layouts, relative to a checkpoint's folder."""
 
 
 class Sight(NamedTuple):
@@ -66,7 +66,7 @@ class CheckpointFolder(NamedTuple):
     Attributes:
         folder: relative to the directory that was looked at; "" for itself.
         files: of checkpoint formats, in it and in its rank folders.
-        mapped: name of the file that makes its own files one model: a map, MindFormers' metadata; "" without.
+        mapped: name of the file that makes its own files one model: a map, MindFormers' metadata; "" if none does.
         modified: of the folder itself.
         noted: name of a save -> what was recorded about it.
         complaint: why a model with a map should not be used; "" if nothing speaks against it.
@@ -86,12 +86,12 @@ def look(path: str, kind: Optional[str] = None) -> list[CheckpointFolder]:
     """What this host sees of checkpoints.
 
     Args:
-        path: a directory, or one file, or the index of a model in parts. What does not exist holds nothing.
+        path: a directory, or one file, or the index of a model in parts. If it does not exist, the result is empty.
         kind: "safetensors" or "ckpt"; None for both.
 
     Raises:
-        DiscoveryError: two folders of one rank, or one that vanished.
-        StorageError: the directory or a rank's folder cannot be looked into.
+        DiscoveryError: two folders belong to one rank, or a folder vanished.
+        StorageError: the directory or a rank's folder cannot be listed.
     """
     suffixes = [suffix for suffix in FORMATS if kind in (None, suffix)]
     root = Path(path)
@@ -106,7 +106,7 @@ def look(path: str, kind: Optional[str] = None) -> list[CheckpointFolder]:
 
 
 def _file(path: Path, suffixes: list[str]) -> CheckpointFolder:
-    """One file that was named; what lies around it has nothing to do with it."""
+    """One file that was named; other files beside it are ignored."""
     status = path.stat()
     if is_map(path.name):
         return CheckpointFolder("", (), path.name, status.st_mtime, {}, named=True)
@@ -121,7 +121,7 @@ def _file(path: Path, suffixes: list[str]) -> CheckpointFolder:
 
 
 def _is_other(folder: Path) -> bool:
-    """Whether a folder is no rank's, no records' and not hidden."""
+    """Whether a folder is neither a rank's nor the records' nor hidden."""
     hidden = folder.name.startswith(".") or folder.name == records.RECORDS_FOLDER
     return not hidden and rank_folders.RANK_FOLDER.match(folder.name) is None
 
@@ -143,7 +143,7 @@ def _place(folder: Path, name: str, suffixes: list[str]) -> CheckpointFolder:
 
 
 def _mapped(folder: Path) -> str:
-    """What makes the files of a folder one model; of several the map itself comes first, as MindFormers' files do."""
+    """The file that makes a folder's files one model: a map or MindFormers' own; else one of MindFormers' parts."""
     there = [child.name for child in rank_folders.inside(folder, Path.is_file)]
     named = [name for name in there if name in (METADATA_NAME, COMMON_NAME) or is_map(name)]
     files = [name for name in there if name.endswith(SAFETENSORS.suffix)]
@@ -180,7 +180,7 @@ def _noted(folder: Path) -> Iterator[tuple[str, Noted]]:
 
 
 def folder_to_json(place: CheckpointFolder) -> list[Any]:
-    """For the other hosts."""
+    """As JSON values, for the other hosts."""
     noted = {name: [[vars(record) for record in held.records], held.trouble] for name, held in place.noted.items()}
     return [place.folder, place.files, place.mapped, place.modified, noted, place.complaint, place.named]
 
@@ -200,7 +200,7 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
         candidate: in `folder` on this host.
 
     Raises:
-        StrategyError: on all ranks: there are none, or they are damaged or contradict each other.
+        StrategyError: on all ranks, when there are none, or they are damaged or contradict each other.
     """
     if candidate.whole:
         return None
@@ -218,16 +218,16 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
 
 
 def check_alike(transport: Transport[Any], candidate: Candidate, folder: str, probe: bool) -> None:
-    """What was trained must be alike on all ranks that noted no layouts, for it is taken for whole. Collective.
+    """Check that what was trained is alike on all ranks that recorded no layouts, as it is taken for whole. Collective.
 
-    A network that MindSpore did not cut tells no layouts, whether its ranks hold the same or it cuts its slices itself.
-    The digests on record tell. Statistics of a rank's own, which no optimizer has a state of, may differ.
+    A network that MindSpore did not cut has no layouts, whether its ranks hold the same or it cuts its slices itself;
+    the recorded digests show which. A rank's own statistics, for which no optimizer has a state, may differ.
 
     Args:
-        as of `find_layouts`.
+        see `find_layouts`.
 
     Raises:
-        StrategyError: on all ranks: a parameter with a state of an optimizer differs between ranks.
+        StrategyError: on all ranks, when a parameter with an optimizer state differs between ranks.
     """
     mine = _trained(folder, candidate) if probe else []
     told = {rank: digest for answer in transport.share(pack(mine)) for rank, digest in unpack(answer)}
@@ -241,7 +241,7 @@ def check_alike(transport: Transport[Any], candidate: Candidate, folder: str, pr
 
 
 def _trained(folder: str, candidate: Candidate) -> list[tuple[int, str]]:
-    """(rank, one digest of all that a state of an optimizer is there for), of files on this host with digests."""
+    """(rank, one digest of all parameters with optimizer states), for files on this host that have digests."""
     from ms_ckpt_ext.core.geometry.groups import STATES, group_of
     from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 
@@ -260,7 +260,7 @@ def _trained(folder: str, candidate: Candidate) -> list[tuple[int, str]]:
 
 
 class _Found(NamedTuple):
-    """Layouts on one host: entries as JSON, where they are from, what was wrong, and whether they were recorded."""
+    """Layouts on one host: entries as JSON, their origin, what was wrong, and whether they were recorded."""
 
     items: list[Any]
     origin: str
@@ -296,5 +296,5 @@ def _items_in(folder: str) -> list[Any]:
 
 
 def entries(strategy: Strategy) -> list[Any]:
-    """A strategy as JSON: an entry for every parameter and stage."""
+    """A strategy as JSON values: an entry for every parameter and stage."""
     return [[name, stage, layout] for name, stages in strategy.layouts.items() for stage, layout in stages.items()]

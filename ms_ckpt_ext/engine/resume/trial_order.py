@@ -1,15 +1,15 @@
-"""The order in which checkpoints of a directory are tried, and what is said about it.
+"""The order in which checkpoints of a directory are tried, and what is reported about it.
 
 1. A *series* is what one saver left: saves of one prefix and format, in one folder or in folders whose names differ in
-   numbers only (`step_100/`, `step_200/`; `iteration_00000010/`). Inside it folders come first, then the run (MindSpore
-   numbers the prefix of every further one), then epoch and step. A breakpoint belongs to the run that saved last before
-   it. Time has no say here: one clock that is ahead would make an old step the newest.
-2. Series follow each other by their newest saves: those whose names tell an epoch and step, or that are recorded,
-   before those with other numbers (`llama_7b`, `step_400`) and without any; then by time where any is recorded (as
+   numbers only (`step_100/`, `step_200/`; `iteration_00000010/`). It is ordered by folder, then by run (MindSpore
+   numbers the prefix of every further run), then by epoch and step. A breakpoint belongs to the run that saved last
+   before it. Time does not count here: one clock that is ahead would make an old step the newest.
+2. Series are ordered by their newest saves: those whose names give an epoch and step, or that are recorded, before
+   those with other numbers (`llama_7b`, `step_400`) and without any; then by time where any is recorded (as
    recorded, if all are; else as the files were modified), else by their numbers. So when the newest is torn, the next
    older one of the same saver follows, not another's.
-3. Two series whose newest saves have the same epoch and step are told apart by nothing but chance. The recorded one
-   comes first, else the one in the directory itself; if that does not help, it is an error, unless one of them is torn.
+3. Two series whose newest saves have the same epoch and step cannot be ordered by these. The recorded one comes
+   first, else the one in the directory itself; if neither decides, it is an error, unless one of them is torn.
 4. Where run, numbers and time disagree, or another prefix is passed over, both are named.
 """
 
@@ -45,12 +45,12 @@ class _Save(NamedTuple):
 
     @property
     def saved(self) -> Optional[float]:
-        """When, as it was recorded."""
+        """When it was saved, from its records."""
         return max((record.saved for record in self.candidate.records), default=None)
 
     @property
     def step(self) -> Optional[int]:
-        """The training's, as it was recorded."""
+        """The training's step, from its records."""
         return next((record.step for record in self.candidate.records), None)
 
 
@@ -87,12 +87,12 @@ class Order:
         return (save.candidate for save in self._saves)
 
     def equals(self, candidate: Candidate) -> list[Candidate]:
-        """Candidates that nothing tells from this one."""
+        """Candidates that cannot be told apart from this one."""
         one = self._by_title[candidate.title]
         return [save.candidate for save in self._saves if _is_as_new(save, one) and _rank(save) == _rank(one)]
 
     def remarks(self, candidate: Candidate) -> list[Remark]:
-        """What might be taken for newer than this one, of those that come after it."""
+        """Candidates after this one that might be taken for newer."""
         one = self._by_title[candidate.title]
         rest = self._saves[self._saves.index(one) + 1 :]
         heads = {save.series: save for save in reversed(rest) if save.series != one.series}
@@ -112,12 +112,12 @@ def _read(candidate: Candidate) -> _Save:
 
 
 def _place(save: _Save) -> tuple[tuple[int, ...], int, tuple[int, ...], bool]:
-    """Sorts a series, the newest last."""
+    """Sort key within a series, the newest last."""
     return save.folders, save.run, save.save.step, save.save.regular
 
 
 def _with_runs(saves: Sequence[_Save]) -> list[_Save]:
-    """A series with breakpoints, whose names have no run, in the runs that they ended."""
+    """A series, with breakpoints, whose names have no run, assigned to the runs that they ended."""
 
     def run(save: _Save) -> int:
         before = [
@@ -132,7 +132,7 @@ def _with_runs(saves: Sequence[_Save]) -> list[_Save]:
 
 
 def _related(saves: Sequence[_Save]) -> list[_Save]:
-    """A series, newest first, in which saves without records know the recorded ones that are alike."""
+    """A series, newest first, in which saves without records refer to recorded ones that are alike."""
     return [save._replace(candidate=_compared(save, saves)) for save in saves]
 
 
@@ -163,7 +163,7 @@ def _sizes(candidate: Candidate) -> dict[int, int]:
 
 
 def _dated(save: _Save) -> int:
-    """How it is known when it was saved: from epoch and step, or a record, or other numbers; or not at all."""
+    """How its age is known: from epoch and step, or a record, or other numbers; or not at all."""
     if save.candidate.records or _ITERATION.match(os.path.basename(save.candidate.folder)):
         return STEP
     by_name = dated(save.candidate.name) if save.save.step else 0
@@ -171,7 +171,7 @@ def _dated(save: _Save) -> int:
 
 
 def _measure(leaders: Sequence[_Save]) -> Callable[[_Save], tuple[float, ...]]:
-    """By what the newest of several series are compared: time where any is recorded, else their numbers."""
+    """The key by which the newest of several series are compared: time where any is recorded, else their numbers."""
     known = [save for save in leaders if _dated(save) == STEP]
     if known and all(save.saved is not None for save in known):
         return lambda save: (save.saved or 0.0,)
@@ -181,12 +181,12 @@ def _measure(leaders: Sequence[_Save]) -> Callable[[_Save], tuple[float, ...]]:
 
 
 def _rank(save: _Save) -> tuple[bool, bool]:
-    """Which of equally new ones counts."""
+    """Sort key among equally new saves; the greatest is preferred."""
     return bool(save.candidate.records), not save.candidate.folder
 
 
 def _preferred_first(ordered: Sequence[list[_Save]]) -> list[list[_Save]]:
-    """Series whose newest are equally new, in the order in which they count; the others stay where they are."""
+    """The series, with those whose newest are equally new in order of preference; the others keep their places."""
     found = list(ordered)
     for at, saves in enumerate(found):
         same = [n for n in range(at, len(found)) if n == at or _is_as_new(found[n][0], saves[0])]
@@ -196,7 +196,7 @@ def _preferred_first(ordered: Sequence[list[_Save]]) -> list[list[_Save]]:
 
 
 def _is_as_new(one: _Save, other: _Save) -> bool:
-    """Whether names do not tell which of two saves is newer, and their records do not either."""
+    """Whether neither names nor records tell which of two saves is newer."""
     if one is other or one.numbers != other.numbers:
         return False
     if one.series == other.series:
@@ -205,7 +205,7 @@ def _is_as_new(one: _Save, other: _Save) -> bool:
 
 
 def _of_series(one: _Save, older: Sequence[_Save]) -> Iterator[Remark]:
-    """Of a saver's own saves: those that time, or numbers, have for newer."""
+    """Saves of the same series that would be newer by time, or by numbers."""
     runs = set()
     for save in older:
         title = save.candidate.title
@@ -224,7 +224,7 @@ def _of_series(one: _Save, older: Sequence[_Save]) -> Iterator[Remark]:
 
 
 def _passed_over(save: _Save, one: _Save) -> str:
-    """Why another series' newest was not taken, where that needs a word."""
+    """Why another series' newest was not taken; "" where that needs no mention."""
     mine, theirs = one.candidate, save.candidate
     if _is_as_new(save, one):
         why = "it is recorded" if _rank(one)[0] > _rank(save)[0] else "it lies in the directory itself"

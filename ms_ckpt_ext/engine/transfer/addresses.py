@@ -1,7 +1,7 @@
-"""Where the slices of a rank lie, in one space of numbers: what an exchange takes for places in a file.
+"""Where the slices of a rank lie, in one address space, which an exchange treats as places in a file.
 
-All ranks number alike: a name has as much room as its largest slice anywhere. Between two names there is a gap, so no
-read goes over the end of a slice.
+Addresses are the same on all ranks: a name has as much room as its largest slice anywhere. Between two names there is
+a gap, so no read crosses the end of a slice.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
 
 class HeldPlace(NamedTuple):
-    """A place in a slice: the name it is held under, and the byte."""
+    """A place in a slice: the name under which it is held, and the byte."""
 
     name: str
     offset: int
 
 
 class Addresses:
-    """The numbers of some parameters of the source."""
+    """The addresses of some parameters of the source."""
 
     def __init__(self, tensors: Iterable[SourceTensor]) -> None:
         sizes: dict[str, int] = {}
@@ -40,11 +40,11 @@ class Addresses:
         self._names, self._starts = list(sizes), [extent.offset for extent in self._extents.values()]
 
     def stored(self, _file: int, name: str) -> tuple[Extent, ...]:
-        """Where a slice lies, on any rank that holds it; as planning asks for a tensor in a file."""
+        """Where a slice lies, on any rank that holds it; in the form in which planning looks a tensor up in a file."""
         return (self._extents[name],)
 
     def at(self, number: int) -> HeldPlace:
-        """What lies at a number."""
+        """What lies at an address."""
         place = bisect_right(self._starts, number) - 1
         return HeldPlace(self._names[place], number - self._starts[place])
 

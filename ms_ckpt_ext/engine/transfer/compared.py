@@ -1,11 +1,11 @@
-"""Do the Parameters that were filled hold what those of the source hold? Looked at after a run, at both ends.
+"""Do the Parameters that were filled hold what those of the source hold? Compared after a run, at both ends.
 
 1. What a rank wants of a parameter comes in pieces, each a box of a slice that ranks of the source hold. Every rank
-   digests (xxh3-128) its pieces as they lie in what was filled, and tells the digests, with the dtype that it holds.
+   digests (xxh3-128) its pieces as they lie in what was filled, and shares the digests and the dtype that it holds.
 2. Every rank that holds such a piece digests it as it lies there, cast to that dtype, and compares.
 
-So a piece that was damaged, put elsewhere or not moved at all is found, and so are ranks of the source that hold other
-bytes than the rank that gave. It takes one more look at every byte, on the host; a slice is there at a time.
+So a piece that was damaged, misplaced or not moved at all is found, and so are ranks of the source that hold other
+bytes than the rank that sent. Every byte is read once more, on the host, one slice at a time.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class TakenSlice(NamedTuple):
 
 
 class _Told(NamedTuple):
-    """What a rank says of a parameter that it took: the dtype that it holds, and digests of its pieces in order."""
+    """What a rank reports of a parameter that it took: its dtype there, and digests of its pieces in order."""
 
     dtype: str
     digests: Sequence[str]
 
 
 def require_moved(demands: Sequence[Demand]) -> None:
-    """Raise UsageError for parameters that are computed: they hold no bytes of the source."""
+    """Raise UsageError for computed parameters, which do not hold bytes of the source."""
     computed = [demand.name for demand in demands if demand.tensor.is_computed]
     if computed:
         raise UsageError(
@@ -63,12 +63,12 @@ def compare_with_source(
     taken: Callable[[int], TakenSlice],
     held: Callable[[str, str], Bytes],
 ) -> None:
-    """Compare. Collective.
+    """Compare what was filled with the source. Collective.
 
     Args:
-        demands: what all ranks want, made by moving alone.
-        taken: of the number of a demand of this rank, what its slice holds now.
-        held: of a name in the source, and a dtype, the slice that this rank holds, cast to it.
+        demands: what all ranks want; none is computed.
+        taken: number of a demand of this rank -> what its slice holds now.
+        held: name in the source, dtype -> the slice that this rank holds, cast to it.
 
     Raises:
         ChecksumError: on the ranks that hold other bytes than a rank took; names the parameter, its region, and the
@@ -89,7 +89,7 @@ def _wanted(demands: Sequence[Demand], rank: int) -> Iterator[tuple[int, Demand]
 
 
 def _digested(demand: Demand, rank: int, taken: TakenSlice) -> _Told:
-    """The pieces of a rank's slice."""
+    """Digests of the pieces of a rank's slice."""
     digests: list[str] = []
     for region, ranks, pieces in _slices(demand):
         if rank in ranks:
@@ -112,7 +112,7 @@ def _slices(demand: Demand) -> Iterator[tuple[Region, Sequence[int], Sequence[So
 def _compare(
     demands: Sequence[Demand], rank: int, told: Sequence[Mapping[int, _Told]], held: Callable[[str, str], Bytes]
 ) -> None:
-    """What this rank holds with what others took of it. Raises ChecksumError."""
+    """Compare what this rank holds with what others took of it. Raises ChecksumError."""
     odd = [text for n, demand in enumerate(demands) for text in _complaints(demand, n, rank, told, held)]
     if odd:
         more = f"; and {len(odd) - _SHOWN} more" if len(odd) > _SHOWN else ""
@@ -125,7 +125,7 @@ def _compare(
 def _complaints(
     demand: Demand, number: int, rank: int, told: Sequence[Mapping[int, _Told]], held: Callable[[str, str], Bytes]
 ) -> Iterator[str]:
-    """What others took of this rank's slices, and is not what lies there."""
+    """Messages about what others took of this rank's slices and differs from them."""
     slices = lru_cache(maxsize=None)(held)  # for this parameter
     for region, ranks, pieces in _slices(demand):
         takers: dict[str, list[int]] = {}
@@ -145,7 +145,7 @@ def _complaints(
 
 
 def _digest(held: Bytes, width: int, shape: Shape, box: Region, view: Optional[View]) -> str:
-    """Of a box of an array, or of a view of it, row-major."""
+    """The digest of a box of an array, or of a view of it, row-major."""
     seen = View(0, strides_of(shape)) if view is None else view
     start = seen.offset + sum(low * stride for low, stride in zip(box.start, seen.strides))
     elements = held.view(f"V{width}")[start:]

@@ -1,4 +1,4 @@
-"""A transfer on paper: the plan that the ranks would make, from shapes and the strategies of both sides."""
+"""A transfer that is only planned: the ranks' plan, from shapes and the strategies of both sides."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ms_ckpt_ext.engine.transfer.wanted import by_own_placement
 
 
 class DryTransfer(NamedTuple):
-    """A transfer that was planned but not made: `done`, and the bytes that every rank takes of its own memory."""
+    """A transfer that was planned but not made: `done`, and the bytes that every rank takes from its own memory."""
 
     done: DryRun
     kept: Ints
@@ -45,7 +45,7 @@ def dry_transfer(
         source: the parameters, by shapes.
         trained: what cuts the source; None for one rank.
         hardware: the machine, as in `engine.load.estimate.dry_run`.
-        apart: the target's ranks come behind the source's; else rank i of both sides is the same.
+        apart: the target's ranks come after the source's; else rank i of both sides is the same.
 
     Raises: as `engine.load.estimate.dry_run`.
     """
@@ -70,7 +70,7 @@ def dry_transfer(
 
 
 def _moved(demands: Sequence[Demand], by: int) -> list[Demand]:
-    """The same by other ranks; mappings that were one stay so."""
+    """The demands with all ranks raised by `by`; mappings that were one object stay one."""
     known: dict[int, Mapping[Cell, tuple[int, ...]]] = {}
 
     def moved(ranks: Mapping[Cell, tuple[int, ...]]) -> Mapping[Cell, tuple[int, ...]]:

@@ -1,7 +1,7 @@
-"""What every rank holds of one side of a transfer, told to all.
+"""What every rank holds of one side of a transfer, shared with all ranks.
 
-A slice says how it lies: as one cell of a layout, as a box, or not at all: then it is whole, and alike wherever it is,
-which is looked at. The n-th rank of a side has the n-th place in its layouts.
+A slice says how it lies: as one cell of a layout, or as a box. One that does not is whole, and alike on all ranks that
+hold it, which is checked. The n-th rank of a side has the n-th place in its layouts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class HeldSlice(NamedTuple):
     Attributes:
         dtype: as safetensors names it.
         shape: of the slice.
-        layout: of which it is a cell; None where none is known.
-        box: which it is; None where a layout says so.
+        layout: the one of which it is a cell; None where none is known.
+        box: the box that it is; None where a layout says so.
     """
 
     dtype: str
@@ -48,11 +48,11 @@ def members_of(
     """The ranks of a side, in the order of their places. Collective.
 
     Args:
-        takes_part: whether this rank has something for it.
-        named: the ranks that were named instead; the same on all ranks.
+        takes_part: whether this rank belongs to the side.
+        named: the ranks given by the user instead; the same on all ranks.
         side: "source" or "target".
 
-    Raises UsageError: on all ranks, when nobody takes part, or a rank that is named does not.
+    Raises UsageError: on all ranks, when no rank takes part, or a named one does not.
     """
     there = [rank for rank, answer in enumerate(transport.share(b"y" if takes_part else b"")) if answer]
     ranks = tuple(there) if named is None else tuple(named)

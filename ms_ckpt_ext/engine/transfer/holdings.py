@@ -18,9 +18,9 @@ class Holdings(Generic[B]):
 
     Args:
         turns: this rank's side of every round.
-        local: what it takes of its own memory.
-        open_slice: what it holds under a name, as flat bytes; asked anew in every run, for where that lies may change,
-            and let go when no later round needs it.
+        local: what it takes from its own memory.
+        open_slice: returns what it holds under a name, as flat bytes; called anew in every run, as its place may
+            change. The result is released when no later round needs it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Holdings(Generic[B]):
         """Nothing is read."""
 
     def stage(self, number: int) -> None:
-        """Open what the round takes from."""
+        """Open the slices that the round reads."""
         for chunk in self._turns[number].chunks:
             self.held(self._at[chunk].name)
 
@@ -64,10 +64,10 @@ class Holdings(Generic[B]):
         return self._open[name]
 
     def release(self, number: int) -> None:
-        """Let go of what no later round needs."""
+        """Release what no later round needs."""
         for name in self._until.get(number, ()):
             self._open.pop(name, None)
 
     def close(self) -> None:
-        """Let go of all."""
+        """Release everything."""
         self._open.clear()

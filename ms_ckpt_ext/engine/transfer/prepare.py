@@ -1,4 +1,4 @@
-"""A transfer that all ranks agree on, planned by each of them alike."""
+"""A transfer on which all ranks agree, planned by each of them alike."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PreparedTransfer(NamedTuple):
     Attributes:
         demands: what all ranks want.
         plan: what travels.
-        local: what this rank takes of its own memory.
-        addresses: where slices lie, as the plan numbers it.
+        local: what this rank takes from its own memory.
+        addresses: where slices lie, in the plan's address space.
         bucket: staging memory of a rank for one round, in bytes.
     """
 
@@ -40,13 +40,13 @@ class PreparedTransfer(NamedTuple):
     bucket: int
 
     def numbers(self, rank: int) -> dict[str, int]:
-        """What a rank wants, by name: the numbers of its demands."""
+        """Name -> number of the demand, for what a rank wants."""
         wanting = ((number, demand.name, grid) for number, demand in enumerate(self.demands) for grid in demand.grids)
         return {name: number for number, name, grid in wanting if any(rank in some for some in grid.ranks.values())}
 
     @property
     def bytes_local(self) -> int:
-        """Bytes that this rank takes of its own memory."""
+        """Bytes that this rank takes from its own memory."""
         return sum(piece.dtype.nbytes(piece.in_source.size) for piece in self.local)
 
     def bytes_sent(self, rank: int) -> int:
@@ -72,16 +72,16 @@ def prepare_transfer(
     """Agree on the inputs, learn what all ranks want, and plan. Collective.
 
     Args:
-        tensors: the source, by the names that `wants` speak of.
-        wants: of this rank.
+        tensors: the source, by the names that `wants` uses.
+        wants: what this rank wants.
         places: rank of the target -> its place in the layouts.
         host: key of this rank's host.
-        facts: what must be the same on all ranks, beside the options.
-        to_come: bytes that this rank's target will still take of its device.
+        facts: what must be the same on all ranks, besides the options.
+        to_come: bytes of device memory that this rank's target will still take.
 
     Raises:
         DisagreementError: ranks were started with different inputs.
-        CoverageError: a region that some rank wants is held by none.
+        CoverageError: no rank holds a region that some rank wants.
         UsageError: the product has no all-to-all for these ranks; or `verify="full"`, and a rule computes something.
         TransportError: the backend delivers other bytes than were sent.
     """
@@ -109,7 +109,7 @@ def prepare_transfer(
 
 
 def require_held(demands: Sequence[Demand]) -> None:
-    """Raise CoverageError for the first region that is wanted and that no rank holds; names the ranks that want it."""
+    """Raise CoverageError for the first wanted region that no rank holds; names the ranks that want it."""
     known = set()
     for demand in demands:
         tensor = demand.tensor

@@ -9,12 +9,12 @@ class TransferReport(NamedTuple):
     """What one run moves on this rank.
 
     Attributes:
-        parameters: that this rank takes.
+        parameters: number of parameters that this rank takes.
         missing: Parameters of this rank's target that get nothing.
-        unused: names of the source that go nowhere on this rank.
-        bytes_local: that this rank takes of its own memory; they do not travel.
-        bytes_sent, bytes_received: payload to and from other ranks.
-        rounds: of exchange.
+        unused: names of the source that this rank does not use.
+        bytes_local: bytes that this rank takes from its own memory; they do not travel.
+        bytes_sent, bytes_received: payload to and from other ranks, in bytes.
+        rounds: number of rounds of the exchange.
     """
 
     parameters: int

@@ -1,7 +1,7 @@
 """What the ranks of the source hold, as parameters that planning can locate: their placements name ranks.
 
 Cells of layouts, and boxes that are equal slices, are placements. Other boxes are the blocks of a parameter that is
-made of them. What nothing is said of is whole on every rank that holds it.
+made of them. A tensor without layout and box is whole on every rank that holds it.
 
 Ranks that hold the same in the same layouts are one group, and parameters that lie alike share the mapping that says
 so: planning works out such a mapping once.
@@ -29,7 +29,7 @@ Members = tuple[tuple[int, int], ...]
 
 
 class Holders(NamedTuple):
-    """Ranks that hold slices of one shape, under one layout, or one box; or whole copies.
+    """Ranks that hold slices of one shape under one layout, or one box, or whole copies.
 
     Attributes:
         slice: what each of them holds.
@@ -62,7 +62,7 @@ class Holders(NamedTuple):
             raise LayoutMismatchError(f"parameter {name!r} of the source, {name_ranks(self.ranks)}: {error}") from error
 
     def cells(self) -> tuple[Optional[Shape], Cells]:
-        """Into how many slices every axis is cut, and which ranks hold which; None where the box is no equal slice."""
+        """Number of slices per axis, and which ranks hold which cell; None where the box is no equal slice."""
         held = self.slice
         if held.box is not None:
             parts = held.box.parts
@@ -76,7 +76,7 @@ class Holders(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def cells_of_members(layout: Layout, members: Members) -> Cells:
-    """Cell -> the ranks that have it, ascending, by their places in the layout."""
+    """Cell -> the ranks that have it by their places in the layout, ascending."""
     found: dict[Cell, list[int]] = {}
     for rank, place in members:
         found.setdefault(layout.cells[place % layout.devices], []).append(rank)
@@ -89,7 +89,7 @@ def _whole(ndim: int, ranks: tuple[int, ...]) -> Cells:
 
 
 def slice_holders(holds: Sequence[Holds], ranks: Sequence[int]) -> dict[str, list[Holders]]:
-    """Name -> who holds it. Where some ranks say how it lies, those that do not hold none of it.
+    """Name -> its holders. Where some ranks say how it lies, the others are not counted.
 
     Args:
         holds: what every rank of the job holds; ranks that hold the same may share the mapping.
@@ -109,7 +109,7 @@ def slice_holders(holds: Sequence[Holds], ranks: Sequence[int]) -> dict[str, lis
 
 
 def untold(holders: Mapping[str, Sequence[Holders]]) -> list[str]:
-    """Names of which nothing is said, and that several ranks hold: whether they are alike is to be looked at."""
+    """Names without layout or box that several ranks hold: whether they are alike is to be checked."""
     several = {name: sum(len(each.members) for each in some) > 1 for name, some in holders.items()}
     return [name for name, some in holders.items() if several[name] and not some[0].slice.listed]
 
@@ -117,17 +117,17 @@ def untold(holders: Mapping[str, Sequence[Holders]]) -> list[str]:
 def catalog_of_holders(
     holders: Mapping[str, Sequence[Holders]], ranks: Sequence[int], differing: Mapping[str, str], complete: bool = True
 ) -> Catalog:
-    """The source as jobs know one; its files are the ranks of the job.
+    """The source as a catalog, in which ranks of the job stand for files.
 
     Args:
-        ranks: of the source.
-        differing: names that are left out, for ranks hold different contents.
+        ranks: those of the source.
+        differing: names to leave out, as ranks hold different contents.
         complete: every rank of the source holds its part; else layouts of some pipeline stages may be unknown.
 
     Raises:
         LayoutMismatchError: ranks contradict each other in a dtype, a shape, or a box.
         CoverageError: no rank holds some part of a parameter whose boxes were given.
-        StrategyError: the layouts are not of as many ranks as the source has.
+        StrategyError: the layouts are for another number of ranks than the source has.
     """
     tensors: dict[str, SourceTensor] = {}
     extras: dict[str, SourceTensor] = {}
@@ -163,7 +163,7 @@ def _tensor(name: str, holders: Sequence[Holders]) -> SourceTensor:
 
 
 def joined_cells(several: Sequence[Cells]) -> Cells:
-    """The holders of every cell, of all groups."""
+    """The holders of every cell in all groups together."""
     if len(several) == 1:
         return several[0]
     found: dict[Cell, set[int]] = {}
@@ -174,7 +174,7 @@ def joined_cells(several: Sequence[Cells]) -> Cells:
 
 
 def _of_boxes(meta: TensorMeta, holders: Sequence[Holders]) -> SourceTensor:
-    """A parameter whose slices are not equal: put together of its boxes, which must fill it exactly once."""
+    """A parameter whose slices are not equal, assembled from its boxes, which must fill it exactly once."""
     by_box: dict[Region, tuple[int, ...]] = {}
     for region, rank in _regions(holders, meta.shape):
         by_box[region] = (*by_box.get(region, ()), rank)
@@ -202,7 +202,7 @@ def _of_boxes(meta: TensorMeta, holders: Sequence[Holders]) -> SourceTensor:
 
 
 def _regions(holders: Sequence[Holders], shape: Shape) -> list[tuple[Region, int]]:
-    """What every rank holds, without those that hold no elements."""
+    """(region, rank) for every rank that holds elements."""
     found = []
     for each in holders:
         for rank, place in each.members:

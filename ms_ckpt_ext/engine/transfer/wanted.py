@@ -1,4 +1,4 @@
-"""What the ranks of the target want, known to all: names, what of the source they are, and which box of it."""
+"""What the ranks of the target want, shared with all: names, the source's parameter for each, and the box of it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ms_ckpt_ext.transport.base import Transport
 
 
 class WantedBox(NamedTuple):
-    """One thing that a rank wants: a parameter of the source, and the box of it: of a layout the rank's cell."""
+    """One thing that a rank wants: a parameter of the source, and a box of it, or a layout for the rank's cell."""
 
     source: str
     where: Union[Layout, Region]
 
     def region(self, shape: Shape, place: int) -> Region:
-        """The box, of a parameter of `shape`, for the rank of a place."""
+        """The box, of a parameter of `shape`, for the rank at `place`."""
         return self.where if isinstance(self.where, Region) else self.where.region(place % self.where.devices, shape)
 
 
@@ -54,7 +54,7 @@ def _decode(content: bytes) -> Wants:
 def demands_among(
     tensors: Mapping[str, SourceTensor], wants_by_rank: Sequence[Wants], places: Mapping[int, int]
 ) -> list[Demand]:
-    """Demands of every wanted name, in the order of the tensors; parameters without elements are left out.
+    """Demands for every wanted name, in the order of the tensors; parameters without elements are left out.
 
     Args:
         places: rank of the target -> its place in the layouts.
@@ -75,10 +75,10 @@ def demands_among(
 
 
 def by_own_placement(demand: Demand) -> Iterator[Demand]:
-    """A demand for each way in which ranks hold the parameter: who holds a slice looks among slices like it first.
+    """A demand for each way in which ranks hold the parameter: a rank that holds a slice prefers slices like it.
 
     Ranks of several pipeline stages may hold one parameter cut in several ways (tied embeddings). Each takes what it
-    has itself, whichever way another stage has it.
+    has itself, however another stage cuts it.
     """
     placements = demand.tensor.placements
     if len(placements) < 2:
@@ -102,9 +102,9 @@ def by_own_placement(demand: Demand) -> Iterator[Demand]:
 
 
 class _Grids:
-    """What is wanted of every parameter, as grids of equal slices where it is such.
+    """What is wanted of every parameter, as grids of equal slices where possible.
 
-    Mappings with equal contents are one, which planning uses.
+    Mappings with equal contents are one object, which lets planning work each out once.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class _Grids:
         self._known: dict[Any, Cells] = {}
 
     def add(self, key: tuple[str, str], where: Union[Layout, Region], shape: Shape, members: Members) -> None:
-        """Ranks with their places that want a box of a parameter of `shape`: of a layout each its own."""
+        """Add ranks, with their places, that want a box of a parameter of `shape`; of a layout, each its own cell."""
         mine = self.cells.setdefault(key, {})
         if isinstance(where, Layout):
             mine.setdefault(where.parts, []).append(cells_of_members(where, members))

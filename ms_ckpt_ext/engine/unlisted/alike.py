@@ -1,16 +1,16 @@
 """Do the ranks hold the same of what no strategy lists? Compared at a cost that does not grow with their number.
 
-1. Where digests of every copy are on record, these are compared: all ranks, and nothing of the contents is read.
+1. Where digests of every copy are on record, these are compared, for all ranks; no contents are read.
 2. Else small tensors, up to `SMALL` bytes, are read from all ranks' files.
 3. Of larger ones, `SAMPLES` samples of `SAMPLE` bytes are read, spread from end to end, from the files of a few ranks
    that stand for all (`core.geometry.neighbours`): they differ if the tensor is cut, whatever it is cut along.
 4. Where the samples are equal, those of the ranks that differ on an axis the strategy knows are read whole.
 
 So a tensor of n bytes costs at most n for each pipeline stage that has it and for each device axis, and 64 KiB for each
-other divisor of a stage's device count. What differs only between ranks that are not looked at is not found so:
-`Depth.ALL`, as `verify` has it, looks at every byte of every copy.
+other divisor of a stage's device count. What differs only between ranks that are not looked at is not found this way:
+`Depth.ALL`, which `verify` uses, looks at every byte of every copy.
 
-Who looks is an argument: one process alone (`probes.Alone`), or all ranks of a job that share the work.
+Who reads is an argument: one process alone (`whole_slices.Alone`), or all ranks of a job, which share the work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAMPLES, SAMPLE = 16, 4096
 
 
 class Depth(Enum):
-    """How much is looked at: steps 1 to 3, steps 1 to 4, or every byte of every copy, whatever is on record."""
+    """How much is compared: steps 1 to 3, steps 1 to 4, or every byte of every copy, whatever is on record."""
 
     SAMPLES = 1
     STANDING = 2
@@ -57,12 +57,12 @@ def compared(
     on_record: Optional[OnRecord] = None,
     depth: Depth = Depth.STANDING,
 ) -> Catalog:
-    """The catalog with what was unproven among its `extras` where it is alike, and among its `own` where it differs.
+    """The catalog with `unproven` tensors moved to its `extras` where they are alike, and to `own` where they differ.
 
     Args:
         names: which to compare; None for all. Others stay unproven.
-        look: who reads; by default this process, alone.
-        on_record: who looks for digests on record; by default this process, unless others read.
+        look: reads and digests; by default this process, alone.
+        on_record: finds digests on record; by default this process, unless `look` is given.
         depth: how much is looked at.
 
     Raises:
@@ -95,7 +95,7 @@ def _nothing(_files: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
 def _groups(
     catalog: Catalog, todo: Sequence[UnlistedTensor], look: Look, on_record: OnRecord, depth: Depth
 ) -> dict[str, tuple[Group, ...]]:
-    """By name, the ranks that were looked at in groups that hold the same."""
+    """By name, the ranks that were looked at, in groups that hold the same."""
     found = _by_records(todo, on_record(sorted({file for held in todo for file in held.files.values()})))
     left = [held for held in todo if held.name not in found]
     standing = _Standing(catalog, depth)
@@ -106,7 +106,7 @@ def _groups(
 
 
 class _Standing:
-    """Whose copies are looked at, and where."""
+    """Which ranks' copies are looked at, and where."""
 
     def __init__(self, catalog: Catalog, depth: Depth) -> None:
         self._depth = depth
@@ -163,7 +163,7 @@ def samples(nbytes: int) -> tuple[Extent, ...]:
 def _by_records(
     todo: Sequence[UnlistedTensor], recorded: Mapping[int, Mapping[str, str]]
 ) -> dict[str, tuple[Group, ...]]:
-    """Names of which every copy has a digest on record, and the ranks by these."""
+    """For names of which every copy has a digest on record: the ranks, grouped by digest."""
     found: dict[str, tuple[Group, ...]] = {}
     for held in todo:
         ranks: dict[str, list[int]] = {}
@@ -177,7 +177,7 @@ def _by_records(
 
 
 def _seen(copies: Copies, look: Look) -> dict[str, tuple[Group, ...]]:
-    """By name, the ranks whose copies were looked at, in groups that look the same."""
+    """By name, the ranks whose copies were looked at, in groups with equal digests."""
     if not copies:
         return {}
     told = iter(look([probe for probes in copies.values() for probe in probes]))
@@ -188,7 +188,7 @@ def _seen(copies: Copies, look: Look) -> dict[str, tuple[Group, ...]]:
 
 
 def _in_groups(name: str, ranks: Mapping[tuple[str, ...], Sequence[int]], copies: Copies) -> Iterator[Group]:
-    """The groups, with the place of the first difference in words."""
+    """The groups, each with the place of the first difference in words."""
     at = next((number for number, seen in enumerate(zip(*ranks)) if len(set(seen)) > 1), 0)
     for digests, which in ranks.items():
         _, _, start, length = copies[name, which[0]][at]

@@ -1,6 +1,6 @@
-"""Reading dealt out to all ranks: every file is looked into by ranks that see it, and all are told what was found.
+"""Reading dealt out to all ranks: every file is read by ranks that see it, and all ranks get what was found.
 
-For what is compared before a load: each answer is found by one rank, so it costs the job as much as one process alone.
+For comparisons before a load: each answer is found by one rank, so all ranks together read what one alone would.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ms_ckpt_ext.transport.base import Transport
 
 
 class Together:
-    """A `Look` of all ranks, which call it with the same probes. `count` says what this rank read.
+    """A `Look` of all ranks, which call it with the same probes. `count` is what this rank read.
 
-    Every probe is answered by one rank that sees its file, the bytes of all calls spread evenly. An error on one is
-    raised on all.
+    Every probe is answered by one rank that sees its file, with the bytes of all calls spread evenly. An error on one
+    rank is raised on all.
 
     Args:
         sees: file number -> ranks that can open it; None when all see all.
@@ -49,7 +49,7 @@ class Together:
 def on_record_together(
     transport: Transport[Any], catalog: Catalog, sees: Optional[Sees], names: Collection[str]
 ) -> OnRecord:
-    """Digests on record of tensors that the files store under these names, each file's found by one rank."""
+    """Finds digests on record of tensors that the files store under these names; one rank looks for each file's."""
 
     def on_record(files: Sequence[int]) -> Mapping[int, Mapping[str, str]]:
         ranks = deal([Work(file, 1) for file in files], [0] * transport.size, sees)

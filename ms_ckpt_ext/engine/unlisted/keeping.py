@@ -1,15 +1,15 @@
-"""What ranks keep though the strategy of the job that they belong to does not list it.
+"""What ranks keep although the strategy of their job does not list it.
 
-MindSpore's strategy files list trainable parameters only, unless they are asked for more: what a target does not list,
+MindSpore's strategy files list trainable parameters only, unless told to list more: what a target does not list,
 such as a frozen model or the number of the step, is wanted all the same.
 
 1. A target with the source's ranks, each with the same slices of all that both list: every rank keeps what its own file
    holds. Nothing is compared.
 2. Any other target: what is whole goes to every rank, and what lies outside the source's strategy counts as whole where
-   the ranks' copies are alike, which is compared. Of pipeline stages, a rank gets what is in the source's stages that
-   its own stage has parameters of; what no stage would get goes to all.
-3. Where neither is possible, because it is cut in the source, or differs between ranks, that is an error: nothing tells
-   which slice a rank has of it.
+   the ranks' copies are alike, which is compared. With pipeline stages, a rank gets what lies in those stages of the
+   source that hold parameters of its own stage; what no stage would get goes to all.
+3. Where neither is possible, because it is cut in the source, or differs between ranks, that is an error: which slice
+   of it a rank has is unknown.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from ms_ckpt_ext.formats.safetensors import DEDUPLICATED
 
 
 class Keeping:
-    """What the ranks of a target keep beside what its strategy lists.
+    """What the ranks of a target keep besides what its strategy lists.
 
     Args:
         catalog: the source.
-        target: None for one device.
+        target: the strategy of the target; None for one device.
         states: keep optimizer states that the target does not list, though it lists their weights; otherwise such a
-            target is taken for one without an optimizer.
-        alone: the target's strategy may be that of one pipeline stage, for it is about one rank: parameters with
-            optimizer states in the source, which it lists neither of, are taken for those of other stages.
+            target is assumed to have no optimizer.
+        alone: the target's strategy may cover one pipeline stage only, as one rank is asked for: parameters with
+            optimizer states in the source, neither of which it lists, are assumed to belong to other stages.
 
     Attributes:
-        catalog: the source, with what had to be compared compared.
+        catalog: the source, after the comparisons that were needed.
 
     Raises:
-        LayoutMismatchError: something is cut, or differs by rank, and nothing tells which slice a rank has.
+        LayoutMismatchError: something is cut, or differs by rank, and which slice a rank has is unknown.
         FormatError, StorageError: a file cannot be read.
     """
 
     def __init__(self, catalog: Catalog, target: Optional[Strategy], states: bool = True, alone: bool = False) -> None:
         self._target = target
-        # What a name map gave another name is kept under that one.
+        # What a name map renamed is kept under its new name.
         self._listed = frozenset({*target.layouts, *catalog.mapped}) if target else frozenset()
         self._cut_by = _by_names(catalog)
         self._same = target is not None and self._cut_by is not None and same_cut(self._cut_by, target)
@@ -71,7 +71,7 @@ class Keeping:
         return ((name, tensor) for name, tensor in held.items() if name not in self._listed)
 
     def _to_compare(self, catalog: Catalog) -> Iterator[str]:
-        """What is compared though every rank keeps its own: what the target cuts, and what is not in every file."""
+        """What is compared though ranks keep their own: what the target lists, and what is not in every file."""
         assert self._target is not None
         for name, held in catalog.unproven.items():
             stages = {self._target.stage_of(rank) for rank in held.files}
@@ -80,7 +80,7 @@ class Keeping:
                 yield name
 
     def _left_out(self, alone: bool) -> set[str]:
-        """What the target has no use for, and a warning that names it."""
+        """What the target has no use for; warns, naming it."""
         assert self._target is not None
         names = self.catalog.tensors.keys()
         states: dict[str, list[str]] = {}
@@ -109,7 +109,7 @@ class Keeping:
     def _refuse_cut(self) -> None:
         if self._target is None or self._target.devices_per_stage == 1:
             return  # one device takes everything whole
-        kept = self._tensors.items()  # what rules make belongs to no rank
+        kept = self._tensors.items()  # tensors made by rules belong to no rank
         cut = [name for name, tensor in kept if is_cut(tensor) and (not self._same or tensor.recipe is not None)]
         if cut:
             origin = self.catalog.strategy.origin if self.catalog.strategy else "the source"
@@ -123,7 +123,7 @@ class Keeping:
         """What a rank keeps, whole or, where the source's ranks are the target's, as its own file has it.
 
         Raises:
-            CoverageError: it should be in the file of the rank itself, which is not there.
+            CoverageError: something should be in the rank's own file, which is not there.
         """
         if self._target is None:
             return [RankBox(name, tensor, whole_box(tensor)) for name, tensor in self.catalog.extras.items()]
@@ -141,7 +141,7 @@ class Keeping:
                     yield RankBox(name, tensor, whole_box(tensor))
 
     def _stages_by_stage(self) -> dict[int, set[int]]:
-        """Stage of the target -> stages of the source that have parameters of it."""
+        """Stage of the target -> stages of the source that hold its parameters."""
         found: dict[int, set[int]] = {}
         for name, stages in self._target.layouts.items() if self._target else ():
             tensor = self.catalog.tensors.get(name)
@@ -171,7 +171,7 @@ class Keeping:
         return {name: set(map(self._target.stage_of, ranks)) for name, ranks in held.items()}
 
     def _own(self, rank: int) -> Iterator[RankBox]:
-        """What a rank's own file has of what is not listed."""
+        """The unlisted tensors in a rank's own file."""
         assert self._target is not None and self._cut_by is not None
         for name, tensor in self._tensors.items():
             layout = self._cut_by.layout(name, rank)
@@ -192,9 +192,10 @@ class Keeping:
                 self._refuse_lost(rank, held)
 
     def _from_another(self, rank: int, tensor: SourceTensor) -> bool:
-        """Whether a rank whose own file lacks it gets what others of its stage hold alike.
+        """Whether a rank whose own file lacks a tensor gets the one that others of its stage hold alike.
 
         A file that is there may have left it to others (`remove_redundancy`). What a missing file holds is unknown.
+        Raises CoverageError.
         """
         assert self._target is not None
         if self._target.stage_of(rank) not in self._stages[tensor.meta.name]:
@@ -204,7 +205,7 @@ class Keeping:
         return True
 
     def _refuse_lost(self, rank: int, held: UnlistedTensor) -> None:
-        """Raise CoverageError when a rank should have its own, and its file is not there, or left it to others."""
+        """Raise CoverageError when a rank should have its own, but its file is missing, or left it to others."""
         assert self._target is not None
         if self._target.stage_of(rank) not in self._stages[held.name]:
             return
@@ -221,7 +222,7 @@ class Keeping:
 
 
 def _by_names(catalog: Catalog) -> Optional[Strategy]:
-    """The strategy of the source, with its parameters by the names that they have here."""
+    """The strategy of the source, with its parameters under their names in the catalog."""
     strategy = catalog.strategy
     if strategy is None:
         return None

@@ -1,7 +1,7 @@
 """A checkpoint of which one copy stands for all: what no strategy lists is compared, and what differs is refused.
 
-Merges need all of it alike, rules what they take, a dictionary what is read of it, and re-cuts for other ranks what
-they keep (`engine.unlisted.keeping`).
+What must be alike depends on the job: for a merge all of it, for rules what they take, for a dictionary what is read of
+it, and for a re-cut for other ranks what they keep (`engine.unlisted.keeping`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.core.planning.rule import Rule
 
 Compare = Callable[[Catalog, Iterable[str]], Catalog]
-"""Compares names that are unproven, as `engine.unlisted.alike.compared` does."""
+"""Compares unproven names, as `engine.unlisted.alike.compared` does."""
 REMEDY = (
     "Give its layout: a strategy saved with strategy_ckpt_config={'only_trainable_params': False} or after "
     "AutoParallel.disable_strategy_file_only_for_trainable_params(), or, beside the strategy file, the network's "
@@ -47,7 +47,7 @@ def refuse_own(catalog: Catalog, names: Iterable[str], purpose: str) -> None:
 
 
 def merged(catalog: Catalog) -> Catalog:
-    """A catalog in which all that lies outside the strategy is proven to be alike.
+    """A catalog in which everything outside the strategy is proven to be alike.
 
     Raises:
         LayoutMismatchError: something differs by rank.
@@ -59,7 +59,7 @@ def merged(catalog: Catalog) -> Catalog:
 
 
 def judged(catalog: Catalog) -> Catalog:
-    """The catalog with what lies outside the strategy compared, and in doubt where too few files are given to tell.
+    """The catalog with everything outside the strategy compared, and `doubted` where too few files are given to tell.
 
     Raises FormatError or StorageError when a file cannot be read.
     """
@@ -76,10 +76,10 @@ def _compared(catalog: Catalog, names: Iterable[str]) -> Catalog:
 
 
 def doubted(catalog: Catalog) -> Catalog:
-    """The catalog with tensors among its `own` that too few files are given to compare between ranks.
+    """The catalog with tensors moved to its `own` that cannot be compared between ranks, as too few files are given.
 
-    Who is not looked at because its file is not there may hold another slice. Single values, text and small tables with
-    one axis are taken for training scalars, of which one stands for all; a warning names the tables.
+    A rank whose file is not there may hold another slice. Single values, text and small tables with one axis are
+    assumed to be training scalars, of which one stands for all; a warning names the tables.
     """
     if catalog.all_there:
         return catalog
@@ -96,7 +96,7 @@ def doubted(catalog: Catalog) -> Catalog:
 
 
 def tell_unseen(catalog: Catalog) -> None:
-    """Warn of tensors taken to be alike though too few files are given to compare; for loads, which check shapes."""
+    """Warn of tensors assumed to be alike though too few files are given to compare; for loads, which check shapes."""
     found = (n for n, t in catalog.extras.items() if not _is_single(catalog, n))
     _tell_unseen(catalog, [name for name in found if unseen_ranks(catalog, ranks_of(catalog.extras[name]))])
 
@@ -120,7 +120,7 @@ def _is_table(catalog: Catalog, tensor: SourceTensor) -> bool:
 
 
 def _doubt(catalog: Catalog, tensor: SourceTensor) -> UnlistedTensor:
-    """A tensor whose known copies are alike, as one that may differ."""
+    """A tensor whose known copies are alike, marked as one that may differ."""
     ranks = ranks_of(tensor)
     file = next(iter(tensor.placements[0].holders.values()))[0]
     groups = (Group(f"{tensor.meta.dtype.name}{list(tensor.meta.shape)}", ranks),)
@@ -128,7 +128,7 @@ def _doubt(catalog: Catalog, tensor: SourceTensor) -> UnlistedTensor:
 
 
 def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:
-    """Ranks without a file, of the stages of those that hold a tensor, one of which would tell more about it.
+    """Ranks without a file, in the stages of a tensor's holders, whose files would show more about it.
 
     () when the holders differ in every device axis along which it could be cut, or all files of their stages are there.
     """
@@ -149,13 +149,13 @@ def unseen_ranks(catalog: Catalog, holders: Sequence[int]) -> tuple[int, ...]:
 
 
 def ruled(catalog: Catalog, rules: Sequence[Rule], compare: Optional[Compare] = None) -> Catalog:
-    """The checkpoint as weight rules present it: `Catalog.ruled`, also of parameters that the strategy does not list.
+    """The checkpoint as weight rules present it: `Catalog.ruled`, also for parameters that the strategy does not list.
 
-    Text outside the strategy keeps its name, and so do single values that a pattern meets, which the log tells; one
-    that a rule names outright is taken.
+    Text outside the strategy keeps its name, and so do single values that a pattern matches, which is logged; one
+    that a rule names literally is taken.
 
     Args:
-        compare: one that ranks share; by default `engine.unlisted.alike.compared`.
+        compare: the comparison, such as one that ranks share; by default `engine.unlisted.alike.compared`.
 
     Raises:
         LayoutMismatchError: a parameter that a rule takes differs by rank.

@@ -1,8 +1,8 @@
 """Do copies that pipeline stages cut differently agree? Samples of them, for jobs that read one of the copies.
 
 Tied embeddings lie in the files of two stages, and where both cut them alike, the files are copies that a job may read
-in place of each other. Where not, a job reads one cut, and what another holds goes unseen. Of every two cuts some rows
-of what they have in common are compared, and a warning names what differs; `verify` compares all of it.
+in place of each other. Where not, a job reads one cut, and never sees what another holds. For every two cuts some rows
+of their overlap are compared, and a warning names what differs; `verify` compares all of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.whole_slices import Look, Probe
 
 _ROWS, _ROW_BYTES = 16, 4096
-"""How many rows are compared of what two cuts have in common, and how much of each."""
+"""How many rows of two cuts' overlap are compared, and how many bytes of each."""
 
 
 class _Pair(NamedTuple):
@@ -32,10 +32,10 @@ class _Pair(NamedTuple):
 
 
 def warn_unlike(catalog: Catalog, look: Look, tell: bool = True) -> None:
-    """Log which parameters differ between stages that cut them differently, unless another rank is to `tell`.
+    """Log which parameters differ between stages that cut them differently; without `tell`, another rank logs it.
 
-    `catalog` is as its files are. The same inputs make the same probes, so `look` may be collective. Raises FormatError
-    or StorageError as `look` does.
+    `catalog` is that of the files, before rules. The same inputs make the same probes, so `look` may be collective.
+    Raises FormatError or StorageError as `look` does.
     """
     held = {name: tensor for name, tensor in catalog.tensors.items() if len(copies_of(tensor)) > 1}
     pairs = [pair for tensor in held.values() for pair in _pairs(tensor)]
@@ -78,7 +78,7 @@ def _slice_of(copy: SourceTensor, region: Region) -> Region:
 
 
 def _rows(both: Overlap, most: int) -> Iterator[Region]:
-    """Runs along the last axis of what two slices have in common, spread over it."""
+    """Runs along the last axis of two slices' overlap, spread over it."""
     region, shape = both.region, both.region.shape
     count = prod(shape[:-1])
     width = both.one.meta.dtype.bits // 8
@@ -93,7 +93,7 @@ def _rows(both: Overlap, most: int) -> Iterator[Region]:
 
 
 def _probe(tensor: SourceTensor, file: int, lies_in: Region, row: Region) -> Probe:
-    """A run in the file that holds a slice."""
+    """The probe of a run in the file that holds a slice."""
     number = 0
     for low, start, extent in zip(row.start, lies_in.start, lies_in.shape):
         number = number * extent + low - start

@@ -1,20 +1,19 @@
-"""Are the slices slices? With `integrated_save=True`, MindSpore's default, every rank's file holds whole parameters.
+"""Are slices really slices? With `integrated_save=True`, MindSpore's default, every rank's file holds whole parameters.
 
-The strategy says the same in either case, so a merge would put whole parameters side by side. What tells is the bytes:
+The strategy is the same in either case, so a merge would put whole parameters side by side. Only the bytes show it:
 slices that should be different boxes of a parameter are equal, for all parameters that are cut.
 
 1. Of every cut parameter the beginnings of two slices are compared, the smallest first, in batches that grow. The first
-   that differ prove slices: of an ordinary checkpoint two small reads are made.
-2. Where none differ, all slices are compared: whole, as long as they are small together, else in samples.
+   that differ prove slices: an ordinary checkpoint costs two small reads.
+2. Where none differ, all slices are compared: whole, as long as their sum is small, else in samples.
 3. Slices of which every element is the same, such as the zeros of a fresh optimizer, prove nothing. Where there are no
-   others, that is told and nothing is refused.
+   others, a warning says so and nothing is refused.
 
 Where only the cuts of the optimizer shard are gathered (`optimizer_weight_shard_aggregated_save`), it is the slices of
 one optimizer shard group that are equal. They are looked at first: where they differ, nothing was gathered.
 
-Whoever compares slices asks for stretches of stored tensors (`Probe`) and gets the digest of each. How the question is
-answered (`Look`) is left to the caller: alone, or by ranks of which each reads a part of what it sees
-(`engine.unlisted.dealt`).
+A comparison asks for stretches of stored tensors (`Probe`) and gets the digest of each. How it is answered (`Look`) is
+left to the caller: by one process, or by ranks each of which reads a part of what it sees (`engine.unlisted.dealt`).
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from ms_ckpt_ext.formats.registry import PLAIN, Access
 from ms_ckpt_ext.storage.reader import ReadCount
 
 PROBE_BYTES = 4096
-"""What is compared of two slices before anything else."""
+"""Bytes of two slices that are compared before anything else."""
 WHOLE_BYTES = 256 << 20
-"""Slices that are equal at their beginnings are compared whole up to so many bytes together, the smallest first."""
+"""Slices with equal beginnings are compared whole up to this many bytes in sum, the smallest first."""
 _SAMPLES, _MOST_ROWS, _NAMED = 8, 1024, 3
 _MEANT = "If these slices are equal on purpose, say so with allow_equal_slices=True (--allow-equal-slices)"
 _REMEDY = (
@@ -70,7 +69,7 @@ Look = Callable[[Sequence[Probe]], list[Seen]]
 
 
 class Alone:
-    """A `Look` of this process. `count` says what was read; memory is a buffer of 1 MiB for each of its `workers`."""
+    """A `Look` of this process. `count` is what was read; each of its `workers` takes a buffer of 1 MiB."""
 
     def __init__(self, catalog: Catalog, workers: int = 8) -> None:
         self._catalog, self._workers = catalog, workers
@@ -89,12 +88,12 @@ class Alone:
 
 
 class Gathered(NamedTuple):
-    """Slices that should be different boxes of a parameter, and are equal, for all parameters that have such.
+    """Slices that should be different boxes of a parameter but are equal, for all parameters that are cut.
 
     Attributes:
-        names: the parameters, first one that shows it.
+        names: the parameters, beginning with one that shows it.
         files: two files that hold equal slices of the first.
-        shards: the slices that only an optimizer shard tells apart; else those of all cuts.
+        shards: only slices that an optimizer shard alone separates are equal; else those of all cuts.
         constant: every element of each slice is the same, so nothing follows.
     """
 
@@ -133,7 +132,7 @@ class _Row(NamedTuple):
 def read_slices(
     listing: Listing, strategy: Optional[Strategy], access: Access = PLAIN, allow_equal_slices: bool = False
 ) -> Catalog:
-    """A checkpoint from its listing, whose slices are slices; warns of copies that differ (`tied`).
+    """A checkpoint from its listing, checked to hold real slices; warns of copies that differ (`tied`).
 
     Raises as `read_listing` and `refuse_gathered`.
     """
@@ -149,7 +148,7 @@ def read_slices(
 def refuse_gathered(catalog: Catalog, look: Look, allowed: bool = False) -> None:
     """Raise LayoutMismatchError where the files hold whole parameters instead of slices, unless that is `allowed`.
 
-    `catalog` is as its files are: before rules and names. Raises FormatError or StorageError as `look` does.
+    `catalog` is that of the files, before rules and name maps. Raises FormatError or StorageError as `look` does.
     """
     found = None if allowed else find_gathered(catalog, catalog.tensors, look)
     if found is None:
@@ -160,7 +159,7 @@ def refuse_gathered(catalog: Catalog, look: Look, allowed: bool = False) -> None
 
 
 def find_gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor], look: Look) -> Optional[Gathered]:
-    """What was gathered into every file, of these parameters; None where slices are slices, or nothing is cut.
+    """Which of these parameters were gathered into every file; None where slices are real, or nothing is cut.
 
     The same inputs make the same probes, so `look` may be collective.
     """
@@ -169,7 +168,7 @@ def find_gathered(catalog: Catalog, tensors: Mapping[str, SourceTensor], look: L
     shards = _shard_groups(catalog, tensors, catalog.strategy)
     gathered = _equal(catalog, shards, look, True)
     if shards and gathered is None:
-        return None  # what differs within a shard group was not gathered at all
+        return None  # slices that differ within a shard group were not gathered at all
     every = _equal(catalog, _groups(catalog, tensors), look, False)
     return gathered if gathered and not gathered.constant and (every is None or every.constant) else every
 
@@ -205,7 +204,7 @@ def _heads(groups: Sequence[_Group]) -> Iterator[_Row]:
 
 
 def _contents(groups: Sequence[_Group]) -> Iterator[_Row]:
-    """All of every slice, then of those that are too much together some stretches."""
+    """All of every slice, then, once the sum would be too large, samples of the others."""
     left = WHOLE_BYTES
     for group in groups:
         left -= group.nbytes * len(group.files)
@@ -214,7 +213,7 @@ def _contents(groups: Sequence[_Group]) -> Iterator[_Row]:
 
 
 def _samples(nbytes: int) -> Iterator[tuple[int, int]]:
-    """(start, length) of stretches that are spread evenly, the last one at the end."""
+    """(start, length) of evenly spread stretches, the last one at the end."""
     last = max(0, nbytes - PROBE_BYTES)
     for number in range(_SAMPLES):
         start = last * number // (_SAMPLES - 1) // 16 * 16
@@ -230,7 +229,7 @@ def _growing(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 
 def _groups(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> list[_Group]:
-    """Every parameter that is cut, with a file for each slice that there is; the smallest first."""
+    """Every parameter that is cut, with a file for each slice present; the smallest first."""
     found = [
         _group(catalog, tensor, [placement.holders[cell][0] for cell in sorted(placement.holders)])
         for tensor in tensors.values()
@@ -240,7 +239,7 @@ def _groups(catalog: Catalog, tensors: Mapping[str, SourceTensor]) -> list[_Grou
 
 
 def _shard_groups(catalog: Catalog, tensors: Mapping[str, SourceTensor], strategy: Strategy) -> list[_Group]:
-    """The slices that only an optimizer shard tells apart."""
+    """The slices that only an optimizer shard separates."""
     found = []
     for name, tensor in tensors.items():
         ways = {(layout.parts, layout.shards) for layout in strategy.layouts.get(name, {}).values()}

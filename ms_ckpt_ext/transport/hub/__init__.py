@@ -1,10 +1,10 @@
 """Where ranks meet: one thread in one process, and a line to it from each. Read in this order:
 
-limits        how long is waited, and how much is held
-frames        what travels; equal payloads travel once
-reduction     one share: what ranks tell meets, and only what differs goes on
-server        the thread that hears all, answers all, and tells who is gone or late
+limits        time limits, and how much is held in memory
+frames        the messages; equal payloads travel once
+reduction     one share: payloads of all ranks are put together, and only what differs is sent on
+server        the thread that listens to all, answers all, and reports which ranks are gone or late
 peer          its end of one connection, which never blocks
-descriptors   room for as many connections
+descriptors   open files for that many connections
 line          a rank's end
 """

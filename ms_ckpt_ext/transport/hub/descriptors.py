@@ -11,20 +11,20 @@ with contextlib.suppress(ImportError):  # not on Windows
     import resource
 
 _SPARE = 32
-"""Files that the process itself may open meanwhile, at least."""
+"""How many files the process itself can still open meanwhile, at least."""
 _ELSEWHERE = 256
-"""Files that are taken to be open where the system does not tell how many are."""
+"""How many files are assumed to be open where the system does not show it."""
 
 
 def make_room(connections: int, strangers: int) -> None:
-    """Raise this process's limit of open files, as far as the system lets it, so that `connections` more fit.
+    """Raise this process's limit of open files, where the system allows it, so that `connections` more fit.
 
     Args:
-        connections: that have to fit.
-        strangers: as many more are made room for where that is allowed.
+        connections: how many have to fit.
+        strangers: room for how many more is made where that is allowed.
 
     Raises:
-        TransportError: they do not fit, whatever this process does.
+        TransportError: the system does not allow `connections` more.
     """
     if "resource" not in globals():
         return
@@ -32,7 +32,7 @@ def make_room(connections: int, strangers: int) -> None:
     needed = _open_files() + connections + _SPARE
     if soft != resource.RLIM_INFINITY and soft < needed + strangers:
         allowed = needed + strangers if hard == resource.RLIM_INFINITY else min(hard, needed + strangers)
-        with contextlib.suppress(OSError, ValueError):  # forbidden: what there is may do
+        with contextlib.suppress(OSError, ValueError):  # forbidden: the present limit may be enough
             resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
         soft = max(soft, allowed)
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -1,13 +1,13 @@
-"""What travels between a hub and the lines to it. Payloads that are equal travel once.
+"""Messages between a hub and the lines to it. Equal payloads travel once.
 
 A frame is a kind, a number (of a rank, where it is about one) and a body. In one share
 
     a rank sends   TELL its payload, or NOTED its digest and length where it is long;  GIVE the payload when asked
-    the hub sends  ALIKE all payloads are equal: each rank has it already;  ALL the distinct ones, and who has which;
-                   ASK send yours;  GATHER they are too much for a hub: all-gather them over the backend
+    the hub sends  ALIKE all payloads are equal: each rank has it already;  ALL the distinct ones, and which rank has
+                   which;  ASK send yours;  GATHER they are too large for a hub: all-gather them over the backend
 
-and at any time BYE a rank leaves; PING the hub asks a rank that is quiet whether it lives, HERE it does; GONE, LATE the
-job is broken, with the rank that is the cause and what to say of it.
+and at any time BYE a rank leaves; PING the hub asks a quiet rank whether it is alive, HERE it is; GONE, LATE the
+job is broken, with the rank that is the cause and the message to raise.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Malformed(Exception):
 
 
 def frame(kind: bytes, number: int = 0, body: bytes = b"") -> bytes:
-    """A frame as it travels."""
+    """A frame as bytes."""
     return FRAME.pack(kind, number, len(body)) + body
 
 
@@ -67,7 +67,7 @@ def take_frames(received: bytearray, longest: Optional[int] = None) -> list[Mess
 
 
 def note_of(payload: bytes) -> bytes:
-    """What stands for a payload: `NOTE_BYTES` bytes, equal for equal payloads only."""
+    """The note of a payload: `NOTE_BYTES` bytes that are equal for equal payloads only."""
     return _NOTE.pack(hashlib.blake2b(payload, digest_size=16).digest(), len(payload))
 
 

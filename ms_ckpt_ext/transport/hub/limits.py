@@ -1,11 +1,11 @@
-"""How long a control plane waits, and how much it holds: one value for all of it, told to who keeps to it."""
+"""How long a control plane waits, and how much it holds: one value, passed to all of its parts."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 PULSES = 15
-"""So many without a sign of life are too many."""
+"""After this many without a sign of life, a process is given up."""
 
 
 class ControlLimits(NamedTuple):
@@ -13,19 +13,19 @@ class ControlLimits(NamedTuple):
 
     Attributes:
         connect_seconds: how long a rank tries to reach the hub.
-        greeting_seconds: within which a connection to a hub has to say who it is.
-        vanished_seconds: of silence, or for which it does not acknowledge what it is sent, after which a host counts as
-            out of reach. What is sent in the silence begins the time anew, once.
-        stopped_seconds: within which a process is given up whose connection stands, and which answers nothing: it was
+        greeting_seconds: how soon a connection to a hub has to say who it is.
+        vanished_seconds: a host that is silent, or acknowledges nothing, for so long counts as out of reach. Sending
+            during the silence restarts the time, once.
+        stopped_seconds: a process whose connection stands, but which answers nothing, is given up after so long: it was
             stopped, or does not let its threads run.
-        stopped_rank_seconds: as much more for each rank of the job. A hub whose process computes has to wait for its
-            turn (5 ms in Python) after each thing that it sends or receives.
-        slack_seconds: by which a hub may miss its own timeout before it counts as stopped.
-        grace_seconds: to wait for threads that are about to end, and for news that are about to come.
-        strangers: connections that have not said who they are, beside those of the ranks that are still to come.
-        share_bytes: what the answers to one share may be in sum over all ranks. What is more goes by the backend, where
-            no process sends it more than once.
-        least_answer: bytes of an answer that the hub gives to however many ranks: an error's message, who failed.
+        stopped_rank_seconds: additional time for each rank of the job. A hub whose process computes has to wait for its
+            turn (5 ms in Python) after each message that it sends or receives.
+        slack_seconds: how much a hub may exceed its own timeout before it counts as stopped.
+        grace_seconds: how long to wait for threads that are about to end, and for news about to arrive.
+        strangers: how many connections may not have said who they are, besides those of ranks still to come.
+        share_bytes: most bytes of the answers to one share, summed over all ranks. Larger ones go over the backend,
+            where no process sends them more than once.
+        least_answer: bytes of an answer that the hub sends to any number of ranks: an error's message, who failed.
     """
 
     connect_seconds: float = 20.0
@@ -44,7 +44,7 @@ class ControlLimits(NamedTuple):
         return self.stopped_seconds + self.stopped_rank_seconds * size
 
     def pulse_seconds(self, size: int) -> float:
-        """How often a process looks for who says nothing; a hub asks those for a sign of life.
+        """How often a process looks for silent peers; a hub asks those for a sign of life.
 
         >>> [round(ControlLimits().pulse_seconds(size), 1) for size in (4, 1024, 8192)]
         [4.0, 6.7, 25.8]
@@ -56,7 +56,7 @@ class ControlLimits(NamedTuple):
         return max(self.least_answer, self.share_bytes // size)
 
     def longest_answer(self, size: int) -> int:
-        """Bytes of an answer with all that stands around it: which payload each rank has, compressed."""
+        """Bytes of an answer with what surrounds it: which payload each rank has, compressed."""
         return self.answer_bytes(size) + 8 * size + 1024
 
     def told_bytes(self, size: int) -> int:

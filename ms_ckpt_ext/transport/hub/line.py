@@ -1,4 +1,4 @@
-"""A process's connection to a hub: it tells a payload, and gets everybody's; or hears who is gone. See `hub`."""
+"""A process's connection to a hub: it sends a payload, and gets all ranks'; or hears which are gone. See `hub`."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from ms_ckpt_ext.transport.rendezvous.search import Arrival
 
 _HERE = frame(HERE)
 _Selector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
-"""One that needs no descriptor of its own, and takes any."""
+"""A selector that needs no descriptor of its own, and accepts any."""
 _LONGEST_SECONDS = 1e6
-"""What the operating system takes as a socket's timeout ends at 24 days."""
+"""The operating system accepts at most 24 days as a socket's timeout."""
 
 
 class Line:
     """One rank's end.
 
     Args:
-        rank, size: of those who meet.
-        timeout: seconds that the hub waits for who does not come. A hub that is silent for longer is given up.
-        limits: see there; the hub's are the same.
+        rank, size: among the ranks that meet.
+        timeout: seconds that the hub waits for ranks that do not come. A hub that is silent for longer is given up.
+        limits: see there; the hub has the same.
     """
 
     def __init__(self, rank: int, size: int, timeout: float, limits: ControlLimits = DEFAULT) -> None:
@@ -68,7 +68,7 @@ class Line:
         """Go on with a connection to a hub that has let this rank in; it is this line's from here on."""
         connection, self._keeper, received = arrival
         tune(connection, self.limits)
-        # Of a hub that does not read.
+        # For a hub that does not read.
         connection.settimeout(min(self.timeout + self.limits.slack_seconds, _LONGEST_SECONDS))
         self._socket = connection
         self._listener = threading.Thread(
@@ -81,7 +81,7 @@ class Line:
         return self.start_share(payload, doing)()
 
     def start_share(self, payload: bytes, doing: str = "share") -> Callable[[], list[bytes]]:
-        """Tell a payload; what is returned waits for the answer, and raises as `share` does. One at a time."""
+        """Send a payload; the function returned waits for the answer, and raises as `share`. One at a time."""
         self.check(doing)
         short = len(payload) <= self.limits.told_bytes(self.size)
         self._send(frame(TELL, self.rank, payload) if short else frame(NOTED, self.rank, note_of(payload)))
@@ -113,7 +113,7 @@ class Line:
             raise TransportError(message)
 
     def close(self) -> None:
-        """Leave; a rank that waits for this one in `share` is told so. May be called twice."""
+        """Leave; a rank that waits for this one in `share` is told. May be called twice."""
         if self._closed:
             return
         self._closed = True
@@ -126,7 +126,7 @@ class Line:
         self._listener.join(self.limits.grace_seconds)
 
     def _gather(self, payload: bytes) -> list[bytes]:
-        """What is too much for a hub; a line has nothing else."""
+        """Share what is too large for a hub; a plain line cannot."""
         raise TransportError(f"rank {self.rank}: {len(payload)} bytes cannot be shared before the backend is there")
 
     def _send(self, message: bytes) -> None:
@@ -141,7 +141,7 @@ class Line:
             # else the hub is gone: the listener knows, or will in a moment
 
     def _next(self, doing: str) -> Message:
-        """The hub's next word. What came before bad news still counts."""
+        """The hub's next message. What came before bad news still counts."""
         try:
             answer = self._answers.get(timeout=self.timeout + self.limits.slack_seconds)
         except queue.Empty:
@@ -176,7 +176,7 @@ class Line:
         connection.close()
 
     def _comes(self, selector: selectors.BaseSelector) -> bool:
-        """Wait for the hub to say something, which it does now and then; False when it was silent for too long."""
+        """Wait for a message of the hub, which sends one regularly; False when it was silent for too long."""
         if any(selector.select(self.limits.pulse_seconds(self.size)) for _ in range(PULSES - 1)):
             return True
         self._break(GONE, self._keeper, why_silent([self._keeper], self.limits.stopped_within(self.size)))
@@ -208,5 +208,5 @@ class Line:
 
 
 def _is_late(error: OSError) -> bool:
-    """Whether the socket's own timeout is over, and not that of the connection, which is of the same class."""
+    """Whether the socket's own timeout expired, and not that of the connection, which raises the same class."""
     return isinstance(error, socket.timeout) and error.errno is None

@@ -1,4 +1,4 @@
-"""A hub's end of one connection: it never blocks, and holds what the other end does not read yet."""
+"""A hub's end of one connection: it never blocks, and keeps what the other end has not read yet."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _OUT_OF_REACH = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 class Peer:
-    """Who is at the other end.
+    """The process at the other end.
 
     Args:
-        connection: this peer's from here on.
-        door: what lets it in.
+        connection: owned by this peer from here on.
+        door: decides whether it is let in.
         since: when it came.
-        most_queued: bytes that may wait to be read; who lets more pile up does not take part.
+        most_queued: bytes that may wait to be read; a peer that lets more pile up is dropped.
 
     Attributes:
         rank: its number, once it was let in.
         unread: bytes that wait to be sent.
-        quiet: pulses of the hub since it said anything.
-        error: what went wrong when it was sent something. Its connection is over, which the next read finds.
+        quiet: pulses of the hub since its last message.
+        error: what went wrong in sending to it. Its connection has ended, which the next read finds.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Peer:
         selector.register(connection, selectors.EVENT_READ, self)
 
     def receive(self) -> int:
-        """Take what has come, and say how much; 0 at the end. Raises OSError."""
+        """Read what has come, and return how many bytes; 0 at the end. Raises OSError."""
         chunk = self._socket.recv(_CHUNK)
         self._received += chunk
         self.quiet = 0
@@ -69,7 +69,7 @@ class Peer:
         return take_frames(self._received, longest)
 
     def send(self, message: bytes) -> None:
-        """Send now what it takes, and the rest when it reads again. Errors are kept in `error`."""
+        """Send what it accepts now, and the rest when it reads again. Errors are kept in `error`."""
         if self.error is not None:
             return
         if self._outgoing:
@@ -96,7 +96,7 @@ class Peer:
             self.error = OSError(errno.ENOBUFS, f"it does not read: {self.unread} bytes wait for it")
 
     def _flush(self) -> None:
-        """Send what it takes now."""
+        """Send what it accepts now."""
         try:
             while self._outgoing:
                 sent = self._socket.send(self._outgoing[0])
@@ -112,20 +112,20 @@ class Peer:
             self._outgoing.clear()
 
     def written(self) -> None:
-        """It reads again: go on, and stop watching for that when nothing waits any more."""
+        """Go on sending, as it reads again; stop watching for that when nothing waits any more."""
         self._flush()
         if not self._outgoing:
             self._selector.modify(self._socket, selectors.EVENT_READ, self)
 
     def close(self) -> None:
-        """Let go of the connection. May be called twice."""
+        """Close the connection. May be called twice."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(self._socket)
         self._socket.close()
 
 
 def tune(connection: socket.socket, limits: ControlLimits) -> None:
-    """Small messages at once; a host that vanishes is noticed by silence, whether or not something was sent to it."""
+    """Send small messages at once; notice a vanished host by its silence, whether or not something was sent to it."""
     if connection.family not in (socket.AF_INET, socket.AF_INET6):
         return
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -143,7 +143,7 @@ def tune(connection: socket.socket, limits: ControlLimits) -> None:
 
 
 def why_gone(rank: int, error: Optional[Exception], limits: ControlLimits) -> str:
-    """What the others are told of a rank whose connection ended."""
+    """The message to the others about a rank whose connection ended."""
     if isinstance(error, OSError) and error.errno in _OUT_OF_REACH:
         return (
             f"rank {rank} is out of reach: its host did not answer for {limits.vanished_seconds:g} s; look at the host "
@@ -155,7 +155,7 @@ def why_gone(rank: int, error: Optional[Exception], limits: ControlLimits) -> st
 
 
 def why_silent(ranks: Sequence[int], seconds: float) -> str:
-    """What the others are told of ranks that answer nothing, though nothing is wrong with their connections."""
+    """The message to the others about ranks that answer nothing, though their connections stand."""
     host = "its host does" if len(ranks) == 1 else "their hosts do"
     return (
         f"{name_ranks(ranks)} answered nothing for {seconds:.0f} s, though {host}: a process was stopped "

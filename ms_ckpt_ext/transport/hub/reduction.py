@@ -1,9 +1,9 @@
-"""One share as the hub sees it: what ranks have told meets here, and only what differs goes on. No I/O.
+"""One share as the hub sees it: payloads of all ranks are put together, and only what differs is sent on. No I/O.
 
-1. Ranks tell a payload, or the note of a long one; equal ones are counted together as they come.
-2. When all have told: if all are equal, they are told so, in a few bytes.
-3. Else the distinct payloads go to everybody; those of which there are only notes are asked of the lowest rank that has
-   each. If that would be too much for one process to send, all are told to gather them over the backend.
+1. Ranks send a payload, or the note of a long one; equal ones are counted together as they come.
+2. When all have sent theirs: if all are equal, the hub says so in a few bytes.
+3. Else the distinct payloads go to all ranks; the hub asks for those that it has only notes of, each from the lowest
+   rank that has it. If that would be too much for one process to send, all ranks gather them over the backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ms_ckpt_ext.transport.hub.frames import (
 
 
 class Reply(NamedTuple):
-    """What the hub sends, and to whom; None is everybody, which ends the share."""
+    """What the hub sends, and to which ranks; None is all, which ends the share."""
 
     message: bytes
     ranks: Optional[list[int]]
@@ -40,11 +40,11 @@ _EVERYBODY_SAME = Reply(frame(ALIKE), None)
 
 
 class Reduction:
-    """What has been told in one share.
+    """What ranks have sent in one share.
 
     Args:
-        size: ranks that are to tell.
-        answer_bytes: the longest answer.
+        size: ranks that take part.
+        answer_bytes: length of the longest answer.
     """
 
     def __init__(self, size: int, answer_bytes: int) -> None:
@@ -57,7 +57,7 @@ class Reduction:
         self._given: dict[tuple[bytes, bytes], bytes] = {}
 
     def take(self, rank: int, said: Message) -> Optional[Reply]:
-        """What follows from what a rank said, if anything does. Raises Malformed when it is not its turn."""
+        """The reply to a rank's message, if there is one now. Raises Malformed when the message is out of turn."""
         if said.kind == GIVE:
             return self._give(rank, said.body)
         if said.kind not in (TELL, NOTED) or self._told[rank] or (said.kind == NOTED and len(said.body) != NOTE_BYTES):

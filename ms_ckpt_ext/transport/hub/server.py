@@ -1,8 +1,8 @@
-"""Where ranks meet: a thread that one of them keeps. See `control` and `gate`; `frames` for what travels.
+"""Where ranks meet: a thread that one of them runs. See `control` and `gate`; `frames` for the messages.
 
-Nothing stops it: it waits for no peer, neither to say who it is nor to read what it is sent; strangers are turned away
-in time; when it may open no more files it goes on with those it has, and looks again. If it ends, its connections do,
-which tells everybody.
+No peer can block it: it waits for none, neither to say who it is nor to read what it is sent; strangers are turned
+away in time; when it may open no more files it goes on with those it has, and tries again later. If it ends, its
+connections close, from which all ranks learn it.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from ms_ckpt_ext.transport.hub.reduction import Reduction, Reply
 from ms_ckpt_ext.transport.rendezvous.greeting import Door
 
 _LOOK_SECONDS = 1.0
-"""How often the hub looks whether it is to end, where nothing else is due before."""
+"""How often the hub checks whether it should end, unless something else is due earlier."""
 _RETRY_SECONDS = 0.1
-"""How long it accepts nobody after it could open no file."""
+"""How long it accepts no connection after it could open no file."""
 _PING = frame(PING)
 _NO_MORE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Hub:
-    """A thread that reduces what ranks tell, and answers all; tells all when one is gone or late.
+    """A thread that reduces what ranks send, and answers all; it tells all when one is gone or late.
 
     Args:
-        size: ranks that are to come.
-        timeout: seconds that those who have come wait for the others.
-        server: where they connect; the hub's from here on.
+        size: number of ranks expected.
+        timeout: seconds that ranks that have come wait for the others.
+        server: where they connect; owned by the hub from here on.
         token: what they have to know.
         keeper: the rank whose process this is.
         limits: see there.
-        look: called now and then with the ranks that never came, while others wait for them; what to tell when it is
-            known that not all of them will. An empty text: they are not of this meeting, which goes on without them.
+        look: called now and then with the ranks that never came, while others wait for them; returns a message when it
+            is known that not all of them will come. An empty one: they do not belong to this meeting, which goes on
+            without them.
 
     Attributes:
-        bytes_in, bytes_out: what has travelled.
+        bytes_in, bytes_out: bytes received and sent.
 
     Raises:
-        TransportError: this process may not open as many files.
+        TransportError: this process may not open that many files.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Hub:
         self._thread.join(timeout)
 
     def stop(self) -> None:
-        """End within a second, whoever has not left, and at once when nobody waits: the job was not to be."""
+        """End within a second, even if ranks have not left, and at once when none waits: the meeting is over."""
         self._ends_at = time.monotonic() + _LOOK_SECONDS
 
     def _serve(self) -> None:
@@ -126,7 +127,7 @@ class Hub:
             if error.errno in _NO_MORE_FILES:
                 self._selector.unregister(self._server)
                 self._accepts_at = time.monotonic() + _RETRY_SECONDS
-            return  # else who wanted to come has gone meanwhile
+            return  # for any other error: the peer has gone meanwhile
         tune(connection, self._limits)
         door = Door(self._token, self._keeper, self._size)
         peer = Peer(connection, self._selector, door, time.monotonic(), 2 * self._longest)
@@ -154,7 +155,7 @@ class Hub:
                 self._hear(peer, said)
 
     def _greet(self, peer: Peer) -> bool:
-        """Whether this is a rank, which may have said more already."""
+        """Whether this is a rank of the job, which may have sent more already."""
         rank = peer.ask()
         if rank is None:
             return False
@@ -199,7 +200,7 @@ class Hub:
                 self._send(self._peers[rank], reply.message)
 
     def _look_around(self) -> None:
-        """What is due now: who did not come, strangers who did not say who they are, a look at the door."""
+        """Do what is due now: report late ranks, drop strangers, accept connections again, pulse."""
         now = time.monotonic()
         if self._share is not None and self._broken is None and now - self._since > self._timeout:
             self._break(LATE, 0, self._late(self._share.awaited()))
@@ -228,7 +229,7 @@ class Hub:
                 self._shared(rank, Message(TELL, rank, b""))
 
     def _pulse(self) -> None:
-        """Ask who is quiet for a sign of life; who has not given one for long keeps all others waiting."""
+        """Ask quiet ranks for a sign of life; one that has given none for long breaks the job."""
         silent = []
         for rank, peer in self._peers.items():
             peer.quiet += 1
@@ -283,13 +284,13 @@ class Hub:
         self._break(GONE, peer.rank, self._left[peer.rank])
 
     def _break(self, kind: bytes, rank: int, why: str) -> None:
-        """Tell everybody, and who comes later, once: nobody waits any more."""
+        """Tell all ranks once, and those that come later: none is waited for any more."""
         if self._broken is None:
             self._broken = frame(kind, rank, why.encode())
             self._tell_all(self._broken)
 
     def _tell_all(self, message: bytes) -> None:
-        for rank in sorted(self._peers, reverse=True):  # this process last: with this it may end
+        for rank in sorted(self._peers, reverse=True):  # this process last, as the message may end it
             self._send(self._peers[rank], message)
 
     def _send(self, peer: Peer, message: bytes) -> None:

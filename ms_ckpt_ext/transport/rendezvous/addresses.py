@@ -12,7 +12,7 @@ CONTROL_ADDRESS_VARIABLE = "MS_CKPT_EXT_CONTROL_ADDRESS"
 
 
 class Address(NamedTuple):
-    """Where one may connect to; an empty host means any of rank 0's."""
+    """Where to connect; an empty host means any address of rank 0's host."""
 
     host: str
     port: int
@@ -22,7 +22,7 @@ class Address(NamedTuple):
 
 
 class Invitation(NamedTuple):
-    """What a rank has to know in order to come to a hub."""
+    """What a rank has to know to reach a hub."""
 
     addresses: tuple[Address, ...]
     token: str
@@ -39,7 +39,7 @@ class Invitation(NamedTuple):
 
 
 def parse_address(text: str) -> Address:
-    """An address as one writes it: host:port, [IPv6]:port or :port. Raises UsageError."""
+    """Parse host:port, [IPv6]:port or :port. Raises UsageError for anything else."""
     host, colon, port = text.strip().rpartition(":")
     bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     ambiguous = ":" in bare and bare is host
@@ -55,7 +55,7 @@ def parse_address(text: str) -> Address:
 
 
 def told_address() -> Optional[Address]:
-    """What the environment says; None where it says nothing. Raises UsageError."""
+    """The address in MS_CKPT_EXT_CONTROL_ADDRESS; None where it is not set. Raises UsageError."""
     told = os.environ.get(CONTROL_ADDRESS_VARIABLE)
     if not told:
         return None

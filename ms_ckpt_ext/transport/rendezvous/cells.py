@@ -6,7 +6,7 @@ import struct
 from typing import Callable
 
 CELL_BYTES = 128
-"""What the backend all-gathers of a rank at once."""
+"""Bytes of each rank in one all-gather of the backend."""
 CELL_ROOM = CELL_BYTES - 8
 """How much of a cell a message may take; see `control.pack_cell`."""
 _TOTAL = struct.Struct("<I")
@@ -16,7 +16,7 @@ def gather_messages(cells: Callable[[bytes], list[bytes]], message: bytes) -> li
     """Every rank's message, in rank order. A collective: one call of `cells` for short ones, more for longer.
 
     Args:
-        cells: all-gathers at most `CELL_ROOM` bytes of every rank.
+        cells: all-gathers at most `CELL_ROOM` bytes from every rank.
     """
     rest = _TOTAL.pack(len(message)) + message
     received = [bytearray(cell) for cell in cells(rest[:CELL_ROOM])]

@@ -1,12 +1,12 @@
-"""Who comes proves that it belongs to the job, and so does who lets it in; the job's token itself never travels.
+"""Rank and hub prove to each other that they belong to the job; the job's token itself never travels.
 
     1. hub to rank   HAIL, a nonce of the hub's
     2. rank to hub   its number, the size of its job, a nonce of its own, and a proof: a digest of all of these and both
                      nonces, keyed with the token
-    3. hub to rank   who keeps the hub, and a proof with the nonces the other way round; or why it may not come in
+    3. hub to rank   which rank runs the hub, and a proof with the nonces in reverse order; or why it may not come in
 
 A rank tries addresses at which strangers may listen: they learn nothing that lets them in elsewhere. A nonce is new for
-each connection, so that what was recorded is of no use. What follows a greeting is neither encrypted nor signed.
+each connection, so that a recorded greeting is useless. What follows a greeting is neither encrypted nor signed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _REFUSALS = (
 _OTHER_SIZE, _NO_SUCH_RANK, _THERE_ALREADY = range(len(_REFUSALS))
 
 GREETING_BYTES = _ASK.size
-"""What the hub has to read before it knows who came; nobody need send more."""
+"""How much the hub has to read before it knows who came; no rank needs to send more."""
 
 
 class Unwelcome(ConnectionError):
-    """Who is at the other end is not of this job, or does not let this rank in."""
+    """The other end does not belong to this job, or does not let this rank in."""
 
 
 def new_token() -> str:
@@ -42,7 +42,7 @@ def new_token() -> str:
 
 
 def _proof(token: str, magic: bytes, *told: object) -> bytes:
-    """A digest of everything told, which only who has the token can make."""
+    """A digest of `told`, which only those who have the token can make."""
     return hmac.new(token.encode(), repr((magic, told)).encode(), hashlib.sha256).digest()
 
 
@@ -51,7 +51,7 @@ class Door:
 
     Args:
         token: of the job.
-        keeper: the rank whose process has the hub.
+        keeper: the rank whose process runs the hub.
         size: ranks of the job.
 
     Attributes:
@@ -67,10 +67,10 @@ class Door:
         self.hail = _HAIL.pack(_GREETS, self._nonce)
 
     def ask(self, received: bytearray) -> Optional[int]:
-        """The rank that asks to come in; None while more must be read. What was understood is taken out of `received`.
+        """The rank that asks to come in; None while more must be read. Parsed bytes are removed from `received`.
 
         Raises:
-            Unwelcome: a stranger, who is told nothing.
+            Unwelcome: a stranger, to whom nothing is sent.
         """
         if received[:4] != _ASKS[: len(received)]:
             raise Unwelcome("it does not speak as a rank does")
@@ -85,7 +85,7 @@ class Door:
         return int(rank)
 
     def answer(self, present: bool) -> tuple[bytes, bool]:
-        """What the rank that asked is told, and whether it may come in.
+        """The reply to the rank that asked, and whether it may come in.
 
         Args:
             present: whether a rank of this number is there already.
@@ -109,7 +109,7 @@ class Guest:
     """A rank's side of one connection.
 
     Attributes:
-        keeper: the rank whose process has the hub, once this one is let in.
+        keeper: the rank whose process runs the hub, once this one is let in.
     """
 
     def __init__(self, token: str, rank: int, size: int) -> None:
@@ -121,10 +121,10 @@ class Guest:
         self.keeper: Optional[int] = None
 
     def hear(self, received: bytearray) -> bytes:
-        """What is to be sent in answer, perhaps nothing; what was understood is taken out of `received`.
+        """The answer to send, which may be empty; parsed bytes are removed from `received`.
 
         Raises:
-            Unwelcome: who is there is not the job's hub, or does not let this rank in.
+            Unwelcome: the other end is not the job's hub, or does not let this rank in.
         """
         if self._theirs is None:
             return self._hailed(received)

@@ -1,4 +1,4 @@
-"""The addresses of this host, and what tells its network from others."""
+"""The addresses of this host, and what distinguishes its network from others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Optional
 _UP = 1
 """IFF_UP of netdevice(7)."""
 _ANY_PORT = 9
-"""Where a route is asked for, and nothing is sent."""
+"""Only to look up a route: nothing is sent."""
 
 
 class _Entry(ctypes.Structure):
@@ -35,17 +35,17 @@ class _Entry(ctypes.Structure):
 def own_addresses() -> list[str]:
     """IPv4 and IPv6 addresses of this host that another host may reach: no loopback, no IPv6 link-local ones.
 
-    That of the interface which leads to MindSpore's scheduler comes first, where there is one.
+    The one of the interface that leads to MindSpore's scheduler comes first, where there is one.
     """
     found = list(dict.fromkeys([*_towards_scheduler(), *_of_interfaces()]))
     return [address for address in found if _leads_here(address)]
 
 
 def network_identity() -> str:
-    """Equal on two processes only when the loopback interface of one is that of the other.
+    """Equal in two processes only when they share one loopback interface.
 
-    The network namespace and the boot of the machine tell that on one host; machines that were cloned from one image
-    while it ran may have both in common, and differ in their names and addresses.
+    The network namespace and the boot of the machine decide that on one host; machines that were cloned from a running
+    image may have both in common, and differ in their names and addresses.
     """
     with contextlib.suppress(OSError):
         status = os.stat("/proc/self/ns/net")
@@ -83,7 +83,7 @@ def _towards_scheduler() -> Iterator[str]:
 
 
 def _of_interfaces() -> Iterator[str]:
-    """Those of every interface that is up; where the system cannot be asked, those of its name."""
+    """The addresses of every interface that is up; where these cannot be listed, those of the host's name."""
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform.startswith("linux") else None
     first = ctypes.c_void_p()
     if libc is None or libc.getifaddrs(ctypes.byref(first)) != 0:

@@ -1,4 +1,4 @@
-"""Listening on what the job needs, and no more.
+"""Listening on the addresses that the job needs, and no more.
 
 all ranks in one network            the loopback interface
 MS_CKPT_EXT_CONTROL_ADDRESS         that port; on that address alone, if it is one of this host
@@ -21,33 +21,33 @@ from ms_ckpt_ext.transport.rendezvous.addresses import CONTROL_ADDRESS_VARIABLE,
 from ms_ckpt_ext.transport.rendezvous.interfaces import own_addresses
 
 _WORKER_IP_VARIABLE = "MS_WORKER_IP"
-"""MindSpore's: the address of this host that the job is to use."""
+"""MindSpore's variable: the address of this host that the job should use."""
 _MOST_ADDRESSES = 16
 _PORT_SECONDS = 3.0
-"""How long to wait for a port that was asked for and is taken: by the load before, which is about to end."""
+"""How long to wait for a requested port that is taken: by the previous load, which is about to end."""
 _RETRY_SECONDS = 0.1
 _BACKLOG = 4096
 _EVERYWHERE = ("::", "0.0.0.0")
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""The address is another host's, or this one has no IPv6."""
+"""The address is another host's, or this host has no IPv6."""
 
 
 class Listening(NamedTuple):
-    """A socket that listens, and where other ranks may find it."""
+    """A listening socket, and the addresses at which other ranks may reach it."""
 
     server: socket.socket
     addresses: tuple[Address, ...]
 
 
 def listen(alone: bool) -> Listening:
-    """Listen on what the job needs.
+    """Listen on the addresses that the job needs.
 
     Args:
         alone: all ranks of the job are in the network of this process, see `interfaces.network_identity`.
 
     Raises:
         UsageError: MS_CKPT_EXT_CONTROL_ADDRESS is no address.
-        TransportError: no socket can be made, the port that was asked for is taken, or this host has no address.
+        TransportError: no socket can be made, the requested port is taken, or this host has no address.
     """
     if alone:
         server = _bound(["127.0.0.1", "::1"], 0)
@@ -75,7 +75,7 @@ def _is_literal(host: str) -> bool:
 
 
 def _bound(hosts: Sequence[str], port: int) -> socket.socket:
-    """A socket that listens on the first of `hosts` that this one has; "" is all of them."""
+    """A socket that listens on the first of `hosts` that is an address of this host; "" is all addresses."""
     deadline = time.monotonic() + (_PORT_SECONDS if port else 0)
     while True:
         try:

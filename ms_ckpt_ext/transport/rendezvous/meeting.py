@@ -1,10 +1,10 @@
-"""All ranks come to the hub that rank 0 opens, or none does and all hear why.
+"""All ranks connect to the hub that rank 0 opens, or none does and all learn why.
 
-1. Every rank tells where it is, so that rank 0 knows whether the loopback interface will do.
+1. Every rank says where it is, so that rank 0 knows whether the loopback interface is enough.
 2. Rank 0 listens, and says where; or why it cannot.
-3. Every rank tries to come there, and says so; when one could not, all give up.
+3. Every rank tries to connect, and reports the result; when one cannot, all give up.
 
-All three go by a collective of the backend, whose communicator works before there is any connection of ours.
+All three use a collective of the backend, whose communicator works before there is any connection of ours.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ms_ckpt_ext.transport.rendezvous.search import Arrival, connect
 
 _LONGEST_PROBLEM = 2000
 _FAILED = b"!"
-"""What a message begins with that says why there is no invitation."""
+"""Start of a message that says why there is no invitation."""
 
 AllGather = Callable[[bytes], list[bytes]]
-"""All-gathers at most `cells.CELL_ROOM` bytes of every rank."""
+"""All-gathers at most `cells.CELL_ROOM` bytes from every rank."""
 OpenHub = Callable[[socket.socket, str], object]
-"""Opens a hub that listens on the socket, which is its own from here on, and knows the token; or TransportError."""
+"""Opens a hub that owns the listening socket from here on, and knows the token. Raises TransportError."""
 
 
 class Site(NamedTuple):
@@ -39,13 +39,13 @@ class Site(NamedTuple):
 
 
 def come_to_hub(gather: AllGather, rank: int, size: int, open_hub: OpenHub, seconds: float) -> Arrival:
-    """This rank's connection to the hub of all. Collective; `open_hub` is called on rank 0.
+    """Connect this rank to the hub. Collective; `open_hub` is called on rank 0.
 
     Args:
         seconds: how long a rank tries to reach rank 0.
 
     Raises:
-        TransportError: on all ranks, when rank 0 cannot listen or any rank cannot reach it; says what was tried.
+        TransportError: on all ranks, when rank 0 cannot listen or any rank cannot reach it; reports what was tried.
     """
     told = gather_messages(gather, f"{network_identity()} {socket.gethostname()}".encode())
     sites = [Site(*message.decode().split(" ", 1)) for message in told]

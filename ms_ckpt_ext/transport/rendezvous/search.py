@@ -1,8 +1,8 @@
 """Trying every address that may lead to a hub.
 
-A rank goes on until one of them is the hub of its job, which it finds out by the greeting: hosts may have an address in
-common (a bridge for containers), or one at which somebody else listens. An address that is silent does not keep it from
-the next, which is tried beside it.
+A rank goes on until one of them is the hub of its job, which the greeting shows: hosts may have an address in
+common (a bridge for containers), or one at which another program listens. A silent address does not delay the
+next, which is tried at the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ms_ckpt_ext.transport.rendezvous.greeting import Guest, Unwelcome
 from ms_ckpt_ext.transport.rendezvous.interfaces import own_addresses
 
 _STAGGER_SECONDS = 0.5
-"""How long an address may be silent before the next is tried beside it."""
+"""How long an address may be silent before the next is tried at the same time."""
 _CHUNK = 4096
 
 
@@ -31,8 +31,8 @@ class Arrival(NamedTuple):
 
     Attributes:
         connection: blocking, without a timeout.
-        keeper: the rank whose process has the hub.
-        received: what came behind the greeting.
+        keeper: the rank whose process runs the hub.
+        received: what came after the greeting.
     """
 
     connection: socket.socket
@@ -41,23 +41,23 @@ class Arrival(NamedTuple):
 
 
 def connect(invitation: Invitation, rank: int, size: int, seconds: float, near: bool = False) -> Arrival:
-    """A connection to the hub of this job, by whichever address leads there.
+    """Connect to the hub of this job, by whichever address leads there.
 
     Args:
-        rank, size: who comes, of how many.
+        rank, size: this rank, and the number of ranks of the job.
         seconds: how long to try.
         near: this process is in the network of the hub, so that loopback leads there.
 
     Raises:
         UsageError: MS_CKPT_EXT_CONTROL_ADDRESS is no address.
-        TransportError: no way leads there; names every address that was tried, and what happened.
+        TransportError: no address leads there; names each that was tried, and what happened.
     """
     ways = _ways(invitation.addresses, told_address(), near)
     return _Search(ways, invitation.token, rank, size).run(seconds)
 
 
 def greet(connection: socket.socket, guest: Guest, received: bytearray) -> Optional[Arrival]:
-    """Take what has come, and answer; not None once this rank has been let in. Raises OSError when it will not be."""
+    """Read what has come, and answer; returns None until this rank is let in. Raises OSError when it is refused."""
     chunk = connection.recv(_CHUNK)
     if not chunk:
         raise Unwelcome("it ended the connection without a word")
@@ -69,7 +69,7 @@ def greet(connection: socket.socket, guest: Guest, received: bytearray) -> Optio
 
 
 def arrive(connection: socket.socket, guest: Guest) -> Arrival:
-    """Be let in over a connection that stands, within its timeout, which ends there. Raises OSError."""
+    """Be let in over an open connection, within its timeout, which is removed then. Raises OSError."""
     received = bytearray()
     while True:
         arrival = greet(connection, guest, received)
@@ -79,7 +79,7 @@ def arrive(connection: socket.socket, guest: Guest) -> Arrival:
 
 
 def _ways(addresses: Sequence[Address], told: Optional[Address], near: bool) -> list[Address]:
-    """What to try, in this order."""
+    """The addresses to try, in this order."""
     ports = dict.fromkeys(address.port for address in addresses)
     loopback = [Address(host, port) for port in ports for host in ("127.0.0.1", "::1")] if near else []
     named = [told] if told and told.host else []
@@ -90,7 +90,7 @@ def _ways(addresses: Sequence[Address], told: Optional[Address], near: bool) -> 
 
 
 class _Attempt:
-    """A connection that is being made, or greeted. Raises OSError, at birth or later, when it comes to nothing."""
+    """A connection that is being made, or greeted. Its constructor and methods raise OSError when it fails."""
 
     def __init__(self, name: str, family: int, target: Any, guest: Guest) -> None:
         self.name = name
@@ -107,7 +107,7 @@ class _Attempt:
             raise
 
     def connected(self) -> bool:
-        """True when the connection stands now and did not before."""
+        """True when the connection stands now and did not before. Raises OSError."""
         if self._connected:
             return False
         code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -117,12 +117,12 @@ class _Attempt:
         return True
 
     def greet(self) -> Optional[Arrival]:
-        """As the function of this name."""
+        """See the function of this name."""
         return greet(self.socket, self._guest, self._received)
 
 
 class _Search:
-    """Tries addresses, one beside the other, until one lets this rank in."""
+    """Tries addresses, several at the same time, until one lets this rank in."""
 
     def __init__(self, ways: Sequence[Address], token: str, rank: int, size: int) -> None:
         self._ways = deque(ways)
@@ -131,7 +131,7 @@ class _Search:
         self._selector = selectors.DefaultSelector()
 
     def run(self, seconds: float) -> Arrival:
-        """The first connection that is let in; all others are closed. Raises TransportError."""
+        """Return the first connection over which this rank is let in; close all others. Raises TransportError."""
         began = time.monotonic()
         arrival: Optional[Arrival] = None
         try:
