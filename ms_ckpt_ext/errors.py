@@ -228,6 +228,8 @@ def named(error: BaseException, doing: str) -> BaseException:
     code, where = errno.ENOMEM, ""
     if isinstance(error, OSError) and error.errno is not None:
         code, where = error.errno, f": {error.filename!r}" if error.filename is not None else ""
+    elif isinstance(error, MemoryError) and str(error):
+        where = f" ({error})"
     elif not isinstance(error, MemoryError) and (type(error), str(error)) != (RuntimeError, _NO_THREAD):
         return error
     made = StorageError(code, f"cannot {doing}: {os.strerror(code)}{where}; {_ADVICE.get(code, _GENERAL_ADVICE)}")

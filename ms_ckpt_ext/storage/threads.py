@@ -126,22 +126,23 @@ class Pending(Generic[_Result]):
     """A call that a `ThreadPool` makes."""
 
     def __init__(self, call: Callable[[], _Result]) -> None:
-        self._call = call
+        self._call: Optional[Callable[[], _Result]] = call
         self._ended = threading.Event()
         self._result: Optional[_Result] = None
         self._error: Optional[BaseException] = None
 
     def make(self) -> None:
-        """Make the call, and keep what comes of it."""
+        """Make the call, and keep what comes of it; what it was given is let go."""
+        call, self._call = self._call, None
         try:
-            self._result = self._call()
+            self._result = call() if call is not None else None
         except BaseException as error:  # noqa: BLE001 - raised by result()
             self._error = error
         self._ended.set()
 
     def drop(self) -> None:
         """Give up the call: `result` raises a RuntimeError."""
-        self._error = RuntimeError("the pool was closed before it began this")
+        self._error, self._call = RuntimeError("the pool was closed before it began this"), None
         self._ended.set()
 
     def result(self) -> _Result:

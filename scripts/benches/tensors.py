@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benches.measure import ROOT
-from benches.tensors_rank import prepare
 
 LAYERS, EXPERTS, FILES = 58, 256, 160
 SHAPES = {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}
@@ -57,6 +56,8 @@ def tensors(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         make_folder(root / "hf")
         make_strategy(root / "tp8.ckpt")
         make_states(root / "states", root / "states.ckpt")
+        from benches.tensors_rank import prepare  # and what a load needs with it, which may not be installed
+
         prepare(str(root / "states"), str(root / "told"))
         jobs = {
             "inspect --json": [_CLI, "inspect", root / "hf", "--json"],

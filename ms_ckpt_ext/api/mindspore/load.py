@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
@@ -310,11 +311,10 @@ def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **ho
 
 def _is_mindspores(given: Mapping[str, Any]) -> bool:
     """Whether a call names files one by one and MindSpore would take it, too: then it returns True."""
-    own: Mapping[str, Any] = vars(load_distributed_checkpoint)["__wrapped__"].__kwdefaults__
     trained, wanted = given["train_strategy_filename"], given["predict_strategy"]
     return (
         isinstance(given["checkpoint_filenames"], (list, tuple))
-        and all(given[name] == default for name, default in own.items())
+        and all(given[name] == default for name, default in unwrap(load_distributed_checkpoint).__kwdefaults__.items())
         and (trained is None or (isinstance(trained, str) and not os.path.isdir(trained)))
         and (wanted is None or isinstance(wanted, Mapping))
     )

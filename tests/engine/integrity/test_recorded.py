@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import shutil
 from collections import Counter
@@ -165,13 +164,13 @@ def test_framing_goes_to_who_reads_the_file(golden: Path, tmp_path: Path, monkey
     for rank, file in framing:
         assert len(shares[rank][file]) > 1
     looked: list[str] = []
-    real = builtins.open
+    real = os.open
 
     def counted(path: Any, *mode: Any) -> Any:
         looked.append(str(path))
         return real(path, *mode)
 
-    monkeypatch.setattr(builtins, "open", counted)
+    monkeypatch.setattr(os, "open", counted)
     audit_module.audit_alone(catalog, catalog.tensors.values(), 1)
     found = [path for path in looked if path.endswith(MANIFEST_NAME)]
     assert found and len(found) == len(set(found))
