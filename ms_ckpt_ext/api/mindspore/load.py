@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from inspect import unwrap
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 from ms_ckpt_ext.api.arguments import (
@@ -314,12 +313,13 @@ def _is_mindspores(given: Mapping[str, Any]) -> bool:
     trained, wanted = given["train_strategy_filename"], given["predict_strategy"]
     return (
         isinstance(given["checkpoint_filenames"], (list, tuple))
-        and all(given[name] == default for name, default in unwrap(load_distributed_checkpoint).__kwdefaults__.items())
+        and all(given[name] == default for name, default in _DEFAULTS.items())
         and (trained is None or (isinstance(trained, str) and not os.path.isdir(trained)))
         and (wanted is None or isinstance(wanted, Mapping))
     )
 
 
+_DEFAULTS: Mapping[str, Any] = vars(load_distributed_checkpoint)["__wrapped__"].__kwdefaults__
 _INSTEAD = {
     "verify": "check the source with ms_ckpt_ext.verify before, or the result after; crc_check=True verifies checksums",
     "mode": "a job without a network is always read directly",
