@@ -312,7 +312,6 @@ def execute_with_progress(job: Job, target: str, run: Running, title: str) -> Re
 
     Raises UsageError when one of several shares is to run without sync, and whatever the job raises.
     """
-    from ms_ckpt_ext import log
     from ms_ckpt_ext.engine.files import execution
 
     job, workers, limits = job.synced(run.sync), run.workers, run.limits

@@ -18,12 +18,11 @@ from typing import Any, Callable
 from unittest import mock
 
 import mindspore as ms
-from mindspore.communication import init
-from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together
 from ms_ckpt_ext.errors import CheckpointError, LoadError
+from tests.harness.start import join_ranks
 from tests.live.load_worker import bytes_of, poisoned
 from tests.support.checkpoints import Stored, read_file
 
@@ -154,13 +153,8 @@ def faults(job: Job, case: dict[str, Any]) -> None:
 def main() -> None:
     case, killed = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2] == "kill"
     device = "ascend" if os.environ.get("ASCEND_OPP_PATH") else "cpu"
-    if device == "ascend":
-        ms.set_device("Ascend")
-        distributed.init_process_group()
-    else:
-        ms.set_device("CPU")
-        init()
-    job = Job(case, distributed.get_rank(), device)
+    rank = join_ranks(device)
+    job = Job(case, rank, device)
     faults(job, case)
     if killed:
         with job.broken_sink("layers.1.wo.weight", kill):

@@ -12,11 +12,11 @@ from unittest import mock
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore.communication import init
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
 from ms_ckpt_ext.errors import CheckpointError
+from tests.harness.start import join_ranks
 from tests.support.checkpoints import Stored, read_file
 from tests.support.machine import ReadMade, contents_read, watch_reads
 
@@ -79,16 +79,11 @@ def check(rank: int, case: dict[str, Any], reads: list[ReadMade]) -> None:
 
 
 def main() -> None:
-    if sys.argv[2] == "ascend":
-        ms.set_device("Ascend")
-        distributed.init_process_group()
-    else:
-        ms.set_device("CPU")
-        init()
+    rank = join_ranks(sys.argv[2])
     reads = watch_reads(pytest.MonkeyPatch())
     for case in json.loads(Path(sys.argv[1]).read_text()):
         reads.clear()
-        check(distributed.get_rank(), case, reads)
+        check(rank, case, reads)
         print(f"case {case['name']} is right", flush=True)
 
 

@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mindspore as ms
-from mindspore.communication import init
-from mindspore.mint import distributed
-
 from ms_ckpt_ext import resume
 from ms_ckpt_ext.errors import CheckpointError, LayoutMismatchError, PeerError
+from tests.harness.start import join_ranks
 from tests.live.transfer_worker import network, shards, wrong
 
 
@@ -40,14 +37,9 @@ def check(rank: int, case: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    if sys.argv[2] == "ascend":
-        ms.set_device("Ascend")
-        distributed.init_process_group()
-    else:
-        ms.set_device("CPU")
-        init()
+    rank = join_ranks(sys.argv[2])
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        check(distributed.get_rank(), case)
+        check(rank, case)
         print(f"case {case['name']} is right", flush=True)
 
 

@@ -17,11 +17,10 @@ from typing import Any, Callable
 
 import mindspore as ms
 import numpy as np
-from mindspore.communication import init
-from mindspore.mint import distributed
 
 from ms_ckpt_ext import plan_transfer, resume
 from ms_ckpt_ext.errors import CheckpointError, LoadError
+from tests.harness.start import join_ranks
 from tests.live.fault_worker import VICTIM, Job, device_lost, kill
 from tests.live.load_worker import bytes_of
 from tests.live.transfer_worker import network, shards, wrong
@@ -113,13 +112,8 @@ def faults(here: Ranks) -> None:
 def main() -> None:
     case = json.loads(Path(sys.argv[1]).read_text())
     device = "ascend" if os.environ.get("ASCEND_OPP_PATH") else "cpu"
-    if device == "ascend":
-        ms.set_device("Ascend")
-        distributed.init_process_group()
-    else:
-        ms.set_device("CPU")
-        init()
-    here = Ranks(case, distributed.get_rank(), device)
+    rank = join_ranks(device)
+    here = Ranks(case, rank, device)
     faults(here)
     if sys.argv[2] == "alive":
         resuming = here.alive()

@@ -12,11 +12,10 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn
 from mindspore.common import np_dtype
-from mindspore.communication import init
-from mindspore.mint import distributed
 
 from ms_ckpt_ext import plan_transfer, rules
 from ms_ckpt_ext.errors import CheckpointError
+from tests.harness.start import join_ranks
 from tests.support.checkpoints import Stored, read_file
 
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np_dtype.bfloat16, "I32": np.int32, "I64": np.int64}
@@ -135,14 +134,9 @@ def count(plan: Any, target: Optional[nn.Cell], runs: int, device: str) -> None:
 
 def main() -> None:
     device = sys.argv[2]
-    if device == "ascend":
-        ms.set_device("Ascend")
-        distributed.init_process_group()
-    else:
-        ms.set_device("CPU")
-        init()
+    rank = join_ranks(device)
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        check(distributed.get_rank(), case, device)
+        check(rank, case, device)
         print(f"case {case['name']} is right", flush=True)
 
 
