@@ -14,16 +14,30 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.harness.stock_memory import let_stock_merge
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
 
 # Before the first import of mindspore, here and in every process that a test starts.
 os.environ.setdefault("GLOG_v", "3")
+let_stock_merge()
+
+
+def _free_memory() -> int:
+    """Bytes that processes may still ask for: what others keep in /dev/shm is not among them."""
+    try:
+        told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(told["MemAvailable"].split()[0]) << 10
+
 
 # Jobs sync what they write, for which a disk takes far longer than for all else that tests do: where there is memory
-# enough, temporary files lie there.
+# enough, for the files and for the processes that come beside them, temporary files lie there.
 _MEMORY, _ROOM = "/dev/shm", 8 << 30
-if os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM:
+_THERE = os.access(_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_MEMORY).free >= _ROOM
+if _THERE and _free_memory() >= 2 * _ROOM:
     os.environ.setdefault("TMPDIR", _MEMORY)
     tempfile.tempdir = None  # it may have been asked for already
 

@@ -33,7 +33,9 @@ from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.errors import UnsupportedError
+from tests.harness.stock_memory import let_stock_merge
 
+let_stock_merge()
 golden, scratch = Path(sys.argv[1]), Path(sys.argv[2])
 ms.set_context(mode=ms.GRAPH_MODE, device_target="CPU")
 CONFIG = SimpleNamespace(

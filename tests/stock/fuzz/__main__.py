@@ -14,12 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.harness.stock_memory import let_stock_merge
 from tests.stock.fuzz.calls import BUILDERS
 from tests.stock.fuzz.run import Report, run_seed
 
 
 def main() -> int:
     options = _parser().parse_args()
+    let_stock_merge()
     import mindspore
 
     mindspore.set_device("CPU")

@@ -185,10 +185,8 @@ def stock(silent: list[BaseException], helped: bool) -> Iterator[Callable[[str],
     import mindspore.train.serialization as serialization
 
     inline = _Inline(silent)
-    half_free = types.SimpleNamespace(virtual_memory=lambda: types.SimpleNamespace(percent=0))
     changes: list[tuple[Any, str, Any]] = [
         (safetensors, "mp", inline),
-        (safetensors, "psutil", half_free),
         (safetensors, "set_affinity_pid", lambda: None),
         (transform, "Pool", inline.Pool),
         (serialization, "mp", inline),
