@@ -1,8 +1,9 @@
 """Dry runs by size: `ms-ckpt plan` as a whole process on one core, from strategy files and shapes.
 
 A transformer's weights and Adam states, 2,400 parameters of 1.2 TB, trained under dp N/64, tp8, pp8 with optimizer
-sharding. It is resumed with tp4 and twice the data parallelism, as many ranks; or it is taken over by as many ranks
-without optimizer sharding, so that everything is wanted dp times.
+sharding; of fewer than 8 layers there are fewer stages, and more data parallelism. It is resumed with tp4 and twice the
+data parallelism, as many ranks; or it is taken over by as many ranks without optimizer sharding, so that everything is
+wanted dp times.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ def dryrun(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     with tempfile.TemporaryDirectory(dir=arguments.dir) as work:
         root = Path(work)
-        listed = _parameters(8, arguments.layers)
+        stages = max(number for number in (1, 2, 4, 8) if number <= arguments.layers)
+        listed = _parameters(stages, arguments.layers)
         shapes = {name: {"dtype": "F32", "shape": shape} for name, _, shape, _ in listed}
         (root / "shapes.json").write_text(json.dumps(shapes))
         for ranks in arguments.ranks:
-            data = ranks // 64
+            data = ranks // (8 * stages)
             source = _strategy(listed, root / "train.ckpt", data, 8, sharded=True)
             for job, target in (
                 ("resume with tp4", _strategy(listed, root / "resume.ckpt", 2 * data, 4, sharded=True)),
@@ -82,7 +84,7 @@ def _row(root: Path, ranks: int, job: str, source: Path, target: Path) -> dict[s
     call = ["plan", str(source), str(target), "--shapes", str(root / "shapes.json"), "--html", str(root / "plan.html")]
     code = (
         f"import os, sys; from ms_ckpt_ext.cli.main import main; sys.stdout = open({str(found)!r}, 'w'); "
-        f"main(sys.argv[1:]); open({str(root / 'cpu')!r}, 'w').write(str(sum(os.times()[:2])))"
+        f"code = main(sys.argv[1:]); open({str(root / 'cpu')!r}, 'w').write(str(sum(os.times()[:2]))); sys.exit(code)"
     )
     turn = measure(["taskset", "-c", core, sys.executable, "-c", code, *call, "--json"])
     report = json.loads(found.read_text())
