@@ -4,6 +4,7 @@
 #   find_python    keeps the active environment if it has MindSpore and what this project needs; else ensure_venv
 #   ensure_mindformers    adds MindFormers to the environment, for its tests
 #   ensure_torch   makes another one with torch and transformers, for the tests that load what was exported
+#   make_scratch   a temporary folder, `scratch`, which is removed at the end, when what was started has ended
 #   file_requirements     what FILE_TESTS need, which are about files alone: they run without MindSpore
 #
 #   MS_CKPT_EXT_VENV   its folder                   (default: .venv in the project)
@@ -16,6 +17,20 @@ FILE_TESTS=(tests/core tests/formats tests/storage tests/cli tests/engine/{copyi
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$@"; exit 1; }
+
+# Bash that is told to end by a signal leaves its children running.
+make_scratch() { scratch="$(mktemp -d)" && trap 'end_descendants; rm -rf "$scratch"' EXIT; }
+
+descendants() { # PID
+  local child
+  for child in $(cat /proc/"$1"/task/*/children 2>/dev/null); do echo "$child" && descendants "$child"; done
+}
+
+end_descendants() {
+  local pids pid
+  mapfile -t pids < <(descendants $$)
+  for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null || true; done
+}
 
 suits() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 

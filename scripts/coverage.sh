@@ -7,8 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 ensure_venv
 python -c 'import coverage' 2>/dev/null || pip_install coverage
 cd "$ROOT"
-scratch="$(mktemp -d)"
-trap 'rm -rf "$scratch"' EXIT
+make_scratch
 export COVERAGE_FILE="$scratch/coverage"
 python -m coverage run -m pytest --quiet tests/core "$@"
 python -m coverage report

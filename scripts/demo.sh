@@ -6,10 +6,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 ensure_venv
 cd "$ROOT"
-work="$(mktemp -d)"
-trap 'rm -rf "$work"' EXIT
+make_scratch
 
 echo "Source: data parallel 2, tensor parallel 4, optimizer sharding: 8 ranks, weights and Adam states."
 echo "Target: tensor parallel 4: 4 ranks."
-scripts/demo/run.sh tests/data/golden "$work"
+scripts/demo/run.sh tests/data/golden "$scratch"
 echo "Done: 8 to 4 ranks in two modes, and merged; not a byte differs."

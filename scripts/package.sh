@@ -9,8 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 python="$(pick_python)"
 mkdir -p "${1:-$ROOT/dist}"
 out="$(cd "${1:-$ROOT/dist}" && pwd)"
-scratch="$(mktemp -d)"
-trap 'rm -rf "$scratch"' EXIT
+make_scratch
 unset PYTHONPATH PYTHONHOME
 
 "$python" -m venv "$scratch/tools"

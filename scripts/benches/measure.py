@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from tests.harness.ending import descendants
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 IO = "print('IO', *open('/proc/self/io').read().split()[1:4:2])"  # rchar and wchar
 _WATCH_SECONDS = 0.02
@@ -49,7 +51,7 @@ def measure(command: list[str], watched: bool = True) -> Turn:
 
     def watch() -> None:
         while watched and process.poll() is None:
-            sizes = [_peak_memory(pid) for pid in _tree(process.pid)]
+            sizes = [_peak_memory(pid) for pid in (process.pid, *descendants(process.pid))]
             peaks[0], peaks[1] = max(peaks[0], *sizes), max(peaks[1], sum(sizes))
             time.sleep(_WATCH_SECONDS)
 
@@ -62,16 +64,6 @@ def measure(command: list[str], watched: bool = True) -> Turn:
         raise SystemExit(f"{' '.join(command)} failed:\n{err.decode()[-2000:]}")
     io = next((line.split()[1:] for line in out.decode().splitlines() if line.startswith("IO ")), [None, None])
     return Turn(seconds, _processor_time() - before, peaks[0], peaks[1], *(None if n is None else int(n) for n in io))
-
-
-def _tree(pid: int) -> list[int]:
-    """A process and its descendants, from their own files: looking at all processes of a machine takes milliseconds."""
-    found = [pid]
-    for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += map(int, task.read_text().split())
-    return found
 
 
 def _peak_memory(pid: int) -> int:

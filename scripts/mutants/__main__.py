@@ -61,6 +61,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parser.parse_args(arguments)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
+    from tests.harness.ending import taking_all_along
+
+    with taking_all_along():
+        _measure(options)
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> None:
     lines = measured(options.tests, options.lines)
     for name in ("numpy", "pytest", "hypothesis", "safetensors.numpy"):  # once, before the forks
         importlib.import_module(name)
@@ -70,7 +78,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         _report(options, lines)
     finally:
         shutil.rmtree(scratch)
-    return 0
 
 
 class Sample(NamedTuple):

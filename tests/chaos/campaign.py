@@ -25,6 +25,7 @@ from tests.chaos.jobs import JOBS, Job, Place
 from tests.chaos.judging import Result, changed, everything, judge, judge_again, result_of
 from tests.chaos.nursery import Nursery
 from tests.chaos.running import Stage
+from tests.harness.ending import taking_all_along
 
 _NEWNS = 0x00020000
 _MEMORY = Path("/dev/shm")
@@ -258,7 +259,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if shutil.which(os.environ.get("CC", "cc")) is None or not sys.platform.startswith("linux"):
         print("skipped: the injector needs Linux and a C compiler (cc)")
         return 77
-    with open(arguments.json or os.devnull, "w", encoding="utf-8") as told:  # before mounts hide it
+    with open(arguments.json or os.devnull, "w", encoding="utf-8") as told, taking_all_along():  # before mounts hide it
         return _campaign(arguments, told)
 
 

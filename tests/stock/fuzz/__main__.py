@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.harness.ending import taking_all_along
 from tests.harness.stock_memory import let_stock_merge
 from tests.stock.fuzz.calls import BUILDERS
 from tests.stock.fuzz.run import Report, run_seed
@@ -29,7 +30,7 @@ def main() -> int:
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     counts: collections.Counter[str] = collections.Counter()
     failed = []
-    with tempfile.TemporaryDirectory(prefix="ms_ckpt_ext_fuzz_", dir=shared) as folder:
+    with taking_all_along(), tempfile.TemporaryDirectory(prefix="ms_ckpt_ext_fuzz_", dir=shared) as folder:
         for seed in seeds:
             report = run_seed(seed, Path(options.keep or folder), options.call)
             counts.update({rule or "unexplained" for rule, _ in report.found()} or ["equal"])
