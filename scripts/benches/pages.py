@@ -32,20 +32,18 @@ class Part(NamedTuple):
     columns: str
 
 
+FILE_JOBS = (
+    "job | s | x cp and sync | peak MiB | read / output | s, sync=False | x cp | least x cp | most x cp | "
+    "stock s | stock MiB"
+)
 PARTS = {
-    "offline": Part(
-        "--size 1.5 --rounds 5 --stock",
-        "job | command | seconds | cpu s | x cp | least x cp | most x cp | x cp and sync | peak MiB | read / output",
-    ),
+    "offline": Part("--size 1.5 --rounds 5 --stock", FILE_JOBS),
     "live": Part(
         "--size 1.5 --rounds 3 --stock",
         "command | merge s | load s | least | most | warm s | x stock | x PyTorch | peak MiB",
     ),
-    "convert": Part(
-        "--size 1.5 --rounds 3 --stock",
-        "job | command | seconds | x cp | least x cp | most x cp | x cp and sync | peak MiB | read / output",
-    ),
-    "export": Part("--size 3 --rounds 3", "job | command | seconds | x cp | x cp and sync | peak MiB | read / output"),
+    "convert": Part("--size 1.5 --rounds 3 --stock", FILE_JOBS),
+    "export": Part("--size 3 --rounds 3", FILE_JOBS),
     "verify": Part("--size 1.5 --rounds 3", "command | seconds | GiB/s | slowest GiB/s | peak MiB"),
     "plan": Part(
         "--rounds 1",
@@ -99,13 +97,13 @@ def write_into(docs: Path, name: str, rows: list[dict[str, Any]]) -> list[str]:
     Raises:
         SystemExit: no page has.
     """
-    place = re.compile(rf"(?<=<!-- bench {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    place = re.compile(rf"(<!-- bench {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     text = section(name, rows)
     written = []
     for page in sorted(docs.rglob("*.md")):
         held = page.read_text(encoding="utf-8")
         if place.search(held):
-            page.write_text(place.sub(lambda _: text, held), encoding="utf-8")
+            page.write_text(place.sub(lambda found: found[1] + text + found[2], held), encoding="utf-8")
             written.append(page.relative_to(docs).as_posix())
     if not written:
         raise SystemExit(f"no page of {docs} has a place <!-- bench {name} --> … <!-- end -->")
@@ -115,8 +113,12 @@ def write_into(docs: Path, name: str, rows: list[dict[str, Any]]) -> list[str]:
 def section(name: str, rows: list[dict[str, Any]]) -> str:
     """What a page has of a part."""
     part = PARTS[name]
-    table = _markdown(by_cipher(rows) if name == "crypto" else rows, part.columns.split(" | "))
-    return f"\n    scripts/bench {name} {part.arguments}\n\n{table}\n\n{_where()}\n\n"
+    if part.columns == FILE_JOBS:
+        rows = by_job(rows)
+    elif name == "crypto":
+        rows = by_cipher(rows)
+    table = _markdown(rows, part.columns.split(" | "))
+    return f"    scripts/bench {name} {part.arguments}    # {_where()}\n\n{table}\n"
 
 
 def _markdown(rows: Iterable[Row], columns: list[str]) -> str:
@@ -136,6 +138,28 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "/")
 
 
+def by_job(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each job: with sync, without, and stock MindSpore's side by side; `cp` is in the ratios."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        job, command = row["job"], row["command"]
+        if command in ("cp", "cp and sync"):
+            continue
+        named = command.startswith(("ms_ckpt_ext", "stock"))
+        line = found.setdefault(job if named else f"{job}, {command}", {"job": job if named else f"{job}, {command}"})
+        if command.startswith("stock"):
+            line.update({"stock s": row["seconds"], "stock MiB": row["peak MiB"]})
+        elif command == "ms_ckpt_ext, sync=False":
+            line.update(
+                {"s, sync=False": row["seconds"]} | {key: row[key] for key in ("x cp", "least x cp", "most x cp")}
+            )
+        else:
+            line.update(
+                {"s": row["seconds"]} | {key: row[key] for key in ("x cp and sync", "peak MiB", "read / output")}
+            )
+    return list(found.values())
+
+
 def by_cipher(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each cipher: GB/s, and in brackets the multiple of OpenSSL's own."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -150,7 +174,7 @@ def _where() -> str:
     """When and on what."""
     cores = len(os.sched_getaffinity(0))
     python = ".".join(platform.python_version_tuple()[:2])
-    return f"{time.strftime('%Y-%m-%d')}; {cores} cores, {_processor()}; Python {python}, MindSpore {_mindspore()}."
+    return f"{time.strftime('%Y-%m-%d')}; {cores} cores, {_processor()}; Python {python}, MindSpore {_mindspore()}"
 
 
 def _processor() -> str:

@@ -205,7 +205,7 @@ def test_a_table_is_written_where_pages_have_a_place_for_it(pages: ModuleType, t
     )
     for name in ("one.md", "zh-CN/one.md"):
         (tmp_path / name).write_text(f"{before}the old table\n{after}")
-    (tmp_path / "other.md").write_text("<!-- bench plan -->\nold\n<!-- end -->\n")
+    (tmp_path / "other.md").write_text("<!-- bench plan -->\n<!-- end -->\n\n<!-- bench verify2 -->\n<!-- end -->\n")
     rows = [
         {"command": "a|b", "seconds": 0.5, "GiB/s": None, "peak MiB": 1234, "more": 1},
         {"command": "cat", "seconds": 1170.546, "GiB/s": None, "peak MiB": 2},
@@ -215,10 +215,28 @@ def test_a_table_is_written_where_pages_have_a_place_for_it(pages: ModuleType, t
     assert held == (tmp_path / "zh-CN" / "one.md").read_text()
     assert held.startswith(before) and held.endswith(after) and "the old table" not in held
     table = "| command | seconds | peak MiB |\n| --- | ---: | ---: |\n| a/b | 0.5 | 1,234 |\n| cat | 1,171 | 2 |\n"
-    assert f"    scripts/bench verify {pages.PARTS['verify'].arguments}\n\n{table}" in held
+    command = f"    scripts/bench verify {pages.PARTS['verify'].arguments}"
+    assert re.search(rf"^{re.escape(command)}    # \d{{4}}-.*\n\n{re.escape(table)}<!-- end -->", held, re.MULTILINE)
     assert pages.write_into(tmp_path, "verify", rows) and (tmp_path / "one.md").read_text() == held
+    assert pages.write_into(tmp_path, "plan", rows) == ["one.md", "other.md", "zh-CN/one.md"]
+    held = (tmp_path / "other.md").read_text()
+    assert held.count("scripts/bench plan") == 1 and held.endswith("-->\n\n<!-- bench verify2 -->\n<!-- end -->\n")
     with pytest.raises(SystemExit, match="no page"):
-        pages.write_into(tmp_path, "export", rows)
+        pages.write_into(tmp_path, "dryrun", rows)
+
+
+def test_jobs_about_files_have_a_row_each(pages: ModuleType) -> None:
+    """With sync, without, and stock stand side by side; what copies took is in the ratios."""
+    told = {"job": "merge", "x cp": 2.0, "least x cp": 1.0, "most x cp": 3.0, "x cp and sync": 0.5, "peak MiB": 9}
+    told["read / output"] = 1.5
+    seconds = {"ms_ckpt_ext, sync=False": 1, "cp": 2, "ms_ckpt_ext": 3, "cp and sync": 4, "stock MindSpore": 5}
+    rows = [{**told, "command": command, "seconds": n} for command, n in seconds.items()]
+    rows += [{**told, "job": "AES", "command": command, "seconds": 6} for command in ("encrypt", "decrypt", "cp")]
+    merge, encrypt, decrypt = pages.by_job(rows)
+    columns = pages.FILE_JOBS.split(" | ")
+    assert [merge[name] for name in columns] == ["merge", 3, 0.5, 9, 1.5, 1, 2.0, 1.0, 3.0, 5, 9]
+    assert (encrypt["job"], decrypt["job"], encrypt["s"]) == ("AES, encrypt", "AES, decrypt", 6)
+    assert "| 3 | 0.5 | 9 |" in pages.section("offline", rows)
 
 
 def test_ciphers_have_a_row_each(pages: ModuleType) -> None:
