@@ -5,10 +5,12 @@ Every test tells what stock does, measured here, and what is right, which ours d
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
 
@@ -26,7 +28,7 @@ from tests.stock.differences.both import (
     numbers,
     staged,
 )
-from tests.support.checkpoints import cut, strategy_of
+from tests.support.checkpoints import cut, read_file, strategy_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
@@ -117,3 +119,18 @@ def test_arguments_of_a_wrong_type(tmp_path: Path) -> None:
     for kind in (TypeError, ValueError):
         with pytest.raises(kind, match="src_strategy_dirs must be a path, got bool"):
             ms_ckpt_ext.merge_pipeline_strategys(True, tmp_path / "s.ckpt")
+
+
+def test_a_merge_and_a_full_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock sleeps after an output file while more than half of the memory is in use: three times here."""
+    cut(strategy_of({"a": ROWS}, tmp_path / "s.ckpt"), {"a": numbers(4, 2)}, tmp_path / "src")
+    asked = psutil.virtual_memory
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: asked()._replace(percent=50.1 if len(slept) < 3 else 50.0))
+    ms_ckpt_ext.unified_safetensors(tmp_path / "src", tmp_path / "s.ckpt", tmp_path / "ours")
+    assert slept == []
+    by_stock("unified_safetensors", tmp_path / "src", tmp_path / "s.ckpt", tmp_path / "stock")
+    assert slept == [1, 1, 1]
+    assert [p.name for p in (tmp_path / "ours").glob("*.safetensors")] == ["part0.safetensors"]
+    assert read_file(tmp_path / "ours/part0.safetensors") == read_file(tmp_path / "stock/part0.safetensors")
