@@ -47,7 +47,7 @@ def entries_of(start: Ints, rows: Ints) -> tuple[Ints, Ints]:
     lengths = start[rows + 1] - start[rows]
     stops = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(rows)), lengths)
-    return owner, np.arange(stops[-1] if len(stops) else 0) + np.repeat(start[rows] - stops + lengths, lengths)
+    return owner, np.arange(lengths.sum()) + np.repeat(start[rows] - stops + lengths, lengths)
 
 
 def sums(owner: Ints, values: Ints, rows: int) -> Ints:

@@ -229,13 +229,15 @@ class _Filler:
         """Every active reader offers its next part; returns those that may offer another."""
         part = self._queue[self._head[active]]
         row = self._row[part]
-        owner, gets, nbytes, own = self._loads(active, row)
+        *columns, own = self._loads(active, row)
+        by_class = np.argsort(columns[1], kind="stable")
+        owner, gets, nbytes = (column[by_class] for column in columns)
         sent = np.where(active < self._world, self._copies[row] - own, self._nbytes[row])
         reads = self._reads[part]
         fits = (self._sent[active] >= sent) & (self._read[active] >= reads)
-        fits[owner[self._room[gets] < nbytes]] = False
-        taken = fits.copy()
-        taken[owner[self._crowded(fits[owner], gets, nbytes)]] = False
+        fits[owner[self._crowded(gets, nbytes, owner)]] = False
+        taken, some = fits.copy(), fits[owner]
+        taken[owner[some][self._crowded(gets[some], nbytes[some])]] = False
         if empty and not taken.any():
             taken[0] = True
         readers, mine = active[taken], taken[owner]
@@ -257,17 +259,14 @@ class _Filler:
         travels = ~(stays & (classes.size[gets] == 1))
         return owner[travels], gets[travels], nbytes[travels], own
 
-    def _crowded(self, offered: Ints, gets: Ints, nbytes: Ints) -> Ints:
-        """Entries that no longer fit their class after those of all lower readers."""
-        entries = np.flatnonzero(offered)
-        entries = entries[np.argsort(gets[entries], kind="stable")]
-        if not len(entries):
-            return entries
-        group, total = gets[entries], np.cumsum(nbytes[entries])
-        begins = np.flatnonzero(np.diff(group, prepend=-1))
-        before = np.repeat(total[begins] - nbytes[entries][begins], np.diff(np.append(begins, len(entries))))
-        over: Ints = entries[total - before > self._room[group]]
-        return over
+    def _crowded(self, gets: Ints, nbytes: Ints, *owner: Ints) -> Ints:
+        """Of entries in the order of their class, which no longer fit it after those before them; or, where owners are
+        given, after those of the same owner before them: a part may have several boxes for one class."""
+        begins = np.any([np.diff(column, prepend=-1) != 0 for column in (gets, *owner)], axis=0)
+        first, total = np.flatnonzero(begins), np.cumsum(nbytes)
+        before = np.repeat((total - nbytes)[first], np.diff(np.append(first, len(gets))))
+        crowded: Ints = total - before > self._room[gets]
+        return crowded
 
 
 class Pieces(NamedTuple):

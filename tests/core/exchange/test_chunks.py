@@ -12,6 +12,8 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, Moving
 from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Servers, Ways
 from ms_ckpt_ext.core.exchange.parts import Parts, Rows
 from ms_ckpt_ext.core.exchange.ragged import Sets, starts
+from ms_ckpt_ext.core.exchange.slices import Cut
+from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
 
 LIMITS = ExchangeLimits(bucket=8 << 10, chunk=100)
@@ -27,6 +29,8 @@ class Part(NamedTuple):
     ranks: tuple[int, ...]
     others: tuple[tuple[tuple[int, ...], int], ...] = ()
     moved: Optional[int] = None
+    demand: int = 0
+    early: bool = False
 
 
 def parts_of(parts: Sequence[Part], scattered: Sequence[int] = (), holders: Sequence[tuple[int, ...]] = ()) -> Parts:
@@ -37,8 +41,9 @@ def parts_of(parts: Sequence[Part], scattered: Sequence[int] = (), holders: Sequ
     whole = [sets.number(w[0][0]) if len(w) == 1 and w[0][1] == p.nbytes else -1 for p, w in zip(parts, wanted)]
     whole = [number if number < 0 or len(sets.members[number]) > 1 else -1 for number in whole]
     alike = [tuple(ranks for ranks, _ in each) for each in wanted]
+    cuts = tuple(Cut((part.nbytes,), 0, part.nbytes, (), True, DTYPES["U8"], part.early) for part in parts)
     rows = Rows(
-        (),
+        cuts,
         np.array([part.nbytes for part in parts], np.int64),
         np.array(whole, np.int32),
         starts(map(len, wanted)),
@@ -51,8 +56,8 @@ def parts_of(parts: Sequence[Part], scattered: Sequence[int] = (), holders: Sequ
         (np.array(each, np.int64) for each in ([p.file for p in parts], [p.offset for p in parts])),
     )
     lying = {number: (Extent(parts[number].offset, 1), Extent(0, parts[number].nbytes - 1)) for number in scattered}
-    numbers = np.arange(count)
-    return Parts(np.zeros(count, np.int64), numbers, *column, lying, rows, sets, tuple(holders))
+    demand = np.array([part.demand for part in parts], np.int64)
+    return Parts(demand, np.arange(count), *column, lying, rows, sets, tuple(holders))
 
 
 def read(chunks: Chunks) -> list[tuple[int, int, int]]:

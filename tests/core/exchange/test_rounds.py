@@ -1,13 +1,20 @@
-"""Streams of groups: equal shares, every byte read once and put where its part lies."""
+"""Which parts travel together, beside a model that takes one part at a time; streams of groups: equal shares, every
+byte read once and put where its part lies."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Optional
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
-from ms_ckpt_ext.core.exchange.rounds import stream_of
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, chunks_of
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits, Ways
+from ms_ckpt_ext.core.exchange.rounds import Shares, classes_of, rounds_of, shares_of, stream_of
+from tests.core.exchange.test_chunks import ALONE, Part, apart, parts_of
 
 # Parts of a file: gaps before them (0: a neighbour of the one before) and lengths.
 FILES = st.lists(st.lists(st.tuples(st.sampled_from([0, 0, 3, 64]), st.integers(1, 200)), max_size=6), max_size=4)
@@ -45,3 +52,193 @@ def test_parts_that_are_neighbours_are_one_read() -> None:
     stream = stream_of(np.zeros(3, int), np.array([8, 20, 60]), np.array([12, 30, 4]), 1, 1 << 20)
     assert [column.tolist() for column in stream.pieces] == [[0, 0], [0, 0], [8, 60], [42, 4], [0, 48]]
     assert stream.at.tolist() == [0, 12, 48]
+
+
+@pytest.mark.parametrize(
+    ("totals", "expected"),
+    [
+        (Shares(1, 1, 2), Shares(225, 225, 350)),  # the least of each is 100, and 500 are shared out
+        (Shares(0, 0, 0), Shares(100, 100, 100)),
+        (Shares(1, 0, 0), Shares(600, 100, 100)),
+        (Shares(0, 0, 1), Shares(100, 100, 600)),
+        (Shares(1, 1, 1), Shares(266, 266, 266)),
+    ],
+)
+def test_a_bucket_is_shared_out_as_the_whole_load_needs_it(totals: Shares, expected: Shares) -> None:
+    assert shares_of(totals, ExchangeLimits(800)) == expected
+
+
+def test_a_bucket_of_three_blocks_has_nothing_to_share_out() -> None:
+    assert shares_of(Shares(1, 2, 3), ExchangeLimits(40)) == Shares(16, 16, 16)
+
+
+WORLD = 5
+
+
+class Model:
+    """Rounds by what `core.exchange.rounds` says of them, a part at a time."""
+
+    def __init__(self, chunks: Chunks, ways: Ways) -> None:
+        parts, rows = chunks.parts, chunks.parts.rows
+        members, world = parts.sets.members, WORLD
+        self.carries = 2 if ways.tiered else 1
+        kind = [tuple(number for number, ranks in enumerate(members) if rank in ranks) for rank in range(world)]
+        alike = Counter(kind)
+        self.queues: dict[int, list[int]] = {}
+        self.size = dict.fromkeys(range(world), 1)
+        self.size.update(
+            (world + n, len(members[each.ranks]) if each.root == EVERYBODY else 1)
+            for n, each in enumerate(chunks.groups)
+        )
+        self.read, self.sent, self.gets, self.wanted = [], [], [], Counter[tuple[int, ...]]()
+        kept = Counter[int]()  # what a reader sends to itself
+        bounds = chunks.start.tolist()
+        owner = [
+            (chunk, at == low) for chunk, (low, high) in enumerate(zip(bounds, bounds[1:])) for at in range(low, high)
+        ]
+        for (chunk, first), row in zip(owner, parts.row.tolist()):
+            reader, nbytes = int(chunks.reader[chunk]), int(rows.nbytes[row])
+            some = [(members[rows.ranks[n]], int(rows.moved[n])) for n in range(rows.start[row], rows.start[row + 1])]
+            gets = Counter[tuple[int, ...]]()
+            for ranks, moved in some:
+                for each in {kind[rank] for rank in ranks}:
+                    gets[each] += moved
+            self.wanted.update(gets)
+            own = sum(moved for ranks, moved in some if reader in ranks)
+            copies = sum(moved * self.copies(ranks, ways) for ranks, moved in some)
+            group = reader >= world
+            if not group:
+                kept[reader] += own
+                if alike[kind[reader]] == 1:
+                    gets.pop(kind[reader], None)
+            self.read.append(nbytes if group else int(chunks.nbytes[chunk]) * first)
+            self.sent.append(nbytes if group else copies - own)
+            self.gets.append(gets)
+        order = sorted(range(len(bounds) - 1), key=lambda n: (min(parts.demand[bounds[n] : bounds[n + 1]]), n))
+        for chunk in order:
+            self.queues.setdefault(int(chunks.reader[chunk]), []).extend(range(*bounds[chunk : chunk + 2]))
+        self.room_of = kind
+        self.kept = kept
+
+    @staticmethod
+    def copies(ranks: tuple[int, ...], ways: Ways) -> int:
+        """Ranks that a reader sends to at most."""
+        if not ways.tiered:
+            return len(ranks)
+        teams = Counter(ways.servers[rank] for rank in ranks)
+        return len(teams) - 1 + max(teams.values())
+
+    def shares(self, limits: ExchangeLimits) -> Shares:
+        """What a rank may do in a round."""
+        most = [0, 0]
+        for reader, queue in self.queues.items():
+            for which, column in enumerate((self.read, self.sent)):
+                total = sum(column[part] for part in queue) + (self.kept[reader] if which else 0)
+                most[which] = max(most[which], total // self.size[reader])
+        return shares_of(Shares(*most, max(self.wanted.values(), default=0) * self.carries), limits)
+
+    def rounds(self, limits: ExchangeLimits) -> list[int]:
+        """The round of every part."""
+        shares, found, number = self.shares(limits), [-1] * len(self.read), 0
+        left = {reader: list(queue) for reader, queue in sorted(self.queues.items())}
+        while any(left.values()):
+            sent, read = ({r: share * self.size[r] for r in left} for share in (shares.sent, shares.read))
+            room = dict.fromkeys(self.room_of, shares.received // self.carries)
+            active, empty = [reader for reader in left if left[reader]], True
+            while active:
+                offers = {reader: left[reader][0] for reader in active}
+                fit = [r for r, n in offers.items() if self.fits(n, sent[r], read[r], room)]
+                offered = Counter[tuple[int, ...]]()
+                taken = []
+                for reader in fit:
+                    offered.update(self.gets[offers[reader]])
+                    if all(offered[each] <= room[each] for each in self.gets[offers[reader]]):
+                        taken.append(reader)
+                for reader in taken or active[:1] * empty:
+                    part = left[reader].pop(0)
+                    found[part], sent[reader], read[reader] = (
+                        number,
+                        sent[reader] - self.sent[part],
+                        read[reader] - self.read[part],
+                    )
+                    for each, nbytes in self.gets[part].items():
+                        room[each] -= nbytes
+                active, empty = [reader for reader in fit if left[reader]], False
+            number += 1
+        return found
+
+    def fits(self, part: int, sent: int, read: int, room: dict[tuple[int, ...], int]) -> bool:
+        """Whether a part fits by itself."""
+        received = all(nbytes <= room[each] for each, nbytes in self.gets[part].items())
+        return received and self.sent[part] <= sent and self.read[part] <= read
+
+
+RANKS = st.sets(st.integers(0, WORLD - 1), min_size=1, max_size=WORLD).map(lambda ranks: tuple(sorted(ranks)))
+
+
+@st.composite
+def laid(draw: st.DrawFn) -> list[Part]:
+    """Some dozens of parts of up to three files; a few that several want some of, or one rank in two boxes."""
+    found = []
+    wishes = draw(st.lists(st.lists(RANKS, min_size=1, max_size=3), min_size=1, max_size=4))
+    for file in range(draw(st.integers(1, 3))):
+        at = 0
+        for _ in range(draw(st.integers(0, 12))):
+            nbytes, (first, *rest) = draw(st.sampled_from([10, 20, 60, 300])), draw(st.sampled_from(wishes))
+            others = tuple((ranks, max(1, nbytes // draw(st.integers(1, 3)))) for ranks in rest)
+            moved = None if draw(st.booleans()) else max(1, nbytes // 2)
+            found.append(Part(file, at, nbytes, first, others, moved, draw(st.integers(0, 2))))
+            at += nbytes + draw(st.sampled_from([0, 5]))
+    return found
+
+
+@given(
+    laid(),
+    st.sampled_from([200, 1000, 1600]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.lists(RANKS, min_size=3, max_size=3),
+)
+@settings(max_examples=60, deadline=None)
+def test_rounds_are_those_of_one_part_at_a_time(
+    parts: list[Part], bucket: int, fed: bool, tiered: bool, few: bool, seen: Optional[list[tuple[int, ...]]]
+) -> None:
+    limits = ExchangeLimits(bucket, 64)
+    ways = Ways(gather=fed, groups=fed, broadcast=True, servers=(0, 0, 1, 1, 0), tiered=tiered)
+    sees = None if seen is None else {file: frozenset(ranks) for file, ranks in enumerate(seen)}
+    chunks = chunks_of(parts_of(parts[:4] if few else parts), WORLD, limits, sees, ways)
+    found = rounds_of(chunks, classes_of(chunks, WORLD), limits, ways).tolist()
+    assert found == Model(chunks, ways).rounds(limits)
+
+
+def test_a_part_with_two_boxes_for_one_rank_waits_until_there_is_room_for_both() -> None:
+    """77 bytes are left of what rank 1 may receive in the first round: room for each of its boxes, not for both."""
+    parts = [Part(file, 1000 * n, 120, (1,), (((1,), 60),), 60) for file in (0, 2) for n in range(4)]
+    limits = ExchangeLimits(1000, 4096)
+    chunks = chunks_of(parts_of(parts), 3, limits, {0: frozenset({0}), 2: frozenset({2})}, ALONE)
+    assert rounds_of(chunks, classes_of(chunks, 3), limits, ALONE).tolist() == [0, 0, 1, 1, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("parts", "rounds"),
+    [
+        # a reader may read, send, and its receiver receive 266 bytes of 800 a round, where all are alike
+        (apart(*[(133, (1,))] * 4), [0, 0, 1, 1]),
+        (apart(*[(134, (1,))] * 4), [0, 1, 2, 3]),
+        (apart(*[(400, (1,))] * 2), [0, 1]),  # too large for any
+        (apart((400, (1,)), (10, (1,))), [0, 1]),
+        (apart((10, (1,)), (400, (1,)), (10, (1,))), [0, 1, 2]),
+        # of the parameters in their order; of one of them first what is needed before the rest
+        ([part._replace(demand=1 - n // 2) for n, part in enumerate(apart(*[(133, (1,))] * 4))], [1, 1, 0, 0]),
+        ([part._replace(early=n > 1) for n, part in enumerate(apart(*[(133, (1,))] * 4))], [1, 1, 0, 0]),
+        (
+            [part._replace(early=n == 3, demand=n // 3) for n, part in enumerate(apart(*[(133, (1,))] * 4))],
+            [0, 0, 1, 1],
+        ),
+    ],
+)
+def test_rounds_of_one_reader(parts: list[Part], rounds: list[int]) -> None:
+    limits = ExchangeLimits(800, 4096)
+    chunks = chunks_of(parts_of(parts), 2, limits, {0: frozenset({0})}, ALONE)
+    assert rounds_of(chunks, classes_of(chunks, 2), limits, ALONE).tolist() == rounds
