@@ -62,6 +62,7 @@ def merge(
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
+    adapter: Optional[PathLike] = None,
     naming: str = "mindspore",
     part_bytes: int = PART_BYTES,
     share: Union[tuple[int, int], str] = (1, 1),
@@ -91,6 +92,8 @@ def merge(
         choice_func: parameter name -> True (keep), False (drop) or a str (new name); after the globs.
         name_map: name in the result -> name in the checkpoint as `choice_func` left it, as for `reshard`.
         rules: weight rules (`ms_ckpt_ext.rules`), applied first.
+        adapter: a folder with a LoRA adapter, as PEFT saves it, of the model in `src` by Hugging Face's names: its
+            products are added to the weights before the rules move them.
         naming: "mindspore" or "huggingface", for names of files and the index.
         part_bytes: aim for parts of at most this many bytes; with Hugging Face's names it is a limit.
         share: (i, n): write share i of n, from 1, on any hosts. Shares that have begun in one directory appear
@@ -126,7 +129,12 @@ def merge(
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    return run_merge(source.slices(allow_equal_slices), target, options, run, weight_rules, called, wanted)
+    catalog = source.slices(allow_equal_slices)
+    if adapter is not None:
+        from ms_ckpt_ext.api.huggingface.adapters import with_adapter
+
+        catalog, weight_rules = with_adapter(catalog, weight_rules, adapter, source.access, source.path)
+    return run_merge(catalog, target, options, run, weight_rules, called, wanted)
 
 
 def run_merge(
@@ -166,6 +174,7 @@ def reshard(
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
+    adapter: Optional[PathLike] = None,
     to: str = "safetensors",
     file_suffix: Optional[str] = None,
     format: Optional[str] = None,
@@ -212,7 +221,12 @@ def reshard(
     from ms_ckpt_ext.engine.unlisted.proven import ruled
 
     ranks = _ranks(layout, rank)
-    catalog = ruled(source.slices(allow_equal_slices), weight_rules).called(naming)
+    catalog = source.slices(allow_equal_slices)
+    if adapter is not None:
+        from ms_ckpt_ext.api.huggingface.adapters import with_adapter
+
+        catalog, weight_rules = with_adapter(catalog, weight_rules, adapter, source.access, source.path)
+    catalog = ruled(catalog, weight_rules).called(naming)
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
     return execute_with_progress(job, target, run, "reshard")

@@ -48,6 +48,7 @@ def verify(
     choice_func: Optional[Choice] = None,
     name_map: Optional[Mapping[str, str]] = None,
     rules: Sequence[Rule] = (),
+    adapter: Optional[PathLike] = None,
     file_suffix: Optional[str] = None,
     file_suffix_b: Optional[str] = None,
     dec_key: Optional[KeyLike] = None,
@@ -77,6 +78,7 @@ def verify(
             had them, but turn the map of a conversion round: it goes from `a` to `b`.
         rules: with `b`: weight rules (`ms_ckpt_ext.rules`) that made `b` from `a`, applied to `a` first. What they
             compute is computed again, and compared bit for bit.
+        adapter: with `b`: the folder of the adapter that was added to `a`, as `merge` and `reshard` take it.
         file_suffix, file_suffix_b: which file of a rank folder; None for the newest.
         dec_key, dec_key_b: keys of encrypted checkpoints; by default the one in MS_CKPT_EXT_DEC_KEY, where needed.
         dec_mode, dec_mode_b: the container that is expected; None for whatever a file is.
@@ -97,8 +99,8 @@ def verify(
     workers, wanted, access = workers_of(max_process_num), Filter(match, exclude), any_mode(dec_key, dec_mode)
     naming, names = checked_naming(choice_func, None), checked_name_map(name_map)
     weight_rules = checked_rules(rules)
-    if b is None and (choice_func is not None or names or weight_rules):
-        raise UsageError("choice_func, name_map and rules say what of a is called how in b: give b, or leave them out")
+    if b is None and (choice_func is not None or names or weight_rules or adapter is not None):
+        raise UsageError("choice_func, name_map, rules and adapter say how b was made of a: give b, or leave them out")
     if manifest:
         if b is not None or strategy is not None or wanted:
             raise UsageError("manifest compares files with their digests: it takes no b, strategy, match or exclude")
@@ -107,7 +109,12 @@ def verify(
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find_source(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    return _against(ruled(first.open(), weight_rules).called(naming), second.open(), names, wanted, workers)
+    catalog = first.open()
+    if adapter is not None:
+        from ms_ckpt_ext.api.huggingface.adapters import with_adapter
+
+        catalog, weight_rules = with_adapter(catalog, weight_rules, adapter, access, first.path)
+    return _against(ruled(catalog, weight_rules).called(naming), second.open(), names, wanted, workers)
 
 
 def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, workers: int) -> Comparison:

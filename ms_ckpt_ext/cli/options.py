@@ -75,6 +75,12 @@ def add_rules(parser: ArgumentParser, default: str, config: str) -> None:
     )
 
 
+def add_adapter(parser: ArgumentParser, whose: str) -> None:
+    """A folder with a LoRA adapter."""
+    help_ = f"folder with a LoRA adapter, as PEFT saves it: its products are added to the weights {whose}"
+    takes_path(parser.add_argument("--adapter", metavar="FOLDER", help=help_), "directory")
+
+
 def setting(text: str) -> tuple[str, Any]:
     """A key and its value on the command line.
 

@@ -25,6 +25,7 @@ from ms_ckpt_ext.api.arguments import (
     path_of,
     running,
 )
+from ms_ckpt_ext.api.huggingface.adapters import adapter_of
 from ms_ckpt_ext.api.huggingface.families import SizesLike, family_from
 from ms_ckpt_ext.api.jobs import share_of
 from ms_ckpt_ext.api.source import Filter, Globs, find_source
@@ -64,6 +65,7 @@ def export(
     config: Optional[PathLike] = None,
     sizes: Optional[SizesLike] = None,
     strategy: Any = None,
+    adapter: Optional[PathLike] = None,
     dtype: Optional[str] = None,
     exclude: Globs = (),
     max_shard_size: Union[int, str] = SHARD_SIZE,
@@ -92,6 +94,8 @@ def export(
             is copied, with the tokenizer's files if it is a folder. By default config.json in `src`, not copied.
         sizes: key of config.json -> number, and switch of the rule file -> value; they take precedence.
         strategy: of the job that saved rank folders, in any form that `as_strategy` takes.
+        adapter: a folder with a LoRA adapter, as PEFT saves it (adapter_config.json, adapter_model.safetensors): its
+            products are added to the weights that are exported, in F32, and rounded once.
         dtype: of the floats that are written: "bfloat16", "float16" or "float32"; None for that of the training. Values
             are rounded to the nearest, ties to even. What a rule file exempts keeps its dtype.
         exclude: shell-style globs of names in the training that are left out.
@@ -107,7 +111,8 @@ def export(
         UsageError: wrong arguments; no rule for a parameter that is neither optimizer state nor single value; files of
             others in `dst`. Nothing was written.
         CoverageError: a parameter of the model is not in the checkpoint, or only a part of it.
-        LayoutMismatchError: shapes that the rules cannot have made, or tied tensors that differ.
+        LayoutMismatchError: shapes that the rules cannot have made, or tied tensors that differ; an adapter of another
+            model.
         others: as `merge`.
     """
     checked_words(export, locals(), ("dtype",))
@@ -125,6 +130,10 @@ def export(
     beside = {} if named is None else read_companions(named)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     catalog = outgoing(source.slices(allow_equal_slices), family, wanted)
+    if adapter is not None:
+        added = adapter_of(adapter, source.access, source.path)
+        added.require_untied(family.tied)
+        catalog = added.merged(catalog, wanted_dtype)
     if wanted_dtype is not None:
         catalog = cast(catalog, wanted_dtype, family.keeps)
     files = adapted(beside, catalog.tensors, wanted_dtype)

@@ -8,6 +8,7 @@ background   load_checkpoint_async
 family       the rest of MindSpore's checkpoint functions
 d2d          TransformParametersD2D of mindrlhf
 install      all of them under MindSpore's own names
+given_files  where a load finds its files
 prefixes     which names a prefix keeps or leaves out
 unserved     what only MindSpore's own load_checkpoint serves
 """

@@ -22,12 +22,11 @@ from ms_ckpt_ext.api.arguments import (
     running,
     seal_of,
 )
+from ms_ckpt_ext.api.mindspore.given_files import FilesToLoad, GivenFiles
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load.options import LoadOptions
-from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint, list_files
-from ms_ckpt_ext.errors import ArgumentTypeError, CheckpointError, DiscoveryError, UsageError, also, integer
+from ms_ckpt_ext.errors import CheckpointError, UsageError, integer
 from ms_ckpt_ext.formats.registry import Access
-from ms_ckpt_ext.formats.table import CKPT
 from ms_ckpt_ext.storage.threads import few_collections
 
 if TYPE_CHECKING:
@@ -69,6 +68,7 @@ def load_distributed_checkpoint(
     enc_key: Optional[KeyLike] = None,
     enc_mode: str = "AES-GCM",
     rules: Sequence[Rule] = (),
+    adapter: Optional[PathLike] = None,
     choice_func: Optional[Choice] = None,
     allow_equal_slices: bool = False,
     hardware: PathLike = "",
@@ -114,6 +114,8 @@ def load_distributed_checkpoint(
             MS_CKPT_EXT_MODE and MS_CKPT_EXT_HARDWARE.
         rules: weight rules (`ms_ckpt_ext.rules`) that make the network's parameters from the checkpoint's: renamed,
             joined, interleaved, stacked, transposed. `choice_func` and `name_map` then speak of what the rules make.
+        adapter: a folder with a LoRA adapter, as PEFT saves it, of a model by Hugging Face's names; every host sees it.
+            Its products are added to the weights before the rules move them.
         choice_func: name in the checkpoint -> True (keep), False (leave out) or a str (new name); before `name_map`.
 
     Returns:
@@ -134,7 +136,7 @@ def load_distributed_checkpoint(
     checked_format(format, "format")
     checked_format(output_format, "output_format")
     asked = _Asked(
-        _Files(format, checkpoint_filenames, unified_safetensors_dir, file_suffix),
+        GivenFiles(format, checkpoint_filenames, unified_safetensors_dir, file_suffix, adapter),
         train_strategy_filename,
         predict_strategy,
         access_of(dec_key, dec_mode, crc_check),
@@ -163,73 +165,10 @@ def load_distributed_checkpoint(
     return True if mindspores and not return_param_dict else found
 
 
-class _Files(NamedTuple):
-    """Where the files of a checkpoint are, as the caller says."""
-
-    format: str
-    filenames: Any
-    directory: Any
-    file_suffix: Optional[str]
-
-    @property
-    def listed(self) -> bool:
-        """Whether the files were named one by one."""
-        return isinstance(self.filenames, (list, tuple))
-
-    def checked(self, trained: Optional[Strategy]) -> _Place:
-        """Where to look for them. Raises UsageError, ArgumentTypeError."""
-        if self.filenames is None:
-            return _Place(path_of(self.directory, "unified_safetensors_dir"), (), trained, self)
-        if self.format != CKPT.name or self.directory is not None:
-            raise UsageError("checkpoint_filenames goes with format='ckpt' and without unified_safetensors_dir")
-        if isinstance(self.filenames, (str, os.PathLike)):
-            return _Place(path_of(self.filenames, "checkpoint_filenames"), (), trained, self)
-        if not self.listed:
-            given = type(self.filenames).__name__
-            raise ArgumentTypeError(f"checkpoint_filenames must be a list of paths in the order of ranks, got {given}")
-        paths = tuple(path_of(name, "every item of checkpoint_filenames") for name in self.filenames)
-        world = 1 if trained is None else trained.world
-        if len(paths) != world:
-            raise UsageError(
-                f"checkpoint_filenames has {len(paths)} files, but the training strategy is for {world} ranks: "
-                "give the file of every rank, in the order of ranks, and train_strategy_filename"
-            )
-        return _Place("", paths, trained, self)
-
-
-class _Place(NamedTuple):
-    """Where to look for the files: below a path, or at the paths of all ranks."""
-
-    path: str
-    named: tuple[str, ...]
-    trained: Optional[Strategy]
-    files: _Files
-
-    def look(self) -> Listing:
-        """The files that this host sees: hosts with local disks need not see those of others."""
-        if not self.named:
-            return list_checkpoint(self.path, self.trained, self.files.file_suffix, kind=self.files.format)
-        found = {rank: path for rank, path in enumerate(self.named) if os.path.isfile(path)}
-        if not found:
-            raise also(DiscoveryError, FileNotFoundError)(
-                f"none of the {len(self.named)} files exists, the first is {self.named[0]!r}; check the paths"
-            )
-        return list_files(found, self.trained)
-
-    def require_named(self) -> None:
-        """Raise DiscoveryError for a named file that is absent: for jobs in which no other host may have it."""
-        for rank, path in enumerate(self.named):
-            if not os.path.isfile(path):
-                what = "is a directory" if os.path.isdir(path) else "does not exist"
-                raise also(DiscoveryError, FileNotFoundError)(
-                    f"the file of rank {rank} in checkpoint_filenames {what}: {path!r}; check it"
-                )
-
-
 class _Asked(NamedTuple):
     """What a load into a network and save mode have in common: the source, the layouts, and what is made of it."""
 
-    files: _Files
+    files: GivenFiles
     trained: Any
     target: Any
     access: Access
@@ -238,14 +177,14 @@ class _Asked(NamedTuple):
     allow_equal_slices: bool
     run: Running
 
-    def place(self, network: Any) -> _Place:
+    def place(self, network: Any) -> FilesToLoad:
         """Where the source is, with the strategy that cut it; for `checkpoint_filenames` by default the network's."""
         filename = self.trained
         if filename is None and network is not None and self.files.filenames is not None:
             from ms_ckpt_ext.bridge.world import training_strategy_file
 
             filename = training_strategy_file(network)
-        return self.files.checked(as_strategy(filename, argument="train_strategy_filename"))
+        return self.files.checked(as_strategy(filename, argument="train_strategy_filename"), self.access)
 
 
 def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_dict: bool) -> Any:
@@ -270,7 +209,7 @@ def _load(network: Any, asked: _Asked, strict: bool, options: LoadOptions, as_di
         target,
         rank,
         Manner(strict, exact=strict, listed=asked.files.listed),
-        asked.rules,
+        place.rules(asked.rules),
         asked.naming,
         asked.allow_equal_slices,
         options,
@@ -303,7 +242,7 @@ def _save(asked: _Asked, directory: Any, rank_id: Optional[int], form: str, **ho
     ranks = _ranks_of(rank_id, strategy)
     place.require_named()
     stored = read_slices(place.look(), place.trained, asked.access, asked.allow_equal_slices)
-    catalog = ruled(stored, asked.rules).called(asked.naming)
+    catalog = ruled(stored, place.rules(asked.rules)).called(asked.naming)
     job, target = folders_job(catalog, strategy, ranks, rank_id is not None, target, form, **how)
     execute_with_progress(job, target, asked.run, "reshard")
 

@@ -13,6 +13,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     takes_path(parser.add_argument("dst", help="directory for the model"), "directory")
     options.add_rules(parser, "the family that has the architecture of --config", "copied, with a tokenizer beside it")
     options.add_strategy(parser)
+    options.add_adapter(parser, "that are written")
     dtype = "of the floats that are written (default: that of the training)"
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help=dtype)
     options.add_exclude(parser)
@@ -38,6 +39,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             config=arguments.config,
             sizes=options.sizes(arguments),
             strategy=arguments.strategy,
+            adapter=arguments.adapter,
             dtype=arguments.dtype,
             exclude=arguments.exclude,
             max_shard_size=arguments.max_shard_size,
@@ -67,6 +69,7 @@ COMMAND = Command(
             "by the model's folder of the hub",
         ),
         ("ms-ckpt export checkpoint model --config Qwen3-8B --strategy s.ckpt --dtype bfloat16", "rounded to bfloat16"),
+        ("ms-ckpt export checkpoint model --config Qwen3-8B --strategy s.ckpt --adapter lora", "with an adapter added"),
         ("ms-ckpt export output/checkpoint/iteration_00001000 model --config Qwen3-8B", "a folder of MindFormers"),
         (
             "ms-ckpt export checkpoint model --rules deepseek-v3 --config config.json --set mla_qkv_concat=false "

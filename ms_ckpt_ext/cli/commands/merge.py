@@ -20,6 +20,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part-size", type=options.byte_size, default=3 << 30, metavar="SIZE", help=size)
     options.add_share(parser)
     options.add_rules(parser, "names stay", "by default the one in SRC")
+    options.add_adapter(parser, "of SRC, which have Hugging Face's names")
     jobs.add_which(parser)
     jobs.add_rewriting(parser)
 
@@ -35,6 +36,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             match=arguments.match,
             exclude=arguments.exclude,
             rules=options.rules(arguments),
+            adapter=arguments.adapter,
             naming=arguments.naming,
             part_bytes=arguments.part_size,
             share=arguments.share,

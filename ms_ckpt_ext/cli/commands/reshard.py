@@ -16,6 +16,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="write this rank's folder only")
     options.add_name_map(parser, '{"name in the result": "name in the source"}')
     options.add_rules(parser, "names stay", "by default the one in SRC")
+    options.add_adapter(parser, "of SRC, which have Hugging Face's names")
     options.add_equal_slices(parser)
     jobs.add_which(parser)
     jobs.add_rewriting(parser)
@@ -33,6 +34,7 @@ def _run(arguments: argparse.Namespace) -> Answer:
             rank=arguments.rank,
             name_map=options.name_map(arguments),
             rules=options.rules(arguments),
+            adapter=arguments.adapter,
             allow_equal_slices=arguments.allow_equal_slices,
             **jobs.which(arguments),
             **jobs.rewriting(arguments),

@@ -226,7 +226,7 @@ class AddProduct(Rule):
         if len(shapes[0]) != 2 or shapes[1:] != [(shapes[0][0], rank), (rank, shapes[0][1])]:
             raise LayoutMismatchError(
                 f"{name!r} is W + B A of {shapes_of(held)}, whose shapes must be (m, n), (m, r) and (r, n): check the "
-                "order of the sources"
+                "order of the sources, and that an adapter is of this model"
             )
         output = self.dtype or dtypes[0]
         operation = AddedProduct(self.factor, (dtypes[0], dtypes[1], dtypes[2]), rank, output)

@@ -45,7 +45,7 @@ _TOP = {
     "rules": (list, "a list of rules"),
 }
 _OWN = {"rule", "sources", "target", "when", "unless", "optional"}
-_TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 _MOST = 100_000
 """Layers or experts: above what any model has."""
 _NUMBER = re.compile(r"\{=([^{}]+)\}")
@@ -154,7 +154,7 @@ def _words(optional: Any) -> tuple[str, ...]:
 
 def family_of_rules(rules: Sequence[Rule], config: Config, given: Mapping[str, Any]) -> Family:
     """Rules that belong to no family: only `config` says what the model has besides them."""
-    return Family("", tuple(rules), (), (), (), _TIED if _tied(Sizes(given, config, {})) else {}, (), ())
+    return Family("", tuple(rules), (), (), (), TIED if _tied(Sizes(given, config, {})) else {}, (), ())
 
 
 def _check_top(document: Any, origin: str) -> None:

@@ -148,7 +148,7 @@ def without_ties(catalog: Catalog, family: Family) -> Catalog:
     """
     tied = {name: first for name, first in family.tied.items() if {name, first} <= catalog.tensors.keys()}
     for name, first in tied.items():
-        if not _alike(catalog, name, first):
+        if not same_bytes(catalog, name, first):
             raise LayoutMismatchError(
                 f"config.json says tie_word_embeddings, but {name!r} and {first!r} differ in the checkpoint, so one of "
                 "them would be lost: say tie_word_embeddings=False in sizes and in config.json, or leave one out"
@@ -171,7 +171,7 @@ def cast(catalog: Catalog, dtype: str, keeps: Iterable[str]) -> Catalog:
     return catalog._replace(tensors=tensors)
 
 
-def _alike(catalog: Catalog, one: str, other: str) -> bool:
+def same_bytes(catalog: Catalog, one: str, other: str) -> bool:
     """Whether two tensors have the same bytes, compared tile by tile."""
     from ms_ckpt_ext.engine.copying.worker import Assembler
 

@@ -1,0 +1,380 @@
+"""LoRA adapters in a folder of their own, added at export, merge and re-cut: the right bytes, or refused."""
+
+from __future__ import annotations
+
+from math import sqrt
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import ms_ckpt_ext
+from ms_ckpt_ext.core.geometry.layout import Layout
+from ms_ckpt_ext.errors import (
+    CheckpointError,
+    CoverageError,
+    DiscoveryError,
+    FormatError,
+    LayoutMismatchError,
+    UsageError,
+)
+from ms_ckpt_ext.rules import Dequantize
+from tests.support.adapters import products, save_adapter, with_adapter, with_product
+from tests.support.checkpoints import cut, read_file, strategy_of
+from tests.support.families import ARCHITECTURES, LAYERS, hub_folder, training
+from tests.support.quantised import Tensor, dequantised, random_items, rounded, save, values
+
+Weights = dict[str, np.ndarray]
+Q = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
+DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)]
+
+
+def told(arrays: Weights) -> dict[str, tuple[Any, ...]]:
+    return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()}
+
+
+def held(folder: Path) -> Weights:
+    return {name: array for file in sorted(folder.rglob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def merged(source: Path, adapter: Path, target: Path, **more: Any) -> Weights:
+    ms_ckpt_ext.merge(source, target, adapter=adapter, naming="huggingface", sync=False, digests=False, **more)
+    return held(target)
+
+
+MODULES: dict[str, list[str]] = {
+    "llama": [*Q, *DOWN],
+    "qwen2": ["model.layers.2.self_attn.v_proj", "lm_head"],
+    "qwen3": [*Q, "model.layers.1.mlp.gate_proj"],
+    "qwen3-moe": ["model.layers.1.mlp.experts.2.up_proj", "model.layers.3.mlp.gate", "model.layers.0.self_attn.o_proj"],
+    "deepseek-v3": ["model.layers.1.self_attn.kv_b_proj", "model.layers.2.mlp.experts.0.down_proj"],
+}
+
+
+@pytest.mark.parametrize("case", ["dp2_tp2_pp2_zero", "dp4_tp2_zero2"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_export_adds_it(family: str, case: str, golden: Path, tmp_path: Path) -> None:
+    """Of every family, from shards of a training; what has no product stays as it is, to the bit."""
+    weights = hub_folder(tmp_path / "hub", family)
+    tensors = products(weights, MODULES[family], dtype=np.float16)
+    adapter = save_adapter(tmp_path / "lora", tensors, target_modules="a pattern")
+    rules = ms_ckpt_ext.load_rules(family, tmp_path / "hub")
+    ms_ckpt_ext.merge(tmp_path / "hub", tmp_path / "trained", rules=rules, digests=False, sync=False)
+    parameters = held(tmp_path / "trained")
+    strategy = training(golden / case, {name: array.shape for name, array in parameters.items()}, states=False)
+    cut(strategy, parameters, tmp_path / "shards")
+    more = {"config": tmp_path / "hub", "strategy": strategy, "sync": False}
+    ms_ckpt_ext.export(tmp_path / "shards", tmp_path / "out", adapter=adapter, **more)
+    assert told(held(tmp_path / "out")) == told(with_adapter(weights, tensors, 5 / 3))
+
+
+def test_export_rounds_once(tmp_path: Path) -> None:
+    """The sum is rounded to the chosen dtype, and not to that of the training before."""
+    weights = hub_folder(tmp_path / "hub", "qwen3")
+    adapter = save_adapter(tmp_path / "lora", products(weights, Q), target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    rules = ms_ckpt_ext.load_rules("qwen3", tmp_path / "hub")
+    ms_ckpt_ext.merge(tmp_path / "hub", tmp_path / "trained", rules=rules, digests=False, sync=False)
+    more = {"config": tmp_path / "hub", "adapter": adapter, "sync": False}
+    ms_ckpt_ext.export(tmp_path / "trained", tmp_path / "out", dtype="float32", **more)
+    wide = {name: array.astype(np.float32) for name, array in weights.items()}
+    assert told(held(tmp_path / "out")) == told(with_adapter(wide, tensors, 5 / 3))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3-moe"])
+def test_merge_and_reshard_add_it_before_the_rules(family: str, golden: Path, tmp_path: Path) -> None:
+    weights = hub_folder(tmp_path / "hub", family)
+    tensors = products(weights, MODULES[family])
+    adapter = save_adapter(tmp_path / "lora", tensors, target_modules="a pattern")
+    truth = with_adapter(weights, tensors, 5 / 3)
+    assert told(merged(tmp_path / "hub", adapter, tmp_path / "merged")) == told(truth)
+    rules = ms_ckpt_ext.load_rules(family, tmp_path / "hub")
+    ms_ckpt_ext.merge(tmp_path / "merged", tmp_path / "trained", rules=rules, digests=False, sync=False)
+    parameters = held(tmp_path / "trained")
+    strategy = training(golden / "dp2_tp2_pp2_zero", {n: a.shape for n, a in parameters.items()}, states=False)
+    cut(strategy, parameters, tmp_path / "expected")
+    made = {"rules": rules, "adapter": adapter, "to_strategy": strategy, "digests": False, "sync": False}
+    ms_ckpt_ext.reshard(tmp_path / "hub", tmp_path / "shards", **made)
+    for file in sorted((tmp_path / "expected").rglob("*.safetensors")):
+        (found,) = (tmp_path / "shards" / file.parent.name).glob("*.safetensors")
+        assert read_file(found) == read_file(file)
+    assert ms_ckpt_ext.verify(
+        tmp_path / "hub", tmp_path / "shards", rules=rules, adapter=adapter, strategy_b=strategy
+    ).ok
+    assert not ms_ckpt_ext.verify(tmp_path / "hub", tmp_path / "shards", rules=rules, strategy_b=strategy).ok
+    saved = {
+        "format": "safetensors",
+        "unified_safetensors_dir": tmp_path / "hub",
+        "dst_safetensors_dir": tmp_path / "dst",
+    }
+    ms_ckpt_ext.load_distributed_checkpoint(None, predict_strategy=strategy, rules=rules, adapter=adapter, **saved)
+    for file in sorted((tmp_path / "expected").rglob("*.safetensors")):
+        (found,) = (tmp_path / "dst" / file.parent.name).glob("*.safetensors")
+        assert read_file(found) == read_file(file)
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"use_rslora": True}, 5 / sqrt(3)),
+        ({"lora_alpha": 0.5}, 0.5 / 3),
+        ({"lora_alpha": -2, "r": None}, -2 / 3),
+        ({"alpha_pattern": {"self_attn.q_proj": 7}}, 7 / 3),
+        ({"alpha_pattern": {"elf_attn.q_proj": 7, "k_proj": 8}}, 5 / 3),
+        ({"rank_pattern": {"q_proj": 3}, "r": 8}, 5 / 3),
+    ],
+    ids=str,
+)
+def test_the_factor(config: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    weights = hub_folder(tmp_path / "hub", "qwen3")
+    tensors = products(weights, Q)
+    adapter = save_adapter(tmp_path / "lora", tensors, **{"target_modules": ["q_proj"], **config})
+    assert told(merged(tmp_path / "hub", adapter, tmp_path / "out")) == told(with_adapter(weights, tensors, factor))
+
+
+def test_factors_by_module(tmp_path: Path) -> None:
+    """The first pattern that fits counts: ends of names, or with ^ whole names."""
+    weights = hub_folder(tmp_path / "hub", "qwen3")
+    whole = {name: products(weights, [name], r=2 if "layers.1." in name else 3) for name in Q}
+    patterns = {"^model.layers.0.self_attn.q_proj": 1, "layers.1.self_attn.q_proj": 2, "q_proj": 3, "layers.2": 4}
+    tensors = {name: tensor for each in whole.values() for name, tensor in each.items()}
+    ranks = {"layers.1.self_attn.q_proj": 2}
+    named = {"alpha_pattern": patterns, "rank_pattern": ranks, "target_modules": ["q_proj"]}
+    adapter = save_adapter(tmp_path / "lora", tensors, **named)
+    truth: Weights = dict(weights)
+    for name, factor in zip(Q, (1 / 3, 2 / 2, 3 / 3, 3 / 3)):
+        truth = with_adapter(truth, whole[name], factor)
+    assert told(merged(tmp_path / "hub", adapter, tmp_path / "out")) == told(truth)
+
+
+def test_embeddings_and_weights_stored_transposed(tmp_path: Path) -> None:
+    """An embedding is (words, width), and its A (r, words), B (width, r); Conv1D has weights of shape (in, out)."""
+    rng = np.random.default_rng(3)
+    weights = {
+        "wte.weight": rng.standard_normal((9, 6)),
+        "c.weight": rng.standard_normal((6, 8)),
+        "ln.weight": rng.random(6),
+    }
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    (tmp_path / "hub").mkdir()
+    save_file(weights, tmp_path / "hub" / "model.safetensors")
+    halves = {
+        "wte.lora_embedding_A": (2, 9),
+        "wte.lora_embedding_B": (6, 2),
+        "c.lora_A.weight": (2, 6),
+        "c.lora_B.weight": (8, 2),
+    }
+    tensors = {f"base_model.model.{n}": rng.standard_normal(s).astype(np.float32) for n, s in halves.items()}
+    a, b, a_in, b_out = tensors.values()
+    truth = {
+        "wte.weight": with_product(weights["wte.weight"], a.T, b.T, 2.5),
+        "c.weight": with_product(weights["c.weight"], a_in.T, b_out.T, 2.5),
+        "ln.weight": weights["ln.weight"],
+    }
+    copy = {"base_model.model.wte.base_layer.weight": weights["wte.weight"]}  # as PEFT saves it by default
+    for more in ({}, copy):
+        named = {"fan_in_fan_out": True, "r": 2, "target_modules": ["wte", "c"]}
+        adapter = save_adapter(tmp_path / "lora", {**tensors, **more}, **named)
+        assert told(merged(tmp_path / "hub", adapter, tmp_path / f"out{len(more)}")) == told(truth)
+    save_adapter(tmp_path / "lora", {**tensors, **{name: array + 1 for name, array in copy.items()}}, **named)
+    with pytest.raises(LayoutMismatchError, match="base_layer.weight' .* differs from the model's 'wte.weight'"):
+        merged(tmp_path / "hub", adapter, tmp_path / "other")
+
+
+def test_a_quantised_model_becomes_floats_first(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    quantised = {
+        "l.0.q_proj.weight": Tensor("F8_E4M3", random_items(rng, "F8_E4M3", (8, 6)) & 0x77),
+        "l.0.q_proj.weight_scale_inv": Tensor("F32", rng.random((2, 2)).astype(np.float32)),
+    }
+    save(quantised, tmp_path / "hub" / "model.safetensors")
+    shapes = {"l.0.q_proj.weight": np.empty((8, 6))}
+    tensors = products(shapes, ["l.0.q_proj"])
+    adapter = save_adapter(tmp_path / "lora", tensors, target_modules=["q_proj"])
+    floats = Dequantize(["{*}.weight", "{*}.weight_scale_inv"], "{*}.weight", block=(4, 4), dtype="BF16")
+    ms_ckpt_ext.merge(tmp_path / "hub", tmp_path / "out", rules=[floats], adapter=adapter, digests=False, sync=False)
+    (found,) = (tensor for file in (tmp_path / "out").glob("*.safetensors") for tensor in read_file(file).values())
+    elements, scales = quantised.values()
+    w = values(Tensor("BF16", dequantised(elements, "F8_E4M3", scales, "F32", (4, 4), "BF16")), "BF16")
+    b, a = tensors["base_model.model.l.0.q_proj.lora_B.weight"], tensors["base_model.model.l.0.q_proj.lora_A.weight"]
+    assert found.dtype == "BF16" and found.data == rounded(with_product(w, b, a, 5 / 3), "BF16").tobytes()
+
+
+def test_another_alpha_is_another_result(tmp_path: Path) -> None:
+    """A rerun keeps what is there; a configuration that was changed since begins anew."""
+    weights = hub_folder(tmp_path / "hub", "qwen3")
+    tensors = products(weights, Q)
+    for alpha in (5, 6):
+        adapter = save_adapter(tmp_path / "lora", tensors, target_modules=["q_proj"], lora_alpha=alpha)
+        found = merged(tmp_path / "hub", adapter, tmp_path / "out")
+        assert told(found) == told(with_adapter(weights, tensors, alpha / 3))
+
+
+FIRST = f"base_model.model.{Q[0]}"
+Change = Callable[[Path, Weights], object]
+
+
+def _said(**config: Any) -> Change:
+    return lambda folder, tensors: save_adapter(folder, tensors, **config)
+
+
+def _without(key: str) -> Change:
+    return lambda folder, tensors: save_adapter(folder, tensors, without=[key])
+
+
+def _changed(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    whole = f"base_model.model.{name}"
+    return lambda folder, tensors: save_adapter(folder, {**tensors, whole: change(tensors[whole])})
+
+
+def _renamed(old: str, new: str) -> Change:
+    return lambda folder, tensors: save_adapter(folder, {n.replace(old, new): array for n, array in tensors.items()})
+
+
+def _more(name: str) -> Change:
+    return lambda folder, tensors: save_adapter(folder, {**tensors, name: np.ones(4, np.float32)})
+
+
+WRONG: dict[str, tuple[Change, type[CheckpointError], str]] = {
+    "no alpha": (_without("lora_alpha"), FormatError, "adapter_config.json' has no lora_alpha"),
+    "an alpha of null": (_said(lora_alpha=None), FormatError, "lora_alpha None .* should be a number"),
+    "an alpha of text": (_said(lora_alpha="5"), FormatError, "lora_alpha '5' .* should be a number"),
+    "an alpha beyond floats": (_said(lora_alpha=10**400), FormatError, "should be a number"),
+    "another r": (
+        _said(r=4),
+        LayoutMismatchError,
+        r"\(m, r\) with r 4, by .*adapter_config.json",
+    ),
+    "an r of text": (_said(r="3"), FormatError, "says r '3' .* whole number"),
+    "DoRA": (_said(use_dora=True), UsageError, "use_dora True: the adapter has DoRA"),
+    "an unknown variant": (_said(use_tomorrows_lora=True), UsageError, "use_tomorrows_lora True: .* variant"),
+    "biases": (_said(bias="all"), UsageError, "bias 'all': the adapter has trained biases"),
+    "biases of products": (_said(lora_bias=True), UsageError, "lora_bias True"),
+    "whole modules": (_said(modules_to_save=["lm_head"]), UsageError, "modules_to_save .*'lm_head'.* whole modules"),
+    "tokens": (_said(trainable_token_indices=[1]), UsageError, "trainable_token_indices"),
+    "layers again": (_said(layer_replication=[[0, 1]]), UsageError, "layer_replication"),
+    "another start": (_said(init_lora_weights="pissa"), UsageError, "init_lora_weights 'pissa': .* changed before"),
+    "another type": (_said(peft_type="IA3"), UsageError, "type 'IA3', and only LORA"),
+    "an expression": (_said(alpha_pattern={"layers.(0|1)": 4}), UsageError, "regular expression"),
+    "patterns as a list": (_said(rank_pattern=["q_proj"]), FormatError, "rank_pattern .* should be an object"),
+    "a flag of text": (_said(use_rslora="yes"), FormatError, "use_rslora 'yes', which should be true or false"),
+    "another shape": (
+        _changed(f"{Q[0]}.lora_B.weight", lambda b: b[:-1]),
+        LayoutMismatchError,
+        "adapter is of this model",
+    ),
+    "halves of two ranks": (
+        _changed(f"{Q[0]}.lora_A.weight", lambda a: a[:-1]),
+        LayoutMismatchError,
+        r"A of shape \[2, 32\]",
+    ),
+    "a convolution": (
+        _changed(f"{Q[0]}.lora_A.weight", lambda a: a[..., None, None]),
+        LayoutMismatchError,
+        "A of shape",
+    ),
+    "half of a product": (
+        lambda at, held: save_adapter(at, {n: a for n, a in held.items() if n != f"{FIRST}.lora_B.weight"}),
+        CoverageError,
+        "has A of 'model.layers.0.self_attn.q_proj', and not the other half",
+    ),
+    "modules of another model": (_renamed("self_attn", "attention"), CoverageError, "changes 4 weights.*attention"),
+    "a wrapped base": (
+        _renamed("base_model.model.model", "base_model.model"),
+        CoverageError,
+        "the model does not have",
+    ),
+    "the names of training": (
+        _renamed("lora_A", "lora_A.default"),
+        UsageError,
+        "lora_A.default.weight', which is none of",
+    ),
+    "a magnitude": (
+        _more(f"{FIRST}.lora_magnitude_vector"),
+        UsageError,
+        "magnitude_vector', which is none",
+    ),
+    "a bias": (_more(f"{FIRST}.bias"), UsageError, "q_proj.bias', which is none"),
+    "a whole weight": (
+        _more(f"{FIRST}.base_layer.weight"),
+        UsageError,
+        "and nothing to add to it",
+    ),
+    "braces": (_more("base_model.model.{n}.lora_A.weight"), UsageError, "which is none of"),
+    "nothing": (lambda at, held: save_adapter(at, {}), FormatError, "holds no tensors"),
+    "a target without products": (
+        _said(target_modules=["q_proj", "k_proj"]),
+        CoverageError,
+        "trained for 'k_proj', .* has nothing for it",
+    ),
+    "no configuration": (
+        lambda at, held: (at / "adapter_config.json").unlink(),
+        DiscoveryError,
+        "there is no '.*adapter_config.json'",
+    ),
+    "a list for a configuration": (
+        lambda at, held: (at / "adapter_config.json").write_text("[]"),
+        FormatError,
+        "no JSON object",
+    ),
+    "torch's format": (
+        lambda at, held: (at / "adapter_model.safetensors").rename(at / "adapter_model.bin"),
+        DiscoveryError,
+        "adapter_model.safetensors, as PEFT's save_pretrained writes it",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("model")
+    hub_folder(root / "hub", "qwen3")
+    ms_ckpt_ext.merge(root / "hub", root / "trained", rules=ms_ckpt_ext.load_rules(config=root / "hub"), sync=False)
+    return root
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_refused_by_name(what: str, hub: Path, tmp_path: Path) -> None:
+    """At export as well as at a merge; nothing is written."""
+    change, kind, message = WRONG[what]
+    tensors = products(held(hub / "hub"), Q)
+    change(save_adapter(tmp_path / "lora", tensors, target_modules=["q_proj"]), tensors)
+    for job in (
+        lambda: merged(hub / "hub", tmp_path / "lora", tmp_path / "out"),
+        lambda: ms_ckpt_ext.export(hub / "trained", tmp_path / "out", config=hub / "hub", adapter=tmp_path / "lora"),
+    ):
+        with pytest.raises(kind, match=message):
+            job()
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_one_of_two_tied_tensors_is_refused(module: str, golden: Path, tmp_path: Path) -> None:
+    weights = hub_folder(tmp_path / "hub", "qwen3", tie_word_embeddings=True)
+    shaped = {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}
+    adapter = save_adapter(tmp_path / "lora", products(shaped, [module]), target_modules=[module])
+    with pytest.raises(UsageError, match=f"'{module}.weight', which is one tensor with another.*tie_word_embeddings"):
+        merged(tmp_path / "hub", adapter, tmp_path / "out")
+    rules = ms_ckpt_ext.load_rules("qwen3", tmp_path / "hub")
+    ms_ckpt_ext.merge(tmp_path / "hub", tmp_path / "trained", rules=rules, digests=False, sync=False)
+    with pytest.raises(UsageError, match="which is one tensor with another"):
+        ms_ckpt_ext.export(tmp_path / "trained", tmp_path / "out", config=tmp_path / "hub", adapter=adapter)
+
+
+def test_a_load_of_a_trainings_files_is_refused(hub: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "lora", products(held(hub / "hub"), Q), target_modules=["q_proj"])
+    strategy = strategy_of({"w": Layout((2,), ((0,), ()))}, tmp_path / "s.ckpt")
+    cut(strategy, {"w": np.arange(8, dtype=np.float32).reshape(4, 2)}, tmp_path / "shards")
+    with pytest.raises(UsageError, match="the files of a training: give the adapter when they are exported"):
+        ms_ckpt_ext.load_distributed_checkpoint(
+            None,
+            train_strategy_filename=tmp_path / "s.ckpt",
+            format="safetensors",
+            unified_safetensors_dir=tmp_path / "shards",
+            dst_safetensors_dir=tmp_path / "out",
+            adapter=adapter,
+        )
+    with pytest.raises(CoverageError, match="changes 4 weights that the model does not have"):
+        merged(hub / "trained", adapter, tmp_path / "out")
