@@ -155,7 +155,7 @@ class _Filler:
         gathered = (chunks.reader >= self._world)[chunks.of_part]
         self._reads[gathered] = rows.nbytes[parts.row[gathered]]
         self._shares = shares_of(self._totals(chunks), limits)
-        self._round = np.full(len(parts.row), -1, np.int32)
+        self._round = np.empty(len(parts.row), np.int32)
         self._table = _table(classes, len(rows.nbytes))
 
     def _totals(self, chunks: Chunks) -> Shares:

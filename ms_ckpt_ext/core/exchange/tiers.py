@@ -103,7 +103,7 @@ def turns(round_of: Ints, interest: Ints, nbytes: Ints) -> Ints:
     before = (stops - sizes)[first]
     total = np.append(before[1:], stops[-1:]) - before
     turn = np.empty(len(order))
-    turn[order] = (stops - sizes / 2 - before[group]) / np.maximum(total, 1)[group]
+    turn[order] = (stops - sizes / 2 - before[group]) / total[group]
     return turn
 
 

@@ -95,7 +95,7 @@ class _Counter:
         self._wanted, self._sent, self._received, self._messages = (np.zeros(world, np.int64) for _ in range(4))
         self._servers = np.array(table.ways.servers or [0] * world, np.int64)
         self._inside, self._between, self._calls = (np.zeros(world, np.int64) for _ in range(3))
-        self._crossing = np.zeros(int(self._servers.max(initial=0)) + 1, np.int64)
+        self._crossing = np.zeros(int(self._servers.max()) + 1, np.int64)
         place = table.classes.of_rank.astype(np.int64) * len(self._crossing) + self._servers
         lying, self._class_there = np.unique(place, return_counts=True)
         self._class_server = lying % len(self._crossing)
@@ -120,7 +120,7 @@ class _Counter:
         read = sums(made.reader, made.nbytes, world)
         reads = np.bincount(made.reader, minlength=world)
         columns = (self._wanted, read, reads, self._sent, self._received, self._messages)
-        tiers = (self._inside, self._between, self._crossing, int(self._calls.max(initial=0)))
+        tiers = (self._inside, self._between, self._crossing, int(self._calls.max()))
         return RankTotals(
             *columns,
             *tiers,

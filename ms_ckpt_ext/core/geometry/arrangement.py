@@ -45,10 +45,13 @@ class Bit:
 
 
 class Arrangement:
-    """Blocks that fill a view of an array of `shape`. Those that are equal are one object, see `arrangement`."""
+    """Blocks that fill a view of an array of `shape`. Those that are equal are one object, see `arrangement`.
 
-    def __init__(self, shape: Shape, view: Shape, settings: tuple[Setting, ...]) -> None:
-        self.shape, self.view, self.settings = shape, view, settings
+    `most`: bits that it keeps.
+    """
+
+    def __init__(self, shape: Shape, view: Shape, settings: tuple[Setting, ...], most: int = _KEPT) -> None:
+        self.shape, self.view, self.settings, self._most = shape, view, settings, most
         self.boxes = tuple(setting.box for setting in settings)
         self._bits: dict[Region, tuple[Bit, ...]] = {}
         self._count = 0
@@ -63,7 +66,7 @@ class Arrangement:
         found = self._bits.get(target)
         if found is None:
             found = tuple(bit for frame in frames(self.shape, self.view, target) for bit in self._of(frame))
-            if self._count + len(found) > _KEPT:
+            if self._count + len(found) > self._most:
                 self._bits, self._count = {}, 0
             self._bits[target] = found
             self._count += len(found)

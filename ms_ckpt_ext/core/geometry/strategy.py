@@ -225,8 +225,8 @@ def strategy_from_layout_dict(
         StrategyError: a value is not such a tuple.
     """
     found = layouts_by_name(layouts, group_size, origin)
-    stage = rank // next(iter(found.values())).devices if found else 0
-    return Strategy.from_items((LayoutItem(name, stage, layout) for name, layout in found.items()), origin)
+    items = (LayoutItem(name, rank // layout.devices, layout) for name, layout in found.items())
+    return Strategy.from_items(items, origin)
 
 
 def layouts_by_name(

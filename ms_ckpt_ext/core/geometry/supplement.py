@@ -77,7 +77,7 @@ def _add(found: dict[tuple[str, int], _Said], each: _Said) -> None:
 
 
 def _check_devices(said: Sequence[_Said]) -> None:
-    for each in said[1:]:
+    for each in said:
         if each.item.layout.devices != said[0].item.layout.devices:
             raise StrategyError(
                 f"parameter {each.item.name!r} has {_told(each)}, of {each.item.layout.devices} devices, but "

@@ -385,6 +385,13 @@ def test_where_all_files_are_alike_one_table_says_where_tensors_lie() -> None:
     assert plan_of(decide(demands, 4, table, limits)) == plan_of(decide(demands, 4, source.stored, limits))
 
 
+def test_more_ranks_that_gather_than_the_matrix_shows() -> None:
+    source = source_of(Layout((1,), ((),)), [TensorMeta("w", DTYPES["U8"], (70 * 16,))])
+    demands = demands_for(source.tensors, Layout((70,), ((),)), range(70))
+    plan = assert_played(decide(demands, 70, source.stored, ExchangeLimits(1 << 16)), source, source.whole, 1 << 16)
+    assert [len(gather.ranks) for gather in plan.gathers] == [70]
+
+
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_readers_have_alike_to_read(world: int) -> None:
     """Of what all want, and may not gather, each reads as much as any other."""

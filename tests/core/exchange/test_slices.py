@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
-from ms_ckpt_ext.core.exchange.slices import Placing, cuts_of
+from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
+from ms_ckpt_ext.core.exchange.slices import Placing, cuts_of, cutting_of
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
+from ms_ckpt_ext.core.planning.apply_rules import apply_rules
+from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
+from ms_ckpt_ext.rules import QKV, Stack
 
 
 def test_what_lies_between_is_no_part() -> None:
@@ -59,3 +62,37 @@ def test_copies_of_a_part_fit_a_round(
 ) -> None:
     cuts = cuts_of((1, 1024, 128), rows_wanted(*spans), receivers, everyone, DTYPES["F64"], LARGE)
     assert max(cut.nbytes for cut in cuts) == nbytes
+
+
+def test_a_row_in_the_middle_is_not_widened() -> None:
+    """What lies in one index of an axis is contiguous along the next."""
+    box = Region((1, 8), (2, 16))
+    (cut,) = cuts_of((4, 64), (Placing(box, box, (4, 64), None),), 1, False, DTYPES["U8"], LARGE)
+    assert (cut.shape, cut.offset, cut.nbytes, cut.whole) == ((1, 8), 64 + 8, 8, True)
+
+
+@pytest.mark.parametrize(
+    ("times", "ranks", "nbytes"),
+    [
+        (1, (0,), 96),
+        (1, (0, 1), 48),  # two copies fit 96 bytes
+        (2, (0,), 48),  # one rank takes it twice
+        (2, (0, 1), 24),
+        (3, (0,), 32),
+    ],
+)
+def test_whoever_takes_a_slice_several_times_counts_as_often(times: int, ranks: tuple[int, ...], nbytes: int) -> None:
+    source = {"a": stored_whole(TensorMeta("a", DTYPES["U8"], (192,)), (0,))}
+    made = apply_rules(source, [Stack(["a"] * times, "t")])["t"]
+    grid = Grid((), {(0, 96, times, 192): ranks}, uneven=True)
+    cutting = cutting_of(Demand("t", made, (grid,)), 9, ExchangeLimits(bucket=96 * 8, chunk=1 << 10))
+    assert cutting.nbytes.tolist() == [nbytes] * (96 // nbytes)
+    assert cutting.offset.tolist() == list(range(96, 192, nbytes))
+
+
+def test_what_a_rank_takes_in_several_pieces_counts_once() -> None:
+    """Rows of two groups, which others lie between."""
+    source = {name: stored_whole(TensorMeta(name, DTYPES["U8"], (4, 16)), (0,)) for name in "abc"}
+    made = apply_rules(source, [QKV(["a", "b", "c"], "t", groups=2)])["t"]
+    cutting = cutting_of(Demand("t", made, (Grid((1, 1), {(0, 0): (0,)}),)), 9, ExchangeLimits(bucket=64 * 8))
+    assert (cutting.nbytes.tolist(), cutting.moved.tolist()) == ([64] * 3, [32] * 6)

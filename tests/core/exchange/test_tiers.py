@@ -5,17 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing, gather_crossing, teams_of, turns
+from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing, gather_crossing, shares_a_server, teams_of, turns
 
 
 def test_turns_are_middles_among_parts_that_the_same_ranks_want() -> None:
     found = turns(np.array([0, 0, 1, 0]), np.array([5, 5, 5, 7]), np.array([30, 10, 8, 2]))
     assert found.tolist() == [15 / 40, 35 / 40, 0.5, 0.5]
     assert turns(*(np.empty(0, np.int64),) * 3).tolist() == []
+    assert turns(np.zeros(2, int), np.arange(2), np.ones(2, np.int8)).tolist() == [0.5, 0.5]
 
 
 def test_teams() -> None:
     assert teams_of((5, 0, 2), (0, 0, 1, 1, 1, 0)) == {0: (0, 5), 1: (2,)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares"),
+    [((), False), ((0,), False), ((0, 2), False), ((0, 1), True), ((1, 2, 4), False), ((2, 3, 4), True)],
+)
+def test_ranks_that_share_a_server(ranks: tuple[int, ...], shares: bool) -> None:
+    assert shares_a_server(ranks, (0, 0, 1, 1, 2)) is shares
 
 
 @pytest.mark.parametrize(

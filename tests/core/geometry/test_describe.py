@@ -58,3 +58,8 @@ def test_what_a_parameter_is_for(name: str, group: str) -> None:
 def test_names_in_the_order_of_their_numbers() -> None:
     names = ["layers.10.w", "layers.9.w", "layers.9.b", "layers.x", "a"]
     assert sorted(names, key=natural) == ["a", "layers.x", "layers.9.b", "layers.9.w", "layers.10.w"]
+
+
+def test_numbers_in_names_are_sorted_as_numbers_behind_words() -> None:
+    names = ["a.0.w", "a.b.w", "a.10.w", "a", "a.9.w", "a.00.w", "b.0", "a.-1.w"]
+    assert sorted(names, key=natural) == ["a", "a.-1.w", "a.00.w", "a.b.w", "a.0.w", "a.9.w", "a.10.w", "b.0"]

@@ -129,6 +129,8 @@ def test_an_optimizer_shard_in_numbers() -> None:
     assert Layout((2, 4), ((1,), ()), 1, -1).shards == 4
     assert Layout((2, 4), ((1,), ())).shards == 1
     assert Layout((2, 4), ((1,), ())).coordinates(6) == (1, 2)
+    inner = Layout((2, 4), ((), ()), 1, 2)  # of the inner axis a half; of the outer one nothing
+    assert [inner.coordinates(rank) for rank in (0, 3, 6)] == [(0, 0, 0), (0, 1, 1), (1, 1, 0)]
     assert Layout((2, 1, 2), ((0,), ()), 1, -1).coordinates(3) == (0, 1, 0, 1), "an axis of one is not consumed"
     for inactive in (Layout((2,), ((),), 0, 2), Layout((2,), ((),), 1, 0)):
         assert (inactive.opt_sharded, inactive.parts) == (False, (1,))

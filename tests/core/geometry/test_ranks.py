@@ -35,6 +35,13 @@ def test_a_tied_parameter_alone_comes_from_the_first_stage() -> None:
     assert needed_ranks(source, strategy(("emb", 0, ROWS)), 3) == {3}
 
 
+def test_of_replicas_the_first_holds_all() -> None:
+    """And of slices those beside it."""
+    halves = Layout((2, 2), ((1,), ()))
+    assert needed_for_whole(strategy(("a", 0, WHOLE))) == {0}
+    assert needed_for_whole(strategy(("a", 0, WHOLE), ("b", 1, halves))) == {0, 4, 6}
+
+
 def test_another_number_of_axes_is_an_error_by_name() -> None:
     source, target = strategy(("w", 0, ROWS)), strategy(("w", 0, Layout((4,), ((0,), (), ()))))
     with pytest.raises(StrategyError, match="'w' has 2 axes under the source's strategy and 3 under the target's"):

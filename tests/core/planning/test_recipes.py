@@ -8,6 +8,7 @@ import pytest
 
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
+from ms_ckpt_ext.core.planning.assembly import assembled
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, locate, stored_whole
 from ms_ckpt_ext.core.planning.recipes import (
     Block,
@@ -19,7 +20,7 @@ from ms_ckpt_ext.core.planning.recipes import (
 )
 from ms_ckpt_ext.core.planning.weight_rules import Duplicate
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
-from ms_ckpt_ext.rules import Concat, Part, Rename, Rule, Scale, Stack, Transpose, invert
+from ms_ckpt_ext.rules import AddProduct, Concat, Part, Rename, Rule, Scale, Stack, Transpose, invert
 
 
 def tensor(name: str, *shape: int, dtype: str = "F32", parts: Sequence[int] = ()) -> SourceTensor:
@@ -172,6 +173,21 @@ def test_a_second_copy_is_not_read() -> None:
 def test_what_a_rule_made_is_not_moved_again() -> None:
     with pytest.raises(UsageError, match="'t' needs stored tensors, but some are made by another rule"):
         apply_rules(MADE, [Concat(["moved", "moved"], "t")])
+    renamed = apply_rules(MADE, [Rename("moved", "t")])["t"]
+    assert (renamed.meta.name, renamed.recipe) == ("t", MADE["moved"].recipe)
+
+
+def test_which_operands_are_needed_whole() -> None:
+    """Any but the first; and the first where its pieces are no boxes of it."""
+    held = {name: tensor(name, *shape) for name, shape in (("w", (4, 6)), ("b", (4, 2)), ("a", (2, 6)))}
+    added, moved = AddProduct(["w", "b", "a"], "t"), Scale("moved", "t", 2.0)
+    for made, kept in (
+        (apply_rules(held, [added])["t"], [False, False, True, True]),
+        (apply_rules(MADE, [moved])["t"], [False, True]),
+        (apply_rules(HELD, [Scale("a", "t", 2.0)])["t"], [False, False]),
+    ):
+        every = [*assembled(made, Region.whole(made.meta.shape)).every()]
+        assert [(each.number, each.kept) for each in every] == list(enumerate(kept))
 
 
 def test_rules_without_inverse_say_so() -> None:
