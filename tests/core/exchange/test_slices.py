@@ -91,8 +91,10 @@ def test_whoever_takes_a_slice_several_times_counts_as_often(times: int, ranks: 
 
 
 def test_what_a_rank_takes_in_several_pieces_counts_once() -> None:
-    """Rows of two groups, which others lie between."""
+    """All rows of two groups but the first and the last: of every source some in each group."""
     source = {name: stored_whole(TensorMeta(name, DTYPES["U8"], (4, 16)), (0,)) for name in "abc"}
     made = apply_rules(source, [QKV(["a", "b", "c"], "t", groups=2)])["t"]
-    cutting = cutting_of(Demand("t", made, (Grid((1, 1), {(0, 0): (0,)}),)), 9, ExchangeLimits(bucket=64 * 8))
-    assert (cutting.nbytes.tolist(), cutting.moved.tolist()) == ([64] * 3, [32] * 6)
+    grid = Grid((), {(1, 0, 11, 16): (0,)}, uneven=True)
+    cutting = cutting_of(Demand("t", made, (grid,)), 9, ExchangeLimits(bucket=48 * 8))
+    assert cutting.nbytes.tolist() == [32] * 6, "groups: one copy of each fits 48 bytes, two do not"
+    assert cutting.moved.tolist() == [16, 32, 32, 32, 32, 16]
