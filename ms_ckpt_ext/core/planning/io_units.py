@@ -214,10 +214,7 @@ def cut(box: Region, axis: int, dtype: DType, tile: int) -> Iterator[Region]:
     for low in range(box.start[axis], box.stop[axis], step):
         high = min(low + step, box.stop[axis])
         part = Region((*box.start[:axis], low, *box.start[axis + 1 :]), (*box.stop[:axis], high, *box.stop[axis + 1 :]))
-        if row > tile and axis + 1 < len(shape):
-            yield from cut(part, axis + 1, dtype, tile)
-        else:
-            yield part
+        yield from cut(part, axis + 1, dtype, tile)
 
 
 def paired(left: Iterator[Extent], right: Iterator[Extent]) -> Iterator[tuple[Extent, Extent]]:

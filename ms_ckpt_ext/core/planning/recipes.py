@@ -209,11 +209,11 @@ def _viewed(piece: Piece, view: View) -> Piece:
 def box_of_stored(tensor: SourceTensor) -> Optional[tuple[SourceTensor, Region]]:
     """The stored tensor, and the box of it, that has the same bytes in the same order; None where no box has."""
     recipe = tensor.recipe
-    if not isinstance(recipe, Recipe) or len(recipe.blocks) != 1 or recipe.blocks[0].tensor.recipe is not None:
+    if not isinstance(recipe, Recipe) or len(recipe.blocks) != 1:
         return None
-    block = recipe.blocks[0]
+    (block,) = recipe.blocks
     thick = [axis for axis, extent in zip(block.axes, block.region.shape) if extent > 1]
-    return (block.tensor, block.region) if thick == sorted(thick) else None
+    return (block.tensor, block.region) if block.tensor.recipe is None and thick == sorted(thick) else None
 
 
 def seen_as(tensor: SourceTensor, view: Shape) -> SourceTensor:

@@ -115,7 +115,7 @@ def _slots(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[di
 def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTensor]]) -> list[list[SourceTensor]]:
     wanted = sorted({counter for slot in slots for counter in slot})
     if len(wanted[0]) == 1:
-        most = min(max(wanted)[0], len(wanted) + _SHOWN)  # beyond these at least as many are absent as are shown
+        most = min(*max(wanted), len(wanted) + _SHOWN)  # beyond these at least as many are absent as are shown
         wanted = [(number,) for number in range(most + 1)]
     for source, slot in zip(rule.sources, slots):
         absent = [counter for counter in wanted if counter not in slot]

@@ -80,6 +80,7 @@ def test_tiles_are_as_large_as_they_may_be(tile: int, shapes: list[tuple[int, ..
         ((40,), 16, [0, 16, 32]),
         ((40,), 1, [0, 8, 16, 24, 32]),  # eight elements of four bits are cut between bytes, whatever their width
         ((40,), 20, [0]),
+        ((40,), 14, [0, 8, 16, 24, 32]),
     ],
 )
 def test_packed_elements_are_cut_between_bytes(shape: tuple[int, ...], tile: int, starts: list[int]) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
-from ms_ckpt_ext.core.geometry.array import DTYPES, Region
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region, View
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.assembly import assembled
-from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, locate, stored_whole
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, locate, require, stored_whole
 from ms_ckpt_ext.core.planning.recipes import (
     Block,
     box_of_stored,
@@ -18,8 +18,9 @@ from ms_ckpt_ext.core.planning.recipes import (
     packed_as_bytes,
     seen_as,
 )
+from ms_ckpt_ext.core.planning.rule import shapes_of
 from ms_ckpt_ext.core.planning.weight_rules import Duplicate
-from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.rules import AddProduct, Concat, Part, Rename, Rule, Scale, Stack, Transpose, invert
 
 
@@ -143,10 +144,11 @@ def test_the_same_is_made_of_other_tensors() -> None:
         (Stack("a", "t", axis=2), Region.whole((4, 6))),
         (Concat(["a", "b"], "t"), None),
         (Scale("a", "t", 2.0), None),
+        (Transpose("scaled", "t", (0, 1)), None),
     ],
 )
 def test_a_box_that_has_the_same_bytes(rule: Rule, box: Region | None) -> None:
-    found = box_of_stored(apply_rules(HELD, [rule])["t"])
+    found = box_of_stored(apply_rules({**MADE, **HELD}, [rule])["t"])
     assert found == (None if box is None else (HELD["a"], box))
 
 
@@ -163,7 +165,7 @@ def test_what_is_computed_or_moved_may_have_more_axes() -> None:
     one = apply_rules({"s": tensor("s", 3)}, [Part("s", "s1", 1, 3)])["s1"]
     (found,) = locate(seen_as(one, (1, 1)), Region.whole((1, 1)))
     assert found.piece.in_source == Region((1,), (2,))
-    assert found.piece.in_target.size == 1
+    assert (found.piece.in_target.size, found.piece.view) == (1, View(0, (1,)))
 
 
 def test_a_second_copy_is_not_read() -> None:
@@ -205,3 +207,37 @@ def test_rules_without_inverse_say_so() -> None:
     (back,) = invert([Stack("e.{n}", "t")])
     with pytest.raises(UsageError, match="the inverse of an inverse, for 't'"):
         back.source_shapes("t", (4,))
+
+
+@pytest.mark.parametrize(("count", "told"), [(4, "'w' [2], 'w' [2], 'w' [2], 'w' [2]"), (5, ", 'w' [2], …")])
+def test_shapes_of_four_are_told(count: int, told: str) -> None:
+    found = shapes_of([tensor("w", 2)] * count)
+    assert found.endswith(told)
+    assert found.count("'w'") == 4
+
+
+@pytest.mark.parametrize(
+    ("names", "absent"),
+    [
+        (["e.0", "e.2"], "'e.{n}' for 1:"),
+        (["e.1"], "'e.{n}' for 0:"),
+        (["e.900"], "'e.{n}' for 0, 1, 2, 3, 4:"),
+        (["e.0", "f.0", "e.1"], "'f.{n}' for 1:"),
+        (["g", "e.0"], "'e.{n}':"),  # one counts, the other does not
+    ],
+)
+def test_what_a_rule_lacks_is_told_by_number(names: list[str], absent: str) -> None:
+    sources = ["e.{n}", "f.{n}"] if "f.0" in names else ["e.{n}", "g"] if "g" in names else ["e.{n}"]
+    with pytest.raises(CoverageError) as caught:
+        apply_rules({name: tensor(name, 2) for name in names}, [Stack(sources, "t")])
+    assert f"is made of {len(sources)} sources, but the checkpoint has nothing called {absent}" in str(caught.value)
+
+
+def test_what_is_required_is_looked_for_where_a_slice_is_absent() -> None:
+    whole, half = tensor("w", 4), tensor("w", 4, parts=(2,))
+    require(half, [Region((0,), (2,))])
+    with pytest.raises(CoverageError, match="'w': no file holds region"):
+        require(half, [Region((0,), (2,)), Region((1,), (3,))])
+    asked = iter([Region((0,), (4,))])
+    require(whole, asked)
+    assert next(asked), "nobody asked where all is there"

@@ -139,8 +139,15 @@ def test_shares_and_numbers_are_held_against_the_sources() -> None:
     ]:
         with pytest.raises(LayoutMismatchError, match=told):
             apply_rules(held, [rule])
-    with pytest.raises(UsageError, match="shares must be 2 whole numbers"):
-        Concat(["a", "b"], "t", shares=(1,))
+    for shares in ((1,), (1, 1, 1), (1, 0), (-1, 1), (1, 1.0), ("1", 1)):
+        with pytest.raises(UsageError, match="shares must be 2 whole numbers"):
+            Concat(["a", "b"], "t", shares=shares)  # type: ignore[arg-type]
+
+
+def test_one_source_needs_no_shares() -> None:
+    assert Concat("a", "t").source_shapes("t", (4, 2)) == [[(4, 2)]]
+    assert QKV("a", "t", groups=2).source_shapes("t", (4, 2)) == [[(4, 2)]]
+    assert Concat(["a", "b"], "t", axis=1, shares=(4, 2)).source_shapes("t", (4, 6)) == [[(4, 4)], [(4, 2)]]
 
 
 @pytest.mark.parametrize("rules", [None, 5, "Rename", [Rename("a", "b"), "c"], Rename("a", "b")])
