@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Generic, NoReturn, Optional, TypeVar
 
@@ -191,13 +191,7 @@ class _LocalHandle(Generic[_T]):
 
 
 class LocalTransport:
-    """One rank of a `LocalWorld`; `LocalTransport()` is a process on its own.
-
-    Attributes:
-        collectives: name of the call -> how often this rank made it.
-        given: bytes this rank gave to every other rank in bulk exchanges.
-        messages: how many stretches of it; a share of an all-gather is one for every rank that gets it.
-    """
+    """One rank of a `LocalWorld`; `LocalTransport()` is a process on its own."""
 
     traits = TransportTraits(overlaps=True, groups=True)
 
@@ -205,15 +199,7 @@ class LocalTransport:
         self._world = world or LocalWorld(1)
         self.rank = rank
         self.size = self._world.size
-        self.collectives: Counter[str] = Counter()
-        self.given: Counter[int] = Counter()
-        self.messages = 0
         self._calls: Counter[Ranks] = Counter()
-
-    @property
-    def sent(self) -> int:
-        """Bytes this rank gave to other ranks in bulk exchanges."""
-        return sum(self.given.values())
 
     def allocate(self, nbytes: int) -> Bytes:
         """An array of `nbytes` bytes."""
@@ -251,7 +237,6 @@ class LocalTransport:
         members = check_members("all_gather", group, self.size, self.rank)
         check_room("all_gather", nbytes, "send", send.nbytes)
         check_room("all_gather", nbytes * len(members), "recv", recv.nbytes)
-        self._gave(dict.fromkeys(members, nbytes))
 
         def take(brought: list[Bytes]) -> None:
             for number, theirs in enumerate(brought):
@@ -264,7 +249,6 @@ class LocalTransport:
         """See `Transport`."""
         members = check_members("broadcast", group, self.size, self.rank, root)
         check_room("broadcast", nbytes, "buffer", buffer.nbytes)
-        self._gave({peer: nbytes for peer in members if self.rank == root})
 
         def take(brought: list[Bytes]) -> None:
             if self.rank != root:
@@ -278,7 +262,6 @@ class LocalTransport:
         """See `Transport`."""
         check_counts("all_to_all", send_counts, self.size, "send", send.nbytes)
         check_counts("all_to_all", recv_counts, self.size, "recv", recv.nbytes)
-        self._gave(dict(enumerate(send_counts)))
         starts = offsets(send_counts)
         mine = [send[start : start + count] for start, count in zip(starts, send_counts)]
 
@@ -301,16 +284,8 @@ class LocalTransport:
         members = members or tuple(range(self.size))
         number = self._calls[members]
         self._calls[members] += 1
-        self.collectives[call.split()[0]] += 1
         meeting = self._world.bring(self.rank, members, number, call, item)
         return _LocalHandle(lambda: self._world.meet(self.rank, number, meeting, take))
-
-    def _gave(self, nbytes: Mapping[int, int]) -> None:
-        """Count what was given to every rank."""
-        for peer, count in nbytes.items():
-            if peer != self.rank:
-                self.given[peer] += count
-                self.messages += count > 0
 
 
 class _Lent(LocalTransport):

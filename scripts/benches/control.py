@@ -21,11 +21,19 @@ Payload = Callable[[int, int], bytes]
 
 
 class Cost(NamedTuple):
-    """Of one operation: when it began and ended, the processor time it took, and whether payloads were gathered."""
+    """Of one operation, for some of the clients.
+
+    Attributes:
+        began, ended: when.
+        cpu: processor time that it took, in seconds.
+        moved: bytes sent to the hub and received from it.
+        gathered: whether payloads were gathered.
+    """
 
     began: float
     ended: float
     cpu: float
+    moved: int
     gathered: int
 
 
@@ -134,8 +142,8 @@ def _row(
         after = _asked(hub)
         walls.append(max(cost.ended for cost in costs) - min(cost.began for cost in costs))
         cpus.append(sum(cost.cpu for cost in costs))
-        hub_cpus.append(after[1] - before[1])
-        moved, gathered = after[0] - before[0], costs[0].gathered
+        hub_cpus.append(after - before)
+        moved, gathered = sum(cost.moved for cost in costs), costs[0].gathered
     backend = 2 * _gathered_bytes(steps, size) if gathered else 0
     return {
         "ranks": size,
@@ -149,9 +157,10 @@ def _row(
     }
 
 
-def _asked(hub: Connection) -> tuple[int, float]:
+def _asked(hub: Connection) -> float:
+    """Processor time of the hub so far, in seconds."""
     hub.send("?")
-    answer: tuple[int, float] = hub.recv()
+    answer: float = hub.recv()
     return answer
 
 
@@ -184,7 +193,7 @@ def _hub(pipe: Connection, size: int) -> None:
     hub = Hub(size, 600.0, server, TOKEN, limits=limits)
     pipe.send(server.getsockname()[1])
     while pipe.recv() is not None:
-        pipe.send((hub.bytes_in + hub.bytes_out, time.process_time()))
+        pipe.send(time.process_time())
     hub.stop()
     hub.join(5)
 
@@ -223,30 +232,37 @@ def _operate(
             {r: frame(TELL, r, p) if len(p) <= most else frame(NOTED, r, note_of(p)) for r, p in payloads.items()}
         )
         full.append({r: frame(GIVE, r, p) for r, p in payloads.items()} if size * len(steps) < 1 << 20 else {})
-    cpu, began, gathered = time.process_time(), time.monotonic(), 0
+    cpu, began, moved, gathered = time.process_time(), time.monotonic(), 0, 0
     for first, asked in zip(told, full):
         for rank, connection in clients.items():
             connection.sendall(first[rank])
-        gathered += _answered(selector, clients, asked)
-    return Cost(began, time.monotonic(), time.process_time() - cpu, gathered)
+        answered, gathers = _answered(selector, clients, asked)
+        moved += sum(map(len, first.values())) + answered
+        gathered += gathers
+    return Cost(began, time.monotonic(), time.process_time() - cpu, moved, gathered)
 
 
-def _answered(selector: selectors.BaseSelector, clients: dict[int, socket.socket], asked: dict[int, bytes]) -> int:
-    """Wait until every client has its answer; whether it is to gather."""
+def _answered(
+    selector: selectors.BaseSelector, clients: dict[int, socket.socket], asked: dict[int, bytes]
+) -> tuple[int, int]:
+    """Wait until every client has its answer: bytes that went to and fro meanwhile, and whether it is to gather."""
     from ms_ckpt_ext.transport.hub.frames import ASK, GATHER, take_frames
 
-    waiting, partly, gathered = len(clients), {}, 0
+    waiting, partly, moved, gathered = len(clients), {}, 0, 0
     while waiting:
         for key, _ in selector.select(60):
             rank = key.data
             received = partly.pop(rank, None) or bytearray()
-            received += clients[rank].recv(1 << 16)
+            came = clients[rank].recv(1 << 16)
+            received += came
+            moved += len(came)
             for said in take_frames(received):
                 if said.kind == ASK:
                     clients[rank].sendall(asked[rank])
+                    moved += len(asked[rank])
                 else:
                     waiting -= 1
                     gathered = int(said.kind == GATHER)
             if received:
                 partly[rank] = received
-    return gathered
+    return moved, gathered

@@ -126,13 +126,17 @@ def on_threads(run: Callable[[int], None], threads: int) -> None:
 
 def write_encrypted(plain: Path, sink: Any, key: bytes, container: str) -> None:
     """As MindSpore cuts blocks."""
-    from ms_ckpt_ext.formats.crypto import CHUNKED, ChunkedWriter, EncryptingWriter, encrypt_all
-    from ms_ckpt_ext.storage.reader import PlainReader
+    from ms_ckpt_ext.formats.crypto import CHUNKED, BlockSealer, Sealer
 
-    with PlainReader(str(plain)) as reader:
-        chunked = container == CHUNKED
-        with ChunkedWriter(sink, key, reader.size) if chunked else EncryptingWriter(sink, key, container) as writer:
-            encrypt_all(reader, writer)
+    size = plain.stat().st_size
+    units = Sealer(key, size) if container == CHUNKED else BlockSealer(key, container, size)
+    target = memoryview(bytearray(units.stored(0)))
+    sink.write(units.header)
+    with plain.open("rb") as file:
+        for index in range(units.count):
+            low, high = units.span(index)
+            length = units.seal(index, memoryview(file.read(high - low)), target)
+            sink.write(target[:length])
 
 
 def decrypt(sealed: Path, key: bytes, threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import warnings
 import zlib
@@ -18,9 +17,10 @@ from ms_ckpt_ext.core.geometry.array import BY_MINDSPORE, DTYPES
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail, layout
-from ms_ckpt_ext.formats.crypto import DecryptingReader, EncryptingWriter
+from ms_ckpt_ext.formats.crypto import DecryptingReader
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
+from tests.support.encrypted import in_blocks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -213,12 +213,8 @@ def test_we_decrypt_what_mindspore_encrypts(tmp_path: Path, mode: str, key: byte
 def test_mindspore_decrypts_what_we_encrypt(tmp_path: Path, mode: str, key: bytes, length: int) -> None:
     """Several blocks (of 4 KiB here), through MindSpore's own native decryption."""
     plain = np.random.default_rng(length).bytes(length)
-    sink = io.BytesIO()
-    with EncryptingWriter(sink, key, mode, block=4096) as writer:
-        for start in range(0, length, 333):
-            writer.write(plain[start : start + 333])
     path = tmp_path / "ours.ckpt"
-    path.write_bytes(sink.getvalue())
+    path.write_bytes(in_blocks(plain, key, mode, block=4096))
     assert native._decrypt(str(path), key, len(key), mode) == plain
 
 
@@ -227,8 +223,7 @@ def test_blocks_are_cut_at_64_mib(tmp_path: Path) -> None:
     key, length = b"k" * 32, (64 << 20) + 5
     plain = b"\n" + np.random.default_rng(0).bytes(length - 1)
     ours, theirs = tmp_path / "ours.ckpt", tmp_path / "theirs.ckpt"
-    with open(ours, "wb") as file, EncryptingWriter(file, key) as writer:
-        writer.write(plain)
+    ours.write_bytes(in_blocks(plain, key))
     assert native._decrypt(str(ours), key, len(key), "AES-GCM") == plain
     cuts = (plain[: 64 << 20], plain[64 << 20 :])
     theirs.write_bytes(b"".join(native._encrypt(cut, len(cut), key, len(key), "AES-GCM") for cut in cuts))
@@ -248,8 +243,7 @@ def test_a_checksum_inside_the_encryption_is_verified_by_both(tmp_path: Path, mo
     theirs = save(tmp_path / "stock.ckpt", params, crc_check=True)
     for name, plain in (("good", theirs), ("bad", theirs[:-17] + crc_tail(1))):
         path = tmp_path / f"{name}.ckpt"
-        with open(path, "wb") as file, EncryptingWriter(file, key, mode) as writer:
-            writer.write(plain)
+        path.write_bytes(in_blocks(plain, key, mode))
     assert "w" in ms.load_checkpoint(str(tmp_path / "good.ckpt"), dec_key=key, dec_mode=mode, crc_check=True)
     with pytest.raises(ValueError, match="[Cc]rc|encrypted|permission"):
         ms.load_checkpoint(str(tmp_path / "bad.ckpt"), dec_key=key, dec_mode=mode, crc_check=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tracemalloc
 import zlib
 from typing import Any, NamedTuple
@@ -15,9 +14,10 @@ from ms_ckpt_ext.errors import CheckpointError
 from ms_ckpt_ext.formats import ckpt
 from ms_ckpt_ext.formats.checksum import verify_stored
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
-from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter, decrypting_reader
+from ms_ckpt_ext.formats.crypto import decrypting_reader
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from tests.support.damage import edits, lies, mutate, survives
+from tests.support.encrypted import in_blocks, in_chunks
 from tests.support.memory import MemoryReader
 
 KEY = b"0123456789ABCDEF"
@@ -39,21 +39,8 @@ BODY = (
 PLAIN = BODY + crc_tail(zlib.crc32(BODY))
 
 
-def in_blocks(mode: str) -> bytes:
-    sink = io.BytesIO()
-    with EncryptingWriter(sink, KEY, mode, block=64) as writer:
-        writer.write(PLAIN)
-    return sink.getvalue()
-
-
-def in_chunks() -> bytes:
-    sink = io.BytesIO()
-    with ChunkedWriter(sink, KEY, len(PLAIN), chunk=64) as writer:
-        writer.write(PLAIN)
-    return sink.getvalue()
-
-
-SEEDS = {mode: in_blocks(mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC")} | {"chunked": in_chunks(), "plain": PLAIN}
+SEEDS = {mode: in_blocks(PLAIN, KEY, mode, block=64) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC")}
+SEEDS |= {"chunked": in_chunks(PLAIN, KEY, chunk=64), "plain": PLAIN}
 
 
 class Digest(NamedTuple):

@@ -5,7 +5,6 @@ The same for `.ckpt` stands in test_fuzz_ckpt.py. `damage.survives` guards time 
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,12 @@ from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, FileDigests, Manifest, load_manifest, opened
 from ms_ckpt_ext.errors import CheckpointError, StrategyError
 from ms_ckpt_ext.formats import crypto, safetensors
-from ms_ckpt_ext.formats.crypto import ChunkedWriter, decrypting_reader
+from ms_ckpt_ext.formats.crypto import decrypting_reader
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.support.damage import BUDGET, edits, lies, memory_limit, mutate, survives, time_limit
+from tests.support.encrypted import in_chunks
 from tests.support.memory import MemoryReader
 
 KEY = bytes(range(32))
@@ -43,15 +43,8 @@ def plain() -> bytes:
     return head + bytes(i % 251 for i in range(laid.size - len(head)))
 
 
-def sealed() -> bytes:
-    sink = io.BytesIO()
-    with ChunkedWriter(sink, KEY, len(PLAIN), chunk=64) as writer:
-        writer.write(PLAIN)
-    return sink.getvalue()
-
-
 PLAIN = plain()
-SEEDS = {"plain": PLAIN, "chunked": sealed()}
+SEEDS = {"plain": PLAIN, "chunked": in_chunks(PLAIN, KEY, chunk=64)}
 
 
 def contents(data: bytes, encrypted: bool = False) -> dict[str, tuple[Any, ...]]:

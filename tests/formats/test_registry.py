@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Optional
 import pytest
 
 from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, StorageError, UsageError
-from ms_ckpt_ext.formats import crypto
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import PLAIN, Access, lay_out, open_reader, read_index, read_indexes, reopen
 from ms_ckpt_ext.storage.reader import ByteReader
 from tests.support.damage import time_limit
+from tests.support.encrypted import in_chunks
 from tests.support.machine import watch_reads
 
 SECRET = b"0123456789ABCDEF"
@@ -38,11 +37,7 @@ def contents(reader: ByteReader) -> bytes:
 
 
 def chunked(source: str, target: Path, key: bytes = SECRET) -> str:
-    plain = Path(source).read_bytes()
-    out = io.BytesIO()
-    with crypto.ChunkedWriter(out, key, len(plain), chunk=1024) as writer:
-        writer.write(plain)
-    target.write_bytes(out.getvalue())
+    target.write_bytes(in_chunks(Path(source).read_bytes(), key, chunk=1024))
     return str(target)
 
 

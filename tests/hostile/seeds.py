@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import io
 import json
 import os
 import shutil
@@ -20,10 +19,11 @@ from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.integrity.manifest import FileDigests, Manifest
 from ms_ckpt_ext.formats import safetensors
 from ms_ckpt_ext.formats.ckpt_writer import crc_tail
-from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter, Key
+from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.strategies.file import save_strategy
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
+from tests.support.encrypted import in_blocks, in_chunks
 
 KEY = b"0123456789ABCDEF"
 DIGEST = "99aa06d3014798d86001c324468d497f"
@@ -130,16 +130,8 @@ def a_safetensors() -> bytes:
 
 def encrypted() -> list[bytes]:
     """A `.ckpt` in every container."""
-    found = []
-    for mode in ("AES-GCM", "AES-CBC", "SM4-CBC"):
-        sink = io.BytesIO()
-        with EncryptingWriter(sink, KEY, mode, block=64) as blocks:
-            blocks.write(a_ckpt())
-        found.append(sink.getvalue())
-    sink = io.BytesIO()
-    with ChunkedWriter(sink, KEY, len(a_ckpt()), chunk=64) as chunks:
-        chunks.write(a_ckpt())
-    return [*found, sink.getvalue()]
+    blocks = [in_blocks(a_ckpt(), KEY, mode, block=64) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC")]
+    return [*blocks, in_chunks(a_ckpt(), KEY, chunk=64)]
 
 
 def strategies(suffix: str) -> list[bytes]:

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Optional
 
-from ms_ckpt_ext.formats.crypto import ChunkedWriter, EncryptingWriter
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import Stored, read_file, shard
+from tests.support.encrypted import in_blocks, in_chunks
 
 KEY = b"0123456789ABCDEF"
 """The key of the golden files."""
@@ -44,13 +44,10 @@ def encrypt(
 ) -> None:
     """One file, in MindSpore's blocks of a `mode`, or in the chunked container; in units of so many bytes."""
     plain = source.read_bytes()
-    with target.open("wb") as out:
-        if mode is None:
-            with ChunkedWriter(out, key, len(plain), chunk=unit or chunk) as chunked:
-                chunked.write(plain)
-        else:
-            with EncryptingWriter(out, key, mode, block=unit or 16 * chunk) as blocks:
-                blocks.write(plain)
+    if mode is None:
+        target.write_bytes(in_chunks(plain, key, chunk=unit or chunk))
+    else:
+        target.write_bytes(in_blocks(plain, key, mode, block=unit or 16 * chunk))
 
 
 def key_of(kind: str) -> dict[str, object]:

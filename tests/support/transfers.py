@@ -27,6 +27,7 @@ from ms_ckpt_ext.engine.transfer.wanted import WantedBox
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.checkpoints import Stored, read_file, shard
+from tests.support.counting import counted
 
 CPU = profiles.profile(profiles.CPU).hardware
 How = Union[Layout, Box, None]
@@ -87,7 +88,7 @@ def one_rank(
     options: LoadOptions,
 ) -> Moved:
     """What one rank of it does; of any transport."""
-    rank = transport.rank
+    rank, counts = transport.rank, counted(transport)
     mine, theirs = source.get(rank, {}), target.get(rank, {})
     ranks = members_of(transport, rank in source, None, "source")
     takers = members_of(transport, rank in target, None, "target")
@@ -111,7 +112,7 @@ def one_rank(
         if between is not None:
             between(number, arrays)
         run.go(sinks)
-    return Moved({name: array.tobytes() for name, array in memory.items()}, ready, dict(transport.given))
+    return Moved({name: array.tobytes() for name, array in memory.items()}, ready, dict(counts.given))
 
 
 def _held(stored: Stored, how: How) -> HeldSlice:

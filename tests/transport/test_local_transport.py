@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import PeerError, TransportError, UsageError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+from tests.support.counting import counted
 
 SOON = 5.0  # seconds; worlds here time out after a minute, unless a test is about just that
 
@@ -58,9 +59,9 @@ def test_groups_gather_side_by_side() -> None:
 
     def work(t: LocalTransport) -> tuple[list[int], list[int], dict[int, int]]:
         group = next(ranks for ranks in groups.values() if t.rank in ranks)
-        own, all_ = t.allocate(2 * len(group)), t.allocate(t.size)
+        own, all_, counts = t.allocate(2 * len(group)), t.allocate(t.size), counted(t)
         t.start_all_gather(array(t.rank, 10 + t.rank), 2, own, group).wait()
-        given = dict(t.given)
+        given = dict(counts.given)
         t.start_all_gather(array(t.rank), 1, all_).wait()
         return own.tolist(), all_.tolist(), given
 
@@ -73,10 +74,10 @@ def test_groups_gather_side_by_side() -> None:
 
 def test_a_broadcast_comes_from_its_root() -> None:
     def work(t: LocalTransport) -> tuple[list[int], int, int]:
-        buffer = array(t.rank, t.rank, t.rank)
+        buffer, counts = array(t.rank, t.rank, t.rank), counted(t)
         if t.rank != 1:
             t.start_broadcast(buffer, 2, 3, (0, 2, 3)).wait()
-        return buffer.tolist(), t.sent, t.messages
+        return buffer.tolist(), counts.sent, counts.messages
 
     ran = LocalWorld(4).run(work)
     assert ran == [([3, 3, 0], 0, 0), ([1, 1, 1], 0, 0), ([3, 3, 2], 0, 0), ([3, 3, 3], 4, 2)]
@@ -140,10 +141,11 @@ def test_uploading_in_place_copies_nothing_and_too_much_is_refused() -> None:
 
 def test_counts_calls_and_bytes() -> None:
     def work(t: LocalTransport) -> tuple[dict[str, int], int]:
+        counts = counted(t)
         t.share(b"control messages are not counted in bytes")
         t.start_all_gather(array(1, 2), 2, t.allocate(6)).wait()
         t.start_all_to_all(t.allocate(6), [1, 2, 3], t.allocate(9), [t.rank + 1] * 3).wait()
-        return dict(t.collectives), t.sent
+        return dict(counts.collectives), counts.sent
 
     counts = {"share": 1, "all_gather": 1, "all_to_all": 1}
     assert LocalWorld(3).run(work) == [(counts, 4 + 5), (counts, 4 + 4), (counts, 4 + 3)]

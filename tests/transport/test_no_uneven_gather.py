@@ -12,6 +12,7 @@ import pytest
 import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.transport.local import LocalTransport
+from tests.support.counting import counted
 from tests.support.loads import Load, Loaded, wide_source
 
 PACKAGE = Path(ms_ckpt_ext.__file__).parent
@@ -50,13 +51,14 @@ class Counting(Load):
         self.shares = getattr(self, "shares", {})
         gather = transport.start_all_gather
 
-        def counted(send: Any, nbytes: int, recv: Any, group: tuple[int, ...] = ()) -> Any:
+        def noted(send: Any, nbytes: int, recv: Any, group: tuple[int, ...] = ()) -> Any:
             self.shares.setdefault(group, {}).setdefault(transport.rank, []).append(nbytes)
             return gather(send, nbytes, recv, group)
 
-        transport.start_all_gather = counted  # type: ignore[method-assign]
+        transport.start_all_gather = noted  # type: ignore[method-assign]
+        counts = counted(transport)
         loaded = super().rank(transport)
-        self.calls.update(transport.collectives)
+        self.calls.update(counts.collectives)
         return loaded
 
 

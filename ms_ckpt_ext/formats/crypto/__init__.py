@@ -3,9 +3,9 @@
     keys             where keys come from; they are never shown
     block_table      where MindSpore's blocks lie in a file
     blocks           DecryptingReader: MindSpore's AES-GCM, AES-CBC, SM4-CBC, at plaintext offsets
-    blocks_writer    EncryptingWriter, BlockSealer: the same, written as a stream or block by block
+    blocks_writer    BlockSealer: the same, written block by block
     container        ChunkedReader: authenticated, slices decrypt on their own
-    container_writer ChunkedWriter, Sealer: the same, written as a stream or chunk by chunk
+    container_writer Sealer: the same, written chunk by chunk
     units            the reader that both authenticated formats share
     envelope         a few bytes encrypted as a whole: the digests of an encrypted file
     backend          the only module that imports `cryptography`, when it is needed
@@ -28,9 +28,9 @@ from ms_ckpt_ext.storage.reader import ByteReader
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.formats.crypto.blocks import DecryptingReader, keep_checksums
-    from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer, EncryptingWriter, encrypt_all
+    from ms_ckpt_ext.formats.crypto.blocks_writer import BlockSealer
     from ms_ckpt_ext.formats.crypto.container import ChunkedReader
-    from ms_ckpt_ext.formats.crypto.container_writer import ChunkedWriter, Sealer
+    from ms_ckpt_ext.formats.crypto.container_writer import Sealer
     from ms_ckpt_ext.formats.crypto.keys import Key, KeyLike, load_key
 
 GCM, CBC, SM4 = "AES-GCM", "AES-CBC", "SM4-CBC"
@@ -49,13 +49,10 @@ SNIFF_BYTES = 8
 _LATE = {
     "BlockSealer": "blocks_writer",
     "ChunkedReader": "container",
-    "ChunkedWriter": "container_writer",
     "DecryptingReader": "blocks",
-    "EncryptingWriter": "blocks_writer",
     "Key": "keys",
     "KeyLike": "keys",
     "Sealer": "container_writer",
-    "encrypt_all": "blocks_writer",
     "keep_checksums": "blocks",
     "load_key": "keys",
 }
@@ -70,16 +67,12 @@ __all__ = [
     "SM4",
     "BlockSealer",
     "ChunkedReader",
-    "ChunkedWriter",
     "DecryptingReader",
-    "EncryptingWriter",
     "Key",
     "KeyLike",
     "Sealer",
     "decrypting_reader",
-    "encrypt_all",
     "key_fingerprint",
-    "is_encrypted",
     "keep_checksums",
     "load_key",
     "sniff",
@@ -103,11 +96,6 @@ def sniff(head: bytes) -> Optional[str]:
     if head.startswith(CHUNK_MAGIC):
         return CHUNKED
     return BLOCK_MAGIC.get(struct.unpack_from("<I", head)[0]) if len(head) >= 4 else None
-
-
-def is_encrypted(head: bytes) -> bool:
-    """Whether a file that begins with `head` (8 bytes suffice) is one of the encrypted containers."""
-    return sniff(head) is not None
 
 
 def key_fingerprint(key: Key, label: bytes) -> str:

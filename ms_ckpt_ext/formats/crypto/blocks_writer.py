@@ -1,130 +1,21 @@
-"""Writing MindSpore's encrypted `.ckpt`, as a stream or block by block in any order; the format is in block_table.py.
+"""Writing MindSpore's encrypted `.ckpt`, block by block in any order; the format is in block_table.py.
 
-As a stream: a block's header holds its tag and length, so the ciphertext of one block (64 MiB) is collected in a buffer
-that is reused, and written with its header when the block is full. IVs are random, 16 bytes, as MindSpore's are.
-
-In any order: with blocks of one length (shorter than MindSpore's own, which it reads as well) every offset is known.
+Blocks are of one length (shorter than MindSpore's own, which it reads as well), so every offset is known. IVs are
+random, 16 bytes, as MindSpore's are.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from typing import BinaryIO, Optional, Protocol, Union
 
-from ms_ckpt_ext.errors import UsageError, storage_error
+from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import BLOCK_MAGIC, GCM, SM4, backend
 from ms_ckpt_ext.formats.crypto.backend import CIPHER_BLOCK, pour
 from ms_ckpt_ext.formats.crypto.block_table import BLOCK_BYTES, IV_BYTES, NONCE_BYTES, TAG_BYTES
 from ms_ckpt_ext.formats.crypto.keys import AES_LENGTHS, SM4_LENGTHS, Key, KeyLike, as_key
-from ms_ckpt_ext.formats.crypto.units import PIECE
-from ms_ckpt_ext.storage import linux
-from ms_ckpt_ext.storage.reader import ByteReader
 
 _MAGIC = {mode: magic for magic, mode in BLOCK_MAGIC.items()}
-
-
-class EncryptingWriter:
-    """Takes plaintext in order and writes MindSpore's blocks to a binary file object, which stays open.
-
-    `finish` (or leaving the `with` block without an error) writes the last block; without it the file is incomplete.
-
-    Args:
-        sink: where the blocks go; only its `write` is used.
-        key: 16, 24 or 32 bytes, for SM4 16.
-        mode: "AES-GCM" (authenticated; prefer it), "AES-CBC" or "SM4-CBC".
-        block: plaintext bytes of a block; only tests change the default.
-
-    Raises:
-        UsageError: no such mode, or a key of the wrong length.
-    """
-
-    def __init__(self, sink: BinaryIO, key: KeyLike, mode: str = GCM, *, block: int = BLOCK_BYTES) -> None:
-        self._sink = sink
-        self._key = _checked(key, mode, block)
-        self._mode = mode
-        self._most = block
-        self._sealed = linux.scratch(block + CIPHER_BLOCK)
-        self._filled = 0
-        self._rest = b""
-        self._context: Optional[backend.Context] = None
-        self._iv = b""
-        self._finished = False
-
-    def write(self, data: Union[bytes, bytearray, memoryview]) -> int:
-        """Encrypt more plaintext; returns its length in bytes. Raises StorageError when the sink does not take it."""
-        if self._finished:
-            raise UsageError("this encrypted file is finished; open a new one")
-        source = memoryview(data).cast("B")
-        while len(source):
-            part = source[: min(len(source), self._most - self._filled - len(self._rest))]
-            self._add(part)
-            source = source[len(part) :]
-            if self._filled + len(self._rest) == self._most:
-                self._flush()
-        return memoryview(data).nbytes
-
-    def finish(self) -> None:
-        """Write the last block. The sink is not closed."""
-        if self._filled or self._rest:
-            self._flush()
-        self._finished = True
-
-    def __enter__(self) -> EncryptingWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-
-    def _add(self, part: memoryview) -> None:
-        """Encrypt a part of one block; up to 15 bytes that fill no cipher block wait in `_rest`."""
-        if self._context is None:
-            self._begin()
-        if self._rest:
-            taken = min(CIPHER_BLOCK - len(self._rest), len(part))
-            self._rest += bytes(part[:taken])
-            part = part[taken:]
-            if len(self._rest) == CIPHER_BLOCK:
-                self._encrypt(memoryview(self._rest))
-                self._rest = b""
-        whole = len(part) // CIPHER_BLOCK * CIPHER_BLOCK
-        self._encrypt(part[:whole])
-        self._rest += bytes(part[whole:])
-
-    def _begin(self) -> None:
-        self._iv = os.urandom(IV_BYTES)
-        self._filled = 0
-        if self._mode == GCM:
-            self._context = backend.gcm(self._key, self._iv[:NONCE_BYTES], None)
-        else:
-            self._context = backend.cbc(self._key, self._iv, sm4=self._mode == SM4, encrypt=True)
-
-    def _encrypt(self, data: memoryview) -> None:
-        """Encrypt whole cipher blocks, or the end of a GCM block, and append them to the buffer."""
-        assert self._context is not None
-        stop = self._filled + len(data)
-        for low in range(self._filled, stop, PIECE):
-            high = min(low + PIECE, stop)
-            target = self._sealed[low:high]
-            pour(self._context, data[low - self._filled : high - self._filled], target)
-        self._filled = stop
-
-    def _flush(self) -> None:
-        """End the block and write it."""
-        assert self._context is not None
-        rest, self._rest = self._rest, b""
-        if self._mode != GCM:
-            rest += bytes([CIPHER_BLOCK - len(rest)]) * (CIPHER_BLOCK - len(rest))
-        self._encrypt(memoryview(rest))
-        self._context.finalize()
-        tag = getattr(self._context, "tag", b"") if self._mode == GCM else b""
-        self._emit(_header(self._mode, tag, self._iv, self._filled))
-        self._emit(self._sealed[: self._filled])
-        self._context, self._filled = None, 0
-
-    def _emit(self, data: Union[bytes, memoryview]) -> None:
-        write_all(self._sink, data)
 
 
 def _checked(key: KeyLike, mode: str, block: int) -> Key:
@@ -205,29 +96,3 @@ class BlockSealer:
             pour(context, stored[front : front + whole], out[:whole])
             out[whole:] = context.update(stored[front + whole :])[: len(out) - whole]
         return backend.key_fits(context)
-
-
-def write_all(sink: BinaryIO, data: Union[bytes, memoryview]) -> None:
-    """Write all of `data`, even to an unbuffered file, which may take less at a time."""
-    view = memoryview(data)
-    try:
-        while len(view):
-            view = view[sink.write(view) :]
-    except OSError as error:
-        raise storage_error("write to", str(getattr(sink, "name", "the encrypted file")), error) from error
-
-
-class Writer(Protocol):
-    """Either of the two encrypting writers."""
-
-    def write(self, data: Union[bytes, bytearray, memoryview]) -> int:
-        """Encrypt more plaintext."""
-
-
-def encrypt_all(reader: ByteReader, writer: Writer) -> None:
-    """Pass the whole of a plain file through an encrypting writer, in bounded memory; the caller calls `finish`."""
-    buffer = linux.scratch(min(PIECE, reader.size))
-    for offset in range(0, reader.size, PIECE):
-        part = buffer[: min(PIECE, reader.size - offset)]
-        reader.read_into(offset, part)
-        writer.write(part)

@@ -1,15 +1,13 @@
-"""Writing the encrypted container of container.py: chunk by chunk in any order, or as a stream."""
+"""Writing the encrypted container of container.py, chunk by chunk in any order."""
 
 from __future__ import annotations
 
 import os
 import threading
-from typing import BinaryIO, Union
 
 from ms_ckpt_ext.errors import FormatError, UsageError
 from ms_ckpt_ext.formats.crypto import backend
 from ms_ckpt_ext.formats.crypto.backend import pour
-from ms_ckpt_ext.formats.crypto.blocks_writer import write_all
 from ms_ckpt_ext.formats.crypto.container import CHUNK, SALT, TAG, Geometry, Secrets
 from ms_ckpt_ext.formats.crypto.keys import KeyLike, as_key
 
@@ -85,81 +83,3 @@ class Sealer:
             if index in self._sealed:
                 raise UsageError(f"chunk {index} was sealed already; begin a new file instead of rewriting a chunk")
             self._sealed.add(index)
-
-
-class ChunkedWriter:
-    """Takes plaintext in order and writes a container to a binary file object, which stays open.
-
-    `finish` (or leaving the `with` block without an error) writes the last chunk. Only chunks that `write` gets in
-    parts are copied; whole ones are encrypted where they lie.
-
-    Args:
-        sink: where the file goes; only its `write` is used.
-        key: 16, 24 or 32 bytes.
-        size: bytes of the whole plaintext, which the header must hold.
-        chunk: plaintext bytes of a chunk.
-    """
-
-    def __init__(self, sink: BinaryIO, key: KeyLike, size: int, *, chunk: int = CHUNK) -> None:
-        self._sealer = Sealer(key, size, chunk=chunk)
-        self._sink = sink
-        self._chunk = chunk
-        self._index = 0
-        self._pending = bytearray(min(chunk, size))
-        self._filled = 0
-        self._out = memoryview(bytearray(min(chunk, size) + TAG))
-        write_all(sink, self._sealer.header)
-
-    @property
-    def stored_size(self) -> int:
-        """Bytes of the whole encrypted file."""
-        return self._sealer.geometry.stored_size
-
-    def write(self, data: Union[bytes, bytearray, memoryview]) -> int:
-        """Encrypt more plaintext; returns its length in bytes.
-
-        Raises:
-            UsageError: more plaintext than was announced.
-            StorageError: the sink does not take it.
-        """
-        source = memoryview(data).cast("B")
-        taken, size = self._taken, self._sealer.geometry.size
-        if taken + len(source) > size:
-            raise UsageError(
-                f"{taken + len(source)} bytes of plaintext where {size} were announced; pass the true size"
-            )
-        while len(source):
-            low, high = self._sealer.geometry.span(self._index)
-            part = source[: high - low - self._filled]
-            if len(part) == high - low:
-                self._emit(part)
-            else:
-                self._pending[self._filled : self._filled + len(part)] = part
-                self._filled += len(part)
-                if self._filled == high - low:
-                    self._emit(memoryview(self._pending)[: self._filled])
-            source = source[len(part) :]
-        return memoryview(data).nbytes
-
-    def finish(self) -> None:
-        """Check that the file is whole. Raises UsageError when plaintext is missing. The sink is not closed."""
-        taken, size = self._taken, self._sealer.geometry.size
-        if taken != size:
-            raise UsageError(f"{taken} bytes of plaintext where {size} were announced; the file is incomplete")
-
-    def __enter__(self) -> ChunkedWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.finish()
-
-    @property
-    def _taken(self) -> int:
-        """Bytes of plaintext so far."""
-        return min(self._index * self._chunk + self._filled, self._sealer.geometry.size)
-
-    def _emit(self, plain: memoryview) -> None:
-        length = self._sealer.seal(self._index, plain, self._out)
-        write_all(self._sink, self._out[:length])
-        self._index, self._filled = self._index + 1, 0

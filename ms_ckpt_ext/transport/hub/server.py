@@ -45,9 +45,6 @@ class Hub:
             is known that not all of them will come. An empty one: they do not belong to this meeting, which goes on
             without them.
 
-    Attributes:
-        bytes_in, bytes_out: bytes received and sent.
-
     Raises:
         TransportError: this process may not open that many files.
     """
@@ -62,7 +59,6 @@ class Hub:
         limits: ControlLimits = DEFAULT,
         look: Optional[Callable[[Sequence[int]], Optional[str]]] = None,
     ) -> None:
-        self.bytes_in = self.bytes_out = 0
         self._token = token
         self._size = size
         self._timeout = timeout
@@ -147,7 +143,6 @@ class Hub:
 
     def _read(self, peer: Peer) -> None:
         received = peer.receive()
-        self.bytes_in += received
         if not received:
             self._lost(peer, peer.error)
         elif peer.rank is not None or self._greet(peer):
@@ -294,7 +289,6 @@ class Hub:
             self._send(self._peers[rank], message)
 
     def _send(self, peer: Peer, message: bytes) -> None:
-        self.bytes_out += len(message)
         peer.send(message)
         if peer.error is not None:
             self._failed.append(peer)

@@ -28,9 +28,6 @@ _REFUSALS = (
 )
 _OTHER_SIZE, _NO_SUCH_RANK, _THERE_ALREADY = range(len(_REFUSALS))
 
-GREETING_BYTES = _ASK.size
-"""How much the hub has to read before it knows who came; no rank needs to send more."""
-
 
 class Unwelcome(ConnectionError):
     """The other end does not belong to this job, or does not let this rank in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import mmap
 import os
 import zlib
 from pathlib import Path
@@ -23,11 +24,11 @@ from ms_ckpt_ext.formats import ckpt_writer, crypto
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import DEC_KEY_VARIABLE, ENC_KEY_VARIABLE, Access, read_index
 from ms_ckpt_ext.storage.digest_sink import DigestStream
-from ms_ckpt_ext.storage.reader import PlainReader
 from tests.engine.files.test_convert import CASE, KEY, contents, write_ckpt
 from tests.support.checkpoints import assert_nothing_complete, tree
 from tests.support.ciphers import decrypted_units
 from tests.support.dying import killed, notes_what_to_publish
+from tests.support.encrypted import in_blocks, write_sealed
 from tests.support.formats import encrypt as encrypt_file
 from tests.support.machine import watch_reads
 
@@ -170,9 +171,7 @@ def test_exchanged_blocks_are_found_by_the_checksum_inside(mode: str, tmp_path: 
     plain += b"crc_num" + zlib.crc32(plain).to_bytes(10, "big")
     (tmp_path / "net.ckpt").write_bytes(plain)
     sealed = tmp_path / "sealed.ckpt"
-    with PlainReader(str(tmp_path / "net.ckpt")) as reader, sealed.open("wb") as file:
-        with crypto.EncryptingWriter(file, KEY, mode, block=256) as writer:
-            crypto.encrypt_all(reader, writer)
+    sealed.write_bytes(in_blocks(bytes(plain), KEY, mode, block=256))
     decrypt(sealed, tmp_path / "right", dec_key=KEY)
     assert (tmp_path / "right" / "sealed.ckpt").read_bytes() == plain
     raw = sealed.read_bytes()
@@ -204,9 +203,9 @@ def test_every_block_is_decrypted_once(block: int, tmp_path: Path, monkeypatch: 
     with (tmp_path / "net.ckpt").open("wb") as file:
         file.write(laid.literals[0][1])
         file.truncate(laid.size)
-    with PlainReader(str(tmp_path / "net.ckpt")) as reader, (tmp_path / "sealed.ckpt").open("wb") as file:
-        with crypto.EncryptingWriter(file, KEY, block=block) as writer:
-            crypto.encrypt_all(reader, writer)
+    with (tmp_path / "net.ckpt").open("rb") as plain, (tmp_path / "sealed.ckpt").open("wb") as file:
+        with mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            write_sealed(crypto.BlockSealer(KEY, "AES-GCM", laid.size, block=block), mapped, file)
     reads = watch_reads(monkeypatch)
     decrypt(tmp_path / "sealed.ckpt", tmp_path / "out", dec_key=KEY)
     assert size <= sum(read.nbytes for read in reads if read.path == str(tmp_path / "sealed.ckpt")) <= 1.1 * size

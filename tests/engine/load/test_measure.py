@@ -15,6 +15,7 @@ from ms_ckpt_ext.engine.load.measure import Measured, measure_machine, profile_o
 from ms_ckpt_ext.errors import DiscoveryError, PeerError, StorageError, UsageError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.command_line import as_json, fine, run
+from tests.support.counting import counted
 
 STEP = 4 << 20
 
@@ -31,7 +32,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_ranks_on_servers(size: int, folder: Path, tmp_path: Path) -> None:
     def work(transport: LocalTransport) -> tuple[Measured, int]:
-        return measure_machine(transport, str(folder), f"server {transport.rank // size}", 0.1), transport.sent
+        counts = counted(transport)
+        return measure_machine(transport, str(folder), f"server {transport.rank // size}", 0.1), counts.sent
 
     ran = LocalWorld(4).run(work)
     found = ran[0][0]

@@ -21,6 +21,7 @@ from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import ArgumentTypeError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalTransport
+from tests.support.counting import Counts, counted
 from tests.support.loads import Load, Loaded, assert_shards, wide_source
 from tests.support.played import Call, hops_of
 
@@ -42,13 +43,14 @@ class OnServers(Load):
 
     def __init__(self, *arguments: Any, size: int, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.size, self.given = size, dict[int, tuple[Mapping[int, int], int]]()
+        self.size, self.counts = size, dict[int, Counts]()
         self.calls: dict[int, list[Call]] = {}
 
     def host(self, rank: int) -> str:
         return f"server {rank // self.size}"
 
     def rank(self, transport: LocalTransport) -> Loaded:
+        self.counts[transport.rank] = counted(transport)
         gather, calls = transport.start_all_gather, self.calls.setdefault(transport.rank, [])
 
         def recorded(send: Any, nbytes: int, recv: Any, group: tuple[int, ...] = ()) -> Any:
@@ -56,15 +58,13 @@ class OnServers(Load):
             return gather(send, nbytes, recv, group)
 
         transport.start_all_gather = recorded  # type: ignore[method-assign]
-        loaded = super().rank(transport)
-        self.given[transport.rank] = dict(transport.given), transport.messages
-        return loaded
+        return super().rank(transport)
 
     def counted(self) -> Counted:
         loaded = self.run()
         wire = np.zeros((len(loaded), len(loaded)), np.int64)
-        for rank, (given_, _) in self.given.items():
-            for peer, nbytes in given_.items():
+        for rank, counts in self.counts.items():
+            for peer, nbytes in counts.given.items():
                 wire[rank, peer] += nbytes
         for rank, calls in self.calls.items():
             for call in calls:  # what was counted as if it went straight to everyone goes by the steps of HCCL
@@ -76,7 +76,7 @@ class OnServers(Load):
         server = np.arange(len(loaded)) // self.size
         near = server[:, None] == server
         columns = (wire * near).sum(1).tolist(), (wire * ~near).sum(1).tolist()
-        return Counted(*columns, [self.given[rank][1] for rank in range(len(loaded))], loaded)
+        return Counted(*columns, [self.counts[rank].messages for rank in range(len(loaded))], loaded)
 
     def predicted(self, hardware: Hardware) -> DryRun:
         catalog = open_catalog(str(self.source), self.trained)

@@ -20,6 +20,7 @@ from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.base import TransportTraits
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
+from tests.support.counting import counted
 from tests.support.loads import Load, Loaded, assert_shards, golden_load, wide_source
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -201,8 +202,9 @@ class Apart(Load):
 
     def rank(self, transport: LocalTransport) -> Loaded:
         self.calls = getattr(self, "calls", Counter[str]())
+        counts = counted(transport)
         loaded = super().rank(transport)
-        self.calls.update(transport.collectives)
+        self.calls.update(counts.collectives)
         return loaded
 
 

@@ -14,7 +14,7 @@ from ms_ckpt_ext.transport.local import LocalWorld
 from ms_ckpt_ext.transport.rendezvous import greeting
 from ms_ckpt_ext.transport.rendezvous.addresses import Address, Invitation, parse_address
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_ROOM, gather_messages
-from ms_ckpt_ext.transport.rendezvous.greeting import GREETING_BYTES, Door, Guest, Unwelcome, new_token
+from ms_ckpt_ext.transport.rendezvous.greeting import Door, Guest, Unwelcome, new_token
 from ms_ckpt_ext.transport.rendezvous.interfaces import network_identity, own_addresses
 
 
@@ -117,7 +117,7 @@ def test_what_was_recorded_is_of_no_use_and_the_token_never_travels() -> None:
     token = new_token()
     first, guest = Door(token, 0, 4), Guest(token, 1, 4)
     asked = guest.hear(bytearray(first.hail))
-    assert len(asked) == GREETING_BYTES and token.encode() not in asked and bytes.fromhex(token) not in asked
+    assert len(asked) == 60 and token.encode() not in asked and bytes.fromhex(token) not in asked
     assert first.ask(bytearray(asked)) == 1
     with pytest.raises(Unwelcome):
         Door(token, 0, 4).ask(bytearray(asked))
