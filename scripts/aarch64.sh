@@ -8,7 +8,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 home=${MS_CKPT_EXT_MATRIX:-$ROOT/.matrix}/aarch64
-root=$home/root site=$home/site python=$home/root/usr/bin/python3.11
+root=$home/root python=$home/root/usr/bin/python3.11
+site=$root/usr/local/lib/python3.11/dist-packages # where this Python looks by itself, as do those that tests start
 kernel=/proc/sys/fs/binfmt_misc rule=/usr/lib/binfmt.d/qemu-aarch64.conf # the rule comes with qemu-user-static
 for tool in qemu-aarch64-static mmdebstrap; do
   command -v "$tool" >/dev/null || die "$tool is not here: apt-get install qemu-user-static mmdebstrap"
@@ -23,6 +24,8 @@ if [[ ! -e $python ]]; then
   say "Fetching Python for arm64 into $root"
   rm -rf "$root" && mkdir -p "$home"
   mmdebstrap --quiet --variant=extract --architectures=arm64 --include=python3.11 bookworm "$root"
+  # QEMU takes what lies here for what has the same name on the machine, such as /tmp, or /dev/ptmx, which opens nothing.
+  find "$root" -mindepth 1 -maxdepth 1 ! -name usr ! -name 'lib*' ! -name etc -exec rm -rf {} +
 fi
 stamp="$(cksum <"$ROOT/setup.py")"
 if [[ $(cat "$site/.ms_ckpt_ext" 2>/dev/null) != "$stamp" ]]; then
@@ -38,7 +41,7 @@ if [[ $(cat "$site/.ms_ckpt_ext" 2>/dev/null) != "$stamp" ]]; then
 fi
 
 cd "$ROOT"
-export QEMU_LD_PREFIX="$root" PYTHONPATH="$ROOT:$site" MS_CKPT_EXT_EMULATED=1
+export QEMU_LD_PREFIX="$root" PYTHONPATH="$ROOT" MS_CKPT_EXT_EMULATED=1
 unset PYTHONDONTWRITEBYTECODE
 tests=("$@")
 if [[ $# == 0 ]]; then tests=("${FILE_TESTS[@]}"); fi
