@@ -51,6 +51,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", default=["*"], help="below ms_ckpt_ext/core, such as 'geometry/*'")
     parser.add_argument("--sample", type=int, default=40, help="mutants of a module at most (0: all)")
+    parser.add_argument("--skip", type=int, default=0, help="the first of them: what a smaller sample has tried")
     parser.add_argument("--seed", type=int, default=1, help="which of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="mutants at once")
     parser.add_argument("--tests", default="tests/core", help="what must find them")
@@ -130,7 +131,7 @@ def _sample(name: str, path: Path, options: argparse.Namespace) -> Sample:
     text = source.split("\n")
     places = [place for place in places_of(source) if options.containing in text[place.line - 1]]
     random.Random(f"{options.seed} {name}").shuffle(places)
-    made = (mutant_of(path, place) for place in places[: options.sample or None])
+    made = (mutant_of(path, place) for place in places[options.skip : options.sample or None])
     chosen = [mutant for mutant in made if mutant is not None]
     known = equivalents()
     judged = [mutant for mutant in chosen if mutant.key not in known]

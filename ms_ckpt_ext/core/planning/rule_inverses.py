@@ -175,7 +175,7 @@ def _plan(rule: Rule, shape: Shape) -> _Plan:
     counts = tuple(map(len, shapes))
     dtype = DTYPES["U8"]
     sources = [
-        [stored_whole(TensorMeta(f"{n} {at}", dtype, one), (0,)) for at, one in enumerate(alike)]
+        [stored_whole(TensorMeta(f"{n} {at}", dtype, one), ()) for at, one in enumerate(alike)]
         for n, alike in enumerate(shapes)
     ]
     made = rule.make(rule.target, sources)

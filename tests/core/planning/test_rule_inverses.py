@@ -86,6 +86,7 @@ def test_a_layer_goes_back_to_hugging_face(tmp_path: Path) -> None:
 def test_parts_are_joined_again() -> None:
     (back,) = invert([Part("fused", name, n, 2, axis=1) for n, name in ((1, "up"), (0, "gate"))])
     assert back == Concat(["gate", "up"], "fused", axis=1, shares=(1, 1))
+    assert invert([Part("fused", name, n, 2, axis=1) for n, name in ((0, "gate"), (1, "up"))]) == [back]
     with pytest.raises(UsageError, match="nothing takes part 1 of 3"):
         invert([Part("fused", "gate", 0, 3), Part("fused", "up", 2, 3)])
 
@@ -105,6 +106,9 @@ def test_twice_inverted_is_the_rule() -> None:
         ([Interleave("h.{n}", "t")], "how far is not known"),
         ([Rename("a", "t"), Rename("a", "s")], "'a' is used twice"),
         ([Part("a", "t", 0, 2), Part("a", "s", 0, 2)], "'a' is used twice"),
+        ([Part("a", "t", 1, 2), Part("a", "s", 1, 2)], "'a' is used twice"),
+        ([Part("a", "t", 0, 2), Part("a", "s", 1, 2, axis=1)], "'a' is used twice"),
+        ([Part("a", "t", 0, 2), Part("a", "s", 1, 3)], "'a' is used twice"),
     ],
 )
 def test_what_has_no_inverse_says_why(rules: list[Rule], told: str) -> None:
@@ -120,6 +124,7 @@ def test_what_has_no_inverse_says_why(rules: list[Rule], told: str) -> None:
         (Experts("e.{n}", "t", experts=3), (4, 2), "does not hold 3 experts"),
         (Experts("e.{n}", "t", merge=False), (4, 2), "does not hold experts"),
         (Stack(["a", "b"], "t"), (3, 2), "does not hold 2 sources"),
+        (Stack(["a", "b"], "t"), (4, 2), "does not hold 2 sources"),
         (Transpose("a", "t", (0, 1, 2)), (3, 2), "do not permute"),
         (Interleave(["a", "b"], "t", rows=3), (4, 2), "no multiple of 3 rows of 2 sources"),
         (Stack("e.{n}", "t"), (3,), "single values"),
@@ -147,6 +152,8 @@ def test_shares_and_numbers_are_held_against_the_sources() -> None:
 def test_one_source_needs_no_shares() -> None:
     assert Concat("a", "t").source_shapes("t", (4, 2)) == [[(4, 2)]]
     assert QKV("a", "t", groups=2).source_shapes("t", (4, 2)) == [[(4, 2)]]
+    assert Stack(["a", "b"], "t").source_shapes("t", (2, 4)) == [[(4,)], [(4,)]]
+    assert Stack("e.{n}", "t", axis=1).source_shapes("t", (4, 3)) == [[(4,)] * 3]
     assert Concat(["a", "b"], "t", axis=1, shares=(4, 2)).source_shapes("t", (4, 6)) == [[(4, 4)], [(4, 2)]]
 
 

@@ -44,11 +44,13 @@ def reads(batch: object) -> list[tuple[int, int, int]]:
     return [(read.file, *read.extents[0]) for read in batch.reads]
 
 
-def test_small_parameters_share_a_batch_until_it_is_half_full() -> None:
+@pytest.mark.parametrize("at_first", [0, 5000])
+def test_small_parameters_share_a_batch_until_it_is_half_full(at_first: int) -> None:
     """What is near in the file is one read; an array ends with every batch."""
     tasks = [whole(tensor(name, (size,)), 100 * n) for n, (name, size) in enumerate(zip("abcd", (10, 10, 20, 5)))]
-    units = list(schedule(tasks, at({"a": 0, "b": 18, "c": 37, "d": 57}), LIMITS))  # gaps of 8, 9 and 0 bytes
-    assert [reads(unit) for unit in units] == [[(0, 0, 28), (0, 37, 20)], [(0, 57, 5)]]
+    lying = {name: at_first + offset for name, offset in zip("abcd", (0, 18, 37, 57))}  # gaps of 8, 9 and 0 bytes
+    units = list(schedule(tasks, at(lying), LIMITS))
+    assert [reads(unit) for unit in units] == [[(0, at_first, 28), (0, at_first + 37, 20)], [(0, at_first + 57, 5)]]
     assert [unit.last for unit in units] == [True, True]
     first = units[0]
     assert isinstance(first, Batch)
@@ -133,12 +135,38 @@ def test_columns_are_read_over_short_gaps(width: int, found: list[list[tuple[int
     assert [reads(unit) for unit in units] == found
 
 
-def test_long_gaps_are_read_over_where_little_of_a_read_is_one() -> None:
+@pytest.mark.parametrize("offset", [0, 5000])
+def test_long_gaps_are_read_over_where_little_of_a_read_is_one(offset: int) -> None:
     """Of 90 bytes 80 are wanted: one read, though a gap is longer than others may be."""
     region = Region((0, 0), (2, 40))
     task = Task(tensor("a", (2, 50)), (Target(region, (Landing(0, (Extent(0, 80),)),)),))
-    units = list(schedule([task], at({"a": 0}), LIMITS._replace(tile=256)))
-    assert [reads(unit) for unit in units] == [[(0, 0, 90)]]
+    units = list(schedule([task], at({"a": offset}), LIMITS._replace(tile=256)))
+    assert [reads(unit) for unit in units] == [[(0, offset, 90)]]
+
+
+def test_a_read_begins_where_the_first_copy_of_it_does() -> None:
+    """Columns of all rows, and a row in the middle that ends sooner."""
+    boxes = Region((0, 0), (4, 2)), Region((1, 0), (2, 8))
+    targets = [Target(box, (Landing(0, (Extent(100 * n, box.size),)),)) for n, box in enumerate(boxes)]
+    (unit,) = schedule([Task(tensor("a", (4, 8)), tuple(targets))], at({"a": 500}), LIMITS)
+    assert reads(unit) == [(0, 500, 26)]
+    assert isinstance(unit, Batch)
+    assert [(copy.stretch, copy.copy.source, copy.copy.nbytes) for copy in unit.reads[0].copies] == [
+        (0, 0, 8),
+        (1, 8, 8),
+    ]
+
+
+@pytest.mark.parametrize(("size", "batches"), [(25, [2]), (31, [2]), (32, [1, 1]), (60, [1, 1])])
+def test_slices_share_a_batch_until_it_is_half_full(size: int, batches: list[int]) -> None:
+    box = Region((0,), (size,))
+    tasks = [
+        Task(tensor(name, (100,)), (Target(box, (Landing(0, (Extent(100 * n, size),)),)),))
+        for n, name in enumerate("ab")
+    ]
+    units = list(schedule(tasks, at({"a": 0, "b": 500}), LIMITS))
+    assert [len(unit.stretches) for unit in units if isinstance(unit, Batch)] == batches
+    assert all(unit.last for unit in units)
 
 
 def test_replicas_take_turns_by_bytes() -> None:

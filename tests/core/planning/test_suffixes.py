@@ -36,6 +36,21 @@ def test_states_whose_word_runs_into_the_name(state: str) -> None:
     assert found("d.w", f"{state}.d.w net.d.w") == {"d.w": "net.d.w"}
 
 
+def test_a_wrapper_may_begin_as_such_a_word_does() -> None:
+    """Nothing lies beside it that it could be the state of; and what lies behind another word is no state."""
+    assert found("d.w", "mu_net.d.w") == {"d.w": "mu_net.d.w"}
+    assert found("d.w", "mu_net.d.w net.d.w") == {"d.w": "net.d.w"}
+    with pytest.raises(LayoutMismatchError, match="'xx_net.d.w', 'net.d.w'"):
+        found("d.w", "xx_net.d.w net.d.w")
+
+
+def test_the_first_of_several_is_the_example() -> None:
+    with pytest.raises(LayoutMismatchError) as caught:
+        found("d.w", " ".join(f"{n}.d.w" for n in "pqrstu"))
+    assert "'p.d.w', 'q.d.w', 'r.d.w', 's.d.w' and 2 more. " in str(caught.value)
+    assert "such as {'d.w': 'p.d.w'}" in str(caught.value)
+
+
 @pytest.mark.parametrize("group", ["linear", "ema", "zeta", "opt.group0.zeta"])
 def test_groups_are_told_by_their_form(group: str) -> None:
     """No word of an optimizer: `group.t` and `t` are both there, so all of the group belongs to what lies beside."""
