@@ -3,6 +3,9 @@
 MindFormers converts what a rank has already sliced, so its operators divide heads and experts by the parallel sizes. A
 rule speaks of whole parameters and the planner slices, which gives the same bytes wherever MindFormers' way works, and
 also where it does not (more tensor-parallel ranks than query groups, a cut through a transposed expert).
+
+A network may have its weights in another arrangement, of equal names and shapes, which the operators do not know; what
+the network's configuration says comes first.
 """
 
 from __future__ import annotations
@@ -24,6 +27,26 @@ def rules_of(converters: Iterable[Any]) -> tuple[Rule, ...]:
         UnsupportedError: an operator that is not one of MindFormers' own; names it.
     """
     return tuple(rule for converter in converters for rule in _rules(converter))
+
+
+def rules_for(network: Any) -> tuple[Rule, ...]:
+    """The rules of the converters of a network that has a template, in the network's own arrangement of weights.
+
+    Raises UnsupportedError as `rules_of`.
+    """
+    config = getattr(network, "transformer_config", None)
+    apart = getattr(config, "use_contiguous_weight_layout_attention", False)
+    by_row = getattr(config, "use_interleaved_weight_layout_mlp", True)
+    return tuple(_arranged(rule, apart, by_row) for rule in rules_of(network.template.weight_converters))
+
+
+def _arranged(rule: Rule, apart: bool, by_row: bool) -> Rule:
+    """A rule, or one that puts its sources one after another."""
+    if isinstance(rule, QKV) and apart:
+        return Concat(rule.sources, rule.target, rule.axis, rule.shares)
+    if isinstance(rule, Interleave) and not by_row and ".linear_fc1." in rule.target:
+        return Concat(rule.sources, rule.target, rule.axis, (1,) * len(rule.sources))
+    return rule
 
 
 def _rules(converter: Any) -> list[Rule]:

@@ -17,7 +17,7 @@ from typing import Any, Callable, Optional
 from ms_ckpt_ext import log
 from ms_ckpt_ext.bridge import network as live
 from ms_ckpt_ext.bridge import world
-from ms_ckpt_ext.bridge.mindformers.converters import rules_of
+from ms_ckpt_ext.bridge.mindformers.converters import rules_for
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.bridge.request import LoadRequest
 from ms_ckpt_ext.bridge.settle import Manner
@@ -108,12 +108,12 @@ def load_hf_checkpoint(
     """Drop-in for `mindformers.checkpoint.checkpoint.load_hf_checkpoint`; see `load_checkpoint`."""
     from mindformers.checkpoint.utils import get_core_network
 
-    template = getattr(get_core_network(network), "template", None)
-    if template is None or _stranger(network, more):
+    core = get_core_network(network)
+    if getattr(core, "template", None) is None or _stranger(network, more):
         stock()
         return
     try:
-        rules = rules_of(template.weight_converters)
+        rules = rules_for(core)
     except UnsupportedError as refusal:
         log.warning("%s; MindFormers' own loader serves this call", refusal)
         stock()
