@@ -13,11 +13,14 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Optional
 
 from ms_ckpt_ext.cli import settings
@@ -36,6 +39,8 @@ _VARIABLES = {
     "hardware": "MS_CKPT_EXT_HARDWARE",
 }
 _TAIL = 15
+_SECONDS = 10
+"""That msrun has to end its ranks."""
 
 
 def parser(job: str) -> argparse.ArgumentParser:
@@ -114,13 +119,33 @@ def _start(values: Mapping[str, Any], environment: Mapping[str, str], dry_run: b
     if not os.path.isfile(values["script"]):
         raise UsageError(f"no such script: {values['script']!r}; give --script, or call this where it can be found")
     try:
-        code = subprocess.run(words, env={**os.environ, **added}, check=False).returncode
+        code = _run(words, {**os.environ, **added})
     except FileNotFoundError as error:
         raise UsageError("msrun is not on PATH: it comes with MindSpore; activate its environment") from error
     if code:
         _show_logs(Path(values["log_dir"]))
     print(f"{'failed' if code else 'done'}; the ranks' logs are in {values['log_dir']}")
     return code
+
+
+def _run(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run msrun to its end. Ctrl-C and SIGTERM end it first, and the ranks that it started (it does so at SIGINT)."""
+
+    def end(number: int, frame: Optional[FrameType]) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    process = None
+    try:
+        process = subprocess.Popen(words, env=environment)
+        return process.wait()
+    finally:
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS)
+            process.kill()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show_logs(folder: Path) -> None:

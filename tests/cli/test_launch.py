@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,26 @@ def test_a_rank_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(folder))
     assert launch.main(["resume", *LEAST["resume"]]) == 2
     assert "msrun is not on PATH" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
+def test_msrun_ends_with_the_launcher(number: int, code: int, tmp_path: Path) -> None:
+    """A stand-in for msrun, which ends what it started at SIGINT, and not at SIGTERM."""
+    (tmp_path / "msrun").write_text(
+        f"#!{sys.executable}\nimport pathlib, time\nhere = pathlib.Path({str(tmp_path)!r})\n"
+        "try:\n    (here / 'started').touch()\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    (here / 'ended').touch()\n"
+    )
+    (tmp_path / "msrun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "ms_ckpt_ext.cli.launch", "resume", *LEAST["resume"]]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as launcher:
+        while not (tmp_path / "started").exists():
+            assert launcher.poll() is None
+            time.sleep(0.01)
+        launcher.send_signal(number)
+        assert launcher.wait(30) == code
+    assert (tmp_path / "ended").exists()
 
 
 @pytest.mark.parametrize("job", ["resume", "infer", "merge"])
