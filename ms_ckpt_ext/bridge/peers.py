@@ -24,7 +24,7 @@ from ms_ckpt_ext.bridge.transfer.sides import SideHere, may_be_staged, side_of
 from ms_ckpt_ext.bridge.world import mindspore as ms
 from ms_ckpt_ext.engine.resume.newest import Chosen, ResumeRequest, Skipped, choose_checkpoint
 from ms_ckpt_ext.errors import DiscoveryError, LayoutMismatchError, LoadError, UsageError, name_ranks, some
-from ms_ckpt_ext.transport.agree import agree, on_all, told_by_all
+from ms_ckpt_ext.transport.agree import NATURAL, WHOLE, Maybe, agree, on_all, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 _STEPS = ("step_num", "global_step")
@@ -82,7 +82,7 @@ def fill_with_peers(request: LoadRequest, wanted: ResumeRequest, alive: Alive, s
             chosen, skipped = choose_checkpoint(transport, with_lacks(wanted, request))
             return PeersResumed(None if chosen is None else fill_chosen(transport, request, chosen), skipped, None)
         planned = _plan(transport, request, alive)
-        lost: list[list[str]] = told_by_all(transport, lambda: [] if alive.good else planned.report.missing)
+        lost: list[list[str]] = told_by_all(transport, lambda: [] if alive.good else planned.report.missing, [str])
         resumed, skipped = _read_lost(transport, request, wanted, lost, step, step_of) if any(lost) else (None, ())
         _run(planned, lost[transport.rank], resumed)
         _tell(transport, planned.report.bytes_received, resumed)
@@ -103,7 +103,11 @@ def _run(planned: PlannedMove, lost: Sequence[str], resumed: Optional[Resumed]) 
 
 def _common_step(transport: Transport[Any], network: Any, alive: Alive) -> Optional[int]:
     """The step of all ranks whose Parameters are good; None where there are none."""
-    told = told_by_all(transport, lambda: _own_step(network, alive) if alive.good else None)
+
+    def look() -> Optional[int]:
+        return _own_step(network, alive) if alive.good else None
+
+    told: list[Optional[int]] = told_by_all(transport, look, Maybe(WHOLE))
     steps: dict[int, list[int]] = {}
     for rank, step in enumerate(told):
         if step is not None:
@@ -191,7 +195,7 @@ class _Part(ms.nn.Cell):
 def _tell(transport: Transport[Any], received: int, resumed: Optional[Resumed]) -> None:
     """Log how many bytes came from where."""
     mine = (received, resumed.filled.report.reads.nbytes if resumed else 0)
-    told = told_by_all(transport, lambda: mine)
+    told: list[list[int]] = told_by_all(transport, lambda: mine, (NATURAL, NATURAL))
     log.info(
         "this rank took %d bytes from ranks whose Parameters are good and read %d from files; all ranks %d and %d",
         *mine,

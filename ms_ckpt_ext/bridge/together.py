@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, NoReturn, Optional
 
@@ -36,7 +37,7 @@ from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LoadError
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
 from ms_ckpt_ext.storage.reader import ReaderPool
-from ms_ckpt_ext.transport.agree import agree, on_all, pack, share_status, unpack
+from ms_ckpt_ext.transport.agree import agree, on_all, share_status, share_values
 from ms_ckpt_ext.transport.base import Transport
 from ms_ckpt_ext.transport.select import HOST_VARIABLE, select_transport
 
@@ -132,7 +133,8 @@ def _settled(transport: Transport[Any], request: LoadRequest, seen: Survey, stor
     catalog = on_all(transport, lambda: request.named(stored, compare))
     taking = Taking(catalog, request.target, request.rank, transport.size)
     found = on_all(transport, lambda: matched(network, taking, manner))
-    wanted = sorted({name for names in transport.share(pack(open_names(found))) for name in unpack(names)})
+    opened: list[list[str]] = share_values(transport, open_names(found), [str])
+    wanted = sorted(set(chain.from_iterable(opened)))
     catalog = compare(catalog, wanted)
     if options.verify == "full" and (seen.sees is None or options.mode != "direct"):
         from ms_ckpt_ext.engine.integrity.recorded import settled

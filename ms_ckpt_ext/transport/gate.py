@@ -25,6 +25,7 @@ import time
 from typing import Optional
 
 from ms_ckpt_ext.errors import TransportError
+from ms_ckpt_ext.transport.agree import decode_all, number_told
 from ms_ckpt_ext.transport.hub.limits import DEFAULT, ControlLimits
 from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.server import Hub
@@ -69,7 +70,8 @@ def meet(
             opened = _open(name, line, everybody) if hub is None else None
             hub = hub or opened
             time.sleep(0 if opened else _RETRY_SECONDS)
-        return [int(told) for told in line.share(str(mine).encode(), _DOING) if told]
+        told = decode_all(line.share(str(mine).encode(), _DOING), lambda each: number_told(each) if each else None)
+        return [each for each in told if each is not None]
     except TransportError as error:
         if everybody:
             raise

@@ -16,7 +16,8 @@ from typing import Callable
 
 import numpy as np
 
-from ms_ckpt_ext.transport.agree import on_all
+from ms_ckpt_ext.errors import naming
+from ms_ckpt_ext.transport.agree import MOST_SHARED, decode_all, on_all
 from ms_ckpt_ext.transport.base import B, Bytes, Transport
 from ms_ckpt_ext.transport.hub.frames import NOTE_BYTES, length_noted, note_of
 
@@ -30,9 +31,15 @@ def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes
     Args:
         to_host: returns the contents of one of the transport's buffers.
     """
+    with naming("gather what the ranks tell each other"):
+        return _gather(transport, payload, to_host)
+
+
+def _gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes]) -> list[bytes]:
     notes = _gather_fronts(transport, note_of(payload), NOTE_BYTES, to_host)
+    noted = decode_all(notes, _length)
     first = {note: rank for rank, note in reversed(list(enumerate(notes)))}
-    lengths = [length_noted(note) if first[note] == rank else 0 for rank, note in enumerate(notes)]
+    lengths = [length if first[note] == rank else 0 for rank, (note, length) in enumerate(zip(notes, noted))]
     width = front_width(lengths)
     contents = _gather_fronts(transport, payload[:width], width, to_host) if width else [b""] * transport.size
     longer = {root: length - width for root, length in enumerate(lengths) if length > width}
@@ -40,6 +47,14 @@ def gather(transport: Transport[B], payload: bytes, to_host: Callable[[B], Bytes
         contents[root] += rest
     distinct = {note: contents[rank][: length_noted(note)] for note, rank in first.items()}
     return [distinct[note] for note in notes]
+
+
+def _length(note: bytes) -> int:
+    """The length of a payload. Raises ValueError where no rank shares that much."""
+    length = length_noted(note)
+    if length > MOST_SHARED:
+        raise ValueError(f"a payload of {length} bytes, where {MOST_SHARED} are the most")
+    return length
 
 
 def front_width(lengths: Sequence[int]) -> int:

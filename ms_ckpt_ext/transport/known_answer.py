@@ -11,6 +11,7 @@ from typing import Any, Callable
 import numpy as np
 
 from ms_ckpt_ext.errors import TransportError
+from ms_ckpt_ext.transport.agree import share_texts
 from ms_ckpt_ext.transport.base import B, Bytes, Ranks, Transport
 
 _EACH = 16
@@ -32,7 +33,7 @@ def prove(transport: Transport[B], to_host: Callable[[B], Bytes], backend: str) 
         "broadcast": _broadcast(transport),
     }
     wrong = [_difference(call, to_host(came), wanted) for call, (came, wanted) in answers.items()]
-    told = [each.decode() for each in transport.share("; ".join(filter(None, wrong)).encode())]
+    told = share_texts(transport, "; ".join(filter(None, wrong)))
     if any(told):
         where = "; ".join(f"rank {rank}: {differs}" for rank, differs in enumerate(told) if differs)
         raise _untrue(backend, where)

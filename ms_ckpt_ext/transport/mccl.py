@@ -25,6 +25,7 @@ import numpy as np
 from mindspore.mint import distributed
 
 from ms_ckpt_ext.errors import TransportError, UsageError
+from ms_ckpt_ext.transport.agree import decode_all
 from ms_ckpt_ext.transport.base import (
     HOST_TRAITS,
     Bytes,
@@ -171,8 +172,8 @@ class Mccl:
         """All ranks' send counts, once all have come; all ranks raise the same error if they do not match."""
         pattern = struct.Struct(f"<16s{2 * self.size}Q")
         answers = self._control.share(pattern.pack(call.encode(), *send, *recv), call)
-        told = [pattern.unpack(answer) for answer in answers]
-        calls = [answer[0].rstrip(b"\0").decode() for answer in told]
+        told = decode_all(answers, pattern.unpack)
+        calls = [answer[0].rstrip(b"\0").decode(errors="replace") for answer in told]
         if len(set(calls)) > 1:
             raise TransportError(f"ranks 0, 1, … called {calls}; all ranks must make the same calls in the same order")
         sent, wanted = [answer[1 : self.size + 1] for answer in told], [answer[self.size + 1 :] for answer in told]

@@ -13,8 +13,10 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ def main() -> int:
     for name in names:
         told = _search(name, options.minutes * 60 / len(names), options.seed, engine, folder)
         found += len(told["found"])
-        print(f"{name:<16} {told['tried']:>10,} inputs, {len(told['found'])} findings", flush=True)
+        reached = _reached((folder / f"{name}.log").read_text(errors="replace"))
+        figures = f"{told['tried']:>10,} inputs in {told['seconds']:3.0f} s{reached}"
+        print(f"{name:<16} {figures}, {len(told['found'])} findings", flush=True)
         for where, what in told["found"].items():
             print(f"    {what}\n        {where}", flush=True)
     return 1 if found else 0
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _search(name: str, seconds: float, seed: int, engine: str, folder: Path) -> dict[str, Any]:
     words = [sys.executable, "-m", "tests.hostile.one", name, str(seconds), str(seed), engine, str(folder)]
+    began = time.monotonic()
     with open(folder / f"{name}.log", "wb") as log:
         # The work of a fuzzer is in one thread; libraries that start one for each core only take address space.
         few = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -66,8 +71,18 @@ def _search(name: str, seconds: float, seed: int, engine: str, folder: Path) -> 
     lines = ended.stdout.splitlines()
     if ended.returncode == 0 and lines:
         told: dict[str, Any] = json.loads(lines[-1])
-        return told
-    return {"tried": 0, "found": {f"see {name}.log": f"the process ended with {ended.returncode}"}}
+        return {**told, "seconds": time.monotonic() - began}
+    return {
+        "tried": 0,
+        "seconds": time.monotonic() - began,
+        "found": {f"see {name}.log": f"the process ended with {ended.returncode}"},
+    }
+
+
+def _reached(log: str) -> str:
+    """How much of the code inputs reached, and how many are kept for it, as libFuzzer says; "" where it did not run."""
+    told = re.findall(r" cov: (\d+) ft: \d+ corp: (\d+)", log)
+    return f", {int(told[-1][0]):,} edges by {int(told[-1][1]):,} inputs" if told else ""
 
 
 def _once_more(names: list[str], path: Path) -> int:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import socket
 from functools import cache
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
+
+import numpy as np
 
 from ms_ckpt_ext.api.diff import diff_strategy
 from ms_ckpt_ext.cli import main, settings
@@ -33,11 +36,16 @@ from ms_ckpt_ext.formats.table import kind_of, pointer_fault
 from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from ms_ckpt_ext.storage import claims, publishing
 from ms_ckpt_ext.storage.locks import HiddenFolder
+from ms_ckpt_ext.transport.control import pack_cell, unpack_cell
 from ms_ckpt_ext.transport.hub.frames import Malformed, decode_answer, encode_answer, frame, take_frames
+from ms_ckpt_ext.transport.hub.line import Line
 from ms_ckpt_ext.transport.hub.reduction import Reduction
+from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES, CELL_ROOM
 from ms_ckpt_ext.transport.rendezvous.greeting import Door, Guest, Unwelcome
+from ms_ckpt_ext.transport.rendezvous.search import Arrival
 from tests.hostile import seeds
 from tests.hostile.mutations import Mutator, header_values, json_values, wire_fields
+from tests.hostile.ranks import JOBS
 from tests.hostile.seeds import KEY, folder, texts
 from tests.support.memory import MemoryReader
 
@@ -247,6 +255,23 @@ def of_greeting(data: bytes) -> None:
             each(bytearray(data))  # type: ignore[operator]
 
 
+def of_line(data: bytes) -> None:
+    """What a rank makes of all that a hub may send, until it leaves."""
+    near, far = socket.socketpair()
+    line = Line(0, 2, 5.0)
+    with far:
+        line.attach(Arrival(near, 1, data))
+        far.shutdown(socket.SHUT_WR)
+        try:
+            line.share(b"mine")
+        finally:
+            line.close()
+
+
+def of_cell(data: bytes) -> None:
+    assert len(unpack_cell(np.frombuffer(data.ljust(CELL_BYTES, b"\0")[:CELL_BYTES], np.uint8))) <= CELL_ROOM
+
+
 PARSERS: dict[str, Parser] = {
     "safetensors": Parser(read_safetensors, lambda: [seeds.a_safetensors()], header_values),
     "ckpt": Parser(read_ckpt, lambda: [seeds.a_ckpt()], wire_fields),
@@ -299,4 +324,10 @@ PARSERS: dict[str, Parser] = {
         of_answer, lambda: [frame(b"all.", 0, encode_answer([b"", b"no"], [0, 1, 0]))], errors=(Malformed,)
     ),
     "greeting": Parser(of_greeting, lambda: [Door("token", 0, 4).hail]),
+    "line": Parser(
+        of_line,
+        lambda: [frame(b"all.", 0, encode_answer([b"", b"no"], [0, 1])) + frame(b"ping") + frame(b"gone", 1, b"x")],
+    ),
+    "cell": Parser(of_cell, lambda: [pack_cell(b"what").tobytes()]),
+    **{name: Parser(job.read, job.seeds, json_values) for name, job in JOBS.items()},
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ms_ckpt_ext.core.geometry.layout import MAX_AXES, Layout
+from ms_ckpt_ext.core.geometry.layout import MAX_AXES, MAX_RANKS, Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.engine.huggingface.sizes import Config, Sizes
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StrategyError, UsageError
@@ -59,6 +59,18 @@ def test_the_most_axes() -> None:
     assert Layout((1,) * MAX_AXES, axes).parts == (1,) * MAX_AXES
     with pytest.raises(StrategyError, match="at most 64"):
         Layout((1,) * (MAX_AXES + 1), axes)
+
+
+def test_the_most_ranks() -> None:
+    """Every rank of a layout has its cell, and a million of them take no time worth telling."""
+    layout = Layout((2,) * 20, ((19, 0), (5,)), 1, 4)
+    with time_limit(5):
+        cells = layout.cells
+        assert len(cells) == MAX_RANKS and len(set(cells)) == 32
+    for rank in (0, 1, 0b1000_0000_0000_0010_0001, MAX_RANKS - 1):
+        bits = [rank >> axis & 1 for axis in range(20)]
+        consumed = bits[2] * 2 + bits[1]
+        assert cells[rank] == ((bits[19] * 2 + bits[0]) * 4 + consumed, bits[5])
 
 
 def test_stages_that_are_missing_are_not_all_listed() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.errors import PeerError, TransportError
-from ms_ckpt_ext.transport.agree import pack, unpack
+from ms_ckpt_ext.transport.agree import pack, unpack_all
 from ms_ckpt_ext.transport.base import inflated
 from ms_ckpt_ext.transport.hub.frames import ALL, FRAME, Malformed, decode_answer, encode_answer, frame, take_frames
 from ms_ckpt_ext.transport.hub.limits import DEFAULT
@@ -41,12 +41,12 @@ def test_what_is_too_long_or_not_compressed(data: bytes) -> None:
 )
 def test_what_no_rank_packs(data: bytes) -> None:
     with time_limit(), pytest.raises(TransportError, match="the same version of this package"):
-        unpack(data)
+        unpack_all([data], object)
 
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=3), max_leaves=5))
 def test_what_a_rank_packs(value: Any) -> None:
-    assert unpack(pack(value)) == json.loads(json.dumps(value))
+    assert unpack_all([pack(value)], object) == [json.loads(json.dumps(value))]
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from ms_ckpt_ext.engine.transfer.prepare import prepare_transfer
 from ms_ckpt_ext.engine.transfer.sources import catalog_of_holders, slice_holders, untold
 from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.errors import StrategyError, name_ranks
-from ms_ckpt_ext.transport.agree import agree, on_all, told_by_all
+from ms_ckpt_ext.transport.agree import agree, on_all, share_numbers, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _naming(
     """How the source is called in the target; the same on all ranks."""
     if request.pairs is None:
         return request.naming
-    told = told_by_all(transport, lambda: list(target.parameters) if target else [])
+    told: list[list[str]] = told_by_all(transport, lambda: list(target.parameters) if target else [], [str])
     names = list(dict.fromkeys(name for names in told for name in names))
     pairs = request.pairs
     return on_all(transport, lambda: pairs(list(holders), names))
@@ -150,7 +150,7 @@ def _side(
 
     found = on_all(transport, find)
     strategy = found.strategy if found else None
-    worlds = [int(told) for told in transport.share(str(strategy.world if strategy else 0).encode())]
+    worlds = share_numbers(transport, strategy.world if strategy else 0)
     if max(worlds) not in (0, len(ranks)):
         raise StrategyError(
             f"{argument}_strategy is for {max(worlds)} ranks, and the {argument} has {len(ranks)}, "
@@ -167,7 +167,7 @@ def _differing(
     def digests() -> dict[str, str]:
         return {name: _digest(mine[name], whole) for name in names if name in holds}
 
-    told = told_by_all(transport, digests)
+    told: list[dict[str, str]] = told_by_all(transport, digests, {str: str})
     found = {}
     for name in names:
         groups: dict[str, list[int]] = {}

@@ -261,23 +261,28 @@ def _parts(layout: Layout) -> Shape:
 
 @lru_cache(maxsize=4096)
 def _cells(layout: Layout) -> tuple[Cell, ...]:
-    return tuple(_cell(layout, rank) for rank in range(layout.devices))
+    columns = [_column(layout, group, ()) for group in layout.tensor_map]
+    if layout.opt_sharded:
+        columns[0] = _column(layout, layout.tensor_map[0], _consumed(layout))
+    return tuple(zip(*columns)) if columns else ((),) * layout.devices
 
 
-def _cell(layout: Layout, rank: int) -> Cell:
-    coordinates = []
-    for extent in reversed(layout.dev_matrix):
-        rank, coordinate = divmod(rank, extent)
-        coordinates.append(coordinate)  # innermost first, which is how tensor_map counts
-    cell = []
-    for group in layout.tensor_map:
-        index = 0
-        for value in group:
-            index = index * layout.dev_matrix[_axis(layout, value)] + coordinates[value]
-        cell.append(index)
-    for axis, ways in _consumed(layout):
-        cell[0] = cell[0] * ways + coordinates[_axis(layout, axis)] % ways
-    return tuple(cell)
+def _column(layout: Layout, group: Sequence[int], consumed: Sequence[tuple[int, int]]) -> list[int]:
+    """For every rank, the index along a tensor axis that `group` splits, and what an optimizer shard consumed.
+
+    Ranks are numbered row-major, so each device axis in turn repeats what there is, a step further for each coordinate.
+    """
+    ways = [(_axis(layout, value), layout.dev_matrix[_axis(layout, value)]) for value in group]
+    steps: dict[int, list[int]] = {}
+    weight = 1
+    for axis, count in reversed([*ways, *consumed]):
+        steps[axis] = [coordinate % count * weight for coordinate in range(layout.dev_matrix[axis])]
+        weight *= count
+    column = [0]
+    for axis, extent in enumerate(layout.dev_matrix):
+        further = steps.get(axis, [0] * extent)
+        column = [index + step for index in column for step in further]
+    return column
 
 
 @lru_cache(maxsize=4096)

@@ -31,7 +31,7 @@ from ms_ckpt_ext.formats.checksum import StoredChecksum, Sums
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import AUTHENTICATED
 from ms_ckpt_ext.storage.reader import ReaderPool
-from ms_ckpt_ext.transport.agree import told_by_all
+from ms_ckpt_ext.transport.agree import NATURAL, Maybe, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 _Names = list[Optional[str]]
@@ -202,8 +202,12 @@ def damaged_files(transport: Transport[Any], catalog: Catalog, sees: Optional[Se
     return _told(transport, lambda: _found(catalog, mine, workers, tolerant=True))
 
 
+_FINDING = (str, Maybe(str), str, str, Maybe(NATURAL), Maybe(NATURAL), str, bool)
+"""The form of a `Finding`: see `transport.agree.JsonForm`."""
+
+
 def _told(transport: Transport[Any], look: Callable[[], list[Finding]]) -> list[Finding]:
-    told = told_by_all(transport, look)
+    told: list[list[Any]] = told_by_all(transport, look, [_FINDING])
     return [Finding(*each)._replace(rank=rank) for rank, found in enumerate(told) for each in found]
 
 

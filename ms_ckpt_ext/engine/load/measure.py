@@ -13,7 +13,7 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import DiscoveryError, storage_error
 from ms_ckpt_ext.storage import linux
-from ms_ckpt_ext.transport.agree import share_status
+from ms_ckpt_ext.transport.agree import NATURAL, share_numbers, share_status, share_values
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _STEP = 4 << 20
@@ -66,7 +66,7 @@ def measure_machine(transport: Transport[Any], folder: str, host: str, seconds: 
         TransportError: an exchange delivers other bytes than were sent.
     """
     transport.prove()
-    told = [answer.decode().split("\0") for answer in transport.share("\0".join((host, _identity(folder))).encode())]
+    told: list[tuple[str, str]] = share_values(transport, (host, _identity(folder)), (str, str))
     hosts, seen = [name for name, _ in told], {files for _, files in told}
     step = _Step(transport, seconds / 6)
     reading = _Reading(transport, folder)
@@ -76,7 +76,7 @@ def measure_machine(transport: Transport[Any], folder: str, host: str, seconds: 
     near = [peer for peer in everyone if hosts[peer] == host and peer != transport.rank]
     far = [peer for peer in everyone if hosts[peer] != host]
     link, between = (step.exchange(peers, _BLOCK) for peers in (near, far))
-    memory = min(int(answer) for answer in transport.share(str(transport.free_bytes()).encode()))
+    memory = min(share_numbers(transport, transport.free_bytes()))
     figures = (alone, one_host, together, upload, link, between, step.latency(), memory, transport.traits.call_bytes)
     return Measured(transport.size, len(set(hosts)), len(seen) == 1, *figures)
 
@@ -107,7 +107,7 @@ class _Step:
         """Bytes per second that a rank receives while all send to their `peers`; 0 where no rank has any."""
         if not any(answer != b"" for answer in self._transport.share(b"some" if peers else b"")):
             return 0.0
-        each = nbytes // max(int(answer) for answer in self._transport.share(str(len(peers)).encode()))
+        each = nbytes // max(1, *share_numbers(self._transport, len(peers)))
         counts = [each * (peer in peers) for peer in range(self._transport.size)]
         took = self._repeated(self._all_to_all(counts))
         received, _ = self._sums(sum(counts), 0.0)
@@ -142,8 +142,8 @@ class _Step:
 
     def _sums(self, nbytes: int, took: float) -> tuple[int, float]:
         """Bytes of all ranks, and the longest time."""
-        answers = [answer.split() for answer in self._transport.share(f"{nbytes} {took}".encode())]
-        return sum(int(total) for total, _ in answers), max(max(float(each) for _, each in answers), 1e-9)
+        answers: list[tuple[int, float]] = share_values(self._transport, (nbytes, took), (NATURAL, float))
+        return sum(total for total, _ in answers), max(max(each for _, each in answers), 1e-9)
 
 
 def _files(folder: str) -> list[tuple[str, int]]:

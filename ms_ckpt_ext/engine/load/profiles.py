@@ -24,6 +24,7 @@ from ms_ckpt_ext.core.exchange.cost import Hardware
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage.reader import read_json
+from ms_ckpt_ext.transport.agree import share_numbers
 from ms_ckpt_ext.transport.base import Transport
 
 HARDWARE_FOLDER = Path(__file__).resolve().parent / "hardware"
@@ -161,7 +162,7 @@ def left_on_all(transport: Transport[Any], to_come: int, demands: Sequence[Deman
         to_come: bytes that this rank's Parameters will still take of its device.
     """
     free = transport.free_bytes()
-    told = [int(answer) for answer in transport.share(str(free and max(free - to_come, 1)).encode())]
+    told = share_numbers(transport, free and max(free - to_come, 1))
     if all(told) or not transport.traits.on_device:
         return min(told)
     return left_by(demands, transport.size, hardware)

@@ -18,7 +18,7 @@ from ms_ckpt_ext.core.exchange.demand import Demand
 from ms_ckpt_ext.errors import ChecksumError, name_ranks
 from ms_ckpt_ext.log import Trace
 from ms_ckpt_ext.storage.threads import Pending, ThreadPool
-from ms_ckpt_ext.transport.agree import pack, unpack
+from ms_ckpt_ext.transport.agree import NATURAL, share_values, told_of
 from ms_ckpt_ext.transport.base import Bytes, Transport
 
 _WAITING = 2
@@ -86,6 +86,11 @@ class Digester:
         return {number: Digest(dtype, state.hexdigest()) for number, (dtype, state) in self._states.items()}
 
 
+def _heard(told: Sequence[tuple[int, Sequence[str]]]) -> dict[int, Digest]:
+    """What a rank told, by the number of the demand."""
+    return {number: Digest(*each) for number, each in told}
+
+
 def compare_replicas(transport: Transport[Any], demands: Sequence[Demand], digests: Mapping[int, Digest]) -> None:
     """Compare what ranks hold of the same region, in the same dtype. Collective.
 
@@ -95,12 +100,11 @@ def compare_replicas(transport: Transport[Any], demands: Sequence[Demand], diges
     Raises:
         ChecksumError: on all ranks; names the parameter, the ranks, and both digests.
     """
-    shared = transport.share(pack(digests))
-    theirs = [{int(n): Digest(*each) for n, each in unpack(answer).items()} for answer in shared]
+    theirs = share_values(transport, [*digests.items()], [(NATURAL, (str, str))], _heard)
     for number, demand in enumerate(demands):
         for grid in demand.grids:
             for cell, ranks in grid.ranks.items():
-                held = {rank: theirs[rank][number] for rank in ranks}
+                held = {rank: told_of(theirs[rank], number, rank) for rank in ranks}
                 first = {digest.dtype: rank for rank, digest in reversed(held.items())}
                 for dtype, one in first.items():
                     odd = [rank for rank, other in held.items() if other.dtype == dtype and other != held[one]]

@@ -32,10 +32,10 @@ from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.engine.load.profiles import bucket_for, left_on_all, limits_for
 from ms_ckpt_ext.engine.load.survey import Survey, header_digest
 from ms_ckpt_ext.engine.source.catalog import Catalog
-from ms_ckpt_ext.errors import CoverageError, UsageError
+from ms_ckpt_ext.errors import CoverageError, TransportError, UsageError
 from ms_ckpt_ext.storage.reader import ReaderPool
-from ms_ckpt_ext.transport.agree import agree, common_groups, pack, share_alike, unpack
-from ms_ckpt_ext.transport.base import B, Transport, TransportTraits
+from ms_ckpt_ext.transport.agree import LAYOUT, NATURAL, agree, common_groups, parsed, share_alike, share_values
+from ms_ckpt_ext.transport.base import SAME_VERSION, B, Transport, TransportTraits
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import Digest
@@ -64,7 +64,7 @@ def _encode(wants: Mapping[str, Want]) -> bytes:
 
 
 def _decode(content: bytes) -> Mapping[str, Want]:
-    described, wants = json.loads(content)
+    described, wants = parsed(content, ([LAYOUT], [(str, str, NATURAL)]))
     layouts = [layout_from_json(raw) for raw in described]
     return {name: Want(source, layouts[number]) for name, source, number in wants}
 
@@ -78,6 +78,10 @@ def demands_of(catalog: Catalog, wants_by_rank: Sequence[Mapping[str, Want]]) ->
     for ranks in map(tuple, alike.values()):
         wanted: dict[int, _Wanted] = {}  # by identity of the layout: those of a mapping are few
         for name, (source, layout) in wants_by_rank[ranks[0]].items():
+            if source not in catalog.tensors and source not in catalog.extras:
+                raise TransportError(
+                    f"rank {ranks[0]} wants {source!r} for {name!r}, which the checkpoint does not hold; {SAME_VERSION}"
+                )
             each = wanted.get(id(layout)) or wanted.setdefault(id(layout), _Wanted(layout, ranks))
             found.setdefault((source, name), []).append(each)
     order = {name: number for number, name in enumerate((*catalog.tensors, *catalog.extras))}
@@ -307,8 +311,8 @@ def exchange(
             run(digester)
             digests = digester.wait()
     if options.trace:
-        events = transport.share(pack(trace.events))
+        events: list[list[dict[str, Any]]] = share_values(transport, trace.events, [dict])
         if transport.rank == 0:
-            Trace.save_all([*map(unpack, events)], options.trace)
+            Trace.save_all(events, options.trace)
     received = prepared.plan.bytes_received()[transport.rank]
     return LoadReport("cooperative", readers.count, received, len(prepared.plan.rounds), digests)

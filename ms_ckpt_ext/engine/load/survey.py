@@ -26,18 +26,44 @@ from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.engine.load.hosts import Work, deal, told_apart
 from ms_ckpt_ext.engine.source.catalog import Catalog, catalog_of
 from ms_ckpt_ext.engine.source.listing import Listing
-from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError
+from ms_ckpt_ext.errors import CheckpointError, DiscoveryError, LayoutMismatchError, TransportError
 from ms_ckpt_ext.formats.index import FileIndex, TensorEntry
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.storage.threads import in_order
-from ms_ckpt_ext.transport.agree import pack, told_by_all, unpack
-from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.transport.agree import (
+    LAYOUT,
+    NATURAL,
+    WHOLE,
+    Maybe,
+    pack,
+    share_texts,
+    told_by_all,
+    understanding,
+    unpack_all,
+)
+from ms_ckpt_ext.transport.base import SAME_VERSION, Transport
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
 _READERS = 8
 """Headers that a rank reads at a time."""
+
+
+_LISTED = {
+    "files": {str: (str, (NATURAL, WHOLE, WHOLE, NATURAL))},
+    "sharded": bool,
+    "names": Maybe({str: str}),
+    "folder": Maybe(str),
+    "problem": str,
+}
+"""The form of what a host tells of a listing: see `transport.agree.JsonForm`."""
+_TENSOR = (str, str, [NATURAL], [(NATURAL, NATURAL)])
+_TABLE = (str, NATURAL, WHOLE, [_TENSOR], {str: str}, str)
+"""The form of a table of contents: see `_to_json`."""
+_CUTS = ([str], [(str, [NATURAL], LAYOUT, [([NATURAL], [NATURAL])], Maybe(NATURAL))])
+"""The form of what `engine.source.folders.cuts_to_json` makes."""
+_LOOKED_INTO = {"tables": [(str, _TABLE)], "said": Maybe((Maybe(_CUTS),))}
 
 
 class Survey(NamedTuple):
@@ -93,12 +119,12 @@ def survey(
         LayoutMismatchError: two hosts hold different files of one key, or different metadata of a folder.
         FormatError, StorageError: on the rank that read the file; PeerError on the others.
     """
-    hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
+    hosts = told_apart(share_texts(transport, host))
     host = hosts[transport.rank]
     probe = hosts.index(host) == transport.rank
     listed = _list(look) if probe else _Listed()
     ranks_of = _positions(transport.share(pack(listed.for_others())))
-    answers = [unpack(answer) for answer in ranks_of]
+    answers: list[dict[str, Any]] = unpack_all(ranks_of, _LISTED)
     sightings: dict[str, list[_Sighting]] = {}
     for ranks, answer in zip(ranks_of.values(), answers):
         lists = frozenset(hosts[rank] for rank in ranks)
@@ -121,7 +147,7 @@ def survey(
         None if all(len(ranks) == transport.size for ranks in sees.values()) else sees,
         any(answer["sharded"] for answer in answers),
         next((answer["names"] for answer in answers if answer["names"]), None),
-        None if speaker is None else _folder(folder, indexes),
+        None if speaker is None or folder is None else _folder(folder, indexes),
         tuple(dict.fromkeys(hosts)),
         tuple(hosts),
     )
@@ -187,7 +213,8 @@ def _folder(said: list[Any], indexes: Mapping[str, FileIndex]) -> Folder:
     from ms_ckpt_ext.formats.discovery.mindformers import Folder
 
     files = {key: index.path for key, index in indexes.items()}
-    return Folder(os.path.dirname(next(iter(files.values()))), files, cuts_from_json(said[0]))
+    with understanding():
+        return Folder(os.path.dirname(next(iter(files.values()))), files, cuts_from_json(said[0]))
 
 
 def _identity(path: str) -> tuple[int, ...]:
@@ -242,18 +269,19 @@ def _read_together(
         tables = in_order(read, [path for _, path in mine], _READERS)
         return {"tables": [(key, _to_json(index)) for (key, _), index in zip(mine, tables)], "said": said}
 
-    answers = told_by_all(transport, look_into)
+    answers = told_by_all(transport, look_into, _LOOKED_INTO, _tables)
     found: dict[str, FileIndex] = {}
-    for answer in answers:
-        for key, raw in answer["tables"]:
-            index = _from_json(raw)
+    for tables, _ in answers:
+        for key, index in tables:
             before = found.setdefault(key, index)
             if before is not index and header_digest(before) != header_digest(index):
                 raise LayoutMismatchError(
                     f"{before.path!r} and {index.path!r} on different hosts ({_hosts_of(sightings[key], able)}) "
                     "should be copies of one file, but their headers differ: copy the same checkpoint to all hosts"
                 )
-    return found, next((answer["said"] for answer in answers if answer["said"]), None)
+    if found.keys() != sightings.keys():
+        raise TransportError(f"ranks told of {len(found)} files where {len(sightings)} were listed; {SAME_VERSION}")
+    return found, next((said for _, said in answers if said), None)
 
 
 def _hosts_of(sightings: Sequence[_Sighting], able: _Able) -> str:
@@ -285,6 +313,11 @@ def _local(index: FileIndex, sightings: Sequence[_Sighting], host: str) -> FileI
 def _to_json(index: FileIndex) -> list[Any]:
     tensors = [[name, entry.dtype.name, entry.shape, entry.extents] for name, entry in index.tensors.items()]
     return [index.path, index.size, index.mtime_ns, tensors, dict(index.metadata), index.reader]
+
+
+def _tables(told: Mapping[str, Any]) -> tuple[list[tuple[str, FileIndex]], Any]:
+    """Tables by key, and what was said of a folder. Raises KeyError or ValueError."""
+    return [(key, _from_json(raw)) for key, raw in told["tables"]], told["said"]
 
 
 def _from_json(raw: list[Any]) -> FileIndex:

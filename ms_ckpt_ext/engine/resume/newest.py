@@ -45,12 +45,16 @@ from ms_ckpt_ext.errors import (
 )
 from ms_ckpt_ext.formats.discovery.saves import unlike
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
-from ms_ckpt_ext.transport.agree import agree, pack, told_by_all, unpack
+from ms_ckpt_ext.transport.agree import agree, share_texts, share_values, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 if TYPE_CHECKING:
     from ms_ckpt_ext.core.exchange.demand import Sees
     from ms_ckpt_ext.formats.discovery.mindformers import Folder
+
+
+_COMMON = {str: {bool, int, float, str}}
+"""The form of what `read_common` returns."""
 
 
 class Skipped(NamedTuple):
@@ -189,7 +193,7 @@ class _Unfit(Exception):
 
 def _agree_on_directories(transport: Transport[Any], wanted: ResumeRequest) -> bool:
     """Whether this rank is the one that looks for its host."""
-    told = [json.loads(p) for p in transport.share(json.dumps([wanted.host, _real(wanted.directory)]).encode())]
+    told: list[list[str]] = share_values(transport, [wanted.host, _real(wanted.directory)], (str, str))
     places = list(zip(told_apart([host for host, _ in told]), (place for _, place in told)))
     for host in dict.fromkeys(host for host, _ in places):
         ranks = [rank for rank, place in enumerate(places) if place[0] == host]
@@ -218,8 +222,10 @@ def _look_together(transport: Transport[Any], wanted: ResumeRequest, probe: bool
             raise storage_error("look for checkpoints in", wanted.directory, problem) from problem
         return [sightings.folder_to_json(place) for place in places]
 
-    answers = told_by_all(transport, look)
-    found = candidates.candidates([sightings.folder_from_json(raw) for raw in answer] for answer in answers)
+    def read(told: list[Any]) -> list[sightings.CheckpointFolder]:
+        return [sightings.folder_from_json(raw) for raw in told]
+
+    found = candidates.candidates(told_by_all(transport, look, [sightings.FOLDER_FORM], read))
     return Order(c for c in found if wanted.prefix is None or (not c.merged and prefix_of(c.name) == wanted.prefix))
 
 
@@ -279,7 +285,7 @@ def _read_headers(
         raise
     except CheckpointError as error:
         problem = str(error)
-    told = [answer.decode() for answer in transport.share(problem.encode())]
+    told = share_texts(transport, problem)
     if result is None or any(told):
         raise _Unfit(next(filter(None, told), "its headers could not be read"))
     return result
@@ -304,7 +310,7 @@ def _common(transport: Transport[Any], folder: Optional[Folder]) -> dict[str, Va
     mine: dict[str, Any] = {}
     with contextlib.suppress(FormatError):  # it was readable a moment ago, when the checkpoint was chosen
         mine = dict(read_common(folder.path))
-    told: dict[str, Any] = next(filter(None, map(unpack, transport.share(pack(mine)))), {})
+    told: dict[str, Any] = next(filter(None, share_values(transport, mine, _COMMON)), {})
     return {name: value if isinstance(value, str) else np.asarray(value) for name, value in told.items()}
 
 

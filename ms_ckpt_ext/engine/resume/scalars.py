@@ -7,7 +7,7 @@ the state of a generator or a cursor in the data, every rank gets every rank's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -17,10 +17,14 @@ from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank
-from ms_ckpt_ext.transport.agree import told_by_all
+from ms_ckpt_ext.engine.source.values import NUMPY
+from ms_ckpt_ext.transport.agree import NATURAL, numbered, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 Value = Union[npt.NDArray[Any], str]
+_FORM = (str, [NATURAL], str)
+"""Of what `_told` makes: see `transport.agree.JsonForm`."""
+_DTYPES = {dtype.str: dtype for dtype in map(np.dtype, (*NUMPY.values(), "u1"))}
 
 
 class Scalars(NamedTuple):
@@ -62,7 +66,7 @@ def read_scalars(transport: Transport[Any], catalog: Catalog, sees: Optional[See
                 if _reader(tensor, transport.size, sees) == transport.rank
             ]
 
-    values = {number: _heard(raw) for answer in told_by_all(transport, read) for number, raw in answer}
+    values = numbered(told_by_all(transport, read, [(NATURAL, _FORM)], _heard), len(wanted))
     alike: dict[str, Value] = {}
     own: dict[str, dict[int, Value]] = {}
     for number, (name, rank, _) in enumerate(wanted):
@@ -103,12 +107,14 @@ def _reader(tensor: SourceTensor, world: int, sees: Optional[Sees]) -> int:
     return able[file % len(able)]
 
 
-def _told(value: Value) -> Any:
-    return value if isinstance(value, str) else [value.dtype.str, value.shape, value.tobytes().hex()]
+def _told(value: Value) -> tuple[str, Sequence[int], str]:
+    """numpy's name of a dtype, "" for a text; a shape; and bytes as hex, or the text."""
+    return ("", (), value) if isinstance(value, str) else (value.dtype.str, value.shape, value.tobytes().hex())
 
 
-def _heard(raw: Any) -> Value:
-    if isinstance(raw, str):
-        return raw
-    dtype, shape, data = raw
-    return np.frombuffer(bytes.fromhex(data), np.dtype(dtype)).reshape(shape)
+def _heard(answer: Sequence[tuple[int, tuple[str, Sequence[int], str]]]) -> list[tuple[int, Value]]:
+    """What `_told` was given, numbered. Raises KeyError or ValueError."""
+    return [
+        (number, np.frombuffer(bytes.fromhex(data), _DTYPES[dtype]).reshape(shape) if dtype else data)
+        for number, (dtype, shape, data) in answer
+    ]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
@@ -35,7 +36,8 @@ from ms_ckpt_ext.formats.table import (
     is_mindformers,
     kind_of,
 )
-from ms_ckpt_ext.transport.agree import pack, unpack
+from ms_ckpt_ext.storage.linux import is_below
+from ms_ckpt_ext.transport.agree import LAYOUT, NATURAL, share_values
 from ms_ckpt_ext.transport.base import Transport
 
 if TYPE_CHECKING:
@@ -43,6 +45,20 @@ if TYPE_CHECKING:
 
 _FOLDERS = ("strategy", os.path.join("..", "strategy"))
 """Where MindFormers and most scripts keep layouts, relative to a checkpoint's folder."""
+
+
+FOLDER_FORM = (
+    str,
+    [(str, NATURAL, float)],
+    str,
+    float,
+    {str: ([{str: {str, int, float, bool, type(None)}}], str)},
+    str,
+    bool,
+)
+"""What `folder_to_json` makes, after a trip through JSON: see `transport.agree.JsonForm`."""
+_ENTRY = (str, NATURAL, LAYOUT)
+"""The form of an entry of a strategy: see `entries`."""
 
 
 class Sight(NamedTuple):
@@ -186,8 +202,12 @@ def folder_to_json(place: CheckpointFolder) -> list[Any]:
 
 
 def folder_from_json(raw: list[Any]) -> CheckpointFolder:
-    """What `folder_to_json` was given."""
+    """What `folder_to_json` was given. Raises ValueError, KeyError or TypeError for anything else."""
     folder, files, mapped, modified, noted, complaint, named = raw
+    odd = [name for name in (folder, mapped) if name and not is_below(name)]
+    odd += [name for name, _, _ in files if not is_below(name) or name.count("/") > 1]
+    if odd:
+        raise ValueError(f"{odd[0]!r:.80} is no name of a file or folder")
     held = {name: Noted(tuple(map(record_from_json, told)), trouble) for name, (told, trouble) in noted.items()}
     return CheckpointFolder(folder, tuple(Sight(*file) for file in files), mapped, modified, held, complaint, named)
 
@@ -205,7 +225,7 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
     if candidate.whole:
         return None
     mine = _layouts_near(folder, candidate) if probe else _Found([], "", "", False)
-    answers = [_Found(*unpack(answer)) for answer in transport.share(pack(mine))]
+    answers = share_values(transport, mine, ([_ENTRY], str, str, bool), _found)
     answers = [answer for answer in answers if answer.recorded and answer.items] or answers
     origin = next((answer.origin for answer in answers if answer.items), "")
     if not origin:
@@ -213,8 +233,7 @@ def find_layouts(transport: Transport[Any], candidate: Candidate, folder: str, p
         if problem or len(candidate.files) > 1:
             raise StrategyError(problem or "no layouts of the job that saved it: give train_strategy_filename")
         return None
-    items = [LayoutItem(name, stage, layout_from_json(raw)) for answer in answers for name, stage, raw in answer.items]
-    return Strategy.from_items(items, origin)
+    return Strategy.from_items([item for answer in answers for item in answer.items], origin)
 
 
 def check_alike(transport: Transport[Any], candidate: Candidate, folder: str, probe: bool) -> None:
@@ -230,7 +249,8 @@ def check_alike(transport: Transport[Any], candidate: Candidate, folder: str, pr
         StrategyError: on all ranks, when a parameter with an optimizer state differs between ranks.
     """
     mine = _trained(folder, candidate) if probe else []
-    told = {rank: digest for answer in transport.share(pack(mine)) for rank, digest in unpack(answer)}
+    answers: list[list[tuple[int, str]]] = share_values(transport, mine, [(NATURAL, str)])
+    told = dict(chain.from_iterable(answers))
     odd = [rank for rank in sorted(told) if told[rank] != told[min(told)]]
     if odd:
         raise StrategyError(
@@ -260,12 +280,20 @@ def _trained(folder: str, candidate: Candidate) -> list[tuple[int, str]]:
 
 
 class _Found(NamedTuple):
-    """Layouts on one host: entries as JSON, their origin, what was wrong, and whether they were recorded."""
+    """Layouts on one host: entries (as JSON, where they are sent), their origin, what was wrong, and whether they were
+    recorded."""
 
     items: list[Any]
     origin: str
     problem: str
     recorded: bool
+
+
+def _found(told: Sequence[Any]) -> _Found:
+    """What a rank told, with entries as items of a strategy. Raises StrategyError."""
+    items, origin, problem, recorded = told
+    made = [LayoutItem(name, stage, layout_from_json(raw)) for name, stage, raw in items]
+    return _Found(made, origin, problem, recorded)
 
 
 def _layouts_near(folder: str, candidate: Candidate) -> _Found:

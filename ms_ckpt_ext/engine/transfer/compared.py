@@ -22,9 +22,9 @@ from ms_ckpt_ext.core.exchange.demand import Demand
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape, View
 from ms_ckpt_ext.core.geometry.strided import strides_of
 from ms_ckpt_ext.core.planning.pieces import Sourced, locate
-from ms_ckpt_ext.errors import ChecksumError, UsageError, name_ranks, some
-from ms_ckpt_ext.transport.agree import on_all, told_by_all
-from ms_ckpt_ext.transport.base import Bytes, Transport
+from ms_ckpt_ext.errors import ChecksumError, TransportError, UsageError, name_ranks, some
+from ms_ckpt_ext.transport.agree import NATURAL, on_all, told_by_all, told_of
+from ms_ckpt_ext.transport.base import SAME_VERSION, Bytes, Transport
 
 _SHOWN = 3
 
@@ -75,10 +75,14 @@ def compare_with_source(
             ranks. PeerError on the others.
     """
     rank = transport.rank
-    answers = told_by_all(
-        transport, lambda: {number: _digested(demand, rank, taken(number)) for number, demand in _wanted(demands, rank)}
-    )
-    told = [{int(number): _Told(*each) for number, each in answer.items()} for answer in answers]
+
+    def digested() -> list[tuple[int, _Told]]:
+        return [(number, _digested(demand, rank, taken(number))) for number, demand in _wanted(demands, rank)]
+
+    def heard(answer: list[Any]) -> dict[int, _Told]:
+        return {number: _Told(DTYPES[dtype].name, digests) for number, (dtype, digests) in answer}
+
+    told = told_by_all(transport, digested, [(NATURAL, (str, [str]))], heard)
     on_all(transport, lambda: _compare(demands, rank, told, held))
 
 
@@ -130,7 +134,13 @@ def _complaints(
     for region, ranks, pieces in _slices(demand):
         takers: dict[str, list[int]] = {}
         for taker in ranks:
-            takers.setdefault(told[taker][number].dtype, []).append(taker)
+            theirs = told_of(told[taker], number, taker)
+            if len(theirs.digests) != len(pieces):
+                raise TransportError(
+                    f"rank {taker} told {len(theirs.digests)} digests of parameter {demand.name!r}, which it took in "
+                    f"{len(pieces)} pieces; {SAME_VERSION}"
+                )
+            takers.setdefault(theirs.dtype, []).append(taker)
         mine = [(place, each) for place, each in enumerate(pieces) if rank in each.files]
         for (place, each), (dtype, taking) in product(mine, takers.items()):
             piece, width = each.piece, DTYPES[dtype].bits // 8

@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.array import Shape
+from ms_ckpt_ext.core.geometry.array import DTYPES, Shape
 from ms_ckpt_ext.core.geometry.box import Box
 from ms_ckpt_ext.core.geometry.layout import Layout, layout_from_json
 from ms_ckpt_ext.errors import UsageError, name_ranks
-from ms_ckpt_ext.transport.agree import share_alike
+from ms_ckpt_ext.transport.agree import LAYOUT, NATURAL, WHOLE, Maybe, parsed, share_alike
 from ms_ckpt_ext.transport.base import Transport
 
 
@@ -40,6 +40,8 @@ class HeldSlice(NamedTuple):
 
 
 Holds = Mapping[str, HeldSlice]
+_BOX = ([NATURAL], [NATURAL], [NATURAL])
+"""The form of a `Box`: see `transport.agree.JsonForm`."""
 
 
 def members_of(
@@ -82,9 +84,11 @@ def _encode(holds: Holds) -> bytes:
 
 
 def _decode(content: bytes) -> Holds:
-    described, rows = json.loads(content)
+    described, rows = parsed(content, ([LAYOUT], [(str, str, [NATURAL], WHOLE, Maybe(_BOX))]))
     layouts = [layout_from_json(each) for each in described]
     return {
-        name: HeldSlice(dtype, tuple(shape), layouts[number] if number >= 0 else None, Box(*box) if box else None)
+        name: HeldSlice(
+            DTYPES[dtype].name, tuple(shape), layouts[number] if number >= 0 else None, Box(*box) if box else None
+        )
         for name, dtype, shape, number, box in rows
     }

@@ -18,7 +18,7 @@ from ms_ckpt_ext.engine.transfer.addresses import Addresses
 from ms_ckpt_ext.engine.transfer.compared import require_moved
 from ms_ckpt_ext.engine.transfer.wanted import Wants, demands_among, share_wanted
 from ms_ckpt_ext.errors import CoverageError, UsageError, name_ranks
-from ms_ckpt_ext.transport.agree import agree
+from ms_ckpt_ext.transport.agree import agree, share_texts
 from ms_ckpt_ext.transport.base import Transport
 
 
@@ -92,7 +92,7 @@ def prepare_transfer(
         require_moved(demands)
     if not transport.traits.all_to_all:
         raise UsageError(f"{transport.traits.product} has no all-to-all for these ranks, which a transfer needs")
-    hosts = told_apart([answer.decode() for answer in transport.share(host.encode())])
+    hosts = told_apart(share_texts(transport, host))
     ways = Ways(gather=False, servers=servers_of(hosts))
     left = left_on_all(transport, to_come, demands, hardware)
     bucket = bucket_for(options.bucket_bytes, transport.traits.call_bytes, left)

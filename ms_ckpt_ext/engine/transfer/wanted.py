@@ -11,8 +11,12 @@ from ms_ckpt_ext.core.geometry.array import Region, Shape
 from ms_ckpt_ext.core.geometry.layout import Cell, Layout, layout_from_json
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.transfer.sources import Cells, Members, cells_of_members, joined_cells
-from ms_ckpt_ext.transport.agree import share_alike
-from ms_ckpt_ext.transport.base import Transport
+from ms_ckpt_ext.errors import TransportError
+from ms_ckpt_ext.transport.agree import LAYOUT, NATURAL, WHOLE, Maybe, parsed, share_alike
+from ms_ckpt_ext.transport.base import SAME_VERSION, Transport
+
+_BOX = ([NATURAL], [NATURAL])
+"""The form of a box: see `transport.agree.JsonForm`."""
 
 
 class WantedBox(NamedTuple):
@@ -37,18 +41,20 @@ def share_wanted(transport: Transport[Any], mine: Wants) -> list[Wants]:
 def _encode(wants: Wants) -> bytes:
     layouts = list(dict.fromkeys(each.where for each in wants.values() if isinstance(each.where, Layout)))
     number = {layout: n for n, layout in enumerate(layouts)}
-    rows = [[name, w.source, number[w.where] if isinstance(w.where, Layout) else w.where] for name, w in wants.items()]
+    rows = [
+        [name, w.source, number[w.where], None] if isinstance(w.where, Layout) else [name, w.source, -1, w.where]
+        for name, w in wants.items()
+    ]
     return json.dumps([layouts, rows]).encode()
 
 
 def _decode(content: bytes) -> Wants:
-    described, rows = json.loads(content)
+    described, rows = parsed(content, ([LAYOUT], [(str, str, WHOLE, Maybe(_BOX))]))
     layouts = [layout_from_json(each) for each in described]
-
-    def where(told: Any) -> Union[Layout, Region]:
-        return layouts[told] if isinstance(told, int) else Region(*map(tuple, told))
-
-    return {name: WantedBox(source, where(told)) for name, source, told in rows}
+    return {
+        name: WantedBox(source, layouts[number] if box is None else Region(*map(tuple, box)))
+        for name, source, number, box in rows
+    }
 
 
 def demands_among(
@@ -65,6 +71,10 @@ def demands_among(
     grids = _Grids()
     for members in alike.values():
         for name, want in wants_by_rank[members[0][0]].items():
+            if want.source not in tensors:
+                raise TransportError(
+                    f"rank {members[0][0]} wants {want.source!r} for {name!r}, which no rank holds; {SAME_VERSION}"
+                )
             shape = tensors[want.source].meta.shape
             if all(shape):
                 grids.add((want.source, name), want.where, shape, tuple(members))

@@ -6,6 +6,7 @@ For comparisons before a load: each answer is found by one rank, so all ranks to
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import chain
 from typing import Any, Optional
 
 from ms_ckpt_ext.core.exchange.demand import Sees
@@ -14,8 +15,16 @@ from ms_ckpt_ext.engine.load.hosts import Work, deal
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.unlisted.alike import OnRecord, recorded
 from ms_ckpt_ext.engine.unlisted.whole_slices import Alone, Probe
-from ms_ckpt_ext.transport.agree import told_by_all
+from ms_ckpt_ext.transport.agree import NATURAL, numbered, told_by_all
 from ms_ckpt_ext.transport.base import Transport
+
+_SEEN = (str, bool, NATURAL, NATURAL)
+"""The form of a `Seen`: see `transport.agree.JsonForm`."""
+
+
+def _seen(told: Sequence[tuple[int, Sequence[Any]]]) -> list[tuple[int, Seen]]:
+    """What a rank told of probes, by their numbers."""
+    return [(number, Seen(*each)) for number, each in told]
 
 
 class Together:
@@ -36,9 +45,11 @@ class Together:
 
     def __call__(self, probes: Sequence[Probe]) -> list[Seen]:
         mine = self._mine(probes)
-        found = told_by_all(self._transport, lambda: list(zip(mine, self._alone([probes[n] for n in mine]))))
-        answers = {number: Seen(*seen) for answer in found for number, seen in answer}
-        return [answers[number] for number in range(len(probes))]
+
+        def look() -> list[tuple[int, Seen]]:
+            return list(zip(mine, self._alone([probes[n] for n in mine])))
+
+        return numbered(told_by_all(self._transport, look, [(NATURAL, _SEEN)], _seen), len(probes))
 
     def _mine(self, probes: Sequence[Probe]) -> list[int]:
         """The numbers of the probes that this rank answers."""
@@ -58,6 +69,6 @@ def on_record_together(
         def look() -> list[tuple[int, dict[str, str]]]:
             return [(f, {n: held[n] for n in names if n in held}) for f, held in recorded(catalog, mine).items()]
 
-        return {file: held for answer in told_by_all(transport, look) for file, held in answer}
+        return dict(chain.from_iterable(told_by_all(transport, look, [(NATURAL, {str: str})])))
 
     return on_record

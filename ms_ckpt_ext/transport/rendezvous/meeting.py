@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.errors import CheckpointError, TransportError, name_ranks
+from ms_ckpt_ext.transport.agree import decode_all, understanding
 from ms_ckpt_ext.transport.rendezvous.addresses import CONTROL_ADDRESS_VARIABLE, Invitation
 from ms_ckpt_ext.transport.rendezvous.cells import gather_messages
 from ms_ckpt_ext.transport.rendezvous.greeting import new_token
@@ -47,13 +48,14 @@ def come_to_hub(gather: AllGather, rank: int, size: int, open_hub: OpenHub, seco
     Raises:
         TransportError: on all ranks, when rank 0 cannot listen or any rank cannot reach it; reports what was tried.
     """
-    told = gather_messages(gather, f"{network_identity()} {socket.gethostname()}".encode())
-    sites = [Site(*message.decode().split(" ", 1)) for message in told]
+    sites = decode_all(gather_messages(gather, f"{network_identity()} {socket.gethostname()}".encode()), site_told)
     mine = _invite(open_hub, alone=len({site.network for site in sites}) == 1) if rank == 0 else b""
     invitation = gather_messages(gather, mine)[0]
     if invitation.startswith(_FAILED):
-        raise TransportError(f"rank 0 (on {sites[0].name}): {invitation[1:].decode()}")
-    arrival, problem = _try(Invitation.decode(invitation), rank, size, seconds, sites[rank].network == sites[0].network)
+        raise TransportError(f"rank 0 (on {sites[0].name}): {invitation[1:].decode(errors='replace')}")
+    with understanding(0):
+        invited = Invitation.decode(invitation)
+    arrival, problem = _try(invited, rank, size, seconds, sites[rank].network == sites[0].network)
     problems = [message.decode(errors="replace") for message in gather_messages(gather, problem.encode())]
     if any(problems):
         if arrival is not None:
@@ -61,6 +63,12 @@ def come_to_hub(gather: AllGather, rank: int, size: int, open_hub: OpenHub, seco
         raise TransportError(_told(problems, sites, rank))
     assert arrival is not None
     return arrival
+
+
+def site_told(message: bytes) -> Site:
+    """Where a rank says that it is. Raises ValueError."""
+    network, name = message.decode().split(" ", 1)
+    return Site(network, name)
 
 
 def _invite(open_hub: OpenHub, alone: bool) -> bytes:
