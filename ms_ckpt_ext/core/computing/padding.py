@@ -24,10 +24,10 @@ class Pad(Rule):
     `source_size`, the indices before, is checked, and needed for the inverse, which is `Crop`.
     """
 
-    size: int = 1
-    axis: int = 0
-    value: float = 0.0
-    source_size: Optional[int] = None
+    size: int
+    axis: int
+    value: float
+    source_size: Optional[int]
 
     def __init__(
         self,
@@ -84,10 +84,10 @@ class Crop(Rule):
     off does not come back.
     """
 
-    size: int = 1
-    axis: int = 0
-    source_size: Optional[int] = None
-    value: float = 0.0
+    size: int
+    axis: int
+    source_size: Optional[int]
+    value: float
 
     def __init__(
         self,

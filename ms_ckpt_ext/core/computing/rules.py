@@ -62,8 +62,8 @@ class Dequantize(Rule):
     weights that have scales; what is stored in a quantised dtype must have them.
     """
 
-    block: tuple[int, ...] = (128, 128)
-    dtype: str = "BF16"
+    block: tuple[int, ...]
+    dtype: str
 
     computes = True
 
@@ -145,8 +145,8 @@ class Scale(Rule):
     ties to even. A factor of 1 with another `dtype` is a cast.
     """
 
-    factor: float = 1.0
-    dtype: Optional[str] = None
+    factor: float
+    dtype: Optional[str]
 
     computes = True
 
@@ -194,8 +194,8 @@ class AddProduct(Rule):
     stays as it is, so with placeholders, or `{*}`, a rule is for all that have them.
     """
 
-    factor: float = 1.0
-    dtype: Optional[str] = None
+    factor: float
+    dtype: Optional[str]
 
     computes = True
 

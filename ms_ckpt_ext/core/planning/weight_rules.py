@@ -70,8 +70,8 @@ class Concat(Rule):
     to take the target apart again.
     """
 
-    axis: int = 0
-    shares: Optional[tuple[int, ...]] = None
+    axis: int
+    shares: Optional[tuple[int, ...]]
 
     def __init__(self, sources: Names, target: str, axis: int = 0, shares: Optional[Sequence[int]] = None) -> None:
         super().__init__(sources, target)
@@ -101,9 +101,9 @@ class QKV(Rule):
     a group, 1, 1).
     """
 
-    groups: int = 1
-    axis: int = 0
-    shares: Optional[tuple[int, ...]] = None
+    groups: int
+    axis: int
+    shares: Optional[tuple[int, ...]]
 
     def __init__(
         self, sources: Names, target: str, groups: int, axis: int = 0, shares: Optional[Sequence[int]] = None
@@ -131,8 +131,8 @@ class QKV(Rule):
 class Interleave(Rule):
     """Sources of one shape, alternating every `rows` indices along `axis`: gate and up projections, row by row."""
 
-    axis: int = 0
-    rows: int = 1
+    axis: int
+    rows: int
 
     def __init__(self, sources: Names, target: str, axis: int = 0, rows: int = 1) -> None:
         super().__init__(sources, target)
@@ -168,7 +168,7 @@ class Interleave(Rule):
 class Stack(Rule):
     """Sources of one shape along a new `axis`, as `numpy.stack`: experts, by a counting placeholder."""
 
-    axis: int = 0
+    axis: int
 
     def __init__(self, sources: Names, target: str, axis: int = 0) -> None:
         super().__init__(sources, target)
@@ -200,7 +200,7 @@ class Stack(Rule):
 class Transpose(Rule):
     """The source with its axes permuted by `axes`, as `numpy.transpose`; None reverses them."""
 
-    axes: Optional[tuple[int, ...]] = None
+    axes: Optional[tuple[int, ...]]
 
     def __init__(self, sources: Names, target: str, axes: Optional[Sequence[int]] = None) -> None:
         super().__init__(sources, target)
@@ -235,10 +235,10 @@ class Experts(Rule):
     first with `merge`, the second with several sources.
     """
 
-    transpose: bool = True
-    merge: bool = True
-    experts: Optional[int] = None
-    shares: Optional[tuple[int, ...]] = None
+    transpose: bool
+    merge: bool
+    experts: Optional[int]
+    shares: Optional[tuple[int, ...]]
 
     def __init__(
         self,
@@ -296,9 +296,9 @@ class Experts(Rule):
 class Part(Rule):
     """Part `number` of `parts` equal parts of the source along `axis`: to take a fused tensor apart."""
 
-    number: int = 0
-    parts: int = 1
-    axis: int = 0
+    number: int
+    parts: int
+    axis: int
 
     def __init__(self, sources: Names, target: str, number: int, parts: int, axis: int = 0) -> None:
         super().__init__(sources, target)

@@ -15,7 +15,23 @@ from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.recipes import Computation, Recipe
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, UsageError
-from ms_ckpt_ext.rules import AddProduct, Concat, Crop, Dequantize, Experts, Pad, Rename, Rule, Scale, Stack, invert
+from ms_ckpt_ext.rules import (
+    QKV,
+    AddProduct,
+    Concat,
+    Crop,
+    Dequantize,
+    Experts,
+    Interleave,
+    Pad,
+    Part,
+    Rename,
+    Rule,
+    Scale,
+    Stack,
+    Transpose,
+    invert,
+)
 
 
 def held(**tensors: tuple[str, tuple[int, ...]]) -> dict[str, SourceTensor]:
@@ -255,6 +271,28 @@ def test_a_product_is_of_three_dtypes() -> None:
         wrong = held(**{name: ("F32", shape) for name, shape in zip("wba", shapes)})
         with pytest.raises(LayoutMismatchError, match="must be"):
             apply_rules(wrong, [AddProduct(["w", "b", "a"], "t")])
+
+
+@pytest.mark.parametrize(
+    ("short", "said"),
+    [
+        (Concat("a", "t"), Concat("a", "t", axis=0, shares=None)),
+        (QKV("a", "t", 2), QKV("a", "t", groups=2, axis=0, shares=None)),
+        (Interleave("a", "t"), Interleave("a", "t", axis=0, rows=1)),
+        (Stack("a", "t"), Stack("a", "t", axis=0)),
+        (Transpose("a", "t"), Transpose("a", "t", axes=None)),
+        (Experts("a", "t"), Experts("a", "t", transpose=True, merge=True, experts=None, shares=None)),
+        (Part("a", "t", 1, 2), Part("a", "t", number=1, parts=2, axis=0)),
+        (Dequantize(["a", "s"], "t"), Dequantize(["a", "s"], "t", block=(128, 128), dtype="BF16")),
+        (Scale("a", "t"), Scale("a", "t", factor=1.0, dtype=None)),
+        (AddProduct(["w", "b", "a"], "t"), AddProduct(["w", "b", "a"], "t", factor=1.0, dtype=None)),
+        (Pad("a", "t", 8), Pad("a", "t", size=8, axis=0, value=0.0, source_size=None)),
+        (Crop("a", "t", 8), Crop("a", "t", size=8, axis=0, source_size=None, value=0.0)),
+    ],
+)
+def test_what_a_rule_means_that_says_little(short: Rule, said: Rule) -> None:
+    assert short == said
+    assert Experts("a", "t", experts=1).source_shapes("t", (3, 2)) == [[(2, 3)]]
 
 
 def test_the_ends_of_what_is_allowed() -> None:

@@ -14,6 +14,17 @@ READ = (100, 300, 50, 0, 200)
 """Of ranks on three hosts: 400, 50 and 200 bytes."""
 
 
+def test_a_machine_of_which_little_is_known() -> None:
+    """It has no limits, and nothing takes time beside what is said."""
+    assert (
+        LOCAL._replace(
+            host=math.inf, between=0, upload=math.inf, reader=math.inf, per_rank=0, counts=0, memory=0, call=0
+        )
+        == LOCAL
+    )
+    assert Traffic((1,), (2,), 3) == ((1,), (2,), 3, 0, (), (), ())
+
+
 @pytest.mark.parametrize(
     ("hardware", "seconds"),
     [

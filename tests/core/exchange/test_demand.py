@@ -55,6 +55,10 @@ def test_a_round_has_room_for_a_block_at_least(bucket: int, chunk: int, least: i
     assert (limits.least, limits.read) == (least, read)
 
 
+def test_sizes_where_none_are_said() -> None:
+    assert ExchangeLimits() == ExchangeLimits(bucket=64 << 20, chunk=4 << 20)
+
+
 def test_a_rank_takes_of_its_memory_what_of_its_box_it_holds() -> None:
     """Rows 0 to 3 are on rank 0, rows 4 to 7 on ranks 1 and 2; ranks want rows 2 to 5, all rows, or nothing."""
     holders = {(0,): (0,), (1,): (1, 2)}
