@@ -20,7 +20,7 @@ from ms_ckpt_ext.errors import (
     LayoutMismatchError,
     UsageError,
 )
-from ms_ckpt_ext.rules import Dequantize
+from ms_ckpt_ext.rules import AddProduct, Dequantize
 from tests.support.adapters import products, save_adapter, with_adapter, with_product
 from tests.support.checkpoints import cut, read_file, strategy_of
 from tests.support.families import ARCHITECTURES, LAYERS, hub_folder, training
@@ -113,6 +113,33 @@ def test_merge_and_reshard_add_it_before_the_rules(family: str, golden: Path, tm
     for file in sorted((tmp_path / "expected").rglob("*.safetensors")):
         (found,) = (tmp_path / "dst" / file.parent.name).glob("*.safetensors")
         assert read_file(found) == read_file(file)
+
+
+@pytest.mark.parametrize("ends", [("lora_A.weight", "lora_B.weight"), ("mindpet_delta_lora_a", "mindpet_delta_lora_b")])
+def test_a_training_of_products_by_its_own_names(ends: tuple[str, str], golden: Path, tmp_path: Path) -> None:
+    """What MindFormers trains beside fused weights: added by a merge, whose result is exported."""
+    hub_folder(tmp_path / "hub", "qwen3")
+    rules = ms_ckpt_ext.load_rules("qwen3", tmp_path / "hub")
+    ms_ckpt_ext.merge(tmp_path / "hub", tmp_path / "plain", rules=rules, digests=False, sync=False)
+    parameters = held(tmp_path / "plain")
+    fused = [name.rpartition(".")[0] for name in parameters if "linear_qkv" in name]
+    trained = {**parameters}
+    truth = dict(parameters)
+    for name, tensor in products(parameters, fused).items():
+        module, half = name[len("base_model.model.") :].split(".lora_")
+        trained[f"{module}.{ends[half.startswith('B')]}"] = tensor
+    for module in fused:
+        a, b = (trained[f"{module}.{end}"] for end in ends)
+        truth[f"{module}.weight"] = with_product(parameters[f"{module}.weight"], b, a, 16 / 8)
+    strategy = training(golden / "dp2_tp2_pp2_zero", {n: a.shape for n, a in trained.items()}, states=False)
+    cut(strategy, trained, tmp_path / "shards")
+    added = AddProduct(["{*}.weight", *(f"{{*}}.{end}" for end in ends[::-1])], "{*}.weight", factor=16 / 8)
+    more = {"digests": False, "sync": False}
+    ms_ckpt_ext.merge(tmp_path / "shards", tmp_path / "merged", strategy=strategy, rules=[added], **more)
+    assert told(held(tmp_path / "merged")) == told(truth)
+    ms_ckpt_ext.export(tmp_path / "merged", tmp_path / "out", config=tmp_path / "hub", **more)
+    ms_ckpt_ext.merge(tmp_path / "out", tmp_path / "again", rules=rules, **more)
+    assert told(held(tmp_path / "again")) == told(truth)
 
 
 @pytest.mark.parametrize(
