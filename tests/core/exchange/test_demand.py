@@ -57,6 +57,7 @@ def test_a_round_has_room_for_a_block_at_least(bucket: int, chunk: int, least: i
 
 def test_sizes_where_none_are_said() -> None:
     assert ExchangeLimits() == ExchangeLimits(bucket=64 << 20, chunk=4 << 20)
+    assert Ways() == Ways(gather=True, groups=False, known=frozenset(), broadcast=False, servers=(), tiered=False)
 
 
 def test_a_rank_takes_of_its_memory_what_of_its_box_it_holds() -> None:

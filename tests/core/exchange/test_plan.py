@@ -16,6 +16,7 @@ from ms_ckpt_ext.core.exchange.plan import (
     decide,
     plan_of,
 )
+from ms_ckpt_ext.core.exchange.totals import tally
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
@@ -33,12 +34,13 @@ def table_of(
     file: int = 3,
     limits: ExchangeLimits = LIMITS,
     count: int = 1,
+    world: int = 3,
 ) -> ExchangeTable:
-    """Vectors of 64 bytes, ranges of which three ranks want."""
+    """Vectors of 64 bytes, ranges of which the first three ranks want."""
     cells = {(0,): (file,)}
     tensor = SourceTensor(TensorMeta("w", U8, (64,)), "w", (Placement((1,), cells, cells),))
     demands = [Demand("w", tensor, (Grid((), wanted, uneven=True),))] * count
-    return decide(demands, 3, lambda _file, _name: where, limits, None, ways)
+    return decide(demands, world, lambda _file, _name: where, limits, None, ways)
 
 
 def delivery(*ranks: int, low: int = 0, high: int = 32) -> Delivery:
@@ -106,6 +108,13 @@ def test_parts_of_a_chunk_lie_behind_each_other() -> None:
     assert [(part.chunk, part.offset) for part in plan.parts] == [(0, 0), (1, 0), (2, 0), (3, 0)]
     plan = plan_of(table_of({(0, 64): (1,)}, limits=ExchangeLimits(1 << 10, 24), where=(Extent(0, 64),)))
     assert [(part.chunk, part.offset, part.nbytes) for part in plan.parts] == [(0, 0, 24), (1, 0, 24), (2, 0, 16)]
+
+
+@pytest.mark.parametrize(("world", "group"), [(64, 1), (65, 2), (128, 2), (129, 3)])
+def test_up_to_64_ranks_have_a_row_of_the_matrix_each(world: int, group: int) -> None:
+    total = tally(table_of(world=world))
+    assert (total.group, total.matrix.shape[0]) == (group, -(-world // group))
+    assert total.matrix.sum() == 32
 
 
 def test_the_last_round_in_which_a_chunk_is_used() -> None:

@@ -68,7 +68,7 @@ def test_a_row_in_the_middle_is_not_widened() -> None:
     """What lies in one index of an axis is contiguous along the next."""
     box = Region((1, 8), (2, 16))
     (cut,) = cuts_of((4, 64), (Placing(box, box, (4, 64), None),), 1, False, DTYPES["U8"], LARGE)
-    assert (cut.shape, cut.offset, cut.nbytes, cut.whole) == ((1, 8), 64 + 8, 8, True)
+    assert (cut.shape, cut.offset, cut.nbytes, cut.whole, cut.early) == ((1, 8), 64 + 8, 8, True, False)
 
 
 @pytest.mark.parametrize(
