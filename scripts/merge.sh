@@ -1,12 +1,9 @@
 #!/usr/bin/env bash
-# Merges a sharded checkpoint, on one host or in shares on several: see docs/inference.md.
+# `ms-ckpt merge` in the project's environment: merges a sharded checkpoint, on one host or in shares on several.
 #
-#   scripts/merge.sh --help                       every option
-#   scripts/merge.sh --config FILE [--dry-run]    what configs/ has examples of; options win over the file
-#
-# On several hosts: the same command on each, with --host-rank 0, 1, …
+#   scripts/merge.sh --help    every option; see docs/inference.md
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 find_python
-exec python -m ms_ckpt_ext.cli.launch merge "$@"
+exec python -m ms_ckpt_ext merge "$@"

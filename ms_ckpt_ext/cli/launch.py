@@ -1,10 +1,10 @@
-"""Start the ranks of a job that resumes or serves, or merge a checkpoint: `scripts/{resume,infer,merge}.sh` call this.
+"""Start the ranks of a job that resumes or serves: `scripts/resume.sh` and `infer.sh` call this.
 
-    python -m ms_ckpt_ext.cli.launch {resume,infer,merge} [--config FILE] [--dry-run] [options]
+    python -m ms_ckpt_ext.cli.launch {resume,infer} [--config FILE] [--dry-run] [options]
 
-On several hosts the same command runs on each of them, with `--host-rank`. `resume` and `infer` start MindSpore's
-msrun; the script that it runs finds checkpoint_dir, train_strategy, prefix, mode and hardware in its environment, where
-`ms_ckpt_ext.resume()` and `load_for_inference()` look. `merge` needs no MindSpore: each host writes its share.
+On several hosts the same command runs on each of them, with `--host-rank`. Both start MindSpore's msrun; the script
+that it runs finds checkpoint_dir, train_strategy, prefix, mode and hardware in its environment, where
+`ms_ckpt_ext.resume()` and `load_for_inference()` look.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from ms_ckpt_ext.errors import CheckpointError, UsageError
 _SUMMARY = {
     "resume": "Start a training job's ranks with msrun; its script goes on from the newest complete checkpoint.",
     "infer": "Start the ranks of a network to serve with msrun; its script fills it from a training job's checkpoint.",
-    "merge": "Merge a sharded checkpoint into whole parameters. Needs no MindSpore and no NPU.",
 }
 _VARIABLES = {
     "checkpoint_dir": "MS_CKPT_EXT_CHECKPOINT_DIR",
@@ -52,7 +51,7 @@ def parser(job: str) -> argparse.ArgumentParser:
     )
     made.add_argument("--config", metavar="FILE", help="INI file with these settings; options win over it")
     made.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
-    for setting in settings.known(job):
+    for setting in settings.SETTINGS:
         told = "needed" if setting.default is None else f"default: {setting.default}" if setting.default != "" else ""
         made.add_argument(
             "--" + setting.name.replace("_", "-"),
@@ -72,15 +71,13 @@ def main(arguments: Sequence[str]) -> int:
     job, *rest = arguments
     parsed = vars(parser(job).parse_args(rest))
     try:
-        config = settings.read_settings(job, parsed["config"]) if parsed["config"] else settings.Settings({}, {})
+        config = settings.read_settings(parsed["config"]) if parsed["config"] else settings.Settings({}, {})
         given = {
             setting.name: settings.value_of(setting, parsed[setting.name], "--" + setting.name.replace("_", "-"))
-            for setting in settings.known(job)
+            for setting in settings.SETTINGS
             if parsed[setting.name] is not None
         }
-        values = settings.complete(job, config.values, given)
-        if job == "merge":
-            return _merge(values, parsed["dry_run"])
+        values = settings.complete(config.values, given)
         return _start(values, config.environment, parsed["dry_run"])
     except CheckpointError as error:
         sys.stderr.write(f"scripts/{job}.sh: {error}\n")
@@ -160,32 +157,6 @@ def _free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _merge(values: Mapping[str, Any], dry_run: bool) -> int:
-    from ms_ckpt_ext.api.mindspore.merge import unified_safetensors
-
-    several = values["hosts"] > 1
-    named = {
-        "src_dir": values["source"],
-        "src_strategy_file": values["strategy"] or None,
-        "dst_dir": values["target"],
-        "file_suffix": values["file_suffix"] or None,
-        "max_process_num": values["workers"],
-        "split_dst_file": (values["host_rank"] + 1, values["hosts"]) if several else (),
-        "naming": values["naming"],
-    }
-    if dry_run:
-        print(f"ms_ckpt_ext.unified_safetensors({', '.join(f'{name}={value!r}' for name, value in named.items())})")
-        return 0
-    report = unified_safetensors(**named)
-    done = (
-        f"complete in {values['target']}"
-        if report.published
-        else f"a share of it in {values['target']}; complete with that of the other hosts"
-    )
-    print(f"merged: {report.bytes_read:,} bytes read in {report.reads:,} reads, {done}")
-    return 0
 
 
 def _cli(argv: Optional[Sequence[str]] = None) -> int:

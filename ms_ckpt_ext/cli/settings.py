@@ -1,4 +1,4 @@
-"""Settings of `scripts/resume.sh`, `infer.sh` and `merge.sh`: one table for configuration files and options.
+"""Settings of `scripts/resume.sh` and `infer.sh`: one table for configuration files and options.
 
 A configuration file is INI, as Python's `configparser` reads it: `key = value` under section names, `;` or `#` before a
 comment. Every key but those of [environment] is also an option (`ranks_per_host` is `--ranks-per-host`), and the option
@@ -18,7 +18,6 @@ from ms_ckpt_ext.storage.linux import read_small
 ENVIRONMENT = "environment"
 """The section of environment variables for the ranks, under any names."""
 _WHOLE = re.compile(r"[0-9]{1,18}")
-LOADERS, MERGE = ("resume", "infer"), ("merge",)
 
 
 class Setting(NamedTuple):
@@ -29,7 +28,6 @@ class Setting(NamedTuple):
         kind: str, int, or a tuple of the words that are allowed.
         default: None where it must be given.
         help: what it is.
-        jobs: which scripts take it.
     """
 
     section: str
@@ -37,7 +35,6 @@ class Setting(NamedTuple):
     kind: Any
     default: Any
     help: str
-    jobs: tuple[str, ...] = LOADERS
 
 
 SETTINGS = (
@@ -46,10 +43,8 @@ SETTINGS = (
     ),
     Setting("launch", "arguments", str, "", "its arguments, quoted as in a shell"),
     Setting("launch", "ranks_per_host", int, 8, "processes, and so NPUs, on each host"),
-    Setting(
-        "launch", "hosts", int, 1, "hosts of the job; call the script on each, with its own host_rank", LOADERS + MERGE
-    ),
-    Setting("launch", "host_rank", int, 0, "number of this host, from 0", LOADERS + MERGE),
+    Setting("launch", "hosts", int, 1, "hosts of the job; call the script on each, with its own host_rank"),
+    Setting("launch", "host_rank", int, 0, "number of this host, from 0"),
     Setting("launch", "master", str, "127.0.0.1", "address of host 0, where the ranks meet"),
     Setting(
         "launch", "port", int, 0, "TCP port there, the same on all hosts; 0 for a free one if there is one host only"
@@ -73,16 +68,6 @@ SETTINGS = (
         "",
         "profile of the machine: a name from configs/hardware, or a file; default: by the NPU",
     ),
-    Setting("merge", "source", str, None, "the sharded checkpoint: holds rank_0, rank_1, …", MERGE),
-    Setting("merge", "strategy", str, "", "layouts of the job that saved: a file, or a directory of stages", MERGE),
-    Setting(
-        "merge", "target", str, None, "directory for the merged checkpoint, which appears whole or not at all", MERGE
-    ),
-    Setting("merge", "naming", ("mindspore", "huggingface"), "mindspore", "names of the merged files", MERGE),
-    Setting(
-        "merge", "file_suffix", str, "", "which file of a rank folder, as 1_300 for net-1_300; default: newest", MERGE
-    ),
-    Setting("merge", "workers", int, 16, "threads at most", MERGE),
 )
 
 
@@ -93,12 +78,7 @@ class Settings(NamedTuple):
     environment: Mapping[str, str]
 
 
-def known(job: str) -> list[Setting]:
-    """The settings of a script."""
-    return [setting for setting in SETTINGS if job in setting.jobs]
-
-
-def read_settings(job: str, path: str) -> Settings:
+def read_settings(path: str) -> Settings:
     """Read a configuration file.
 
     Raises:
@@ -110,12 +90,12 @@ def read_settings(job: str, path: str) -> Settings:
         parser.read_string(read_small(path, pipe=True).decode(), path)
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise UsageError(f"cannot read the configuration {path!r}: {error}") from error
-    settings = {(setting.section, setting.name): setting for setting in known(job)}
+    settings = {(setting.section, setting.name): setting for setting in SETTINGS}
     sections = dict.fromkeys(section for section, _ in settings)
     values: dict[str, Any] = {}
     for section in parser.sections():
-        if section not in (*sections, *([ENVIRONMENT] if job in LOADERS else [])):
-            raise UsageError(f"{path!r}: {job} knows no section [{section}]; known are {', '.join(sections)}")
+        if section not in (*sections, ENVIRONMENT):
+            raise UsageError(f"{path!r}: there is no section [{section}]; known are {', '.join(sections)}")
         for name, text in parser.items(section) if section != ENVIRONMENT else ():
             if (section, name) not in settings:
                 names = [known_name for known_section, known_name in settings if known_section == section]
@@ -135,22 +115,20 @@ def value_of(setting: Setting, text: str, where: str) -> Any:
     return int(text)
 
 
-def complete(job: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """All settings: options override the configuration, which overrides the defaults.
 
     Raises:
         UsageError: something is missing, or host numbers do not fit.
     """
     given = {**config, **{name: value for name, value in options.items() if value is not None}}
-    values = {s.name: given.get(s.name, s.default) for s in known(job)}
-    missing = [
-        name for name, value in values.items() if value is None or (value == "" and name in ("script", "target"))
-    ]
+    values = {s.name: given.get(s.name, s.default) for s in SETTINGS}
+    missing = [name for name, value in values.items() if value is None or (value == "" and name == "script")]
     if missing:
         options_of = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise UsageError(f"{options_of} must be given, here or in the configuration")
     if values["hosts"] < 1 or values["host_rank"] >= values["hosts"]:
         raise UsageError(f"host_rank must be below hosts, got {values['host_rank']} of {values['hosts']}")
-    if values["hosts"] > 1 and values.get("port") == 0:
+    if values["hosts"] > 1 and values["port"] == 0:
         raise UsageError("with several hosts, port must be the same number on all of them, such as 8118")
     return values

@@ -207,6 +207,19 @@ def slice_shape(shape: Shape, parts: Shape) -> Shape:
     return tuple(extent // count for extent, count in zip(shape, parts))
 
 
+def digits(number: int, radices: Shape) -> Cell:
+    """The mixed-radix digits of a number, major first: its place in a row-major grid of `radices` parts per axis.
+
+    >>> digits(5, (2, 3))
+    (1, 2)
+    """
+    found = []
+    for radix in reversed(radices):
+        number, digit = divmod(number, radix)
+        found.append(digit)
+    return tuple(reversed(found))
+
+
 def cell_region(cell: Cell, parts: Shape, shape: Shape) -> Region:
     """The box of one cell of the grid that `parts` makes of `shape`."""
     extents = slice_shape(shape, parts)

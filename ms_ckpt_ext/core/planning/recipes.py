@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple, Optional, Protocol
 
 from ms_ckpt_ext.core.geometry.arrangement import Arrangement, Setting, arrangement
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape, View
-from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.geometry.layout import Cell, digits
 from ms_ckpt_ext.core.geometry.strided import strides_of
 from ms_ckpt_ext.core.geometry.view import split_axes, unsplit
 from ms_ckpt_ext.core.planning.pieces import Computed, Piece, Placement, Sourced, SourceTensor, TensorMeta, locate
@@ -259,7 +259,7 @@ def _seen(tensor: SourceTensor, placement: Placement, view: Shape) -> Placement:
         ) from error
 
     def move(cell: Cell) -> Cell:
-        return tuple(index for number, cut in zip(cell, cuts) for index in _digits(number, cut))
+        return tuple(index for number, cut in zip(cell, cuts) for index in digits(number, cut))
 
     return Placement(
         tuple(count for cut in cuts for count in cut),
@@ -309,14 +309,6 @@ def _split(count: int, extents: Shape) -> Shape:
         cuts.append(here)
         count //= here
     return tuple(cuts)
-
-
-def _digits(number: int, radices: Shape) -> Cell:
-    digits = []
-    for radix in reversed(radices):
-        number, digit = divmod(number, radix)
-        digits.append(digit)
-    return tuple(reversed(digits))
 
 
 def made_of(name: str, shape: Shape, view: Shape, blocks: Sequence[Block]) -> SourceTensor:

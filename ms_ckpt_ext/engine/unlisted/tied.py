@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ms_ckpt_ext import log
 from ms_ckpt_ext.core.geometry.array import Region
-from ms_ckpt_ext.core.geometry.layout import cell_region
+from ms_ckpt_ext.core.geometry.layout import cell_region, digits
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, pieces
 from ms_ckpt_ext.engine.integrity.copies import Overlap, copies_of, holders_of, overlaps
 from ms_ckpt_ext.engine.source.catalog import Catalog
@@ -83,11 +83,8 @@ def _rows(both: Overlap, most: int) -> Iterator[Region]:
     count = prod(shape[:-1])
     width = both.one.meta.dtype.bits // 8
     for number in sorted({n * (count - 1) // max(1, most - 1) for n in range(min(most, count))}):
-        at = []
-        for extent in reversed(shape[:-1]):
-            number, index = divmod(number, extent)
-            at.append(index)
-        start = tuple(low + index for low, index in zip(region.start, (*reversed(at), *([0] * bool(shape)))))
+        at = (*digits(number, shape[:-1]), *([0] * bool(shape)))
+        start = tuple(low + index for low, index in zip(region.start, at))
         long = min(shape[-1], max(1, _ROW_BYTES // width)) if shape else 1
         yield Region(start, tuple(low + 1 for low in start[:-1]) + ((start[-1] + long,) if start else ()))
 

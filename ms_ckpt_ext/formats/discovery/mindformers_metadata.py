@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Callable, NamedTuple, Optional
 
 from ms_ckpt_ext.core.geometry.array import Shape
-from ms_ckpt_ext.core.geometry.layout import Cell, Layout, whole
+from ms_ckpt_ext.core.geometry.layout import Cell, Layout, digits, whole
 from ms_ckpt_ext.core.geometry.strategy import ACCUMULATED_GRADIENT_PREFIX
 from ms_ckpt_ext.errors import CheckpointError, FormatError, StrategyError, name_ranks
 from ms_ckpt_ext.formats.table import MINDFORMERS_FILE
@@ -218,7 +218,7 @@ def _cut(name: str, entry: Mapping[str, Any], places: Mapping[int, tuple[_Place,
     _check_places({number: places.get(number, ()) for number in listed}, layout, wrong)
     files = {number: tuple(place.file for place in places.get(number, ())) for number in listed}
     stage = None if entry["layout"] is None else entry["layout"]["rank_list"][0] // layout.devices
-    return ParameterCut(shape, layout, {_cell(number, layout.parts): held for number, held in files.items()}, stage)
+    return ParameterCut(shape, layout, {digits(number, layout.parts): held for number, held in files.items()}, stage)
 
 
 def _listed(chunks: Iterable[Mapping[str, Any]], shape: Shape, layout: Layout, wrong: _Wrong) -> list[int]:
@@ -244,7 +244,7 @@ def _check_places(places: Mapping[int, tuple[_Place, ...]], layout: Layout, wron
                 both = f"{first[file]} and {number}"
                 raise wrong(f"has its slices {both} in {file!r}, and a file holds one tensor of a name")
             told = ranks if saved_by is None else (*ranks, saved_by)
-            odd = [rank for rank in told if _of_rank(rank, layout) != _cell(number, layout.parts)]
+            odd = [rank for rank in told if _of_rank(rank, layout) != digits(number, layout.parts)]
             if odd:
                 raise wrong(f"has its slice {number} on rank {odd[0]} ({file!r}), whose slice is another by the layout")
             if ranks and saved_by is not None and saved_by not in ranks:
@@ -254,15 +254,6 @@ def _check_places(places: Mapping[int, tuple[_Place, ...]], layout: Layout, wron
 def _of_rank(rank: int, layout: Layout) -> Cell:
     """The cell of a rank of any pipeline stage: stages are cut alike."""
     return layout.cells[rank % layout.devices]
-
-
-def _cell(number: int, parts: Shape) -> Cell:
-    """The slice's place in the grid: row-major."""
-    cell = []
-    for extent in reversed(parts):
-        number, index = divmod(number, extent)
-        cell.append(index)
-    return tuple(reversed(cell))
 
 
 def layout_of(name: str, raw: Mapping[str, Any], origin: str) -> Layout:
