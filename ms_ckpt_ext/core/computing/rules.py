@@ -36,6 +36,12 @@ def _checked_dtype(rule: Rule, dtype: str, known: Sequence[str]) -> str:
     return dtype
 
 
+def _check_factor(name: str, factor: float, dtype: str) -> None:
+    """Refuse a factor that F32 cannot hold, for what is computed in F32."""
+    if dtype != "F64" and factor and not _LEAST <= abs(factor) <= _MOST:
+        raise LayoutMismatchError(f"{name!r} is {dtype}, and {factor} is no normal number in F32")
+
+
 def checked_size(rule: Rule, name: str, size: object, least: int = 1) -> int:
     if not isinstance(size, int) or isinstance(size, bool) or size < least:
         raise UsageError(f"rule for {rule.target!r}: {name} must be a whole number from {least}, got {size!r}")
@@ -165,8 +171,7 @@ class Scale(Rule):
                 f"{name!r} is made of {source} elements ({shapes_of([tensor])}), and only those of "
                 f"{', '.join(_OUTPUTS)} can be scaled"
             )
-        if source != "F64" and not _LEAST <= abs(self.factor) <= _MOST:
-            raise LayoutMismatchError(f"{name!r} is {source}, and {self.factor} is no normal number in F32")
+        _check_factor(name, self.factor, source)
         output = self.dtype or source
         meta = TensorMeta(name, DTYPES[output], tensor.meta.shape)
         return computed(meta, Computation(Scaled(self.factor, source, output), (tensor,)))
@@ -228,6 +233,7 @@ class AddProduct(Rule):
                 f"{name!r} is W + B A of {shapes_of(held)}, whose shapes must be (m, n), (m, r) and (r, n): check the "
                 "order of the sources, and that an adapter is of this model"
             )
+        _check_factor(name, self.factor, dtypes[0])
         output = self.dtype or dtypes[0]
         operation = AddedProduct(self.factor, (dtypes[0], dtypes[1], dtypes[2]), rank, output)
         return computed(TensorMeta(name, DTYPES[output], shapes[0]), Computation(operation, tuple(held)))

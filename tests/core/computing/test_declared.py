@@ -298,8 +298,15 @@ def test_what_a_rule_means_that_says_little(short: Rule, said: Rule) -> None:
 def test_the_ends_of_what_is_allowed() -> None:
     """No longer than it is; and the largest and least normal numbers of F32."""
     assert Pad("a", "t", 5, source_size=5).size == Crop("a", "t", 5, source_size=5).size == 5
+    single, three = held(w=("F32", (4,))), held(w=("BF16", (4, 6)), b=("F32", (4, 2)), a=("F16", (2, 6)))
     for factor in (float(2**127 * (2 - 2**-23)), 2.0**-126):
-        assert apply_rules(held(w=("F32", (4,))), [Scale("w", "t", factor)])["t"].is_computed
+        assert apply_rules(single, [Scale("w", "t", factor)])["t"].is_computed
+        assert apply_rules(three, [AddProduct(["w", "b", "a"], "t", -factor)])["t"].is_computed
     for factor in (2.0**128, 2.0**-127):
         with pytest.raises(LayoutMismatchError, match="no normal number in F32"):
-            apply_rules(held(w=("F32", (4,))), [Scale("w", "t", factor)])
+            apply_rules(single, [Scale("w", "t", factor)])
+        with pytest.raises(LayoutMismatchError, match="no normal number in F32"):
+            apply_rules(three, [AddProduct(["w", "b", "a"], "t", factor)])
+    assert apply_rules(three, [AddProduct(["w", "b", "a"], "t", 0.0)])["t"].is_computed
+    doubles = held(w=("F64", (4, 6)), b=("F32", (4, 2)), a=("F16", (2, 6)))
+    assert apply_rules(doubles, [AddProduct(["w", "b", "a"], "t", 2.0**128)])["t"].is_computed
