@@ -12,7 +12,7 @@ from mindspore.mint import distributed
 from safetensors.numpy import load_file
 
 from ms_ckpt_ext import load_distributed_checkpoint
-from ms_ckpt_ext.rules import QKV, Dequantize, Experts, Interleave, Pad, Scale, Stack, Transpose
+from ms_ckpt_ext.rules import QKV, Dequantize, Experts, Interleave, Pad, Rename, Scale, Stack, Transpose
 
 root = Path(sys.argv[1])
 RULES = [
@@ -27,6 +27,7 @@ RULES = [
     Stack("h.0.e.{n}.down", "stacked"),
     Experts(["h.0.e.{n}.gate", "h.0.e.{n}.up"], "experts"),
     Interleave(["h.0.small", "h.0.narrow"], "bytes"),
+    Rename("h.0.lora.weight", "adapted"),
 ]
 
 
@@ -51,6 +52,7 @@ def main() -> None:
                 mode=mode,
                 bucket_bytes=1 << 16,
                 rules=RULES,
+                adapter=root / "lora",
             )
             assert missing == [], missing
             for parameter in cell.get_parameters():

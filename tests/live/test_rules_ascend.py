@@ -1,4 +1,7 @@
-"""What rules make lands on the device: two ranks of the emulated Ascend, exchanged and read directly, cast and not."""
+"""What rules make lands on the device: two ranks of the emulated Ascend, exchanged and read directly, cast and not.
+
+An adapter in a folder of its own is added on the way.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
+from tests.support.adapters import products, save_adapter, with_adapter
 from tests.support.checkpoints import cut, strategy_of
 from tests.support.quantised import Tensor, dequantised, save
 
@@ -32,6 +36,9 @@ def test_rules_on_two_ranks(tmp_path: Path) -> None:
     held |= {"h.0.gate": draw(6, 4), "h.0.up": draw(6, 4), "h.0.out": draw(6, 10)}
     held |= {f"h.0.e.{n}.{name}": draw(4, 6) for n in range(4) for name in ("gate", "up", "down")}
     held |= {f"h.0.{name}": rng.integers(0, 255, (6, 3)).astype(np.uint8) for name in ("small", "narrow")}
+    held["h.0.lora.weight"] = draw(6, 4)
+    adapter = products(held, ["h.0.lora"])
+    save_adapter(tmp_path / "lora", adapter, target_modules=["lora"])
     (tmp_path / "hf").mkdir()
     blocks: dict[str, Tensor] = {}
     floats = []
@@ -58,10 +65,11 @@ def test_rules_on_two_ranks(tmp_path: Path) -> None:
         "experts": np.concatenate(pairs),
         "floats": np.concatenate([halves[0][0], halves[1][0], halves[0][1], halves[1][1]]),
         "padded": np.concatenate([held["h.0.e.0.down"], np.full((10, 6), 2.5, np.float32)]),
+        "adapted": with_adapter(held, adapter, 5 / 3)["h.0.lora.weight"],
         "bytes": np.stack([held["h.0.small"], held["h.0.narrow"]], axis=1).reshape(-1, 3),
     }
     layouts = {"qkv": ROWS, "odd_qkv": COLUMNS, "fc1": ROWS, "out": ROWS, "experts": ROWS, "bytes": ROWS}
-    layouts |= {"floats": COLUMNS, "padded": ROWS}
+    layouts |= {"floats": COLUMNS, "padded": ROWS, "adapted": COLUMNS}
     predicted = {name: Layout((2,), cuts) for name, cuts in layouts.items()}
     predicted["stacked"] = Layout((2,), ((0,), (), ()))
     cut(strategy_of(predicted, tmp_path / "predicted.ckpt"), full, tmp_path / "expected")
