@@ -14,6 +14,7 @@ from typing import Callable
 import pytest
 
 from tests.harness.ending import descendants
+from tests.hostile.seeds import SCRATCH
 
 ROOT = Path(__file__).resolve().parents[2]
 _SCRIPT = """
@@ -42,13 +43,13 @@ def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def told_to_end(command: list[str], folder: Path, sign: str, number: int, **more: object) -> tuple[int, list[int]]:
+def told_to_end(command: list[str], folder: Path, sign: str, number: int, **more: str) -> tuple[int, list[int]]:
     """Run a command, send it a signal when a path below `folder` that fits `sign` is there; how it ended, and which of
     its descendants still run."""
     log = folder.parent / "log"
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=out, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+            command, stdout=out, stderr=out, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **more}
         )
     try:
         wait_until(lambda: any(folder.glob(sign)) or process.poll() is not None)
@@ -108,4 +109,12 @@ def test_scripts(words: list[str], sign: str, tmp_path: Path) -> None:
     work.mkdir()
     command = [sys.executable, str(ROOT / "scripts" / words[0]), *words[1:], "--dir", str(work)]
     code, left = told_to_end(command, work, sign, signal.SIGTERM)
+    assert (code, left, [*work.iterdir()]) == (143, [], [])
+
+
+def test_a_search_of_hostile_input(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    command = [sys.executable, "-m", "tests.hostile", "--only", "ini", "--blind", "--keep", str(tmp_path / "found")]
+    code, left = told_to_end(command, work, "*/*/job.ini", signal.SIGTERM, **{SCRATCH: str(work)})
     assert (code, left, [*work.iterdir()]) == (143, [], [])

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.harness.ending import taking_all_along
+
 
 def main() -> int:
     options = _parser().parse_args()
@@ -36,9 +38,16 @@ def main() -> int:
     folder = Path(options.keep)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(names)} parsers, {options.minutes:g} minutes, {engine}; findings go to {folder}", flush=True)
+    from tests.hostile.seeds import scratch_folder
+
+    with taking_all_along(), scratch_folder() as scratch:
+        return _search_all(names, options, engine, folder, scratch)
+
+
+def _search_all(names: list[str], options: argparse.Namespace, engine: str, folder: Path, scratch: str) -> int:
     found = 0
     for name in names:
-        told = _search(name, options.minutes * 60 / len(names), options.seed, engine, folder)
+        told = _search(name, options.minutes * 60 / len(names), options.seed, engine, folder, scratch)
         found += len(told["found"])
         reached = _reached((folder / f"{name}.log").read_text(errors="replace"))
         figures = f"{told['tried']:>10,} inputs in {told['seconds']:3.0f} s{reached}"
@@ -61,12 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _search(name: str, seconds: float, seed: int, engine: str, folder: Path) -> dict[str, Any]:
+def _search(name: str, seconds: float, seed: int, engine: str, folder: Path, scratch: str) -> dict[str, Any]:
+    from tests.hostile.seeds import SCRATCH
+
     words = [sys.executable, "-m", "tests.hostile.one", name, str(seconds), str(seed), engine, str(folder)]
     began = time.monotonic()
     with open(folder / f"{name}.log", "wb") as log:
         # The work of a fuzzer is in one thread; libraries that start one for each core only take address space.
-        few = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        few = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", SCRATCH: scratch}
         ended = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, env=few, timeout=seconds + 600, check=False)
     lines = ended.stdout.splitlines()
     if ended.returncode == 0 and lines:

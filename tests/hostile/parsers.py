@@ -18,6 +18,7 @@ from ms_ckpt_ext.api.diff import diff_strategy
 from ms_ckpt_ext.cli import main, settings
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
+from ms_ckpt_ext.engine.huggingface.adapter import read_adapter
 from ms_ckpt_ext.engine.huggingface.companions import adapted
 from ms_ckpt_ext.engine.huggingface.families import RULES_FOLDER, family_for, read_family
 from ms_ckpt_ext.engine.huggingface.sizes import Config, read_config
@@ -203,11 +204,20 @@ def of_config(path: Path) -> None:
             read_family(name, config).missing(())
 
 
+def of_adapter(path: Path) -> None:
+    weights = path.with_name("adapter_model.safetensors")
+    if not weights.exists():
+        weights.write_bytes(seeds.an_adapter())
+    adapter = read_adapter(str(path.parent))
+    adapter.rules()
+    adapter.require(["a.q_proj.weight"])
+
+
 # Options and settings
 
 
 def of_ini(path: Path) -> None:
-    settings.complete("resume", settings.read_settings("resume", str(path)).values, {})
+    settings.complete(settings.read_settings(str(path)).values, {})
 
 
 def of_words(data: bytes) -> None:
@@ -303,6 +313,7 @@ PARSERS: dict[str, Parser] = {
     "claims": Parser(as_file("out/.ms_ckpt_ext/claims", of_claims), texts(seeds.CLAIM), json_values),
     "rules": Parser(as_file("rules.json", of_rules), lambda: documents(RULES_FOLDER), json_values),
     "config": Parser(as_file("hf/config.json", of_config), texts(seeds.CONFIG), json_values),
+    "adapter": Parser(as_file("lora/adapter_config.json", of_adapter), texts(seeds.ADAPTER), json_values),
     "profile": Parser(
         as_file("machine.json", lambda path: profiles.profile(str(path))),
         lambda: documents(profiles.HARDWARE_FOLDER),

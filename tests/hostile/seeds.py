@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Layout
@@ -44,6 +44,19 @@ CLAIM = {"job": "j", "names": ["a", "b"]}
 COMMON = {"epoch_num": 1, "step_num": 2, "global_step": 10, "loss_scale": 1.5, "ckpt_status": 0}
 MAP = {"metadata": {"total_size": 7}, "weight_map": {"w": "part0.safetensors", "b": "part1.safetensors"}}
 SHAPES = {"a.w": {"dtype": "F32", "shape": [64, 32]}}
+ADAPTER = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "use_rslora": True,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "init_lora_weights": True,
+    "modules_to_save": None,
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"^a.q_proj": 0.5},
+    "target_modules": ["q_proj"],
+}
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "torch_dtype": "bfloat16",
@@ -88,11 +101,24 @@ WORDS = (
 HEADS = (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", b"\n\x14\n\x01w", b"PK\x03\x04")
 
 
+SCRATCH = "MS_CKPT_EXT_HOSTILE_SCRATCH"
+"""Environment variable: where processes of a search have their folders, which who began it removes."""
+_PREFIX = "ms_ckpt_ext_hostile_"
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the processes of a search, however they end."""
+    return tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_where())
+
+
+def _where() -> Optional[str]:
+    return os.environ.get(SCRATCH) or ("/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+
+
 @cache
 def folder() -> Path:
-    """A folder of this process, in memory where there is such."""
-    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    made = tempfile.mkdtemp(prefix="ms_ckpt_ext_hostile_", dir=shared)
+    """A folder of this process, in that of a search, or in memory where there is such."""
+    made = tempfile.mkdtemp(prefix=_PREFIX, dir=_where())
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return Path(made)
 
@@ -124,6 +150,15 @@ def a_safetensors() -> bytes:
     specs += [TensorSpec("text", DTYPES["STR"], (2,)), TensorSpec("packed", DTYPES["I8"], (6,))]
     info = json.dumps({"w": {"saved_offsets": [0, 0]}})
     laid = safetensors.layout(specs, {"format": "ms", "packed": "Int4", "DCP_SHARDING_INFO": info}, crc=True)
+    head = laid.literals[0][1]
+    return head + bytes(laid.size - len(head))
+
+
+def an_adapter() -> bytes:
+    """The products of one module."""
+    shapes = {"A": (2, 4), "B": (3, 2)}
+    specs = [TensorSpec(f"base_model.model.a.q_proj.lora_{n}.weight", DTYPES["F32"], s) for n, s in shapes.items()]
+    laid = safetensors.layout(specs, {})
     head = laid.literals[0][1]
     return head + bytes(laid.size - len(head))
 
