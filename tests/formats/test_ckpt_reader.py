@@ -25,17 +25,12 @@ from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader, Traits
 from tests.support.damage import memory_limit
 from tests.support.memory import MemoryReader
+from tests.support.wire import value
 
 GOLDEN = Path(os.environ.get("MS_CKPT_EXT_GOLDEN", Path(__file__).parents[1] / "data" / "golden"))
 KEY = b"0123456789ABCDEF"
 MODES = {"ckpt_aes_gcm": "AES-GCM", "ckpt_aes_cbc": "AES-CBC", "ckpt_sm4_cbc": "SM4-CBC"}
 ONE = b"\x00\x00\x80\x3f"
-
-
-def value(tag: bytes, dims: list[int], kind: bytes, contents: bytes) -> bytes:
-    """One value as protobuf writes it."""
-    inner = b"".join(encode_number(1, dim) for dim in dims) + encode_bytes(2, kind) + encode_bytes(3, contents)
-    return encode_bytes(1, encode_bytes(1, tag) + encode_bytes(2, inner))
 
 
 def index_of(data: bytes) -> FileIndex:

@@ -19,13 +19,9 @@ from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from tests.support.damage import edits, lies, mutate, survives
 from tests.support.encrypted import in_blocks, in_chunks
 from tests.support.memory import MemoryReader
+from tests.support.wire import value
 
 KEY = b"0123456789ABCDEF"
-
-
-def value(tag: bytes, dims: list[int], kind: bytes, contents: bytes) -> bytes:
-    inner = b"".join(encode_number(1, dim) for dim in dims) + encode_bytes(2, kind) + encode_bytes(3, contents)
-    return encode_bytes(1, encode_bytes(1, tag) + encode_bytes(2, inner))
 
 
 BODY = (

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -22,8 +21,8 @@ from ms_ckpt_ext.formats.ckpt_writer import crc_tail
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.strategies.file import save_strategy
-from ms_ckpt_ext.formats.wire import encode_bytes, encode_number
 from tests.support.encrypted import in_blocks, in_chunks
+from tests.support.wire import value
 
 KEY = b"0123456789ABCDEF"
 DIGEST = "99aa06d3014798d86001c324468d497f"
@@ -126,12 +125,6 @@ def folder() -> Path:
 def texts(*documents: Any) -> Callable[[], list[bytes]]:
     """JSON of documents."""
     return lambda: [json.dumps(each).encode() for each in documents]
-
-
-def value(tag: bytes, dims: Iterable[int], kind: bytes, contents: bytes) -> bytes:
-    """A tensor of a `.ckpt`."""
-    inner = b"".join(encode_number(1, dim) for dim in dims) + encode_bytes(2, kind) + encode_bytes(3, contents)
-    return encode_bytes(1, encode_bytes(1, tag) + encode_bytes(2, inner))
 
 
 def a_ckpt() -> bytes:

@@ -29,6 +29,24 @@ from tests.support.checkpoints import Stored, read_file
 VICTIM = 1
 
 
+def hear(name: str, rank: int, cell: ms.nn.Cell, act: Callable[[], Any]) -> None:
+    """Something that must fail here; prints what the rank is told, and what is changed."""
+    before, began = bytes_of(cell), time.monotonic()
+    try:
+        act()
+    except CheckpointError as error:
+        changed = {n for n, data in bytes_of(cell).items() if data != before[n]} if name != "killed" else set()
+        reported = set(error.changed) if isinstance(error, LoadError) else set()
+        told = {
+            "name": name, "rank": rank, "error": type(error).__name__, "message": str(error),
+            "seconds": time.monotonic() - began, "changed": len(changed), "unreported": sorted(changed - reported),
+            "reported": len(reported),
+        }  # fmt: skip
+        print("FAULT", json.dumps(told), flush=True)
+    else:
+        raise AssertionError(f"{name}: rank {rank} was told of nothing")
+
+
 class Job:
     """This rank's part of one case."""
 
@@ -47,21 +65,7 @@ class Job:
     def fail(self, name: str, **changes: Any) -> None:
         """A load that must fail here; tells how."""
         cell = poisoned(self.expected)
-        before = bytes_of(cell)
-        began = time.monotonic()
-        try:
-            self.load(cell, **changes)
-        except CheckpointError as error:
-            changed = {n for n, data in bytes_of(cell).items() if data != before[n]} if name != "killed" else set()
-            reported = set(error.changed) if isinstance(error, LoadError) else set()
-            told = {
-                "name": name, "rank": self.rank, "error": type(error).__name__, "message": str(error),
-                "seconds": time.monotonic() - began, "changed": len(changed), "unreported": sorted(changed - reported),
-                "reported": len(reported),
-            }  # fmt: skip
-            print("FAULT", json.dumps(told), flush=True)
-        else:
-            raise AssertionError(f"{name}: rank {self.rank} was told of nothing")
+        hear(name, self.rank, cell, lambda: self.load(cell, **changes))
 
     def succeed(self) -> None:
         cell = poisoned(self.expected)

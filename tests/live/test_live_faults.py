@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,12 +13,13 @@ from ms_ckpt_ext.engine.integrity.manifest import Manifest, write_manifest
 from ms_ckpt_ext.formats.registry import read_index
 from tests.harness.emulator import emulator_or_skip
 from tests.harness.msrun import run_msrun
+from tests.support.told import Faults, assert_told
 
 pytestmark = pytest.mark.msrun
 WORKER = Path(__file__).with_name("fault_worker.py")
 RANKS, VICTIM = 4, 1
 ENDED = {"LoadError"}
-FAULTS: dict[str, tuple[set[str], str]] = {
+FAULTS: Faults = {
     "gone before": ({"FileNotFoundReadError", "PeerError"}, "No such file or directory"),
     "gone": (ENDED, "No such file or directory"),
     "gone, direct": (ENDED, "No such file or directory"),
@@ -34,7 +34,6 @@ FAULTS: dict[str, tuple[set[str], str]] = {
     "sink": (ENDED, "the device is lost"),
     "killed": (ENDED, "rank 1"),
 }
-"""Name -> errors that ranks may be told, and what every message says."""
 
 
 def make_case(golden: Path, root: Path) -> Path:
@@ -75,24 +74,10 @@ def test_every_rank_hears_of_every_fault(device: str, golden: Path, tmp_path: Pa
         WORKER, make_case(golden, tmp_path), "kill", ranks=RANKS, device=device, tmp_path=tmp_path,
         expect_failure=True, env={"CANNEMU_ASYNC": "1"},
     )  # fmt: skip
-    assert result.returncodes == tuple(-9 if rank == VICTIM else 0 for rank in range(RANKS)), result.tails()
-    told: dict[str, list[dict[str, Any]]] = {}
+    told = assert_told(result, FAULTS, RANKS, VICTIM)
     for rank in range(RANKS):
         lines = result.worker(rank).splitlines()
         assert "RECOVERED" in lines
-        for line in lines:
-            if line.startswith("FAULT "):
-                fault = json.loads(line[6:])
-                told.setdefault(fault["name"], []).append(fault)
-    for name, (kinds, text) in FAULTS.items():
-        assert [fault["rank"] for fault in told[name]] == [r for r in range(RANKS) if (name, r) != ("killed", VICTIM)]
-        for fault in told[name]:
-            assert fault["error"] in kinds, fault
-            assert text in fault["message"], fault
-            assert fault["unreported"] == [], fault
-            assert fault["seconds"] < 60, fault
-            assert fault["reported"] == 0 or fault["error"] == "LoadError", fault
-            assert fault["error"] == "LoadError" or fault["changed"] == 0, fault
     flipped = {fault["message"] for fault in told["flipped"]}
     assert len(flipped) == 1
     assert "found " in flipped.copy().pop() and "the manifest says " in flipped.pop()

@@ -19,10 +19,8 @@ import mindspore as ms
 import numpy as np
 
 from ms_ckpt_ext import plan_transfer, resume
-from ms_ckpt_ext.errors import CheckpointError, LoadError
 from tests.harness.start import join_ranks
-from tests.live.fault_worker import VICTIM, Job, device_lost, kill
-from tests.live.load_worker import bytes_of
+from tests.live.fault_worker import VICTIM, Job, device_lost, hear, kill
 from tests.live.transfer_worker import network, shards, wrong
 
 LAST, GIVEN = "layers.1.wo.weight", "b.w"
@@ -45,22 +43,6 @@ class Ranks:
             self.source, self.target, source_strategy=self.case["trained"], target_strategy=self.case["predicted"],
             bucket_bytes=16384, timeout=timeout,
         )  # fmt: skip
-
-    def told(self, name: str, cell: Any, act: Callable[[], Any]) -> None:
-        """Something that must fail here; tells how."""
-        before, began = bytes_of(cell), time.monotonic()
-        try:
-            act()
-        except CheckpointError as error:
-            changed = {n for n, data in bytes_of(cell).items() if data != before[n]} if name != "killed" else set()
-            reported = set(error.changed) if isinstance(error, LoadError) else set()
-            told = {
-                "name": name, "rank": self.rank, "error": type(error).__name__, "message": str(error),
-                "seconds": time.monotonic() - began, "changed": len(changed), "unreported": sorted(changed - reported),
-            }  # fmt: skip
-            print("FAULT", json.dumps(told), flush=True)
-        else:
-            raise AssertionError(f"{name}: rank {self.rank} was told of nothing")
 
     def succeed(self, plan: Any) -> None:
         plan.run()
@@ -86,21 +68,21 @@ def faults(here: Ranks) -> None:
     if here.rank == VICTIM:
         other = ms.Tensor(np.zeros((*first.shape, 2), np.float32))
         here.source._params["p0"] = ms.Parameter(other, name=first.name)
-    here.told("changed", here.target, plan.run)
+    hear("changed", here.rank, here.target, plan.run)
     here.source._params["p0"] = first
     with here.breaking.broken_sink(LAST, device_lost):
-        here.told("sink", here.target, plan.run)
+        hear("sink", here.rank, here.target, plan.run)
     here.succeed(plan)
     plan.close()
     again = here.alive()
     with here.breaking.broken_sink(GIVEN, device_lost):
-        here.told("alive", here.job, again)
+        hear("alive", here.rank, here.job, again)
     again()
     assert not wrong(here.job, shards(here.case["held"], here.rank), "")
     late = here.plan(timeout=2.0)
     if here.rank == VICTIM:
         time.sleep(4.0)
-    here.told("late", here.target, late.run)
+    hear("late", here.rank, here.target, late.run)
     late.close()
     anew = here.plan()
     here.succeed(anew)
@@ -118,11 +100,11 @@ def main() -> None:
     if sys.argv[2] == "alive":
         resuming = here.alive()
         with here.breaking.broken_sink(GIVEN, kill) if here.rank == VICTIM else nullcontext():
-            here.told("killed", here.job, resuming)
+            hear("killed", here.rank, here.job, resuming)
     else:
         plan = here.plan()
         with here.breaking.broken_sink(LAST, kill):
-            here.told("killed", here.target, plan.run)
+            hear("killed", here.rank, here.target, plan.run)
         plan.close()
         plan.close()
     print("CLOSED", flush=True)

@@ -36,6 +36,12 @@ class Found(NamedTuple):
         return self.kind("served", "error type") and any(text in str(self.stock.error) for text in texts)
 
     @property
+    def unlisted(self) -> set[str]:
+        """What the target's strategy does not list."""
+        target, model = self.case.model.target, self.case.model
+        return {n for n in model.parameters if target is not None and n not in target.listed}
+
+    @property
     def jobs(self) -> list[Job]:
         return [job for job in (self.case.model.source, self.case.model.target) if job is not None]
 

@@ -9,12 +9,6 @@ from tests.stock.fuzz.found import Found
 from tests.stock.fuzz.model import Array
 
 
-def _unlisted(found: Found) -> set[str]:
-    """What the target's strategy does not list."""
-    target, model = found.case.model.target, found.case.model
-    return {n for n in model.parameters if target is not None and n not in target.listed}
-
-
 def _wrapped(found: Found) -> bool:
     """Names that were loaded by their ends: stock lists them among those that went nowhere."""
     if not found.kind("value") or "wrapped" not in found.case.tags:
@@ -27,7 +21,7 @@ def _went_nowhere(found: Found) -> bool:
     if not found.kind("value") or not isinstance(found.stock.value, tuple) or not isinstance(found.ours.value, tuple):
         return False
     (lacking, unused), (mine, left) = found.stock.value, found.ours.value
-    return set(mine) <= set(lacking) and set(lacking) - set(mine) | set(left) ^ set(unused) <= _unlisted(found)
+    return set(mine) <= set(lacking) and set(lacking) - set(mine) | set(left) ^ set(unused) <= found.unlisted
 
 
 def _note_of_redundancy(found: Found) -> bool:

@@ -7,12 +7,6 @@ import json
 from tests.stock.fuzz.found import Found
 
 
-def _unlisted(found: Found) -> set[str]:
-    """What the target's strategy does not list."""
-    target, model = found.case.model.target, found.case.model
-    return {n for n in model.parameters if target is not None and n not in target.listed}
-
-
 def _optimizer_shard(found: Found) -> bool:
     return found.kind("bytes") and found.ours_is_right and any(cut.shards > 1 for cut in found.cuts)
 
@@ -84,7 +78,7 @@ def _uncut(found: Found) -> bool:
 
 
 def _loaded_all_the_same(found: Found) -> bool:
-    return found.kind("bytes") and found.difference.where[0] == "network" and found.name in _unlisted(found)
+    return found.kind("bytes") and found.difference.where[0] == "network" and found.name in found.unlisted
 
 
 def _left_out(found: Found) -> bool:
