@@ -140,9 +140,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     worker = Path(__file__).with_name("networks_worker.py")
     command = [sys.executable, str(worker), str(ROOT / "configs/mindformers/qwen3_tiny.yaml"), str(root)]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ran = subprocess.run(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
+    env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(root)}  # MindFormers leaves files there
+    ran = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     return Built(json.loads((root / "shapes.json").read_text()), root)
 
