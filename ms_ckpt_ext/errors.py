@@ -46,7 +46,10 @@ Kind = TypeVar("Kind", bound="CheckpointError")
 
 
 class CheckpointError(Exception):
-    """Root of the tree above."""
+    """Root of the tree above. Its text tells names apart that look alike: see `spelled`."""
+
+    def __str__(self) -> str:
+        return spelled(super().__str__())
 
 
 class UsageError(CheckpointError, ValueError):
@@ -61,7 +64,7 @@ class MissingNameError(UsageError, KeyError):
     """A dictionary lacks a parameter that it was asked for."""
 
     def __str__(self) -> str:
-        return Exception.__str__(self)
+        return spelled(Exception.__str__(self))
 
 
 class UnsupportedError(UsageError):
@@ -121,7 +124,7 @@ class StorageError(CheckpointError, OSError):
         return made
 
     def __str__(self) -> str:
-        return str(self.args[-1]) if self.args else ""
+        return spelled(str(self.args[-1])) if self.args else ""
 
 
 class ReadError(StorageError, ValueError):
@@ -150,6 +153,42 @@ class PeerError(TransportError):
 
 class DisagreementError(TransportError):
     """Ranks were started with different inputs."""
+
+
+BLANK = frozenset(
+    chr(code)
+    for low, high in (
+        (0x34F, 0x34F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164),
+        (0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF),
+    )
+    for code in range(low, high + 1)
+)  # fmt: skip
+"""Characters that Python prints as they are, and that show nothing: fillers, joiners, selectors of variants."""
+_JAMO = range(0x1100, 0x1200)
+
+
+def spelled(text: str) -> str:
+    r"""Text in which names that differ look different: what shows nothing, and what Unicode composes into another
+    character or takes for one, is escaped as in Python. What a keyboard writes stays as it is.
+
+    >>> print(spelled("caf\u00e9"), spelled("cafe\u0301"), spelled("w\ufe0f"))
+    café cafe\u0301 w\ufe0f
+    """
+    if text.isascii():
+        return text
+    import unicodedata  # which few texts need
+
+    composed = unicodedata.normalize("NFC", text) == text
+
+    def hides(sign: str) -> bool:
+        if composed:
+            return False
+        return bool(unicodedata.combining(sign)) or ord(sign) in _JAMO or unicodedata.normalize("NFC", sign) != sign
+
+    return "".join(
+        sign.encode("unicode_escape").decode() if sign in BLANK or (not sign.isascii() and hides(sign)) else sign
+        for sign in text
+    )
 
 
 _ADVICE = {

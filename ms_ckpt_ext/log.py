@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Callable, Optional
 
+from ms_ckpt_ext.errors import spelled
+
 NAME = "ms_ckpt_ext"
 _prepare: Optional[Callable[[], None]] = None
 
@@ -29,7 +31,18 @@ def _logger() -> Any:
     prepare, _prepare = _prepare, None
     if prepare is not None:
         prepare()
-    return logging.getLogger(NAME)
+    logger = logging.getLogger(NAME)
+    logger.addFilter(_spell)  # once, however often
+    return logger
+
+
+def _spell(record: Any) -> bool:
+    """A filter, which lets everything pass: of names that look alike a message shows how each is spelled."""
+    told = record.getMessage()
+    shown = spelled(told)
+    if shown != told:
+        record.msg, record.args = shown, ()
+    return True
 
 
 def info(message: str, *values: object) -> None:

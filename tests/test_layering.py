@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "transport": ["core", "errors"],
     "core": ["errors"],
     "errors": [],
-    "log": [],
+    "log": ["errors"],
     "plugins": ["api", "bridge"],
     "rules": ["core", "errors"],
     "__main__": ["cli"],

@@ -134,7 +134,11 @@ def _single(path: str, target: str, to: Optional[str], pattern: Optional[re.Patt
 
 
 def _same(one: str, other: str) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
+    """Whether two paths lead to one directory, whichever of its spellings the file system takes."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _renamed(name: str, to: Optional[str]) -> str:

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Optional
 
+from ms_ckpt_ext.errors import spelled
+
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33", "dim": "2"}
 _STYLED = re.compile(rf"(\033\[(?:0|{'|'.join(_CODES.values())})m)")
@@ -80,6 +82,7 @@ def visible(text: str, kept: str = "") -> str:
     >>> print(visible("a\x1b[2Jb\u202e"))
     a\x1b[2Jb\u202e
     """
+    text = spelled(text)
     if text.isprintable():
         return text
     pieces = _STYLED.split(text) if coloured() else [text]
@@ -104,6 +107,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", 
     Args:
         right: one letter per column, "r" for right-aligned, e.g. "lrr".
     """
+    rows = [[*map(_to_its_end, row)] for row in rows]
     widths = [max(len(row[n]) for row in (heads, *rows)) for n in range(len(heads))]
     columns = width()
     stacked = columns is not None and len(indent) + sum(widths) + 2 * (len(widths) - 1) > columns and len(heads) > 1
@@ -117,6 +121,12 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: str = "", 
         lines = [first, "    " + "  ".join(others)] if stacked else ["  ".join([first, *others])]
         for line in lines:
             yield style((indent + line).rstrip(), "bold") if row is heads else (indent + line).rstrip()
+
+
+def _to_its_end(cell: str) -> str:
+    """A cell whose spaces at the end show."""
+    shown = cell.rstrip(" ")
+    return shown + "\\x20" * (len(cell) - len(shown))
 
 
 def listed(

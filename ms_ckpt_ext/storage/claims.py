@@ -17,13 +17,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Set
+from collections.abc import Collection, Iterable, Sequence, Set
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Optional
 
 from ms_ckpt_ext import log
-from ms_ckpt_ext.errors import StorageError, storage_error
+from ms_ckpt_ext.errors import BLANK, StorageError, storage_error
 from ms_ckpt_ext.storage import locks, publishing
 from ms_ckpt_ext.storage.linux import is_folder, read_small, require_absence, sync_path
 from ms_ckpt_ext.storage.locks import HiddenFolder
@@ -115,6 +115,7 @@ class Claim:
             for place in there:
                 publishing.finish_all(place.hidden, self._ledger, partial(place.meets, names))
             self._take_lock()
+            _refuse_alike(self._folder, self._target, names)
             self._look(there, names)
             self._write(names)
         seen = {place.hidden.target for place in there}
@@ -264,6 +265,53 @@ def _busy(target: Path, why: str) -> StorageError:
         errno.EBUSY,
         f"another run is writing into {str(target)!r} ({why}); wait for it to end, or choose another target",
     )
+
+
+def _refuse_alike(folder: Path, target: Path, names: Iterable[str]) -> None:
+    """Raise StorageError before anything is written where the file system takes two of the names for one.
+
+    Some ignore case, some how a character is composed, some what shows nothing or dots and spaces at the end. Which do
+    is tried out in `folder`, where there are such names.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_folded(name), []).append(name)
+    for alike in groups.values():
+        one, other = _same_file(folder, sorted(alike)) if len(alike) > 1 else ("", "")
+        if one:
+            raise StorageError(
+                errno.ENOTUNIQ,
+                f"cannot write both {one!r} and {other!r} into {str(target)!r}: its file system takes these names for "
+                "one; rename an input, or choose a target on another file system",
+            )
+
+
+def _folded(name: str) -> str:
+    """Equal for all names that any file system takes for one."""
+    if not name.isascii():
+        import unicodedata
+
+        name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+        name = "".join(each for each in name if each.isprintable() and each not in BLANK)
+    return "/".join(part.rstrip(" .") for part in name.casefold().split("/"))
+
+
+def _same_file(folder: Path, names: Sequence[str]) -> tuple[str, str]:
+    """Two of the names that are one file below a folder; "" twice when there are none. Raises OSError."""
+    import tempfile
+
+    files: dict[tuple[int, int], str] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as probe:
+        for name in names:
+            path = Path(probe, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+            status = os.fstat(descriptor)
+            os.close(descriptor)
+            before = files.setdefault((status.st_dev, status.st_ino), name)
+            if before != name:
+                return before, name
+    return "", ""
 
 
 def _refuse_long(target: Path, there: Path, names: Collection[str]) -> None:

@@ -96,6 +96,15 @@ def is_below(name: str) -> bool:
         return False
 
 
+def only_name(path: str) -> Optional[tuple[int, int]]:
+    """What identifies a file that has one name, however that is spelled; None for what is not there, or has several."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if status.st_nlink == 1 else None
+
+
 def read_small(path: Union[str, Path], pipe: bool = False, most: int = MOST_BYTES) -> bytes:
     """The contents of a small file: an index, a note, a strategy, a configuration.
 

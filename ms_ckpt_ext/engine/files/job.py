@@ -23,7 +23,7 @@ from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.discovery.rank_folders import RANK_FOLDER
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorEntry, TensorSpec
 from ms_ckpt_ext.formats.registry import index_through, open_reader
-from ms_ckpt_ext.storage.linux import boot_id
+from ms_ckpt_ext.storage.linux import boot_id, only_name
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from ms_ckpt_ext.storage.staging import ONE_TASK
 
@@ -171,11 +171,14 @@ def check_job(job: Job, target: str) -> Sequence[str]:
     replaced = job.replaces()
     # A source must outlive the run that reads it: a killed run could not be finished without it.
     sources = {os.path.realpath(file.path) for file in job.source.files}
+    same: Optional[set[tuple[int, int]]] = None
     for name in (*job.everything, *replaced):
-        if os.path.realpath(os.path.join(target, name)) in sources:
-            raise UsageError(
-                f"the target's {os.path.join(target, name)!r} is a file of the source; choose another target directory"
-            )
+        path = os.path.join(target, name)
+        there = only_name(path)
+        if there is not None and same is None:
+            same = {each for each in map(only_name, sources) if each is not None}
+        if os.path.realpath(path) in sources or (same and there in same):
+            raise UsageError(f"the target's {path!r} is a file of the source; choose another target directory")
     return replaced
 
 
