@@ -74,7 +74,7 @@ def test_text_on_which_stock_fails(ms: Any, tmp_path: Path) -> None:
     assert found["w"].asnumpy().tolist() == [1, 1, 1]
     loaded = ms.load_checkpoint(str(tmp_path / "st" / "net.safetensors"), format="safetensors")
     assert loaded["w"].asnumpy().tolist() == [1, 1, 1]  # stock reads the file; text is numbers to it
-    with pytest.raises(Exception, match="Unknown dtype"):
+    with pytest.raises(Exception, match="Unknown dtype|not covered"):  # safetensors 0.8, and what Python 3.9 has
         ms.ckpt_to_safetensors(str(tmp_path / "net.ckpt"), str(tmp_path / "stock"))
 
 
