@@ -43,6 +43,7 @@ _RANK = Path(__file__).with_name("rank.py")
 _ENDED = ".ended"
 _TAIL = 3000
 _GRACE = 10.0
+PATIENCE = "MS_CKPT_EXT_PATIENCE"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def run_msrun(
     Raises:
         AssertionError: the run hung, or failed though that was not expected; it shows the tail of every log.
     """
-    timeout *= float(os.environ.get("MS_CKPT_EXT_PATIENCE", "1"))
+    timeout *= float(os.environ.get(PATIENCE, "1"))
     command = [sys.executable, str(Path(script).resolve()), *map(str, args)]
     variables = _environment(device, env or {}, old)
     log_dir = tmp_path / f"log_{time.monotonic_ns()}"
@@ -140,6 +141,7 @@ def _said(log: Path) -> str:
 def _environment(device: str, extra: Mapping[str, str], old: bool) -> dict[str, str]:
     """For the workers. One thread per rank: 8 ranks on 2 cores otherwise spend their time waiting for each other."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
+    env[PATIENCE] = os.environ.get(PATIENCE, "1")  # scripts whose own limits are short multiply them as well
     env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2")
     env.update(PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1")
     # msrun starts "python": it must be this one, also in a virtual environment that is not activated.

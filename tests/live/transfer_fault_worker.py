@@ -79,9 +79,10 @@ def faults(here: Ranks) -> None:
         hear("alive", here.rank, here.job, again)
     again()
     assert not wrong(here.job, shards(here.case["held"], here.rank), "")
-    late = here.plan(timeout=2.0)
+    limit = 2.0 * float(os.environ["MS_CKPT_EXT_PATIENCE"])
+    late = here.plan(timeout=limit)
     if here.rank == VICTIM:
-        time.sleep(4.0)
+        time.sleep(2 * limit)
     hear("late", here.rank, here.target, late.run)
     late.close()
     anew = here.plan()
