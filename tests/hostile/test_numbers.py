@@ -165,3 +165,39 @@ def test_architectures_that_are_no_list_of_names(architectures: Any, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps({"architectures": architectures}))
     with pytest.raises(CheckpointError, match="architectures"):
         load_rules(None, tmp_path)
+
+
+def test_a_configuration_that_requires_more_parameters_than_any_model_has(tmp_path: Path) -> None:
+    """Layers and experts, each of which a model could have; all together nobody counts through."""
+    from ms_ckpt_ext.engine.huggingface.families import read_family
+    from tests.hostile.seeds import CONFIG
+
+    for layers, experts, fits in ((100_000, 100_000, False), (100_000, 4, False), (61, 256, True)):
+        told = {**CONFIG, "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": layers}
+        told = {**told, "n_routed_experts": experts, "num_nextn_predict_layers": 0}
+        (tmp_path / "rules.json").write_text(json.dumps({"rules": [EVERY_EXPERT]}))
+        config = Config(told, "config.json")
+        with time_limit(5), memory_limit(64 << 20):
+            if fits:
+                assert len(read_family(str(tmp_path / "rules.json"), config, {}).missing(())) == 3 * layers * experts
+                continue
+            with pytest.raises(UsageError, match=rf"require {3 * layers * experts:,} parameters.*'config\.json'"):
+                assert read_family(str(tmp_path / "rules.json"), config, {})
+
+
+EVERY_EXPERT = {
+    "rule": "Rename",
+    "sources": "l.{l<num_hidden_layers}.e.{e<n_routed_experts}.w.{w<3}",
+    "target": "m.{l<num_hidden_layers}.f.{e<n_routed_experts}.w.{w<3}",
+}
+
+
+@pytest.mark.parametrize("name", ["x" * (1 << 20), "1." * (1 << 19), "\n" * (1 << 20)])
+def test_long_names_are_looked_at_once(name: str) -> None:
+    from ms_ckpt_ext.core.planning.name_patterns import Pattern
+    from ms_ckpt_ext.engine.huggingface.weights import _end
+
+    with time_limit(5):
+        assert _end(f"layers.7.{name}") == (name[-1:] if "1" in name else f".{name}")
+        for text in ("{*}.w", "layers.{n}.e.{m}.w", "{*}.{n}.{m}.w"):
+            assert Pattern(text).match(name) is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from itertools import product
+from math import prod
 from typing import Optional
 
 from ms_ckpt_ext.errors import UsageError
@@ -28,7 +29,7 @@ class Pattern:
     'blocks.3.w'
 
     Raises:
-        UsageError: at birth, when a placeholder stands twice.
+        UsageError: at birth, when a placeholder stands twice, or where one number ends and the next begins is not told.
     """
 
     def __init__(self, text: str) -> None:
@@ -42,6 +43,7 @@ class Pattern:
         if len(set(self.keys)) != len(self.keys):
             raise UsageError(f"{text!r} names a placeholder twice")
         self._literals = pieces[::4]
+        self._refuse_run_together()
         bounds = zip(self.keys, pieces[1::4], pieces[3::4])
         self._bounds = {
             key: (int(low or 0), None if high is None else int(high)) for key, low, high in bounds if low or high
@@ -50,6 +52,15 @@ class Pattern:
         for key, literal in zip(self.keys, self._literals[1:]):
             body += (r"(?P<_any>.+)" if key == ANY else rf"(?P<{key}>[0-9]{{1,{_DIGITS}}})") + re.escape(literal)
         self._match = re.compile(body)
+
+    def _refuse_run_together(self) -> None:
+        """Numbers with nothing or with digits between them have many readings, and trying all takes long."""
+        for one, between, other in zip(self.keys, self._literals[1:], self.keys[1:]):
+            if ANY not in (one, other) and (not between or between.isdecimal()):
+                raise UsageError(
+                    f"{self.text!r}: where the number {{{one.lstrip('_')}}} ends and {{{other.lstrip('_')}}} begins is "
+                    "not told; put something other than digits between them"
+                )
 
     def match(self, name: str) -> Optional[dict[str, str]]:
         """Placeholder -> what it stands for, or None when `name` is another one."""
@@ -61,6 +72,11 @@ class Pattern:
     def _within(self, key: str, number: int) -> bool:
         low, high = self._bounds[key]
         return low <= number and (high is None or number < high)
+
+    def count(self) -> int:
+        """How many names `every` gives."""
+        bounds = [self._bounds.get(key, (0, None)) for key in self.keys]
+        return prod(0 if high is None else max(0, high - low) for low, high in bounds)
 
     def every(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(name, its numbers) for all numbers that the placeholders stand for; nothing where one has no end.

@@ -48,6 +48,8 @@ _OWN = {"rule", "sources", "target", "when", "unless", "optional"}
 TIED = {"lm_head.weight": "model.embed_tokens.weight"}
 _MOST = 100_000
 """Layers or experts: above what any model has."""
+_MOST_NAMES = 1 << 20
+"""Parameters that all rules together may require: every one is looked for."""
 _NUMBER = re.compile(r"\{=([^{}]+)\}")
 _BOUNDED = re.compile(r"\{(?:([^{}<]+)<=)?(\w+)(?:<([^{}<]+))?\}")
 
@@ -117,6 +119,7 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
     names = _Names(sizes, document.get("bounds", {}))
     rules: list[Rule] = []
     needs: list[_Need] = []
+    names_needed = 0
     for number, entry in enumerate(document["rules"], 1):
         where = f"rule file {origin!r}: rule {number}"
         _check_entry(entry, where)
@@ -128,6 +131,12 @@ def family_of(document: Any, origin: str, config: Config, given: Mapping[str, An
         optional = entry.get("optional", False)
         if optional is not True and not isinstance(rule, weight_rules.Duplicate):
             needs.append(_Need(rule.target, _words(optional)))
+            names_needed += Pattern(rule.target).count()
+            if names_needed > _MOST_NAMES:
+                raise UsageError(
+                    f"{where}: with it the rules require {names_needed:,} parameters, more than any model has: check "
+                    f"the numbers in {repr(config.path) if config.path else 'the sizes'}"
+                )
     leaves, keeps = (
         tuple(_told(f"rule file {origin!r}: {key!r} speaks of", names.of, name) for name in document.get(key, []))
         for key in ("leave", "keep")

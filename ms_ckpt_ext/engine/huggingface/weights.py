@@ -7,7 +7,6 @@ notices that an exported model lacks something until it answers nonsense.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Callable, NamedTuple, TypeVar
@@ -25,7 +24,6 @@ from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError, some
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_NUMBERED = re.compile(r".*[\d}]")
 _Held = TypeVar("_Held")
 
 
@@ -138,7 +136,7 @@ def require_shapes(catalog: Catalog, family: Family) -> None:
 
 def _end(name: str) -> str:
     """The part of a name after its last number, or placeholder."""
-    return _NUMBERED.sub("", name)
+    return name[next((at for at in range(len(name), 0, -1) if name[at - 1] == "}" or name[at - 1].isdecimal()), 0) :]
 
 
 def without_ties(catalog: Catalog, family: Family) -> Catalog:

@@ -52,6 +52,24 @@ def test_what_a_name_matches(pattern: str, name: str, found: Optional[dict[str, 
 )
 def test_every_name(pattern: str, names: list[tuple[str, tuple[str, ...]]]) -> None:
     assert list(Pattern(pattern).every()) == names
+    assert Pattern(pattern).count() == len(names)
+
+
+def test_more_names_than_can_be_told_are_counted() -> None:
+    assert Pattern("a.{n<100000}.{m<100000}").count() == 10**10
+
+
+@pytest.mark.parametrize("text", ["a.{n}{m}", "a.{n}{}.w", "{n}1{m}", "{n<3}00{m<4}", "a.{n}.{m}7{k}"])
+def test_numbers_that_run_together(text: str) -> None:
+    """`{n}{m}` of 123 has two readings; of many digits and placeholders, more than can be tried."""
+    with pytest.raises(UsageError, match="ends and .* begins is not told"):
+        Pattern(text)
+
+
+@pytest.mark.parametrize("text", ["{n}.{m}", "{n}1x1{m}", "{*}{n}", "{n}{*}", "1{n}1.{m}1"])
+def test_numbers_that_do_not(text: str) -> None:
+    values = dict.fromkeys(Pattern(text).keys, "5")
+    assert Pattern(text).match(Pattern(text).fill(values)) == values
 
 
 def test_a_placeholder_without_a_value_is_told_by_name() -> None:
