@@ -50,7 +50,7 @@ FOLDER = held(
     e__1__w__weight_scale_inv=("F32", (2, 3)),
     norm__weight=("BF16", (300,)),
 )
-PACKED = held(packed=("F4", (4, 6)))
+PACKED = held(packed=("F4", (4, 6)), matrix=("F32", (2, 2)), value=("F32", ()))
 ALL = Dequantize(["{*}.weight", "{*}.weight_scale_inv"], "{*}.weight")
 
 
@@ -106,6 +106,7 @@ REFUSED: Sequence[tuple[list[Rule], type[CheckpointError], str]] = [
     ([Scale("e.0.w.weight", "t", 2.0)], LayoutMismatchError, "made of F8_E4M3 elements"),
     ([AddProduct(["norm.weight"] * 3, "t")], LayoutMismatchError, "must be (m, n), (m, r) and (r, n)"),
     ([AddProduct(["e.0.w.weight"] * 3, "t")], LayoutMismatchError, "can be multiplied"),
+    ([AddProduct(["matrix", "value", "matrix"], "t")], LayoutMismatchError, "must be (m, n), (m, r) and (r, n)"),
     ([Scale("norm.weight", "t", 1e300)], LayoutMismatchError, "no normal number in F32"),
     ([Pad("norm.weight", "t", 200)], LayoutMismatchError, "longer than 200; use Crop"),
     ([Pad("norm.weight", "t", 400, source_size=301)], LayoutMismatchError, "does not have 301 indices"),

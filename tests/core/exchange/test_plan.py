@@ -117,6 +117,12 @@ def test_up_to_64_ranks_have_a_row_of_the_matrix_each(world: int, group: int) ->
     assert total.matrix.sum() == 32
 
 
+def test_rows_that_several_parameters_share_count_as_often() -> None:
+    """Of 256 bytes a rank may read, keep and receive 85 each, of four vectors that it wants: two parts a round."""
+    table = table_of({(0, 64): (1,)}, limits=ExchangeLimits(256, 32), count=4)
+    assert sorted(table.round_of.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_the_last_round_in_which_a_chunk_is_used() -> None:
     plan = plan_of(table_of({(0, 64): (0, 1)}, Ways(gather=False), limits=ExchangeLimits(96, 32), count=2))
     found = plan.last_use()

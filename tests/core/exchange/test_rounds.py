@@ -8,7 +8,7 @@ from typing import Optional
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, chunks_of
@@ -200,6 +200,8 @@ def laid(draw: st.DrawFn) -> list[Part]:
     st.booleans(),
     st.none() | st.lists(RANKS, min_size=3, max_size=3),
 )
+@example([Part(0, 0, 300, (0, 1)), Part(0, 300, 10, (0, 1), moved=5)], 1600, False, True, False, None)
+@example([Part(0, 10 * n, 10, (0, 1, 2, 3, 4)) for n in range(40)], 512, True, False, False, None)
 @settings(max_examples=60, deadline=None)
 def test_rounds_are_those_of_one_part_at_a_time(
     parts: list[Part], bucket: int, fed: bool, tiered: bool, few: bool, seen: Optional[list[tuple[int, ...]]]
@@ -218,6 +220,14 @@ def test_a_part_with_two_boxes_for_one_rank_waits_until_there_is_room_for_both()
     limits = ExchangeLimits(1000, 4096)
     chunks = chunks_of(parts_of(parts), 3, limits, {0: frozenset({0}), 2: frozenset({2})}, ALONE)
     assert rounds_of(chunks, classes_of(chunks, 3), limits, ALONE).tolist() == [0, 0, 1, 1, 0, 1, 2, 2]
+
+
+def test_what_fits_exactly_travels() -> None:
+    """Of 320 bytes a rank may receive 140 a round, and two others send it 70 each, then 80."""
+    parts = [Part(file, 1000 * n, nbytes, (1,)) for file in (0, 2) for n, nbytes in enumerate((70, 80))]
+    limits = ExchangeLimits(320, 4096)
+    chunks = chunks_of(parts_of(parts), 3, limits, {0: frozenset({0}), 2: frozenset({2})}, ALONE)
+    assert rounds_of(chunks, classes_of(chunks, 3), limits, ALONE).tolist() == [0, 1, 0, 2]
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,7 @@ def test_what_is_computed_or_moved_may_have_more_axes() -> None:
     (found,) = locate(seen_as(MADE["scaled"], (2, 2, 6)), Region((1, 0, 0), (2, 2, 6)))
     assert found.computed is not None
     assert found.computed.box == Region((2, 0), (4, 6))
+    assert found.piece.view == View(0, (6, 1))
     one = apply_rules({"s": tensor("s", 3)}, [Part("s", "s1", 1, 3)])["s1"]
     (found,) = locate(seen_as(one, (1, 1)), Region.whole((1, 1)))
     assert found.piece.in_source == Region((1,), (2,))

@@ -9,9 +9,11 @@ import pytest
 
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
+from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Place, Stretch, Target, Task
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.schedule import schedule
+from ms_ckpt_ext.rules import Part, Rename
 
 LIMITS = Limits(tile=64, gap=8, direct=1 << 10, chunk=1 << 10)
 
@@ -70,6 +72,17 @@ def test_a_batch_is_full_at_half_a_tile(size: int, batches: list[int]) -> None:
     tasks = [whole(tensor("a", (size,))), whole(tensor("b", (size,)), 100)]
     units = list(schedule(tasks, at({"a": 0, "b": 500}), LIMITS))
     assert [len(unit.stretches) for unit in units if isinstance(unit, Batch)] == batches
+
+
+def test_parameters_that_are_made_of_one_tensor_share_reads() -> None:
+    """What was fused: the batch of the first ends with the last."""
+    held = {name: tensor(name, (4, 6)) for name in ("f", "g")}
+    made = apply_rules(held, [Part("f", "up", 0, 2), Part("f", "gate", 1, 2), Rename("g", "h")])
+    tasks = {name: whole(made[name]) for name in ("up", "gate", "h")}
+    assert tasks["up"].shares(tasks["gate"])
+    assert not tasks["up"].shares(tasks["h"])
+    assert not tasks["h"].shares(tasks["up"])
+    assert not tasks["h"].shares(tasks["h"]), "a stored one is read by itself"
 
 
 def test_what_is_longer_than_a_tile_is_read_in_tiles() -> None:
