@@ -1,4 +1,4 @@
-"""A directory is one by what it is, whatever its name ends like."""
+"""A directory is recognised as such, whatever its name ends with."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_another_file_in_place(folder: Path) -> None:
 
 
 def test_among_files(tmp_path: Path) -> None:
-    """Folders within a checkpoint's that are called as its files might be."""
+    """Folders inside a checkpoint's folder with names like those of its files."""
     root = source(tmp_path / "src")
     for rank in range(4):
         (root / f"shards/rank_{rank}/net-9_9.ckpt").mkdir()

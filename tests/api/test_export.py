@@ -305,7 +305,7 @@ def test_shares_of_hosts_appear_together(tmp_path: Path) -> None:
 
 
 def test_scalars_and_states_among_the_parameters(tmp_path: Path) -> None:
-    """One device: nothing tells them but their names and their size. One value in a network is in question."""
+    """One device: only names and sizes identify them. A single value in a network is ambiguous."""
     made = Trained(tmp_path)
     states = {
         f"{prefix}.{name}": array * 2 for prefix in ("adam_m", "moment1") for name, array in made.parameters.items()

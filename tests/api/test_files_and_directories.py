@@ -1,4 +1,4 @@
-"""A file where a directory is taken, and the other way: it is taken, as MindSpore does, or called what it is."""
+"""A file where a directory is expected, and vice versa: accepted as MindSpore does, or named in the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Integers of any kind wherever a number is taken; what is none is refused by the argument's name."""
+"""Integers of any kind wherever a number is accepted; anything else is refused by the argument's name."""
 
 from __future__ import annotations
 

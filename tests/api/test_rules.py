@@ -59,7 +59,7 @@ def test_shards_are_merged_under_other_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_single_values_outside_the_strategy(shape: tuple[int, ...], tmp_path: Path, caplog: Any) -> None:
-    """A rule that names them takes them; a pattern that meets them leaves them, and that is told."""
+    """A rule that names them takes them; a pattern that matches them leaves them, with a warning."""
     trained = strategy_of({"w": Layout((2,), ((0,), ()))}, tmp_path / "s.ckpt")
     for rank in range(2):
         (tmp_path / f"shards/rank_{rank}").mkdir(parents=True)

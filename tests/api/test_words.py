@@ -73,7 +73,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 def arguments(name: str, out: Path) -> dict[str, Any]:
-    """What the function is called with when nothing is wrong."""
+    """Valid arguments of the function."""
     shards, strategy = GOLDEN / "shards", GOLDEN / "strategy.ckpt"
     if name == "unified_safetensors":
         return {"src_dir": shards, "src_strategy_file": strategy, "dst_dir": out}
@@ -101,7 +101,7 @@ FUNCTIONS = {name: getattr(ms_ckpt_ext, name) for name in ms_ckpt_ext.__all__ if
 BY_TRUTH = {
     ("load_distributed_checkpoint", "return_param_dict"),  # as MindSpore takes them
     ("unified_safetensors", "merge_with_redundancy"),
-    ("load_checkpoint_async", "strict_load"),  # its future tells
+    ("load_checkpoint_async", "strict_load"),  # reported by its future
 }
 FLAGS = [
     (name, argument)

@@ -1,4 +1,4 @@
-"""Names of parameters and files that are meant for the terminal, or for who sorts, folds and counts them."""
+"""Names of parameters and files that attack the terminal, or the code that sorts, folds and counts them."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_names_are_sorted_folded_and_matched(name: str) -> None:
 
 
 def test_the_number_of_a_tensor_is_not_how_many_there_are() -> None:
-    """What is stacked by number lacks those below it, and nobody counts to a quintillion to say so."""
+    """A stack lacks the numbers below its first, and the error does not count to a quintillion."""
     entry = TensorEntry(DTYPES["F32"], (2,), ())
     tensors = {f"e.{n}.w": whole_tensor(f"e.{n}.w", entry, [0]) for n in (0, 1, 10**17)}
     with time_limit(), memory_limit(1 << 20), pytest.raises(CoverageError, match=r"for 2, 3, 4, 5, 6: check"):

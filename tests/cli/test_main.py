@@ -1,4 +1,4 @@
-"""The command line as a whole: help, exit codes, errors as words, start-up, completion, pipes and Ctrl-C."""
+"""The command line as a whole: help, exit codes, messages of errors, start-up, completion, pipes and Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people get wrong at a command line, and what becomes of it: words, an exit code, and nothing written."""
+"""Mistakes on the command line: a message, an exit code, and nothing written."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def contents(reader: ByteReader, entry: Any) -> bytes:
 
 
 def as_stock(reader: ByteReader, index: FileIndex) -> dict[str, Any]:
-    """What an index and its bytes say, in the terms of `load_checkpoint`."""
+    """What an index and its bytes hold, in the terms of `load_checkpoint`."""
     found: dict[str, Any] = {}
     for name, entry in index.tensors.items():
         raw = contents(reader, entry)
@@ -237,7 +237,7 @@ def test_blocks_are_cut_at_64_mib(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checksum_inside_the_encryption_is_verified_by_both(tmp_path: Path, mode: str) -> None:
-    """MindSpore writes its tail outside, where its own reader chokes on it; inside, it reads and checks it."""
+    """MindSpore writes its tail outside the encryption, where its own reader fails; inside, it is read and checked."""
     key = b"k" * 16
     params = [{"name": "w", "data": tensor("Float32", (3, 5))}]
     theirs = save(tmp_path / "stock.ckpt", params, crc_check=True)

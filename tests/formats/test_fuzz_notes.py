@@ -39,7 +39,7 @@ FOLDER_TRUTH = {name: array.tobytes() for name, array in {**WHOLE, **STATES}.ite
 
 
 class Note(NamedTuple):
-    """A file to damage, what reads it, and what reading may give at most."""
+    """A file to damage, what reads it, and every result that reading may give."""
 
     path: Path
     read: Callable[[], Any]

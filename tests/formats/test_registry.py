@@ -1,4 +1,4 @@
-"""How files are opened: which container, with which key, and what is said when that fails."""
+"""How files are opened: which container, with which key, and the errors when that fails."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_source_that_may_not_be_looked_into(
 
 @pytest.mark.parametrize("where", ["", "rank_2"])
 def test_a_tree_that_may_not_be_looked_into(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of it is passed over in silence."""
+    """Nothing is skipped without a message."""
     shards = source(tmp_path / "src") / "shards"
     (shards / "ms_ckpt_ext.digests.json").write_bytes(Manifest({}).to_json())
     refuse_to_list(monkeypatch, shards / where)
@@ -171,7 +171,7 @@ def test_a_tree_that_may_not_be_looked_into(where: str, tmp_path: Path, monkeypa
 def test_a_folder_of_the_file_system_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At the root of a disk lies `lost+found`, which root alone may look into."""
+    """At the root of a disk there is `lost+found`, which only root may read."""
     root = source(tmp_path / "src")
     shards = root / "shards"
     (shards / "lost+found").mkdir()

@@ -132,7 +132,7 @@ def test_a_tree_and_its_folders_at_once(root: Path) -> None:
 
 
 def test_processes(root: Path, tmp_path: Path) -> None:
-    """As threads, but really."""
+    """As with threads, but in real processes."""
     code = "import sys, ms_ckpt_ext as m; m.ckpt_to_safetensors(sys.argv[1], sys.argv[2])"
     command = [sys.executable, "-c", code]
     runs = [

@@ -1,4 +1,4 @@
-"""Killed while publishing: whoever comes next, whatever for, finishes that first, and nothing is ever a mixture."""
+"""Killed while publishing: the next job of any kind finishes that first, and no result is ever a mixture."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_what_lacks_only_its_record_gets_it(form: str, tmp_path: Path) -> None:
 
 
 def test_a_model_that_lacks_only_its_record_is_ours(tmp_path: Path) -> None:
-    """Whoever merges again, or otherwise, or asks what that would do, is not told that somebody else made it."""
+    """Merging again, with other options or as a dry run, does not report the files as somebody else's."""
     root = source(tmp_path / "src")
     for naming, part_bytes in (("huggingface", 9000), ("huggingface", 20_000), ("mindspore", 9000)):
         target, expected = tmp_path / f"{naming}_{part_bytes}", tmp_path / f"expected_{naming}_{part_bytes}"
@@ -275,7 +275,7 @@ def test_killed_when_all_was_in_place(stop_at: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("needed", [True, False])
 def test_what_cannot_be_finished(needed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user's files, say. It matters to who would write the same names."""
+    """Another user's files, for instance. Only a job that would write the same names is affected."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     killed_while_moving(root, target, 1)
     real = os.rename

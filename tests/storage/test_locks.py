@@ -1,4 +1,4 @@
-"""Of two runs that write one file one does: who claims what, and where there are no locks."""
+"""Of two runs that write one file, one goes on: who claims what, and file systems without locks."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_what_two_runs_write(pair: Any, exchanged: bool, tmp_path: Path) -> None
 
 
 def test_a_rank_folder_that_is_a_link(tmp_path: Path) -> None:
-    """Who goes through the link sees who is at its end."""
+    """A run through the link sees a run at its target."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/rank_0").symlink_to(tmp_path / "elsewhere")
@@ -167,7 +167,7 @@ def test_ranks_beside_a_folder_that_nobody_runs(tmp_path: Path) -> None:
 
 
 def test_what_is_left_by_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What would write the same files is removed, with a word; what writes others is not touched."""
+    """A dead job that would write the same files is removed, with a message; one that writes others is kept."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     for job, names in (("1234", ["part0.safetensors"]), ("5678", ["other.ckpt"])):
         dead = staged(target, names, job)
@@ -182,7 +182,7 @@ def test_what_is_left_by_others(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 
 def test_a_claim_that_was_cut_short(tmp_path: Path) -> None:
-    """By the death of who was writing it: it counts for nothing, and those after it are read."""
+    """Because its writer died: the line is ignored, and those after it are read."""
     dead = staged(tmp_path, ["a.ckpt"])
     with (tmp_path / ".ms_ckpt_ext/claims").open("ab") as file:
         file.write(b'{"job": "77", "names": ["b.ckpt')

@@ -45,7 +45,7 @@ def test_a_buffer_begins_where_copies_are_fast(source: int, target: int, expecte
 
 
 def test_no_copy_goes_a_little_further_into_its_page_than_it_comes_from() -> None:
-    """Which some processors do at a quarter of their speed."""
+    """Some processors do this at a quarter of their speed."""
     buffer = Buffer()
     for source in range(0, PAGE, 37):
         for target in range(0, PAGE, 41):

@@ -196,7 +196,7 @@ def outcomes(jobs: list[Callable[[], Any]]) -> list[Optional[BaseException]]:
 
 @pytest.mark.parametrize("attempt", range(6))
 def test_several_jobs_into_one_target(attempt: int, tmp_path: Path) -> None:
-    """One does its work, and others in turn or not at all; what is there is never a mixture."""
+    """One runs, and the others run in turn or not at all; the result is never a mixture."""
     roots = [source(tmp_path / f"src_{seed}", seed) for seed in range(3)]
     found = outcomes([lambda root=root: merge(root, tmp_path / "out", part_bytes=9000) for root in roots])  # type: ignore[misc]
     assert None in found

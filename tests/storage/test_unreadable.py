@@ -1,4 +1,4 @@
-"""Storage that fails at any look at a target: what cannot be told is not taken for absence."""
+"""Storage that fails at any look at a target: what cannot be read is not taken for absent."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ PLACED = [
         [(0, 5, 14), (1, 0, 2 * K)],
     ),  # one of them
     ([rows(2, K, 3 * K, step=2 * K)], 3 * K, []),  # a gap that nobody wants
-    ([rows(2, K, K), rows(1, K, K)], 2 * K, []),  # bytes that two want
+    ([rows(2, K, K), rows(1, K, K)], 2 * K, []),  # bytes that two copies want
     ([rows(2, K, K), rows(1, K, K)], 3 * K, []),  # the same, with a gap of that size
     ([rows(2, K, K), rows(1, K, K, source=2 * K)], 3 * K, [(0, 0, K), (0, K, 2 * K), (1, 0, K)]),
     ([StridedCopy(K, (2, 2), 0, (3 * K, K), 0, (2 * K, K))], 4 * K, []),  # a gap between rows
@@ -236,7 +236,7 @@ def test_encrypted_files_are_not_read_by_the_kernel(golden: Path, tmp_path: Path
 
 
 DEAR = ("numpy", "dataclasses", "inspect", "logging", "concurrent.futures", "ast")
-"""Together they take longer to import than all that a file job does before it reads."""
+"""Importing them takes longer than everything that a file job does before it reads."""
 
 
 def test_a_job_imports_what_it_needs(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_an_error_of_a_worker_stops_the_others(workers: int, error: BaseExceptio
 
 
 def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody may be writing any more when the caller closes the files."""
+    """No thread may still be writing when the caller closes the files."""
     release, real, interrupted = threading.Event(), threading.Thread.join, []
 
     def join(thread: threading.Thread, timeout: Optional[float] = None) -> None:

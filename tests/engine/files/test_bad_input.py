@@ -1,4 +1,4 @@
-"""Bad input: each fails with a message that tells what to do, and leaves nothing that looks complete."""
+"""Bad input fails with a message that says what to do, and leaves nothing that looks complete."""
 
 from __future__ import annotations
 

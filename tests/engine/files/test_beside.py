@@ -25,7 +25,7 @@ VALUES = {"w": np.arange(12, dtype="f4").reshape(3, 4), "b": np.ones(3, "f2"), "
 
 
 def as_stock(path: Path, values: Any = VALUES, newer: int = 1) -> Path:
-    """A safetensors file that other means wrote, so many seconds after the file of the other format beside it."""
+    """A safetensors file written by another program, some seconds after the file of the other format beside it."""
     save_file(dict(values), path, {"format": "ms"})
     beside = path.with_suffix(".ckpt")
     if beside.exists():
@@ -177,7 +177,7 @@ def test_what_was_put_in_the_place_of_a_result(single: bool, tmp_path: Path) -> 
 
 
 def test_one_of_many_in_the_way(tmp_path: Path) -> None:
-    """Nothing is written, neither for the others."""
+    """Nothing is written, not even for the others."""
     for rank in range(4):
         make_ckpt(tmp_path / f"rank_{rank}/net.ckpt")
     as_stock(tmp_path / "rank_1/net.safetensors")

@@ -137,7 +137,7 @@ def test_a_job_that_computes_takes_as_much_memory_as_others(tmp_path: Path) -> N
 
 
 def test_another_factor_makes_another_result(tmp_path: Path) -> None:
-    """What decides the result is in the fingerprint of a job: no rerun takes the older result for its own."""
+    """All that decides the result is in a job's fingerprint, so no rerun mistakes an older result for its own."""
     save({"a": Tensor("F32", np.ones(8, "<f4"))}, tmp_path / "in/m.safetensors")
     for factor in (2.0, 4.0):
         ms_ckpt_ext.merge(tmp_path / "in", tmp_path / "out", rules=[Scale("a", "a", factor)])

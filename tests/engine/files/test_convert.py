@@ -78,7 +78,7 @@ def write_ckpt(path: Path, crc: bool = False, piece: int = 64, more: Sequence[Te
 
 
 def test_a_file_without_parameters(tmp_path: Path) -> None:
-    """Of none, safetensors has a header, and a `.ckpt` nothing at all."""
+    """Without tensors, safetensors has a header, and a `.ckpt` is empty."""
     save_file({}, tmp_path / "a.safetensors")
     with pytest.raises(UsageError, match="a.safetensors' holds no parameter: as .ckpt it would be an empty file"):
         convert(tmp_path / "a.safetensors", tmp_path / "out", to="ckpt")

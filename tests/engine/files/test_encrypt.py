@@ -34,7 +34,7 @@ from tests.support.machine import watch_reads
 
 MODES = ["AES-GCM", "AES-CBC", "SM4-CBC", "chunked"]
 LARGE = tuple(TensorSpec(f"large.{n}", DTYPES["U8"], (1_300_003 + n,)) for n in range(7))
-"""More than what is kept of an encrypted file, and than is copied at once."""
+"""More than is kept of an encrypted file, and more than is copied at once."""
 MORE: dict[str, Any] = {"more": LARGE, "piece": 1 << 20}
 
 
@@ -165,7 +165,7 @@ def test_faults_write_nothing_and_tell_no_key(
 
 @pytest.mark.parametrize("mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
 def test_exchanged_blocks_are_found_by_the_checksum_inside(mode: str, tmp_path: Path) -> None:
-    """Every block decrypts; what it decrypts to is as long as it was, and wrong."""
+    """Every block decrypts to the right length, and to wrong contents."""
     laid = ckpt_writer.layout([TensorSpec("w", DTYPES["U8"], (1000,))])
     plain = bytearray(laid.literals[0][1] + bytes(range(250)) * 4)
     plain += b"crc_num" + zlib.crc32(plain).to_bytes(10, "big")

@@ -325,7 +325,7 @@ def test_checksums_are_put_together(parts: list[bytes]) -> None:
 
 
 def test_a_file_is_as_long_as_it_was_planned(tmp_path: Path) -> None:
-    """For a full disk is told before anything is written."""
+    """This is why lack of space can be reported before anything is written."""
     save_file({"w": np.zeros(1000, np.uint8)}, tmp_path / "w.safetensors")
     plain = (tmp_path / "w.safetensors").read_bytes()
     for form, mode in SEALS:

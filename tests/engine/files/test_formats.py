@@ -105,7 +105,7 @@ def test_files_named_one_by_one(golden: Path, tmp_path: Path) -> None:
 def test_the_key_may_be_in_the_environment_or_a_file(
     golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A key of the environment opens what is encrypted, and is not in the way of what is not."""
+    """A key in the environment opens encrypted files and does not affect plain ones."""
     case = golden / CASES[0]
     sealed = make_source(golden, CASES[0], "ckpt_aes_cbc", tmp_path / "src")
     (tmp_path / "key").write_text(f"hex:{KEY.hex()}\n")

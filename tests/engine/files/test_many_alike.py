@@ -1,4 +1,4 @@
-"""Many small tensors that are alike: few reads, few copies, and what is planned once is planned once."""
+"""Many small similar tensors: few reads, few copies, and what is alike is planned once."""
 
 from __future__ import annotations
 

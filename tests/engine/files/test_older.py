@@ -1,4 +1,4 @@
-"""What a new result replaces: all of an older one of its kind, and nothing that somebody else put there."""
+"""What a new result replaces: all of an older result of its kind, and nothing that came from elsewhere."""
 
 from __future__ import annotations
 

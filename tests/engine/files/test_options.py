@@ -1,4 +1,4 @@
-"""What the merge and the re-cut can be told: filters, new names, part sizes, buffers, naming."""
+"""Options of merge and re-cut: filters, new names, part sizes, buffers, naming."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_a_damaged_bit_is_written_again(tmp_path: Path, reads: list[ReadMade]) -
 
 
 def test_a_file_that_is_gone_bad_is_not_read_twice(tmp_path: Path, reads: list[ReadMade]) -> None:
-    """A run that nobody interrupted reads nothing extra, and neither does one of a published result."""
+    """An uninterrupted run reads nothing extra, and neither does a rerun of a published result."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(root, target)
     merge(root, target)

@@ -100,7 +100,7 @@ def test_two_of_three_on_one_disk(tmp_path: Path) -> None:
 
 
 def test_shares_that_see_each_other_appear_together(tmp_path: Path) -> None:
-    """One that died is waited for; until it is done again, the older result is there."""
+    """A share that died is waited for; until it is run again, the older result stays."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(source(tmp_path / "old", 1), target)
     before = tree(target)
@@ -114,7 +114,7 @@ def test_shares_that_see_each_other_appear_together(tmp_path: Path) -> None:
 
 
 def test_a_share_alone_over_an_older_result(tmp_path: Path) -> None:
-    """Nothing of that is left to be taken for a part of the new one, also under names of parts that are missing."""
+    """Nothing of the older result can be taken for a part of the new one, also under names of missing parts."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     merge(source(tmp_path / "old", 1), target, **SMALL)
     report = merge(root, target, split_dst_file=(1, 2), **SMALL)

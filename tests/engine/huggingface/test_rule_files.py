@@ -106,7 +106,7 @@ def test_sizes_are_resolved() -> None:
 
 
 def test_layers_are_bounded() -> None:
-    """The layer of multi-token prediction is none of the decoder's."""
+    """The layer of multi-token prediction is not one of the decoder's layers."""
     sources = [
         source for rule in read_family("deepseek-v3", config("deepseek-v3"), {}).rules for source in rule.sources
     ]
@@ -199,7 +199,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_random_documents_are_refused_or_read() -> None:
-    """Whatever stands where: UsageError, or rules; nothing else escapes."""
+    """Whatever is in the file: UsageError or rules, and no other exception."""
     values: list[Any] = [
         None,
         True,

@@ -1,4 +1,4 @@
-"""One pass tells all that is asked of a file's bytes, and reads each of them once, whatever is asked."""
+"""One pass answers everything that is asked about a file's bytes, and reads each byte once."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_any_portions(asked: list[Portion], run: int, bundle: int, workers: int)
             assert seen.constant is (whole == whole[:width] * (len(whole) // width))
     wanted = {(p.file, at) for p in asked for o, n in p.extents for at in range(o, o + n)}
     assert wanted <= files.read.keys() and len(files.read.keys() - wanted) <= 64 * 6 * 4
-    again = sum(p.framing for p in asked)  # what came too early of a framing, and was too long to be kept
+    again = sum(p.framing for p in asked)  # framing that arrived too early and was too long to keep
     assert not again or sum(told) == sum(files.read.values())
     assert again or max(files.read.values(), default=1) == 1
 
@@ -105,7 +105,7 @@ def test_numbers_are_counted_whatever_a_read_cuts() -> None:
 @settings(max_examples=40, deadline=None)
 @given(cuts=st.sets(st.integers(1, 199), max_size=12), order=st.randoms(use_true_random=False))
 def test_a_checksum_from_stretches_in_any_order(cuts: set[int], order: Any) -> None:
-    """Also where a number that is summed as so many zeros is cut in two."""
+    """Also where a scalar, which is summed as that many zeros, is cut in two."""
     data = bytearray(np.random.default_rng(1).bytes(200))
     data[60:68] = (9).to_bytes(8, "little")
     parts = (b"name", Extent(100, 100), Integer(Extent(60, 8), True), Extent(0, 60))

@@ -75,7 +75,7 @@ def test_equal_copies_are_sound(cuts: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("cuts", CUTS)
 @pytest.mark.parametrize("stage", [0, 1])
 def test_one_copy_that_differs(cuts: str, stage: int, tmp_path: Path) -> None:
-    """Whichever stage has it, and whichever of them a merge takes."""
+    """Whichever stage holds the difference, and whichever copy a merge takes."""
     shards, strategy, devices = tied(tmp_path, CUTS[cuts])
     merge(shards, tmp_path / "before", strategy=strategy)
     for rank in range(devices * stage, devices * (stage + 1)):

@@ -126,7 +126,7 @@ def test_files_that_changed_places_are_found(mode: str, manifest_too: bool, tmp_
 
 
 def test_files_without_tensors_are_compared_too(tmp_path: Path) -> None:
-    """All they hold is framing: notes, say."""
+    """They hold framing only, such as notes."""
     from safetensors.numpy import save_file
 
     for rank in range(2):

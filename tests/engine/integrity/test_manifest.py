@@ -1,4 +1,4 @@
-"""The manifest of digests: what it says, what it finds, and when it is not believed."""
+"""The manifest of digests: what it holds, what it detects, and when it is rejected."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_an_update_keeps_what_still_fits(tmp_path: Path) -> None:
 
 
 def test_files_at_once_are_all_put_on_record(tmp_path: Path) -> None:
-    """Also while there is no manifest yet, and while others are taken off; a lock that a killed one left is free."""
+    """Also before there is a manifest, and while entries are removed; a killed process holds no lock."""
     names = [f"{number}.ckpt" for number in range(24)]
     (tmp_path / f".{MANIFEST_NAME}.lock").touch()
     for name in names:
@@ -167,7 +167,7 @@ def test_files_at_once_are_all_put_on_record(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
 def test_what_is_replaced_is_off_the_record_everywhere(depth: int, tmp_path: Path) -> None:
-    """In its folder, and however far above it was recorded. With its last entry a manifest goes."""
+    """In its folder, and in any folder above. A manifest is removed with its last entry."""
     inner = tmp_path.joinpath("a", "b", "c", "d")
     inner.mkdir(parents=True)
     for folder in (inner, *inner.parents[:4]):

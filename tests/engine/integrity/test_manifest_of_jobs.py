@@ -79,7 +79,7 @@ def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    """All reads; those of what is being written are of a digest, which reads back."""
+    """All reads; reads of an output file come from digests, which read it back."""
     return watch_reads(monkeypatch)
 
 
@@ -251,7 +251,7 @@ def test_sealed_digests_belong_to_their_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alter", [False, True])
 def test_what_an_interrupted_run_encrypted_is_compared(alter: bool, tmp_path: Path) -> None:
-    """By digests that are encrypted where they wait, too; CBC has nothing else that shows an altered byte."""
+    """By digests, which are encrypted while they wait; in CBC nothing else reveals an altered byte."""
     root, target = source(tmp_path / "src"), tmp_path / "out"
     options = {"output_format": "ckpt", "enc_key": KEY, "enc_mode": "AES-CBC"}
     begun(lambda: merge(root, target, split_dst_file=(2, 2), **options))

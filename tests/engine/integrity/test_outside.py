@@ -1,4 +1,4 @@
-"""What no strategy lists: `verify` compares it over all ranks, and calls nothing equal of which a part is gone."""
+"""What no strategy lists: `verify` compares it over all ranks, and calls nothing equal that is incomplete."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_against_a_copy_every_ranks_own_is_compared(what: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("half", [FROZEN[:4], FROZEN, np.concatenate([FROZEN[:4], FROZEN[:4]])])
 def test_against_a_merge_it_is_never_equal(half: np.ndarray, tmp_path: Path) -> None:
-    """Half of it, one whole or another: nothing tells how the halves are put together."""
+    """Half of it against a whole: nothing tells how the halves belong together."""
     src = made(tmp_path, {"x": ROWS})
     other = merged_by_hand(tmp_path / "merged", half)
     mismatch = Mismatch("x", "F32[4, 6] of its own on ranks 0, 1", f"F32{list(half.shape)}")
@@ -161,7 +161,7 @@ def test_inspect_tells_what_differs_by_rank(tmp_path: Path) -> None:
 
 
 def test_names_that_begin_like_accumulated_gradients(tmp_path: Path) -> None:
-    """MindSpore's `accu_grads.*` are zero between steps and nobody's; what is only spelt alike is compared."""
+    """MindSpore's `accu_grads.*` are zero between steps and are ignored; similar names are compared."""
     held: dict[str, Content] = {
         "accu_gradsX.w": lambda rank: np.full(4, rank, np.float32),
         "accu_grads.w": lambda rank: np.full(4, rank, np.float32),

@@ -40,7 +40,7 @@ def catalog_in(root: Path, golden: Path) -> Catalog:
 
 
 def flip(catalog: Catalog, file: int, name: str) -> None:
-    """As a disk does it: nothing else shows that the file changed."""
+    """As a faulty disk does: nothing else shows that the file changed."""
     index = catalog.files[file]
     with open(index.path, "r+b") as shard:
         shard.seek(index.tensors[name].extents[0].offset + 5)
@@ -141,7 +141,7 @@ def test_a_shape_that_was_altered(golden: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_that_was_altered(golden: Path, tmp_path: Path) -> None:
-    """It is not on record, for the file is not what was recorded: a fault, not a lack of digests."""
+    """It is not recorded because the file is not the one recorded: a fault, not a lack of digests."""
     root = recorded(golden, tmp_path / "src")
     for victim in root.rglob("*.safetensors"):
         victim.write_bytes(victim.read_bytes().replace(b'"head.weight"', b'"held.weight"', 1))

@@ -163,7 +163,7 @@ def test_names_and_choices_are_those_of_the_job(pair: Any, tmp_path: Path) -> No
     [{"x": "y", "y": "w"}, {"y": "w", "x": "y"}, {"x": "y", "z": "y", "y": "w"}, {"x": "y", "y": "x"}, {"z": "q"}],
 )
 def test_maps_that_change_places(names: dict[str, str], tmp_path: Path) -> None:
-    """A map reads what was there before it, in whatever order it lists names."""
+    """Every entry of a map refers to the names in the source, whatever its order."""
     save_file({name: np.full(2, n, "f4") for n, name in enumerate("wxy")}, tmp_path / "a.safetensors")
     with load(tmp_path / "a.safetensors", name_map=names) as held:
         arrays = {name: np.array(value) for name, value in held.arrays().items()}

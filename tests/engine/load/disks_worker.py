@@ -1,4 +1,4 @@
-"""One rank of test_disks_of_hosts.py: `disks_worker.py MEETING_POINT RANK SIZE FOLDER`. Tells what the survey found."""
+"""A rank of test_disks_of_hosts.py: `disks_worker.py MEETING_POINT RANK SIZE FOLDER`. Prints what the survey found."""
 
 from __future__ import annotations
 

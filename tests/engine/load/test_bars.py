@@ -64,7 +64,7 @@ def test_few_rounds_and_messages_without_optimizer_sharding(groups: bool, rounds
 
 
 def test_few_rounds_and_messages_of_8192_ranks() -> None:
-    """Before, 1,173 rounds and 1,171,966,500 messages. MS_CKPT_EXT_E2E=all: it takes a quarter of a minute."""
+    """Run with MS_CKPT_EXT_E2E=all, as it takes a quarter of a minute."""
     long_one("1,024 ranks show the same")
     report = planned(8192, True)
     assert len(report.rounds) == 41 <= 120

@@ -61,7 +61,7 @@ class Landing:
 
 
 class Counting(Load):
-    """A load into nowhere: what is allocated is the load's own."""
+    """A load whose result is discarded, so that everything allocated belongs to the load."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, verify="none", **options)

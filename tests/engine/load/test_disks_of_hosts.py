@@ -24,7 +24,7 @@ ONE_TIME = 1_700_000_000_123_456_789
 
 
 def look(hosts: Sequence[Host], tmp_path: Path) -> list[dict[str, Any]]:
-    """What the ranks tell; rank r is on `hosts[r]`."""
+    """What the ranks report; rank r is on `hosts[r]`."""
     point = tmp_path / "point"
     env = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
     env.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")

@@ -198,7 +198,7 @@ def layered(dp: int, tp: int, pp: int, layers: int, zero: bool) -> tuple[list[Te
 
 
 def test_thousands_of_ranks() -> None:
-    """Invariants at a size that nothing here could run: every byte read once, evenly, within the memory allowed."""
+    """Invariants at a size that no machine here can run: every byte is read once, evenly, within the memory allowed."""
     metas, trained = layered(64, 8, 4, 32, True)
     _, target = layered(128, 4, 4, 32, True)
     done = dry_run(estimate.of_shapes(metas, trained), target, LoadOptions())
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_told() -> None:
 
 
 def test_last_rounds_may_begin_no_chunk() -> None:
-    """A chunk is read once, and may go out in more rounds than one: with nothing left to read in the last."""
+    """A chunk is read once and may be sent in several rounds, so the last round may have nothing to read."""
     metas = [TensorMeta("w0", DTYPES["F32"], (1024,)), TensorMeta("w1", DTYPES["F32"], (1024,))]
     everywhere = strategy_of([Layout((8, 2), ((0,),))] * 2, [0, 0])
     done = dry_run(estimate.of_shapes(metas, None), everywhere, LoadOptions(bucket_bytes=4096))

@@ -1,4 +1,4 @@
-"""What goes wrong in a cooperative load ends on every rank, soon, with its name; ranks as threads."""
+"""A fault in a cooperative load ends it on every rank, soon, with an error that names it; ranks as threads."""
 
 from __future__ import annotations
 

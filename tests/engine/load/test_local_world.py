@@ -240,7 +240,7 @@ def test_headers_are_read_once_by_all_ranks_together(golden: Path) -> None:
 
 
 class Slow(Load):
-    """Its reads take their time."""
+    """Its reads are slow."""
 
     def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
         pool = super().readers(rank, catalog)
@@ -262,7 +262,7 @@ def traced(golden: Path, source: str, target: str, path: Path) -> tuple[Exchange
 
 
 def test_reading_overlaps_the_exchange(golden: Path, tmp_path: Path) -> None:
-    """With a reader that takes its time, some chunk of a later round is being read while a round is exchanged."""
+    """With a slow reader, some chunk of a later round is being read while a round is exchanged."""
     plan, events = traced(golden, "dp2_tp4", "tp4", tmp_path / "trace.json")
     assert {event["pid"] for event in events} == {0, 1, 2, 3}
     assert {event["ph"] for event in events} == {"X"}

@@ -60,12 +60,12 @@ def of(saved: Path) -> SharedSource:
 
 
 def turned() -> dict[str, Layout]:
-    """Rows where there were columns, and the other way."""
+    """Rows where there were columns, and vice versa."""
     return {name: {ROWS: COLUMNS, COLUMNS: ROWS}.get(layout, layout) for name, layout in LAYOUTS.items()}
 
 
 def wanted(layouts: dict[str, Layout], rank: int) -> dict[str, np.ndarray]:
-    """What a rank has of everything; without elements in any case where the whole is."""
+    """What a rank has of each tensor; empty wherever the whole is empty."""
 
     def mine(name: str, whole: np.ndarray) -> np.ndarray:
         shape = layouts[name].slice_shape(whole.shape)
@@ -78,7 +78,7 @@ def wanted(layouts: dict[str, Layout], rank: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cast", [False, True])
 def test_loads(mode: str, cast: bool, saved: Path) -> None:
-    """Floats are cast where the network has others; integers and booleans are what they were."""
+    """Floats are cast where the network has another type; integers and booleans stay as they are."""
     target = strategy_of(turned(), saved / "t.ckpt")
     expected = [wanted(turned(), rank) for rank in range(2)]
 

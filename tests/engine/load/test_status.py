@@ -1,4 +1,4 @@
-"""How ranks tell each other that all is well, round by round: who waits, and what a round that failed leaves."""
+"""How ranks exchange their status round by round: who waits, and what a failed round leaves behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRAINED = Layout((2, 4), ((0,), ()))
 
 
 class Watched(Load):
-    """Notes what each rank does in what order: tells a status, starts an exchange, waits for one, hears a status."""
+    """Records what each rank does, in order: send a status, start an exchange, wait for one, receive a status."""
 
     overlaps = True
 
@@ -84,7 +84,7 @@ def test_nobody_waits_for_a_status_while_rounds_travel(bucket: int, tmp_path: Pa
 
 
 class Failing(Load):
-    """Rank 1 can read no more after so many reads."""
+    """Rank 1 cannot read any more after this many reads."""
 
     reads = 0
 

@@ -67,7 +67,7 @@ class OnServers(Load):
             for peer, nbytes in counts.given.items():
                 wire[rank, peer] += nbytes
         for rank, calls in self.calls.items():
-            for call in calls:  # what was counted as if it went straight to everyone goes by the steps of HCCL
+            for call in calls:  # counted so far as if sent directly to everyone; HCCL sends it in steps
                 wire[rank, [peer for peer in call.ranks if peer != rank]] -= call.nbytes
                 for sender, receiver, nbytes in (
                     hops_of(call, lambda r: r // self.size) if rank == call.ranks[0] else ()
@@ -189,7 +189,7 @@ def test_few_rounds_without_optimizer_sharding() -> None:
 
 
 def test_a_job_without_groups_is_planned_as_one() -> None:
-    """Replicas that are each sent a copy: more messages, and none gathers."""
+    """Each replica is sent a copy: more messages, and no gathers."""
     shapes = {f"w{n}": {"dtype": "F32", "shape": [1 << 15, 8192]} for n in range(4)}
     target = strategy_of(Layout((8, 2), ((0,), ())), 4)
     found = [plan(None, target, shapes=shapes, hardware=["atlas-800t-a2"], groups=groups) for groups in (True, False)]

@@ -1,4 +1,4 @@
-"""A load over a backend that delivers other bytes than were sent: an error by name, and nothing was changed."""
+"""A load over a backend that delivers other bytes than were sent: an error names it, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["threads"]
 
 
 class Zeros(LocalTransport):
-    """A rank's transport by which zeros come."""
+    """A rank's transport that delivers zeros."""
 
     def __init__(self, transport: LocalTransport) -> None:
         self.__dict__ = transport.__dict__

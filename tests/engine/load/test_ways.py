@@ -1,4 +1,4 @@
-"""How large a round is, what takes the place of an all-to-all, and what buffers hold at the most."""
+"""How large a round is, what replaces an all-to-all, and how much buffers hold at most."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_bucket_fits_the_machine(asked: Optional[int], call: int, free: int,
             (40, None, 35),
             (0, 0, 0),
             56 * GIB - 6 * MIB,
-        ),  # of 64 GiB an eighth is others', and the Parameters take 6 MiB
+        ),  # an eighth of 64 GiB is reserved for others, and the Parameters take 6 MiB
         ((None, None, None), (9, 9, 9), 56 * GIB - 6 * MIB),
     ],
 )
@@ -142,7 +142,7 @@ def test_where_files_are_apart_pairs_send_or_it_is_an_error(golden: Path, tmp_pa
 
 
 class Allocating(Load):
-    """Counts what every rank's buffers take at the most."""
+    """Counts how much every rank's buffers hold at most."""
 
     servers = 1
 
@@ -221,7 +221,7 @@ def apart(root: Path, target: Layout) -> Apart:
     ("target", "broadcasts"), [(Layout((4, 1), ((), ())), True), (Layout((1, 4), ((), (0,))), False)], ids=str
 )
 def test_what_some_see_and_all_want_whole_is_broadcast(target: Layout, broadcasts: bool, tmp_path: Path) -> None:
-    """One call of the reader's instead of a copy for each; what is cut travels as before."""
+    """One call by the reader instead of a copy for each rank; what is cut travels as before."""
     load = apart(tmp_path, target)
     loaded = load.run()
     assert_shards(loaded, tmp_path / "expected")

@@ -202,7 +202,7 @@ def test_the_order_is_that_of_saving_not_of_names(tmp_path: Path) -> None:
 def test_what_one_host_cannot_look_into_ends_all(
     problem: OSError, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, and the ranks of other hosts hear what it was."""
+    """At once, and the ranks of other hosts are told the reason."""
     save(tmp_path / "ckpt", 1)
     real, here = Path.iterdir, threading.local()
 
@@ -302,7 +302,7 @@ def test_ranks_that_noted_no_layouts_and_hold_different_things(trained: bool, tm
 
 
 def test_layouts_that_are_given_count_where_the_network_told_none(tmp_path: Path) -> None:
-    """Slices that a script cuts itself: its network has no layouts to note, and each rank holds a part all the same."""
+    """Slices that a script cuts itself: the network has no layouts to record, yet each rank holds only a part."""
     root = tmp_path / "c"
     save(root, 9)
     strategy = load_strategy(tmp_path / "made_9" / "strategy.ckpt")

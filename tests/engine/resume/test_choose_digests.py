@@ -16,7 +16,7 @@ from tests.support.saved import save
 
 
 def faults(catalog: Catalog, access: Access = PLAIN) -> str:
-    """What is found in a file that two ranks look at, as both are told it."""
+    """What is found in a file that two ranks look at; both get the same answer."""
     catalog = catalog._replace(access=access)
     told, same = LocalWorld(2, timeout=20.0).run(lambda transport: damaged_files(transport, catalog, None, 1))
     assert told == same
@@ -24,12 +24,12 @@ def faults(catalog: Catalog, access: Access = PLAIN) -> str:
 
 
 def as_old_as_before(catalog: Catalog) -> None:
-    """What a disk changes shows in no time of modification."""
+    """Damage by a disk does not change the time of modification."""
     os.utime(catalog.files[0].path, ns=(catalog.files[0].mtime_ns,) * 2)
 
 
 def test_sealed_digests_are_compared(tmp_path: Path) -> None:
-    """CBC notices nothing by itself. Without the key, only sizes are compared."""
+    """CBC detects nothing by itself. Without the key, only sizes are compared."""
     save(tmp_path / "c", 3)
     key, path = Key(bytes(16)), tmp_path / "sealed" / "net-1_3.ckpt"
     convert(tmp_path / "c/rank_1/net-1_3.safetensors", path, enc_key=key, enc_mode="AES-CBC")

@@ -1,4 +1,4 @@
-"""Saves that nobody recorded, several savers, formats and folders: what ranks take, refuse and say."""
+"""Unrecorded saves, several savers, formats and folders: what ranks take, refuse and report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def skipped_of(root: Path, **more: Any) -> tuple[Any, dict[str, str]]:
 
 
 def test_a_newer_save_without_records_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A recorder before the saver misses the last one; `exception_save` is seen by none."""
+    """A recorder that stands before the saver misses the last save; no recorder sees `exception_save`."""
     save(tmp_path / "c", 3)
     save(tmp_path / "c", 20, noted=False)
     chosen, skipped = look(tmp_path / "c")
@@ -116,7 +116,7 @@ def test_layouts_that_are_given_are_all_that_is_needed(tmp_path: Path) -> None:
 )
 def test_two_that_nothing_tells_apart_are_refused(one: str, other: str, tmp_path: Path) -> None:
     for order in ((one, other), (other, one)):
-        for name in order:  # the time of a file is chance
+        for name in order:  # a file's time is arbitrary
             whole(tmp_path / name, 5)
         with pytest.raises(
             DiscoveryError, match="are whole and equally new.* give prefix, format or the folder"
@@ -237,7 +237,7 @@ def test_a_slice_alone_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_file_that_lacks_what_other_ranks_hold_is_no_model(tmp_path: Path) -> None:
-    """Data parallel ranks that share their parameters out, and no strategy that says so."""
+    """Data-parallel ranks that divide the parameters among themselves, without a strategy that says so."""
     for rank in range(2):
         path = tmp_path / "c" / f"rank_{rank}" / "net-1_9.safetensors"
         path.parent.mkdir(parents=True)
@@ -278,7 +278,7 @@ def test_a_prefix_with_a_rank_in_it(tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_looked_into(
     name: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may be closed to lists, or to searches."""
+    """The folder may refuse to be listed, or to be searched."""
     whole(tmp_path / "rank_0" / "net-1_1.safetensors", 1)
     (tmp_path / name).mkdir()
     real, closed = getattr(os, call), str(tmp_path / name) + ("/." if call == "stat" else "")

@@ -1,4 +1,4 @@
-"""The order of checkpoints: names, runs, records, times; what is as new, and what is said of those passed over."""
+"""The order of checkpoints by names, runs, records and times; ties, and what is reported of those passed over."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_files_beside_rank_folders_are_seen() -> None:
 
 
 def test_ranks_in_one_folder_on_two_hosts() -> None:
-    """Each sees its own; what a number means shows when both are together."""
+    """Each host sees its own files; what a number in a name means is known only from both together."""
     places = [seen([f"net_rank_{rank}-1_5.ckpt" for rank in half]) for half in ((0, 1), (2, 3))]
     sent = [[folder_from_json(folder_to_json(place)) for place in host] for host in places]
     assert sent == places

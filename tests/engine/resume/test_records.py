@@ -1,4 +1,4 @@
-"""Notes beside a checkpoint: when it is complete, what goes with it, what makes no sense."""
+"""Notes beside a checkpoint: when it is complete, what belongs to it, and which notes contradict themselves."""
 
 from __future__ import annotations
 

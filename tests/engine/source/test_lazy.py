@@ -1,4 +1,4 @@
-"""`load`: any checkpoint as a dictionary that reads what is asked of it, and no more."""
+"""`load`: any checkpoint as a dictionary that reads only what is asked for."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_an_encrypted_file(mode: str, golden: Path) -> None:
 
 @pytest.mark.parametrize("enc", [{}, {"enc_key": KEY}, {"enc_key": KEY, "enc_mode": "AES-CBC"}])
 def test_digests_are_compared_on_request(enc: dict[str, Any], tmp_path: Path) -> None:
-    """Of what is chosen, and before anything is handed out; CBC and plain files notice nothing by themselves."""
+    """For what is chosen, and before anything is handed out; CBC and plain files detect nothing by themselves."""
     root, dec = source(tmp_path / "src"), {"dec_key": KEY} if enc else {}
     names = sorted(arrays(0))
     unified_safetensors(
@@ -273,7 +273,7 @@ def test_text_that_is_none_is_our_error(written: Path) -> None:
 
 
 def test_files_are_closed_with_the_last_reference(written: Path) -> None:
-    gc.collect()  # other tests' files, lest they be closed meanwhile
+    gc.collect()  # other tests' files, so that they are not closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     held = load(written)
     _ = held["z.weight"][0]

@@ -1,4 +1,4 @@
-"""Ranks and stages: a strategy of more of them than have files, or of fewer; half a model is not a whole one."""
+"""Ranks and stages: strategies with more of them than there are files, or fewer; half a model is not a whole one."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def older(root: Path) -> None:
 
 
 def at_another_step(root: Path) -> None:
-    """By what they count alone: of the same shapes and names, and newer."""
+    """Known only by their number: shapes and names are the same, and they are newer."""
     strategy = load_strategy(root / "strategy.ckpt")
     cut(strategy, arrays(1), root / "old", scalars(1))
     for rank in range(4):
@@ -99,7 +99,7 @@ def another_state(root: Path) -> dict[str, np.ndarray]:
 
 
 def the_same_again(root: Path) -> dict[str, np.ndarray]:
-    """Eight ranks saved it, and the strategy is of four: nobody knows what rank 4 holds."""
+    """Eight ranks saved it, and the strategy is for four: what rank 4 holds is unknown."""
     return {name: array[:, :16] for name, array in arrays(1).items() if name == "b.w"}
 
 

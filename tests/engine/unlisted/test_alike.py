@@ -1,4 +1,4 @@
-"""What lies outside the strategy is compared: differences are found, alike is alike, and little is read for it."""
+"""What lies outside the strategy is compared: differences are found, equal copies pass, and little is read."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_digests_that_may_not_be_of_these_files_count_for_nothing(spoilt: str, t
     held = source(tmp_path / "s", listed(2), {"x": LARGE})
     record(held)
     path = held.shards / "ms_ckpt_ext.digests.json"
-    if spoilt == "newer":  # saved again over the old file, by who knows nothing of manifests
+    if spoilt == "newer":  # saved again over the old file, by a program that knows nothing of manifests
         other = source(tmp_path / "o", listed(2), {"x": lambda rank: changed(LARGE, 1) if rank else LARGE})
         held.file(1).write_bytes(other.file(1).read_bytes())
         status = path.stat()

@@ -298,7 +298,7 @@ def test_layouts_that_are_supplied(mode: str, supplied: Any, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_names_that_begin_like_accumulated_gradients(mode: str, tmp_path: Path) -> None:
-    """`accu_grads.w` is MindSpore's, and nobody's; what is only spelt alike is a parameter, listed or not."""
+    """`accu_grads.w` is MindSpore's and ignored; a similar name is a parameter, listed or not."""
     layouts = {"accu_gradsX.v": {0: Layout((2,), ((0,), ()))}, "accu_grads.w0.0": {0: Layout((2,), ((0,), ()))}}
     target = listed(2)._replace(layouts={**listed(2).layouts, **layouts})
     held: dict[str, Content] = {

@@ -244,7 +244,7 @@ def test_replicas_do_not_stand_in_for_what_is_unlisted(tmp_path: Path) -> None:
 
 
 def test_one_rank_after_another_at_one_path(tmp_path: Path) -> None:
-    """Same names, sizes and shapes: only whose it is differs."""
+    """Same names, sizes and shapes: only the owner differs."""
     whole = Strategy.from_items([LayoutItem("w0.0", 0, Layout((2,), ((), ())))], "it")
     held = source(tmp_path / "src", whole, {"frozen": lambda rank: FROZEN[rank : rank + 1]})
     files = {rank: held.file(rank) for rank in range(2)}
@@ -254,7 +254,7 @@ def test_one_rank_after_another_at_one_path(tmp_path: Path) -> None:
 
 
 def test_deduplicated_files(tmp_path: Path) -> None:
-    """A replica that was left to another rank's file is found there; what differs there is nobody else's."""
+    """A replica stored only in another rank's file is found there; what differs there belongs to that rank alone."""
     from safetensors.numpy import load_file, save_file
 
     strategy = Strategy.from_items([LayoutItem("w0.0", 0, Layout((2, 2), ((0,), ())))], "it")

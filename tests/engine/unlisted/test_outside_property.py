@@ -1,4 +1,4 @@
-"""Whatever a frozen parameter is cut along, and whatever the job: exact, or an error that names it."""
+"""However a frozen parameter is cut, and whatever the job: exact, or an error that names it."""
 
 from __future__ import annotations
 

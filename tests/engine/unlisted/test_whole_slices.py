@@ -1,4 +1,4 @@
-"""`integrated_save=True` puts whole parameters into every rank's file: found by every job, and at next to no cost."""
+"""`integrated_save=True` puts whole parameters into every rank's file: every job detects it at almost no cost."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_slices_that_differ_late_are_slices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [np.zeros((8, 4), np.float32), np.ones((8, 4), np.float16), np.full((8, 4), True)])
 def test_constants_prove_nothing(other: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A fresh optimizer is all zeros: with a weight that shows slices nothing is said, with none it is told."""
+    """A fresh optimizer is all zeros: if a weight shows real slices there is no warning, otherwise there is one."""
     full = {"moment": other}
     alone = gathered(tmp_path / "alone", full=full)
     assert (found := look_into(alone)[0]) is not None and found.constant

@@ -1,4 +1,4 @@
-"""MindSpore's encrypted blocks: any range equals the plaintext, wrong keys and damage are told."""
+"""MindSpore's encrypted blocks: any range equals the plaintext, wrong keys and damage are reported."""
 
 from __future__ import annotations
 

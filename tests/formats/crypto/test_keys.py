@@ -1,4 +1,4 @@
-"""Keys: sources, lengths, and that they show nowhere."""
+"""Keys: sources, lengths, and that they never appear in output."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_files_of_one_save(files: dict[int, list[str]], expected: list[str]) -> 
      ("ema-1_5.ckpt", "net-1_5.ckpt"), ("net-1_5.ckpt", "net_1-1_5.ckpt"), ("net-1_5.ckpt", "net-1_9.ckpt")],
 )  # fmt: skip
 def test_files_of_several_saves(names: tuple[str, str]) -> None:
-    """Also where every rank has one only: a save was cut short, or the names mean something that nobody knows."""
+    """Also where every rank has only one: a save was cut short, or the names have an unknown meaning."""
     assert len(grouped({0: [names[0]], 1: [names[1]], 2: [names[1]]})) == 2
 
 

@@ -21,7 +21,7 @@ TWO = ("-00001-of-00002", "-00002-of-00002")
 
 
 def model(root: Path, stem: str = "model", index: Optional[str] = "", parts: Any = TWO) -> Path:
-    """A model in parts, as the hub has them: parameter `p{i}` in part i."""
+    """A model in parts, as on the hub: parameter `p{i}` is in part i."""
     root.mkdir(exist_ok=True)
     names = {f"p{number}": f"{stem}{part}.safetensors" for number, part in enumerate(parts)}
     for number, (name, file) in enumerate(names.items()):

@@ -1,4 +1,4 @@
-"""Strategy files: MindSpore's own, ours, and what is none."""
+"""Strategy files: MindSpore's own, ours, and files that are not strategies."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_mindspore_can_be_imported_after_a_strategy_was_read(golden: Path) -> No
 def test_the_implementation_is_what_mindspore_needs(
     version: Optional[str], python: bool, golden: Path, tmp_path: Path
 ) -> None:
-    """Told without importing it."""
+    """Determined without importing it."""
     (tmp_path / "mindspore").mkdir()
     (tmp_path / "mindspore/__init__.py").write_text("raise AssertionError")
     if version is not None:
