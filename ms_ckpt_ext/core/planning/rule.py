@@ -120,7 +120,8 @@ def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTen
     for source, slot in zip(rule.sources, slots):
         absent = [counter for counter in wanted if counter not in slot]
         if absent:
-            which = f" for {', '.join(str(counter[0]) for counter in absent[:_SHOWN])}" if any(absent) else ""
+            told = ", ".join(" ".join(map(str, counter)) for counter in absent[:_SHOWN])
+            which = f" for {told}" if told else ""
             raise CoverageError(
                 f"{name!r} is made of {len(rule.sources)} sources, but the checkpoint has nothing called {source!r}"
                 f"{which}: check that it is complete and that the rule's names are those of this model"

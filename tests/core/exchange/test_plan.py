@@ -103,6 +103,17 @@ def test_what_all_want_they_gather() -> None:
     assert plan.last_use() == {0: 0, 1: 0, -1: 0}
 
 
+def test_every_round_gathers_its_own_parts() -> None:
+    """Of 64 bytes that three ranks want each may receive 25 a round: one part of 16."""
+    plan = plan_of(table_of({(0, 64): (0, 1, 2)}, limits=ExchangeLimits(64, 16)))
+    assert [(each.parts, [(g.parts, g.share) for g in each.gathers]) for each in plan.rounds] == [
+        ((n,), [((n,), 16)]) for n in range(4)
+    ]
+    assert [(chunk.extents, chunk.reader) for chunk in plan.chunks] == [
+        ((Extent(100 + 16 * n, 16),), 0) for n in range(4)
+    ]
+
+
 def test_parts_of_a_chunk_lie_behind_each_other() -> None:
     plan = plan_of(table_of({(0, 64): (1,)}, limits=ExchangeLimits(128, 64), where=(Extent(0, 64),)))
     assert [(part.chunk, part.offset) for part in plan.parts] == [(0, 0), (1, 0), (2, 0), (3, 0)]

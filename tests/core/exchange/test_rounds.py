@@ -78,9 +78,9 @@ WORLD = 5
 class Model:
     """Rounds by what `core.exchange.rounds` says of them, a part at a time."""
 
-    def __init__(self, chunks: Chunks, ways: Ways) -> None:
+    def __init__(self, chunks: Chunks, ways: Ways, world: int = WORLD) -> None:
         parts, rows = chunks.parts, chunks.parts.rows
-        members, world = parts.sets.members, WORLD
+        members = parts.sets.members
         self.carries = 2 if ways.tiered else 1
         kind = [tuple(number for number, ranks in enumerate(members) if rank in ranks) for rank in range(world)]
         alike = Counter(kind)
@@ -220,6 +220,18 @@ def test_a_part_with_two_boxes_for_one_rank_waits_until_there_is_room_for_both()
     limits = ExchangeLimits(1000, 4096)
     chunks = chunks_of(parts_of(parts), 3, limits, {0: frozenset({0}), 2: frozenset({2})}, ALONE)
     assert rounds_of(chunks, classes_of(chunks, 3), limits, ALONE).tolist() == [0, 0, 1, 1, 0, 1, 2, 2]
+
+
+def test_what_a_rank_keeps_takes_no_room() -> None:
+    """Rank 0 reads as much of what it wants as either of two others sends it."""
+    sees = {0: frozenset({1}), 1: frozenset({2}), 2: frozenset({0}), 3: frozenset({1}), 4: frozenset({2})}
+    parts = [Part(0, 0, 10, (1,)), Part(1, 0, 10, (2,))]
+    parts += [Part(file, 1000 * n, 10, (0,)) for file in (2, 3, 4) for n in range(20)]
+    limits = ExchangeLimits(320, 4096)
+    chunks = chunks_of(parts_of(parts), 3, limits, sees, ALONE)
+    found = rounds_of(chunks, classes_of(chunks, 3), limits, ALONE).tolist()
+    assert found == Model(chunks, ALONE, 3).rounds(limits)
+    assert max(found) == 2
 
 
 def test_what_fits_exactly_travels() -> None:

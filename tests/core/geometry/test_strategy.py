@@ -159,6 +159,7 @@ def test_layout_dict_of_a_compiled_cell() -> None:
 def test_values_of_a_layout_dict_may_be_short_or_of_other_kinds() -> None:
     values = {"a": ([2, 2], [0, -1]), "b": ROWS, "c": message([2, 2], [[0, -1]]), "d": ([2, 2], [0, -1], [1, 1], 0)}
     values["e"] = ([2, 2], [0, -1], [1, 1])
+    values["f"] = ([2, 2], [0, -1], [1, 1], 0, True)
     assert layouts_by_name(values, len) == dict.fromkeys(values, ROWS)
     assert strategy_from_layout_dict(values, 4, len).layouts["a"] == {1: ROWS}
     assert strategy_from_layout_dict(values, 3, len).layouts["a"] == {0: ROWS}

@@ -225,10 +225,12 @@ def test_shapes_of_four_are_told(count: int, told: str) -> None:
         (["e.900"], "'e.{n}' for 0, 1, 2, 3, 4:"),
         (["e.0", "f.0", "e.1"], "'f.{n}' for 1:"),
         (["g", "e.0"], "'e.{n}':"),  # one counts, the other does not
+        (["d.0.1", "c.0.1", "d.0.2"], "'c.{n}.{m}' for 0 2:"),
     ],
 )
 def test_what_a_rule_lacks_is_told_by_number(names: list[str], absent: str) -> None:
     sources = ["e.{n}", "f.{n}"] if "f.0" in names else ["e.{n}", "g"] if "g" in names else ["e.{n}"]
+    sources = ["d.{n}.{m}", "c.{n}.{m}"] if "d.0.1" in names else sources
     with pytest.raises(CoverageError) as caught:
         apply_rules({name: tensor(name, 2) for name in names}, [Stack(sources, "t")])
     assert f"is made of {len(sources)} sources, but the checkpoint has nothing called {absent}" in str(caught.value)
