@@ -202,6 +202,7 @@ def laid(draw: st.DrawFn) -> list[Part]:
 )
 @example([Part(0, 0, 300, (0, 1)), Part(0, 300, 10, (0, 1), moved=5)], 1600, False, True, False, None)
 @example([Part(0, 10 * n, 10, (0, 1, 2, 3, 4)) for n in range(40)], 512, True, False, False, None)
+@example([Part(0, 97 * n, 97, (0, 1, 2, 3, 4)) for n in range(9)], 512, True, False, False, None)
 @settings(max_examples=60, deadline=None)
 def test_rounds_are_those_of_one_part_at_a_time(
     parts: list[Part], bucket: int, fed: bool, tiered: bool, few: bool, seen: Optional[list[tuple[int, ...]]]

@@ -107,12 +107,14 @@ def test_four_bits_are_seen_as_bytes() -> None:
         ([(0, 0), (5, 0)], "not filled exactly"),
         ([(0, 0), (4, 1)], "not filled exactly"),
         ([(0, 0), (4, 0), (0, 0)], "not filled exactly by its 3 sources"),
+        ([(0, 0)] * 5, "not filled exactly by its 5 sources"),
     ],
 )
 def test_blocks_fill_a_parameter_exactly(starts: Sequence[tuple[int, int]], told: str) -> None:
     blocks = [Block(HELD["a"], Region.whole((4, 6)), (0, 1), start) for start in starts]
-    with pytest.raises(LayoutMismatchError, match=told):
+    with pytest.raises(LayoutMismatchError, match=told) as caught:
         made_of("t", (8, 6), (8, 6), blocks)
+    assert str(caught.value).count("'a' [4, 6]") == min(4, len(blocks)), "four are told"
 
 
 def test_what_a_parameter_is_made_of_in_the_end() -> None:

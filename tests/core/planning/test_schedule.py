@@ -11,7 +11,7 @@ from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Place, Stretch, Target, Task
-from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.rules import Part, Rename
 
@@ -83,6 +83,9 @@ def test_parameters_that_are_made_of_one_tensor_share_reads() -> None:
     assert not tasks["up"].shares(tasks["h"])
     assert not tasks["h"].shares(tasks["up"])
     assert not tasks["h"].shares(tasks["h"]), "a stored one is read by itself"
+    both = {name: stored_whole(TensorMeta(name, DTYPES["U8"], (4, 6)), (0,)) for name in ("f", "g")}
+    made = apply_rules(both, [Part("f", "a", 0, 2), Part("g", "b", 0, 2)])
+    assert not whole(made["a"]).shares(whole(made["b"])), "they lie alike, but are two"
 
 
 def test_what_is_longer_than_a_tile_is_read_in_tiles() -> None:
@@ -186,6 +189,11 @@ def test_replicas_take_turns_by_bytes() -> None:
     tasks = [whole(tensor(name, (size,), files=(3, 5))) for name, size in zip("abcd", (40, 33, 34, 50))]
     units = list(schedule(tasks, at(dict.fromkeys("abcd", 0)), LIMITS))
     assert [file for unit in units for file, _, _ in reads(unit)] == [3, 5, 5, 3]
+
+
+def test_where_bytes_of_a_box_go() -> None:
+    target = Target(Region((0,), (100,)), (Landing(0, (Extent(0, 30), Extent(200, 70))), Landing(1, (Extent(7, 100),))))
+    assert target.places(10, 40) == (Place(0, 10, 0, 20), Place(0, 200, 20, 20), Place(1, 17, 0, 40))
 
 
 def test_slices_of_several_files_fill_one_stretch() -> None:
