@@ -15,14 +15,6 @@ pytestmark = pytest.mark.stock
 
 
 @pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
-@pytest.fixture(scope="module")
 def held(ms: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return family.checkpoint(tmp_path_factory.mktemp("held"))
 

@@ -27,14 +27,6 @@ BLOCK = 16 << 10
 HEADER = {"AES-GCM": 48, "AES-CBC": 32, "SM4-CBC": 32}
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     from safetensors.numpy import save_file

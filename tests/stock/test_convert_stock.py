@@ -17,14 +17,6 @@ pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::Deprecation
 
 
 @pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
-@pytest.fixture(scope="module")
 def source(ms: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks' `.ckpt`, one with a checksum, with scalars of every kind, as stock saves them."""
     root = tmp_path_factory.mktemp("source")

@@ -24,17 +24,6 @@ pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::Deprecation
 CASES = ["dp2_tp4", "dp2_tp2_pp2_zero", "dp3_tp8", "dp4_tp2_zero2"]
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    """MindSpore, with this process's processors left as they were (stock's merge claims all of them)."""
-    import mindspore
-
-    mindspore.set_device("CPU")
-    allowed = os.sched_getaffinity(0)
-    yield mindspore
-    os.sched_setaffinity(0, allowed)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_merge(case: str, ms: Any, golden: Path, tmp_path: Path) -> None:
     source, strategy = str(golden / case / "shards"), str(golden / case / "strategy.ckpt")

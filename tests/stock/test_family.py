@@ -22,14 +22,6 @@ from tests.support.checkpoints import CASES, strategy_of
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def described(value: Any) -> Any:
     """A Parameter as values; its dtype by name."""
     flags = (value.name, value.requires_grad, value.layerwise_parallel)

@@ -23,14 +23,6 @@ CASE = "formats_dp2_tp4"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "I64": "int64"}
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def poisoned(ms: Any, tensors: dict[str, Stored]) -> Any:
     """A Cell with Parameters of these names, shapes and dtypes, all values wrong."""
     cell = ms.nn.Cell()

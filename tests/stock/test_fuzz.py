@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +16,6 @@ pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[2]
 BATCHES = [range(start, start + 10) for start in range(0, 50, 10)]
 PAGES = [ROOT / "docs" / "differences.md", ROOT / "docs" / "zh-CN" / "differences.md"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cpu() -> Iterator[None]:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    allowed = os.sched_getaffinity(0)
-    yield
-    os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("seeds", BATCHES, ids=str)

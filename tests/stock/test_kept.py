@@ -25,14 +25,6 @@ FOUR, TWO = Layout((4,), ((0,), ())), Layout((2,), ((0,), ()))
 COLUMNS, EVERYWHERE = Layout((2,), ((), (0,))), Layout((4,), ((), ()))
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def rank_files(root: Path, held: dict[int, dict[str, np.ndarray]], form: str, ms: Any) -> Path:
     for rank, tensors in held.items():
         folder = root / f"rank_{rank}"

@@ -28,14 +28,6 @@ SHAPES = {name: array.shape for name, array in {**LISTED, **OUTSIDE}.items()}
 
 
 @pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks that cut `a.w` and list `b.w`; what lies outside is alike, but for the halves of a frozen matrix."""
     root = tmp_path_factory.mktemp("listed")

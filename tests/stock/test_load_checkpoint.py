@@ -15,14 +15,6 @@ from ms_ckpt_ext import errors
 pytestmark = pytest.mark.stock
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def test_a_load_beside_other_work(ms: Any, tmp_path: Path) -> None:
     cells = [ms.nn.Dense(3, 4) for _ in range(3)]
     for form in ("ckpt", "safetensors"):

@@ -28,14 +28,6 @@ MAPS: list[tuple[dict[str, str], dict[str, float]]] = [
 """Name maps, and what the names of a network hold under each."""
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """One safetensors file and the same as `.ckpt`."""

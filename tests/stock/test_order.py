@@ -39,14 +39,6 @@ SOURCES = [Shape(1, 1), Shape(1, 2), Shape(2, 2), Shape(4, 1)]
 TARGETS = [None, Shape(1, 2), Shape(1, 4), Shape(2, 2), Shape(4, 1)]
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def strategy(shape: Optional[Shape], path: Path, seed: int) -> Optional[Strategy]:
     """Parameters in any order, each stage's together, cut in any way."""
     if shape is None:

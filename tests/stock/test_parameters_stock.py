@@ -21,14 +21,6 @@ CASE = "formats_dp2_tp4_zero"
 KEY = b"0123456789ABCDEF"
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def described(parameters: dict[str, Any]) -> dict[str, Any]:
     """Everything about a parameter dict that can be compared."""
     return {

@@ -21,14 +21,6 @@ SOURCE = "formats_dp2_tp4"
 TARGETS = ["tp4", "dp2_tp2", "dp3_tp8", "dp4_tp2_zero2", "tp4_pp2"]
 
 
-@pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
 def strategy(golden: Path, case: str) -> str:
     return str(golden / case / "strategy.ckpt")
 

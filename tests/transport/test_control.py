@@ -25,8 +25,7 @@ from ms_ckpt_ext.transport.rendezvous.addresses import Address
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES, CELL_ROOM
 from ms_ckpt_ext.transport.rendezvous.greeting import Guest, Unwelcome
 from ms_ckpt_ext.transport.rendezvous.search import arrive
-
-SOON = 10.0
+from tests.support.waiting import SOON, comes
 
 
 def job(size: int, fn: Callable[[ControlPlane], Any], timeout: float = 60.0) -> list[Any]:
@@ -59,14 +58,6 @@ def die(plane: ControlPlane) -> None:
 def listening() -> list[threading.Thread]:
     """Threads that a control plane has to itself."""
     return [t for t in threading.enumerate() if t.name in ("ms_ckpt_ext control", "ms_ckpt_ext hub")]
-
-
-def comes(condition: Callable[[], bool]) -> bool:
-    """Whether `condition` holds soon."""
-    deadline = time.monotonic() + SOON
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def forever() -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import pytest
 
@@ -21,9 +21,9 @@ from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport import gate
 from ms_ckpt_ext.transport.living import leads_elsewhere, living_ranks
 from tests.harness.hosts import Hosts
+from tests.support.waiting import SOON, comes
 
 ROOT = Path(__file__).resolve().parents[2]
-SOON = 10.0
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +33,6 @@ def scheduler(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     monkeypatch.setenv("MS_SCHED_PORT", "8118")
     yield
     assert comes(lambda: not _ours()), "a thread is left"
-
-
-def comes(condition: Callable[[], bool]) -> bool:
-    """Whether `condition` holds soon."""
-    deadline = time.monotonic() + SOON
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def _ours() -> list[str]:

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import convert, verify
 from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME
-from ms_ckpt_ext.engine.integrity.soundness import Health
 from tests.support.command_line import as_json, fine
+from tests.support.verifying import checked
 
 KEY = b"0123456789abcdef"
 
@@ -38,12 +38,6 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
-def by_itself(path: Path, **more: object) -> Health:
-    found = verify(path, **more)  # type: ignore[arg-type]
-    assert isinstance(found, Health)
-    return found
-
-
 def by_manifest(path: Path) -> ManifestCheck:
     found = verify(path, manifest=True)
     assert isinstance(found, ManifestCheck)
@@ -54,10 +48,10 @@ def by_manifest(path: Path) -> ManifestCheck:
 def test_one_bit(form: str, plain: Path, tmp_path: Path) -> None:
     convert(plain, tmp_path / "out", to=form, crc=True)
     path = tmp_path / "out" / f"a.{form}"
-    sound = by_itself(path)
+    sound = checked(path)
     assert (sound.ok, sound.checksums, sound.damaged) == (True, 1, ())
     flip(path, -40)
-    found = by_itself(path)
+    found = checked(path)
     assert (found.ok, found.checksums) == (False, 1)
     assert [damaged.file for damaged in found.damaged] == [str(path)] and "CRC-32" in found.damaged[0].reason
     told = as_json("verify", path, code=1)
@@ -69,9 +63,9 @@ def test_one_bit(form: str, plain: Path, tmp_path: Path) -> None:
 def test_cbc_with_its_checksum_inside(plain: Path, tmp_path: Path) -> None:
     convert(plain, tmp_path / "out", to="ckpt", enc_key=KEY, enc_mode="AES-CBC")
     path = tmp_path / "out" / "a.ckpt"
-    assert by_itself(path, dec_key=KEY).ok
+    assert checked(path, dec_key=KEY).ok
     flip(path, 150)
-    assert [damaged.file for damaged in by_itself(path, dec_key=KEY).damaged] == [str(path)]
+    assert [damaged.file for damaged in checked(path, dec_key=KEY).damaged] == [str(path)]
 
 
 def test_all_damaged_files_of_ranks(tmp_path: Path) -> None:
@@ -82,7 +76,7 @@ def test_all_damaged_files_of_ranks(tmp_path: Path) -> None:
     paths = [tmp_path / "out" / f"rank_{rank}" / "net.ckpt" for rank in (1, 2)]
     for path in paths:
         flip(path, -1)
-    found = by_itself(tmp_path / "out", strategy=root / "strategy.ckpt")
+    found = checked(tmp_path / "out", strategy=root / "strategy.ckpt")
     assert (found.ok, found.checksums, found.unequal) == (False, 4, ())
     assert [damaged.file for damaged in found.damaged] == list(map(str, paths))
 

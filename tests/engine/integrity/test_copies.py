@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ms_ckpt_ext import merge, verify
+from ms_ckpt_ext import merge
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
-from ms_ckpt_ext.engine.integrity.compare import Comparison, DifferingElement
-from ms_ckpt_ext.engine.integrity.soundness import Health, Unequal
+from ms_ckpt_ext.engine.integrity.compare import DifferingElement
+from ms_ckpt_ext.engine.integrity.soundness import Unequal
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.engine.unlisted.tied import warn_unlike
 from ms_ckpt_ext.engine.unlisted.whole_slices import Alone
 from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from tests.support.checkpoints import cut
 from tests.support.command_line import as_json, run
+from tests.support.verifying import checked, compared
 
 EMBED = np.arange(96, dtype=np.float32).reshape(12, 8)
 CUTS: Mapping[str, tuple[Layout, ...]] = {
@@ -50,22 +50,10 @@ def change(shards: Path, rank: int, by: float = 1.0, at: tuple[int, int] = (-1, 
     save_file(held, path, {"format": "ms"})
 
 
-def checked(shards: Path, strategy: Path) -> Health:
-    found = verify(shards, strategy=strategy)
-    assert isinstance(found, Health)
-    return found
-
-
-def compared(*paths: Path, **options: Any) -> Comparison:
-    found = verify(*paths, **options)
-    assert isinstance(found, Comparison)
-    return found
-
-
 @pytest.mark.parametrize("cuts", CUTS)
 def test_equal_copies_are_sound(cuts: str, tmp_path: Path) -> None:
     shards, strategy, devices = tied(tmp_path, CUTS[cuts])
-    found = checked(shards, strategy)
+    found = checked(shards, strategy=strategy)
     assert found.ok
     assert found.copies_compared == devices * len(CUTS[cuts]) * 2  # all of embed's, and all of the norms'
     merge(shards, tmp_path / "merged", strategy=strategy)
@@ -81,7 +69,7 @@ def test_one_copy_that_differs(cuts: str, stage: int, tmp_path: Path) -> None:
     for rank in range(devices * stage, devices * (stage + 1)):
         if CUTS[cuts][stage].cells[rank % devices] == CUTS[cuts][stage].cells[-1]:
             change(shards, rank)
-    found = checked(shards, strategy)
+    found = checked(shards, strategy=strategy)
     assert not found.ok and {unequal.name for unequal in found.unequal} == {"embed"}
     merge(shards, tmp_path / "after", strategy=strategy)
     for target in ("before", "after"):
@@ -112,7 +100,7 @@ def test_what_is_told(tmp_path: Path) -> None:
     merge(shards, tmp_path / "merged", strategy=strategy)
     change(shards, 3, 0.5, (2, 1))
     files = [str(shards / f"rank_{rank}/net.safetensors") for rank in (0, 3)]
-    (unequal,) = checked(shards, strategy).unequal
+    (unequal,) = checked(shards, strategy=strategy).unequal
     assert unequal == Unequal("embed", "[0:6, 4:8]", ((files[0],), (files[1],)))
     (difference,) = compared(shards, tmp_path / "merged", strategy=strategy).differences
     assert difference.of == "the copy of ranks 2, 3 in a"
@@ -143,9 +131,9 @@ def test_a_copy_with_gaps_is_compared_where_it_is(tmp_path: Path) -> None:
     (shards / "rank_3").rmdir()
     merge(shards, tmp_path / "merged", strategy=strategy)
     assert compared(shards, tmp_path / "merged", strategy=strategy).ok
-    assert checked(shards, strategy).unequal == ()
+    assert checked(shards, strategy=strategy).unequal == ()
     change(shards, 2, at=(0, 0))
-    assert [unequal.region for unequal in checked(shards, strategy).unequal] == ["[0:6, 0:4]"]
+    assert [unequal.region for unequal in checked(shards, strategy=strategy).unequal] == ["[0:6, 0:4]"]
     assert not compared(shards, tmp_path / "merged", strategy=strategy).ok
 
 
@@ -156,4 +144,4 @@ def test_without_elements_there_is_nothing_to_compare(shape: tuple[int, ...], tm
     strategy = Strategy.from_items(items, "s")
     save_strategy(strategy, tmp_path / "s.ckpt")
     cut(strategy, {"embed": np.zeros(shape, np.float32), "w": EMBED}, tmp_path / "shards")
-    assert checked(tmp_path / "shards", tmp_path / "s.ckpt").unequal == ()
+    assert checked(tmp_path / "shards", strategy=tmp_path / "s.ckpt").unequal == ()

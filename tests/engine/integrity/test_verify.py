@@ -19,26 +19,15 @@ from ms_ckpt_ext.engine.integrity.digests import digest_file
 from ms_ckpt_ext.engine.integrity.folder import ManifestCheck
 from ms_ckpt_ext.engine.integrity.manifest import update_manifest
 from ms_ckpt_ext.engine.integrity.pairing import Mismatch, pair_up
-from ms_ckpt_ext.engine.integrity.soundness import Gap, Health, NotFinite, Unequal
+from ms_ckpt_ext.engine.integrity.soundness import Gap, NotFinite, Unequal
 from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, UsageError
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import CASES, FULL, cut, scalars, source, strategy_of
+from tests.support.verifying import checked, compared
 
 KEY = b"0123456789ABCDEF"
-
-
-def compared(*paths: Any, **options: Any) -> Comparison:
-    found = verify(*paths, **options)
-    assert isinstance(found, Comparison)
-    return found
-
-
-def checked(path: Any, **options: Any) -> Health:
-    found = verify(path, **options)
-    assert isinstance(found, Health)
-    return found
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,19 +1,12 @@
-"""MindSpore for the tests of this folder."""
+"""Every test of this folder calls MindSpore."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ms() -> Iterator[Any]:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    allowed = os.sched_getaffinity(0)
-    yield mindspore
-    os.sched_setaffinity(0, allowed)
+def _called(ms: Any) -> None:
+    """Set up for tests that do not name it."""

@@ -84,14 +84,6 @@ class Statement(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ms() -> Any:
-    import mindspore
-
-    mindspore.set_device("CPU")
-    return mindspore
-
-
-@pytest.fixture(scope="module")
 def held(ms: Any, tmp_path_factory: pytest.TempPathFactory) -> Places:
     return places(tmp_path_factory.mktemp("wrong"))
 
