@@ -128,6 +128,10 @@ def test_what_does_not_fit_is_refused(rules: list[Rule], error: type[CheckpointE
 @pytest.mark.parametrize(
     ("make", "told"),
     [
+        (lambda: Rename("", "t"), "needs the names of its sources and of its target"),
+        (lambda: Rename("a", ""), "needs the names"),
+        (lambda: Stack([], "t"), "needs the names"),
+        (lambda: Stack(["a", 5], "t"), "needs the names"),  # type: ignore[list-item]
         (lambda: Dequantize("a", "t"), "takes two sources"),
         (lambda: Dequantize(["a", "b"], "t", dtype="F64"), "dtype must be one of BF16, F16, F32"),
         (lambda: Dequantize(["a", "b"], "t", block=(-1,)), "block must be a whole number from 0"),

@@ -134,6 +134,22 @@ def test_rows_that_several_parameters_share_count_as_often() -> None:
     assert sorted(table.round_of.tolist()) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_parts_of_one_read_lie_in_it_as_they_lie_in_the_file() -> None:
+    lying = {"v": Extent(100, 8), "w": Extent(108, 16), "x": Extent(124, 4)}
+    cells = {(0,): (0,)}
+    demands = [
+        Demand(
+            name,
+            SourceTensor(TensorMeta(name, U8, (length,)), name, (Placement((1,), cells, cells),)),
+            (Grid((1,), {(0,): (1,)}),),
+        )
+        for name, (_, length) in lying.items()
+    ]
+    plan = plan_of(decide(demands, 3, lambda _file, name: (lying[name],), LIMITS))
+    assert plan.chunks == (Chunk(0, (Extent(100, 28),), 28, 1),)
+    assert [(part.chunk, part.offset, part.nbytes) for part in plan.parts] == [(0, 0, 8), (0, 8, 16), (0, 24, 4)]
+
+
 def test_the_last_round_in_which_a_chunk_is_used() -> None:
     plan = plan_of(table_of({(0, 64): (0, 1)}, Ways(gather=False), limits=ExchangeLimits(96, 32), count=2))
     found = plan.last_use()

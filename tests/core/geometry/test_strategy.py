@@ -126,6 +126,7 @@ def test_messages_of_build_searched_strategy() -> None:
         "a": {0: Layout((2, 4), ((0,), ()), 4, -1)},
         "b": {1: Layout((2, 4), ((), (1, 0)))},
     }
+    assert strategy_from_messages({"a": message([2], [[0]])}).layouts == {"a": {0: Layout((2,), ((0,),))}}
     with pytest.raises(StrategyError, match="'a' is split unevenly"):
         strategy_from_messages({"a": message([2], [[0]], field=1)})
     with pytest.raises(StrategyError, match="not a ParallelLayouts message"):

@@ -21,7 +21,7 @@ from ms_ckpt_ext.core.planning.recipes import (
 from ms_ckpt_ext.core.planning.rule import shapes_of
 from ms_ckpt_ext.core.planning.weight_rules import Duplicate
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError, UsageError
-from ms_ckpt_ext.rules import AddProduct, Concat, Part, Rename, Rule, Scale, Stack, Transpose, invert
+from ms_ckpt_ext.rules import AddProduct, Concat, Interleave, Part, Rename, Rule, Scale, Stack, Transpose, invert
 
 
 def tensor(name: str, *shape: int, dtype: str = "F32", parts: Sequence[int] = ()) -> SourceTensor:
@@ -180,6 +180,12 @@ def test_what_a_rule_made_is_not_moved_again() -> None:
         apply_rules(MADE, [Concat(["moved", "moved"], "t")])
     renamed = apply_rules(MADE, [Rename("moved", "t")])["t"]
     assert (renamed.meta.name, renamed.recipe) == ("t", MADE["moved"].recipe)
+
+
+@pytest.mark.parametrize("rule", [Interleave(["a", "row"], "t"), Stack(["a", "row"], "t")])
+def test_sources_of_one_shape(rule: Rule) -> None:
+    with pytest.raises(LayoutMismatchError, match="'t': its sources must have one shape"):
+        apply_rules({**HELD, "row": tensor("row", 2, 6)}, [rule])
 
 
 def test_which_operands_are_needed_whole() -> None:

@@ -13,7 +13,7 @@ from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Place, Stretch, Target, Task
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.schedule import schedule
-from ms_ckpt_ext.rules import Part, Rename
+from ms_ckpt_ext.rules import Part, Rename, Stack
 
 LIMITS = Limits(tile=64, gap=8, direct=1 << 10, chunk=1 << 10)
 
@@ -225,3 +225,21 @@ def test_copies_of_one_form_at_even_distances_are_one() -> None:
     (unit,) = schedule([stacked], at({"a": 0}), LIMITS)
     assert isinstance(unit, Batch)
     assert [copy.copy for copy in unit.reads[0].copies] == [StridedCopy(2, (16,), 0, (4,), 0, (2,))]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "copies"),
+    [
+        ((0, 10), [StridedCopy(4, (2,), 0, (10,), 0, (4,))]),
+        ((0, 10, 20), [StridedCopy(4, (3,), 0, (10,), 0, (4,))]),
+        ((0, 4), [StridedCopy(8, (), 0, (), 0, ())]),
+        ((0, 10, 21), [StridedCopy(4, (2,), 0, (10,), 0, (4,)), StridedCopy(4, (), 21, (), 8, ())]),
+        ((10, 0), [StridedCopy(4, (2,), 0, (10,), 4, (-4,))]),
+    ],
+)
+def test_stacked_rows_at_even_distances_are_one_copy(offsets: tuple[int, ...], copies: list[StridedCopy]) -> None:
+    lying = {f"e.{n}": offset for n, offset in enumerate(offsets)}
+    made = apply_rules({name: tensor(name, (4,)) for name in lying}, [Stack("e.{n}", "t")])["t"]
+    (unit,) = schedule([whole(made)], at(lying), LIMITS)
+    assert isinstance(unit, Batch)
+    assert [copy.copy for copy in unit.reads[0].copies] == copies
