@@ -168,7 +168,7 @@ def _iteration() -> Job:
 def _transfer() -> Job:
     whole = np.arange(32, dtype=np.float32).reshape(8, 4)
     stored = Stored("F32", (4, 4), whole[:4].tobytes())
-    source = {rank: {"w": (stored, Layout((2,), ((0,), ())))} for rank in range(2)}
+    source = {0: {"w": (stored, Layout((2,), ((0,), ())))}, 1: {"w": (stored, Box((8, 4), (4, 0), (4, 4)))}}
     target = {1: {"w": (Stored("F32", (3, 4), bytes(48)), Box((8, 4), (2, 0), (3, 4)))}, 0: source[0]}
 
     def job(transport: Any) -> None:
