@@ -249,6 +249,8 @@ def test_what_is_required_is_looked_for_where_a_slice_is_absent() -> None:
     require(half, [Region((0,), (2,))])
     with pytest.raises(CoverageError, match="'w': no file holds region"):
         require(half, [Region((0,), (2,)), Region((1,), (3,))])
+    with pytest.raises(CoverageError, match="it should be in the file of rank 0"):
+        locate(stored_whole(whole.meta, ()), Region((0,), (4,)))
     asked = iter([Region((0,), (4,))])
     require(whole, asked)
     assert next(asked), "nobody asked where all is there"
