@@ -148,7 +148,7 @@ def test_a_transfer_of_what_nobody_has() -> None:
     [([], "told nothing of number 0"), ([[0, ["F32", ["aa"]]]], "1 digests"), ([[0, ["X32", []]]], "KeyError: 'X32'")],
 )
 def test_digests_that_are_none(to: Any, says: str) -> None:
-    at = place_of("rank-transfer", '"F32", [')
+    at = place_of("rank-transfer", '"F32", ["')
     assert says in outcome("rank-transfer", (at, {"json": to}))
 
 
