@@ -31,9 +31,10 @@ from ms_ckpt_ext.engine.source.listing import Listing
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError, FormatError, LayoutMismatchError, UsageError, some
 from ms_ckpt_ext.formats.index import FileIndex
 from ms_ckpt_ext.formats.registry import PLAIN, Access, read_index
+from ms_ckpt_ext.formats.table import SAFETENSORS
 from ms_ckpt_ext.storage.reader import read_json
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG, _WEIGHTS = "adapter_config.json", f"adapter_model{SAFETENSORS.suffix}"
 _BEFORE = "base_model.model."
 _NAME = re.compile(r"base_model\.model\.([^{}]+)\.lora_(embedding_)?([AB])(\.weight)?", re.DOTALL)
 _COPY = re.compile(r"base_model\.model\.([^{}]+)\.base_layer\.weight", re.DOTALL)

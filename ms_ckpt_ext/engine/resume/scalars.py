@@ -17,14 +17,12 @@ from ms_ckpt_ext.core.exchange.demand import Sees
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.sharded import UnlistedTensor, of_rank
-from ms_ckpt_ext.engine.source.values import NUMPY
 from ms_ckpt_ext.transport.agree import NATURAL, numbered, told_by_all
 from ms_ckpt_ext.transport.base import Transport
 
 Value = Union[npt.NDArray[Any], str]
 _FORM = (str, [NATURAL], str)
 """Of what `_told` makes: see `transport.agree.JsonForm`."""
-_DTYPES = {dtype.str: dtype for dtype in map(np.dtype, (*NUMPY.values(), "u1"))}
 
 
 class Scalars(NamedTuple):
@@ -114,7 +112,10 @@ def _told(value: Value) -> tuple[str, Sequence[int], str]:
 
 def _heard(answer: Sequence[tuple[int, tuple[str, Sequence[int], str]]]) -> list[tuple[int, Value]]:
     """What `_told` was given, numbered. Raises KeyError or ValueError."""
+    from ms_ckpt_ext.engine.source.values import NUMPY
+
+    dtypes = {dtype.str: dtype for dtype in map(np.dtype, (*NUMPY.values(), "u1"))}
     return [
-        (number, np.frombuffer(bytes.fromhex(data), _DTYPES[dtype]).reshape(shape) if dtype else data)
+        (number, np.frombuffer(bytes.fromhex(data), dtypes[dtype]).reshape(shape) if dtype else data)
         for number, (dtype, shape, data) in answer
     ]
