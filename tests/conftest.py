@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -69,12 +67,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def golden() -> Path:
     """Files that MindSpore wrote; its README tells which is what. Read only."""
     return GOLDEN
-
-
-@pytest.fixture(scope="session")
-def golden_cases() -> Mapping[str, Mapping[str, Any]]:
-    """Name of a golden case -> its case.json: `devices`, parallel degrees, and `full`, the truth it was cut from."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/case.json"))}
 
 
 @pytest.fixture(scope="session", autouse=True)

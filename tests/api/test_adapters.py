@@ -23,16 +23,12 @@ from ms_ckpt_ext.errors import (
 from ms_ckpt_ext.rules import AddProduct, Dequantize
 from tests.support.adapters import products, save_adapter, with_adapter, with_product
 from tests.support.checkpoints import cut, read_file, strategy_of
-from tests.support.families import ARCHITECTURES, LAYERS, hub_folder, training
+from tests.support.families import ARCHITECTURES, LAYERS, hub_folder, told, training
 from tests.support.quantised import Tensor, dequantised, random_items, rounded, save, values
 
 Weights = dict[str, np.ndarray]
 Q = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
 DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(LAYERS)]
-
-
-def told(arrays: Weights) -> dict[str, tuple[Any, ...]]:
-    return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()}
 
 
 def held(folder: Path) -> Weights:

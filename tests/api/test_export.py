@@ -18,7 +18,7 @@ from ms_ckpt_ext.engine.huggingface.families import document_of
 from ms_ckpt_ext.errors import ArgumentTypeError, CoverageError, FormatError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.rules import QKV, Interleave, Rename, invert
 from tests.support.checkpoints import CASES, cut, read_file
-from tests.support.families import ARCHITECTURES, LAYERS, config_of, hub_folder, training
+from tests.support.families import ARCHITECTURES, LAYERS, config_of, hub_folder, told, training
 
 SCALARS = {
     "global_step": np.array([7], np.int32),
@@ -26,10 +26,6 @@ SCALARS = {
     "loss_scale": np.ones(1, np.float32),
 }
 Weights = dict[str, np.ndarray]
-
-
-def told(arrays: Weights) -> dict[str, tuple[Any, ...]]:
-    return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()}
 
 
 def trained(folder: Path, family: str, root: Path, **sizes: Any) -> Weights:

@@ -143,11 +143,6 @@ def _iteration(root: Path, **files: str) -> None:
         (folder / f"{name}.json").write_text(text)
 
 
-def _tracker(root: Path, text: str) -> None:
-    root.mkdir()
-    (root / "latest_checkpointed_iteration.txt").write_text(text)
-
-
 FIRST = {
     "nothing at all": lambda root: None,
     "an empty folder": lambda root: root.mkdir(),

@@ -174,10 +174,6 @@ class Hosts:
         """Take a host from the switch: its interface stays up, and nothing comes through any more."""
         self._switch.ip(f"link set {self._port(host)} nomaster")
 
-    def mend(self, host: Host) -> None:
-        """Undo `cut`."""
-        self._switch.ip(f"link set {self._port(host)} master br0")
-
     def link_down(self, host: Host) -> None:
         """Pull the cable: the host sees that its interface has no carrier."""
         self._switch.ip(f"link set {self._port(host)} down")

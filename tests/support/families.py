@@ -177,3 +177,8 @@ def _cut(like: Layout, shape: tuple[int, ...]) -> Layout:
             if all(extent % parts == 0 for extent, parts in zip(shape, made.parts)):
                 return made
     raise AssertionError(shape)
+
+
+def told(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[Any, ...]]:
+    """Dtype, shape and bytes of each, to be compared."""
+    return {name: (array.dtype.str, array.shape, array.tobytes()) for name, array in arrays.items()}

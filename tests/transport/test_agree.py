@@ -31,9 +31,6 @@ def test_same_facts_agree(size: int) -> None:
     assert outcomes(size, lambda t: agree(t, {})) == [None] * size
 
 
-FIVE = [0, 1, 2, 3, 4]
-
-
 @pytest.mark.parametrize(
     ("values", "expected"),
     [

@@ -179,10 +179,6 @@ def test_no_plaintext_is_written(
     assert KEY not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-class Stop(Exception):
-    """The run is over."""
-
-
 def interrupted(job: Job, target: Path, after: int) -> None:
     """Run a job that ends, as by a crash, when so many files are complete."""
     begun(lambda: execution.execute(job, str(target), 1, Limits()), after)

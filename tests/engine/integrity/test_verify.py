@@ -31,7 +31,7 @@ KEY = b"0123456789ABCDEF"
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_layout_equals_the_truth(case: str, golden: Path, golden_cases: Mapping[str, Any]) -> None:
+def test_every_layout_equals_the_truth(case: str, golden: Path) -> None:
     found = compared(golden / case / "shards", golden / FULL[case], strategy=golden / case / "strategy.ckpt")
     truth = load_file_sizes(golden / FULL[case] / "model.safetensors")
     assert found == Comparison(len(truth), sum(truth.values()))
