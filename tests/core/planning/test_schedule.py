@@ -7,11 +7,13 @@ from typing import Optional
 
 import pytest
 
+from ms_ckpt_ext.core.computing.operations import Fill
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Place, Stretch, Target, Task
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.recipes import Computation
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.rules import Part, Rename, Stack
 
@@ -83,6 +85,9 @@ def test_parameters_that_are_made_of_one_tensor_share_reads() -> None:
     assert not tasks["up"].shares(tasks["h"])
     assert not tasks["h"].shares(tasks["up"])
     assert not tasks["h"].shares(tasks["h"]), "a stored one is read by itself"
+    filled = SourceTensor(TensorMeta("z", DTYPES["U8"], (4,)), "", (), Computation(Fill(b"\x00"), ()))
+    assert not whole(filled).shares(whole(filled)), "nothing is read for it"
+    assert not tasks["up"].shares(whole(filled))
     both = {name: stored_whole(TensorMeta(name, DTYPES["U8"], (4, 6)), (0,)) for name in ("f", "g")}
     made = apply_rules(both, [Part("f", "a", 0, 2), Part("g", "b", 0, 2)])
     assert not whole(made["a"]).shares(whole(made["b"])), "they lie alike, but are two"
