@@ -1,6 +1,8 @@
 """One answer on all ranks, built on `share` alone, so it is the same over every transport.
 
 Functions that take a transport are collective: all ranks call them at the same point, and return or raise alike.
+Values that are shared have a form (`JsonForm`); what has another, or is longer than any rank tells, is an error that
+names the rank.
 """
 
 from __future__ import annotations
@@ -275,8 +277,8 @@ def _require(values: Sequence[Any], form: JsonForm) -> None:
         _of_type(values, list)
         if set(map(len, values)) - {len(form)}:
             raise ValueError(f"a list that has not {len(form)} entries")
-        for column, each in zip(zip(*values), form):
-            _require(column, each)
+        for column, each in enumerate(form):
+            _require([value[column] for value in values], each)
     elif isinstance(form, dict):
         _require_objects(values, form)
     elif form is not object:
