@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pathlib
 from pathlib import Path
 from typing import Any, Callable
 
@@ -16,6 +17,8 @@ from ms_ckpt_ext.storage.locks import HiddenFolder, held
 from tests.support.checkpoints import assert_merged, assert_nothing_complete, merge, source, tree
 
 LOOKS = ("stat", "listdir", "scandir", "open")
+_KEPT = getattr(pathlib, "_normal_accessor", None)
+"""Where paths of Python 3.9 and 3.10 keep these functions for themselves."""
 
 
 class Failing:
@@ -25,6 +28,8 @@ class Failing:
         self.seen, self._number, self._folder = 0, number, str(folder)
         for name in LOOKS:
             patch.setattr(os, name, self._watched(getattr(os, name)))
+            if hasattr(_KEPT, name):
+                patch.setattr(_KEPT, name, self._watched(getattr(_KEPT, name)))
         patch.setattr(io, "open", self._watched(io.open))
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -170,7 +170,7 @@ def test_what_is_replaced_is_off_the_record_everywhere(depth: int, tmp_path: Pat
     """In its folder, and in any folder above. A manifest is removed with its last entry."""
     inner = tmp_path.joinpath("a", "b", "c", "d")
     inner.mkdir(parents=True)
-    for folder in (inner, *inner.parents[:4]):
+    for folder in (inner, *list(inner.parents)[:4]):
         begins = "".join(f"{part}/" for part in inner.relative_to(folder).parts)
         more = {f"{begins}other.ckpt": FileDigests(1, {})} if folder == inner.parent else {}
         write_manifest(str(folder), Manifest({f"{begins}net.ckpt": FileDigests(1, {}), **more}))

@@ -256,7 +256,7 @@ def test_what_an_interrupted_run_encrypted_is_compared(alter: bool, tmp_path: Pa
     options = {"output_format": "ckpt", "enc_key": KEY, "enc_mode": "AES-CBC"}
     begun(lambda: merge(root, target, split_dst_file=(2, 2), **options))
     merge(root, target, split_dst_file=(1, 2), **options)
-    (folder,) = target.glob(".ms_ckpt_ext/*/")
+    (folder,) = filter(Path.is_dir, target.glob(".ms_ckpt_ext/*"))
     held = sorted(path for path in folder.iterdir() if path.name.endswith(".ckpt"))
     assert held
     notes = [path.read_bytes() for path in folder.iterdir() if path.name.startswith(held[0].name) and path not in held]
