@@ -17,8 +17,6 @@ from ms_ckpt_ext.storage.locks import HiddenFolder, held
 from tests.support.checkpoints import assert_merged, assert_nothing_complete, merge, source, tree
 
 LOOKS = ("stat", "listdir", "scandir", "open")
-_KEPT = getattr(pathlib, "_normal_accessor", None)
-"""Where paths of Python 3.9 and 3.10 keep these functions for themselves."""
 
 
 class Failing:
@@ -28,8 +26,9 @@ class Failing:
         self.seen, self._number, self._folder = 0, number, str(folder)
         for name in LOOKS:
             patch.setattr(os, name, self._watched(getattr(os, name)))
-            if hasattr(_KEPT, name):
-                patch.setattr(_KEPT, name, self._watched(getattr(_KEPT, name)))
+            if hasattr(getattr(pathlib, "_normal_accessor", None), name):  # paths of Python 3.9 and 3.10 keep their own
+                kept = getattr(pathlib._normal_accessor, name)
+                patch.setattr(pathlib._normal_accessor, name, self._watched(kept))
         patch.setattr(io, "open", self._watched(io.open))
 
     def _watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
