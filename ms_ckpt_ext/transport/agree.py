@@ -203,12 +203,11 @@ def share_alike(transport: Transport[Any], content: bytes, decode: Callable[[byt
     answers = transport.share(zlib.compress(content, 1) if first else b"")
     decoded: dict[bytes, _T] = {}
     for rank, (digest, answer) in enumerate(zip(digests, answers)):
-        if answer:
-            with understanding(rank):
+        with understanding(rank):
+            if bool(answer) is (digest in decoded):
+                raise ValueError("something, or nothing, where the lowest rank of those that have the same tells it")
+            if answer:
                 decoded[digest] = decode(inflated(answer, _MOST_BYTES))
-        elif digest not in decoded:
-            with understanding(rank):
-                raise ValueError("nothing, where no rank before it told the same")
     return [decoded[digest] for digest in digests]
 
 

@@ -144,6 +144,23 @@ def test_a_transfer_of_what_nobody_has() -> None:
 
 
 @pytest.mark.parametrize(
+    "box", [[[2, 0], [(1 << 63) - 1, 4]], [[2, 0], [9, 4]], [[2], [5]], [[3, 0], [3, 4]], [[2, 0, 0], [5, 4, 1]]]
+)
+def test_a_transfer_of_a_box_that_is_none(box: Any) -> None:
+    at = place_of("rank-transfer", '"w", "w"')
+    with time_limit(), memory_limit(64 << 20):
+        told = outcome("rank-transfer", changed("rank-transfer", at, 1, 0, 3, to=box))
+    assert told.startswith("TransportError: rank 1 ") and ("no box of shape [8, 4]" in told or "not understood" in told)
+
+
+def test_what_one_rank_tells_is_not_taken_for_what_another_has() -> None:
+    """It says that it has the same, and tells something else."""
+    at = place_of("rank-transfer", '"w", "w"')
+    told = outcome("rank-transfer", (at - 1, None))
+    assert told.startswith("TransportError: rank 1 told") and "the lowest rank of those that have the same" in told
+
+
+@pytest.mark.parametrize(
     ("to", "says"),
     [([], "told nothing of number 0"), ([[0, ["F32", ["aa"]]]], "1 digests"), ([[0, ["X32", []]]], "KeyError: 'X32'")],
 )

@@ -76,12 +76,23 @@ def demands_among(
                     f"rank {members[0][0]} wants {want.source!r} for {name!r}, which no rank holds; {SAME_VERSION}"
                 )
             shape = tensors[want.source].meta.shape
+            if isinstance(want.where, Region) and all(shape) and not _lies_in(want.where, shape):
+                raise TransportError(
+                    f"rank {members[0][0]} wants {want.where} for {name!r}, which is no box of shape {list(shape)}; "
+                    f"{SAME_VERSION}"
+                )
             if all(shape):
                 grids.add((want.source, name), want.where, shape, tuple(members))
     order = {name: number for number, name in enumerate(tensors)}
     keys = sorted(grids.cells, key=lambda key: (order[key[0]], key[1]))
     found = (Demand(name, tensors[source], grids.of(source, name)) for source, name in keys)
     return [each for demand in found for each in by_own_placement(demand)]
+
+
+def _lies_in(box: Region, shape: Shape) -> bool:
+    if not len(box.start) == len(box.stop) == len(shape):
+        return False
+    return all(0 <= low < high <= whole for low, high, whole in zip(box.start, box.stop, shape))
 
 
 def by_own_placement(demand: Demand) -> Iterator[Demand]:
