@@ -23,7 +23,7 @@ fi
 if [[ ! -e $python ]]; then
   say "Fetching Python for arm64 into $root"
   rm -rf "$root" && mkdir -p "$home"
-  mmdebstrap --quiet --variant=extract --architectures=arm64 --include=python3.11 bookworm "$root"
+  mmdebstrap --quiet --variant=extract --architectures=arm64 --include=python3.11,libstdc++6 bookworm "$root"
   # QEMU takes what lies here for what has the same name on the machine, such as /tmp, or /dev/ptmx, which opens nothing.
   find "$root" -mindepth 1 -maxdepth 1 ! -name usr ! -name 'lib*' ! -name etc -exec rm -rf {} +
 fi

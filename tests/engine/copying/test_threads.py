@@ -90,13 +90,18 @@ def units(count: int, fail_at: int = -1) -> Iterator[Unit]:
         yield Direct(0, 0, 0, 0, 8)
 
 
+def workers_left() -> list[threading.Thread]:
+    """Python 3.9 goes on listing threads that the system never ran (other tests make some): they have no identity."""
+    return [t for t in threading.enumerate() if t.name.startswith("worker-") and t.ident is not None]
+
+
 @pytest.mark.parametrize("workers", [1, 4])
 def test_an_error_of_the_plan_is_raised_and_ends_all_threads(workers: int, tmp_path: Path) -> None:
     with pool_of(source(tmp_path / "src")) as pool:
         sink = MemorySink(np.zeros(8, np.uint8))
         with pytest.raises(RuntimeError, match="planning failed at unit 50"):
             worker.run(units(100, fail_at=50), pool, [sink], workers, lambda *_: None)
-    assert not [t for t in threading.enumerate() if t.name.startswith("worker-")]
+    assert not workers_left()
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -114,7 +119,7 @@ def test_an_error_of_a_worker_stops_the_others(workers: int, error: BaseExceptio
         with pytest.raises(type(error)):
             worker.run(units(100_000), pool, [sink], workers, landed)
     assert len(done) < 1000
-    assert not [t for t in threading.enumerate() if t.name.startswith("worker-")]
+    assert not workers_left()
 
 
 def test_ctrl_c_while_waiting_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import os
 import pickle
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_importing_costs_nothing() -> None:
         "import sys, ms_ckpt_ext.formats.ckpt, ms_ckpt_ext.formats.ckpt_writer, ms_ckpt_ext.formats.crypto;"
         "assert not {'cryptography', 'mindspore'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
 
 
 @pytest.mark.parametrize("raw", [b"0123456789ABCDE\n", b"0123456789ABCDE\r", b"0123456789ABC\n\n\n"])
