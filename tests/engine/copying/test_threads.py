@@ -91,7 +91,7 @@ def units(count: int, fail_at: int = -1) -> Iterator[Unit]:
 
 
 def workers_left() -> list[threading.Thread]:
-    """Python 3.9 goes on listing threads that the system never ran (other tests make some): they have no identity."""
+    """Python goes on listing threads that the system never ran (other tests make some): they have no identity."""
     return [t for t in threading.enumerate() if t.name.startswith("worker-") and t.ident is not None]
 
 
