@@ -65,7 +65,7 @@ def wait_for_lock(path: Path) -> int:
     """Wait until nobody else holds a lock, and hold it; made if needed. Returns the open file, for `let_go`.
 
     Raises:
-        OSError: its folder does not exist, or no file may be made in it.
+        OSError: its folder does not exist, no file may be made in it, or it cannot be looked at.
         StorageError: the file system has no locks.
     """
     while True:
@@ -115,10 +115,10 @@ def _flock(descriptor: int, path: Path, operation: int) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """True when `path` still names the open file."""
+    """True when `path` still names the open file. Raises OSError where that cannot be told: a failing disk."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
+    except FileNotFoundError:
         return False
 
 

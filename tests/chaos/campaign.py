@@ -79,12 +79,14 @@ class Campaign:
             place = self.place(f"right-{job.name}-{which}", job, which)
             stage = Stage(self.nursery, job, place, place, Struck(Injection()), self.library, Random(0))
             counts = place.root / "counts"
+            began = time.monotonic()
             ended, _ = stage.run(counts if which == "A" else None)
+            took = round(1000 * (time.monotonic() - began))
             self._right[key] = result_of(job, place, ended)
             if which == "A":
                 made = [read_counts(counts.with_name(f"counts{rank}")) for rank in range(job.processes)]
                 if not job.source:  # what its ranks hold is brought by the campaign, not by the package
-                    made = [{"clock": each["clock"]} for each in made]
+                    made = [{"clock": each["clock"], "milliseconds": took} for each in made]
                 self._counts[job.name] = made
         return self._right[key]
 

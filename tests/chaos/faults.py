@@ -143,7 +143,8 @@ def _done(deed: Deed, may: frozenset[str], sides: Sequence[str] = _BOTH, **more:
 
     def strike(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
         if not job.source:  # ranks that move what they hold: no call of theirs marks the way
-            return Struck(deed=deed, after=rng.uniform(0.2, 0.9), may=may, **more)
+            seconds = rng.uniform(0.1, 0.9) * counts["milliseconds"] / 1000
+            return Struck(deed=deed, after=seconds, may=may, **more)
         held = _somewhere(rng, counts, _ALL, sides, "hold")
         return None if held is None else Struck(held, deed, may=may, **more)
 

@@ -22,6 +22,7 @@ from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage.publishing import OBSTACLE
 from ms_ckpt_ext.storage.staging import ONE_TASK, Staging
 from tests.support.checkpoints import merge, source
+from tests.support.machine import system_call
 
 
 def cut(root: Path, target: Path, rank: Any = None) -> Any:
@@ -73,6 +74,24 @@ def staged(target: Path, names: Collection[str], job: str = "1234", task: str = 
     staging = Staging(str(target), job, manifest, task)
     staging.open(names)
     return staging
+
+
+def test_a_lock_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing disk is not taken for a lock that was removed, which is tried again, for ever."""
+    root, real, lock = source(tmp_path / "src"), os.stat, tmp_path / "out" / ".ms_ckpt_ext" / ".lock"
+
+    def stat(path: Any, *args: Any, **more: Any) -> Any:
+        if str(path) == str(lock):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *args, **more)
+
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch:
+        system_call(patch, "stat", stat)
+        with pytest.raises(errors.StorageError, match=r"Input/output error") as caught:
+            merge(root, tmp_path / "out")
+    assert caught.value.errno == errno.EIO and os.listdir("/proc/self/fd") == before
+    assert merge(root, tmp_path / "out").published
 
 
 def test_all_ranks_and_one_of_them(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable
@@ -30,17 +31,21 @@ class Counts:
 
 
 def counted(transport: LocalTransport) -> Counts:
-    """Count from here on, also the calls of code that gets this transport from `select_transport`."""
-    counts, everybody = Counts(), range(transport.size)
+    """Count from here on, also the calls of code that gets this transport from `select_transport`.
+
+    What counts holds no reference to the transport, which goes with its connections when nobody else has it.
+    """
+    counts, everybody, rank, its = Counts(), range(transport.size), transport.rank, weakref.ref(transport)
 
     def counting(call: str, given: Callable[..., Mapping[int, int]]) -> None:
-        start = getattr(transport, f"start_{call}")
+        start = getattr(type(transport), f"start_{call}")
+        counted_before = vars(transport).get(f"start_{call}")
 
         def counted_call(*args: Any) -> Any:
-            started = start(*args)
+            started = counted_before(*args) if counted_before else start(its(), *args)
             counts.collectives[call] += 1
             for peer, nbytes in given(*args).items():
-                if peer != transport.rank:
+                if peer != rank:
                     counts.given[peer] += nbytes
                     counts.messages += nbytes > 0
             return started
@@ -54,7 +59,7 @@ def counted(transport: LocalTransport) -> Counts:
         return dict.fromkeys(group or everybody, nbytes)
 
     def of_broadcast(buffer: Any, nbytes: int, root: int, group: Sequence[int] = ()) -> Mapping[int, int]:
-        return dict.fromkeys(group or everybody, nbytes) if root == transport.rank else {}
+        return dict.fromkeys(group or everybody, nbytes) if root == rank else {}
 
     def of_all_to_all(send: Any, send_counts: Sequence[int], *_: Any) -> Mapping[int, int]:
         return dict(enumerate(send_counts))

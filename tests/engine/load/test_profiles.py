@@ -159,7 +159,7 @@ def test_every_load_takes_the_same_hardware() -> None:
     ]
     assert all("hardware" in parameters for parameters in takes)
     assert Options().hardware == "" and Options().bucket_bytes is None
-    assert "hardware" in {setting.name for setting in settings.known("resume") + settings.known("infer")}
+    assert "hardware" in {setting.name for setting in settings.SETTINGS}
 
 
 @pytest.mark.parametrize(
