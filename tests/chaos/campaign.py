@@ -31,6 +31,8 @@ _NEWNS = 0x00020000
 _MEMORY = Path("/dev/shm")
 _ANEW = 0.15
 """How many of the processes are new Pythons, with their imports."""
+_START = 0.2
+"""Seconds until such a one is at its first line; before that it has words of its own for a signal."""
 
 
 class Ran(NamedTuple):
@@ -111,7 +113,8 @@ class Campaign:
         struck, victim = self.strike(rng, job, fault)
         if struck is None:
             return None
-        struck = struck._replace(anew=rng.random() < _ANEW and struck.told)  # without memory not even Python starts
+        if rng.random() < _ANEW and struck.told:  # without memory not even Python starts
+            struck = struck._replace(anew=True, after=struck.after and struck.after + _START)
         began = time.monotonic()
         place, other = (self.place(f"run-{number}{end}", job, which) for end, which in (("", "A"), ("-other", "B")))
         over = job.writes and struck.room is None and not struck.spoils and rng.random() < 0.4
