@@ -129,12 +129,8 @@ def merge(
     run = running(max_process_num, buffer_bytes, sync=sync, dry_run=dry_run)
     weight_rules = checked_rules(rules)
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
-    catalog = source.slices(allow_equal_slices)
-    if adapter is not None:
-        from ms_ckpt_ext.api.huggingface.adapters import with_adapter
-
-        catalog, weight_rules = with_adapter(catalog, weight_rules, adapter, source.access, source.path)
-    return run_merge(catalog, target, options, run, weight_rules, called, wanted)
+    catalog = source.ruled(source.slices(allow_equal_slices), weight_rules, adapter)
+    return run_merge(catalog, target, options, run, called, wanted)
 
 
 def run_merge(
@@ -142,15 +138,10 @@ def run_merge(
     target: str,
     options: MergeOptions,
     run: Running,
-    rules: Sequence[Rule],
     naming: Optional[Naming],
     wanted: Filter,
 ) -> Report:
     """Merge a catalog, by arguments that are checked; `wanted` must leave something. Raises as `merge`."""
-    if rules:
-        from ms_ckpt_ext.engine.unlisted.proven import ruled
-
-        catalog = ruled(catalog, rules)
     catalog.require_any()
     wanted.check((*catalog.tensors, *catalog.absent))
     if catalog.outside:
@@ -218,15 +209,9 @@ def reshard(
     source = find_source(src, strategy, file_suffix, any_mode(dec_key, dec_mode, crc_check), format, "src")
     layout = as_strategy(to_strategy, argument="to_strategy")
     from ms_ckpt_ext.engine.files.reshard import folders_job  # which a merge does without
-    from ms_ckpt_ext.engine.unlisted.proven import ruled
 
     ranks = _ranks(layout, rank)
-    catalog = source.slices(allow_equal_slices)
-    if adapter is not None:
-        from ms_ckpt_ext.api.huggingface.adapters import with_adapter
-
-        catalog, weight_rules = with_adapter(catalog, weight_rules, adapter, source.access, source.path)
-    catalog = ruled(catalog, weight_rules).called(naming)
+    catalog = source.ruled(source.slices(allow_equal_slices), weight_rules, adapter).called(naming)
     alone = rank is not None
     job, target = folders_job(catalog, layout, ranks, alone, target, to, crc=crc, seal=seal, digests=digests)
     return execute_with_progress(job, target, run, "reshard")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, TypeVar, Union
 
-from ms_ckpt_ext.api.arguments import any_mode, as_strategy, checked_format, path_of, require_path
+from ms_ckpt_ext.api.arguments import PathLike, any_mode, as_strategy, checked_format, path_of, require_path
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.source.catalog import Catalog, read_listing
 from ms_ckpt_ext.engine.source.listing import Listing, list_checkpoint
 from ms_ckpt_ext.errors import ArgumentTypeError, UsageError
 from ms_ckpt_ext.formats.registry import Access
+
+if TYPE_CHECKING:
+    from ms_ckpt_ext.core.planning.rule import Rule
 
 _Held = TypeVar("_Held")
 Globs = Union[str, Iterable[str]]
@@ -34,6 +37,21 @@ class Source(NamedTuple):
         from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 
         return read_slices(self.listing, self.strategy, self.access, allow_equal_slices)
+
+    def ruled(self, catalog: Catalog, rules: Sequence[Rule], adapter: Optional[PathLike] = None) -> Catalog:
+        """What was read of it, as weight rules present it; before they move weights, an adapter's products are added.
+
+        Raises as `engine.unlisted.proven.ruled` and `api.huggingface.adapters.with_adapter`.
+        """
+        if adapter is not None:
+            from ms_ckpt_ext.api.huggingface.adapters import with_adapter
+
+            return with_adapter(catalog, rules, adapter, self.access, self.path)
+        if not rules:
+            return catalog
+        from ms_ckpt_ext.engine.unlisted.proven import ruled
+
+        return ruled(catalog, rules)
 
 
 def find_source(

@@ -25,7 +25,6 @@ from ms_ckpt_ext.engine.integrity.soundness import Health
 from ms_ckpt_ext.engine.source.catalog import Catalog
 from ms_ckpt_ext.engine.source.renaming import Choice
 from ms_ckpt_ext.engine.unlisted.alike import Depth, compared
-from ms_ckpt_ext.engine.unlisted.proven import ruled
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.formats.crypto import KeyLike
 from ms_ckpt_ext.formats.registry import Access
@@ -109,12 +108,8 @@ def verify(
     if b is None:
         return _by_itself(first.open(), first.strategy, wanted, workers, allow_equal_slices)
     second = find_source(b, strategy_b, file_suffix_b, any_mode(dec_key_b, dec_mode_b), argument="b")
-    catalog = first.open()
-    if adapter is not None:
-        from ms_ckpt_ext.api.huggingface.adapters import with_adapter
-
-        catalog, weight_rules = with_adapter(catalog, weight_rules, adapter, access, first.path)
-    return _against(ruled(catalog, weight_rules).called(naming), second.open(), names, wanted, workers)
+    catalog = first.ruled(first.open(), weight_rules, adapter).called(naming)
+    return _against(catalog, second.open(), names, wanted, workers)
 
 
 def _against(a: Catalog, b: Catalog, names: Mapping[str, str], wanted: Filter, workers: int) -> Comparison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ms_ckpt_ext.api.arguments import PathLike, path_of
 
@@ -13,13 +13,6 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.huggingface.adapter import Adapter
     from ms_ckpt_ext.engine.source.catalog import Catalog
     from ms_ckpt_ext.formats.registry import Access
-
-
-class Adapted(NamedTuple):
-    """What a checkpoint holds, and the rules that are to be applied to it."""
-
-    catalog: Catalog
-    rules: tuple[Rule, ...]
 
 
 def adapter_of(folder: PathLike, access: Access, model: str) -> Adapter:
@@ -36,10 +29,12 @@ def adapter_of(folder: PathLike, access: Access, model: str) -> Adapter:
     return found
 
 
-def with_adapter(catalog: Catalog, rules: Sequence[Rule], folder: PathLike, access: Access, model: str) -> Adapted:
-    """A checkpoint with an adapter's tensors, and rules that add its products first.
+def with_adapter(catalog: Catalog, rules: Sequence[Rule], folder: PathLike, access: Access, model: str) -> Catalog:
+    """A checkpoint as weight rules present it, an adapter's products added before they move weights.
 
-    Raises CoverageError when the checkpoint lacks a weight that it changes, and as `adapter_of`.
+    Raises CoverageError when the checkpoint lacks a weight that it changes, and as `adapter_of` and `proven.ruled`.
     """
+    from ms_ckpt_ext.engine.unlisted.proven import ruled
+
     adapter = adapter_of(folder, access, model)
-    return Adapted(adapter.added(catalog), tuple(adapter.among(rules)))
+    return ruled(adapter.added(catalog), adapter.among(rules))

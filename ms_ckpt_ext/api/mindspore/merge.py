@@ -20,11 +20,10 @@ from ms_ckpt_ext.api.arguments import (
     seal_of,
 )
 from ms_ckpt_ext.api.jobs import run_merge, share_of
-from ms_ckpt_ext.api.source import Filter
+from ms_ckpt_ext.api.source import Filter, Source
 from ms_ckpt_ext.engine.files.job import Report
 from ms_ckpt_ext.engine.files.merge import PART_BYTES, MergeOptions
 from ms_ckpt_ext.engine.source.listing import list_checkpoint
-from ms_ckpt_ext.engine.unlisted.whole_slices import read_slices
 from ms_ckpt_ext.errors import UsageError
 from ms_ckpt_ext.storage.threads import few_collections
 
@@ -123,9 +122,9 @@ def unified_safetensors(
     run = running(max_process_num, buffer_bytes, sync=sync)
     access, weight_rules = access_of(dec_key, dec_mode, crc_check), checked_rules(rules)
     strategy = as_strategy(src_strategy_file, argument="src_strategy_file")
-    listing = list_checkpoint(source, strategy, file_suffix, require_sharded=True)
-    catalog = read_slices(listing, strategy, access, allow_equal_slices)
-    return run_merge(catalog, target, options, run, weight_rules, called, Filter())
+    found = Source(source, list_checkpoint(source, strategy, file_suffix, require_sharded=True), strategy, access)
+    catalog = found.ruled(found.slices(allow_equal_slices), weight_rules)
+    return run_merge(catalog, target, options, run, called, Filter())
 
 
 def merge_pipeline_strategys(src_strategy_dirs: PathLike, dst_strategy_file: PathLike) -> None:
