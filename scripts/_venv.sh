@@ -62,6 +62,9 @@ ensure_venv() {
   suits "$venv/bin/python" || make_venv "$venv"
   stamp="$(wanted_stamp "$venv/bin/python")"
   if [[ $(cat "$venv/.ms_ckpt_ext" 2>/dev/null) != "$stamp" ]]; then
+    "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libgomp.so.1")' 2>/dev/null ||
+      die "MindSpore cannot be imported without libgomp.so.1, which is not on this machine." \
+        "Install it (Debian and Ubuntu: apt install libgomp1; openEuler and CentOS: yum install libgomp)."
     say "Installing ms-ckpt-ext and its tools (MindSpore is a download of 800 MB)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-input -e "$ROOT[dev]" \
       ${MS_CKPT_EXT_MINDSPORE:+"mindspore==$MS_CKPT_EXT_MINDSPORE"}

@@ -5,12 +5,13 @@ set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)" golden=$1 work=$2
 
 for mode in direct cooperative; do
+  mkdir -p "$work/$mode"
   port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
   if ! GLOG_v=3 msrun --worker_num=4 --local_worker_num=4 --master_port="$port" --cluster_time_out=60 \
     --log_dir="$work/$mode" --join=True "$here/load.py" "$golden/dp2_tp4_zero/shards" \
     "$golden/dp2_tp4_zero/strategy.ckpt" "$golden/tp4/strategy.ckpt" "$golden/tp4/shards" "$mode" \
     >"$work/msrun.log" 2>&1; then
-    tail -n 30 "$work/msrun.log" "$work/$mode"/worker_*.log >&2
+    find "$work/msrun.log" "$work/$mode" -name '*.log' -exec tail -n 30 {} + >&2 # a rank that did not start has none
     exit 1
   fi
   grep -h '^DEMO' "$work/$mode"/worker_*.log | cut -d ' ' -f 2-
