@@ -88,14 +88,20 @@ def build() -> Path:
     return target
 
 
-def environment(prefix: Path, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` with the changes that `cann_emulator/env.sh` makes, for the build in `prefix`."""
+def environment(prefix: Path, base: Mapping[str, str], messages: Path) -> dict[str, str]:
+    """`base` with the changes that `cann_emulator/env.sh` makes, for the build in `prefix`.
+
+    Args:
+        messages: the folder for what is under way between ranks, unless `base` names one. Whoever starts the ranks
+            removes it: of a rank that dies, messages remain.
+    """
     cann = prefix / "cann"
     env = {key: value for key, value in base.items() if key not in ("MS_SIMULATION_LEVEL", "RANK_TABLE_FILE")}
     # The second entry of PYTHONPATH does not exist; MindSpore only looks for its name.
     _prepend(env, "PYTHONPATH", SOURCES / "python", cann / "opp/built-in/op_impl/ai_core/tbe")
     _prepend(env, "LD_LIBRARY_PATH", cann / "lib64", cann / "lib64/driver")
     env["ASCEND_OPP_PATH"] = str(cann / "opp")
+    env.setdefault("CANNEMU_DIR", str(messages))
     return env
 
 

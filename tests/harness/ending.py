@@ -69,7 +69,7 @@ def _end_descendants(grace: float) -> None:
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
         deadline = time.monotonic() + seconds
         asked: set[int] = set()
-        while (left := _running(descendants(os.getpid()))) and time.monotonic() < deadline:
+        while (left := running(descendants(os.getpid()))) and time.monotonic() < deadline:
             for pid in set(left) - asked:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
@@ -77,8 +77,8 @@ def _end_descendants(grace: float) -> None:
             time.sleep(0.01)
 
 
-def _running(pids: list[int]) -> list[int]:
-    """Those that have not ended; who has started them may not have waited for them yet."""
+def running(pids: list[int]) -> list[int]:
+    """Those that have not ended; a zombie has."""
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):

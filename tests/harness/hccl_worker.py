@@ -35,6 +35,8 @@ def main(folder: Path, world: int) -> None:
     told["between"], told["link"] = hccl.cannemu_between_bytes(), hccl.cannemu_link_bytes()
     told["counts"] = hccl.cannemu_count_bytes()
     told.update(uploads(acl, folder, rank))
+    if told["init"] == 0:
+        told["destroyed"] = hccl.HcclCommDestroy(comm)
     print(json.dumps(told), flush=True)
 
 

@@ -15,7 +15,8 @@ teardown crashes now and then (2.10.0, one of some thousand ranks on the CPU; kn
 If Python was still up, the warning shows what its fault handler said.
 
 No process outlives a call, whatever happens: descendants are found through psutil, because msrun gives each worker a
-session of its own and so a kill of the process group would miss them.
+session of its own and so a kill of the process group would miss them. Nor do temporary files: each run has a folder for
+them, and for the messages between emulated devices.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -37,6 +39,7 @@ from typing import Optional, Protocol
 import psutil
 
 from tests.harness import emulator
+from tests.harness.ending import running
 
 ROOT = Path(__file__).resolve().parents[2]
 _RANK = Path(__file__).with_name("rank.py")
@@ -100,12 +103,13 @@ def run_msrun(
     """
     timeout *= float(os.environ.get(PATIENCE, "1"))
     command = [sys.executable, str(Path(script).resolve()), *map(str, args)]
-    variables = _environment(device, env or {}, old)
     log_dir = tmp_path / f"log_{time.monotonic_ns()}"
     log_dir.mkdir(parents=True)
-    start = time.monotonic()
     launch = _msrun if supervised else _dynamic_cluster
-    codes = launch(command, ranks, variables, log_dir, start + timeout, expect_failure)
+    with tempfile.TemporaryDirectory(dir=log_dir) as scratch:
+        variables = _environment(device, env or {}, old, Path(scratch))
+        start = time.monotonic()
+        codes = launch(command, ranks, variables, log_dir, start + timeout, expect_failure)
     codes = _excused(codes, log_dir)
     logs = {path.stem: _said(path) for path in log_dir.glob("*.log")}
     code = next((code for code in codes if code), 0)
@@ -138,17 +142,17 @@ def _said(log: Path) -> str:
     return log.read_text(errors="replace") + (err.read_text(errors="replace") if err.exists() else "")
 
 
-def _environment(device: str, extra: Mapping[str, str], old: bool) -> dict[str, str]:
+def _environment(device: str, extra: Mapping[str, str], old: bool, scratch: Path) -> dict[str, str]:
     """For the workers. One thread per rank: 8 ranks on 2 cores otherwise spend their time waiting for each other."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
     env[PATIENCE] = os.environ.get(PATIENCE, "1")  # scripts whose own limits are short multiply them as well
     env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2")
-    env.update(PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1")
+    env.update(PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1", TMPDIR=str(scratch))
     # msrun starts "python": it must be this one, also in a virtual environment that is not activated.
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
     if device == "ascend":
-        env = emulator.environment(emulator.emulator_or_skip(old), env)
+        env = emulator.environment(emulator.emulator_or_skip(old), env, scratch)
         env.setdefault("CANNEMU_TIMEOUT", "30")
     elif device != "cpu":
         raise ValueError(f"device is 'cpu' or 'ascend', not {device!r}")
@@ -226,6 +230,8 @@ def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
     for victim in victims:
         with suppress(psutil.NoSuchProcess):
             victim.kill()
+    while running([victim.pid for victim in victims]):
+        time.sleep(0.01)
     for process in processes:
         process.wait()
 

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.ascend
 
 def run(tmp_path: Path, world: int, **env: str) -> list[dict[str, Any]]:
     """What each rank tells."""
-    around = {**emulator.environment(emulator.emulator_or_skip(), os.environ), "CANNEMU_TIMEOUT": "20", **env}
+    prefix, messages = emulator.emulator_or_skip(), tmp_path / "messages"
+    messages.mkdir()
+    around = {**emulator.environment(prefix, os.environ, messages), "CANNEMU_TIMEOUT": "20", **env}
     command = [sys.executable, str(WORKER), str(tmp_path), str(world)]
     ranks = [
         subprocess.Popen(command, env={**around, "RANK_ID": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -65,6 +67,12 @@ def test_counts_and_tiers(tmp_path: Path) -> None:
         # Two AllGathers bring what the rank at the same place there has, AllGatherV and AlltoAllV come from both there.
         assert told["between"] == 2 * 4096 + 2 * 4096 + 2 * 512
         assert told["exchanged"] == [1, 2, 3, 4]
+
+
+def test_the_last_rank_that_leaves_removes_the_messages_folder(tmp_path: Path) -> None:
+    for told in run(tmp_path, 2, CANNEMU_DIR=str(tmp_path)):
+        assert told["destroyed"] == OK
+    assert not [*tmp_path.glob("cannemu-*")]
 
 
 def test_types_between_servers(tmp_path: Path) -> None:

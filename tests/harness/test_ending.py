@@ -13,7 +13,7 @@ from typing import Callable
 
 import pytest
 
-from tests.harness.ending import descendants
+from tests.harness.ending import descendants, running
 from tests.hostile.seeds import SCRATCH
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,14 +59,7 @@ def told_to_end(command: list[str], folder: Path, sign: str, number: int, **more
         code = process.wait(60)
     finally:
         process.kill()
-    return code, [pid for pid in family if _runs(pid)]
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    return code, running(family)
 
 
 @pytest.mark.parametrize(

@@ -22,17 +22,18 @@ ROOT = Path(__file__).resolve().parents[3]
 WORKER = Path(__file__).with_name("unlaunched_worker.py")
 
 
-def variables() -> dict[str, str]:
+def variables(tmp_path: Path) -> dict[str, str]:
     """Of a process that no launcher of MindSpore started."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MS_")}
-    return environment(emulator_or_skip(), {**kept, "PYTHONPATH": str(ROOT), "GLOG_v": "3", "OMP_NUM_THREADS": "1"})
+    own = {**kept, "PYTHONPATH": str(ROOT), "GLOG_v": "3", "OMP_NUM_THREADS": "1"}
+    return environment(emulator_or_skip(), own, messages=tmp_path)
 
 
 @pytest.mark.parametrize("way", ["url", "store"])
-def test_processes_started_one_by_one_load_together(way: str, golden: Path) -> None:
+def test_processes_started_one_by_one_load_together(way: str, golden: Path, tmp_path: Path) -> None:
     if way == "store":
         long_one("a URL finds most of it")
-    env = variables()
+    env = variables(tmp_path)
     with Hosts(2) as hosts:
         ranks = [
             host.start(
@@ -48,12 +49,12 @@ def test_processes_started_one_by_one_load_together(way: str, golden: Path) -> N
         assert f"rank {rank} is right" in text, "\n----\n".join(each[-2000:] for each in told)
 
 
-def test_ranks_that_mpirun_started_load_together(golden: Path) -> None:
+def test_ranks_that_mpirun_started_load_together(golden: Path, tmp_path: Path) -> None:
     """MindSpore has this on Ascend only: on the CPU its `init` fails under mpirun."""
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         pytest.skip("mpirun is not here: install Open MPI 4, which MindSpore's libmpi_collective.so is linked to")
-    env = {**variables(), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env = {**variables(tmp_path), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     ended = subprocess.run(
         [mpirun, "--oversubscribe", "-n", "2", sys.executable, str(WORKER), str(golden), "mpirun"],
         env=env,
