@@ -256,11 +256,12 @@ class Played:
         for gather in each.gathers:
             sides = [waiting[rank].pop(0) for rank in gather.ranks]
             assert {(side.ranks, side.root) for side in sides} == {(gather.ranks, gather.root)}
-            self._gathered(gather.ranks, sides, int(slots[gather.ranks[0]]))
+            self._gathered(gather.ranks, sides, slots)
             slots[list(gather.ranks)] += 1
         assert not any(waiting)
 
-    def _gathered(self, ranks: tuple[int, ...], sides: Sequence[RankGather], slot: int) -> None:
+    def _gathered(self, ranks: tuple[int, ...], sides: Sequence[RankGather], slots: np.ndarray) -> None:
+        """`slots`: how many groups every rank has gathered with before, in this round."""
         counted, root, share = self.counted, sides[0].root, sides[0].share
         shares, given = [], []
         for side in sides:
@@ -278,8 +279,8 @@ class Played:
             for item in side.items:
                 part = stream[item.part.offset :][: item.part.nbytes]
                 self._land(rank, item, self._cut(item, part))
-            counted.hold(f"give {slot}", rank, side.gives)
-            counted.hold(f"gather {slot}", rank, side.nbytes)
+            counted.hold(f"give {slots[rank]}", rank, side.gives)
+            counted.hold(f"gather {slots[rank]}", rank, side.nbytes)
             for peer in ranks:
                 if peer != rank:
                     self._moved(rank, peer, own)

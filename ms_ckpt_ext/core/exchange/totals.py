@@ -6,7 +6,7 @@ The numbers are those that a load with this plan counts itself: payload by the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -144,8 +144,12 @@ class _Counter:
         before = int(self._between.sum())
         parts = parts[self._reader[parts] < self._world]
         received, messages = self._tiered(parts) if self._table.ways.tiered else self._flat(parts)
-        for slot, each in self._by_slot(number):
-            received += self._gather(slot, each, messages)
+        done = np.zeros(self._world, np.int64)  # gathers of every rank
+        for each in self._of_round.get(number, ()):
+            members = np.array(self._table.chunks.parts.sets.members[each.group.ranks])
+            received += self._gather(each, members, messages)
+            self._hold_gathered(each, members, done[members])
+            done[members] += 1
         self._messages += messages
         read = sums(self._reads.reader[fresh], self._reads.nbytes[fresh], self._world)
         moved, between = int(received.sum()), int(self._between.sum()) - before
@@ -211,17 +215,16 @@ class _Counter:
         self._calls += bool(received.any())
         return received, self._blocks(sender, gets, nbytes)
 
-    def _by_slot(self, number: int) -> Iterator[tuple[int, Gathering]]:
-        """What is gathered in a round, each with how many come before it on the same ranks."""
-        before = np.zeros(self._world, np.int64)
-        for each in self._of_round.get(number, ()):
-            members = list(self._table.chunks.parts.sets.members[each.group.ranks])
-            yield int(before[members[0]]), each
-            before[members] += 1
+    def _hold_gathered(self, each: Gathering, members: Ints, before: Ints) -> None:
+        """Note the buffers of a gather or a broadcast; `before`: how many come before it on every member."""
+        share, shared = each.stream.share, each.group.root == EVERYBODY
+        for slot in np.unique(before).tolist():
+            here = np.isin(np.arange(self._world), members[before == slot])
+            self._hold(f"give {slot}", here * (share * shared))
+            self._hold(f"gather {slot}", here * (share * len(members) if shared else share))
 
-    def _gather(self, slot: int, each: Gathering, messages: Ints) -> Ints:
+    def _gather(self, each: Gathering, members: Ints, messages: Ints) -> Ints:
         """Count a gather or a broadcast; bytes that every rank receives by it."""
-        members = np.array(self._table.chunks.parts.sets.members[each.group.ranks])
         count, pieces, shared = len(members), each.stream.pieces, each.group.root == EVERYBODY
         own = sums(members[pieces.member], pieces.nbytes, self._world)
         total = int(own.sum())
@@ -232,8 +235,6 @@ class _Counter:
         self._sent += own * (count - 1)
         messages[members if shared else each.group.root] += count - 1
         share, here = each.stream.share, self._servers[members]
-        for name, nbytes in ((f"give {slot}", share * shared), (f"gather {slot}", share * (count if shared else 1))):
-            self._hold(name, np.where(np.isin(np.arange(self._world), members), nbytes, 0))
         if shared:
             moved = gather_crossing(share, here)
         else:

@@ -392,6 +392,20 @@ def test_more_ranks_that_gather_than_the_matrix_shows() -> None:
     assert [len(gather.ranks) for gather in plan.gathers] == [70]
 
 
+def test_buffers_of_ranks_that_gather_with_two_groups() -> None:
+    """Each rank numbers what it gathers itself: two of them gather with all first, two with a group of their own."""
+    source = source_of(Layout((1,), ((),)), [TensorMeta(name, DTYPES["U8"], (2048,)) for name in ("v", "w")])
+    groups, everybody = Layout((2, 2), ((1,),)), Layout((4,), ((),))
+    demands = [
+        *demands_for({"v": source.tensors["v"]}, groups, range(4)),
+        *demands_for({"w": source.tensors["w"]}, everybody, range(4)),
+    ]
+    table = decide(demands, 4, source.stored, ExchangeLimits(512, 256), None, Ways(groups=True))
+    plan = assert_played(table, source, source.whole, 512)
+    orders = [[gather.ranks for gather in each.gathers] for each in plan.rounds]
+    assert [(0, 1), (0, 1, 2, 3), (2, 3)] in orders
+
+
 @pytest.mark.parametrize("world", [2, 3, 8])
 def test_readers_have_alike_to_read(world: int) -> None:
     """Of what all want, and may not gather, each reads as much as any other."""
