@@ -20,7 +20,7 @@ share, which it broadcasts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,6 @@ from ms_ckpt_ext.core.exchange.tiers import teams_of
 
 _AT_ONCE = 1 << 14
 """Parts that are tried together, where all of them may fit."""
-_TABLE = 1 << 22
-"""Numbers that a table of rows and classes may have."""
 
 
 class Classes(NamedTuple):
@@ -100,8 +98,7 @@ def classes_of(chunks: Chunks, world: int) -> Classes:
 
 def _copies(rows: Rows, set_sizes: Ints) -> Ints:
     """Bytes that a reader of every row would send, were it not among the receivers itself."""
-    before = np.concatenate([[0], np.cumsum(rows.moved * set_sizes[rows.ranks])])
-    copies: Ints = np.diff(before[rows.start])
+    copies: Ints = np.add.reduceat(rows.moved * set_sizes[rows.ranks], rows.start[:-1])
     return copies
 
 
@@ -119,19 +116,9 @@ def _queue(chunks: Chunks) -> Ints:
     first, cuts = chunks.start[:-1], chunks.parts.rows.cuts
     first_demand = np.minimum.reduceat(chunks.parts.demand, first) if len(first) else first
     early = np.fromiter((cut.early for cut in cuts), bool, len(cuts))
-    late = ~early[chunks.parts.row[first]] if early.any() else np.zeros(len(first), bool)
-    order = np.lexsort((late, first_demand, chunks.reader))
+    order = np.lexsort((~early[chunks.parts.row[first]], first_demand, chunks.reader))
     kind = narrow(len(chunks.parts.row))
     return joined([entries_of(chunks.start, order[block])[1].astype(kind) for block in blocks(len(order))], kind)
-
-
-def _table(classes: Classes, rows: int) -> Optional[Ints]:
-    """Bytes that every class gets of every row; None where that would be too much to hold."""
-    count = len(classes.size)
-    if rows * count > _TABLE:
-        return None
-    owner, entry = entries_of(classes.start, np.arange(rows))
-    return sums(owner * count + classes.gets[entry], classes.nbytes[entry], rows * count).reshape(rows, count)
 
 
 class _Filler:
@@ -156,7 +143,6 @@ class _Filler:
         self._reads[gathered] = rows.nbytes[parts.row[gathered]]
         self._shares = shares_of(self._totals(chunks), limits)
         self._round = np.empty(len(parts.row), np.int32)
-        self._table = _table(classes, len(rows.nbytes))
 
     def _totals(self, chunks: Chunks) -> Shares:
         """What the ranks with the most of it read, send and receive in all; what a reader keeps counts as sent, too."""
@@ -168,7 +154,7 @@ class _Filler:
         owner, entry = entries_of(self._classes.start, np.arange(len(self._nbytes)))
         wanted = sums(self._classes.gets[entry], self._classes.nbytes[entry] * times[owner], len(self._classes.size))
         each = (column // self._members for column in (reads, sent))
-        return Shares(*(int(column.max(initial=0)) for column in (*each, wanted * self._carries)))
+        return Shares(*(int(column.max()) for column in (*each, wanted * self._carries)))
 
     def fill(self) -> Ints:
         number, most = 0, 1 << 8
@@ -200,7 +186,8 @@ class _Filler:
         readers = active[which]
         part = self._queue[self._head[readers] + entry - starts(counts)[which]]
         row = self._row[part]
-        own, got = self._totals_of(readers, row)
+        _, gets, nbytes, own = self._loads(readers, row)
+        got = sums(gets, nbytes, len(self._room))
         sent = sums(which, np.where(readers < self._world, self._copies[row] - own, self._nbytes[row]), len(active))
         reads = sums(which, self._reads[part], len(active))
         if (sent > self._sent[active]).any() or (reads > self._read[active]).any() or (got > self._room).any():
@@ -211,19 +198,6 @@ class _Filler:
         self._read[active] -= reads
         self._room -= got
         return True
-
-    def _totals_of(self, readers: Ints, row: Ints) -> tuple[Ints, Ints]:
-        """What every reader sends to itself of what it offers, and what every class gets of all."""
-        if self._table is None:
-            _, gets, nbytes, own = self._loads(readers, row)
-            return own, sums(gets, nbytes, len(self._room))
-        mine = self._class_of[readers]
-        own = np.where(mine < 0, 0, self._table[row, mine])
-        times = np.bincount(row, minlength=len(self._table))
-        some = np.flatnonzero(times)
-        got = (times[some, None] * self._table[some]).sum(axis=0)
-        alone = (mine >= 0) & (self._classes.size[mine] == 1)
-        return own, got - sums(mine[alone], own[alone], len(got))
 
     def _turn(self, active: Ints, number: int, empty: bool) -> Ints:
         """Every active reader offers its next part; returns those that may offer another."""
@@ -307,9 +281,9 @@ def gatherings(chunks: Chunks, round_of: Ints, world: int, most: int) -> Iterato
     parts = chunks.parts
     group = chunks.reader[chunks.of_part].astype(np.int64) - world
     numbers = np.flatnonzero(group >= 0)
-    order = numbers[np.lexsort((numbers, group[numbers], round_of[numbers]))]
-    key = round_of[order].astype(np.int64) * max(len(chunks.groups), 1) + group[order]
-    for same in np.split(order, np.flatnonzero(np.diff(key)) + 1):
+    order = numbers[np.lexsort((group[numbers], round_of[numbers]))]
+    differ = (np.diff(round_of[order]) != 0) | (np.diff(group[order]) != 0)
+    for same in np.split(order, np.flatnonzero(differ) + 1):
         if len(same):
             fed = chunks.groups[int(group[same[0]])]
             members = parts.sets.members[fed.ranks]
