@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, chunks_of
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits, Ways
-from ms_ckpt_ext.core.exchange.rounds import Shares, classes_of, rounds_of, shares_of, stream_of
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks_of
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits, Servers, Ways
+from ms_ckpt_ext.core.exchange.rounds import Shares, classes_of, gatherings, rounds_of, shares_of, stream_of
 from tests.core.exchange.test_chunks import ALONE, Part, apart, parts_of
 
 # Parts of a file: gaps before them (0: a neighbour of the one before) and lengths.
@@ -45,6 +45,8 @@ def test_a_stream_is_read_once_in_equal_shares(files: list[list[tuple[int, int]]
         assert memory[place : place + length].tobytes() == contents[where][start : start + length].tobytes()
     assert stream.pieces.nbytes.sum() == nbytes.sum()
     assert stream.share % ALIGNMENT == 0
+    follows = [False, *((a, b + n) == (c, d) for (a, b, n), (c, d, _) in zip(columns, columns[1:]))]
+    assert all(place % ALIGNMENT == 0 for place, neighbour in zip(stream.at.tolist(), follows) if not neighbour)
     assert memory.size <= nbytes.sum() + ALIGNMENT * (len(columns) + members)
 
 
@@ -68,8 +70,9 @@ def test_a_bucket_is_shared_out_as_the_whole_load_needs_it(totals: Shares, expec
     assert shares_of(totals, ExchangeLimits(800)) == expected
 
 
-def test_a_bucket_of_three_blocks_has_nothing_to_share_out() -> None:
-    assert shares_of(Shares(1, 2, 3), ExchangeLimits(40)) == Shares(16, 16, 16)
+@pytest.mark.parametrize("totals", [Shares(1, 2, 3), Shares(0, 0, 3)])
+def test_a_bucket_of_three_blocks_has_nothing_to_share_out(totals: Shares) -> None:
+    assert shares_of(totals, ExchangeLimits(40)) == Shares(16, 16, 16)
 
 
 WORLD = 5
@@ -213,6 +216,77 @@ def test_rounds_are_those_of_one_part_at_a_time(
     chunks = chunks_of(parts_of(parts[:4] if few else parts), WORLD, limits, sees, ways)
     found = rounds_of(chunks, classes_of(chunks, WORLD), limits, ways).tolist()
     assert found == Model(chunks, ways).rounds(limits)
+
+
+@given(laid())
+@settings(max_examples=50, deadline=None)
+def test_a_class_gets_of_every_row_what_each_of_its_ranks_gets(parts: list[Part]) -> None:
+    chunks = chunks_of(parts_of(parts), WORLD, ExchangeLimits(), None, ALONE)
+    classes, rows, members = classes_of(chunks, WORLD), chunks.parts.rows, chunks.parts.sets.members
+    assert Counter(classes.of_rank.tolist()) == dict(enumerate(classes.size.tolist()))
+    assert len(classes.start) == len(parts) + 1
+    for row in range(len(parts)):
+        gets = Counter[int]()
+        for entry in range(*classes.start[row : row + 2]):
+            gets[int(classes.gets[entry])] += int(classes.nbytes[entry])
+        for rank in range(WORLD):
+            wanted = [n for n in range(*rows.start[row : row + 2]) if rank in members[rows.ranks[n]]]
+            assert gets[int(classes.of_rank[rank])] == sum(rows.moved[wanted])
+
+
+def many(*wanted: tuple[int, tuple[int, ...]]) -> list[Part]:
+    """So many parts of 10 bytes each, no neighbours, that some ranks want."""
+    return apart(*((10, ranks) for count, ranks in wanted for _ in range(count)))
+
+
+@pytest.mark.parametrize(
+    ("parts", "servers", "rounds"),
+    [
+        # of 800 bytes rank 0 may read 225 a round and send 412: 40 of each of the first parts, none of the others
+        (many((20, (1, 2, 3, 4)), (20, (0,))), (), [10, 22, 8]),
+        # a rank may receive 155 a round, and each is sent 200
+        (many((20, (1,)), (20, (2,)), (20, (3,)), (20, (4,))), (), [15, 20, 20, 20, 5]),
+        # rank 0 may send 350 a round: one part to two ranks, and once to the other server
+        (many((20, (1, 2, 3, 4))), (0, 0, 0, 1, 1), [11, 9]),
+        # of 266 a round a rank may receive half; as much it may send on
+        (many((20, (1,)), (20, (2,))), (0, 0, 0, 1, 1), [13, 20, 7]),
+    ],
+)
+def test_a_round_ends_when_one_share_is_full(parts: list[Part], servers: Servers, rounds: list[int]) -> None:
+    limits, ways = ExchangeLimits(800, 4096), ALONE._replace(servers=servers, tiered=bool(servers))
+    chunks = chunks_of(parts_of(parts), WORLD, limits, {0: frozenset({0})}, ways)
+    found = rounds_of(chunks, classes_of(chunks, WORLD), limits, ways).tolist()
+    assert found == Model(chunks, ways).rounds(limits)
+    assert found == [number for number, count in enumerate(rounds) for _ in range(count)]
+
+
+def test_of_what_lies_in_memory_nothing_is_read_so_there_is_more_room_to_send() -> None:
+    """Of 800 bytes 350 are for sending, and as many for receiving."""
+    parts = parts_of([Part(0, 20 * n, 10, (1,)) for n in range(70)], holders=[(0,)])
+    limits = ExchangeLimits(800, 4096)
+    chunks = chunks_of(parts, 2, limits, None, ALONE)
+    assert rounds_of(chunks, classes_of(chunks, 2), limits, ALONE).tolist() == [0] * 35 + [1] * 35
+
+
+def test_a_group_is_fed_in_every_round_what_travels_in_it() -> None:
+    """Two groups, one of which is sent a broadcast as well, and a part that one rank reads."""
+    parts = parts_of([*apart(*[(500, (2, 3)), (500, (0, 1))] * 3), Part(1, 0, 500, (0, 1)), Part(2, 0, 10, (4,))])
+    sees = {0: frozenset(range(5)), 1: frozenset({1}), 2: frozenset({4})}
+    chunks = chunks_of(parts, 5, ExchangeLimits(128, 100), sees, Ways(groups=True, broadcast=True))
+    left, right = (parts.sets.number(ranks) for ranks in ((0, 1), (2, 3)))
+    found = [*gatherings(chunks, np.array([0, 0, 1, 1, 2, 1, 2, 1]), 5, 300)]
+    assert [(each.round, each.group, each.parts.tolist()) for each in found] == [
+        (0, FedGroup(left), [1]),
+        (0, FedGroup(right), [0]),
+        (1, FedGroup(left), [3, 5]),
+        (1, FedGroup(right), [2]),
+        (2, FedGroup(left, 1), [6]),
+        (2, FedGroup(right), [4]),
+    ]
+    reads = [[column.tolist() for column in found[number].stream.pieces] for number in (2, 4)]
+    assert reads[0] == [[0, 0, 1, 1], [0] * 4, [3000, 3300, 5000, 5300], [300, 200, 300, 200], [0, 300, 512, 812]]
+    assert reads[1] == [[1, 1], [1, 1], [0, 300], [300, 200], [0, 300]]
+    assert [found[number].stream.share for number in (2, 4)] == [512, 512]
 
 
 def test_a_part_with_two_boxes_for_one_rank_waits_until_there_is_room_for_both() -> None:
