@@ -19,14 +19,13 @@ import numpy as np
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, Servers
 from ms_ckpt_ext.core.exchange.ragged import Ints, Sets, joined, mixed, narrow, starts
 from ms_ckpt_ext.core.exchange.slices import Cut, Cutting, Travelling, cutting_of, travelling
-from ms_ckpt_ext.core.geometry.layout import Cell, slice_shape
+from ms_ckpt_ext.core.geometry.layout import slice_shape
 from ms_ckpt_ext.core.planning.io_units import Extent, Stored, ranges
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 
-_LONG = 8
-"""Cells whose holders are compared sooner than worked out anew."""
 Located = Union[Stored, Mapping[str, Extent]]
-"""Where stored tensors lie: a function of file and name, or, where all files are alike, name -> its one stretch."""
+"""Where stored tensors lie: a function of file and name; or name -> its one stretch, where all files are alike and
+nothing is computed."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class _Builder:
     def build(self, demands: Sequence[Demand]) -> Parts:
         made = [self._demand(number, demand) for number, demand in enumerate(demands)]
         rows, start = self._rows(), starts([len(m.geometry.cuts) for m in made])
-        wide = narrow(max(int(start[-1]), self._unit_start[-1]))
+        wide = narrow(int(start[-1]))  # there are as many parts as rows at least
         first = np.array(self._unit_start)[[m.unit for m in made]] - start[:-1]
         row = np.repeat(first.astype(wide), np.diff(start))
         row += np.arange(start[-1], dtype=wide)
@@ -175,10 +174,6 @@ class _Builder:
             found = self._key_of[id(mapping)] = self._keys.setdefault(content, len(self._keys))
         return found
 
-    def _holding(self, holders: Mapping[Cell, tuple[int, ...]]) -> Hashable:
-        """What is the same for mappings that hold the same; of a long one, its identity."""
-        return id(holders) if len(holders) > _LONG else tuple(holders.items())
-
     def _unit(self, key: Hashable, geometry: Cutting, wanted: Ints) -> int:
         """The number of the rows that this geometry has with these ranks; `wanted`: the set of them of every target."""
         unit = self._units.setdefault((key, wanted.tobytes()), len(self._unit_list))
@@ -195,7 +190,7 @@ class _Builder:
 
     def _files(self, key: Hashable, geometry: Cutting, tensor: SourceTensor) -> Ints:
         """For every slot the number of the set of files that hold it."""
-        where = (key, *(self._holding(placement.holders) for placement in tensor.placements))
+        where = (key, *(id(placement.holders) for placement in tensor.placements))
         found = self._files_of.get(where)
         if found is None:
             by_shape = {slice_shape(tensor.meta.shape, p.parts): p.holders for p in tensor.placements}
@@ -216,10 +211,10 @@ class _Builder:
 
     def _rows(self) -> Rows:
         cuts = [cut for geometry, _ in self._unit_list for cut in geometry.cuts]
-        start = starts(np.concatenate([[0], *(np.diff(geometry.start) for geometry, _ in self._unit_list)])[1:])
+        start = starts(joined([np.diff(geometry.start) for geometry, _ in self._unit_list]))
         ranks = joined([ranks for _, ranks in self._unit_list], np.int32)
         moved = joined([geometry.moved for geometry, _ in self._unit_list])
-        longest = max((int(geometry.nbytes.max(initial=0)) for geometry, _ in self._unit_list), default=0)
+        longest = max((cut.nbytes for cut in cuts), default=0)
         nbytes = joined([geometry.nbytes for geometry, _ in self._unit_list], narrow(longest))
         whole = np.fromiter(self._whole(cuts, start, ranks), np.int32, len(cuts))
         return Rows(cuts, nbytes, whole, start, ranks, moved, _interest(start, ranks, moved))
@@ -267,7 +262,7 @@ class _Builder:
             slot_of = slots.get(id(geometry)) or slots.setdefault(id(geometry), geometry.slot.tolist())
             known: dict[tuple[int, int], tuple[Extent, ...]] = {}
             for number, slot in enumerate(slot_of):
-                at = (slot if len(names) > 1 else 0, next(files))
+                at = (slot % len(names), next(files))
                 extents = known.get(at) or known.setdefault(at, self._stored(at[1], names[at[0]]))
                 if len(extents) > 1:
                     cut = geometry.cuts[number]
@@ -292,8 +287,6 @@ def _sizes(grid: Grid) -> Hashable:
 
 def _interest(start: Ints, ranks: Ints, moved: Ints) -> Ints:
     """Rows wanted by the same sets of ranks, and mostly by the same of them, get the same number."""
-    if len(start) == 1:
-        return np.empty(0, np.int64)
     most = np.repeat(np.maximum.reduceat(moved, start[:-1]), np.diff(start))
     wanted = mixed(ranks)
     content = wanted + np.where(2 * moved >= most, mixed(wanted), np.uint64(0))

@@ -45,7 +45,7 @@ class Delivery(NamedTuple):
     in_target: Region
     target_shape: Shape
     view: Optional[View]
-    into: int = 0
+    into: int
 
 
 class SlicePart(NamedTuple):
@@ -68,7 +68,7 @@ class SlicePart(NamedTuple):
     shape: Shape
     deliveries: tuple[Delivery, ...]
     dtype: DType
-    turn: float = 0.0
+    turn: float
     """Who carries it, in a tiered plan: see `core.exchange.tiers`."""
 
     @property
@@ -177,9 +177,11 @@ class ExchangePlan:
 
     def bytes_received(self) -> list[int]:
         """Payload bytes every rank gets from others."""
-        alike: dict[tuple[int, int], list[int]] = {}  # parts of one row read by one rank -> which, and how many
+        alike: dict[
+            tuple[int, Optional[int]], list[int]
+        ] = {}  # parts of one row read by one rank -> which, and how many
         for number, part in enumerate(self.parts):
-            reader = -1 if part.gathered else self.chunks[part.chunk].reader
+            reader = None if part.gathered else self.chunks[part.chunk].reader
             alike.setdefault((id(part.deliveries), reader), [number, 0])[1] += 1
         totals = [0] * self.world
         for (_, reader), (number, count) in alike.items():
@@ -309,7 +311,7 @@ def _parts(
     chunk_of = table.of_part
     stops = np.cumsum(rows.nbytes[parts.row])
     offset = stops - rows.nbytes[parts.row]
-    offset -= offset[table.start[:-1]][chunk_of] if len(offset) else 0
+    offset -= offset[table.start[:-1]][chunk_of]
     chunk_of, row_of = chunk_of[kept], parts.row[kept]
     whole = np.ones(len(row_of), bool) if rank is None else table.reader[chunk_of] == rank
     columns = (np.flatnonzero(kept), parts.demand[kept], number[chunk_of], offset[kept], row_of, whole)

@@ -51,7 +51,7 @@ class Cut(NamedTuple):
     shares: tuple[Share, ...]
     whole: bool
     dtype: DType
-    early: bool = False
+    early: bool
 
 
 class Placing(NamedTuple):
@@ -64,7 +64,7 @@ class Placing(NamedTuple):
     in_target: Region
     target_shape: Shape
     view: Optional[View]
-    into: int = 0
+    into: int
 
 
 @lru_cache(maxsize=8192)
@@ -84,7 +84,7 @@ def cuts_of(
         everyone: these are all ranks.
         early: see `Cut`.
     """
-    alike = everyone and all(need[0] == needs[0][0] for need in needs)
+    alike = everyone and len({need.in_source for need in needs}) == 1
     most = max(ALIGNMENT, min(limits.chunk, limits.least // (1 if alike else max(1, receivers))))
     found = []
     for box in _boxes(needs, shape, dtype, most):
@@ -165,7 +165,7 @@ class Slot(NamedTuple):
     cell: Cell
     files: tuple[int, ...]
     dtype: DType
-    kept: bool = False
+    kept: bool
 
 
 class Cutting(NamedTuple):

@@ -63,7 +63,7 @@ def gather_crossing(share: int, servers: Ints) -> Crossing:
     passed = share * (count - 1)
     leaves = servers != np.roll(servers, -1)
     arriving = np.zeros(count, np.int64)
-    arriving[first] = passed * np.bincount(np.roll(of_server, -1)[leaves], minlength=len(first))
+    arriving[first] = passed * np.bincount(of_server[leaves], minlength=len(first))  # it enters as often as it leaves
     return Crossing(np.where(leaves, 0, passed), np.where(leaves, passed, 0), arriving)
 
 
@@ -152,5 +152,5 @@ def hops(teams: Teams, servers: Ints, reader: Ints, turn: Ints, ranks: Ints, mov
     receiver, sender = teams.members[entry], reader[owner].astype(np.int64)
     chosen = (turn[owner] * teams.size[entry]).astype(np.int64)
     second = (servers[receiver] != servers[sender]) & (teams.place[entry] != chosen)
-    sender = np.where(second, teams.members[teams.first[entry] + np.where(second, chosen, 0)], sender)
+    sender = np.where(second, teams.members[teams.first[entry] + chosen], sender)
     return Hops(sender, receiver, moved[owner], second)

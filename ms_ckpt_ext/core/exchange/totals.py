@@ -106,11 +106,12 @@ class _Counter:
         gathered = list(table.gatherings())
         reads = self._reads = _all_reads(table, gathered)
         self._of_round = {n: list(some) for n, some in groupby(gathered, key=lambda each: each.round)}
-        self._held = _Held(reads, world, int(table.round_of.max(initial=-1)) + 1, prefetch)
+        self._rounds = int(table.round_of.max(initial=-1)) + 1
+        self._held = _Held(reads, world, self._rounds, prefetch)
 
     def count(self) -> RankTotals:
         table, world = self._table, self._world
-        order, start = _by_number(table.round_of, int(table.round_of.max(initial=-1)) + 1)
+        order, start = _by_number(table.round_of, self._rounds)
         counted = tuple(
             self._round(number, order[low:high]) for number, (low, high) in enumerate(zip(start, start[1:]))
         )
@@ -295,10 +296,8 @@ class _Reads(NamedTuple):
 def _all_reads(table: ExchangeTable, gathered: Sequence[Gathering]) -> _Reads:
     """The chunks that one rank reads, and the pieces of streams."""
     chunks, start = table.chunks, table.chunks.start[:-1]
-    none = np.empty(0, np.int64)
     alone = (chunks.reader < table.world) & (not chunks.parts.in_memory)
-    first = (np.minimum.reduceat(table.round_of, start) if len(start) else none)[alone]
-    last = (np.maximum.reduceat(table.round_of, start) if len(start) else none)[alone]
+    first, last = (by.reduceat(table.round_of, start)[alone] for by in (np.minimum, np.maximum))
     columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone], first, last]]
     for each in gathered:
         pieces = each.stream.pieces

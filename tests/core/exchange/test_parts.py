@@ -11,8 +11,10 @@ from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, Serve
 from ms_ckpt_ext.core.exchange.parts import Parts, parts_of
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.geometry.layout import Cell
+from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
+from ms_ckpt_ext.rules import Concat
 
 LIMITS = ExchangeLimits(bucket=1 << 10, chunk=16)
 """Parts have 16 bytes."""
@@ -149,6 +151,48 @@ def test_any_number_of_parameters_that_are_alike(count: int) -> None:
     assert found.demand.tolist() == [n for n in range(count) for _ in range(2)]
     assert found.offset.tolist() == [16 * n for n in range(2 * count)]
     assert len(found.rows.cuts) == 2
+
+
+@pytest.mark.parametrize("sizes", [(1, 130), (130, 1), (1, 130, 2, 300)])
+def test_parameters_of_few_and_of_many_parts(sizes: tuple[int, ...]) -> None:
+    """Rows of their own, numbered one after another, however many there are."""
+    demands = [
+        Demand(f"w{n}", whole_in(n, size=16 * size), (boxes({(0, 16 * size): (0,)}),)) for n, size in enumerate(sizes)
+    ]
+    found = parts_of(demands, 8, lambda _file, _name: (Extent(0, 16 * max(sizes)),), LIMITS)
+    assert found.row.tolist() == list(range(sum(sizes)))
+    assert found.demand.tolist() == [n for n, size in enumerate(sizes) for _ in range(size)]
+
+
+def test_parameters_of_one_shape_are_cut_apart() -> None:
+    """By the slices that there are, which boxes are wanted, and by how many ranks."""
+    left, right = (stored((128,), (2,), {cell: (0,)}) for cell in ((0,), (1,)))
+    wanted = [
+        (left, {(0, 64): (0,)}, [0]),
+        (left, {(32, 48): (0,)}, [32]),
+        (right, {(64, 128): (0,)}, [0]),
+        (left, {(0, 64): (0, 1, 2, 3)}, [0, 32]),  # four copies must fit 128 bytes
+        (stored((128,), (1,), {(0,): (0,)}), {(64, 128): (0,)}, [64]),
+    ]
+    demands = [Demand(f"w{n}", tensor, (boxes(boxes_),)) for n, (tensor, boxes_, _) in enumerate(wanted)]
+    limits = ExchangeLimits(bucket=1 << 10, chunk=128)
+    found = parts_of(demands, 8, lambda _file, _name: (Extent(0, 128),), limits)
+    assert [found.offset[found.demand == n].tolist() for n in range(5)] == [lying for *_, lying in wanted]
+
+
+def test_where_what_a_parameter_is_made_of_lies() -> None:
+    """Of two tensors in one file each slice has a place of its own."""
+    source = {name: whole_in(0, size=16)._replace(stored_name=name) for name in "ab"}
+    made = apply_rules(source, [Concat(["a", "b"], "t", axis=0)])["t"]
+    lying = {"a": (Extent(100, 16),), "b": (Extent(500, 16),)}
+    demand = Demand("t", made, (boxes({(0, 32): (0,)}),))
+    found = parts_of([demand], 8, lambda _file, name: lying[name], LIMITS)
+    assert found.offset.tolist() == [100, 500]
+
+
+def test_what_two_ranks_want_whole() -> None:
+    found = parts(whole_in(0, size=16), boxes({(0, 16): (2, 5)}))
+    assert [found.sets.members[number] for number in found.rows.whole] == [(2, 5)]
 
 
 def test_parameters_that_differ_in_who_wants_them_have_rows_of_their_own() -> None:

@@ -128,6 +128,16 @@ def test_up_to_64_ranks_have_a_row_of_the_matrix_each(world: int, group: int) ->
     assert total.matrix.sum() == 32
 
 
+def test_a_load_in_which_nothing_is_wanted() -> None:
+    table = table_of(count=0)
+    assert plan_of(table) == plan_of(table, 1) == ExchangePlan(3, (), (), (), ())
+    total = tally(table)
+    for column in (total.wanted, total.read, total.reads, total.sent, total.received, total.messages, total.staging):
+        assert column.tolist() == [0] * 3
+    assert (total.rounds, total.calls, total.crossing.tolist()) == ((), 0, [0])
+    assert (total.matrix.tolist(), total.files.tolist(), total.file_group) == ([[0] * 3] * 3, [[0]] * 3, 1)
+
+
 def test_rows_that_several_parameters_share_count_as_often() -> None:
     """Of 256 bytes a rank may read, keep and receive 85 each, of four vectors that it wants: two parts a round."""
     table = table_of({(0, 64): (1,)}, limits=ExchangeLimits(256, 32), count=4)

@@ -186,15 +186,15 @@ def assert_totals(total: RankTotals, made: Counted, plan: ExchangePlan, ways: Wa
     assert total.staging.tolist() == staging(made, plan, in_memory).tolist()
 
 
-def staging(made: Counted, plan: ExchangePlan, in_memory: bool) -> np.ndarray:
-    """Buffers of two rounds, and the chunks that are held at once when one round is read ahead."""
+def staging(made: Counted, plan: ExchangePlan, in_memory: bool, ahead: int = 1) -> np.ndarray:
+    """Buffers of two rounds, and the chunks that are held at once when so many rounds are read ahead."""
     buffers = min(2, len(plan.rounds)) * sum(made.buffers.values(), np.zeros(plan.world, np.int64))
     last = plan.last_use()
     first = {number: at for at, each in enumerate(plan.rounds) for number in each.chunks}
     read = () if in_memory else range(len(plan.chunks))
     most = np.zeros(plan.world, np.int64)
     for at in range(len(plan.rounds)):
-        held = [plan.chunks[n].reader for n in read if first[n] <= at + 1 and last[n] >= at]
+        held = [plan.chunks[n].reader for n in read if first[n] <= at + ahead and last[n] >= at]
         most = np.maximum(most, np.bincount(held, minlength=plan.world))
     return buffers + most * max((plan.chunks[n].nbytes for n in read), default=0)
 
@@ -224,6 +224,8 @@ def assert_played(
     assert_allowed(plan, table, sees)
     assert_within(plan, turns, bucket)
     assert_totals(tally(table), played.counted, plan, table.ways)
+    for ahead in (0, 2):
+        assert tally(table, ahead).staging.tolist() == staging(played.counted, plan, False, ahead).tolist()
     return plan
 
 

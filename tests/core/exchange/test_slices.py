@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
 from ms_ckpt_ext.core.exchange.slices import Placing, cuts_of, cutting_of
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
-from ms_ckpt_ext.rules import QKV, Stack
+from ms_ckpt_ext.rules import QKV, Concat, Stack
 
 
 def test_what_lies_between_is_no_part() -> None:
     """Of rows that are longer than a part only the pieces that someone wants."""
-    need = Placing(Region((0, 0), (2, 8)), Region((0, 0), (2, 8)), (2, 8), None)
+    need = Placing(Region((0, 0), (2, 8)), Region((0, 0), (2, 8)), (2, 8), None, 0)
     cuts = cuts_of((2, 64), (need,), 1, True, DTYPES["F64"], ExchangeLimits(bucket=1024, chunk=128))
     assert [(cut.offset, cut.nbytes) for cut in cuts] == [(0, 128), (512, 128)]
     assert sum(share.nbytes for cut in cuts for share in cut.shares) == 2 * 8 * 8
@@ -27,7 +30,7 @@ LARGE = ExchangeLimits(bucket=64 << 20, chunk=4 << 20)
 def rows_wanted(*spans: tuple[int, int]) -> tuple[Placing, ...]:
     """Boxes of rows of a slice of (1, 1024, 128) float64, a KiB each."""
     boxes = [Region((0, low, 0), (1, high, 128)) for low, high in spans]
-    return tuple(Placing(box, box, (1, 1024, 128), None) for box in boxes)
+    return tuple(Placing(box, box, (1, 1024, 128), None, 0) for box in boxes)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +67,61 @@ def test_copies_of_a_part_fit_a_round(
     assert max(cut.nbytes for cut in cuts) == nbytes
 
 
+@pytest.mark.parametrize(
+    ("sources", "targets", "nbytes"),
+    [
+        ([0, 0], [0, 512], 512 * KIB),  # one copy for all, wherever it lands
+        ([0, 512], [0, 0], 128 * KIB),  # what lands at one place is not the same
+    ],
+)
+def test_needs_are_alike_where_they_take_the_same(sources: list[int], targets: list[int], nbytes: int) -> None:
+    boxes = [[Region((0, low, 0), (1, low + 512, 128)) for low in some] for some in (sources, targets)]
+    needs = tuple(Placing(source, target, (1, 1024, 128), None, 0) for source, target in zip(*boxes))
+    cuts = cuts_of((1, 1024, 128), needs, 64, True, DTYPES["F64"], LARGE)
+    assert {cut.nbytes for cut in cuts} == {nbytes}
+
+
+@st.composite
+def long_boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
+    """A box, some of whose ends are those of the array."""
+    ends = [st.sampled_from([0, 1, extent // 2, extent - 1, extent]) | st.integers(0, extent) for extent in shape]
+    spans = [sorted(draw(st.lists(end, min_size=2, max_size=2, unique=True))) for end in ends]
+    return Region(tuple(low for low, _ in spans), tuple(high for _, high in spans))
+
+
+@given(st.lists(st.sampled_from([1, 2, 3, 700, 20_000]), min_size=1, max_size=3), st.integers(1, 40), st.data())
+def test_parts_are_contiguous_and_bring_all_that_is_needed(
+    extents: list[int], pieces: int, data: st.DataObject
+) -> None:
+    """Of slices large enough to be cut at what others need, into about so many pieces."""
+    shape, size = tuple(extents), 16
+    boxes = data.draw(st.lists(long_boxes(shape), min_size=1, max_size=3))
+    needs = tuple(Placing(box, Region.whole(box.shape), box.shape, None, 0) for box in boxes)
+    most = max(16, -(-np.prod(shape).item() * size // pieces))
+    cuts = cuts_of(shape, needs, 1, False, DTYPES["C128"], ExchangeLimits(8 * most, most))
+    brought, stop = [0] * len(needs), 0
+    for cut in cuts:
+        assert stop <= cut.offset and cut.nbytes == np.prod(cut.shape) * size <= most
+        stop = cut.offset + cut.nbytes
+        start = tuple(map(int, np.unravel_index(cut.offset // size, shape)))
+        thick = next((axis for axis, extent in enumerate(cut.shape) if extent > 1), len(shape))
+        assert cut.shape[thick + 1 :] == shape[thick + 1 :], "contiguous"
+        for share in cut.shares:
+            lies = Region(
+                *(tuple(a + b for a, b in zip(start, end)) for end in (share.in_part.start, share.in_part.stop))
+            )
+            assert lies.relative_to(boxes[share.need].start) == share.in_target
+            assert lies.intersect(boxes[share.need]) == lies and Region.whole(cut.shape).intersect(share.in_part)
+            brought[share.need] += share.in_part.size
+            assert share.nbytes == share.in_part.size * size
+        assert cut.whole == all(share.in_part == Region.whole(cut.shape) for share in cut.shares)
+    assert brought == [box.size for box in boxes]
+
+
 def test_a_row_in_the_middle_is_not_widened() -> None:
     """What lies in one index of an axis is contiguous along the next."""
     box = Region((1, 8), (2, 16))
-    (cut,) = cuts_of((4, 64), (Placing(box, box, (4, 64), None),), 1, False, DTYPES["U8"], LARGE)
+    (cut,) = cuts_of((4, 64), (Placing(box, box, (4, 64), None, 0),), 1, False, DTYPES["U8"], LARGE)
     assert (cut.shape, cut.offset, cut.nbytes, cut.whole, cut.early) == ((1, 8), 64 + 8, 8, True, False)
 
 
@@ -88,6 +142,16 @@ def test_whoever_takes_a_slice_several_times_counts_as_often(times: int, ranks: 
     cutting = cutting_of(Demand("t", made, (grid,)), 9, ExchangeLimits(bucket=96 * 8, chunk=1 << 10))
     assert cutting.nbytes.tolist() == [nbytes] * (96 // nbytes)
     assert cutting.offset.tolist() == list(range(96, 192, nbytes))
+
+
+@pytest.mark.parametrize(("rows", "nbytes"), [(96, 96), (97, 48), (144, 48)])
+def test_a_slice_that_is_taken_twice_in_part_counts_twice(rows: int, nbytes: int) -> None:
+    """All of it, and some of it again."""
+    source = {"a": stored_whole(TensorMeta("a", DTYPES["U8"], (96,)), (0,))}
+    made = apply_rules(source, [Concat(["a", "a"], "t", axis=0)])["t"]
+    grid = Grid((), {(0, rows): (0,)}, uneven=True)
+    cutting = cutting_of(Demand("t", made, (grid,)), 9, ExchangeLimits(bucket=96 * 8))
+    assert max(cutting.nbytes) == nbytes
 
 
 def test_what_a_rank_takes_in_several_pieces_counts_once() -> None:
