@@ -20,15 +20,21 @@ import ctypes, json, os, signal, sys, tempfile, time
 from pathlib import Path
 from tests.harness.hccl_worker import COUNT, INT8, U64, root_info
 
+if os.environ["MS_ROLE"] == "MS_SCHED":
+    raise SystemExit
 rank, folder = int(os.environ["RANK_ID"]), Path(sys.argv[1])
 hccl, comm = ctypes.CDLL("libhccl.so"), ctypes.c_void_p()
 assert hccl.HcclCommInitRootInfo(2, root_info(hccl, folder, rank), rank, ctypes.byref(comm)) == 0
 if rank == 1:
+    (folder / "met").touch()
     while not (folder / "sent").exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
-tempfile.mkstemp(prefix='left-')
+while not (folder / "met").exists():
+    time.sleep(0.01)
+os.environ["CANNEMU_TIMEOUT"] = "0"  # nothing will come
 assert hccl.HcclAllGather(bytes(COUNT), ctypes.create_string_buffer(2 * COUNT), U64(COUNT), INT8, comm, None) != 0
+tempfile.mkstemp(prefix="left-")
 print(json.dumps([[str(path), path.stat().st_size] for path in Path(tempfile.gettempdir()).rglob("*")]))
 (folder / "sent").touch()
 """
@@ -62,8 +68,7 @@ def test_files_of_a_killed_rank_are_removed(tmp_path: Path) -> None:
     """The message that it did not fetch, and a temporary file."""
     script = tmp_path / "script.py"
     script.write_text(_DIES)
-    env = {"CANNEMU_TIMEOUT": "1"}
-    result = run_msrun(script, tmp_path, ranks=2, tmp_path=tmp_path, device="ascend", env=env, expect_failure=True)
+    result = run_msrun(script, tmp_path, ranks=2, tmp_path=tmp_path, device="ascend", expect_failure=True)
     assert result.returncodes == (0, -signal.SIGKILL)
     seen = {Path(path): size for path, size in json.loads(result.worker(0).splitlines()[0])}
     (message,) = (path for path, size in seen.items() if path.parent.name.startswith("cannemu-") and size > COUNT)
