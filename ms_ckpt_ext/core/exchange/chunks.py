@@ -24,6 +24,8 @@ from ms_ckpt_ext.core.exchange.parts import Parts
 from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Ints, Sets, joined, narrow, ranks_alike, sums
 from ms_ckpt_ext.core.exchange.tiers import teams_of
 
+_AT_ONCE = 1 << 16
+"""Chunks of which numbers of Python's are made together."""
 EVERYBODY = -1
 """Instead of a rank: all of a group, in equal shares."""
 
@@ -78,59 +80,52 @@ def chunks_of(parts: Parts, world: int, limits: ExchangeLimits, sees: Optional[S
         sees = {number: frozenset(ranks) for number, ranks in enumerate(parts.holders)}
     whole = parts.rows.whole[row].astype(np.int64)
     whole[np.isin(start[:-1], list(parts.scattered))] = -1
-    feeds = _feeding(parts, whole, nbytes, world, limits, ways)
-    whole[~feeds[whole]] = -1
+    feeds = (whole >= 0) & _feeding(parts, whole, nbytes, world, limits, ways)[whole]
+    fed = np.zeros(len(row), bool)
+    fed[feeds] = _all_see(parts, whole[feeds], file[feeds], sees)
     root = np.full(len(row), EVERYBODY, np.int64)
-    single = (whole < 0) | ~_all_see(parts, whole, file, sees)
-    root[single] = _readers(parts, row[single], nbytes[single], file[single], world, sees)
-    if single.any():
-        copied = single & ~_broadcast(parts, whole, root, ways)
-        whole[copied] = -1
-    groups, reader = _numbered(parts, whole, root, world)
+    root[~fed] = _readers(parts, row[~fed], nbytes[~fed], file[~fed], world, sees)
+    feeds &= ~fed
+    fed[feeds] = _broadcast(parts, whole[feeds], root[feeds], ways)
+    groups, reader = _numbered(parts, whole, root, fed, world)
     return Chunks(parts, start, nbytes, file, reader, groups)
 
 
-def _numbered(parts: Parts, whole: Ints, root: Ints, world: int) -> tuple[tuple[FedGroup, ...], Ints]:
+def _numbered(parts: Parts, whole: Ints, root: Ints, fed: Ints, world: int) -> tuple[tuple[FedGroup, ...], Ints]:
     """The groups that are fed, and of every chunk the reader: a rank, or a group's number behind the ranks."""
-    key = np.where(whole < 0, -1, whole * (world + 1) + root + 1)
-    keys, place = np.unique(key, return_inverse=True)
-    found = {int(n): FedGroup(int(n) // (world + 1), int(n) % (world + 1) - 1) for n in keys if n >= 0}
-    order = sorted(found, key=lambda n: (parts.sets.members[found[n].ranks], found[n].root))
-    number = {n: world + at for at, n in enumerate(order)}
-    of_key = np.array([number.get(int(n), -1) for n in keys], np.int64)
-    reader = np.where(whole < 0, root, of_key[place]).astype(narrow(world + len(order)))
+    keys, place = np.unique(whole[fed] * (world + 1) + root[fed] + 1, return_inverse=True)
+    found = [FedGroup(key // (world + 1), key % (world + 1) - 1) for key in keys.tolist()]
+    order = sorted(range(len(found)), key=lambda n: (parts.sets.members[found[n].ranks], found[n].root))
+    reader = root.astype(narrow(world + len(found)))
+    reader[fed] = world + np.argsort(order)[place]
     return tuple(found[n] for n in order), reader
 
 
 def _feeding(parts: Parts, whole: Ints, nbytes: Ints, world: int, limits: ExchangeLimits, ways: Ways) -> Ints:
-    """By number of a set, and one more for none, whether it is fed as a group: all ranks; ranks that are alike in all
-    they want, and want more than a round of it."""
-    feeds = np.zeros(len(parts.sets.members) + 1, bool)
-    numbers, place = np.unique(whole, return_inverse=True)
-    carried = sums(place, nbytes, len(numbers)).tolist()
-    alike = {tuple(group) for group in ranks_alike(parts.sets, world)} if ways.groups or ways.known else set()
-    for number, total in zip(numbers.tolist(), carried):
-        members = parts.sets.members[number] if number >= 0 else ()
-        worth = len(members) == world or (members in alike and total > limits.bucket)
-        feeds[number] = number >= 0 and worth and ways.may_gather(members, world)
-    return feeds
+    """By number of a set whether it may be fed as a group: all ranks; ranks that are alike in all they want, and want
+    more than a round of it."""
+    some, sets = whole >= 0, parts.sets
+    carried = sums(whole[some], nbytes[some], len(sets.members)).tolist()
+    alike = {tuple(group) for group in ranks_alike(sets, world)} if ways.groups or ways.known else set()
+    feeds = [
+        (len(members) == world or (total > limits.bucket and members in alike)) and ways.may_gather(members, world)
+        for members, total in zip(sets.members, carried)
+    ]
+    return np.array(feeds, bool)
 
 
 def _all_see(parts: Parts, whole: Ints, file: Ints, sees: Optional[Sees]) -> Ints:
-    """Of every chunk that a set of ranks wants whole, whether all of them see its file."""
+    """Of every chunk that a set of ranks is fed, whether all of them see its file."""
     if sees is None:
         return np.ones(len(whole), bool)
-    members = {n: frozenset(parts.sets.members[n]) for n in np.unique(whole).tolist() if n >= 0}
-    pairs = zip(whole.tolist(), file.tolist())
-    return np.array([n >= 0 and members[n] <= sees[f] for n, f in pairs], bool)
+    members = {n: frozenset(parts.sets.members[n]) for n in np.unique(whole).tolist()}
+    return np.array([members[n] <= sees[f] for n, f in zip(whole.tolist(), file.tolist())], bool)
 
 
 def _broadcast(parts: Parts, whole: Ints, root: Ints, ways: Ways) -> Ints:
-    """Of every chunk that one rank reads, whether it broadcasts it to a group that it is in."""
-    if parts.in_memory or not ways.broadcast:
-        return np.zeros(len(whole), bool)
+    """Of every chunk that one rank reads for a set, whether it is one of them and broadcasts it."""
     pairs = zip(whole.tolist(), root.tolist())
-    return np.array([n >= 0 and r in parts.sets.members[n] for n, r in pairs], bool)
+    return np.array([ways.broadcast and r in parts.sets.members[n] for n, r in pairs], bool)
 
 
 def _whole_files(file: Ints) -> Iterator[tuple[int, int]]:
@@ -152,14 +147,12 @@ def _cut(parts: Parts, low: int, high: int, most: int) -> tuple[Ints, Ints]:
     whole = parts.rows.whole[row]
     begins[1:] = (file[1:] != file[:-1]) | (interest[1:] != interest[:-1]) | (whole[1:] != whole[:-1])
     begins[1:] |= np.diff(offset) != np.diff(before)[:-1]
-    for number in parts.scattered:
-        if low <= number < high:
-            begins[number - low : number - low + 2] = True
+    alone = np.isin(np.arange(low, high), list(parts.scattered))
+    begins |= alone
+    begins[1:] |= alone[:-1]
     runs = np.append(np.flatnonzero(begins), len(begins))
     at, stop = runs[:-1], runs[1:]
     while len(at):  # every run at once: fill a chunk, go on with what is left
-        longer = before[stop] - before[at] > most
-        at, stop = at[longer], stop[longer]
         at = np.maximum(np.searchsorted(before, before[at] + most, side="right") - 1, at + 1)
         at, stop = at[at < stop], stop[at < stop]
         begins[at] = True
@@ -172,11 +165,8 @@ def _cut(parts: Parts, low: int, high: int, most: int) -> tuple[Ints, Ints]:
 def _readers(parts: Parts, row: Ints, nbytes: Ints, file: Ints, world: int, sees: Optional[Sees]) -> Ints:
     combination = parts.rows.interest[row]
     if sees is not None:
-        views = _views(file, sees)
-        combination = combination.astype(np.int64) * (int(views.max(initial=0)) + 1) + views
-        combination = np.unique(combination, return_inverse=True)[1]
-    example = np.zeros(int(combination.max(initial=-1)) + 1, np.int64)
-    example[combination] = np.arange(len(row), dtype=np.int32)  # any will do
+        combination = combination.astype(np.int64) * len(sees) + _views(file, sees)
+    _, example, combination = np.unique(combination, return_index=True, return_inverse=True)  # any of them will do
     everyone = range(world)
     candidates = [
         _candidates(parts, int(row[n]), everyone if sees is None else sorted(sees[int(file[n])])) for n in example
@@ -188,8 +178,7 @@ def _readers(parts: Parts, row: Ints, nbytes: Ints, file: Ints, world: int, sees
     rest = np.flatnonzero(~settled)
     rest = rest[np.lexsort((-nbytes[rest], flexible[rest]))]
     least = _LeastLoaded(candidates, load)
-    for low in range(0, len(rest), 1 << 16):
-        numbers = rest[low : low + (1 << 16)]
+    for numbers in np.split(rest, range(_AT_ONCE, len(rest), _AT_ONCE)):
         chosen = map(least.take, combination[numbers].tolist(), nbytes[numbers].tolist())
         reader[numbers] = np.fromiter(chosen, reader.dtype, len(numbers))
     return reader
@@ -209,10 +198,12 @@ def _candidates(parts: Parts, row: int, able: range | list[int]) -> tuple[int, .
     wanting = []
     for entry in range(rows.start[row], rows.start[row + 1]):
         members = parts.sets.members[rows.ranks[entry]]
-        wanting.append((rows.moved[entry], members if seen is None else tuple(filter(seen.__contains__, members))))
-    most = max((moved for moved, ranks in wanting if ranks), default=0)
-    keen = {rank for moved, ranks in wanting if 2 * moved >= most for rank in ranks}
-    return tuple(sorted(keen)) or tuple(able)
+        if ranks := members if seen is None else tuple(filter(seen.__contains__, members)):
+            wanting.append((rows.moved[entry], ranks))
+    if not wanting:
+        return tuple(able)
+    most = max(moved for moved, _ in wanting)
+    return tuple(sorted({rank for moved, ranks in wanting if 2 * moved >= most for rank in ranks}))
 
 
 class _LeastLoaded:
@@ -224,20 +215,13 @@ class _LeastLoaded:
 
     def take(self, which: int, nbytes: int) -> int:
         """The reader of a chunk of `nbytes` with candidates number `which`."""
-        load, ranks = self._load, self._candidates[which]
-        if len(ranks) <= 4:
-            rank = min(ranks, key=load.__getitem__)
-            load[rank] += nbytes
-            return rank
-        heap = self._heaps.get(which)
+        load, heap = self._load, self._heaps.get(which)
         if heap is None:
-            heap = self._heaps[which] = [(load[rank], rank) for rank in ranks]
-            heapq.heapify(heap)
-        while heap[0][0] != load[heap[0][1]]:  # read for others meanwhile
+            heap = self._heaps[which] = sorted((load[rank], rank) for rank in self._candidates[which])
+        while heap[0][0] != load[heap[0][1]]:  # read something meanwhile
             heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
         rank = heap[0][1]
         load[rank] += nbytes
-        heapq.heapreplace(heap, (load[rank], rank))
         return rank
 
 

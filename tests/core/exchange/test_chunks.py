@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, Moving, chunks_of, concerning, moving
 from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Servers, Ways
 from ms_ckpt_ext.core.exchange.parts import Parts, Rows
-from ms_ckpt_ext.core.exchange.ragged import Sets, starts
+from ms_ckpt_ext.core.exchange.ragged import ROWS_AT_ONCE, Sets, starts
 from ms_ckpt_ext.core.exchange.slices import Cut
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.core.planning.io_units import Extent
@@ -40,7 +41,8 @@ def parts_of(parts: Sequence[Part], scattered: Sequence[int] = (), holders: Sequ
     assert sorted(parts, key=lambda part: part[:2]) == list(parts)
     whole = [sets.number(w[0][0]) if len(w) == 1 and w[0][1] == p.nbytes else -1 for p, w in zip(parts, wanted)]
     whole = [number if number < 0 or len(sets.members[number]) > 1 else -1 for number in whole]
-    alike = [tuple(ranks for ranks, _ in each) for each in wanted]
+    most = [max(moved for _, moved in each) for each in wanted]
+    alike = [tuple((ranks, 2 * moved >= m) for ranks, moved in each) for each, m in zip(wanted, most)]
     cuts = tuple(Cut((part.nbytes,), 0, part.nbytes, (), True, DTYPES["U8"], part.early) for part in parts)
     rows = Rows(
         cuts,
@@ -80,7 +82,9 @@ def run(*sizes: int, ranks: tuple[int, ...] = (0,), file: int = 0) -> list[Part]
         (run(30, 150, 30), (), [0, 1, 2]),
         ([Part(0, 0, 10, (0,)), Part(0, 11, 10, (0,))], (), [0, 1]),  # a byte lies between them
         ([Part(0, 0, 10, (0,)), Part(1, 10, 10, (0,))], (), [0, 1]),
-        ([Part(0, 0, 10, (0,)), Part(0, 10, 10, (1,))], (), [0, 1]),  # others want it
+        ([*run(10, 10), *run(10, 10, file=1)], (), [0, 2]),
+        ([Part(0, 10 * n, 10, (rank,)) for n, rank in enumerate((0, 1, 1, 0))], (), [0, 1, 3]),  # others want it
+        ([Part(0, 10 * n, 10, (0, 1), moved=moved) for n, moved in enumerate((None, 5, 5))], (), [0, 1]),  # not whole
         (run(10, 10, 10, 10), (1,), [0, 1, 2]),  # in several stretches: by itself
         (run(10, 10, 10), (0,), [0, 1]),
         (run(10, 10, 10), (2,), [0, 2]),
@@ -95,6 +99,24 @@ def test_neighbours_that_the_same_ranks_want_are_one_read(
     sizes = [part.nbytes for part in parts]
     assert chunks.nbytes.tolist() == [sum(sizes[a:b]) for a, b in zip(expected, [*expected[1:], len(sizes)])]
     assert chunks.file.tolist() == [parts[number].file for number in expected]
+
+
+def test_more_parts_than_are_worked_on_at_once() -> None:
+    """Two files come to a block, two behind it; chunks number as many as fill a block of theirs and more."""
+    files = (ROWS_AT_ONCE - 10, 100, 1 << 17, 10)
+    file = np.repeat(np.arange(4), files)
+    offset = np.concatenate([np.arange(count) for count in files])
+    offset[file == 2] *= 2
+    offset[(file == 1) & (offset >= 50)] += 1
+    count, behind = len(file), sum(files[:3])
+    parts = parts_of([Part(0, 0, 1, (0, 1))])
+    lying = {behind + 3: (Extent(0, 1), Extent(7, 1))}
+    parts = replace(parts, demand=np.zeros(count, int), row=np.zeros(count, int), file=file, offset=offset)
+    chunks = chunks_of(replace(parts, scattered=lying), 2, ExchangeLimits(16 << 20, 2 << 20), None, ALONE)
+    starts = [0, files[0], files[0] + 50, *range(sum(files[:2]), behind), behind, behind + 3, behind + 4, count]
+    assert chunks.start.tolist() == starts
+    assert chunks.nbytes.tolist() == np.diff(starts).tolist()
+    assert chunks.reader.tolist() == [0] + [1] * (len(starts) - 2), "who reads the longest reads nothing else"
 
 
 def apart(*wanted: tuple[int, tuple[int, ...]]) -> list[Part]:
@@ -148,6 +170,15 @@ def test_files_that_different_ranks_see() -> None:
     parts = [Part(0, 0, 10, (0, 1)), Part(1, 0, 10, (0, 1)), Part(2, 0, 10, (0, 1))]
     sees = {0: frozenset({1}), 1: frozenset({0}), 2: frozenset({1})}
     assert chunks_of(parts_of(parts), 2, LIMITS, sees, ALONE).reader.tolist() == [1, 0, 1]
+
+
+def test_wishes_of_different_ranks_for_files_that_different_ranks_see() -> None:
+    """Some pair of ranks for every wish and every file."""
+    wishes = ((0, 1), (2, 3), (4, 5))
+    seen = ((0, 2, 4), (1, 3, 5))
+    parts = [Part(file, 20 * n, 10, ranks) for file in range(2) for n, ranks in enumerate(wishes)]
+    sees = {file: frozenset(ranks) for file, ranks in enumerate(seen)}
+    assert chunks_of(parts_of(parts), 6, LIMITS, sees, ALONE).reader.tolist() == [0, 2, 4, 1, 3, 5]
 
 
 WIDE = (0, 1, 2)
