@@ -9,7 +9,7 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 
 home=${MS_CKPT_EXT_MATRIX:-$ROOT/.matrix}
-tests=(tests/formats tests/api/mindspore tests/engine/files/test_encrypt.py tests/bridge tests/stock tests/live tests/test_package.py)
+tests=(tests/formats tests/api/mindspore tests/engine/files/test_encrypt.py tests/engine/files/test_encrypt_digests.py tests/bridge tests/stock tests/live tests/test_package.py)
 pairs=("$@")
 if [[ $# == 0 ]]; then
   pairs=(2.7.2:3.11 2.8.0:3.11 2.9.0:3.11 2.10.0:3.11 2.9.0:3.9 2.10.0:3.10 2.10.0:3.12 none:{3.9,3.10,3.11,3.12})

@@ -13,8 +13,8 @@ from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetens
 from ms_ckpt_ext.engine.resume.candidates import candidates
 from ms_ckpt_ext.engine.resume.sightings import look
 from ms_ckpt_ext.errors import DiscoveryError, UsageError
-from tests.engine.files.test_convert import KEY, write_ckpt
 from tests.support.checkpoints import merge, source, tree
+from tests.support.formats import KEY, write_ckpt
 
 NAMES = ["qwen2.5-7b", "run.ckpt", "v1.0.safetensors", "step.300", "map.json"]
 

@@ -21,6 +21,7 @@ from ms_ckpt_ext.formats.crypto import DecryptingReader
 from ms_ckpt_ext.formats.index import FileIndex, FileLayout, TensorSpec
 from ms_ckpt_ext.storage.reader import ByteReader, PlainReader
 from tests.support.encrypted import in_blocks
+from tests.support.memory import contents
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -131,14 +132,6 @@ def test_pieces_cut_by_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
         entry = ckpt.read_index(reader).tensors["w"]
         assert len(entry.extents) > 1 and entry.shape == (5, 700)
         assert contents(reader, entry) == bytes(data.get_bytes())
-
-
-def contents(reader: ByteReader, entry: Any) -> bytes:
-    out, done = bytearray(entry.nbytes), 0
-    for extent in entry.extents:
-        reader.read_into(extent.offset, memoryview(out)[done : done + extent.length])
-        done += extent.length
-    return bytes(out)
 
 
 def as_stock(reader: ByteReader, index: FileIndex) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,11 @@ from safetensors.numpy import save_file
 
 from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.errors import CheckpointError, FormatError, TruncatedFileError, UsageError
-from ms_ckpt_ext.formats import safetensors, safetensors_header
-from ms_ckpt_ext.formats.index import FileIndex, TensorSpec
-from ms_ckpt_ext.formats.registry import read_index
-from tests.support.damage import memory_limit, time_limit
+from ms_ckpt_ext.formats import safetensors
+from ms_ckpt_ext.formats.index import TensorSpec
+from tests.formats.test_safetensors_memory import DENSE, items, keys
 from tests.support.memory import MemoryReader
-
-
-def index(raw: bytes) -> FileIndex:
-    return safetensors.read_index(MemoryReader(raw, "a.safetensors"))
-
-
-def file_of(header: Any, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
+from tests.support.safetensors_file import file_of, index
 
 
 def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
@@ -228,20 +218,6 @@ def test_mutations_give_the_right_data_or_our_error(changes: list[tuple[int, int
     assert sum(e.nbytes for e in found.tensors.values()) == found.size - 8 - int.from_bytes(raw[:8], "little")
 
 
-def framed(header: bytes) -> bytes:
-    return len(header).to_bytes(8, "little") + header
-
-
-def items(piece: str) -> str:
-    """An entry that is as long as one may be."""
-    return f'{{"x":{{"shape":[{",".join([piece] * (safetensors_header.MAX_MEMBER // (len(piece) + 1) - 9))}]}}}}'
-
-
-def keys(value: str) -> str:
-    return "{" + ",".join(f'"{n:x}":{value}' for n in range(12_000)) + "}"
-
-
-DENSE = {piece: items(piece) for piece in ("999", "1e9", "true", "[]", "{}", "[[]]", "[999]", '{"":[]}', '{"a":1}')}
 DENSE |= {
     piece: items(piece) for piece in ('"ab"', '"\u4e2d"', '"\U0001f600"', '{"a":{"b":{"c":{}}}}', '{"a":1,"b":2}')
 }
@@ -261,24 +237,6 @@ DENSE |= {
 }
 
 
-@pytest.mark.parametrize("text", DENSE.values(), ids=DENSE)
-def test_a_header_becomes_no_more_than_the_file_justifies(text: str) -> None:
-    """Ten times its text, and for one member, which is parsed alone, what JSON of its length may become."""
-    data = framed(text.encode())
-    with time_limit(), memory_limit(10 * len(data) + 40 * safetensors_header.MAX_MEMBER), suppress(FormatError):
-        safetensors.read_index(MemoryReader(data))
-
-
-def test_notes_are_no_more_than_tensors_could_be() -> None:
-    for count in (10, 11):
-        text = bytearray(json.dumps({"__metadata__": {str(n): "Int4" for n in range(count)}}).encode())
-        if count == 10:
-            assert len(safetensors_header.read_header(text, pytest.fail, most=10)) == count
-        else:
-            with pytest.raises(safetensors_header.HeaderError, match="more than 10 entries"):
-                safetensors_header.read_header(text, pytest.fail, most=10)
-
-
 @pytest.mark.parametrize(
     "shape, words",
     [
@@ -289,16 +247,16 @@ def test_notes_are_no_more_than_tensors_could_be() -> None:
 )
 def test_shapes_that_no_array_has(shape: list[int], words: str) -> None:
     for legal in ([0] * 32, [0, 2**60]):
-        found = index(framed(json.dumps({"w": {"dtype": "F32", "shape": legal, "data_offsets": [0, 0]}}).encode()))
+        found = index(file_of(json.dumps({"w": {"dtype": "F32", "shape": legal, "data_offsets": [0, 0]}}).encode()))
         assert np.empty(0, np.float32).reshape(found.tensors["w"].shape).shape == tuple(legal)
     with pytest.raises(FormatError, match=words):
-        index(framed(json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()))
+        index(file_of(json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()))
 
 
 def test_marks_in_names_and_notes_are_text() -> None:
     notes = {"config": json.dumps([[[]]] * 1000), "quote": '\\"[[[[' * 1000}
     entry = {"dtype": "I8", "shape": [], "data_offsets": [0, 1]}
-    data = framed(json.dumps({"__metadata__": notes, "[" * 1000: entry}).encode()) + b"7"
+    data = file_of(json.dumps({"__metadata__": notes, "[" * 1000: entry}).encode()) + b"7"
     found = safetensors.read_index(MemoryReader(data))
     assert list(found.tensors) == ["[" * 1000] and found.metadata == notes
 
@@ -309,47 +267,24 @@ def test_members_in_any_form_that_json_has() -> None:
         "\\u0062\\"" : {"dtype":"F32","shape":[],"data_offsets":[8,12],"more":{"x":["]}",null]}},
         "__metadata__" : { "\\u0066" : "\\n" , "g":"" } ,
         "\xc3\xbc":{"dtype" :"F32", "shape":[0 , 3],"data_offsets":[12,12]}} """
-    found = index(framed(text) + bytes(12))
+    found = index(file_of(text) + bytes(12))
     assert [(n, e.dtype.name, e.shape) for n, e in found.tensors.items()] == [
         ("a", "F32", (2,)),
         ('b"', "F32", ()),
         ("ü", "F32", (0, 3)),
     ]
     assert found.metadata == {"f": "\n", "g": ""}
-    loaded = library.deserialize(framed(text) + bytes(12))
+    loaded = library.deserialize(file_of(text) + bytes(12))
     assert [(name, tuple(each["shape"])) for name, each in sorted(loaded)] == [("a", (2,)), ('b"', ()), ("ü", (0, 3))]
-
-
-def many(count: int) -> bytes:
-    piece = b'"l.%d.w":{"dtype":"F32","shape":[1],"data_offsets":[%d,%d]}'
-    return framed(b"{" + b",".join(piece % (n, 4 * n, 4 * n + 4) for n in range(count)) + b"}") + bytes(4 * count)
-
-
-@pytest.mark.parametrize("count", [1, 40_000])
-def test_objects_take_six_times_the_text(count: int) -> None:
-    """Half of what the library takes."""
-    data = many(count)
-    with memory_limit(6 * len(data) + (1 << 16)):
-        assert len(index(data).tensors) == count
-
-
-def test_a_table_of_very_many_tensors(tmp_path: Path) -> None:
-    path, count = tmp_path / "many.safetensors", 210_000
-    path.write_bytes(many(count))
-    found = read_index(str(path))
-    last = found.tensors[f"l.{count - 1}.w"]
-    assert (len(found.tensors), last.shape, last.extents) == (count, (1,), ((found.size - 4, 4),))
-    with library.safe_open(path, "np") as file:
-        assert len(file.keys()) == count
 
 
 @pytest.mark.parametrize(
     "text", [b'{"__metadata__":null,"w":%b}', b'{"w":%b, "__metadata__" : null }', b'{"w":%b,"__metadata__":{}}']
 )
 def test_null_metadata_are_none(text: bytes, tmp_path: Path) -> None:
-    data = framed(text % json.dumps(entry()).encode()) + bytes(8)
+    data = file_of(text % json.dumps(entry()).encode()) + bytes(8)
     assert (index(data).metadata, list(index(data).tensors)) == ({}, ["w"])
     (tmp_path / "n.safetensors").write_bytes(data)
     with library.safe_open(tmp_path / "n.safetensors", "np") as file:
         assert list(file.keys()) == ["w"]
-    assert index(framed(b'{"__metadata__":null}')).tensors == {}
+    assert index(file_of(b'{"__metadata__":null}')).tensors == {}

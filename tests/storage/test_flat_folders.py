@@ -23,8 +23,9 @@ from ms_ckpt_ext import (
 from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import MANIFEST_NAME, load_manifest
 from ms_ckpt_ext.storage import publishing
-from tests.engine.files.test_convert import KEY, contents, write_ckpt
 from tests.support.checkpoints import merge, source, tree
+from tests.support.formats import KEY, write_ckpt
+from tests.support.formats import contents_and_notes as contents
 
 RANKS = range(6)
 

@@ -20,7 +20,6 @@ from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.errors import StorageError
 from ms_ckpt_ext.storage.publishing import OBSTACLE, is_unfinished
-from tests.engine.files.test_convert import write_ckpt
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, tree
 from tests.support.dying import (
     Before,
@@ -34,6 +33,7 @@ from tests.support.dying import (
     removes,
     survives,
 )
+from tests.support.formats import write_ckpt
 from tests.support.machine import booted
 
 PARTS = {"part_bytes": 9000}

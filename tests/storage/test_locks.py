@@ -6,10 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
-import signal
-import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Optional
@@ -18,11 +15,11 @@ import pytest
 
 from ms_ckpt_ext import errors
 from ms_ckpt_ext.api.jobs import reshard
-from ms_ckpt_ext.engine.integrity import manifest
 from ms_ckpt_ext.storage.publishing import OBSTACLE
-from ms_ckpt_ext.storage.staging import ONE_TASK, Staging
+from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import merge, source
 from tests.support.machine import system_call
+from tests.support.staged import staged
 
 
 def cut(root: Path, target: Path, rank: Any = None) -> Any:
@@ -67,13 +64,6 @@ def test_a_lock_that_is_held(code: int, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 NETS = [f"rank_{rank}/net.safetensors" for rank in range(4)]
-
-
-def staged(target: Path, names: Collection[str], job: str = "1234", task: str = ONE_TASK) -> Staging:
-    """A run that writes these files, and goes on until it is closed."""
-    staging = Staging(str(target), job, manifest, task)
-    staging.open(names)
-    return staging
 
 
 def test_a_lock_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,86 +230,6 @@ def test_one_job_shared_out_in_two_ways(running: str, tmp_path: Path) -> None:
     for staging in (second, third):
         staging.abandon([])
         staging.close()
-
-
-@pytest.fixture
-def everybodys() -> Iterator[Path]:
-    """A folder that every user may enter, which pytest's are not."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        yield Path(folder)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
-@pytest.mark.parametrize("mask", [0o022, 0o002])
-def test_two_users_of_one_target(mask: int, everybodys: Path) -> None:
-    """Whatever may be written by whom, files that another user's run writes are seen, and others can be written."""
-    target = everybodys / "out"
-    target.mkdir()
-    os.chown(target, -1, 2000)
-    target.chmod(0o2775)
-
-    def refused() -> None:
-        with pytest.raises(errors.StorageError, match="another run is writing into"):
-            staged(target, ["a.ckpt"], "5678")
-        other = staged(target, ["b.ckpt"], "5678")
-        other.abandon([])
-        other.close()
-
-    first = as_user(2001, mask, lambda: staged(target, ["a.ckpt"]), stay=True)
-    try:
-        as_user(2002, mask, refused)
-        assert (target / ".ms_ckpt_ext/1234/task-1-of-1.lock").exists()
-    finally:
-        os.kill(first, signal.SIGKILL)
-        os.waitpid(first, 0)
-
-
-def as_user(user: int, mask: int, do: Callable[[], Any], stay: bool = False) -> int:
-    """Do something in a process of another user, which ends, or stays when it has done it; its number."""
-    ready, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setgroups([])
-            os.setgid(2000)
-            os.setuid(user)
-            os.umask(mask)
-            kept = do()
-            os.write(tell, b"done")
-            if stay:
-                signal.pause()
-            del kept
-        finally:
-            os._exit(1)
-    os.close(tell)
-    told = os.read(ready, 4)
-    os.close(ready)
-    if not stay:
-        os.waitpid(child, 0)
-    assert told == b"done"
-    return child
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become two other users")
-def test_another_users_folder_that_cannot_be_removed(everybodys: Path) -> None:
-    everybodys.chmod(0o1777)
-
-    def refused() -> None:
-        with pytest.raises(errors.StorageError, match="cannot remove .*5678.*have its owner remove it"):
-            staged(everybodys, ["part0.safetensors"])
-        other = staged(everybodys, ["part1.safetensors"])
-        other.abandon([])
-        other.close()
-
-    def left() -> None:
-        dead = staged(everybodys, ["part0.safetensors"], "5678")
-        (dead.folder / "part0.safetensors").touch()
-        dead.close()
-
-    as_user(2001, 0o022, left)
-    as_user(2002, 0o022, refused)
-    assert (everybodys / ".ms_ckpt_ext/5678/part0.safetensors").exists()
 
 
 def test_a_target_that_vanishes_while_it_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,10 @@ from ms_ckpt_ext import (
 from ms_ckpt_ext.engine.resume.records import Record, home_of, read_records, write_record
 from ms_ckpt_ext.formats.strategies.file import load_strategy, save_strategy
 from ms_ckpt_ext.storage.linux import derived
-from tests.engine.files.test_convert import KEY, contents, write_ckpt
 from tests.support.checkpoints import source, tree
 from tests.support.dying import changes_names, nth, survives
+from tests.support.formats import KEY, write_ckpt
+from tests.support.formats import contents_and_notes as contents
 
 
 def long(ending: str, length: int, letter: str = "q") -> str:

@@ -1,16 +1,25 @@
-"""The golden `formats_*` sets as sources, and encrypted copies of them."""
+"""The golden `formats_*` sets as sources, encrypted copies of them, and a `.ckpt` with all that is odd."""
 
 from __future__ import annotations
 
 import shutil
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+import numpy as np
+
+from ms_ckpt_ext.core.geometry.array import DTYPES
+from ms_ckpt_ext.formats import ckpt_writer
+from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import PLAIN, Access, open_reader, read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import Stored, read_file, shard
 from tests.support.encrypted import in_blocks, in_chunks
+from tests.support.memory import contents as bytes_of
 
+CASE = "formats_dp2_tp4_zero"
 KEY = b"0123456789ABCDEF"
 """The key of the golden files."""
 WRONG = b"0123456789abcdef"
@@ -70,13 +79,36 @@ def scalars_of(golden: Path, case: str, kind: str = "safetensors") -> dict[str, 
 def contents(path: Path, access: Access = PLAIN) -> dict[str, Stored]:
     """Every tensor of a file, by the package's own readers."""
     index = read_index(str(path), access)
-    found = {}
     with open_reader(str(path), access) as reader:
-        for name, entry in index.tensors.items():
-            data = b""
-            for offset, length in entry.extents:
-                part = bytearray(length)
-                reader.read_into(offset, memoryview(part))
-                data += part
-            found[name] = Stored(entry.dtype.name, entry.shape, data)
-    return found
+        return {name: Stored(e.dtype.name, e.shape, bytes_of(reader, e)) for name, e in index.tensors.items()}
+
+
+def contents_and_notes(path: Path, access: Access = PLAIN) -> dict[str, tuple[Any, ...]]:
+    """Every tensor of a file as `contents` gives it, and what is noted of it."""
+    notes = read_index(str(path), access).metadata
+    return {name: (*stored, notes.get(name)) for name, stored in contents(path, access).items()}
+
+
+def write_ckpt(path: Path, crc: bool = False, piece: int = 64, more: Sequence[TensorSpec] = ()) -> Path:
+    """A `.ckpt` with all that is odd: text, scalars, no elements, packed int4, several values of one tensor."""
+    specs = [
+        TensorSpec("z.weight", DTYPES["F32"], (7, 9)),
+        TensorSpec("a.bias", DTYPES["BF16"], (5,)),
+        TensorSpec("global_step", DTYPES["I32"], (1,)),
+        TensorSpec("learning_rate", DTYPES["F32"], ()),
+        TensorSpec("none", DTYPES["F32"], (0, 3)),
+        TensorSpec("note", DTYPES["STR"], (4,)),
+        TensorSpec("packed", DTYPES["I8"], (6,)),
+        *more,
+    ]
+    laid = ckpt_writer.layout(specs, crc=crc, metadata={"packed": "Int4"}, piece=piece)
+    raw = bytearray(np.random.default_rng(1).bytes(laid.size))
+    for offset, literal in laid.literals:
+        raw[offset : offset + len(literal)] = literal
+    ((offset, length),) = laid.tensors["note"].extents
+    raw[offset : offset + length] = "nöte".encode("utf-32-le")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if crc:
+        raw[-17:] = ckpt_writer.crc_tail(zlib.crc32(raw[:-17]))
+    path.write_bytes(raw)
+    return path

@@ -1,11 +1,12 @@
-"""A file in memory, as what reads a file sees it."""
+"""A file in memory, as what reads a file sees it, and what a reader has of a tensor."""
 
 from __future__ import annotations
 
 from typing import Optional
 
 from ms_ckpt_ext.errors import TruncatedFileError
-from ms_ckpt_ext.storage.reader import Traits
+from ms_ckpt_ext.formats.index import TensorEntry
+from ms_ckpt_ext.storage.reader import ByteReader, Traits
 
 
 class MemoryReader:
@@ -35,3 +36,13 @@ class MemoryReader:
 
     def __exit__(self, *_: object) -> None:
         pass
+
+
+def contents(reader: ByteReader, entry: TensorEntry) -> bytes:
+    """All bytes of a tensor."""
+    out = bytearray(entry.nbytes)
+    done = 0
+    for extent in entry.extents:
+        reader.read_into(extent.offset, memoryview(out)[done : done + extent.length])
+        done += extent.length
+    return bytes(out)

@@ -61,3 +61,10 @@ def step_of(chosen: Optional[Chosen]) -> Any:
     value = chosen.scalars["global_step"]
     assert not isinstance(value, str)
     return value.item() - 7  # see tests.support.checkpoints.scalars
+
+
+def no_note(root: Path) -> None:
+    """Step 20 is not noted as complete, nor by rank 3."""
+    folder = root / "ms_ckpt_ext" / "net-1_20.safetensors"
+    (folder / "complete.json").unlink()
+    (folder / "rank_3.json").unlink()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import re
 import socket
 import threading
 import time
-import weakref
-from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 
@@ -25,43 +21,13 @@ from ms_ckpt_ext.transport.rendezvous.addresses import Address
 from ms_ckpt_ext.transport.rendezvous.cells import CELL_BYTES, CELL_ROOM
 from ms_ckpt_ext.transport.rendezvous.greeting import Guest, Unwelcome
 from ms_ckpt_ext.transport.rendezvous.search import arrive
+from tests.support.control import die, forever, job
 from tests.support.waiting import SOON, comes
-
-
-def job(size: int, fn: Callable[[ControlPlane], Any], timeout: float = 60.0) -> list[Any]:
-    """Run `fn` on every rank of a control plane and give what each returned or raised."""
-
-    def work(t: LocalTransport) -> Any:
-        plane = ControlPlane(t.rank, size, timeout)
-        plane.enter(t.share)
-        t.share(b"")  # nobody dies before everybody is connected
-        try:
-            return fn(plane)
-        except Exception as error:
-            return error
-        finally:
-            t.share(b"")  # nobody leaves before everybody is through
-            plane.close()
-            plane.close()
-
-    began = time.monotonic()
-    results = LocalWorld(size).run(work)
-    assert time.monotonic() - began < SOON, "somebody hung"
-    return results
-
-
-def die(plane: ControlPlane) -> None:
-    """What the kernel does to the connection of a killed process."""
-    plane._socket.shutdown(socket.SHUT_RDWR)
 
 
 def listening() -> list[threading.Thread]:
     """Threads that a control plane has to itself."""
     return [t for t in threading.enumerate() if t.name in ("ms_ckpt_ext control", "ms_ckpt_ext hub")]
-
-
-def forever() -> None:
-    threading.Event().wait(100)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -122,80 +88,6 @@ def test_a_rank_that_does_not_come_is_named_after_the_timeout() -> None:
         assert "ranks 1, 2 did not come within 1 s" in str(error)
 
 
-def test_guard_gives_the_result_and_translates_the_backends_error() -> None:
-    def fail() -> None:
-        raise RuntimeError("HcclAllGather failed, ret:9\n\n-----\n- C++ Call Stack\n-----\nfile.cc:12")
-
-    def work(plane: ControlPlane) -> Any:
-        assert plane.guard(lambda: 42, "thinking") == 42
-        return plane.guard(fail, "all_gather of 12 bytes")
-
-    (error,) = job(1, work)
-    assert type(error) is TransportError and isinstance(error.__cause__, RuntimeError)
-    assert "rank 0: all_gather of 12 bytes failed: RuntimeError: HcclAllGather failed, ret:9" in str(error)
-
-
-class Held:
-    """What a call refers to: a device's buffer, say."""
-
-
-@pytest.fixture
-def without_gc() -> Iterator[None]:
-    gc.disable()
-    yield
-    gc.enable()
-
-
-@pytest.mark.usefixtures("without_gc")
-@pytest.mark.parametrize("fails", [False, True])
-def test_guard_frees_what_the_call_held_and_keeps_its_thread_for_the_next(fails: bool) -> None:
-    """A thread that ends, or frees a tensor, while MindSpore takes itself down at exit may crash the process."""
-
-    def work(plane: ControlPlane) -> list[int]:
-        held = Held()
-        gone = weakref.ref(held)
-        threads = []
-
-        def blocking(_held: Held = held) -> None:
-            threads.append(threading.get_ident())
-            if fails:
-                raise ValueError("no")
-
-        for _ in range(3):
-            with contextlib.suppress(ValueError):
-                plane.guard(blocking, "thinking")
-        del held, blocking
-        assert gone() is None
-        return threads
-
-    ((first, *others),) = job(1, work)
-    assert others == [first, first] and first != threading.get_ident()
-    assert first in {thread.ident for thread in threading.enumerate()}
-
-
-@pytest.mark.usefixtures("without_gc")
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_call_that_was_given_up_frees_what_it_held_when_it_returns(fails: bool) -> None:
-    release = threading.Event()
-
-    def work(plane: ControlPlane) -> weakref.ref[Held]:
-        held = Held()
-
-        def blocking(_held: Held = held) -> None:
-            release.wait(10)
-            if fails:
-                raise ValueError("no")
-
-        with pytest.raises(TransportError, match="waited"):
-            plane.guard(blocking, "thinking")
-        return weakref.ref(held)
-
-    (held,) = job(1, work, timeout=0.1)
-    assert held() is not None
-    release.set()
-    assert comes(lambda: held() is None)
-
-
 def test_rank_0_does_not_wait_for_the_living_when_it_knows_of_a_death() -> None:
     def work(plane: ControlPlane) -> float:
         if plane.rank == 2:
@@ -215,25 +107,6 @@ def test_rank_0_does_not_wait_for_the_living_when_it_knows_of_a_death() -> None:
 def test_nobody_listens_after_close() -> None:
     assert job(3, lambda plane: bool(listening())) == [True] * 3
     assert not listening()
-
-
-def test_guard_ends_after_the_timeout() -> None:
-    (error,) = job(1, lambda plane: plane.guard(forever, "a long exchange"), timeout=0.5)
-    assert type(error) is TransportError and "waited 0.5 s in a long exchange" in str(error)
-
-
-def test_a_backend_error_followed_by_news_of_a_death_names_the_dead() -> None:
-    def fail() -> None:
-        raise RuntimeError("AllGather failed.")
-
-    def work(plane: ControlPlane) -> Any:
-        if plane.rank == 1:
-            time.sleep(0.5)
-            return die(plane)
-        return plane.guard(fail, "all_gather")
-
-    error = job(2, work)[0]
-    assert isinstance(error, PeerError) and error.rank == 1
 
 
 def test_strangers_are_turned_away() -> None:

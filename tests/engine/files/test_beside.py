@@ -18,8 +18,9 @@ from ms_ckpt_ext.errors import DiscoveryError
 from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
-from tests.engine.files.test_convert import KEY, contents, write_ckpt
 from tests.support.checkpoints import source, tree
+from tests.support.formats import KEY, write_ckpt
+from tests.support.formats import contents_and_notes as contents
 
 VALUES = {"w": np.arange(12, dtype="f4").reshape(3, 4), "b": np.ones(3, "f2"), "step": np.array(7, "i4")}
 

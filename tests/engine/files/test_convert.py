@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_ckpt_ext import ckpt_to_safetensors, convert, decrypt, encrypt, safetensors_to_ckpt, unified_safetensors
-from ms_ckpt_ext.core.geometry.array import DTYPES
 from ms_ckpt_ext.errors import (
     ArgumentTypeError,
     ChecksumError,
@@ -25,56 +22,14 @@ from ms_ckpt_ext.errors import (
     StorageError,
     UsageError,
 )
-from ms_ckpt_ext.formats import ckpt_writer, registry
+from ms_ckpt_ext.formats import registry
 from ms_ckpt_ext.formats.crypto import Key
-from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access
 from tests.support.checkpoints import assert_nothing_complete, tree
 from tests.support.damage import time_limit
 from tests.support.dying import changes_names, completes, nth, survives
-
-KEY = b"0123456789ABCDEF"
-CASE = "formats_dp2_tp4_zero"
-
-
-def contents(path: Path, access: Access = registry.PLAIN) -> dict[str, tuple[Any, ...]]:
-    """Everything a checkpoint file holds, by the package's readers."""
-    index = registry.read_index(str(path), access)
-    found: dict[str, tuple[Any, ...]] = {}
-    with registry.open_reader(str(path), access) as reader:
-        for name, entry in index.tensors.items():
-            data = b""
-            for offset, length in entry.extents:
-                part = bytearray(length)
-                reader.read_into(offset, memoryview(part))
-                data += part
-            found[name] = (entry.dtype.name, entry.shape, data, index.metadata.get(name))
-    return found
-
-
-def write_ckpt(path: Path, crc: bool = False, piece: int = 64, more: Sequence[TensorSpec] = ()) -> Path:
-    """A `.ckpt` with all that is odd: text, scalars, no elements, packed int4, several values of one tensor."""
-    specs = [
-        TensorSpec("z.weight", DTYPES["F32"], (7, 9)),
-        TensorSpec("a.bias", DTYPES["BF16"], (5,)),
-        TensorSpec("global_step", DTYPES["I32"], (1,)),
-        TensorSpec("learning_rate", DTYPES["F32"], ()),
-        TensorSpec("none", DTYPES["F32"], (0, 3)),
-        TensorSpec("note", DTYPES["STR"], (4,)),
-        TensorSpec("packed", DTYPES["I8"], (6,)),
-        *more,
-    ]
-    laid = ckpt_writer.layout(specs, crc=crc, metadata={"packed": "Int4"}, piece=piece)
-    raw = bytearray(np.random.default_rng(1).bytes(laid.size))
-    for offset, literal in laid.literals:
-        raw[offset : offset + len(literal)] = literal
-    ((offset, length),) = laid.tensors["note"].extents
-    raw[offset : offset + length] = "nöte".encode("utf-32-le")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if crc:
-        raw[-17:] = ckpt_writer.crc_tail(zlib.crc32(raw[:-17]))
-    path.write_bytes(raw)
-    return path
+from tests.support.formats import CASE, KEY, write_ckpt
+from tests.support.formats import contents_and_notes as contents
 
 
 def test_a_file_without_parameters(tmp_path: Path) -> None:

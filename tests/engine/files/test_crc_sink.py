@@ -18,7 +18,7 @@ from ms_ckpt_ext.formats.checksum import crc_of
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.storage.reader import PlainReader
 from ms_ckpt_ext.storage.sink import FileSink
-from tests.engine.files.test_convert import KEY
+from tests.support.formats import KEY
 from tests.support.machine import watch_reads
 
 SPECS = [

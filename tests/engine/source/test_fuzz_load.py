@@ -13,8 +13,8 @@ from hypothesis import given, settings
 
 from ms_ckpt_ext import convert, encrypt, load
 from ms_ckpt_ext.errors import CheckpointError
-from tests.engine.files.test_convert import KEY, write_ckpt
 from tests.support.damage import edits, mutate, survives
+from tests.support.formats import KEY, write_ckpt
 
 AUTHENTICATED = ("AES-GCM", "chunked", "sealed safetensors")
 

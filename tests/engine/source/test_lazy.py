@@ -31,8 +31,9 @@ from ms_ckpt_ext.formats import ckpt_writer
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.index import TensorSpec
 from ms_ckpt_ext.formats.registry import Access, read_index
-from tests.engine.files.test_convert import CASE, KEY, contents, write_ckpt
 from tests.support.checkpoints import FULL, arrays, read_file, scalars, source
+from tests.support.formats import CASE, KEY, write_ckpt
+from tests.support.formats import contents_and_notes as contents
 
 KIB = 1 << 10
 
