@@ -237,7 +237,7 @@ class _Builder:
         members = self._replicas.members
         replicas = joined([m.replicas for m in made], narrow(len(members)))
         most = max(map(max, members), default=0)
-        file = np.array([files[0] for files in members], narrow(most))[replicas]
+        file = np.array([first for first, *_ in members], narrow(most))[replicas]
         several = np.flatnonzero(np.array([len(files) > 1 for files in members], bool)[replicas])
         order = several[np.argsort(replicas[several], kind="stable")]
         for group in np.split(order, np.flatnonzero(np.diff(replicas[order])) + 1):
@@ -249,10 +249,10 @@ class _Builder:
 
     def _offsets(self, made: Sequence[_Made], start: Ints, file: Ints) -> tuple[Ints, Mapping[int, tuple[Extent, ...]]]:
         """Where every part begins in its file, and the extents of those that do not lie in one stretch."""
-        offset = joined([m.geometry.offset for m in made], self._offset_type(made))
+        offset = joined([m.geometry.offset for m in made], self._offset_type())
         scattered: dict[int, tuple[Extent, ...]] = {}
         if isinstance(self._stored, Mapping):
-            begin = np.array([self._stored[m.names[0]].offset for m in made], offset.dtype)
+            begin = np.array([self._stored[name].offset for m in made for name in m.names], offset.dtype)
             offset += np.repeat(begin, np.diff(start))
             return offset, scattered
         begins, files = [], iter(file.tolist())
@@ -264,21 +264,21 @@ class _Builder:
             for number, slot in enumerate(slot_of):
                 at = (slot % len(names), next(files))
                 extents = known.get(at) or known.setdefault(at, self._stored(at[1], names[at[0]]))
-                if len(extents) > 1:
+                first, *others = extents
+                if others:
                     cut = geometry.cuts[number]
                     lying = tuple(ranges(extents, cut.offset, cut.nbytes))
                     begins.append(lying[0].offset - cut.offset)
                     if len(lying) > 1:
                         scattered[low + number] = lying
                 else:
-                    begins.append(extents[0].offset)
+                    begins.append(first.offset)
         return offset + np.array(begins, np.int64), scattered
 
-    def _offset_type(self, made: Sequence[_Made]) -> Any:
+    def _offset_type(self) -> Any:
         if not isinstance(self._stored, Mapping):
             return np.int64
-        ends = (self._stored[m.names[0]].offset + m.geometry.offset.max(initial=0) for m in made)
-        return narrow(max(ends, default=0))
+        return narrow(max((extent.offset + extent.length for extent in self._stored.values()), default=0))
 
 
 def _sizes(grid: Grid) -> Hashable:

@@ -103,6 +103,12 @@ def test_what_all_want_they_gather() -> None:
     assert plan.last_use() == {0: 0, 1: 0, -1: 0}
 
 
+@pytest.mark.parametrize(("wanted", "some"), [({(0, 64): (0, 1, 2)}, [False]), ({(0, 64): (1, 2)}, [True]), (TWO, [])])
+def test_groups_of_some_ranks(wanted: Wanted, some: list[bool]) -> None:
+    table = table_of(wanted, Ways(groups=True), limits=ExchangeLimits(48, 16))
+    assert [table.is_of_some(group) for group in table.chunks.groups] == some
+
+
 def test_every_round_gathers_its_own_parts() -> None:
     """Of 64 bytes that three ranks want each may receive 25 a round: one part of 16."""
     plan = plan_of(table_of({(0, 64): (0, 1, 2)}, limits=ExchangeLimits(64, 16)))
