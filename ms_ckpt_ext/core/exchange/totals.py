@@ -172,8 +172,7 @@ class _Counter:
         home = sender // self._group * self._groups + receiver // self._group
         self._matrix += sums(home, nbytes, self._groups**2)
         messages = np.zeros(self._world, np.int64)
-        for hop, names in enumerate((("send", "receive"), ("send on", "receive late"))):
-            now = second == bool(hop)
+        for now, *names in ((~second, "send", "receive"), (second, "send on", "receive late")):
             self._calls += bool(now.any())
             messages += self._pairs(sender[now], receiver[now], nbytes[now], *names)
         return received, messages

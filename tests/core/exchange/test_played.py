@@ -366,11 +366,12 @@ def test_memory_to_memory(case: Pair, dtypes: list[DType], data: st.DataObject) 
         assert played.counted.payload[far, rank].sum() == (wanted & ~held[near].any(0)).sum() * width
 
 
-def test_more_ranks_and_files_than_the_matrix_shows() -> None:
+@pytest.mark.parametrize("tiered", [False, True])
+def test_more_ranks_and_files_than_the_matrix_shows(tiered: bool) -> None:
     """Totals of groups of neighbours."""
     before, after = Layout((130,), ((0,), ())), Layout((65, 2), ((), (0,)))
     source = source_of(before, [TensorMeta("w", DTYPES["F32"], (130, 66))])
-    ways = Ways(gather=False, servers=tuple(rank // 8 for rank in range(130)))
+    ways = Ways(gather=False, servers=tuple(rank // 8 for rank in range(130)), tiered=tiered)
     demands = demands_for(source.tensors, after, range(130))
     limits = ExchangeLimits(1 << 20, 1 << 12)
     plan = assert_played(decide(demands, 130, source.stored, limits, None, ways), source, source.whole, 1 << 20)
@@ -427,3 +428,17 @@ def test_one_rank_broadcasts_where_another_does_not_see_the_file(blind: tuple[in
     table = decide(demands, 4, source.stored, ExchangeLimits(1 << 16, 256), sees, Ways(broadcast=True))
     plan = assert_played(table, source, source.whole, 1 << 16, sees)
     assert {gather.root != EVERYBODY for gather in plan.gathers} == {roots}
+
+
+@pytest.mark.parametrize("blind", [(), (3,)])
+@pytest.mark.parametrize("servers", [(0, 0, 1, 1), (0, 1, 0, 1), (0, 0, 0, 1), (0, 1, 2, 2)])
+def test_what_groups_are_fed_crosses_between_servers(servers: tuple[int, ...], blind: tuple[int, ...]) -> None:
+    """By gathers, or by broadcasts where a rank does not see the file: what leaves a server comes to another."""
+    source = source_of(Layout((1,), ((), ())), [TensorMeta("w", DTYPES["F32"], (48, 64))])
+    demands = demands_for(source.tensors, Layout((4,), ((), ())), range(4))
+    sees = {0: frozenset(range(4)) - frozenset(blind)}
+    ways = Ways(broadcast=True, servers=servers)
+    table = decide(demands, 4, source.stored, ExchangeLimits(1 << 14, 256), sees, ways)
+    assert_played(table, source, source.whole, 1 << 14, sees)
+    total = tally(table)
+    assert total.between.sum() == total.crossing.sum() >= max(servers) * 48 * 64 * 4

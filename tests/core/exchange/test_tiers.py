@@ -36,6 +36,7 @@ def test_ranks_that_share_a_server(ranks: tuple[int, ...], shares: bool) -> None
         ((0, 0, 1, 1, 2, 2), [30] * 6, [20] * 6, [40, 0, 40, 0, 40, 0]),
         ((0, 0, 1), [20, 0, 0], [0, 20, 20], [20, 0, 20]),  # a ring: every share but its own passes each edge
         ((0, 1, 0, 0), [0, 0, 30, 30], [30, 30, 0, 0], [30, 30, 0, 0]),
+        ((0, 1, 0, 1, 0), [0, 0, 0, 0, 40], [40, 40, 40, 40, 0], [80, 80, 0, 0, 0]),  # it comes to both servers twice
     ],
 )
 def test_what_a_gather_of_shares_of_ten_bytes_moves(
