@@ -23,8 +23,22 @@ Bytes = np.ndarray
 
 
 def elements(data: Bytes, dtype: DType) -> np.ndarray:
-    """Flat bytes as elements, each a row of bytes."""
-    return data.reshape(-1, dtype.bits // 8)
+    """Flat bytes as elements, each a row of bytes; of a packed type, as bytes."""
+    return data.reshape(-1, dtype.bits // 8 or 1)
+
+
+def scaled(shape: Shape, dtype: DType) -> Shape:
+    """A shape in elements; of a packed type, in bytes, of which the last axis has whole ones."""
+    if not dtype.bits % 8:
+        return shape
+    last, rest = divmod(shape[-1] * dtype.bits, 8)
+    assert not rest
+    return (*shape[:-1], last)
+
+
+def scaled_box(box: Region, dtype: DType) -> Region:
+    """A box, as `scaled`."""
+    return Region(scaled(box.start, dtype), scaled(box.stop, dtype))
 
 
 class Hop(NamedTuple):
@@ -66,19 +80,20 @@ class Box:
     """What one rank wants of a demand, or computes with: contents, and how often each element was placed."""
 
     def __init__(self, shape: Shape, dtype: DType) -> None:
-        self.shape = shape
-        self.contents = np.zeros((prod(shape), dtype.bits // 8), np.uint8)
-        self.times = np.zeros((prod(shape), 1), np.uint8)
+        self.shape, self._dtype = shape, dtype
+        self.contents = elements(np.zeros(dtype.nbytes(prod(shape)), np.uint8), dtype)
+        self.times = np.zeros((len(self.contents), 1), np.uint8)
 
     def place(self, piece: np.ndarray, in_target: Region, view: Optional[View]) -> None:
         """Place elements of `in_target`, row-major."""
-        self._seen(self.times, in_target, view)[in_target.slices] += 1
-        where = self._seen(self.contents, in_target, view)[in_target.slices]
+        box = scaled_box(in_target, self._dtype)
+        self._seen(self.times, in_target, view)[box.slices] += 1
+        where = self._seen(self.contents, in_target, view)[box.slices]
         where[...] = piece.reshape(where.shape)
 
     def _seen(self, held: np.ndarray, in_target: Region, view: Optional[View]) -> np.ndarray:
         if view is None:
-            return held.reshape(*self.shape, held.shape[1])
+            return held.reshape(*scaled(self.shape, self._dtype), held.shape[1])
         last = view.offset + sum((high - 1) * stride for high, stride in zip(in_target.stop, view.strides))
         assert 0 <= view.offset <= last < len(held)
         steps = (*(stride * held.strides[0] for stride in view.strides), held.strides[1])
@@ -182,8 +197,9 @@ class Played:
 
     def _cut(self, item: Item, part: Bytes) -> np.ndarray:
         """The box of a part that a delivery wants."""
-        whole = elements(part, item.part.dtype).reshape(*item.part.shape, -1)
-        return whole[item.delivery.in_part.slices]
+        dtype = item.part.dtype
+        whole = elements(part, dtype).reshape(*scaled(item.part.shape, dtype), -1)
+        return whole[scaled_box(item.delivery.in_part, dtype).slices]
 
     def _land(self, rank: int, item: Item, piece: np.ndarray) -> None:
         delivery = item.delivery
@@ -224,7 +240,9 @@ class Played:
         for rank, incoming in enumerate(items):
             stops = np.cumsum(counts[rank])
             for item in incoming:
-                assert item.offset % min(item.part.dtype.bits // 8, ALIGNMENT) == 0, "views of a device are aligned"
+                assert item.offset % min(item.part.dtype.bits // 8 or 1, ALIGNMENT) == 0, (
+                    "views of a device are aligned"
+                )
                 self._land(rank, item, elements(got[rank][item.offset :][: item.nbytes], item.part.dtype))
                 sender = int(np.searchsorted(stops, item.offset, side="right"))
                 self._moved(sender, rank, item.nbytes)

@@ -26,7 +26,7 @@ from ms_ckpt_ext.core.planning.assembly import assembled
 from ms_ckpt_ext.core.planning.io_units import Extent
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 from ms_ckpt_ext.rules import QKV, AddProduct, Concat, Scale, Stack, Transpose
-from tests.support.played import Bytes, Counted, Played, hops_of
+from tests.support.played import Bytes, Counted, Played, hops_of, scaled, scaled_box
 from tests.support.strategies import pairs
 
 GAP = 40
@@ -77,10 +77,11 @@ def source_of(
     pieces: dict[int, list[Bytes]] = {}
     for meta in metas:
         found.tensors[meta.name] = SourceTensor(meta, meta.name, (Placement(layout.parts, holders, holders),))
-        whole = rng.integers(0, 256, (*meta.shape, meta.dtype.bits // 8), np.uint8)
+        whole = rng.integers(0, 256, (*scaled(meta.shape, meta.dtype), meta.dtype.bits // 8 or 1), np.uint8)
         found.whole[meta.name] = whole
         for cell, files in holders.items():
-            data = whole[cell_region(cell, layout.parts, meta.shape).slices].reshape(-1)
+            box = cell_region(cell, layout.parts, meta.shape)
+            data = whole[scaled_box(box, meta.dtype).slices].reshape(-1)
             for file in files:
                 parts = np.split(data, [data.size // 2]) if halved and data.size > 1 else [data]
                 laid = []
@@ -110,7 +111,8 @@ def assert_contents(played: Played, whole: Mapping[str, np.ndarray]) -> None:
                     for rank in ranks if not each.steps else ():
                         box = played.boxes[rank, number, each.number]
                         assert (box.times == 1).all(), "placed once"
-                        expected = whole[each.tensor.meta.name][each.region.slices]
+                        where = scaled_box(each.region, each.tensor.meta.dtype)
+                        expected = whole[each.tensor.meta.name][where.slices]
                         assert box.contents.tobytes() == expected.tobytes()
 
 
@@ -268,6 +270,19 @@ def test_any_layout_to_any_layout(
     ways = data.draw(all_ways(world))
     ways = ways._replace(tiered=tiered, servers=ways.servers or (0,) * world)
     assert_played(decide(demands, world, source.stored, limits, sees, ways), source, source.whole, bucket, sees)
+
+
+@pytest.mark.parametrize(("dtype", "whole"), [("F4", 2), ("F6_E2M3", 4)])
+@given(cuts(), st.sampled_from([512, 1 << 16]), st.data())
+@settings(max_examples=20)
+def test_packed_types(dtype: str, whole: int, case: Pair, bucket: int, data: st.DataObject) -> None:
+    """Several elements are whole bytes; layouts cut between bytes."""
+    before, after, shape = case
+    source = source_of(before, [TensorMeta("w", DTYPES[dtype], (*shape[:-1], shape[-1] * whole))])
+    demands = demands_for(source.tensors, after, range(after.devices))
+    ways = data.draw(all_ways(after.devices))
+    table = decide(demands, after.devices, source.stored, ExchangeLimits(bucket, 64), None, ways)
+    assert_played(table, source, source.whole, bucket)
 
 
 @given(cuts(), st.data())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
+from operator import add
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid
@@ -89,31 +92,38 @@ def long_boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Region:
     return Region(tuple(low for low, _ in spans), tuple(high for _, high in spans))
 
 
+def widened(region: Region, by: int) -> Region:
+    """A box whose last axis has so many elements for each."""
+    return Region(*((*ends[:-1], ends[-1] * by) for ends in (region.start, region.stop)))
+
+
+@pytest.mark.parametrize(("dtype", "whole"), [("C128", 1), ("U8", 1), ("F4", 2), ("F6_E2M3", 4)])
 @given(st.lists(st.sampled_from([1, 2, 3, 700, 20_000]), min_size=1, max_size=3), st.integers(1, 40), st.data())
+@settings(max_examples=30)
 def test_parts_are_contiguous_and_bring_all_that_is_needed(
-    extents: list[int], pieces: int, data: st.DataObject
+    dtype: str, whole: int, extents: list[int], pieces: int, data: st.DataObject
 ) -> None:
-    """Of slices large enough to be cut at what others need, into about so many pieces."""
-    shape, size = tuple(extents), 16
-    boxes = data.draw(st.lists(long_boxes(shape), min_size=1, max_size=3))
+    """Of slices large enough to be cut at what others need, into about so many pieces. So many elements are whole
+    bytes."""
+    kind, shape = DTYPES[dtype], widened(Region.whole(tuple(extents)), whole).shape
+    boxes = [widened(box, whole) for box in data.draw(st.lists(long_boxes(tuple(extents)), min_size=1, max_size=3))]
     needs = tuple(Placing(box, Region.whole(box.shape), box.shape, None, 0) for box in boxes)
-    most = max(16, -(-np.prod(shape).item() * size // pieces))
-    cuts = cuts_of(shape, needs, 1, False, DTYPES["C128"], ExchangeLimits(8 * most, most))
+    most = max(16, -(-kind.nbytes(prod(shape)) // pieces))
+    cuts = cuts_of(shape, needs, 1, False, kind, ExchangeLimits(8 * most, most))
     brought, stop = [0] * len(needs), 0
     for cut in cuts:
-        assert stop <= cut.offset and cut.nbytes == np.prod(cut.shape) * size <= most
+        assert stop <= cut.offset and cut.nbytes == kind.nbytes(prod(cut.shape)) <= most
         stop = cut.offset + cut.nbytes
-        start = tuple(map(int, np.unravel_index(cut.offset // size, shape)))
+        start = tuple(map(int, np.unravel_index(cut.offset * 8 // kind.bits, shape)))
         thick = next((axis for axis, extent in enumerate(cut.shape) if extent > 1), len(shape))
         assert cut.shape[thick + 1 :] == shape[thick + 1 :], "contiguous"
         for share in cut.shares:
-            lies = Region(
-                *(tuple(a + b for a, b in zip(start, end)) for end in (share.in_part.start, share.in_part.stop))
-            )
-            assert lies.relative_to(boxes[share.need].start) == share.in_target
-            assert lies.intersect(boxes[share.need]) == lies and Region.whole(cut.shape).intersect(share.in_part)
+            low, high = (tuple(map(add, start, end)) for end in (share.in_part.start, share.in_part.stop))
+            assert Region(low, high).relative_to(boxes[share.need].start) == share.in_target
+            assert Region.whole(share.target_shape).intersect(share.in_target) == share.in_target
+            assert Region.whole(cut.shape).intersect(share.in_part) == share.in_part
+            assert share.nbytes == kind.nbytes(share.in_part.size)
             brought[share.need] += share.in_part.size
-            assert share.nbytes == share.in_part.size * size
         assert cut.whole == all(share.in_part == Region.whole(cut.shape) for share in cut.shares)
     assert brought == [box.size for box in boxes]
 

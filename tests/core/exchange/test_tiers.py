@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing, gather_crossing, shares_a_server, teams_of, turns
+from ms_ckpt_ext.core.exchange.tiers import (
+    broadcast_crossing,
+    carrier,
+    gather_crossing,
+    shares_a_server,
+    teams_of,
+    turns,
+)
 
 
 def test_turns_are_middles_among_parts_that_the_same_ranks_want() -> None:
@@ -13,6 +22,17 @@ def test_turns_are_middles_among_parts_that_the_same_ranks_want() -> None:
     assert found.tolist() == [15 / 40, 35 / 40, 0.5, 0.5]
     assert turns(*(np.empty(0, np.int64),) * 3).tolist() == []
     assert turns(np.zeros(2, int), np.arange(2), np.ones(2, np.int8)).tolist() == [0.5, 0.5]
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 8))
+def test_the_ranks_of_a_server_carry_alike(sizes: list[int], ranks: int) -> None:
+    """Of parts that the same ranks want, each carries as much as any other but for a part at either end of its run."""
+    found = turns(np.zeros(len(sizes), int), np.zeros(len(sizes), int), np.array(sizes))
+    carriers = [carrier(range(ranks), turn) for turn in found.tolist()]
+    assert carriers == sorted(carriers), "runs"
+    for rank in range(ranks):
+        carried = sum(size for size, by in zip(sizes, carriers) if by == rank)
+        assert abs(carried - sum(sizes) / ranks) <= max(sizes)
 
 
 def test_teams() -> None:
