@@ -11,5 +11,6 @@ apply_rules    rules applied to what a checkpoint holds
 name_patterns  names with placeholders
 suffixes       names that differ by a wrapper's prefix
 io_units       the vocabulary of file I/O: tasks, batches, reads, copies
+copy_forms     pieces as copies, each worked out once
 schedule       pieces as bounded batches of long reads
 """

@@ -10,18 +10,20 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
+from math import prod
 from operator import itemgetter
 from typing import NamedTuple, Optional
 
-from ms_ckpt_ext.core.geometry.array import DType, Region, Shape
+from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.strided import Form, StridedCopy, byte_box, strided_copy, strides_of
+from ms_ckpt_ext.core.planning.copy_forms import CopyForms
 from ms_ckpt_ext.core.planning.io_units import (
     Batch,
     Compute,
     Direct,
     Extent,
-    Landing,
     Limits,
     Place,
     Read,
@@ -36,10 +38,7 @@ from ms_ckpt_ext.core.planning.io_units import (
     ranges,
     tile_blocks,
 )
-from ms_ckpt_ext.core.planning.pieces import Computed, Piece, Sourced, SourceTensor, locate
-
-_PIECES = 1 << 15
-"""Pieces whose copies are kept."""
+from ms_ckpt_ext.core.planning.pieces import Computed, Sourced, SourceTensor, locate
 
 
 def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[Unit]:
@@ -54,11 +53,10 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
         if before is not None and not (before.shares(task) and batch.nbytes + task.nbytes <= limits.tile * 3 // 2):
             yield batch.finish(last=True)
         before = None
-        if _is_small_and_whole(task, limits):
-            if batch.nbytes >= limits.tile:
-                yield batch.finish()
-            batch.add_whole(task.tensor, task.targets[0], chooser)
-            if batch.nbytes >= limits.tile // 2:
+        files = _files_of_small(task, limits)
+        if files:
+            batch.add_whole(task, files, chooser)
+            if batch.is_half_full:
                 yield batch.finish(last=True)
             continue
         staged = []
@@ -68,7 +66,7 @@ def schedule(tasks: Iterable[Task], stored: Stored, limits: Limits) -> Iterator[
                 staged.append(target)
             for sourced, copy in copies or ():
                 file = chooser.pick(sourced.files, copy.nbytes)
-                yield from _direct(file, stored(file, sourced.stored_name), target.landings[0], copy, limits)
+                yield from _direct(file, stored(file, sourced.stored_name), target, copy, limits)
         if (yield from _tiles(batch, task.tensor, staged, chooser, limits)):
             before = task
     if batch.nbytes:
@@ -95,46 +93,47 @@ def _tiles(
     """
     begun = False
     for block in tile_blocks([target.region for target in staged], tensor.meta.dtype, limits.tile):
-        if batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
+        tiles = [(target, tile) for target in staged if (tile := target.region.intersect(block)) is not None]
+        if tiles and batch.nbytes >= limits.tile:  # not sooner, for what is left after the last block ends the array
             begun = True
             yield batch.finish()
-        for target in staged:
-            tile = target.region.intersect(block)
-            if tile is not None:
-                batch.add(tensor, target, tile, chooser)
-    return batch.nbytes > 0 and (begun or batch.nbytes >= limits.tile // 2)
+        for target, tile in tiles:
+            batch.add(tensor, target, tile, chooser)
+    return begun or batch.is_half_full
 
 
-def _is_small_and_whole(task: Task, limits: Limits) -> bool:
-    """Whether a task wants nothing but all of a parameter that files hold whole, and that fits a batch with others."""
+def _files_of_small(task: Task, limits: Limits) -> tuple[int, ...]:
+    """The files that hold all that a task wants as one run, which fits a batch with others; () when it wants more."""
     tensor, targets = task
-    if len(targets) != 1 or len(targets[0].landings) != 1 or tensor.recipe is not None or not tensor.placements:
-        return False
-    shape, region, placement = tensor.meta.shape, targets[0].region, tensor.placements[0]
-    if region.stop != shape or any(region.start) or max(placement.parts, default=1) > 1:
-        return False
-    nbytes = sum([extent.length for extent in targets[0].landings[0].extents])
-    return nbytes < limits.direct and nbytes <= limits.tile and bool(placement.holders.get(region.start))
+    if len(targets) != 1 or not tensor.placements:
+        return ()
+    (region, landings), placement = targets[0], tensor.placements[0]
+    if len(landings) != 1 or region.stop != tensor.meta.shape or any(region.start) or prod(placement.parts) > 1:
+        return ()
+    (landing,) = landings
+    nbytes = sum([length for _, length in landing.extents])
+    return placement.holders.get(region.start, ()) if nbytes < limits.direct and nbytes <= limits.tile else ()
 
 
 class _Balance:
     """Spreads reading over the files that hold the same bytes: the one with the least so far, then the first."""
 
     def __init__(self) -> None:
-        self._assigned: dict[int, int] = {}
+        self._assigned: defaultdict[int, int] = defaultdict(int)
 
     def pick(self, files: tuple[int, ...], nbytes: int) -> int:
-        file = files[0] if len(files) == 1 else min(files, key=lambda f: self._assigned.get(f, 0))
-        self._assigned[file] = self._assigned.get(file, 0) + nbytes
+        file = min(files, key=self._assigned.__getitem__)
+        self._assigned[file] += nbytes
         return file
 
 
 def _direct(
-    file: int, extents: tuple[Extent, ...], landing: Landing, copy: StridedCopy, limits: Limits
+    file: int, extents: tuple[Extent, ...], target: Target, copy: StridedCopy, limits: Limits
 ) -> Iterator[Direct]:
+    (landing,) = target.landings
     end = landing.extents[-1].offset + landing.extents[-1].length
-    for source, target in copy.runs():
-        for lying, landed in paired(ranges(extents, source, copy.run), ranges(landing.extents, target, copy.run)):
+    for source, into in copy.runs():
+        for lying, landed in paired(ranges(extents, source, copy.run), ranges(landing.extents, into, copy.run)):
             for start in range(0, landed.length, limits.chunk):
                 length = min(limits.chunk, landed.length - start)
                 at = landed.offset + start
@@ -151,58 +150,13 @@ class _Span(NamedTuple):
     form: Form
 
 
-class _Cut(NamedTuple):
-    """A copy as a span that is bounded: where it begins in its array, how much of that it spans."""
-
-    source: int
-    span: int
-    target: int
-    form: Form
-
-
-class _Forms:
-    """The copies of pieces, worked out once for a piece that comes again: those of parameters that are alike do.
-
-    Equal forms are one object.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._known: dict[int, tuple[Piece, Shape, DType, tuple[_Cut, ...], int]] = {}
-        self._forms: dict[Form, Form] = {}
-        self._runs: dict[int, Form] = {}
-
-    def of(self, piece: Piece, shape: Shape, dtype: DType) -> tuple[tuple[_Cut, ...], int]:
-        """The copy that moves a piece into an array of `shape`, cut along its outer axes; and its bytes."""
-        known = self._known.get(id(piece))
-        if known is None or known[0] is not piece or known[1] != shape or known[2] is not dtype:
-            if len(self._known) >= _PIECES:
-                self._known.clear()
-            copy = strided_copy(piece, shape, dtype)
-            cuts = tuple(map(self._cut, copy.bounded(self._most)))
-            known = self._known[id(piece)] = (piece, shape, dtype, cuts, copy.nbytes)
-        return known[3], known[4]
-
-    def run_of(self, nbytes: int) -> Form:
-        """The form of a copy of one run."""
-        found = self._runs.get(nbytes)
-        if found is None:
-            form = Form(nbytes, (), (), (), nbytes)
-            found = self._runs[nbytes] = self._forms.setdefault(form, form)
-        return found
-
-    def _cut(self, copy: StridedCopy) -> _Cut:
-        form = copy.form
-        return _Cut(copy.source, copy.source_span, copy.target, self._forms.setdefault(form, form))
-
-
 class _BatchBuilder:
     """Collects tiles until a batch is full."""
 
     def __init__(self, stored: Stored, limits: Limits) -> None:
         self._stored = stored
         self._limits = limits
-        self._forms = _Forms(limits.tile)
+        self._forms = CopyForms(limits.tile)
         self._reset()
 
     def _reset(self) -> None:
@@ -212,9 +166,14 @@ class _BatchBuilder:
         self._stretches: list[Stretch] = []
         self._computes: list[Compute] = []
 
-    def add_whole(self, tensor: SourceTensor, target: Target, chooser: _Balance) -> None:
-        """Add all of a parameter, which files hold whole: one run of bytes."""
-        sink, extents = target.landings[0]
+    @property
+    def is_half_full(self) -> bool:
+        """Whether what is added next had better go into another batch."""
+        return 2 * self.nbytes >= self._limits.tile
+
+    def add_whole(self, task: Task, files: tuple[int, ...], chooser: _Balance) -> None:
+        """Add all of a parameter, which these files hold whole: one run of bytes, with one landing."""
+        tensor, ((_, ((sink, extents),)),) = task
         places, nbytes = [], 0
         for offset, length in extents:
             places.append(Place(sink, offset, nbytes, length))
@@ -222,7 +181,7 @@ class _BatchBuilder:
         number = len(self._stretches)
         self._stretches.append(Stretch(nbytes, tuple(places)))
         self.nbytes += nbytes
-        file = chooser.pick(tensor.placements[0].holders[target.region.start], nbytes)
+        file = chooser.pick(files, nbytes)
         stored = self._stored(file, tensor.stored_name)
         self._lay(file, stored, number, 0, nbytes, 0, self._forms.run_of(nbytes))
 
@@ -243,10 +202,10 @@ class _BatchBuilder:
             if computed is not None:
                 self._compute(computed, strided_copy(piece, shape, dtype), number, chooser)
                 continue
-            cuts, length = self._forms.of(piece, shape, dtype)
-            file = chooser.pick(files, length)
+            known = self._forms.of(piece, shape, dtype)
+            file = chooser.pick(files, known.nbytes)
             extents = self._stored(file, stored_name)
-            for source, span, target, form in cuts:
+            for source, span, target, form in known.parts:
                 self._lay(file, extents, number, source, span, target, form)
         return number
 
@@ -295,17 +254,17 @@ class _BatchBuilder:
 
 
 def _clusters(spans: list[_Span], gap: int, most: int) -> Iterator[list[_Span]]:
-    """Group spans that overlap or lie at most `gap` apart, up to `most` bytes unless they overlap."""
-    cluster: list[_Span] = []
-    stop = 0
-    for span in sorted(spans, key=itemgetter(0)):
-        if cluster and not (span.start < stop or (span.start <= stop + gap and span.stop - cluster[0].start <= most)):
+    """Group spans that overlap or lie at most `gap` apart, up to `most` bytes, or twice that where they overlap."""
+    first, *others = sorted(spans, key=itemgetter(0))
+    cluster, stop = [first], first.stop
+    for span in others:
+        reach = most if span.start >= stop else 2 * most
+        if span.start > stop + gap or stop < span.stop > cluster[0].start + reach:
             yield cluster
-            cluster = []
-        stop = max(stop, span.stop) if cluster else span.stop
+            cluster, stop = [], span.stop
         cluster.append(span)
-    if cluster:
-        yield cluster
+        stop = max(stop, span.stop)
+    yield cluster
 
 
 def _explode(span: _Span) -> Iterator[_Span]:
@@ -326,19 +285,19 @@ def _folded(cluster: list[_Span], start: int) -> Iterator[ReadCopy]:
     for span in cluster:
         alike.setdefault((span.number, id(span.form)), []).append(span)
     for (number, _), spans in alike.items():
-        form, at = spans[0].form, 0
-        if len(spans) == 1:
-            yield ReadCopy(number, form.at(spans[0].start - start, spans[0].target))
+        first, *others = spans
+        if not others:
+            yield ReadCopy(number, first.form.at(first.start - start, first.target))
             continue
+        at = 0
         while at < len(spans):
             low, target = spans[at].start, spans[at].target
-            count, step, landing = 1, 0, 0
-            if at + 1 < len(spans):
-                step, landing = spans[at + 1].start - low, spans[at + 1].target - target
-                while at + count < len(spans):
-                    other = spans[at + count]
-                    if other.start != low + count * step or other.target != target + count * landing:
-                        break
-                    count += 1
-            yield ReadCopy(number, form.at(low - start, target).repeated(count, step, landing))
+            following = spans[min(at + 1, len(spans) - 1)]
+            count, step, landing = 1, following.start - low, following.target - target
+            while at + count < len(spans):
+                other = spans[at + count]
+                if other.start != low + count * step or other.target != target + count * landing:
+                    break
+                count += 1
+            yield ReadCopy(number, first.form.at(low - start, target).repeated(count, step, landing))
             at += count

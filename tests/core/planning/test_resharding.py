@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from ms_ckpt_ext.core.geometry.array import DTYPES, DType, Region
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strided import StridedCopy, strided_copy
-from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Target, Task
+from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Target, Task, Unit
 from ms_ckpt_ext.core.planning.pieces import Piece, Placement, SourceTensor, TensorMeta, locate, pieces
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.engine.copying.strides import copy_strided
@@ -53,8 +54,8 @@ def test_pieces_cover_every_target_once_and_hold_the_right_elements(case: tuple[
         assert (built == full[target.slices]).all()
 
 
-def run(task: Task, files: Files, stored: dict[int, tuple[Extent, ...]], sizes: list[int], limits: Limits) -> Files:
-    """Interpret the units over arrays; every byte of every sink must be written exactly once."""
+def run(units: Iterable[Unit], files: Files, sizes: Sequence[int]) -> Iterator[tuple[Unit, Files, Files]]:
+    """Interpret units over arrays: gives behind each of them the sinks, and how often every byte of them is written."""
     sinks = {n: np.zeros(size, np.uint8) for n, size in enumerate(sizes)}
     written = {n: np.zeros(size, np.uint8) for n, size in enumerate(sizes)}
 
@@ -62,21 +63,20 @@ def run(task: Task, files: Files, stored: dict[int, tuple[Extent, ...]], sizes: 
         sinks[sink][offset : offset + data.size] = data
         written[sink][offset : offset + data.size] += 1
 
-    for unit in schedule([task], lambda file, _: stored[file], limits):
+    for unit in units:
         if isinstance(unit, Direct):
             put(unit.sink, unit.target, files[unit.file][unit.source : unit.source + unit.length])
-            continue
-        assert isinstance(unit, Batch)
-        buffers = [np.zeros(stretch.nbytes, np.uint8) for stretch in unit.stretches]
-        for read in unit.reads:
-            data = np.concatenate([files[read.file][o : o + n] for o, n in read.extents])
-            for stretch, copy in read.copies:
-                copy_strided(copy, data, buffers[stretch])
-        for stretch, buffer in zip(unit.stretches, buffers):
-            for sink, offset, skip, length in stretch.places:
-                put(sink, offset, buffer[skip : skip + length])
-    assert all((count == 1).all() for count in written.values())
-    return sinks
+        else:
+            buffers = [np.zeros(stretch.nbytes, np.uint8) for stretch in unit.stretches]
+            for read in unit.reads:
+                data = np.concatenate([files[read.file][o : o + n] for o, n in read.extents])
+                assert data.size == read.nbytes, "what is read lies in the file"
+                for stretch, copy in read.copies:
+                    copy_strided(copy, data, buffers[stretch])
+            for stretch, buffer in zip(unit.stretches, buffers):
+                for sink, offset, skip, length in stretch.places:
+                    put(sink, offset, buffer[skip : skip + length])
+        yield unit, sinks, written
 
 
 def lay_out(layout: Layout, full: np.ndarray, shape: tuple[int, ...], seams: list[int]) -> tuple[Files, dict]:
@@ -114,7 +114,9 @@ def test_scheduled_io_equals_the_cut(
         targets.setdefault(region, []).append(Landing(rank, (Extent(0, dtype.nbytes(region.size)),)))
     task = Task(source_of(a, shape, dtype), tuple(Target(r, tuple(ls)) for r, ls in targets.items()))
     sizes = [dtype.nbytes(region.size) for region in wanted]
-    sinks = run(task, files, stored, sizes, Limits(tile=tile, gap=2, direct=direct, chunk=16))
+    units = schedule([task], lambda file, _: stored[file], Limits(tile=tile, gap=2, direct=direct, chunk=16))
+    *_, (_, sinks, written) = run(units, files, sizes)
+    assert all((count == 1).all() for count in written.values())
     for rank, region in enumerate(wanted):
         assert sinks[rank].tobytes() == cut(full, region)
 

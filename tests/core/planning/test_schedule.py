@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Optional
 
 import pytest
@@ -11,11 +12,22 @@ from ms_ckpt_ext.core.computing.operations import Fill
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
-from ms_ckpt_ext.core.planning.io_units import Batch, Direct, Extent, Landing, Limits, Place, Stretch, Target, Task
-from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.io_units import (
+    Batch,
+    Direct,
+    Extent,
+    Landing,
+    Limits,
+    Place,
+    Stretch,
+    Taken,
+    Target,
+    Task,
+)
+from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta, pieces, stored_whole
 from ms_ckpt_ext.core.planning.recipes import Computation
 from ms_ckpt_ext.core.planning.schedule import schedule
-from ms_ckpt_ext.rules import Part, Rename, Stack
+from ms_ckpt_ext.rules import Concat, Part, Rename, Scale, Stack
 
 LIMITS = Limits(tile=64, gap=8, direct=1 << 10, chunk=1 << 10)
 
@@ -26,7 +38,7 @@ def tensor(
     """Of bytes; where it lies in parts along its first axis, part n is in file n."""
     parts = parts or (1,) * len(shape)
     rest = (0,) * (len(shape) - 1)
-    cells = {(n, *rest): (n,) if parts[0] > 1 else files for n in range(parts[0])}
+    cells = {(n, *rest): (n,) for n in range(parts[0])} if prod(parts) > 1 else {(0,) * len(shape): files}
     return SourceTensor(TensorMeta(name, DTYPES["U8"], shape), name, (Placement(parts, cells, cells),))
 
 
@@ -74,6 +86,95 @@ def test_a_batch_is_full_at_half_a_tile(size: int, batches: list[int]) -> None:
     tasks = [whole(tensor("a", (size,))), whole(tensor("b", (size,)), 100)]
     units = list(schedule(tasks, at({"a": 0, "b": 500}), LIMITS))
     assert [len(unit.stretches) for unit in units if isinstance(unit, Batch)] == batches
+
+
+def seen_calls() -> int:
+    """How often a box was asked for its pieces."""
+    return pieces.cache_info().hits + pieces.cache_info().misses
+
+
+@pytest.mark.parametrize(
+    ("wanted", "limits", "is_seen"),
+    [
+        (whole(tensor("a", (4, 5))), LIMITS, False),
+        (whole(tensor("a", ())), LIMITS, False),
+        (whole(tensor("a", (64,))), LIMITS, False),
+        (whole(tensor("a", (65,))), LIMITS, True),
+        (whole(tensor("a", (40,))), LIMITS._replace(direct=41), False),
+        (whole(tensor("a", (40,))), LIMITS._replace(direct=40), True),
+        (whole(tensor("a", (4, 5), parts=(2, 1))), LIMITS, True),
+        (Task(tensor("a", (4,)), (Target(Region((1,), (4,)), (Landing(0, (Extent(0, 3),)),)),)), LIMITS, True),
+        (Task(tensor("a", (4,)), (Target(Region((0,), (3,)), (Landing(0, (Extent(0, 3),)),)),)), LIMITS, True),
+    ],
+)
+def test_what_is_small_and_held_whole_is_not_looked_for_in_pieces(wanted: Task, limits: Limits, is_seen: bool) -> None:
+    """There are tens of thousands of them."""
+    before = seen_calls()
+    assert list(schedule([wanted], at({"a": 0}), limits))
+    assert (seen_calls() > before) == is_seen
+
+
+def test_small_parameters_come_from_the_first_placement_that_holds_them() -> None:
+    source = tensor("a", (4,))
+    (first,), (cut,) = source.placements, tensor("a", (4,), parts=(2,)).placements
+    other = first._replace(holders={(0,): (7,)})
+    for placements, files in (
+        ((first, other), [0]),
+        ((first._replace(holders={}), other), [7]),
+        ((cut, other), [0, 1]),
+        ((other, cut), [7]),
+        ((cut._replace(holders={(1,): (1,)}), other), [7, 1]),
+    ):
+        (unit,) = schedule([whole(source._replace(placements=placements))], at({"a": 0}), LIMITS)
+        assert [file for file, *_ in reads(unit)] == files
+
+
+def test_reads_of_neighbours_end_at_a_tile() -> None:
+    """A batch has room for more, and what lies next to each other could be one read."""
+    for sizes, found in (
+        ((31, 33), [(0, 1000, 64)]),
+        ((31, 34), [(0, 1000, 31), (0, 1031, 34)]),
+        ((10, 11, 10, 33), [(0, 1000, 64)]),
+        ((10, 11, 10, 34), [(0, 1000, 31), (0, 1031, 34)]),
+    ):
+        lying = {name: 1000 + sum(sizes[:n]) for n, name in zip(range(len(sizes)), "abcd")}
+        tasks = [whole(tensor(name, (size,)), 100 * n) for n, (name, size) in enumerate(zip("abcd", sizes))]
+        (unit,) = schedule(tasks, at(lying), LIMITS)
+        assert reads(unit) == found
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(16, [2]), (32, [2]), (34, [1, 1])])
+def test_what_was_fused_shares_a_batch_up_to_a_tile_and_a_half(rows: int, batches: list[int]) -> None:
+    """Rows of three bytes; the first half is enough for a batch that would end."""
+    made = apply_rules({"f": tensor("f", (rows, 3))}, [Part("f", "up", 0, 2), Part("f", "gate", 1, 2)])
+    units = list(schedule([whole(made["up"]), whole(made["gate"], 500)], at({"f": 0}), LIMITS))
+    assert [len(unit.stretches) for unit in units if isinstance(unit, Batch)] == batches
+    assert [unit.last for unit in units] == [True] * len(batches)
+
+
+def test_the_rest_of_a_long_parameter_is_not_mixed_with_the_next_one() -> None:
+    """What comes next goes to another worker, which may go on meanwhile."""
+    units = list(schedule([whole(tensor("a", (70,))), whole(tensor("b", (5,)), 100)], at({"a": 0, "b": 70}), LIMITS))
+    assert [(reads(unit), unit.last) for unit in units] == [
+        ([(0, 0, 64)], False),
+        ([(0, 64, 6)], True),
+        ([(0, 70, 5)], True),
+    ]
+
+
+def test_what_is_computed_stands_beside_what_is_stored() -> None:
+    """The operand has a stretch of its own; what is stored lies behind what is computed, in the file and the result."""
+    held = {name: stored_whole(TensorMeta(name, DTYPES["F32"], (1,)), (0,)) for name in "ab"}
+    made = apply_rules(held, [Scale("a", "s", 2.0), Concat(["s", "b"], "t")])["t"]
+    target = Target(Region((0,), (2,)), (Landing(0, (Extent(0, 8),)),))
+    lying = {"a": (Extent(0, 4),), "b": (Extent(500, 4),)}
+    (unit,) = schedule([Task(made, (target,))], lambda _file, name: lying[name], LIMITS)
+    assert reads(unit) == [(0, 0, 4), (0, 500, 4)]
+    assert isinstance(unit, Batch)
+    assert [stretch.nbytes for stretch in unit.stretches] == [8, 4]
+    assert [(copy.stretch, copy.copy.target) for read in unit.reads for copy in read.copies] == [(1, 0), (0, 4)]
+    ((operands, into, copy),) = [(each.operands, each.stretch, each.copy) for each in unit.computes]
+    assert (operands, into, copy.target, copy.nbytes) == ((Taken(1, Region((0,), (1,))),), 0, 0, 4)
 
 
 def test_parameters_that_are_made_of_one_tensor_share_reads() -> None:
@@ -165,6 +266,27 @@ def test_long_gaps_are_read_over_where_little_of_a_read_is_one(offset: int) -> N
     assert [reads(unit) for unit in units] == [[(0, offset, 90)]]
 
 
+@pytest.mark.parametrize(
+    ("shape", "boxes", "found"),
+    [
+        # four fifths are wanted, and one byte less than that
+        ((2, 30), [Region((0, 0), (2, 20))], [(0, 500, 50)]),
+        ((2, 31), [Region((0, 0), (2, 20))], [(0, 500, 20), (0, 531, 20)]),
+        # the share counts from where the first copy begins, though the last one wants all that it spans
+        ((2, 50), [Region((0, 0), (2, 8)), Region((1, 8), (2, 50))], [(0, 500, 8), (0, 550, 50)]),
+        # eight bytes between eight that are wanted are no long gap, however long the read
+        ((6, 12), [Region((0, 0), (6, 4)), Region((0, 4), (6, 8))], [(0, 500, 68)]),
+        ((6, 13), [Region((0, 0), (6, 4)), Region((0, 4), (6, 8))], [(0, 500, 60), (0, 565, 8)]),
+    ],
+)
+def test_how_much_of_a_read_may_be_gaps(
+    shape: tuple[int, int], boxes: list[Region], found: list[tuple[int, int, int]]
+) -> None:
+    targets = [Target(box, (Landing(0, (Extent(100 * n, box.size),)),)) for n, box in enumerate(boxes)]
+    (unit,) = schedule([Task(tensor("a", shape), tuple(targets))], at({"a": 500}), LIMITS)
+    assert reads(unit) == found
+
+
 def test_a_read_begins_where_the_first_copy_of_it_does() -> None:
     """Columns of all rows, and a row in the middle that ends sooner."""
     boxes = Region((0, 0), (4, 2)), Region((1, 0), (2, 8))
@@ -191,9 +313,10 @@ def test_slices_share_a_batch_until_it_is_half_full(size: int, batches: list[int
 
 
 def test_replicas_take_turns_by_bytes() -> None:
-    tasks = [whole(tensor(name, (size,), files=(3, 5))) for name, size in zip("abcd", (40, 33, 34, 50))]
-    units = list(schedule(tasks, at(dict.fromkeys("abcd", 0)), LIMITS))
-    assert [file for unit in units for file, _, _ in reads(unit)] == [3, 5, 5, 3]
+    for sizes, files in (((40, 33, 34, 50), [3, 5, 5, 3]), ((1, 64, 64), [3, 5, 3])):
+        tasks = [whole(tensor(name, (size,), files=(3, 5))) for name, size in zip("abcd", sizes)]
+        units = list(schedule(tasks, lambda _file, name: (Extent(1000 * ord(name), 64),), LIMITS))
+        assert [file for unit in units for file, _, _ in reads(unit)] == files
 
 
 def test_where_bytes_of_a_box_go() -> None:
@@ -212,16 +335,17 @@ def test_a_scattered_source_is_one_read_of_its_extents() -> None:
     """Or several, where columns of it lie far apart."""
     lying = (Extent(10, 20), Extent(50, 40))
 
-    def found(region: Region, shape: tuple[int, ...]) -> Sequence[tuple[Extent, ...]]:
-        landing = Landing(0, (Extent(0, region.size),))
-        task = Task(tensor("a", shape), (Target(region, (landing,)),))
-        (unit,) = schedule([task], lambda _file, _name: lying, LIMITS)
+    def found(*boxes: Region, shape: tuple[int, ...]) -> Sequence[tuple[Extent, ...]]:
+        targets = [Target(box, (Landing(n, (Extent(0, box.size),)),)) for n, box in enumerate(boxes)]
+        (unit,) = schedule([Task(tensor("a", shape), tuple(targets))], lambda _file, _name: lying, LIMITS)
         assert isinstance(unit, Batch)
         return [read.extents for read in unit.reads]
 
-    assert found(Region((0,), (60,)), (60,)) == [(Extent(10, 20), Extent(50, 40))]
-    assert found(Region((20,), (60,)), (60,)) == [(Extent(50, 40),)]
-    assert found(Region((0, 0), (2, 10)), (2, 30)) == [(Extent(10, 10),), (Extent(60, 10),)]
+    assert found(Region((0,), (60,)), shape=(60,)) == [(Extent(10, 20), Extent(50, 40))]
+    assert found(Region((20,), (60,)), shape=(60,)) == [(Extent(50, 40),)]
+    assert found(Region((20,), (30,)), Region((30,), (60,)), shape=(60,)) == [(Extent(50, 40),)]
+    assert found(Region((0, 0), (2, 10)), shape=(2, 30)) == [(Extent(10, 10),), (Extent(60, 10),)]
+    assert found(Region((0, 0), (2, 10)), shape=(2, 18)) == [(Extent(10, 20), Extent(50, 8))]
 
 
 def test_copies_of_one_form_at_even_distances_are_one() -> None:
@@ -237,6 +361,7 @@ def test_copies_of_one_form_at_even_distances_are_one() -> None:
     [
         ((0, 10), [StridedCopy(4, (2,), 0, (10,), 0, (4,))]),
         ((0, 10, 20), [StridedCopy(4, (3,), 0, (10,), 0, (4,))]),
+        ((700, 710, 720), [StridedCopy(4, (3,), 0, (10,), 0, (4,))]),
         ((0, 4), [StridedCopy(8, (), 0, (), 0, ())]),
         ((0, 10, 21), [StridedCopy(4, (2,), 0, (10,), 0, (4,)), StridedCopy(4, (), 21, (), 8, ())]),
         ((10, 0), [StridedCopy(4, (2,), 0, (10,), 4, (-4,))]),
