@@ -7,6 +7,7 @@ NaN becomes the same one, positive and quiet: processors differ in the sign and 
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -111,14 +112,14 @@ def element(value: float, dtype: str) -> bytes:
         out = bytearray(DTYPES[dtype].bits // 8)
         rounded_into(np.array([value], np.float64), dtype, memoryview(out))
         return bytes(out)
-    try:
-        if dtype in _INTEGERS and value == int(value):
-            return struct.pack(f"<{_INTEGERS[dtype]}", int(value))
-    except (struct.error, ValueError, OverflowError):
-        pass
+    if dtype in _INTEGERS:
+        with suppress(struct.error, ValueError, OverflowError):
+            found = struct.pack(f"<{_INTEGERS[dtype]}", int(value))
+            if struct.unpack(f"<{_INTEGERS[dtype]}", found) == (value,):  # no fraction, and a BOOL is 0 or 1
+                return found
     if dtype in ("F8_E4M3", "F8_E5M2", "F8_E8M0"):
-        table = _table(dtype)
-        same = (table == value) & (np.signbit(table) == np.signbit(value))
+        table, number = _table(dtype), float(value)
+        same = (table == number) & (np.signbit(table) == np.signbit(number)) & (number == value)
         if same.any():
             return bytes([int(np.argmax(same))])
     raise LayoutMismatchError(f"{dtype} has no value {value!r}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import copysign
+from numbers import Real
 from typing import Optional
 
 from ms_ckpt_ext.core.computing.operations import Fill
-from ms_ckpt_ext.core.computing.rules import checked_size, computed
+from ms_ckpt_ext.core.computing.rules import computed
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
-from ms_ckpt_ext.core.planning.joining import axis_of
+from ms_ckpt_ext.core.planning.joining import axis_of, unsaid_count
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.recipes import Block, Computation, made_of
-from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields
+from ms_ckpt_ext.core.planning.rule import Names, Rule, checked_int, only_one, set_fields
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 
 
@@ -29,6 +30,8 @@ class Pad(Rule):
     value: float
     source_size: Optional[int]
 
+    takes = ("source",)
+
     def __init__(
         self,
         sources: Names,
@@ -39,10 +42,9 @@ class Pad(Rule):
         source_size: Optional[int] = None,
     ) -> None:
         super().__init__(sources, target)
-        known = None if source_size is None else checked_size(self, "source_size", source_size)
-        set_fields(self, size=checked_size(self, "size", size), axis=axis, value=value, source_size=known)
-        if known is not None and known > size:
-            raise UsageError(f"rule for {target!r}: Pad makes {size} indices of {known}; use Crop")
+        _set_fields(self, size, axis, value, source_size)
+        if self.source_size is not None and self.source_size > self.size:
+            raise UsageError(f"rule for {target!r}: Pad makes {size} indices of {source_size}; use Crop")
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -73,7 +75,7 @@ class Pad(Rule):
     @property
     def ambiguity(self) -> str:
         """See `Rule`."""
-        return "" if self.source_size else "it does not say how many indices its source has: give source_size="
+        return _unsaid(self, self.source_size)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Crop(Rule):
     source_size: Optional[int]
     value: float
 
+    takes = ("source",)
+
     def __init__(
         self,
         sources: Names,
@@ -99,10 +103,9 @@ class Crop(Rule):
         value: float = 0.0,
     ) -> None:
         super().__init__(sources, target)
-        known = None if source_size is None else checked_size(self, "source_size", source_size)
-        set_fields(self, size=checked_size(self, "size", size), axis=axis, source_size=known, value=value)
-        if known is not None and known < size:
-            raise UsageError(f"rule for {target!r}: Crop makes {size} indices of {known}; use Pad")
+        _set_fields(self, size, axis, value, source_size)
+        if self.source_size is not None and self.source_size < self.size:
+            raise UsageError(f"rule for {target!r}: Crop makes {size} indices of {source_size}; use Pad")
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -124,7 +127,33 @@ class Crop(Rule):
     @property
     def ambiguity(self) -> str:
         """See `Rule`."""
-        return "" if self.source_size else "it does not say how many indices its source has: give source_size="
+        return _unsaid(self, self.source_size)
+
+
+def _set_fields(rule: Rule, size: int, axis: int, value: float, source_size: Optional[int]) -> None:
+    if not isinstance(value, Real) or not _in_range(value):
+        raise UsageError(f"rule for {rule.target!r}: value must be a number that F64 can hold, got {value!r:.60}")
+    set_fields(
+        rule,
+        size=checked_int(rule, "size", size, 1),
+        axis=checked_int(rule, "axis", axis),
+        value=value,
+        source_size=None if source_size is None else checked_int(rule, "source_size", source_size, 1),
+    )
+
+
+def _in_range(value: float) -> bool:
+    try:
+        float(value)
+    except OverflowError:  # an int that no float holds
+        return False
+    return True
+
+
+def _unsaid(rule: Rule, source_size: Optional[int]) -> str:
+    return unsaid_count(rule) or (
+        "" if source_size else "it does not say how many indices its source has: give source_size="
+    )
 
 
 def _check_extent(name: str, shape: Shape, axis: int, known: Optional[int]) -> None:

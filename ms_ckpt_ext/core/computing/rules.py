@@ -9,16 +9,17 @@ behind it take what it makes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import frexp, isfinite
+from math import frexp, isfinite, isinf
 from typing import Optional, Union
 
 from ms_ckpt_ext.core.computing.operations import AddedProduct, Dequantized, Scaled
 from ms_ckpt_ext.core.geometry.array import DTYPES, Shape
+from ms_ckpt_ext.core.planning.joining import unsaid_count
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta
 from ms_ckpt_ext.core.planning.recipes import Computation, joined_axes, packed_as_bytes, seen_as
-from ms_ckpt_ext.core.planning.rule import Names, Rule, only_one, set_fields, shapes_of
+from ms_ckpt_ext.core.planning.rule import Names, Rule, checked_ints, only_one, set_fields, shapes_of
 from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 
 _OUTPUTS = ("BF16", "F16", "F32", "F64")
@@ -42,10 +43,14 @@ def _check_factor(name: str, factor: float, dtype: str) -> None:
         raise LayoutMismatchError(f"{name!r} is {dtype}, and {factor} is no normal number in F32")
 
 
-def checked_size(rule: Rule, name: str, size: object, least: int = 1) -> int:
-    if not isinstance(size, int) or isinstance(size, bool) or size < least:
-        raise UsageError(f"rule for {rule.target!r}: {name} must be a whole number from {least}, got {size!r}")
-    return size
+def _checked_factor(rule: Rule, factor: float, zero: bool = True) -> float:
+    try:
+        if isinstance(factor, (int, float)) and not isinstance(factor, bool) and isfinite(factor) and (factor or zero):
+            return float(factor)
+    except OverflowError:  # an int that no float holds
+        pass
+    wanted = "a finite number" if zero else "a finite number other than 0"
+    raise UsageError(f"rule for {rule.target!r}: factor must be {wanted}, got {factor!r}")
 
 
 def computed(meta: TensorMeta, computation: Computation) -> SourceTensor:
@@ -71,17 +76,15 @@ class Dequantize(Rule):
     block: tuple[int, ...]
     dtype: str
 
+    takes = ("elements", "scales")
     computes = True
 
     def __init__(
         self, sources: Names, target: str, block: Union[int, Sequence[int]] = (128, 128), dtype: str = "BF16"
     ) -> None:
         super().__init__(sources, target)
-        if len(self.sources) != 2:
-            raise UsageError(f"rule for {target!r}: Dequantize takes two sources, elements and scales, got {sources!r}")
-        extents = (block,) if isinstance(block, int) else tuple(block)
-        set_fields(self, block=tuple(checked_size(self, "block", extent, 0) for extent in extents))
-        set_fields(self, dtype=_checked_dtype(self, dtype, _OUTPUTS[:3]))
+        extents = block if isinstance(block, Iterable) else (block,)
+        set_fields(self, block=checked_ints(self, "block", extents, 0), dtype=_checked_dtype(self, dtype, _OUTPUTS[:3]))
 
     def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
         """See `Rule`. Raises CoverageError: quantised elements lack their scales, or scales their elements."""
@@ -154,13 +157,13 @@ class Scale(Rule):
     factor: float
     dtype: Optional[str]
 
+    takes = ("source",)
     computes = True
 
     def __init__(self, sources: Names, target: str, factor: float = 1.0, dtype: Optional[str] = None) -> None:
         super().__init__(sources, target)
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor) or not factor:
-            raise UsageError(f"rule for {target!r}: factor must be a finite number other than 0, got {factor!r}")
-        set_fields(self, factor=float(factor), dtype=dtype and _checked_dtype(self, dtype, _OUTPUTS))
+        set_fields(self, factor=_checked_factor(self, factor, zero=False))
+        set_fields(self, dtype=None if dtype is None else _checked_dtype(self, dtype, _OUTPUTS))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -185,9 +188,9 @@ class Scale(Rule):
         """See `Rule`."""
         if self.dtype is not None:
             return f"it rounds to {self.dtype}, and from which dtype is not known"
-        if abs(frexp(self.factor)[0]) != 0.5:
+        if abs(frexp(self.factor)[0]) != 0.5 or isinf(1 / self.factor):
             return f"products with {self.factor} are rounded; only powers of two can be divided out exactly"
-        return ""
+        return unsaid_count(self)
 
 
 @dataclass(frozen=True)
@@ -202,15 +205,13 @@ class AddProduct(Rule):
     factor: float
     dtype: Optional[str]
 
+    takes = ("W", "B", "A")
     computes = True
 
     def __init__(self, sources: Names, target: str, factor: float = 1.0, dtype: Optional[str] = None) -> None:
         super().__init__(sources, target)
-        if len(self.sources) != 3:
-            raise UsageError(f"rule for {target!r}: AddProduct takes three sources, W, B and A, got {sources!r}")
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not isfinite(factor):
-            raise UsageError(f"rule for {target!r}: factor must be a finite number, got {factor!r}")
-        set_fields(self, factor=float(factor), dtype=dtype and _checked_dtype(self, dtype, _OUTPUTS))
+        set_fields(self, factor=_checked_factor(self, factor))
+        set_fields(self, dtype=None if dtype is None else _checked_dtype(self, dtype, _OUTPUTS))
 
     def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
         """See `Rule`. Raises CoverageError: half of an adapter is there, or an adapter without its weight."""

@@ -17,7 +17,11 @@ from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
 def checked_shares(rule: Rule, shares: Optional[Sequence[int]]) -> Optional[tuple[int, ...]]:
     if shares is None:
         return None
-    if len(shares) != len(rule.sources) or any(not isinstance(share, int) or share < 1 for share in shares):
+    if (
+        not isinstance(shares, Sequence)
+        or len(shares) != len(rule.sources)
+        or any(not isinstance(share, int) or isinstance(share, bool) or share < 1 for share in shares)
+    ):
         raise UsageError(
             f"rule for {rule.target!r}: shares must be {len(rule.sources)} whole numbers from 1, one for every source, "
             f"got {shares!r}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Union
+from typing import ClassVar, Optional, Union
 
 from ms_ckpt_ext.core.geometry.array import Shape
 from ms_ckpt_ext.core.planning.name_patterns import ANY, Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
-from ms_ckpt_ext.errors import CoverageError, UsageError
+from ms_ckpt_ext.errors import ArgumentTypeError, CoverageError, UsageError, integer
 
 _SHOWN = 5
 """Of what is absent, in a message."""
@@ -25,6 +25,7 @@ class Rule(ABC):
     Attributes:
         sources: names in the checkpoint.
         target: name in the network.
+        takes: what every source is, where their number is fixed; empty where any number will do.
         computes: elements are computed, and rules behind it in a list take what it makes.
 
     Raises:
@@ -35,17 +36,30 @@ class Rule(ABC):
 
     sources: tuple[str, ...]
     target: str
+    takes: ClassVar[tuple[str, ...]] = ()
     computes: ClassVar[bool] = False
 
     def __init__(self, sources: Names, target: str) -> None:
-        object.__setattr__(self, "sources", (sources,) if isinstance(sources, str) else tuple(sources))
-        object.__setattr__(self, "target", target)
+        names = (sources,) if isinstance(sources, str) else tuple(sources) if isinstance(sources, Iterable) else ()
+        set_fields(self, sources=names, target=target)
         if not self.sources or not all(isinstance(name, str) and name for name in (*self.sources, target)):
             raise UsageError(f"a rule needs the names of its sources and of its target, got {sources!r} and {target!r}")
-        if ANY not in Pattern(target).keys and any(ANY in Pattern(name).keys for name in self.sources):
-            raise UsageError(
-                f"a source of the rule for {target!r} has {{*}} (any text), so the target must have it, too"
-            )
+        if self.takes and len(names) != len(self.takes):
+            told = "one source" if len(self.takes) == 1 else f"{len(self.takes)} sources ({', '.join(self.takes)})"
+            raise UsageError(f"rule for {target!r}: {type(self).__name__} takes {told}, got {sources!r}")
+        keys = Pattern(target).keys
+        for name in names:
+            known = Pattern(name).keys
+            if ANY in known and ANY not in keys:
+                raise UsageError(
+                    f"a source of the rule for {target!r} has {{*}} (any text), so the target must have it, too"
+                )
+            absent = [key for key in keys if key not in known]
+            if absent:
+                raise UsageError(
+                    f"the target {target!r} has the placeholder {absent[0].lstrip('_')!r}, which its source {name!r} "
+                    "does not have"
+                )
 
     @abstractmethod
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
@@ -146,7 +160,19 @@ def only_one(name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTens
     return tensors[0]
 
 
-def set_fields(rule: Rule, **fields: object) -> None:
+def checked_int(rule: Rule, name: str, value: object, least: Optional[int] = None) -> int:
+    """An argument of a rule that is a whole number. Raises UsageError."""
+    return integer(value, f"rule for {rule.target!r}: {name}", least)
+
+
+def checked_ints(rule: Rule, name: str, values: object, least: Optional[int] = None) -> tuple[int, ...]:
+    """An argument of a rule that is several whole numbers. Raises UsageError."""
+    if not isinstance(values, Iterable):
+        raise ArgumentTypeError(f"rule for {rule.target!r}: {name} must be whole numbers, got {values!r:.60}")
+    return tuple(checked_int(rule, name, value, least) for value in values)
+
+
+def set_fields(rule: Rule, /, **fields: object) -> None:
     """Set fields of a rule at its birth."""
     for name, value in fields.items():
         object.__setattr__(rule, name, value)

@@ -16,7 +16,7 @@ from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
 from ms_ckpt_ext.core.planning.name_patterns import Pattern
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.recipes import Block, Recipe, made_of, seen_as
-from ms_ckpt_ext.core.planning.rule import Rule, all_of
+from ms_ckpt_ext.core.planning.rule import Rule, all_of, set_fields
 from ms_ckpt_ext.core.planning.weight_rules import Concat, Part
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 
@@ -76,10 +76,10 @@ def _refuse_twice(rules: Sequence[Rule]) -> None:
 
 
 def _joined(sources: tuple[str, ...], axis: int, found: Mapping[int, Part], count: int) -> Rule:
-    absent = [number for number in range(count) if number not in found]
-    if absent:
+    absent = next(number for number in range(len(found) + 1) if number not in found)
+    if absent < count:
         raise UsageError(
-            f"Part of {sources[0]!r} cannot be inverted: nothing takes part {absent[0]} of {count}, so it would be lost"
+            f"Part of {sources[0]!r} cannot be inverted: nothing takes part {absent} of {count}, so it would be lost"
         )
     return Concat([found[number].target for number in range(count)], sources[0], axis=axis, shares=(1,) * count)
 
@@ -117,8 +117,7 @@ class Inverse(Rule):
     rule: Rule
 
     def __init__(self, rule: Rule) -> None:
-        super().__init__(rule.target, rule.sources[0])
-        object.__setattr__(self, "rule", rule)
+        set_fields(self, sources=(rule.target,), target=rule.sources[0], rule=rule)
 
     def members(self, tensors: Mapping[str, SourceTensor]) -> dict[str, list[list[SourceTensor]]]:
         """See `Rule`."""

@@ -37,12 +37,23 @@ from ms_ckpt_ext.core.planning.joining import (
 )
 from ms_ckpt_ext.core.planning.pieces import SourceTensor
 from ms_ckpt_ext.core.planning.recipes import Block, made_of
-from ms_ckpt_ext.core.planning.rule import Names, Rule, all_of, only_one, set_fields, shapes_of
-from ms_ckpt_ext.errors import LayoutMismatchError, UsageError
+from ms_ckpt_ext.core.planning.rule import (
+    Names,
+    Rule,
+    all_of,
+    checked_int,
+    checked_ints,
+    only_one,
+    set_fields,
+    shapes_of,
+)
+from ms_ckpt_ext.errors import LayoutMismatchError, UsageError, true_or_false
 
 
 class Rename(Rule):
     """The source under another name."""
+
+    takes = ("source",)
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -75,7 +86,7 @@ class Concat(Rule):
 
     def __init__(self, sources: Names, target: str, axis: int = 0, shares: Optional[Sequence[int]] = None) -> None:
         super().__init__(sources, target)
-        set_fields(self, axis=axis, shares=checked_shares(self, shares))
+        set_fields(self, axis=checked_int(self, "axis", axis), shares=checked_shares(self, shares))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -109,9 +120,8 @@ class QKV(Rule):
         self, sources: Names, target: str, groups: int, axis: int = 0, shares: Optional[Sequence[int]] = None
     ) -> None:
         super().__init__(sources, target)
-        set_fields(self, groups=groups, axis=axis, shares=checked_shares(self, shares))
-        if groups < 1:
-            raise UsageError(f"rule for {target!r}: groups must be at least 1, got {groups}")
+        set_fields(self, groups=checked_int(self, "groups", groups, 1), axis=checked_int(self, "axis", axis))
+        set_fields(self, shares=checked_shares(self, shares))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -136,7 +146,7 @@ class Interleave(Rule):
 
     def __init__(self, sources: Names, target: str, axis: int = 0, rows: int = 1) -> None:
         super().__init__(sources, target)
-        set_fields(self, axis=axis, rows=rows)
+        set_fields(self, axis=checked_int(self, "axis", axis), rows=checked_int(self, "rows", rows, 1))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -144,14 +154,14 @@ class Interleave(Rule):
         _same_shape(name, tensors)
         shape = tensors[0].meta.shape
         extent = shape[axis_of(name, self.axis, len(shape))]
-        if self.rows < 1 or extent % self.rows:
+        if extent % self.rows:
             raise LayoutMismatchError(f"{name!r}: axis {self.axis} of {list(shape)} is no multiple of {self.rows} rows")
         return joined_in_groups(name, tensors, extent // self.rows, self.axis)
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """See `Rule`."""
         at = axis_of(name, self.axis, len(shape))
-        if self.rows < 1 or shape[at] % (self.rows * len(self.sources)):
+        if shape[at] % (self.rows * len(self.sources)):
             raise LayoutMismatchError(
                 f"{name!r}: axis {at} of {list(shape)} is no multiple of {self.rows} rows of "
                 f"{len(self.sources)} sources"
@@ -172,7 +182,7 @@ class Stack(Rule):
 
     def __init__(self, sources: Names, target: str, axis: int = 0) -> None:
         super().__init__(sources, target)
-        set_fields(self, axis=axis)
+        set_fields(self, axis=checked_int(self, "axis", axis))
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -202,27 +212,34 @@ class Transpose(Rule):
 
     axes: Optional[tuple[int, ...]]
 
+    takes = ("source",)
+
     def __init__(self, sources: Names, target: str, axes: Optional[Sequence[int]] = None) -> None:
         super().__init__(sources, target)
-        set_fields(self, axes=None if axes is None else tuple(axes))
+        order = None if axes is None else checked_ints(self, "axes", axes)
+        set_fields(self, axes=order)
+        if order is not None and sorted(order) != [*range(len(order))]:
+            raise UsageError(f"rule for {target!r}: axes {list(order)} do not permute {len(order)} axes")
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
         tensor = only_one(name, members)
         shape = tensor.meta.shape
-        order = tuple(reversed(range(len(shape)))) if self.axes is None else self.axes
-        if sorted(order) != list(range(len(shape))):
-            raise LayoutMismatchError(f"{name!r}: axes {list(order)} do not permute those of shape {list(shape)}")
+        order = self._order(name, shape)
         whole = tuple(shape[axis] for axis in order)
         place = tuple(order.index(axis) for axis in range(len(shape)))
         return made_of(name, whole, whole, [block_of(tensor, place, (0,) * len(shape))])
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """See `Rule`."""
-        order = tuple(reversed(range(len(shape)))) if self.axes is None else self.axes
-        if sorted(order) != list(range(len(shape))):
-            raise LayoutMismatchError(f"{name!r}: axes {list(order)} do not permute those of shape {list(shape)}")
+        order = self._order(name, shape)
         return [[tuple(shape[order.index(axis)] for axis in range(len(shape)))]]
+
+    def _order(self, name: str, shape: Shape) -> Shape:
+        order = tuple(reversed(range(len(shape)))) if self.axes is None else self.axes
+        if len(order) != len(shape):
+            raise LayoutMismatchError(f"{name!r}: axes {list(order)} do not permute those of shape {list(shape)}")
+        return order
 
 
 @dataclass(frozen=True)
@@ -250,9 +267,13 @@ class Experts(Rule):
         shares: Optional[Sequence[int]] = None,
     ) -> None:
         super().__init__(sources, target)
-        set_fields(self, transpose=transpose, merge=merge, experts=experts, shares=checked_shares(self, shares))
-        if experts is not None and experts < 1:
-            raise UsageError(f"rule for {target!r}: experts must be at least 1, got {experts}")
+        set_fields(
+            self,
+            transpose=true_or_false(transpose, f"rule for {target!r}: transpose"),
+            merge=true_or_false(merge, f"rule for {target!r}: merge"),
+            experts=None if experts is None else checked_int(self, "experts", experts, 1),
+            shares=checked_shares(self, shares),
+        )
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
@@ -300,10 +321,13 @@ class Part(Rule):
     parts: int
     axis: int
 
+    takes = ("source",)
+
     def __init__(self, sources: Names, target: str, number: int, parts: int, axis: int = 0) -> None:
         super().__init__(sources, target)
-        set_fields(self, number=number, parts=parts, axis=axis)
-        if not 0 <= number < parts:
+        set_fields(self, number=checked_int(self, "number", number), parts=checked_int(self, "parts", parts))
+        set_fields(self, axis=checked_int(self, "axis", axis))
+        if not 0 <= self.number < self.parts:
             raise UsageError(f"rule for {target!r}: part {number} of {parts}; parts count from 0")
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
