@@ -11,7 +11,7 @@ from ms_ckpt_ext.core.exchange.demand import ExchangeLimits
 from ms_ckpt_ext.core.exchange.one_rank import RankRound, rank_round
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, decide, plan_of
 from ms_ckpt_ext.core.planning.pieces import TensorMeta
-from tests.core.exchange.test_played import DTYPE, Pair, all_ways, cuts, demands_for, source_of
+from tests.support.exchanges import DTYPE, Pair, all_ways, cuts, demands_for, source_of
 
 
 def told(plan: ExchangePlan, turn: RankRound) -> Any:
