@@ -18,7 +18,10 @@ LEFT = {
     ("support/machine.py", "linux._libc"): "the C library, which fails as the tests need it on no machine",
     ("api/mindspore/test_subsets.py", "?module"): "which functions are called, in the midst of stock ones",
     ("engine/files/test_many_tensors.py", "safetensors.MAX_HEADER"): "a header of 100 MB has a million tensors",
-    ("engine/unlisted/test_live_outside.py", "dealt.Together"): "what it reads of files that the load reads as well",
+    (
+        "engine/unlisted/test_live_outside_files.py",
+        "dealt.Together",
+    ): "what it reads of files that the load reads as well",
     ("live/fault_worker.py", "together._load"): "a file that vanishes between two looks at it",
     ("bridge/mindformers/folder_worker.py", "ours.list_checkpoint"): "how often a folder is listed, by MindFormers too",
     ("live/link_worker.py", "ParameterSink.place"): "a link that is cut while bytes land in a Parameter",

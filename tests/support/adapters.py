@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+import ms_ckpt_ext
+from tests.support.families import LAYERS
 
 Weights = Mapping[str, np.ndarray]
 CONFIG: Mapping[str, Any] = {
@@ -61,3 +64,17 @@ def with_adapter(weights: Weights, tensors: Weights, factor: float) -> dict[str,
             weight = f"{module[len('base_model.model.') :]}.weight"
             found[weight] = with_product(found[weight], tensors[f"{module}.lora_B.weight"], tensors[name], factor)
     return found
+
+
+Q = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(LAYERS)]
+
+
+def held(folder: Path) -> Weights:
+    """Every tensor of the safetensors files below a folder."""
+    return {name: array for file in sorted(folder.rglob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def merged(source: Path, adapter: Path, target: Path, **more: Any) -> Weights:
+    """Merge a model with an adapter; what the result holds."""
+    ms_ckpt_ext.merge(source, target, adapter=adapter, naming="huggingface", sync=False, digests=False, **more)
+    return held(target)

@@ -40,4 +40,5 @@ def die(plane: ControlPlane) -> None:
 
 
 def forever() -> None:
+    """Wait for longer than a test lasts."""
     threading.Event().wait(100)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+
+import ms_ckpt_ext
 
 WHOLE = {
     "rows": np.arange(24, dtype=np.float32).reshape(4, 6),
@@ -71,3 +73,26 @@ def _tell(told: dict[str, Any], name: str, array: np.ndarray, piece: np.ndarray,
     owners = [r for r in RANKS if number_of(name, r) == number_of(name, rank)]
     place = {"file_name": file, "storage_rank": rank, "rank_group": owners}
     told["storage_data"].setdefault(str((name, (number_of(name, rank),))), []).append(place)
+
+
+def metadata(folder: Path) -> Any:
+    """What the folder's `metadata.json` says."""
+    return json.loads((folder / "metadata.json").read_text())
+
+
+def edited(folder: Path, edit: Callable[[Any], Any]) -> None:
+    """Change the folder's `metadata.json`."""
+    told = metadata(folder)
+    edit(told)
+    (folder / "metadata.json").write_text(json.dumps(told))
+
+
+def merged(source: Path, target: Path, **more: Any) -> dict[str, bytes]:
+    """Merge a folder; the contents of the result by name."""
+    ms_ckpt_ext.merge(source, target, **more)
+    return {n: a.tobytes() for part in target.glob("part*.safetensors") for n, a in load_file(part).items()}
+
+
+def chunks_of(told: Any, name: str) -> list[Any]:
+    """The slices that `metadata.json` lists of a parameter."""
+    return told["state_dict_metadata"][name]["chunk"]

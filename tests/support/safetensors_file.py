@@ -11,9 +11,11 @@ from tests.support.memory import MemoryReader
 
 
 def index(raw: bytes) -> FileIndex:
+    """The table of contents of a file that consists of these bytes."""
     return safetensors.read_index(MemoryReader(raw, "a.safetensors"))
 
 
 def file_of(header: Any, data: bytes = b"") -> bytes:
+    """A file of a header, as JSON or as a value that becomes JSON, and of data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data

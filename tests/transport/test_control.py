@@ -183,7 +183,7 @@ def test_a_hub_that_is_silent_is_given_up() -> None:
 
 
 def test_a_hub_that_cannot_be_opened_is_an_error_on_all_ranks() -> None:
-    """No files are left, say; see test_control_faults.py."""
+    """No files are left, say; see test_control_descriptors.py."""
 
     def refuse(server: socket.socket, token: str) -> None:
         server.close()

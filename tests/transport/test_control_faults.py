@@ -27,72 +27,12 @@ import pytest
 from ms_ckpt_ext.errors import PeerError, TransportError
 from ms_ckpt_ext.transport.hub.frames import FRAME, HERE, TELL, frame
 from ms_ckpt_ext.transport.hub.limits import ControlLimits
-from ms_ckpt_ext.transport.hub.line import Line
-from ms_ckpt_ext.transport.hub.server import Hub
-from ms_ckpt_ext.transport.rendezvous.greeting import Guest, Unwelcome
-from ms_ckpt_ext.transport.rendezvous.search import arrive
 from tests.harness.hosts import Host, Hosts
+from tests.support.hub_lines import HANG, Job, Took, all_share, job, took
 
-HANG = 60.0
-TOKEN = "of this job"
+__all__ = ["took"]
+
 WORKER = Path(__file__).with_name("hub_worker.py")
-Took = Callable[[str, float], None]
-
-
-@pytest.fixture
-def took(request: pytest.FixtureRequest) -> Took:
-    """Tells how many seconds something took."""
-    return lambda what, seconds: print(f"TOOK {seconds:.2f} {what}, {request.node.name}")
-
-
-class Job(NamedTuple):
-    """A hub and lines to it."""
-
-    hub: Hub
-    port: int
-    lines: list[Line]
-
-    def connect(self, rank: int, token: str = TOKEN, size: Optional[int] = None) -> socket.socket:
-        """A connection that has been let in, and is nobody's."""
-        connection = socket.create_connection(("127.0.0.1", self.port), HANG)
-        try:
-            return arrive(connection, Guest(token, rank, size or len(self.lines))).connection
-        except BaseException:
-            connection.close()
-            raise
-
-
-@contextlib.contextmanager
-def job(size: int, timeout: float, limits: ControlLimits, absent: Sequence[int] = ()) -> Iterator[Job]:
-    """A job of `size` ranks, of which those that are `absent` have not come yet."""
-    server = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    port = server.getsockname()[1]
-    found = Job(Hub(size, timeout, server, TOKEN, limits=limits), port, [])
-    try:
-        found.lines.extend(Line(rank, size, timeout, limits) for rank in range(size))
-        for line in found.lines:
-            if line.rank not in absent:
-                line.attach(arrive(socket.create_connection(("127.0.0.1", port), HANG), Guest(TOKEN, line.rank, size)))
-        yield found
-    finally:
-        for line in found.lines:
-            line.close()
-        found.hub.stop()
-        found.hub.join(HANG)
-        assert "ms_ckpt_ext hub" not in [thread.name for thread in threading.enumerate()]
-
-
-def all_share(lines: Sequence[Line], payload: bytes = b"") -> list[Any]:
-    """What a share gives on each of these, or raises."""
-
-    def one(line: Line) -> Any:
-        try:
-            return line.share(payload)
-        except TransportError as error:
-            return error
-
-    with ThreadPoolExecutor(len(lines)) as pool:
-        return list(pool.map(one, lines))
 
 
 def told(errors: Sequence[Any], kind: type[TransportError], text: str, rank: Optional[int] = None) -> None:
@@ -245,70 +185,6 @@ def test_a_host_that_is_cut_off(victim: int, act: Callable[[Hosts, Host], None],
         assert f"rank {number} is out of reach: its host did not answer" in message
 
 
-def test_connections_that_say_nothing_do_no_harm_and_are_closed(took: Took) -> None:
-    limits = ControlLimits(greeting_seconds=0.5, strangers=2000)
-    with job(3, HANG, limits, absent=[2]) as found, contextlib.ExitStack() as opened:
-        strangers = [
-            opened.enter_context(socket.create_connection(("127.0.0.1", found.port), HANG)) for _ in range(1000)
-        ]
-        found.lines[2].attach(arrive(socket.create_connection(("127.0.0.1", found.port), HANG), Guest(TOKEN, 2, 3)))
-        began = time.monotonic()
-        assert all_share(found.lines, b"fine") == [[b"fine"] * 3] * 3
-        took("seconds of a share meanwhile", time.monotonic() - began)
-        for stranger in strangers:
-            while stranger.recv(100):  # what the hub says by itself
-                pass
-        took("seconds until they are closed", time.monotonic() - began)
-        assert all_share(found.lines) == [[b""] * 3] * 3
-
-
-def test_more_strangers_than_there_is_room_for_put_out_each_other() -> None:
-    with job(2, HANG, ControlLimits(greeting_seconds=HANG, strangers=10), absent=[1]) as found:
-        with contextlib.ExitStack() as opened:
-            strangers = [
-                opened.enter_context(socket.create_connection(("127.0.0.1", found.port), HANG)) for _ in range(50)
-            ]
-            for stranger in strangers[:30]:
-                while stranger.recv(100):
-                    pass
-            connection = socket.create_connection(("127.0.0.1", found.port), HANG)
-            found.lines[1].attach(arrive(connection, Guest(TOKEN, 1, 2)))
-            assert all_share(found.lines, b"fine") == [[b"fine"] * 2] * 2
-
-
-@pytest.mark.parametrize("length", [1, 4, 59])
-def test_half_a_greeting_is_not_waited_for(length: int, took: Took) -> None:
-    with job(2, HANG, ControlLimits(greeting_seconds=0.3)) as found:
-        began = time.monotonic()
-        with socket.create_connection(("127.0.0.1", found.port), HANG) as stranger:
-            guest, received = Guest(TOKEN, 1, 2), bytearray()
-            reply = b""
-            while not reply:
-                received += stranger.recv(100)
-                reply = guest.hear(received)
-            stranger.sendall(reply[:length])
-            assert all_share(found.lines, b"fine") == [[b"fine"] * 2] * 2
-            assert stranger.recv(100) == b""
-        took("seconds until it is closed", time.monotonic() - began)
-
-
-@pytest.mark.parametrize(
-    ("token", "rank", "size", "why"),
-    [
-        ("of another job", 1, 2, "without a word"),
-        (TOKEN, 1, 3, "of a job of another size"),
-        (TOKEN, 2, 2, "its number is none of the job's"),
-        (TOKEN, 1, 2, "another process with its number is there already"),
-    ],
-    ids=["wrong token", "other size", "no such rank", "there already"],
-)
-def test_who_does_not_belong_is_told_at_once(token: str, rank: int, size: int, why: str) -> None:
-    with job(2, HANG, ControlLimits()) as found:
-        with pytest.raises(Unwelcome, match=why):
-            found.connect(rank, token, size)
-        assert all_share(found.lines, b"fine") == [[b"fine"] * 2] * 2
-
-
 def test_a_rank_that_does_not_read_is_named_like_one_that_does_not_come(took: Took) -> None:
     """The others have their answers meanwhile."""
     with job(4, 2.0, ControlLimits(), absent=[2]) as found, found.connect(2) as deaf:
@@ -370,77 +246,3 @@ def cut(found: Job, rank: int) -> None:
     for end in (found.lines[rank]._socket, found.hub._peers[rank]._socket):
         assert end is not None
         end.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
-
-
-class TestDescriptors:
-    """In a process of its own, for its limits cannot be raised again."""
-
-    def run(self, code: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, "-c", FEW_FILES + code], capture_output=True, text=True, timeout=HANG, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
-
-    def test_the_limit_is_raised_where_that_is_allowed(self) -> None:
-        assert self.run("limit(64, 4096); meet(100)") == "100 met\n"
-
-    def test_where_it_is_not_the_job_ends_before_it_begins(self) -> None:
-        said = self.run("limit(64, 64); meet(100)")
-        assert "100 ranks connect to this process, which may not open more than 64 files" in said
-        assert "raise the hard limit where the job is started (ulimit -Hn)" in said
-
-    def test_a_hub_that_can_open_no_more_goes_on_and_lets_in_who_waits_once_it_can(self) -> None:
-        assert self.run("limit(200, 200); meet(20, full=True)") == "19 are there\n20 met\n"
-
-
-FEW_FILES = f"""
-import os, resource, socket, sys, threading, time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from ms_ckpt_ext.errors import TransportError
-from ms_ckpt_ext.transport.hub.line import Line
-from ms_ckpt_ext.transport.hub.server import Hub
-from ms_ckpt_ext.transport.rendezvous.greeting import Guest
-from ms_ckpt_ext.transport.rendezvous.search import arrive
-
-def limit(soft, hard):
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-def fill():
-    taken = []
-    try:
-        while True:
-            taken.append(os.open("/dev/null", os.O_RDONLY))
-    except OSError:
-        return taken
-
-def meet(size, full=False):
-    server = socket.create_server(("127.0.0.1", 0), backlog=256)
-    port = server.getsockname()[1]
-    try:
-        hub = Hub(size, 30.0, server, {TOKEN!r})
-    except TransportError as error:
-        return print(error)
-    def come(rank):
-        connection = socket.create_connection(("127.0.0.1", port), 30)
-        line = Line(rank, size, 30.0)
-        line.attach(arrive(connection, Guest({TOKEN!r}, rank, size)))
-        return line
-    lines = [come(rank) for rank in range(size - full)]
-    if full:
-        last = socket.socket()
-        taken = fill()
-        last.connect(("127.0.0.1", port))  # the kernel takes it, the hub cannot
-        time.sleep(0.5)
-        print(size - 1, "are there", flush=True)
-        for each in taken:
-            os.close(each)
-        line = Line(size - 1, size, 30.0)
-        line.attach(arrive(last, Guest({TOKEN!r}, size - 1, size)))
-        lines.append(line)
-    with ThreadPoolExecutor(size) as pool:
-        answers = list(pool.map(lambda line: line.share(b""), lines))
-    assert answers == [[b""] * size] * size
-    print(size, "met")
-"""

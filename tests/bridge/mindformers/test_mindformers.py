@@ -10,10 +10,9 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +25,12 @@ from ms_ckpt_ext.core.planning.io_units import Limits
 from ms_ckpt_ext.engine.files.execution import execute
 from ms_ckpt_ext.engine.files.merge import MergeOptions, merge_job
 from ms_ckpt_ext.engine.source.catalog import open_catalog
+from tests.bridge.mindformers.running import HERE, ROOT, YAML, Run, environment, result_of, run, train
 from tests.docs.test_pages import blocks
 from tests.harness.msrun import run_msrun
 from tests.support.torch_python import needs_torch, transformers
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
-YAML = ROOT / "configs/mindformers/qwen3_tiny.yaml"
+__all__ = ["environment"]
 STOCK = "without=Resharding"
 """Drops the one entry of the YAML that brings this package in."""
 
@@ -54,59 +52,6 @@ since_1_9 = pytest.mark.skipif(
 )
 
 
-class Run(NamedTuple):
-    """A training: its exact losses, digests of all it began with, who loaded, and where its output is.
-
-    `stock` counts networks filled by MindSpore's own functions, `read` the bytes that this package read.
-    """
-
-    losses: list[str]
-    begun: dict[str, str]
-    ours: bool
-    stock: int
-    read: int
-    output: Path
-
-    def saved(self, step: int) -> dict[str, bytes]:
-        """Parameters and optimizer states of a step, by name."""
-        files = sorted((self.output / f"checkpoint/iteration_{step:08d}").glob("*.safetensors"))
-        assert len(files) == 2, files
-        return {name: array.tobytes() for file in files for name, array in load_file(file).items()}
-
-
-def told(result: Path, output: Path) -> Run:
-    return Run(**json.loads(result.read_text()), output=output)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What MindFormers runs in. The network is the same in all trainings, so it is compiled once."""
-    plugins = subprocess.run(
-        [sys.executable, "-m", "ms_ckpt_ext.plugins"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    cache = {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": str(tmp_path_factory.mktemp("compiled"))}
-    cache["TMPDIR"] = str(tmp_path_factory.mktemp("temporary"))  # MindFormers leaves files there
-    return {**env, **cache, "REGISTER_PATH": plugins, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def run(command: Sequence[str], env: Mapping[str, str], where: Path) -> str:
-    """Run to its end; returns what it said."""
-    ran = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
-    return ran.stdout
-
-
-def train(where: Path, env: Mapping[str, str], **changes: Sequence[str]) -> dict[str, Run]:
-    """Train as the YAML says, once for each set of changes, one after another."""
-    words: list[str] = []
-    for name, changed in changes.items():
-        words += ["--", f"{where}/{name}.json", f"output_dir={where}/{name}", *changed]
-    run([sys.executable, str(HERE / "train_worker.py"), str(YAML), *words[1:]], env, where)
-    return {name: told(where / f"{name}.json", where / name) for name in changes}
-
-
 class Page(NamedTuple):
     """What the commands of the page made: a training from scratch, and its resume through this package."""
 
@@ -124,7 +69,7 @@ def page(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) 
     run(["bash", "-euo", "pipefail", "-c", script], {**environment, **here}, ROOT)
     assert len(list(root.glob("*/merged/param_name_map.json"))) == 1
     (work,) = (path.parent for path in root.glob("*/first.json"))
-    return Page(*(told(work / f"{name}.json", work / name) for name in ("first", "second")))
+    return Page(*(result_of(work / f"{name}.json", work / name) for name in ("first", "second")))
 
 
 class Trained(NamedTuple):
@@ -212,7 +157,7 @@ def test_a_rank_folder_by_yaml_alone(
     run_msrun(
         HERE / "train_worker.py", YAML, tmp_path / "out.json", *words, ranks=1, tmp_path=tmp_path, supervised=True
     )
-    ours, stock = told(tmp_path / "out.json", tmp_path / "out"), resumed["legacy_stock"]
+    ours, stock = result_of(tmp_path / "out.json", tmp_path / "out"), resumed["legacy_stock"]
     assert (ours.stock, ours.begun, ours.losses) == (0, stock.begun, stock.losses)
     assert ours.read > 1 << 20
 

@@ -14,8 +14,8 @@ import ms_ckpt_ext
 from ms_ckpt_ext import load, load_distributed_checkpoint, rank_list_for_transform, transform_checkpoints
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
-from tests.engine.unlisted.test_outside import held_by, reshard, reshard_by_rank, save, transform
 from tests.support.outside import Source, layouts_file, slices
+from tests.support.outside_jobs import held_by, reshard, reshard_by_rank, save, transform
 
 W = np.arange(32, dtype=np.float32).reshape(8, 4)
 FOUR, TWO, EVERYWHERE = Layout((4,), ((0,), ())), Layout((2,), ((0,), ())), Layout((4,), ((), ()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ import ms_ckpt_ext
 from ms_ckpt_ext import (
     CheckpointError,
     load,
-    load_distributed_checkpoint,
     transform_checkpoint_by_rank,
     transform_checkpoints,
     unified_safetensors,
@@ -20,84 +19,22 @@ from ms_ckpt_ext import (
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import CoverageError, LayoutMismatchError
-from ms_ckpt_ext.formats.strategies.file import save_strategy
 from tests.support.checkpoints import read_file, tree
-from tests.support.outside import Source, listed, slices, source
-
-RNG = np.random.default_rng(1)
-FROZEN = RNG.standard_normal((8, 6), np.float32)
-HALF = slices(Layout((4,), ((0,), ())), FROZEN, 4)
-STEP = np.array([7], np.int32)
-OUTSIDE = {"frozen": HALF, "global_step": STEP}
-
-
-def lora(root: Path, outside: Any = None, stages: int = 1) -> Source:
-    """Four ranks (per stage) with a frozen parameter cut by rows that the strategy does not list."""
-    return source(root / "src", listed(4, stages), OUTSIDE if outside is None else outside)
-
-
-def save(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    load_distributed_checkpoint(
-        None, None, wanted, source.strategy, format="safetensors", unified_safetensors_dir=source.shards,
-        dst_safetensors_dir=target, **more,
-    )  # fmt: skip
-    return target
-
-
-def transform(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    transform_checkpoints(source.shards, target, "net", source.strategy, wanted, 1, "safetensors", **more)
-    for folder in target.glob("rank_*"):
-        (file,) = folder.glob("*.safetensors")
-        file.rename(folder / "net.safetensors")
-    return target
-
-
-def by_rank(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    from ms_ckpt_ext.formats.strategies.file import load_strategy
-
-    files = {rank: source.file(rank) for rank in source.held}
-    for rank in range(load_strategy(str(wanted)).world):
-        path = target / f"rank_{rank}/net.safetensors"
-        transform_checkpoint_by_rank(rank, files, path, source.strategy, wanted, **more)
-    return target
-
-
-def reshard(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    ms_ckpt_ext.reshard(source.shards, target, strategy=source.strategy, to_strategy=wanted, **more)
-    return target
-
-
-def reshard_by_rank(source: Source, target: Path, wanted: Path, **more: Any) -> Path:
-    from ms_ckpt_ext.formats.strategies.file import load_strategy
-
-    for rank in range(load_strategy(str(wanted)).world):
-        ms_ckpt_ext.reshard(source.shards, target, strategy=source.strategy, to_strategy=wanted, rank=rank, **more)
-    return target
-
-
-Recut = Callable[..., Path]
-RECUTS = [save, transform, by_rank, reshard, reshard_by_rank]
-recuts = pytest.mark.parametrize("recut", RECUTS, ids=[recut.__name__ for recut in RECUTS])
-
-
-def held_by(target: Path, rank: int) -> dict[str, bytes]:
-    return {name: tensor.data for name, tensor in read_file(target / f"rank_{rank}/net.safetensors").items()}
-
-
-def strategy_file(strategy: Strategy, path: Path) -> Path:
-    save_strategy(strategy, path)
-    return path
-
-
-def merges(source: Source, target: Path) -> list[Callable[..., Any]]:
-    return [
-        lambda **more: unified_safetensors(source.shards, source.strategy, target, **more),
-        lambda **more: ms_ckpt_ext.merge(source.shards, target, strategy=source.strategy, **more),
-        lambda **more: ms_ckpt_ext.merge(source.shards, target, strategy=source.strategy, naming="huggingface", **more),
-        lambda **more: ms_ckpt_ext.merge(source.shards, target, strategy=source.strategy, to="ckpt", **more),
-        lambda **more: unified_safetensors(source.shards, source.strategy, target, split_dst_file=(1, 2), **more),
-        lambda **more: unified_safetensors(source.shards, source.strategy, target, split_dst_file=(2, 2), **more),
-    ]
+from tests.support.outside import listed, slices, source
+from tests.support.outside_jobs import (
+    FROZEN,
+    HALF,
+    OUTSIDE,
+    RNG,
+    STEP,
+    Recut,
+    held_by,
+    lora,
+    merges,
+    recuts,
+    strategy_file,
+    transform,
+)
 
 
 @recuts
@@ -324,79 +261,6 @@ def test_training_scalars_are_scalars(tmp_path: Path, caplog: pytest.LogCaptureF
     assert alone.keys() == {"global_step"} and caplog.text.count("'cursor'") == 2
 
 
-LAYOUT = ((4,), (0, -1))
-FORMS = {
-    "short": lambda _: {"frozen": LAYOUT},
-    "nested": lambda _: {"frozen": ([2, 2], [[1, 0], [-1]])},
-    "of a network": lambda _: {"frozen": ([4], [0, -1], [2, 6], 0, True, "", [8, 6])},
-    "another file": lambda root: strategy_file(
-        Strategy.from_items([LayoutItem("frozen", 0, Layout((4,), ((0,), ())))], "it"), root / "second.ckpt"
-    ),
-    "json": lambda root: strategy_file(
-        Strategy.from_items([LayoutItem("frozen", 0, Layout((4,), ((0,), ())))], "it"), root / "second.json"
-    ),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-@recuts
-def test_what_is_supplied_is_cut_exactly(recut: Recut, form: str, tmp_path: Path) -> None:
-    held = lora(tmp_path)
-    supplied = held._replace(strategy=[held.strategy, FORMS[form](tmp_path)])  # type: ignore[arg-type]
-    wanted: Any = [strategy_file(listed(2), tmp_path / "dst.ckpt"), {"frozen": ((2,), (-1, 0))}]
-    if "by_rank" in recut.__name__:
-        for rank in range(2):
-            one = tmp_path / "out" / f"rank_{rank}/net.safetensors"
-            files = {r: held.file(r) for r in range(4)}
-            transform_checkpoint_by_rank(rank, files, one, supplied.strategy, wanted)
-    else:
-        recut(supplied, tmp_path / "out", wanted)
-    for rank in range(2):
-        assert held_by(tmp_path / "out", rank)["frozen"] == FROZEN[:, 3 * rank : 3 * rank + 3].tobytes()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_supplied_is_merged_and_read_whole(form: str, tmp_path: Path) -> None:
-    held = lora(tmp_path)
-    both = [held.strategy, FORMS[form](tmp_path)]
-    supplied = held._replace(strategy=both)  # type: ignore[arg-type]
-    for number, merge in enumerate(merges(supplied, tmp_path / "out")[:4]):
-        merge()
-        with load(tmp_path / "out") as found:
-            assert found["frozen"][...].tobytes() == FROZEN.tobytes(), number
-        if number:
-            assert ms_ckpt_ext.verify(held.shards, tmp_path / "out", strategy=both).ok
-    with load(held.shards, both) as found:
-        assert found["frozen"][3:7].tobytes() == FROZEN[3:7].tobytes()
-    assert "frozen" not in ms_ckpt_ext.training_scalars(held.shards, both)
-
-
-def test_messages_and_repeated_options_supply_too(tmp_path: Path) -> None:
-    from ms_ckpt_ext.cli.main import main
-
-    held = lora(tmp_path)
-    second = FORMS["another file"](tmp_path)
-    target = tmp_path / "out"
-    code = main(["merge", str(held.shards), str(target), "--strategy", str(held.strategy), "--strategy", str(second)])
-    assert code == 0
-    with load(target) as found:
-        assert found["frozen"][...].tobytes() == FROZEN.tobytes()
-
-
-def test_what_is_supplied_may_not_contradict(tmp_path: Path) -> None:
-    held = lora(tmp_path)
-    for more, told in (
-        ({"w0.0": ((4,), (-1, 0))}, r"'w0.0' \(pipeline stage 0\).*src.ckpt.*src_strategy_file\[1\]"),
-        ({"frozen": ((8,), (0, -1))}, "'frozen'.*of 8 devices"),
-        ({"frozen": 3}, r"src_strategy_file\[1\]: value of 'frozen' must be"),
-        (None, r"src_strategy_file\[1\] must be a path or a dict"),
-    ):
-        with pytest.raises(CheckpointError, match=told):
-            unified_safetensors(held.shards, [held.strategy, more], tmp_path / "out")
-    with pytest.raises(CheckpointError, match="empty list"):
-        unified_safetensors(held.shards, [], tmp_path / "out")
-
-
 def test_rules_take_what_the_strategy_does_not_list(tmp_path: Path) -> None:
     from ms_ckpt_ext.rules import QKV, Rename
 
@@ -413,77 +277,6 @@ def test_rules_take_what_the_strategy_does_not_list(tmp_path: Path) -> None:
     with load(tmp_path / "out") as found:
         assert found["qkv"][...].tobytes() == np.concatenate([q, k, v]).tobytes()
         assert set(found) == {"qkv", "w0.0", "0.step"}
-
-
-def one_of(root: Path, frozen: Any) -> tuple[Source, dict[int, Path], Path]:
-    """All that is listed is whole, so one file has it; of a large tensor that is not listed one file tells nothing."""
-    whole = Strategy.from_items([LayoutItem("w0.0", 0, Layout((2, 2), ((), ())))], "it")
-    table = np.linspace(0, 1, 9, dtype=np.float32)
-    held = source(root / "src", whole, {"frozen": frozen, "global_step": STEP, "learning_rate": table})
-    copies = {rank: root / f"copy_of_{'abcd'[rank]}.safetensors" for rank in range(4)}
-    for rank, path in copies.items():
-        path.write_bytes(held.file(rank).read_bytes())
-    return held, copies, strategy_file(listed(2), root / "dst.ckpt")
-
-
-LARGE = RNG.standard_normal((4096, 6), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("given", "more"),
-    [([0], "ranks 1, 2"), ([0, 1], "rank 2"), ([0, 2], "rank 1"), ([1, 3], "ranks 0, 2"), ([0, 1, 2], "")],
-)
-def test_too_few_files_to_tell(given: list[int], more: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    held, copies, wanted = one_of(tmp_path, LARGE)
-    arguments: Any = {rank: copies[rank] for rank in given}, tmp_path / "net.safetensors", held.strategy, wanted
-    if more:
-        told = f"'frozen'.*too few ranks' files.*give the file of {more} as well"
-        with pytest.raises(LayoutMismatchError, match=told):
-            transform_checkpoint_by_rank(0, *arguments)
-        transform_checkpoint_by_rank(0, *arguments, choice_func=lambda name: name != "frozen")
-        assert "'learning_rate'" in caplog.text and "taken for all" in caplog.text
-    else:
-        transform_checkpoint_by_rank(0, *arguments)
-        assert read_file(tmp_path / "net.safetensors")["frozen"].data == LARGE.tobytes()
-    assert read_file(tmp_path / "net.safetensors")["global_step"].data == STEP.tobytes()
-    assert "global_step" not in caplog.text
-
-
-@pytest.mark.parametrize("given", [[0], [0, 1], [3]])
-def test_files_beside_tell(given: list[int], tmp_path: Path) -> None:
-    """Files of other ranks lie where the names of the given ones say: they are compared, and nothing else."""
-    held, _, wanted = one_of(tmp_path, LARGE)
-    arguments: Any = {r: held.file(r) for r in given}, tmp_path / "net.safetensors", held.strategy, wanted
-    transform_checkpoint_by_rank(0, *arguments)
-    assert read_file(tmp_path / "net.safetensors")["frozen"].data == LARGE.tobytes()
-    for cut in (((1,), ()), ((0,), ())):  # along an axis on which the given ones are alike, or differ
-        held, _, wanted = one_of(tmp_path / str(cut), slices(Layout((2, 2), cut), LARGE, 4))
-        arguments = {r: held.file(r) for r in given}, tmp_path / "cut.safetensors", held.strategy, wanted
-        with pytest.raises(LayoutMismatchError, match="'frozen' is not in .*files differ"):
-            transform_checkpoint_by_rank(0, *arguments)
-    held.file(2).write_bytes(b"no checkpoint")
-    with pytest.raises(LayoutMismatchError, match="'frozen'"):
-        transform_checkpoint_by_rank(0, *arguments)
-
-
-def test_a_lone_folder_of_several_ranks(tmp_path: Path) -> None:
-    import shutil
-
-    held, _, wanted = one_of(tmp_path, LARGE)
-    for rank in (1, 2, 3):
-        shutil.rmtree(held.shards / f"rank_{rank}")
-    for job in (
-        lambda: unified_safetensors(held.shards, held.strategy, tmp_path / "out"),
-        lambda: transform(held, tmp_path / "out", wanted),
-        lambda: reshard(held, tmp_path / "out", wanted),
-    ):
-        with pytest.raises(LayoutMismatchError, match="'frozen'.*ranks 1, 2 as well"):
-            job()
-    unified_safetensors(held.shards, held.strategy, tmp_path / "out", choice_func=lambda name: name != "frozen")
-    both: Any = [held.strategy, {"frozen": ((4,), (-1, -1))}]
-    unified_safetensors(held.shards, both, tmp_path / "out")
-    with load(tmp_path / "out") as found:
-        assert found["frozen"][...].tobytes() == LARGE.tobytes()
 
 
 def test_many_that_differ_are_told_shortly(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.ranks import same_cut
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import LayoutMismatchError
-from tests.engine.unlisted.test_outside import RECUTS, held_by, strategy_file
 from tests.support.outside import Source, slices, source
+from tests.support.outside_jobs import RECUTS, held_by, strategy_file
 from tests.support.strategies import layouts
 
 quick = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
