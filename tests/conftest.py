@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.harness.permissions import obey_modes
 from tests.harness.stock_memory import let_stock_merge
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +21,7 @@ GOLDEN = ROOT / "tests" / "data" / "golden"
 # Before the first import of mindspore, here and in every process that a test starts.
 os.environ.setdefault("GLOG_v", "3")
 let_stock_merge()
+obey_modes()
 
 
 def _free_memory() -> int:

@@ -91,6 +91,7 @@ def test_every_save_is_recorded_and_the_last_is_resumed(format: str, background:
 def test_a_torn_one_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(tmp_path)
     newest = tmp_path / "net-2_3.ckpt"
+    newest.chmod(0o600)  # MindSpore saves it read-only
     newest.write_bytes(newest.read_bytes()[:-20])
     net = network(1)
     state = resume(net, optimizer_of(net), tmp_path, check="digests")

@@ -50,6 +50,7 @@ def main(root: Path) -> None:
     assert (root / "ms_ckpt_ext" / "net_rank_-1_4.ckpt" / "complete.json").exists()
     if rank == 1:
         newest = folder / f"net_rank_{rank}-1_4.ckpt"
+        newest.chmod(0o600)  # MindSpore saves it read-only
         newest.write_bytes(newest.read_bytes()[:-8])
     meet()
 
