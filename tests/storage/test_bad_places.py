@@ -35,6 +35,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("the command `mount` is not here")
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True, text=True, check=False
     )

@@ -11,7 +11,7 @@ from typing import Optional
 
 import pytest
 
-from tests.harness.hosts import Host, Hosts
+from tests.harness.hosts import Host, Hosts, hosts_or_skip
 from tests.harness.meeting_point import MeetingPoint
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -138,6 +138,7 @@ def test_where_to_find_rank_0_may_be_told_to_a_rank_alone(tmp_path: Path) -> Non
 
 def test_hosts_leave_nothing_behind(tmp_path: Path) -> None:
     """Also when the process that made them is killed."""
+    hosts_or_skip()
     script = "import time; from tests.harness.hosts import Hosts\nwith Hosts(2) as (a, b):\n"
     script += "    p = a.start(['sleep', '98765'])\n    print(a.pid, b.pid, flush=True)\n    time.sleep(99)\n"
     maker = subprocess.Popen(
