@@ -33,7 +33,7 @@ class DType(NamedTuple):
 
     def nbytes(self, elements: int) -> int:
         """Bytes that `elements` elements occupy (rounded up for packed types)."""
-        return (elements * self.bits + 7) // 8
+        return -(-elements * self.bits // 8)
 
 
 # In the order of the safetensors library's own enumeration, which decides where a tensor lies in a file it writes.

@@ -35,8 +35,8 @@ MAX_AXES = 64
 class _Numbers(NamedTuple):
     dev_matrix: tuple[int, ...]
     tensor_map: tuple[tuple[int, ...], ...]
-    opt_shard_step: int = 0
-    opt_shard_size: int = 0
+    opt_shard_step: int
+    opt_shard_size: int
 
 
 class Layout(_Numbers):
@@ -248,10 +248,8 @@ def _consumed(layout: Layout) -> tuple[tuple[int, int], ...]:
         wanted = prod(layout.dev_matrix[axis] for axis in replicas)
     left, taken = wanted, []
     for axis in reversed(replicas):
-        if left == 1:
-            break
         ways = min(left, layout.dev_matrix[axis])
-        if left % ways or layout.dev_matrix[axis] % ways:
+        if ways == 1 or left % ways or layout.dev_matrix[axis] % ways:
             break
         taken.append((axis, ways))
         left //= ways

@@ -58,7 +58,6 @@ class Strategy(NamedTuple):
         """
         layouts: dict[str, dict[int, Layout]] = {}
         first: Optional[LayoutItem] = None
-        last_stage = 0
         for item in items:
             first = first or item
             if item.layout is not first.layout and item.layout.devices != first.layout.devices:
@@ -70,12 +69,12 @@ class Strategy(NamedTuple):
             stages = layouts.setdefault(item.name, {})
             if stages.setdefault(item.stage, item.layout) != item.layout:
                 raise StrategyError(f"{origin}: parameter {item.name!r} has two layouts in stage {item.stage}")
-            last_stage = max(last_stage, item.stage)
         if first is None:
             raise StrategyError(
                 f"{origin} holds no parameter layouts; save it from a compiled network with "
                 "`strategy_ckpt_config` or `AutoParallel.save_param_strategy_file`"
             )
+        last_stage = max(map(max, layouts.values()))
         if (last_stage + 1) * first.layout.devices > MAX_RANKS:
             raise StrategyError(
                 f"{origin} speaks of pipeline stage {last_stage}, with {first.layout.devices} devices a stage: more "
@@ -196,13 +195,14 @@ def layout_item(
             f"{origin}: parameter {name!r} is split unevenly (field / param_split_shape is set), which MindSpore's "
             "own tools do not cut evenly either; re-save it from a network without uneven embedding split"
         )
-    if len(dev_matrix) != 1 or not dev_matrix[0]:
+    if len(dev_matrix) != 1 or not all(dev_matrix):
         raise StrategyError(
             f"{origin}: parameter {name!r} has no device matrix (a file of pure pipeline parallelism); "
             "re-save the strategy from a compiled network"
         )
+    (devices,) = map(tuple, dev_matrix)
     try:
-        return LayoutItem(name, stage, Layout(tuple(dev_matrix[0]), nested_tensor_map(tensor_map), *opt_shard))
+        return LayoutItem(name, stage, Layout(devices, nested_tensor_map(tensor_map), *opt_shard))
     except StrategyError as error:
         raise StrategyError(f"{origin}: parameter {name!r}: {error}") from error
 

@@ -217,23 +217,24 @@ def _viewed(region: Region, view: View, dtype: DType) -> tuple[Region, Shape, in
 
 def _merged(shape: Shape, source: int, source_strides: Shape, target: int, target_strides: Shape) -> StridedCopy:
     """A copy of byte boxes, with axes that are contiguous on both sides made one."""
-    run = 1
-    axes: list[tuple[int, int, int]] = []  # (count, source stride, target stride), innermost first
+    axes: list[tuple[int, int, int]] = []  # (count, source stride, target stride), innermost first: that is the run
+    length, step, landing = 1, 1, 1
     for count, s, t in reversed(list(zip(shape, source_strides, target_strides))):
         if count == 1:
             continue
-        if not axes and s == run and t == run:
-            run *= count
-        elif axes and s == axes[-1][0] * axes[-1][1] and t == axes[-1][0] * axes[-1][2]:
-            axes[-1] = (axes[-1][0] * count, axes[-1][1], axes[-1][2])
+        if (s, t) == (length * step, length * landing):
+            length *= count
         else:
-            axes.append((count, s, t))
-    axes.reverse()
+            axes.append((length, step, landing))
+            length, step, landing = count, s, t
+    axes.append((length, step, landing))
+    (run, _, _), *outer = axes
+    outer.reverse()
     return StridedCopy(
         run,
-        tuple(count for count, _, _ in axes),
+        tuple(count for count, _, _ in outer),
         source,
-        tuple(s for _, s, _ in axes),
+        tuple(s for _, s, _ in outer),
         target,
-        tuple(t for _, _, t in axes),
+        tuple(t for _, _, t in outer),
     )

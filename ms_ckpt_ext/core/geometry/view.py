@@ -161,12 +161,12 @@ def nests(size: int, view: View, region: Region) -> Iterator[Nest]:
 
     One nest, unless the box ends where a whole row of the view would not: then one for each index of an outer axis.
     """
-    counts = region.shape
     offset = view.offset + sum(low * stride for low, stride in zip(region.start, view.strides))
-    yield from _nests(size, offset, view.strides, counts, Region.whole(counts))
+    yield from _nests(size, offset, view.strides, Region.whole(region.shape))
 
 
-def _nests(size: int, offset: int, strides: Shape, counts: Shape, part: Region) -> Iterator[Nest]:
+def _nests(size: int, offset: int, strides: Shape, part: Region) -> Iterator[Nest]:
+    counts = part.shape
     order = sorted((axis for axis, count in enumerate(counts) if count > 1), key=lambda axis: -strides[axis])
     steps = [*(strides[axis] for axis in order), 1]
     if all(outer % inner == 0 for outer, inner in zip(steps, steps[1:])):
@@ -185,9 +185,8 @@ def _nests(size: int, offset: int, strides: Shape, counts: Shape, part: Region) 
                 return
     outermost = order[0]
     for index in range(counts[outermost]):
-        one = (*counts[:outermost], 1, *counts[outermost + 1 :])
         first, last = list(part.start), list(part.stop)
         first[outermost] += index
         last[outermost] = first[outermost] + 1
         inside = Region(tuple(first), tuple(last))
-        yield from _nests(size, offset + index * strides[outermost], strides, one, inside)
+        yield from _nests(size, offset + index * strides[outermost], strides, inside)

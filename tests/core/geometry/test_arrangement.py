@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ms_ckpt_ext.core.geometry.arrangement import Arrangement, Setting
+from ms_ckpt_ext.core.geometry.arrangement import Arrangement, Setting, arrangement
 from ms_ckpt_ext.core.geometry.array import Region, View
 
 STACKED = tuple(Setting(Region.whole((3,)), (1,), (number, 0)) for number in range(4))
@@ -34,6 +34,12 @@ def test_bits_are_kept_up_to_a_number() -> None:
         assert made.bits(other) is single
         assert made.bits(rows[0]) is not kept[0]
         made = Arrangement((4, 3), (4, 3), STACKED, most=6)
+
+
+def test_what_layers_have_in_common_is_worked_out_once() -> None:
+    rows = [Region((low, 0), (high, 3)) for low in range(4) for high in range(low + 1, 5)]
+    kept = {target: arrangement((4, 3), (4, 3), STACKED).bits(target) for target in rows}
+    assert all(arrangement((4, 3), (4, 3), STACKED).bits(target) is bits for target, bits in kept.items())
 
 
 def test_what_is_kept_is_counted_anew() -> None:

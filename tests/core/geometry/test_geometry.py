@@ -7,7 +7,15 @@ import json
 import pytest
 
 from ms_ckpt_ext.core.geometry.array import Region
-from ms_ckpt_ext.core.geometry.layout import Layout, cell_region, layout_from_json, same_slices, slice_shape, whole
+from ms_ckpt_ext.core.geometry.layout import (
+    MAX_AXES,
+    Layout,
+    cell_region,
+    layout_from_json,
+    same_slices,
+    slice_shape,
+    whole,
+)
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
 
 
@@ -97,6 +105,9 @@ def test_layout(name: str) -> None:
         (((4, 3), ((),), 1, 4), "optimizer shard of size 4 does not fit"),  # the inner axis comes first
         (((2, 4), ((0,), ()), 1, -2), "expected step >= 0 and size >= -1"),
         (((2,), (), 1, 2), "has no axes"),
+        (((1,) * 65, ((),)), "device matrix of 65 axes, tensor map of 1 that names 0 of them: expected at most 64"),
+        (((1,), ((),) * 65), "device matrix of 1 axes, tensor map of 65 that names 0 of them: expected at most 64"),
+        (((1,), ((0,) * 65,)), "device matrix of 1 axes, tensor map of 1 that names 65 of them: expected at most 64"),
     ],
 )
 def test_a_layout_that_contradicts_itself(arguments: tuple, message: str) -> None:
@@ -114,10 +125,13 @@ def test_a_shape_that_cannot_be_cut_names_axis_and_parts() -> None:
         Layout((4,), ((), (0,))).full_shape((4,))
     assert cell_region((1, 0), (2, 1), (4, 3)) == Region((2, 0), (4, 3))
     assert whole(2).region(0, (4, 3)) == Region.whole((4, 3))
+    assert (whole(2), whole(0)) == (Layout((1,), ((), ())), Layout((1,), ()))
 
 
 def test_the_largest_job_is_legal() -> None:
     assert Layout((1 << 20,), ((),)).devices == 1 << 20
+    every = tuple((axis,) for axis in range(64))
+    assert (Layout((1,) * 64, every).parts, MAX_AXES) == ((1,) * 64, 64)
 
 
 def test_an_optimizer_shard_in_numbers() -> None:

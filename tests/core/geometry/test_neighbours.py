@@ -40,6 +40,7 @@ def test_axes(matrices: list[tuple[int, ...]], axes: list[tuple[int, int]]) -> N
         ((1, 3), 4, [(1, 2), (2, 2)], (1, 3), ()),  # deduplicated: nobody beside rank 1 on the inner axis
         ((0, 3), 4, [(1, 4)], (0, 3), ()),
         ((2,), 4, [(1, 4)], (2,), ()),
+        ((1, 2, 3), 4, [(1, 2), (2, 2)], (1, 2, 3), ()),  # beside rank 1 on the outer axis is rank 3
         (range(4), 4, [(2, 2)], (0, 2), (1,)),  # the frozen one may lie on the inner axis
         (range(1024), 1024, [(1, 8), (8, 128)], (0, 1, 8), (2, 4, 16, 32, 64, 128, 256, 512)),
     ],

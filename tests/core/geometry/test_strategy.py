@@ -60,7 +60,7 @@ def test_ranks_belong_to_stages() -> None:
     assert strategy.names_of(3) == ["emb"]
     assert strategy.names_of(4) == ["emb", "head"]
     assert strategy.cell("head", 3) is None
-    assert strategy.cell("head", 5) == (1, 0)
+    assert [strategy.cell("head", rank) for rank in range(4, 8)] == [(0, 0), (1, 0), (0, 0), (1, 0)]
     assert (strategy.ranks_of(0), strategy.ranks_of(1)) == (range(4), range(4, 8))
     assert [strategy.stage_of(rank) for rank in (0, 3, 4, 7)] == [0, 0, 1, 1]
     assert Strategy.from_items([LayoutItem("a", (1 << 18) - 1, ROWS)], "the largest").world == 1 << 20
@@ -87,8 +87,9 @@ def test_layouts_that_no_memory_holds_are_refused_before_ranks_are_enumerated() 
     cuts = [Layout((1 << axis, 1 << (20 - axis)), ((0,),)) for axis in range(20)]
     items = [LayoutItem(f"w{number}", 0, layout) for number, layout in enumerate(cuts)]
     assert Strategy.from_items(items[:4], "a test").world == 1 << 20
-    with pytest.raises(StrategyError, match="a test has 20 different layouts of 1048576 devices each"):
-        Strategy.from_items(items, "a test")
+    for different in (5, 20):
+        with pytest.raises(StrategyError, match=f"a test has {different} different layouts of 1048576 devices each"):
+            Strategy.from_items(items[:different], "a test")
 
 
 @pytest.mark.parametrize("ranks, layouts", [(16_384, 256), (65_536, 64)])
@@ -102,6 +103,10 @@ def test_large_jobs_are_legal(ranks: int, layouts: int) -> None:
 def test_a_missing_stage_is_named() -> None:
     with pytest.raises(StrategyError, match=r"lacks pipeline stage\(s\) \[0, 1\] of 3"):
         Strategy.from_items([LayoutItem("a", 2, ROWS)], "a test").check_complete()
+    first = ", ".join(map(str, range(16)))
+    for stage, told in ((16, rf"\[{first}\] of 17"), (20, rf"\[{first}\] and 4 more of 21")):
+        with pytest.raises(StrategyError, match=rf"lacks pipeline stage\(s\) {told}"):
+            Strategy.from_items([LayoutItem("a", stage, ROWS)], "a test").check_complete()
 
 
 def message(dev: list[int], rows: list[list[int]], step: int = 0, size: int = 0, field: int = 0) -> Any:
@@ -162,6 +167,9 @@ def test_values_of_a_layout_dict_may_be_short_or_of_other_kinds() -> None:
     values["e"] = ([2, 2], [0, -1], [1, 1])
     values["f"] = ([2, 2], [0, -1], [1, 1], 0, True)
     assert layouts_by_name(values, len) == dict.fromkeys(values, ROWS)
+    assert layouts_by_name({"g": (*values["f"], "group")}, {"group": 2}.__getitem__) == {
+        "g": Layout((2, 2), ((0,), ()), 1, 2)
+    }
     assert strategy_from_layout_dict(values, 4, len).layouts["a"] == {1: ROWS}
     assert strategy_from_layout_dict(values, 3, len).layouts["a"] == {0: ROWS}
 

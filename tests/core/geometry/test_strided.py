@@ -83,6 +83,36 @@ def test_axes_that_are_contiguous_on_both_sides_are_one() -> None:
     assert found == StridedCopy(1, (3,), 14, (4,), 0, (1,))
 
 
+def test_axes_inside_which_others_lie_apart_are_one_as_well() -> None:
+    """The two outer ones of four, whatever the inner ones are."""
+    found = copy_box(
+        (2, 3, 4, 6), Region((0, 0, 1, 1), (2, 3, 3, 4)), (2, 3, 3, 5), Region((0, 0, 1, 2), (2, 3, 3, 5)), DTYPES["U8"]
+    )
+    assert found == StridedCopy(3, (6, 2), 7, (24, 6), 7, (15, 5))
+    turned = copy_box(
+        (2, 3, 4), Region.whole((2, 3, 4)), (4, 6), Region.whole((2, 3, 4)), DTYPES["U8"], View(0, (3, 1, 6))
+    )
+    assert turned == StridedCopy(1, (6, 4), 0, (4, 1), 0, (1, 6))
+
+
+@pytest.mark.parametrize(
+    ("copy", "most", "counts"),
+    [
+        (StridedCopy(4, (10,), 0, (16,), 0, (4,)), 36, [(3,), (3,), (3,), (1,)]),
+        (StridedCopy(4, (10,), 0, (16,), 0, (4,)), 35, [(2,)] * 5),
+        (StridedCopy(4, (3,), 0, (16,), 0, (4,)), 3, [()] * 3),
+        (StridedCopy(4, (3, 4), 0, (100, 10), 0, (16, 4)), 234, [(3, 4)]),
+        (StridedCopy(4, (3, 4), 0, (100, 10), 0, (16, 4)), 233, [(2, 4), (1, 4)]),
+        (StridedCopy(4, (3, 4), 0, (100, 10), 0, (16, 4)), 133, [(4,)] * 3),
+        (StridedCopy(4, (3, 4), 0, (100, 10), 0, (16, 4)), 33, [(3,), (1,)] * 3),
+    ],
+)
+def test_parts_are_as_large_as_they_may_be(copy: StridedCopy, most: int, counts: list[Shape]) -> None:
+    parts = list(copy.bounded(most))
+    assert [part.counts for part in parts] == counts
+    assert [run for part in parts for run in part.runs()] == list(copy.runs())
+
+
 def test_a_view_of_the_target() -> None:
     """Every other row, and columns for rows."""
     whole = Region.whole((2, 3))
@@ -112,6 +142,7 @@ def test_a_copy_made_several_times() -> None:
         ((2, 8), Region((1, 0), (2, 8)), StridedCopy(4, (), 4, (), 0, ())),
         ((2, 3, 8), Region((1, 1, 2), (2, 3, 4)), StridedCopy(1, (2,), 17, (4,), 0, (1,))),
         ((8,), Region((2,), (6,)), StridedCopy(2, (), 1, (), 0, ())),
+        ((2, 40), Region((0, 4), (2, 38)), StridedCopy(17, (2,), 2, (20,), 0, (17,))),
         ((2, 8), Region((0, 1), (2, 5)), None),
         ((2, 8), Region((0, 2), (2, 5)), None),
         ((2, 7), Region((0, 2), (2, 6)), None),

@@ -63,24 +63,37 @@ def test_frames_fill_the_target_once(case: tuple[Shape, Shape, Region]) -> None:
 @given(viewed(), st.data())
 def test_nests_are_the_strided_box(case: tuple[Shape, Shape, Region], data: st.DataObject) -> None:
     shape, view, target = case
-    flat = np.arange(target.size)
     for box, offset, strides in frames(shape, view, target):
         order = data.draw(st.permutations(range(len(view))))
         seen = View(offset, tuple(strides[axis] for axis in order))
         region = data.draw(box_of(tuple(box.shape[axis] for axis in order)))
-        got = np.full(region.shape, -1)
-        for start, extents, inner, axes, part in nests(target.size, seen, region):
-            taken = flat[start : start + prod(extents)].reshape(extents)[inner.slices]
-            got[part.slices] = taken.transpose(axes)[..., 0]
-        for index in np.ndindex(*region.shape):
-            assert got[index] == seen.offset + int(np.dot(np.add(index, region.start), seen.strides))
+        carry_out(target.size, seen, region)
+
+
+def carry_out(size: int, seen: View, region: Region) -> int:
+    """How many nests take a region of a view of so many elements; they take the right ones."""
+    flat, got = np.arange(size), np.full(region.shape, -1)
+    found = list(nests(size, seen, region))
+    for start, extents, inner, axes, part in found:
+        taken = flat[start : start + prod(extents)].reshape(extents)[inner.slices]
+        got[part.slices] = taken.transpose(axes)[..., 0]
+    for index in np.ndindex(*region.shape):
+        assert got[index] == seen.offset + int(np.dot(np.add(index, region.start), seen.strides))
+    return len(found)
 
 
 def test_aligned_views_are_one_nest() -> None:
     """Rows of two tensors that alternate, grouped heads, a transposed expert: one copy each."""
-    assert len(list(nests(8 * 6, View(6, (12, 1)), Region.whole((4, 6))))) == 1
-    assert len(list(nests(8 * 6, View(12, (24, 6, 1)), Region.whole((2, 1, 6))))) == 1
-    assert len(list(nests(2 * 6 * 8, View(48, (1, 8)), Region.whole((8, 6))))) == 1
+    assert carry_out(8 * 6, View(6, (12, 1)), Region.whole((4, 6))) == 1
+    assert carry_out(8 * 6, View(12, (24, 6, 1)), Region.whole((2, 1, 6))) == 1
+    assert carry_out(2 * 4 * 6, View(6, (24, 6, 1)), Region.whole((2, 3, 6))) == 1
+    assert carry_out(2 * 6 * 8, View(48, (1, 8)), Region.whole((8, 6))) == 1
+
+
+def test_rows_that_do_not_divide_are_a_nest_each() -> None:
+    """Two of seven elements, of which two groups of three are taken."""
+    assert carry_out(14, View(0, (7, 3, 1)), Region.whole((2, 2, 3))) == 2
+    assert carry_out(14, View(1, (7, 1, 3)), Region.whole((2, 3, 2))) == 2
 
 
 @given(viewed(), st.data())
