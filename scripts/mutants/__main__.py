@@ -6,7 +6,8 @@
    our own leaves a statement away. Annotations and what an error says are left as they are.
 3. Of every module a sample, drawn from a seed, is tried: a copy of a process that has collected the tests gives the
    functions of the module the faulty code, and runs the tests that run its line, the quickest first, until one fails.
-   What differs outside of functions is imported anew. Nothing is written into the project.
+   What differs outside of functions is imported anew, and the tests of the module itself come first.
+   Nothing is written into the project.
 
 What survives is a test that is missing, code that is not needed, or *equivalent*: no input tells it from the original.
 `equivalent.txt` has those that were found to be so, and why; they do not count.

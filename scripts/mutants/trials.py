@@ -98,12 +98,17 @@ class _Faulty(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
 
 def imported(mutant: Mutant, tests: Sequence[str]) -> int:
-    """Run tests in a process that has imported nothing yet, with a faulty module. Not 0 when one fails."""
+    """Run tests in a process that has imported nothing yet, with a faulty module. Not 0 when one fails.
+
+    The tests of the module itself are all run, and come first: those that look at a constant run no line of it.
+    """
     import pytest
 
     quiet()
     sys.meta_path.insert(0, _Faulty(mutant.module, mutant.code))
-    return int(pytest.main([*PYTEST, *tests]))
+    own = ROOT / "tests" / mutant.module.relative_to(ROOT / "ms_ckpt_ext").with_name(f"test_{mutant.module.name}")
+    failed = pytest.main([*PYTEST, str(own)]) if own.exists() else 0
+    return int(failed or pytest.main([*PYTEST, *tests]))
 
 
 class _Patched:
