@@ -84,15 +84,14 @@ def classes_of(chunks: Chunks, world: int) -> Classes:
     """Find ranks that are alike."""
     rows = chunks.parts.rows
     set_start, members = chunks.parts.sets.flat()
-    owner = np.repeat(np.arange(len(set_start) - 1), np.diff(set_start))
     of_rank, first = classes_of_ranks(chunks.parts.sets, world)
     # A set is a union of classes: keep one rank of each.
     kept = first[of_rank[members]] == members
-    class_start = starts(sums(owner[kept], np.ones(int(kept.sum())), len(set_start) - 1))
+    class_start = np.append(0, np.cumsum(kept))[set_start]
     deliveries, entries = entries_of(class_start, rows.ranks.astype(np.int64))
     gets = of_rank[members[kept]][entries].astype(np.int32)
     per_delivery = np.diff(class_start)[rows.ranks]
-    before = np.concatenate([[0], np.cumsum(per_delivery)])
+    before = np.append(0, np.cumsum(per_delivery))
     return Classes(of_rank.astype(np.int32), np.bincount(of_rank), before[rows.start], gets, rows.moved[deliveries])
 
 
@@ -132,7 +131,7 @@ class _Filler:
         self._copies, self._nbytes = _copies(rows, _receivers(parts.sets, ways) if ways.tiered else sizes), rows.nbytes
         sharing = [int(sizes[each.ranks]) if each.root == EVERYBODY else 1 for each in chunks.groups]
         self._members = np.concatenate([np.ones(self._world, np.int64), np.array(sharing, np.int64)])
-        self._class_of = np.concatenate([classes.of_rank, np.full(len(chunks.groups), -1, np.int64)])
+        self._class_of = np.concatenate([classes.of_rank, np.full(len(chunks.groups), len(classes.size))])
         self._queue = _queue(chunks)
         offers = sums(chunks.reader, np.diff(chunks.start), len(self._members))
         self._stop = np.cumsum(offers)
@@ -141,13 +140,12 @@ class _Filler:
         self._reads[chunks.start[:-1]] = chunks.staged
         gathered = (chunks.reader >= self._world)[chunks.of_part]
         self._reads[gathered] = rows.nbytes[parts.row[gathered]]
-        self._shares = shares_of(self._totals(chunks), limits)
+        self._shares = shares_of(self._totals(chunks, gathered), limits)
         self._round = np.empty(len(parts.row), np.int32)
 
-    def _totals(self, chunks: Chunks) -> Shares:
+    def _totals(self, chunks: Chunks, gathered: Ints) -> Shares:
         """What the ranks with the most of it read, send and receive in all; what a reader keeps counts as sent, too."""
         reads = sums(chunks.reader, chunks.staged, len(self._members))
-        gathered = (chunks.reader >= self._world)[chunks.of_part]
         copies = np.where(gathered, self._nbytes[self._row], self._copies[self._row])
         sent = sums(chunks.reader[chunks.of_part], copies, len(self._members))
         times = np.bincount(self._row, minlength=len(self._nbytes))

@@ -240,6 +240,15 @@ def test_groups_are_numbered_behind_the_ranks_in_the_order_of_their_ranks() -> N
     assert chunks.reader.tolist() == [6, 4, 5]
 
 
+def test_numbers_of_groups_behind_as_many_ranks_as_a_byte_counts() -> None:
+    everyone = tuple(range(127))
+    parts = parts_of([Part(0, 0, 10, everyone), Part(1, 0, 10, everyone)])
+    sees = {0: frozenset(everyone), 1: frozenset({5})}
+    chunks = chunks_of(parts, 127, LIMITS, sees, Ways(broadcast=True))
+    assert chunks.groups == (FedGroup(0), FedGroup(0, 5))
+    assert chunks.reader.tolist() == [127, 128]
+
+
 def test_what_lies_in_several_stretches_no_group_gathers() -> None:
     chunks = chunks_of(parts_of([Part(0, 0, 500, WIDE)], scattered=(0,)), 3, LIMITS, None, Ways())
     assert (chunks.groups, chunks.reader.tolist()) == ((), [0])

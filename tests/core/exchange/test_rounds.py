@@ -1,59 +1,18 @@
-"""Which parts travel together, beside a model that takes one part at a time; streams of groups: equal shares, every
-byte read once and put where its part lies."""
+"""Which parts travel together, beside a model that takes one part at a time."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Optional
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, chunks_of
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits, Servers, Ways
-from ms_ckpt_ext.core.exchange.rounds import Shares, classes_of, gatherings, rounds_of, shares_of, stream_of
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, chunks_of
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Ways
+from ms_ckpt_ext.core.exchange.rounds import Shares, classes_of, rounds_of, shares_of
 from tests.core.exchange.test_chunks import ALONE, Part, apart, parts_of
-
-# Parts of a file: gaps before them (0: a neighbour of the one before) and lengths.
-FILES = st.lists(st.lists(st.tuples(st.sampled_from([0, 0, 3, 64]), st.integers(1, 200)), max_size=6), max_size=4)
-
-
-@settings(max_examples=200, deadline=None)
-@given(FILES, st.integers(1, 9), st.sampled_from([16, 64, 1 << 20]))
-def test_a_stream_is_read_once_in_equal_shares(files: list[list[tuple[int, int]]], members: int, most: int) -> None:
-    rng = np.random.default_rng(0)
-    contents = [rng.integers(1, 256, 2000, np.uint8) for _ in files]
-    columns: list[tuple[int, int, int]] = []
-    for number, parts in enumerate(files):
-        at = 0
-        for gap, nbytes in parts:
-            columns.append((number, at + gap, nbytes))
-            at += gap + nbytes
-    if not columns:
-        return
-    file, offset, nbytes = (np.array(column) for column in zip(*columns))
-    stream = stream_of(file, offset, nbytes, members, most)
-    memory = np.zeros(stream.share * members, np.uint8)
-    for member, where, start, length, place in zip(*stream.pieces):
-        assert place // stream.share == (place + length - 1) // stream.share == member
-        assert 0 < length <= most
-        assert not memory[place : place + length].any(), "read twice"
-        memory[place : place + length] = contents[where][start : start + length]
-    for (where, start, length), place in zip(columns, stream.at.tolist()):
-        assert memory[place : place + length].tobytes() == contents[where][start : start + length].tobytes()
-    assert stream.pieces.nbytes.sum() == nbytes.sum()
-    assert stream.share % ALIGNMENT == 0
-    follows = [False, *((a, b + n) == (c, d) for (a, b, n), (c, d, _) in zip(columns, columns[1:]))]
-    assert all(place % ALIGNMENT == 0 for place, neighbour in zip(stream.at.tolist(), follows) if not neighbour)
-    assert memory.size <= nbytes.sum() + ALIGNMENT * (len(columns) + members)
-
-
-def test_parts_that_are_neighbours_are_one_read() -> None:
-    stream = stream_of(np.zeros(3, int), np.array([8, 20, 60]), np.array([12, 30, 4]), 1, 1 << 20)
-    assert [column.tolist() for column in stream.pieces] == [[0, 0], [0, 0], [8, 60], [42, 4], [0, 48]]
-    assert stream.at.tolist() == [0, 12, 48]
 
 
 @pytest.mark.parametrize(
@@ -239,25 +198,47 @@ def many(*wanted: tuple[int, tuple[int, ...]]) -> list[Part]:
     return apart(*((10, ranks) for count, ranks in wanted for _ in range(count)))
 
 
+FLAT, TIERED = ALONE, Ways(gather=False, servers=(0, 0, 0, 1, 1), tiered=True)
+FED = Ways(broadcast=True)
+ALL = (0, 1, 2, 3, 4)
+
+
 @pytest.mark.parametrize(
-    ("parts", "servers", "rounds"),
+    ("parts", "ways", "seeing", "rounds"),
     [
         # of 800 bytes rank 0 may read 225 a round and send 412: 40 of each of the first parts, none of the others
-        (many((20, (1, 2, 3, 4)), (20, (0,))), (), [10, 22, 8]),
+        (many((20, (1, 2, 3, 4)), (20, (0,))), FLAT, (0,), [10, 22, 8]),
         # a rank may receive 155 a round, and each is sent 200
-        (many((20, (1,)), (20, (2,)), (20, (3,)), (20, (4,))), (), [15, 20, 20, 20, 5]),
+        (many((20, (1,)), (20, (2,)), (20, (3,)), (20, (4,))), FLAT, (0,), [15, 20, 20, 20, 5]),
         # rank 0 may send 350 a round: one part to two ranks, and once to the other server
-        (many((20, (1, 2, 3, 4))), (0, 0, 0, 1, 1), [11, 9]),
+        (many((20, (1, 2, 3, 4))), TIERED, (0,), [11, 9]),
         # of 266 a round a rank may receive half; as much it may send on
-        (many((20, (1,)), (20, (2,))), (0, 0, 0, 1, 1), [13, 20, 7]),
+        (many((20, (1,)), (20, (2,))), TIERED, (0,), [13, 20, 7]),
+        # all gather: each may receive 457 a round, and reads and gives a fifth of all
+        (many((80, ALL)), FED, ALL, [45, 35]),
+        # rank 0 reads, and broadcasts what it may read in a round: 266
+        (many((40, ALL)), FED, (0,), [26, 14]),
     ],
 )
-def test_a_round_ends_when_one_share_is_full(parts: list[Part], servers: Servers, rounds: list[int]) -> None:
-    limits, ways = ExchangeLimits(800, 4096), ALONE._replace(servers=servers, tiered=bool(servers))
-    chunks = chunks_of(parts_of(parts), WORLD, limits, {0: frozenset({0})}, ways)
+def test_a_round_ends_when_one_share_is_full(
+    parts: list[Part], ways: Ways, seeing: tuple[int, ...], rounds: list[int]
+) -> None:
+    limits = ExchangeLimits(800, 4096)
+    chunks = chunks_of(parts_of(parts), WORLD, limits, {0: frozenset(seeing)}, ways)
     found = rounds_of(chunks, classes_of(chunks, WORLD), limits, ways).tolist()
     assert found == Model(chunks, ways).rounds(limits)
     assert found == [number for number, count in enumerate(rounds) for _ in range(count)]
+
+
+@pytest.mark.parametrize("rank", range(WORLD))
+def test_what_a_rank_gathers_and_what_it_is_sent_fill_one_share(rank: int) -> None:
+    """Ranks that want something of their own each; one of them is sent much beside what all gather."""
+    parts = many((80, ALL), *((1, (one,)) for one in ALL))
+    parts += [part._replace(file=1) for part in many((40, (rank,)))]
+    sees = {0: frozenset(ALL), 1: frozenset({(rank + 1) % WORLD})}
+    limits = ExchangeLimits(800, 4096)
+    chunks = chunks_of(parts_of(parts), WORLD, limits, sees, FED)
+    assert rounds_of(chunks, classes_of(chunks, WORLD), limits, FED).tolist() == Model(chunks, FED).rounds(limits)
 
 
 def test_of_what_lies_in_memory_nothing_is_read_so_there_is_more_room_to_send() -> None:
@@ -266,27 +247,6 @@ def test_of_what_lies_in_memory_nothing_is_read_so_there_is_more_room_to_send() 
     limits = ExchangeLimits(800, 4096)
     chunks = chunks_of(parts, 2, limits, None, ALONE)
     assert rounds_of(chunks, classes_of(chunks, 2), limits, ALONE).tolist() == [0] * 35 + [1] * 35
-
-
-def test_a_group_is_fed_in_every_round_what_travels_in_it() -> None:
-    """Two groups, one of which is sent a broadcast as well, and a part that one rank reads."""
-    parts = parts_of([*apart(*[(500, (2, 3)), (500, (0, 1))] * 3), Part(1, 0, 500, (0, 1)), Part(2, 0, 10, (4,))])
-    sees = {0: frozenset(range(5)), 1: frozenset({1}), 2: frozenset({4})}
-    chunks = chunks_of(parts, 5, ExchangeLimits(128, 100), sees, Ways(groups=True, broadcast=True))
-    left, right = (parts.sets.number(ranks) for ranks in ((0, 1), (2, 3)))
-    found = [*gatherings(chunks, np.array([0, 0, 1, 1, 2, 1, 2, 1]), 5, 300)]
-    assert [(each.round, each.group, each.parts.tolist()) for each in found] == [
-        (0, FedGroup(left), [1]),
-        (0, FedGroup(right), [0]),
-        (1, FedGroup(left), [3, 5]),
-        (1, FedGroup(right), [2]),
-        (2, FedGroup(left, 1), [6]),
-        (2, FedGroup(right), [4]),
-    ]
-    reads = [[column.tolist() for column in found[number].stream.pieces] for number in (2, 4)]
-    assert reads[0] == [[0, 0, 1, 1], [0] * 4, [3000, 3300, 5000, 5300], [300, 200, 300, 200], [0, 300, 512, 812]]
-    assert reads[1] == [[1, 1], [1, 1], [0, 300], [300, 200], [0, 300]]
-    assert [found[number].stream.share for number in (2, 4)] == [512, 512]
 
 
 def test_a_part_with_two_boxes_for_one_rank_waits_until_there_is_room_for_both() -> None:
@@ -315,6 +275,13 @@ def test_what_fits_exactly_travels() -> None:
     limits = ExchangeLimits(320, 4096)
     chunks = chunks_of(parts_of(parts), 3, limits, {0: frozenset({0}), 2: frozenset({2})}, ALONE)
     assert rounds_of(chunks, classes_of(chunks, 3), limits, ALONE).tolist() == [0, 1, 0, 2]
+
+
+def test_three_parts_that_fill_all_shares_exactly_are_a_round() -> None:
+    """Of 792 bytes 264 each are for reading, sending and receiving."""
+    limits = ExchangeLimits(792, 4096)
+    chunks = chunks_of(parts_of(apart(*[(88, (1,))] * 6)), 2, limits, {0: frozenset({0})}, ALONE)
+    assert rounds_of(chunks, classes_of(chunks, 2), limits, ALONE).tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
