@@ -8,12 +8,16 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.harness.permissions import obey_modes
 from tests.harness.stock_memory import let_stock_merge
+
+if TYPE_CHECKING:
+    from tests.support.machine import ReadMade
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -69,6 +73,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def golden() -> Path:
     """Files that MindSpore wrote; its README tells which is what. Read only."""
     return GOLDEN
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
+    """Grows by every read of a file, from now on."""
+    from tests.support.machine import watch_reads
+
+    return watch_reads(monkeypatch)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,8 +15,9 @@ from ms_ckpt_ext import resume
 from ms_ckpt_ext.api.resume import Restored
 from ms_ckpt_ext.errors import CheckpointError, DisagreementError, DiscoveryError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
-from tests.support.cells import HERE, cell, held_by, threads  # noqa: F401 - a fixture
+from tests.support.cells import HERE, cell, threads  # noqa: F401 - a fixture
 from tests.support.checkpoints import read_file
+from tests.support.parameters import held_by
 from tests.support.saved import RANKS, save
 
 pytestmark = pytest.mark.usefixtures("threads")

@@ -19,21 +19,12 @@ from ms_ckpt_ext.engine.integrity.folder import check_digests
 from ms_ckpt_ext.engine.integrity.manifest import load_manifest
 from ms_ckpt_ext.engine.resume.records import read_records
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError, LayoutMismatchError, StrategyError, UsageError
+from tests.support.batches import Batches
 from tests.support.checkpoints import read_file
+from tests.support.parameters import bytes_of as contents
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 STEPS = 4
-
-
-class Batches:
-    """Three batches an epoch, the same in every run."""
-
-    def __getitem__(self, number: int) -> Any:
-        rng = np.random.default_rng(number)
-        return rng.standard_normal(4).astype(np.float32), rng.standard_normal(2).astype(np.float32)
-
-    def __len__(self) -> int:
-        return 6
 
 
 def network(seed: int = 0) -> nn.Cell:
@@ -53,14 +44,10 @@ def train(root: Path, epochs: int = 2, recorder: Any = None, **config: Any) -> M
     ms.set_device("CPU")
     net = network()
     model = Model(net, nn.MSELoss(), optimizer_of(net), loss_scale_manager=None)
-    data = ms.dataset.GeneratorDataset(Batches(), ["x", "y"], shuffle=False).batch(2)
+    data = ms.dataset.GeneratorDataset(Batches(6), ["x", "y"], shuffle=False).batch(2)
     saver = ModelCheckpoint("net", str(root), CheckpointConfig(**{"save_checkpoint_steps": 1, **config}))
     model.train(epochs, data, callbacks=[saver, recorder or CheckpointRecorder()], dataset_sink_mode=False)
     return model
-
-
-def contents(cell: nn.Cell) -> dict[str, bytes]:
-    return {p.name: np.ascontiguousarray(p.asnumpy()).tobytes() for p in cell.get_parameters()}
 
 
 @pytest.mark.parametrize(("format", "background"), [("ckpt", False), ("safetensors", False), ("ckpt", True)])

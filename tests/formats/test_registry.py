@@ -16,6 +16,7 @@ from ms_ckpt_ext.storage.reader import ByteReader
 from tests.support.damage import time_limit
 from tests.support.encrypted import in_chunks
 from tests.support.machine import watch_reads
+from tests.support.memory import read
 
 SECRET = b"0123456789ABCDEF"
 """The key of the golden files."""
@@ -31,9 +32,7 @@ def golden_file(golden: Path, kind: str, rank: int = 0) -> str:
 
 
 def contents(reader: ByteReader) -> bytes:
-    data = bytearray(reader.size)
-    reader.read_into(0, memoryview(data))
-    return bytes(data)
+    return read(reader, 0, reader.size)
 
 
 def chunked(source: str, target: Path, key: bytes = SECRET) -> str:

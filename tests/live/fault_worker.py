@@ -23,8 +23,8 @@ from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge import together
 from ms_ckpt_ext.errors import CheckpointError, LoadError
 from tests.harness.start import join_ranks
-from tests.live.load_worker import bytes_of, poisoned
 from tests.support.checkpoints import Stored, read_file
+from tests.support.parameters import bytes_of, poisoned
 
 VICTIM = 1
 

@@ -12,8 +12,8 @@ from mindspore.communication import init
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, resume
-from tests.live.load_worker import bytes_of, poisoned
 from tests.support.checkpoints import read_file
+from tests.support.parameters import bytes_of, poisoned
 
 MODES = ("direct", "cooperative", "auto")
 

@@ -21,8 +21,8 @@ from mindspore.mint import distributed
 from ms_ckpt_ext import load_distributed_checkpoint
 from ms_ckpt_ext.bridge.memory import ParameterSink
 from ms_ckpt_ext.errors import CheckpointError
-from tests.live.load_worker import poisoned
 from tests.support.checkpoints import read_file
+from tests.support.parameters import poisoned
 
 
 def main(case: dict[str, Any], folder: Path) -> None:

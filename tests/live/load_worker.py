@@ -9,32 +9,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import mindspore as ms
-import numpy as np
 import pytest
 from mindspore.mint import distributed
 
 from ms_ckpt_ext import load_distributed_checkpoint, training_scalars
 from ms_ckpt_ext.errors import CheckpointError
 from tests.harness.start import join_ranks
-from tests.support.checkpoints import Stored, read_file
+from tests.support.checkpoints import read_file
 from tests.support.machine import ReadMade, contents_read, watch_reads
-
-_DTYPES = {"F32": ms.float32, "F16": ms.float16, "BF16": ms.bfloat16, "I32": ms.int32, "I64": ms.int64}
-
-
-def poisoned(tensors: dict[str, Stored]) -> ms.nn.Cell:
-    """A Cell with Parameters of these names, shapes and dtypes, all values wrong."""
-    cell = ms.nn.Cell()
-    for number, (name, tensor) in enumerate(tensors.items()):
-        poison = ms.Tensor(np.full(tensor.shape, 77), _DTYPES[tensor.dtype])
-        parameter = ms.Parameter(poison, name=name)
-        cell.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
-    return cell
-
-
-def bytes_of(cell: ms.nn.Cell) -> dict[str, bytes]:
-    return {p.name: np.ascontiguousarray(p.asnumpy()).tobytes() for p in cell.get_parameters()}
+from tests.support.parameters import bytes_of, poisoned
 
 
 def check(rank: int, case: dict[str, Any], reads: list[ReadMade]) -> None:

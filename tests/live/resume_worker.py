@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import nn
 from mindspore.communication import get_rank, init
 from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
@@ -15,17 +13,7 @@ from mindspore.train import CheckpointConfig, Model, ModelCheckpoint
 from ms_ckpt_ext import CheckpointRecorder, resume
 from ms_ckpt_ext.errors import DisagreementError
 from ms_ckpt_ext.transport.select import select_transport
-
-
-class Batches:
-    """Four batches."""
-
-    def __getitem__(self, number: int) -> Any:
-        rng = np.random.default_rng(number)
-        return rng.standard_normal(4).astype(np.float32), rng.standard_normal(2).astype(np.float32)
-
-    def __len__(self) -> int:
-        return 8
+from tests.support.batches import Batches
 
 
 def meet() -> None:
@@ -42,7 +30,7 @@ def main(root: Path) -> None:
     rank = get_rank()
     net = nn.Dense(4, 2)
     model = Model(net, nn.MSELoss(), nn.Adam(net.trainable_params(), learning_rate=0.1))
-    data = ms.dataset.GeneratorDataset(Batches(), ["x", "y"], shuffle=False).batch(2)
+    data = ms.dataset.GeneratorDataset(Batches(8), ["x", "y"], shuffle=False).batch(2)
     folder = root / f"rank_{rank}"
     saver = ModelCheckpoint(f"net_rank_{rank}", str(folder), CheckpointConfig(save_checkpoint_steps=1))
     model.train(1, data, callbacks=[saver, CheckpointRecorder()], dataset_sink_mode=False)

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 import ms_ckpt_ext
 from ms_ckpt_ext.errors import CoverageError, DiscoveryError
 from tests.support.checkpoints import read_file
+from tests.support.parameters import bytes_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 NAME_MAP = {
@@ -60,7 +61,7 @@ def network() -> Any:
 def filled(load: Callable[..., Any], source: Path, **more: Any) -> dict[str, bytes]:
     cell = network()
     load(cell, unified_safetensors_dir=str(source), format="safetensors", **more)
-    return {p.name: p.asnumpy().tobytes() for p in cell.get_parameters()}
+    return bytes_of(cell)
 
 
 FORMS = {
@@ -92,7 +93,7 @@ def test_without_stock(form: str, tmp_path: Path) -> None:
     cell = network()
     if "without an index" not in form or "a name more" not in form:
         ms_ckpt_ext.load_for_inference(cell, source, name_map=NAME_MAP)
-        assert {p.name: p.asnumpy().tobytes() for p in cell.get_parameters()} == WANTED
+        assert bytes_of(cell) == WANTED
     if "without an index" not in form:
         with ms_ckpt_ext.load(source) as held:
             assert {name: held[name].numpy().tobytes() for name in held} == {

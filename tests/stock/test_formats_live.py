@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import ms_ckpt_ext
@@ -15,25 +14,12 @@ from ms_ckpt_ext.errors import CheckpointError, ChecksumError, DecryptionError, 
 from ms_ckpt_ext.formats.crypto import Key
 from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.strategies.file import load_strategy
-from tests.support.checkpoints import Stored, read_file, shard
+from tests.support.checkpoints import read_file, shard
 from tests.support.formats import KEY, KINDS, WRONG, format_of, key_of, make_source, scalars_of
+from tests.support.parameters import bytes_of, poisoned
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 CASE = "formats_dp2_tp4"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32", "I64": "int64"}
-
-
-def poisoned(ms: Any, tensors: dict[str, Stored]) -> Any:
-    """A Cell with Parameters of these names, shapes and dtypes, all values wrong."""
-    cell = ms.nn.Cell()
-    for number, (name, tensor) in enumerate(tensors.items()):
-        poison = ms.Tensor(np.full(tensor.shape, 77), getattr(ms, DTYPES[tensor.dtype]))
-        cell.insert_param_to_cell(f"p{number}", ms.Parameter(poison, name=name), False)
-    return cell
-
-
-def bytes_of(cell: Any) -> dict[str, bytes]:
-    return {p.name: np.ascontiguousarray(p.asnumpy()).tobytes() for p in cell.get_parameters()}
 
 
 def opened(golden: Path, kind: str, source: Path) -> tuple[Catalog, Strategy]:
@@ -53,7 +39,7 @@ def test_direct(kind: str, ms: Any, golden: Path, tmp_path: Path) -> None:
     catalog, target = opened(golden, kind, make_source(golden, CASE, kind, tmp_path / "src"))
     for rank in range(4):
         expected = read_file(shard(golden / "dp2_tp2/shards" / f"rank_{rank}")) | scalars_of(golden, CASE, kind)
-        cell = poisoned(ms, expected)
+        cell = poisoned(expected)
         found = fill(LoadRequest(cell, target, rank, manner, workers=2), catalog)
         assert (found.missing, found.unused) == ([], [])
         assert bytes_of(cell) == {name: tensor.data for name, tensor in expected.items()}
@@ -64,7 +50,7 @@ def test_direct(kind: str, ms: Any, golden: Path, tmp_path: Path) -> None:
 def test_the_public_function(kind: str, mode: str, ms: Any, golden: Path, tmp_path: Path) -> None:
     source = make_source(golden, CASE, kind, tmp_path / "src")
     expected = read_file(golden / "full/model.safetensors") | scalars_of(golden, CASE)
-    cell = poisoned(ms, expected)
+    cell = poisoned(expected)
     arguments = {"format": format_of(kind), "unified_safetensors_dir": source, "mode": mode, **key_of(kind)}
     answer = ms_ckpt_ext.load_distributed_checkpoint(cell, None, None, golden / CASE / "strategy.ckpt", **arguments)
     assert answer == ([], [])
@@ -77,7 +63,7 @@ def test_beside_stock(kind: str, ms: Any, golden: Path, tmp_path: Path) -> None:
     source = make_source(golden, CASE, kind, tmp_path / "src")
     names = [str(next((source / f"rank_{rank}").iterdir())) for rank in range(8)]
     expected = read_file(golden / "full/model.safetensors")
-    cells = {who: poisoned(ms, expected) for who in ("stock", "ours")}
+    cells = {who: poisoned(expected) for who in ("stock", "ours")}
     answers = {}
     for who, package in (("stock", ms), ("ours", ms_ckpt_ext)):
         answers[who] = package.load_distributed_checkpoint(
@@ -146,7 +132,7 @@ def test_damage_is_found_before_a_parameter_changes(
     case = Damage(golden, kind, tmp_path / "src")
     if damage != "wrong key":
         getattr(case, damage)()
-    cell = poisoned(ms, read_file(golden / "full/model.safetensors"))
+    cell = poisoned(read_file(golden / "full/model.safetensors"))
     before = bytes_of(cell)
     told = {**key_of(kind), "dec_key": WRONG if damage == "wrong key" else KEY}
     with pytest.raises(CheckpointError) as caught:
@@ -167,7 +153,7 @@ def test_a_checksum_is_verified_before_a_parameter_changes(ms: Any, golden: Path
     data[-40] ^= 1
     file = tmp_path / "src/rank_0/net.ckpt"
     file.write_bytes(data)
-    cell = poisoned(ms, scalars_of(golden, CASE))
+    cell = poisoned(scalars_of(golden, CASE))
     before = bytes_of(cell)
     with pytest.raises(ChecksumError):
         ms_ckpt_ext.load_distributed_checkpoint(cell, [str(file)], mode="direct", crc_check=True)

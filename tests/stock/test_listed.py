@@ -13,6 +13,7 @@ import ms_ckpt_ext
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.errors import LayoutMismatchError
 from tests.support.checkpoints import cut, strategy_of
+from tests.support.parameters import bytes_of
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -54,10 +55,6 @@ def network(ms: Any, **shapes: tuple[int, ...]) -> Any:
     return cell
 
 
-def held(cell: Any) -> dict[str, bytes]:
-    return {name: parameter.asnumpy().tobytes() for name, parameter in cell.parameters_dict().items()}
-
-
 def files(root: Path, folder: str = "ckpt") -> list[str]:
     return [str(root / folder / f"rank_{rank}" / "net.ckpt") for rank in range(2)]
 
@@ -72,8 +69,8 @@ def test_what_no_strategy_lists_stays(mode: Any, folder: str, predict: Any, tabl
     arguments = (files(root, folder), predict, str(root / "strategy.ckpt"))
     assert ms.load_distributed_checkpoint(theirs, *arguments) is True
     told = ms_ckpt_ext.load_distributed_checkpoint(ours, *arguments, mode=mode)
-    assert held(ours) == held(theirs)
-    assert held(ours)["a.w"] == LISTED["a.w"].tobytes() and held(ours)["frozen"] != OUTSIDE["frozen"].tobytes()
+    assert bytes_of(ours) == bytes_of(theirs)
+    assert bytes_of(ours)["a.w"] == LISTED["a.w"].tobytes() and bytes_of(ours)["frozen"] != OUTSIDE["frozen"].tobytes()
     kept = [*OUTSIDE] if predict is None else ["b.w", *OUTSIDE]
     assert told is True if mode is None else (sorted(told[0]), sorted(told[1])) == (sorted(kept), sorted(kept))
 
@@ -89,8 +86,8 @@ def test_what_a_map_names_is_asked_for(ms: Any, root: Path) -> None:
     cell.insert_param_to_cell("step", ms.Parameter(ms.Tensor([0], ms.int32), name="step"), False)
     arguments = (files(root), None, root / "strategy.ckpt")
     ms_ckpt_ext.load_distributed_checkpoint(cell, *arguments, name_map={"step": "global_step"}, mode="direct")
-    assert held(cell)["step"] == OUTSIDE["global_step"].tobytes()
-    assert held(cell)["global_step"] == held(network(ms))["global_step"]
+    assert bytes_of(cell)["step"] == OUTSIDE["global_step"].tobytes()
+    assert bytes_of(cell)["global_step"] == bytes_of(network(ms))["global_step"]
 
 
 @pytest.mark.parametrize("mode", ["direct", "cooperative"])
@@ -99,7 +96,9 @@ def test_merged_files_give_all_they_have(mode: str, ms: Any, root: Path) -> None
     source = {"format": "safetensors", "unified_safetensors_dir": str(root / "merged")}
     assert ms.load_distributed_checkpoint(theirs, **source) == ([], [])
     assert ms_ckpt_ext.load_distributed_checkpoint(ours, **source, mode=mode) == ([], [])
-    assert held(ours) == held(theirs) == {name: array.tobytes() for name, array in {**LISTED, **OUTSIDE}.items()}
+    assert (
+        bytes_of(ours) == bytes_of(theirs) == {name: array.tobytes() for name, array in {**LISTED, **OUTSIDE}.items()}
+    )
 
 
 SCHEDULES = {"learning_rate": (9,), "opt.learning_rate_group_1": (2,)}
@@ -112,7 +111,9 @@ def test_no_load_is_refused_for_a_schedule(
 ) -> None:
     """A number or a table, longer or shorter: the network's stays, and the rest of the state is loaded."""
     shapes = {name: SCHEDULES[name]}
-    expected = {n: a.tobytes() for n, a in {**LISTED, **OUTSIDE}.items()} | {name: held(network(ms, **shapes))[name]}
+    expected = {n: a.tobytes() for n, a in {**LISTED, **OUTSIDE}.items()} | {
+        name: bytes_of(network(ms, **shapes))[name]
+    }
     merged, sharded = network(ms, **shapes), network(ms, **shapes)
     with caplog.at_level(logging.WARNING, "ms_ckpt_ext"):
         told = ms_ckpt_ext.load_distributed_checkpoint(
@@ -123,7 +124,7 @@ def test_no_load_is_refused_for_a_schedule(
         )
     assert told == ([name], [name])
     assert (state.not_loaded, state.unused) == ((name,), (name,))
-    assert held(merged) == held(sharded) == expected
+    assert bytes_of(merged) == bytes_of(sharded) == expected
     assert caplog.text.count(f"parameter {name!r} keeps the network's value") == 2
 
 
@@ -134,7 +135,7 @@ def test_other_shapes_are_refused_as_ever(ms: Any, root: Path) -> None:
             ms_ckpt_ext.load_distributed_checkpoint(
                 cell, format="safetensors", unified_safetensors_dir=root / "merged", mode="direct"
             )
-        assert held(cell) == held(network(ms, **{name: (5,)}))
+        assert bytes_of(cell) == bytes_of(network(ms, **{name: (5,)}))
 
 
 def test_a_resume_says_what_it_restored(ms: Any, root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.engine.load.options import LoadOptions, LoadReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from ms_ckpt_ext.transport.select import lent
+from tests.support.parameters import held_by
 
 ms.set_device("CPU")  # here, where tests are collected: after the first kernel MindSpore refuses it, also to others
 POISON = 77
@@ -47,11 +48,6 @@ def cell(shapes: Mapping[str, Any], cut: bool = False) -> Any:
         parameter.sliced = cut
         made.insert_param_to_cell(f"p{number}", parameter, check_name_contain_dot=False)
     return made
-
-
-def held_by(made: Any) -> dict[str, np.ndarray]:
-    """The values of its Parameters."""
-    return {parameter.name: parameter.asnumpy().copy() for parameter in made.get_parameters()}
 
 
 @pytest.fixture

@@ -38,11 +38,13 @@ class MemoryReader:
         pass
 
 
+def read(reader: ByteReader, offset: int, length: int) -> bytes:
+    """A range of what a reader reads."""
+    out = bytearray(length)
+    reader.read_into(offset, memoryview(out))
+    return bytes(out)
+
+
 def contents(reader: ByteReader, entry: TensorEntry) -> bytes:
     """All bytes of a tensor."""
-    out = bytearray(entry.nbytes)
-    done = 0
-    for extent in entry.extents:
-        reader.read_into(extent.offset, memoryview(out)[done : done + extent.length])
-        done += extent.length
-    return bytes(out)
+    return b"".join(read(reader, extent.offset, extent.length) for extent in entry.extents)

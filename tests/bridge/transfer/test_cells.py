@@ -17,6 +17,7 @@ from ms_ckpt_ext.engine.transfer.report import TransferReport
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.cells import HERE, cell, threads  # noqa: F401 - a fixture
 from tests.support.checkpoints import read_file, shard
+from tests.support.parameters import bytes_of
 
 pytestmark = pytest.mark.usefixtures("threads")
 GOLDEN = Path(__file__).resolve().parents[2] / "data" / "golden"
@@ -64,10 +65,6 @@ def golden(case: str, rank: int) -> dict[str, np.ndarray]:
     return {name: np.frombuffer(t.data, numpy[t.dtype]).reshape(t.shape) for name, t in held.items()}
 
 
-def held_by(made: Any) -> dict[str, bytes]:
-    return {parameter.name: parameter.asnumpy().tobytes() for parameter in made.get_parameters()}
-
-
 PAIRS = (
     ("dp2_tp2", "tp4", 0, 4),
     ("dp2_tp2_pp2_zero", "dp2_tp2", 0, 8),
@@ -94,7 +91,7 @@ def test_golden_networks(one: str, other: str, first: int, world: int) -> None:
     for rank, (made, report) in enumerate(run(world, work)):
         if made is not None:
             expected = {name: value.tobytes() for name, value in golden(other, rank - first).items()}
-            assert held_by(made) == expected, f"rank {rank}"
+            assert bytes_of(made) == expected, f"rank {rank}"
             assert report is not None
             assert report.bytes_local + report.bytes_received == sum(map(len, expected.values()))
 

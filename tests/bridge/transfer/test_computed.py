@@ -11,8 +11,9 @@ import pytest
 
 from ms_ckpt_ext import plan_transfer, rules, transfer
 from ms_ckpt_ext.errors import UsageError
-from tests.bridge.transfer.test_cells import filled, held_by, run
+from tests.bridge.transfer.test_cells import filled, run
 from tests.support.cells import threads  # noqa: F401 - a fixture
+from tests.support.parameters import bytes_of
 from tests.support.quantised import Tensor, dequantised
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -85,7 +86,7 @@ def test_what_is_computed(give: Sequence[int], take: Sequence[int], verify: str)
         with plan_transfer(mine, made, **how, rules=RULES, bucket_bytes=4096, verify=verify) as plan:
             for number in range(2):
                 plan.run()
-                assert made is None or held_by(made) == {n: a.tobytes() for n, a in wanted.items()}, f"run {number}"
+                assert made is None or bytes_of(made) == {n: a.tobytes() for n, a in wanted.items()}, f"run {number}"
 
     run(max(*give, *take) + 1, work)
 

@@ -11,8 +11,9 @@ import pytest
 from ms_ckpt_ext import plan_transfer, rules, transfer
 from ms_ckpt_ext.errors import LoadError, UsageError
 from ms_ckpt_ext.transport.base import Handle
-from tests.bridge.transfer.test_cells import GOLDEN, errors, filled, golden, held_by, poisoned, run
+from tests.bridge.transfer.test_cells import GOLDEN, errors, filled, golden, poisoned, run
 from tests.support.cells import HERE, threads  # noqa: F401 - a fixture
+from tests.support.parameters import bytes_of
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -35,7 +36,7 @@ def test_what_is_right_is_right(one: str, other: str, verify: str, cast: Any) ->
         with plan_transfer(source, target, **cuts, verify=verify) as plan:
             plan.run()
             plan.run()
-        held = held_by(target)
+        held = bytes_of(target)
         for name, value in truth.items():
             lossy = cast is not None and value.dtype == np.float32
             assert held[name] == (ms.Tensor(value, cast).asnumpy() if lossy else value).tobytes()

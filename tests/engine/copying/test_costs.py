@@ -15,15 +15,10 @@ from safetensors.numpy import save_file
 from ms_ckpt_ext import load_distributed_checkpoint, unified_safetensors
 from ms_ckpt_ext.core.geometry.layout import Layout
 from tests.support.checkpoints import cut, read_file, source, strategy_of
-from tests.support.machine import ReadMade, contents_read, watch_reads
+from tests.support.machine import ReadMade, contents_read
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    return watch_reads(monkeypatch)
 
 
 def by_the_job(reads: Sequence[ReadMade], shards: Path, before: Sequence[int] = (4096, 4096)) -> list[ReadMade]:

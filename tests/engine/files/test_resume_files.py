@@ -18,7 +18,7 @@ from ms_ckpt_ext.engine.source.catalog import open_catalog
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import arrays, read_merged, source
 from tests.support.dying import begun
-from tests.support.machine import ReadMade, watch_reads
+from tests.support.machine import ReadMade
 
 
 def merge(root: Path, target: Path, share: Any = (), **more: Any) -> Any:
@@ -32,11 +32,6 @@ def staged(target: Path) -> list[Path]:
 
 def assert_merged(target: Path) -> None:
     assert {n: t.data for n, t in read_merged(target)[0].items()} == {n: a.tobytes() for n, a in arrays(0).items()}
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    return watch_reads(monkeypatch)
 
 
 def digested(reads: list[ReadMade]) -> list[str]:

@@ -125,11 +125,6 @@ def bytes_of(reads: list[ReadMade]) -> Counter[str]:
     return found
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    return watch_reads(monkeypatch)
-
-
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
 @pytest.mark.parametrize("way", ["manifest", "itself"])
 def test_every_byte_of_a_checkpoint_is_read_once(form: str, way: str, tmp_path: Path, reads: list[ReadMade]) -> None:

@@ -37,7 +37,7 @@ from ms_ckpt_ext.formats.registry import Access
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from tests.support.checkpoints import read_file, source, strategy_of, tree
 from tests.support.dying import begun
-from tests.support.machine import ReadMade, copies_by_itself, watch_reads
+from tests.support.machine import ReadMade, copies_by_itself
 
 KEY = bytes(range(32))
 SEALS = [("ckpt", mode) for mode in ("AES-GCM", "AES-CBC", "SM4-CBC", "chunked")] + [("safetensors", "AES-GCM")]
@@ -75,12 +75,6 @@ def test_a_merge_records_what_it_writes(workers: int, tmp_path: Path) -> None:
     root = source(tmp_path / "src", rows=1 << 15, names=("a", "b", "c"))  # slices for direct copies and for tiles
     merge(root, tmp_path / "out", max_process_num=workers, part_bytes=8 << 20)
     assert_true(tmp_path / "out")
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    """All reads; reads of an output file come from digests, which read it back."""
-    return watch_reads(monkeypatch)
 
 
 def test_nothing_is_read_twice_by_one_worker(reads: list[ReadMade], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ms_ckpt_ext.errors import CheckpointError, ChecksumError, PeerError, Storag
 from ms_ckpt_ext.formats.registry import read_index
 from ms_ckpt_ext.formats.strategies.file import load_strategy
 from ms_ckpt_ext.transport.local import LocalWorld
-from tests.support.machine import ReadMade, watch_reads
+from tests.support.machine import ReadMade
 
 RANKS = 4
 
@@ -64,11 +64,6 @@ def run(catalog: Catalog, sees: Optional[Sees] = None) -> dict[int, BaseExceptio
     except CheckpointError:
         assert sorted(world.errors) == list(range(RANKS))
     return world.errors
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    return watch_reads(monkeypatch)
 
 
 def looked(reads: list[ReadMade], catalog: Catalog) -> Counter[tuple[str, str]]:

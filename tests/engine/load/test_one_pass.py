@@ -16,10 +16,11 @@ from ms_ckpt_ext.bridge.mindformers import loader
 from ms_ckpt_ext.bridge.mindformers.options import Options
 from ms_ckpt_ext.transport.local import LocalTransport
 from ms_ckpt_ext.transport.select import lent
-from tests.support.cells import HERE, Filled, cell, held_by, on_ranks, threads
+from tests.support.cells import HERE, Filled, cell, on_ranks, threads
 from tests.support.machine import ReadMade, watch_reads
 from tests.support.mindformers_folder import WHOLE
 from tests.support.mindformers_folder import saved as saved_by_mindformers
+from tests.support.parameters import held_by
 from tests.support.saved import RANKS, save
 
 __all__ = ["threads"]

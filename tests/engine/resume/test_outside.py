@@ -16,8 +16,9 @@ from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.strategy import Strategy
 from ms_ckpt_ext.errors import CheckpointError, LayoutMismatchError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
-from tests.support.cells import HERE, POISON, cell, held_by, threads
+from tests.support.cells import HERE, POISON, cell, threads
 from tests.support.outside import Source, listed, slices, source, whole
+from tests.support.parameters import held_by
 
 __all__ = ["threads"]
 pytestmark = pytest.mark.usefixtures("threads")

@@ -17,7 +17,7 @@ from ms_ckpt_ext.formats.crypto import BlockSealer, DecryptingReader, decrypting
 from tests.support.ciphers import decrypted_units
 from tests.support.damage import memory_limit
 from tests.support.encrypted import in_blocks
-from tests.support.memory import MemoryReader
+from tests.support.memory import MemoryReader, read
 
 MODES = ["AES-GCM", "AES-CBC", "SM4-CBC"]
 KEY = b"0123456789ABCDEF"
@@ -30,12 +30,6 @@ def sealed(plain: bytes, mode: str, block: int = 4096, key: bytes = KEY) -> byte
 
 def opened(data: bytes, mode: str = "AES-GCM", key: bytes = KEY, **options: int) -> DecryptingReader:
     return DecryptingReader(MemoryReader(data, "a.ckpt"), key, mode, **options)  # type: ignore[arg-type]
-
-
-def read(reader: DecryptingReader, offset: int, length: int) -> bytes:
-    out = bytearray(length)
-    reader.read_into(offset, memoryview(out))
-    return bytes(out)
 
 
 def streamed(reader: Any, offset: int, length: int) -> bytes:

@@ -17,7 +17,7 @@ from ms_ckpt_ext.formats.crypto import (
     decrypting_reader,
 )
 from tests.support.encrypted import in_chunks
-from tests.support.memory import MemoryReader
+from tests.support.memory import MemoryReader, read
 
 KEY = b"0123456789ABCDEF0123456789ABCDEF"
 PLAIN = random.Random(2).randbytes(10_000)
@@ -30,12 +30,6 @@ def sealed(plain: bytes, chunk: int = 1024, key: bytes = KEY) -> bytes:
 
 def opened(data: bytes, key: bytes = KEY, **options: int) -> ChunkedReader:
     return ChunkedReader(MemoryReader(data, "a.safetensors"), key, **options)
-
-
-def read(reader: ChunkedReader, offset: int, length: int) -> bytes:
-    out = bytearray(length)
-    reader.read_into(offset, memoryview(out))
-    return bytes(out)
 
 
 def streamed(reader: ChunkedReader, offset: int, length: int) -> bytes:

@@ -46,10 +46,6 @@ def network(ms: Any, parameters: Mapping[str, tuple[int, ...]]) -> Any:
     return cell
 
 
-def held(cell: Any) -> dict[str, np.ndarray]:
-    return {p.name: p.asnumpy().copy() for p in cell.get_parameters()}
-
-
 def arrays(path: Path) -> dict[str, np.ndarray]:
     """F32 tensors of a file of either format."""
     found = read_file(path) if path.suffix == ".safetensors" else contents(path)

@@ -23,12 +23,12 @@ from tests.stock.differences.both import (
     WHOLE,
     arrays,
     by_stock,
-    held,
     network,
     numbers,
     staged,
 )
 from tests.support.checkpoints import cut, read_file, strategy_of
+from tests.support.parameters import held_by
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
@@ -43,8 +43,8 @@ def test_a_network_after_an_error(ms: Any, tmp_path: Path) -> None:
         by_stock("load_distributed_checkpoint", pair[0], **told)
     with pytest.raises(LayoutMismatchError):
         ms_ckpt_ext.load_distributed_checkpoint(pair[1], **told)
-    assert np.array_equal(held(pair[0])["a"], numbers(4))
-    assert not held(pair[1])["a"].any()
+    assert np.array_equal(held_by(pair[0])["a"], numbers(4))
+    assert not held_by(pair[1])["a"].any()
 
 
 def test_errors_that_stock_did_not_mean(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from tests.stock.differences.both import (
     WHOLE,
     arrays,
     by_stock,
-    held,
     network,
     numbers,
     staged,
@@ -33,6 +32,7 @@ from tests.stock.differences.both import (
 )
 from tests.stock.fuzz.files import metadata_of
 from tests.support.checkpoints import cut, read_file, strategy_of
+from tests.support.parameters import held_by
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
@@ -144,7 +144,7 @@ def test_no_strategy_for_one_file(ms: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such strategy file"):
         by_stock("load_distributed_checkpoint", pair[0], [str(tmp_path / "net.ckpt")])
     ms_ckpt_ext.load_distributed_checkpoint(pair[1], [str(tmp_path / "net.ckpt")])
-    assert np.array_equal(held(pair[1])["w"], numbers(4))
+    assert np.array_equal(held_by(pair[1])["w"], numbers(4))
 
 
 def test_the_note_remove_redundancy(tmp_path: Path) -> None:

@@ -21,13 +21,13 @@ from tests.stock.differences.both import (
     ROWS,
     arrays,
     by_stock,
-    held,
     network,
     numbers,
 )
 from tests.stock.fuzz.files import write_strategy
 from tests.stock.fuzz.model import Cut, Job
 from tests.support.checkpoints import strategy_of
+from tests.support.parameters import held_by
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
@@ -38,9 +38,9 @@ def test_names_by_suffix(ms: Any, tmp_path: Path) -> None:
     pair = [network(ms, {"w": (4,), "v": (4,)}) for _ in range(2)]
     by_stock("load_checkpoint", tmp_path / "net.safetensors", pair[0], format="safetensors")
     ms_ckpt_ext.load_checkpoint(tmp_path / "net.safetensors", pair[1], format="safetensors")
-    assert np.array_equal(held(pair[0])["w"], numbers(4))
-    assert not held(pair[1])["w"].any()
-    assert all(np.array_equal(held(cell)["v"], numbers(4)) for cell in pair)
+    assert np.array_equal(held_by(pair[0])["w"], numbers(4))
+    assert not held_by(pair[1])["w"].any()
+    assert all(np.array_equal(held_by(cell)["v"], numbers(4)) for cell in pair)
 
 
 def test_prefixes_of_safetensors(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_names_loaded_by_their_ends(ms: Any, tmp_path: Path) -> None:
     theirs, _ = by_stock("load_distributed_checkpoint", pair[0], **told)
     mine = ms_ckpt_ext.load_distributed_checkpoint(pair[1], **told)
     assert (theirs, mine) == (([], ["backbone.a", "backbone.b"]), ([], []))
-    assert all(np.array_equal(held(cell)["b"], numbers(4)) for cell in pair)
+    assert all(np.array_equal(held_by(cell)["b"], numbers(4)) for cell in pair)
 
 
 def test_names_that_went_nowhere(ms: Any, tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from tests.stock.differences.both import (
     WHOLE,
     arrays,
     by_stock,
-    held,
     loaded,
     numbers,
     staged,
     transformed,
 )
 from tests.support.checkpoints import cut, strategy_of
+from tests.support.parameters import held_by
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
@@ -68,8 +68,8 @@ def test_optimizer_shards_in_loads_of_ckpt(ms: Any, tmp_path: Path) -> None:
     stock, ours, files, told = loaded(Layout((2, 2, 2), ((), (1,)), 1, 4), ms, tmp_path)
     by_stock("load_distributed_checkpoint", stock, files, **told)
     ms_ckpt_ext.load_distributed_checkpoint(ours, files, **told)
-    assert 0 < len(np.unique(held(stock)["w"])) < 16
-    assert np.array_equal(held(ours)["w"], numbers(8, 2))
+    assert 0 < len(np.unique(held_by(stock)["w"])) < 16
+    assert np.array_equal(held_by(ours)["w"], numbers(8, 2))
 
 
 def test_several_device_axes_in_loads_of_ckpt(ms: Any, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_several_device_axes_in_loads_of_ckpt(ms: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="'>=' not supported between instances of 'list' and 'int'"):
         by_stock("load_distributed_checkpoint", stock, files, **told)
     ms_ckpt_ext.load_distributed_checkpoint(ours, files, **told)
-    assert np.array_equal(held(ours)["w"], numbers(8, 2))
+    assert np.array_equal(held_by(ours)["w"], numbers(8, 2))
 
 
 def test_parameters_tied_over_stages(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from tests.stock.differences.both import (
     ROWS,
     arrays,
     by_stock,
-    held,
     network,
     numbers,
     staged,
     transformed,
 )
 from tests.support.checkpoints import cut, strategy_of
+from tests.support.parameters import held_by
 
 pytestmark = [pytest.mark.stock, pytest.mark.filterwarnings("ignore")]
 
@@ -121,8 +121,8 @@ def test_loads_of_what_the_strategy_does_not_list(ms: Any, tmp_path: Path) -> No
     theirs, _ = by_stock("load_distributed_checkpoint", pair[0], None, tmp_path / "d.ckpt", **told)
     mine = ms_ckpt_ext.load_distributed_checkpoint(pair[1], None, tmp_path / "d.ckpt", **told)
     assert (theirs, mine) == ((["frozen"], []), ([], []))
-    assert not held(pair[0])["frozen"].any()
-    assert np.array_equal(held(pair[1])["frozen"], numbers(4))
+    assert not held_by(pair[0])["frozen"].any()
+    assert np.array_equal(held_by(pair[1])["frozen"], numbers(4))
 
 
 def test_one_device_to_one_device(tmp_path: Path) -> None:
