@@ -30,11 +30,11 @@ def decoded(data: memoryview, dtype: str) -> Floats:
     """The elements of flat bytes. FP4 (`F4`): two a byte, the first in its low bits."""
     if dtype in _NATIVE:
         found = np.frombuffer(data, _NATIVE[dtype])
-        return found if dtype == "F64" else found.astype(np.float32, copy=False)
+        return found if dtype == "F64" else np.asarray(found, np.float32)
     if dtype == "BF16":
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     found = np.take(_table(dtype), np.frombuffer(data, np.uint8), axis=0, mode="clip")
-    return found.reshape(-1)
+    return found.ravel()
 
 
 @lru_cache(maxsize=8)
@@ -49,11 +49,11 @@ def _table(dtype: str) -> Floats:
         size = np.where(exponent == 0, mantissa / 512, (1 + mantissa / 8) * np.exp2(exponent.astype(np.float32) - 7))
         size = size.astype(np.float32)
         size[byte & 127 == 127] = np.nan
-        return np.copysign(size, np.where(byte & 128, np.float32(-1), np.float32(1)))
+        return np.where(byte & 128, -size, size)
     if dtype == "F8_E8M0":
-        bits = byte << 23
-        bits[0], bits[255] = 1 << 22, 0x7FC00000
-        return bits.view(np.float32)
+        powers = (byte << 23).view(np.float32)
+        powers[0], powers[255] = 2.0**-127, np.nan
+        return powers
     assert dtype == "F4"
     signed = np.array([*_FP4, *(-value for value in _FP4)], np.float32)
     return np.stack([signed[byte & 15], signed[byte >> 4]], axis=1)
@@ -61,7 +61,7 @@ def _table(dtype: str) -> Floats:
 
 def rounded_into(values: Floats, dtype: str, out: memoryview) -> None:
     """Round values (F32 or F64) to a float dtype, into flat bytes."""
-    flat = values.reshape(-1)
+    flat = values.ravel()
     if dtype == "BF16":
         np.frombuffer(out, "<u2")[:] = _to_bf16(flat)
         return

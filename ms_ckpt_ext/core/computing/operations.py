@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region, Shape
@@ -57,9 +56,10 @@ class Scaled(NamedTuple):
         """See `Operation`."""
         from ms_ckpt_ext.core.computing.arithmetic import rounded_into
 
-        for part, values in _by_rows(box, operands[0], self.source):
+        (operand,) = operands
+        for part, values in _by_rows(box, operand, self.source):
             with _ieee():
-                rounded_into(values * values.dtype.type(self.factor), self.output, _part(out, box, part, self.output))
+                rounded_into(values * values.dtype.type(self.factor), self.output, _part(out, box, part))
 
 
 class Dequantized(NamedTuple):
@@ -83,11 +83,9 @@ class Dequantized(NamedTuple):
 
     def takes(self, box: Region) -> tuple[Region, ...]:
         """See `Operation`: the elements, and the scales."""
-        many = self._packed
-        start, stop = (*box.start[:-1], box.start[-1] // many), (*box.stop[:-1], -(-box.stop[-1] // many))
         low = tuple(at // extent for at, extent in zip(box.start, self.block))
         high = tuple((at - 1) // extent + 1 for at, extent in zip(box.stop, self.block))
-        return Region(start, stop), Region(low, high)
+        return _stored(box, self._packed), Region(low, high)
 
     def gives(self, first: Region) -> Region:
         """See `Operation`."""
@@ -108,7 +106,7 @@ class Dequantized(NamedTuple):
         for part, found in _by_rows(box, values, self.source, packed):
             with _ieee():
                 self._multiply(found, scale, box, part, scales.region)
-            rounded_into(found, self.output, _part(out, box, part, self.output))
+            rounded_into(found, self.output, _part(out, box, part))
 
     def _multiply(self, values: Floats, scale: Floats, box: Region, part: Region, scales: Region) -> None:
         """Multiply values, the elements of `part`, in place."""
@@ -118,7 +116,7 @@ class Dequantized(NamedTuple):
             return
         factors, extent, first = scale[outer], self.block[-2], scales.start[-2]
         low, high = part.start[-2], part.stop[-2]
-        rows = values.reshape(high - low, -1)
+        rows = values.reshape(part.shape[-2:])
         for number in range(low // extent, (high - 1) // extent + 1):
             here = slice(max(number * extent, low) - low, min((number + 1) * extent, high) - low)
             rows[here] *= factors[number - first]
@@ -156,8 +154,8 @@ class AddedProduct(NamedTuple):
 
         _, rows, columns = self.takes(box)
         kind = np.float64 if self.dtypes[0] == "F64" else np.float32
-        left: Floats = _box(operands[1], rows, self.dtypes[1]).astype(kind, copy=False)
-        right: Floats = _box(operands[2], columns, self.dtypes[2]).astype(kind, copy=False)
+        left: Floats = np.asarray(_box(operands[1], rows, self.dtypes[1]), kind)
+        right: Floats = np.asarray(_box(operands[2], columns, self.dtypes[2]), kind)
         for part, values in _by_rows(box, operands[0], self.dtypes[0]):
             here = left[part.start[0] - box.start[0] : part.stop[0] - box.start[0]]
             with _ieee():
@@ -166,7 +164,7 @@ class AddedProduct(NamedTuple):
                     total += here[:, index : index + 1] * right[index : index + 1]
                 total *= kind(self.factor)
                 total += values
-            rounded_into(total, self.output, _part(out, box, part, self.output))
+            rounded_into(total, self.output, _part(out, box, part))
 
 
 def _box(operand: Operand, box: Region, dtype: str) -> Floats:
@@ -186,16 +184,22 @@ def _ieee() -> Any:
 
 def _parts(box: Region) -> Iterator[Region]:
     """A box cut into rows of its matrices, at most `_AT_ONCE` elements together, or one row."""
-    shape = box.shape
-    if len(shape) < 2:
+    if len(box.shape) < 2:
         yield box
         return
-    step = max(1, _AT_ONCE // shape[-1])
-    for outer in product(*map(range, box.start[:-2], box.stop[:-2])):
-        for low in range(box.start[-2], box.stop[-2], step):
-            high = min(low + step, box.stop[-2])
-            stop = tuple(index + 1 for index in outer)
-            yield Region((*outer, low, box.start[-1]), (*stop, high, box.stop[-1]))
+    *outer, (top, bottom), (left, right) = zip(box.start, box.stop)
+    step = max(1, _AT_ONCE // (right - left))
+    for matrix in product(*(range(low, high) for low, high in outer)):
+        behind = tuple(index + 1 for index in matrix)
+        for low in range(top, bottom, step):
+            yield Region((*matrix, low, left), (*behind, min(low + step, bottom), right))
+
+
+def _stored(box: Region, packed: int) -> Region:
+    """The box of stored elements that hold a box, `packed` of whose elements are in each, along the last axis."""
+    if packed == 1:
+        return box
+    return Region((*box.start[:-1], box.start[-1] // packed), (*box.stop[:-1], -(-box.stop[-1] // packed)))
 
 
 def _by_rows(box: Region, operand: Operand, dtype: str, packed: int = 1) -> Iterator[tuple[Region, Floats]]:
@@ -207,20 +211,18 @@ def _by_rows(box: Region, operand: Operand, dtype: str, packed: int = 1) -> Iter
     width = 1 if packed > 1 else DTYPES[dtype].bits // 8
     held = np.frombuffer(operand.bytes, np.uint8).reshape((*operand.region.shape, width))
     for part in _parts(box):
-        last = () if not part.shape else ((part.start[-1] // packed, -(-part.stop[-1] // packed)),)
-        ranges = (*zip(part.start[:-1], part.stop[:-1]), *last)
-        inside = tuple(slice(low - first, high - first) for (low, high), first in zip(ranges, operand.region.start))
-        values = decoded(memoryview(np.ascontiguousarray(held[inside])).cast("B"), dtype)
+        stored = _stored(part, packed).relative_to(operand.region.start)
+        values = decoded(memoryview(np.ascontiguousarray(held[stored.slices])).cast("B"), dtype)
         if packed > 1:
             skip = part.start[-1] % packed
-            rows = values.reshape(prod(part.shape[:-1]), -1)
-            values = rows[:, skip : skip + part.shape[-1]]
+            rows = values.reshape(*stored.shape[:-1], packed * stored.shape[-1])
+            values = rows[..., skip : skip + part.shape[-1]]
         yield part, values.reshape(part.shape)
 
 
-def _part(out: memoryview, box: Region, part: Region, dtype: str) -> memoryview:
+def _part(out: memoryview, box: Region, part: Region) -> memoryview:
     """Where a part of a box, whole rows of it, lies in its bytes."""
-    width = DTYPES[dtype].bits // 8
+    width = len(out) // box.size
     number = 0
     for low, first, extent in zip(part.start, box.start, box.shape):
         number = number * extent + low - first

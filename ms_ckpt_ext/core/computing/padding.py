@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import copysign
 from numbers import Real
 from typing import Optional
 
@@ -70,7 +69,8 @@ class Pad(Rule):
     def inverse(self) -> Rule:
         """See `Rule`."""
         assert self.source_size is not None
-        return Crop(self.target, self.sources[0], self.source_size, self.axis, self.size, self.value)
+        (source,) = self.sources
+        return Crop(self.target, source, self.source_size, self.axis, self.size, self.value)
 
     @property
     def ambiguity(self) -> str:
@@ -122,7 +122,8 @@ class Crop(Rule):
     def inverse(self) -> Rule:
         """See `Rule`."""
         assert self.source_size is not None
-        return Pad(self.target, self.sources[0], self.source_size, self.axis, self.value, self.size)
+        (source,) = self.sources
+        return Pad(self.target, source, self.source_size, self.axis, self.value, self.size)
 
     @property
     def ambiguity(self) -> str:
@@ -165,7 +166,7 @@ def _check_extent(name: str, shape: Shape, axis: int, known: Optional[int]) -> N
 
 def _element(name: str, value: float, dtype: str) -> bytes:
     """One element of this value. Raises LayoutMismatchError: the dtype has none."""
-    if not value and copysign(1, value) > 0 and dtype != "F8_E8M0":  # which has powers of two only
+    if str(float(value)) == "0.0" and dtype != "F8_E8M0":  # which has powers of two only
         return bytes(DTYPES[dtype].bits // 8)
     from ms_ckpt_ext.core.computing.arithmetic import element
 

@@ -53,6 +53,12 @@ def _checked_factor(rule: Rule, factor: float, zero: bool = True) -> float:
     raise UsageError(f"rule for {rule.target!r}: factor must be {wanted}, got {factor!r}")
 
 
+def _of_groups(scales: Shape, elements: Shape) -> bool:
+    """Whether scales are of groups along the last axis of the elements, rather than a single one for all of them."""
+    single = all(extent == 1 for extent in scales)
+    return scales == elements[:-1] if scales and single else not single and len(scales) == len(elements) - 1
+
+
 def computed(meta: TensorMeta, computation: Computation) -> SourceTensor:
     return SourceTensor(meta, "", (), computation)
 
@@ -109,7 +115,7 @@ class Dequantize(Rule):
         packed = stored in ("F4", "I8", "U8")
         if stored == "F4":
             elements = packed_as_bytes(elements)
-        if packed and len(elements.meta.shape) == len(scales.meta.shape) + 1:
+        if packed and _of_groups(scales.meta.shape, elements.meta.shape):
             elements = joined_axes(elements)
         shape = elements.meta.shape
         if packed and shape:
@@ -127,7 +133,7 @@ class Dequantize(Rule):
         held = scales.meta.shape
         if shape and all(extent == 1 for extent in held):
             return shape
-        block = ((1,) * (len(shape) - len(self.block)) + self.block)[-len(shape) :] if shape else ()
+        block = ((1,) * len(shape) + self.block)[-len(shape) :] if shape else ()
         block = tuple(extent or whole for extent, whole in zip(block, shape))
         if not shape or tuple(-(-whole // extent) for whole, extent in zip(shape, block)) != held:
             wanted = [-(-whole // extent) for whole, extent in zip(shape, block)]
@@ -181,7 +187,8 @@ class Scale(Rule):
 
     def inverse(self) -> Rule:
         """See `Rule`."""
-        return Scale(self.target, self.sources[0], 1 / self.factor)
+        (source,) = self.sources
+        return Scale(self.target, source, 1 / self.factor)
 
     @property
     def ambiguity(self) -> str:
@@ -228,16 +235,16 @@ class AddProduct(Rule):
                 f"{name!r} is made of {', '.join(dtypes)} ({shapes_of(held)}), and only {', '.join(_OUTPUTS)} can be "
                 "multiplied"
             )
-        rank = shapes[1][-1] if shapes[1] else 0
-        if len(shapes[0]) != 2 or shapes[1:] != [(shapes[0][0], rank), (rank, shapes[0][1])]:
+        w, b, a = shapes
+        if not len(w) == len(b) == len(a) == 2 or b[0] != w[0] or a != (b[1], w[1]):
             raise LayoutMismatchError(
                 f"{name!r} is W + B A of {shapes_of(held)}, whose shapes must be (m, n), (m, r) and (r, n): check the "
                 "order of the sources, and that an adapter is of this model"
             )
         _check_factor(name, self.factor, dtypes[0])
         output = self.dtype or dtypes[0]
-        operation = AddedProduct(self.factor, (dtypes[0], dtypes[1], dtypes[2]), rank, output)
-        return computed(TensorMeta(name, DTYPES[output], shapes[0]), Computation(operation, tuple(held)))
+        operation = AddedProduct(self.factor, (dtypes[0], dtypes[1], dtypes[2]), b[1], output)
+        return computed(TensorMeta(name, DTYPES[output], w), Computation(operation, tuple(held)))
 
     @property
     def ambiguity(self) -> str:

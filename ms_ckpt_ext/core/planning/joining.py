@@ -38,8 +38,12 @@ def unsaid_count(rule: Rule) -> str:
     return "a placeholder of its sources counts, and how far is not known: name them one by one" if rule.counts else ""
 
 
-def widths_of(name: str, width: int, shares: Shape) -> list[int]:
-    """A width divided by shares. Raises LayoutMismatchError when it does not divide."""
+def widths_of(rule: Rule, name: str, width: int, shares: Optional[Shape]) -> list[int]:
+    """A width divided by the shares of a rule's sources, equal where it has none.
+
+    Raises LayoutMismatchError when it does not divide.
+    """
+    shares = shares or (1,) * len(rule.sources)
     least = gcd(*shares)
     unit, rest = divmod(width * least, sum(shares))
     if rest:
@@ -54,7 +58,7 @@ def taken_apart(
     at = axis_of(name, axis, len(shape))
     if shape[at] % groups:
         raise LayoutMismatchError(f"{name!r}: axis {at} of {list(shape)} does not fall into {groups} equal groups")
-    widths = widths_of(name, shape[at] // groups, shares or (1,) * len(rule.sources))
+    widths = widths_of(rule, name, shape[at] // groups, shares)
     return [[(*shape[:at], width * groups, *shape[at + 1 :])] for width in widths]
 
 

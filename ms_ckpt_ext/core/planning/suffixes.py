@@ -33,7 +33,7 @@ _RUN_IN = ("mu_", "eta_")
 """Words of ASGD's states, which run into a weight's name: told where that is there."""
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+\.")
 _DEEPEST = 99
-"""Most dots of a stored name that is looked at: no Cell lies so deep."""
+"""Most dots of a stored name that is looked at: no Cell lies so deep, and every dot costs a look."""
 _SHOWN = 4
 
 
@@ -93,24 +93,21 @@ def match_suffixes(
 def _readings(names: Collection[str], held: Mapping[str, Hashable]) -> dict[str, list[str]]:
     """Name in the network -> stored names that end in it, from a dot on."""
     found: dict[str, list[str]] = {}
-    deepest = max((name.count(".") for name in names), default=-1)
     for stored in held:
         if stored.count(".") > _DEEPEST:
             continue
-        for name in _tails(stored, deepest + 1):
+        for name in _tails(stored):
             if name in names:
                 found.setdefault(name, []).append(stored)
     return found
 
 
-def _tails(name: str, most: int = _DEEPEST) -> Iterator[str]:
-    """What stands behind each of its last dots, shortest first."""
-    at = len(name)
-    for _ in range(most):
-        at = name.rfind(".", 0, at)
-        if at < 0:
-            return
+def _tails(name: str) -> Iterator[str]:
+    """What stands behind each of its dots, shortest first."""
+    at = name.rfind(".")
+    while at >= 0:
         yield name[at + 1 :]
+        at = name.rfind(".", 0, at)
 
 
 def _mirrors(readings: Mapping[str, Sequence[str]], held: Mapping[str, Hashable]) -> tuple[set[str], dict[str, str]]:
@@ -159,12 +156,13 @@ def _under_one(usable: Mapping[str, Sequence[str]]) -> dict[str, str]:
     common = [prefix for prefix, count in serves.items() if count == len(usable)]
     if len(common) != 1:
         return {}
-    found = {name: common[0] + name for name in usable}
+    (prefix,) = common
+    found = {name: prefix + name for name in usable}
     claimed = set(found.values())
     for name, prefixes in usable.items():
-        others = [prefix for prefix in prefixes if prefix + name not in claimed and serves[prefix] * 2 >= len(usable)]
+        others = [other for other in prefixes if other + name not in claimed and serves[other] * 2 >= len(usable)]
         if others:
-            raise _several(name, [common[0], *others])
+            raise _several(name, [prefix, *others])
     return found
 
 

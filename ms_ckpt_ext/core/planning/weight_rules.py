@@ -151,8 +151,7 @@ class Interleave(Rule):
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
         tensors = all_of(members)
-        _same_shape(name, tensors)
-        shape = tensors[0].meta.shape
+        shape = _same_shape(name, tensors)
         extent = shape[axis_of(name, self.axis, len(shape))]
         if extent % self.rows:
             raise LayoutMismatchError(f"{name!r}: axis {self.axis} of {list(shape)} is no multiple of {self.rows} rows")
@@ -166,7 +165,7 @@ class Interleave(Rule):
                 f"{name!r}: axis {at} of {list(shape)} is no multiple of {self.rows} rows of "
                 f"{len(self.sources)} sources"
             )
-        return taken_apart(self, name, shape, 1, self.axis, (1,) * len(self.sources))
+        return taken_apart(self, name, shape, 1, self.axis, None)
 
     @property
     def ambiguity(self) -> str:
@@ -187,8 +186,7 @@ class Stack(Rule):
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`."""
         tensors = all_of(members)
-        _same_shape(name, tensors)
-        shape = tensors[0].meta.shape
+        shape = _same_shape(name, tensors)
         at = axis_of(name, self.axis, len(shape) + 1)
         whole = (*shape[:at], len(tensors), *shape[at:])
         axes = tuple(axis + (axis >= at) for axis in range(len(shape)))
@@ -303,7 +301,7 @@ class Experts(Rule):
         if view[0] != experts or prod(view) != prod(shape):
             raise LayoutMismatchError(f"{name!r} of shape {list(shape)} does not hold {experts} experts")
         inner, width = (view[1], view[2]) if self.transpose else (view[2], view[1])
-        return [[(rows, inner)] * experts for rows in widths_of(name, width, self.shares or (1,))]
+        return [[(rows, inner)] * experts for rows in widths_of(self, name, width, self.shares)]
 
     @property
     def ambiguity(self) -> str:
@@ -344,6 +342,8 @@ class Part(Rule):
         return made_of(name, tuple(shape), tuple(shape), [block])
 
 
-def _same_shape(name: str, tensors: Sequence[SourceTensor]) -> None:
-    if len({tensor.meta.shape for tensor in tensors}) > 1:
+def _same_shape(name: str, tensors: Sequence[SourceTensor]) -> Shape:
+    shape, *others = {tensor.meta.shape for tensor in tensors}
+    if others:
         raise LayoutMismatchError(f"{name!r}: its sources must have one shape, but they are {shapes_of(tensors)}")
+    return shape

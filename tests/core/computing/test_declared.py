@@ -9,11 +9,11 @@ from typing import Optional
 import pytest
 
 from ms_ckpt_ext.core.computing.arithmetic import element
-from ms_ckpt_ext.core.computing.operations import AddedProduct
-from ms_ckpt_ext.core.geometry.array import DTYPES
+from ms_ckpt_ext.core.computing.operations import AddedProduct, Fill
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, stored_whole
-from ms_ckpt_ext.core.planning.recipes import Computation, Recipe
+from ms_ckpt_ext.core.planning.recipes import Computation, Recipe, box_of_stored
 from ms_ckpt_ext.errors import CheckpointError, CoverageError, LayoutMismatchError, UsageError
 from ms_ckpt_ext.rules import (
     QKV,
@@ -237,6 +237,31 @@ def test_one_element(value: float, dtype: str, stored: Optional[str]) -> None:
         element(value, dtype)
 
 
+@pytest.mark.parametrize("dtype", [name for name, dtype in DTYPES.items() if dtype.bits % 8 == 0])
+def test_a_pad_of_zeros_is_for_every_dtype_that_has_one(dtype: str) -> None:
+    tensors = held(w=(dtype, (4,)))
+    if dtype == "F8_E8M0":
+        with pytest.raises(LayoutMismatchError, match=r"'t' cannot be padded with 0.0: F8_E8M0 has no value 0.0"):
+            apply_rules(tensors, [Pad("w", "t", 5)])
+        return
+    recipe = apply_rules(tensors, [Pad("w", "t", 5)])["t"].recipe
+    assert isinstance(recipe, Recipe)
+    filled = recipe.blocks[1].tensor.recipe
+    assert isinstance(filled, Computation)
+    assert filled.operation == Fill(bytes(DTYPES[dtype].bits // 8))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "stored"), [(-0.0, "F32", "00000080"), (0, "F32", "00000000"), (2.5, "BF16", "2040")]
+)
+def test_a_pad_has_its_value(value: float, dtype: str, stored: str) -> None:
+    recipe = apply_rules(held(w=(dtype, (4,))), [Pad("w", "t", 5, value=value)])["t"].recipe
+    assert isinstance(recipe, Recipe)
+    filled = recipe.blocks[1].tensor.recipe
+    assert isinstance(filled, Computation)
+    assert filled.operation == Fill(bytes.fromhex(stored))
+
+
 def test_a_pad_of_nothing_is_the_tensor() -> None:
     made = apply_rules(held(w=("F32", (4, 6))), [Pad("w", "t", 6, axis=1)])["t"]
     assert not made.is_computed
@@ -247,6 +272,47 @@ def test_one_scale_for_all() -> None:
     tensors = held(w=("F8_E4M3", (4, 6)), s=("F32", ()))
     made = apply_rules(tensors, [Dequantize(["w", "s"], "t", block=(4, 6))])["t"]
     assert made.meta.shape == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("elements", "scales", "shape"),
+    [
+        ((4,), (), (8,)),
+        ((4,), (1,), (8,)),
+        ((2, 3), (), (2, 6)),
+        ((2, 3), (1,), (2, 6)),  # were it of a group, there were two
+        ((2, 3), (1, 1), (2, 6)),
+        ((2, 1, 3), (1, 1), (2, 1, 6)),
+        ((1, 16), (1,), (32,)),  # a group
+        ((1, 1, 16), (1, 1), (1, 32)),
+        ((3, 16), (3,), (96,)),
+        ((2, 3, 16), (2, 3), (2, 96)),
+        ((2, 4, 8), (2, 2), (2, 64)),  # two groups a scale
+    ],
+)
+def test_a_single_scale_is_no_scale_of_a_group(
+    elements: tuple[int, ...], scales: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    tensors = held(w=("U8", elements), s=("F32", scales))
+    made = apply_rules(tensors, [Dequantize(["w", "s"], "t", block=32)])["t"]
+    assert made.meta.shape == shape
+    assert isinstance(made.recipe, Computation)
+    stored, factors = made.recipe.operation.takes(Region.whole(shape))
+    assert [stored.shape, factors.shape] == [operand.meta.shape for operand in made.recipe.operands]
+
+
+def test_what_is_stored_as_floats_or_integers_needs_no_scales() -> None:
+    """Whatever comes first; what has four or eight bits of a float must have them."""
+    quantised = {"e__w": ("F8_E4M3", (4, 6)), "e__s": ("F32", (1, 1))}
+    rule = Dequantize(["{*}.w", "{*}.s"], "{*}.w")
+    for kind in ("BF16", "F32", "I8", "U8", "I64"):
+        made = apply_rules(held(a__w=(kind, (4, 6)), **quantised), [rule])
+        assert kinds(made) == {"a.w": (kind, (4, 6)), "e.w": ("BF16", (4, 6))}
+    for kind in ("F8_E4M3", "F8_E5M2", "F4"):
+        with pytest.raises(CoverageError, match=r"'a\.w' is made of 2 sources, .* nothing called '\{\*\}\.s'"):
+            apply_rules(held(a__w=(kind, (4, 6)), **quantised), [rule])
+    with pytest.raises(CoverageError, match=r"nothing called '\{\*\}\.w'"):
+        apply_rules(held(a__s=("F32", (1, 1)), **quantised), [rule])
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
@@ -265,6 +331,12 @@ def test_a_pad_is_the_tensor_and_one_element_behind_it(axis: int) -> None:
     ]
 
 
+def test_a_crop_of_nothing_is_the_tensor() -> None:
+    made = apply_rules(held(w=("F32", (4, 6))), [Crop("w", "t", 6, axis=1)])["t"]
+    assert made.meta.shape == (4, 6)
+    assert box_of_stored(made) == (held(w=("F32", (4, 6)))["w"], Region.whole((4, 6)))
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
 def test_a_crop_is_the_first_indices(axis: int) -> None:
     made = apply_rules(held(w=("F32", (4, 6, 5))), [Crop("w", "t", 3, axis=axis)])["t"]
@@ -278,7 +350,10 @@ def test_a_product_is_of_three_dtypes() -> None:
     made = apply_rules(tensors, [AddProduct(["w", "b", "a"], "t", factor=0.5)])["t"]
     assert isinstance(made.recipe, Computation)
     assert made.recipe.operation == AddedProduct(0.5, ("BF16", "F32", "F16"), 2, "BF16")
-    for shapes in (((4, 6), (3, 2), (2, 6)), ((4, 6), (4, 2), (3, 6)), ((4, 6), (4, 2), (2, 5))):
+    for shapes in (
+        *(((4, 6), (3, 2), (2, 6)), ((4, 6), (4, 2), (3, 6)), ((4, 6), (4, 2), (2, 5))),
+        *(((4, 6, 5), (4, 2), (2, 6)), ((4, 6), (4, 2, 1), (2, 6)), ((4, 6), (4, 2), (2, 6, 1)), ((4,), (4, 2), (2,))),
+    ):
         wrong = held(**{name: ("F32", shape) for name, shape in zip("wba", shapes)})
         with pytest.raises(LayoutMismatchError, match="must be"):
             apply_rules(wrong, [AddProduct(["w", "b", "a"], "t")])
@@ -313,7 +388,7 @@ def test_the_ends_of_what_is_allowed() -> None:
     for factor in (float(2**127 * (2 - 2**-23)), 2.0**-126):
         assert apply_rules(single, [Scale("w", "t", factor)])["t"].is_computed
         assert apply_rules(three, [AddProduct(["w", "b", "a"], "t", -factor)])["t"].is_computed
-    for factor in (2.0**128, 2.0**-127):
+    for factor in (2.0**128, 2.0**-127, 2.0**127 * (2 - 2.0**-24)):  # the last one is rounded to infinity
         with pytest.raises(LayoutMismatchError, match="no normal number in F32"):
             apply_rules(single, [Scale("w", "t", factor)])
         with pytest.raises(LayoutMismatchError, match="no normal number in F32"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from math import prod
 from typing import Union
 
@@ -54,6 +55,13 @@ def test_scaled(shape: tuple[int, ...], source: str, output: str, data: st.DataO
     assert_any_box(Scaled(0.3, source, output), [items], expected, output, data)
 
 
+def test_a_value_without_axes_is_scaled() -> None:
+    assert (
+        computed(Scaled(2.0, "F32", "F64"), Region((), ()), [np.float32([1.5])[0]], "F64").tobytes()
+        == np.float64(3).tobytes()
+    )
+
+
 @given(SHAPES, st.sampled_from(["F8_E4M3", "F4"]), st.lists(st.integers(1, 4), min_size=4, max_size=4), st.data())
 @settings(max_examples=60)
 def test_dequantised(shape: tuple[int, ...], source: str, extents: list[int], data: st.DataObject) -> None:
@@ -94,12 +102,33 @@ def test_one_element_everywhere(size: int) -> None:
     assert found.tobytes() == b"\x01\x02" * size
 
 
-def test_boxes_larger_than_what_is_computed_at_once() -> None:
+@pytest.mark.parametrize("dtype", ["F32", "F64"])
+def test_boxes_larger_than_what_is_computed_at_once(dtype: str) -> None:
     """Rows of 2 ** 16 elements: two at a time."""
-    items = np.arange(5 << 16, dtype="<f4").reshape(5, 1 << 16)
+    items = np.arange(5 << 16, dtype=f"<f{DTYPES[dtype].bits // 8}").reshape(5, 1 << 16)
     box = Region((1, 3), (5, 1 << 16))
-    found = computed(Scaled(2.0, "F32", "F32"), box, [items], "F32")
+    found = computed(Scaled(2.0, dtype, dtype), box, [items], dtype)
     assert found.tobytes() == (2 * items[box.slices]).tobytes()
+    left, right = np.arange(5, dtype="<f4").reshape(5, 1), np.arange(1 << 16, dtype="<f4").reshape(1, -1)
+    found = computed(AddedProduct(1.0, (dtype, "F32", "F32"), 1, dtype), box, [items, left, right], dtype)
+    assert found.tobytes() == (items + left * right).astype(items.dtype)[box.slices].tobytes()
+
+
+@pytest.mark.parametrize("shape", [(8, 1 << 17), (2, 8, 1 << 16), (2, 8, 1 << 17), (1 << 12, 1 << 8), (4, 1 << 18)])
+def test_what_is_computed_at_once_bounds_the_memory(shape: tuple[int, ...]) -> None:
+    """Beside operands and result lies what is computed of 2 ** 17 elements, or of one row."""
+    items = np.ones(shape, "<f4")
+    operand = Operand(memoryview(items.reshape(-1).view(np.uint8)), Region.whole(shape))
+    out = np.empty(items.nbytes, np.uint8)
+    computed(Scaled(2.0, "F32", "F32"), Region.whole((1, 1)), [np.ones((1, 1), "<f4")], "F32")  # what is imported
+    tracemalloc.start()
+    try:
+        Scaled(2.0, "F32", "F32").compute(operand.region, [operand], memoryview(out))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert out.tobytes() == (2 * items).tobytes()
+    assert peak <= 1.5 * 4 * max(1 << 17, shape[-1]), "of one array of F32, and which elements are NaN"
 
 
 def test_what_the_first_operand_is_needed_for() -> None:

@@ -136,11 +136,15 @@ def test_a_shape_that_a_rule_cannot_have_made(rule: Rule, shape: tuple[int, ...]
 
 
 def test_shares_and_numbers_are_held_against_the_sources() -> None:
-    held = {n: stored_whole(TensorMeta(n, DTYPES["F32"], (r, 4)), (0,)) for n, r in (("a", 4), ("b", 2), ("e.0", 2))}
+    held = {
+        n: stored_whole(TensorMeta(n, DTYPES["F32"], (r, 4)), (0,))
+        for n, r in (("a", 4), ("b", 2), ("e.0", 2), ("f.0", 2))
+    }
     for rule, told in [
         (Concat(["a", "b"], "t", shares=(1, 1)), "not as wide as the shares"),
         (QKV(["a", "b"], "t", groups=2, shares=(3, 1)), "not as wide as the shares"),
         (Experts("e.{n}", "t", experts=2), "speaks of 2 experts, but there are 1"),
+        (Experts(["e.{n}", "f.{n}"], "t", shares=(1, 2)), "not as wide as the shares"),
     ]:
         with pytest.raises(LayoutMismatchError, match=told):
             apply_rules(held, [rule])
@@ -155,6 +159,11 @@ def test_one_source_needs_no_shares() -> None:
     assert Stack(["a", "b"], "t").source_shapes("t", (2, 4)) == [[(4,)], [(4,)]]
     assert Stack("e.{n}", "t", axis=1).source_shapes("t", (4, 3)) == [[(4,)] * 3]
     assert Concat(["a", "b"], "t", axis=1, shares=(4, 2)).source_shapes("t", (4, 6)) == [[(4, 4)], [(4, 2)]]
+    assert Interleave("a", "t").source_shapes("t", (3, 2)) == [[(3, 2)]]
+    assert Interleave(["a", "b"], "t", axis=1, rows=2).source_shapes("t", (3, 8)) == [[(3, 4)], [(3, 4)]]
+    assert Experts("e.{n}", "t", merge=False).source_shapes("t", (2, 3, 4)) == [[(4, 3)] * 2]
+    assert Experts("e.{n}", "t", transpose=False, merge=False).source_shapes("t", (2, 3, 4)) == [[(3, 4)] * 2]
+    assert Experts(["e.{n}", "f.{n}"], "t", experts=2).source_shapes("t", (6, 4)) == [[(2, 3)] * 2] * 2
 
 
 @pytest.mark.parametrize("rules", [None, 5, "Rename", [Rename("a", "b"), "c"], Rename("a", "b")])

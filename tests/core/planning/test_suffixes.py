@@ -175,6 +175,21 @@ def test_what_a_map_names_is_no_group_and_no_neighbour() -> None:
     assert match_suffixes(["d.w"], ["d.c"], held, ["d.c"]).found == {"d.w": "old.d.w"}
 
 
+def test_of_several_states_the_first_is_told() -> None:
+    held = {name: name for name in ("adam_m.net.w", "adam_v.net.w", "net.w")}
+    assert match_suffixes(["w"], ["net.w"], held).passed == {"w": "adam_m.net.w"}
+
+
+def test_four_readings_are_all_told() -> None:
+    with pytest.raises(LayoutMismatchError, match=r"'1\.w', '2\.w', '3\.w', '4\.w'\. Say so"):
+        found("w", "1.w 2.w 3.w 4.w")
+
+
+def test_how_deep_a_name_may_lie() -> None:
+    assert found("w", f"{'a.' * 99}w") == {"w": f"{'a.' * 99}w"}
+    assert found("w", f"{'a.' * 100}w") == {}
+
+
 def test_a_name_that_is_all_dots() -> None:
     assert found("w", "." * 1_000_000 + "w net.w") == {"w": "net.w"}
 
