@@ -6,7 +6,7 @@ Experts of every layer are arranged alike, so what a target takes of which block
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from ms_ckpt_ext.core.geometry.array import Region, Shape, View
 from ms_ckpt_ext.core.geometry.view import Frame, frames
@@ -40,8 +40,8 @@ class Bit:
 
     def __init__(self, block: int, wanted: Region, view: View) -> None:
         self.block, self.wanted, self.view = block, wanted, view
-        self.known: Optional[tuple[Any, Any]] = None
-        """The piece that was made of it last, and from which: often the next parameter of its kind gives the same."""
+        self.known: tuple[Any, Any] = (None, None)
+        """A piece, and what was made of it last: often the next parameter of its kind gives the same one."""
 
 
 class Arrangement:

@@ -93,10 +93,11 @@ class Recipe(NamedTuple):
                 yield from _through(tensor, bit.wanted, bit.view)
                 continue
             for piece, files, stored_name, _ in locate(tensor, bit.wanted):
-                known = bit.known
-                if known is None or known[0] is not piece:
-                    known = bit.known = (piece, _viewed(piece, bit.view))
-                yield Sourced(known[1], files, stored_name)
+                known, seen = bit.known
+                if known is not piece:
+                    seen = _viewed(piece, bit.view)
+                    bit.known = piece, seen
+                yield Sourced(seen, files, stored_name)
 
 
 class Operand(NamedTuple):
@@ -317,9 +318,9 @@ def made_of(name: str, shape: Shape, view: Shape, blocks: Sequence[Block]) -> So
     Raises:
         LayoutMismatchError: the sources have different dtypes, or do not fill the parameter exactly.
     """
-    dtypes = {block.tensor.meta.dtype.name: block.tensor.meta.name for block in blocks}
+    dtypes = {block.tensor.meta.dtype: block.tensor.meta.name for block in blocks}
     if len(dtypes) > 1:
-        told = ", ".join(f"{source!r} is {dtype}" for dtype, source in dtypes.items())
+        told = ", ".join(f"{source!r} is {dtype.name}" for dtype, source in dtypes.items())
         raise LayoutMismatchError(f"{name!r} is made of tensors of different dtypes: {told}; convert one of them first")
     recipe = Recipe.of(shape, view, blocks)
     boxes = recipe.arrangement.boxes
@@ -331,4 +332,5 @@ def made_of(name: str, shape: Shape, view: Shape, blocks: Sequence[Block]) -> So
             "check the rule's numbers of heads, groups and experts against the checkpoint"
         )
     split_axes(shape, view)
-    return SourceTensor(TensorMeta(name, blocks[0].tensor.meta.dtype, shape), "", (), recipe)
+    (dtype,) = dtypes
+    return SourceTensor(TensorMeta(name, dtype, shape), "", (), recipe)

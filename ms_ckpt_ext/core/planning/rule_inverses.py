@@ -58,21 +58,26 @@ def invert(rules: Iterable[Rule]) -> list[Rule]:
 
 def _refuse_twice(rules: Sequence[Rule]) -> None:
     """Refuse to make one tensor in two ways. Parts of one tensor may differ in number only."""
-    made: dict[str, tuple[object, ...]] = {}
+    made: dict[str, list[Rule]] = {}
     for rule in rules:
         if isinstance(rule, Inverse):
             continue
-        for source in rule.sources:
-            way = (rule.parts, rule.axis, rule.number) if isinstance(rule, Part) else (rule,)
-            before = made.setdefault(source, way)
-            parts = len(before) == len(way) == 3 and before[:2] == way[:2] and before[2] != way[2]
-            if before is not way and not parts:
+        for source in dict.fromkeys(rule.sources):
+            before = made.setdefault(source, [])
+            if not all(_are_two_parts(rule, other) for other in before):
                 raise UsageError(
                     f"{source!r} is used twice, so that it could come from two parameters ({rule.target!r} is one): "
                     "leave one of the rules out"
                 )
+            before.append(rule)
         if rule.computes:
             made.pop(rule.target, None)  # from here on it is what this rule makes
+
+
+def _are_two_parts(one: Rule, other: Rule) -> bool:
+    if not isinstance(one, Part) or not isinstance(other, Part):
+        return False
+    return (one.parts, one.axis) == (other.parts, other.axis) and one.number != other.number
 
 
 def _joined(sources: tuple[str, ...], axis: int, found: Mapping[int, Part], count: int) -> Rule:

@@ -81,7 +81,7 @@ def jobs(draw: st.DrawFn) -> Job:
         dtype, name = DTYPES[draw(st.sampled_from(["U8", "F32"]))], f"w{number}"
         full = array_of(shape, dtype)
         placements = []
-        for first in [10, 0] if draw(st.booleans()) else [0]:
+        for first in [50, 0] if draw(st.booleans()) else [0]:
             parts = tuple(draw(st.sampled_from([n for n in (1, 2, 3) if extent % n == 0])) for extent in shape)
             holders = {}
             for at, cell in enumerate(product(*map(range, parts))):

@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
-from ms_ckpt_ext.core.planning.io_units import Extent, cut, paired, ranges, tile_blocks
+from ms_ckpt_ext.core.planning.io_units import (
+    Batch,
+    Direct,
+    Extent,
+    Limits,
+    Read,
+    Stretch,
+    cut,
+    paired,
+    ranges,
+    tile_blocks,
+)
 
 EXTENTS = (Extent(100, 4), Extent(50, 2), Extent(10, 6))
 
@@ -85,6 +96,31 @@ def test_tiles_are_as_large_as_they_may_be(tile: int, shapes: list[tuple[int, ..
 )
 def test_packed_elements_are_cut_between_bytes(shape: tuple[int, ...], tile: int, starts: list[int]) -> None:
     assert [part.start[0] for part in cut(Region.whole(shape), 0, DTYPES["F4"], tile)] == starts
+
+
+@pytest.mark.parametrize(
+    ("tile", "shapes"),
+    [
+        (60, [(3, 40)]),
+        (59, [(2, 40), (1, 40)]),
+        (40, [(2, 40), (1, 40)]),
+        (20, [(1, 40)] * 3),
+        (19, [(1, 16), (1, 16), (1, 8)] * 3),
+    ],
+)
+def test_rows_of_packed_elements_are_counted_in_bytes(tile: int, shapes: list[tuple[int, ...]]) -> None:
+    """Only the last axis is cut in eights."""
+    assert [part.shape for part in cut(Region.whole((3, 40)), 0, DTYPES["F4"], tile)] == shapes
+
+
+def test_sizes_by_default() -> None:
+    """The pages for users promise what a worker holds in memory, and blocks of an encrypted file are of one chunk."""
+    assert Limits() == Limits(tile=8388608, gap=4096, direct=262144, chunk=67108864, share=134217728, run=4096)
+
+
+def test_bytes_of_units() -> None:
+    units = Direct(0, 0, 0, 0, 7), Read(0, EXTENTS, ()), Batch((), (Stretch(3, ()), Stretch(4, ())))
+    assert [unit.nbytes for unit in units] == [7, 12, 7]
 
 
 def test_tiles_of_several_boxes_are_those_of_their_hull() -> None:

@@ -28,6 +28,9 @@ from ms_ckpt_ext.errors import UsageError
         ("l.{2<=n<4}.w", "l.3.w", {"n": "3"}),
         ("l.{2<=n<4}.w", "l.4.w", None),
         ("l.{0<=n<1}.w", "l.0.w", {"n": "0"}),
+        ("l.{n<3}.w", "l.0.w", {"n": "0"}),
+        ("l.{n}.w", "l.123456789012345678.w", {"n": "123456789012345678"}),
+        ("l.{n}.w", "l.1234567890123456789.w", None),  # more digits than a number of layers has
         ("w", "w", {}),
     ],
 )
@@ -46,6 +49,7 @@ def test_what_a_name_matches(pattern: str, name: str, found: Optional[dict[str, 
         ("a.{n}", []),
         ("a.{n<0}", []),
         ("a.{2<=n<2}", []),
+        ("a.{3<=n<2}", []),
         ("a.{n<2}.{m}", []),
         ("a", [("a", ())]),
     ],

@@ -87,6 +87,10 @@ def test_parts_are_joined_again() -> None:
     (back,) = invert([Part("fused", name, n, 2, axis=1) for n, name in ((1, "up"), (0, "gate"))])
     assert back == Concat(["gate", "up"], "fused", axis=1, shares=(1, 1))
     assert invert([Part("fused", name, n, 2, axis=1) for n, name in ((0, "gate"), (1, "up"))]) == [back]
+    with pytest.raises(UsageError, match="nothing takes part 0 of 2"):
+        invert([Part("fused", "up", 1, 2)])
+    others = [Part("other", "o", 0, 1), Part("fused", "gate", 0, 2, axis=1), Part("fused", "up", 1, 2, axis=1)]
+    assert invert(others) == [Concat(["o"], "other", shares=(1,)), back]
     with pytest.raises(UsageError, match="nothing takes part 1 of 3"):
         invert([Part("fused", "gate", 0, 3), Part("fused", "up", 2, 3)])
 
@@ -109,6 +113,10 @@ def test_twice_inverted_is_the_rule() -> None:
         ([Part("a", "t", 1, 2), Part("a", "s", 1, 2)], "'a' is used twice"),
         ([Part("a", "t", 0, 2), Part("a", "s", 1, 2, axis=1)], "'a' is used twice"),
         ([Part("a", "t", 0, 2), Part("a", "s", 1, 3)], "'a' is used twice"),
+        ([Part("a", "t", 0, 2), Part("a", "s", 1, 2), Part("a", "u", 1, 2)], "'a' is used twice, .*'u' is one"),
+        ([Part("a", "t", 0, 2), Rename("a", "s")], "'a' is used twice, .*'s' is one"),
+        ([Rename("a", "s"), Part("a", "t", 0, 2)], "'a' is used twice, .*'t' is one"),
+        ([Stack(["a", "b"], "s"), Rename("b", "t")], "'b' is used twice"),
     ],
 )
 def test_what_has_no_inverse_says_why(rules: list[Rule], told: str) -> None:
