@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
-from ms_ckpt_ext.core.exchange.demand import Demand, Grid, LocalPiece, Sees, Ways
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, SLAB, Demand, Grid, LocalPiece, Sees, Ways
 from ms_ckpt_ext.core.exchange.one_rank import completed_by, turns_of
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan, ExchangeTable, plan_of
 from ms_ckpt_ext.core.exchange.tiers import broadcast_crossing
@@ -185,16 +185,29 @@ def assert_totals(total: RankTotals, made: Counted, plan: ExchangePlan, ways: Wa
 
 
 def staging(made: Counted, plan: ExchangePlan, in_memory: bool, ahead: int = 1) -> np.ndarray:
-    """Buffers of two rounds, and the chunks that are held at once when so many rounds are read ahead."""
+    """Buffers of two rounds, and the slabs that are held when so many rounds are read ahead and one is under way."""
     buffers = min(2, len(plan.rounds)) * sum(made.buffers.values(), np.zeros(plan.world, np.int64))
+    return buffers if in_memory else buffers + [slab_bytes(plan, rank, ahead) for rank in range(plan.world)]
+
+
+def slab_bytes(plan: ExchangePlan, rank: int, ahead: int) -> int:
+    """Chunk after chunk is laid into a slab of a round until one does not fit."""
     last = plan.last_use()
-    first = {number: at for at, each in enumerate(plan.rounds) for number in each.chunks}
-    read = () if in_memory else range(len(plan.chunks))
-    most = np.zeros(plan.world, np.int64)
-    for at in range(len(plan.rounds)):
-        held = [plan.chunks[n].reader for n in read if first[n] <= at + ahead and last[n] >= at]
-        most = np.maximum(most, np.bincount(held, minlength=plan.world))
-    return buffers + most * max((plan.chunks[n].nbytes for n in read), default=0)
+    mine = [[n for n in each.chunks if plan.chunks[n].reader == rank] for each in plan.rounds]
+    sizes = [[plan.chunks[n].nbytes for n in chunks] for chunks in mine]
+    padded = [[nbytes + -nbytes % ALIGNMENT for nbytes in some] for some in sizes]
+    size = max([min(SLAB, max(map(sum, padded), default=0)), *(nbytes for some in sizes for nbytes in some)])
+    slabs: list[tuple[int, int]] = []
+    for at, chunks in enumerate(mine):
+        filled = size + 1
+        for number, nbytes, width in zip(chunks, sizes[at], padded[at]):
+            if filled + nbytes > size:
+                filled = 0
+                slabs.append((at, last[number]))
+            filled += width
+            slabs[-1] = (at, max(slabs[-1][1], last[number]))
+    held = [sum(low <= at + ahead and high >= at - 1 for low, high in slabs) for at in range(len(mine))]
+    return max(held, default=0) * size
 
 
 def assert_within(plan: ExchangePlan, played: Sequence[Sequence[object]], bucket: int) -> None:

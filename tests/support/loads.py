@@ -75,6 +75,9 @@ class Load:
     def sink(self, rank: int, name: str, sink: HostSink) -> Any:
         return sink
 
+    def mover(self, rank: int) -> HostMover:
+        return HostMover()
+
     def readers(self, rank: int, catalog: Catalog) -> ReaderPool:
         return catalog.readers()
 
@@ -110,7 +113,7 @@ class Load:
                 sinks[number] = self.sink(rank, demand.name, HostSink(memory[demand.name], shape, meta.dtype))
         with self.readers(rank, catalog) as readers:
             if ready.cooperative:
-                report = session.exchange(transport, ready, HostMover(), sinks, readers, self.options)
+                report = session.exchange(transport, ready, self.mover(rank), sinks, readers, self.options)
             else:
                 report = read_alone(ready, wants, rank, memory, readers)
                 with Digester() as digester:

@@ -9,6 +9,7 @@ tiers      what crosses between servers once, and is spread inside
 plan       all of it put together
 one_rank   what one rank packs, sends, receives and unpacks in a round
 ragged     rows of different lengths in flat arrays
+staging    how what is read lies in memory, and how much of it at once
 totals     what a plan costs every rank
 cost       how long that takes
 """

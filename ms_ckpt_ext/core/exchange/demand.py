@@ -25,6 +25,8 @@ Servers = tuple[int, ...]
 """The number of every rank's server; none where there is one for all."""
 ALIGNMENT = 16
 """Blocks of a collective start at multiples of this (the widest element); pieces inside go widest element first."""
+SLAB = 4 << 20
+"""Small chunks share slabs of this size: a copy to a device has a price of its own, and bandwidth from here on."""
 
 
 class Grid(NamedTuple):

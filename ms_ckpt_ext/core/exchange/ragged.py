@@ -57,6 +57,12 @@ def sums(owner: Ints, values: Ints, rows: int) -> Ints:
     return total.astype(np.int64)
 
 
+def by_number(column: Ints, count: int) -> tuple[Ints, list[int]]:
+    """Places of a column in the order of its numbers, all below `count`, and where each number begins among them."""
+    order = np.argsort(column, kind="stable").astype(narrow(len(column)))
+    return order, starts(sums(column, np.broadcast_to(1, len(column)), count)).tolist()
+
+
 def mixed(numbers: Ints) -> Ints:
     """A well spread 64-bit number for every number (splitmix64), so that sums of them tell sets apart."""
     x: Ints = (np.asarray(numbers).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

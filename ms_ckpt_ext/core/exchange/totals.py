@@ -1,12 +1,11 @@
 """What a plan costs every rank: bytes, messages, memory, counted round by round without running anything.
 
 The numbers are those that a load with this plan counts itself: payload by the plan, staging by the byte layout of
-`core.exchange.one_rank` (blocks padded, buffers as large as the largest round needs).
+`core.exchange.one_rank` (blocks padded, buffers as large as the largest round needs) and `core.exchange.staging`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -16,8 +15,9 @@ import numpy as np
 from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
-from ms_ckpt_ext.core.exchange.ragged import Ints, entries_of, narrow, starts, sums
+from ms_ckpt_ext.core.exchange.ragged import Ints, by_number, entries_of, starts, sums
 from ms_ckpt_ext.core.exchange.rounds import Gathering
+from ms_ckpt_ext.core.exchange.staging import held_bytes, reads_of
 from ms_ckpt_ext.core.exchange.tiers import all_teams, broadcast_crossing, gather_crossing, hops
 
 MATRIX = 64
@@ -48,8 +48,8 @@ class RankTotals:
             padding and what it sends on for others included.
         crossing: bytes that arrive on every server from others.
         calls: collectives of the rank that makes the most.
-        staging: bytes of its exchange buffers, of the two rounds that are under way where the transport overlaps, and
-            of chunks held at once, at the peak.
+        staging: bytes of its exchange buffers, and of the slabs that it reads into, at the peak; of the two rounds that
+            are under way where the transport overlaps.
         rounds: the rounds, in order.
         matrix: bytes that a group of ranks (row) sends to another (column), reads of a group for itself not counted.
         group: ranks of a group.
@@ -104,20 +104,21 @@ class _Counter:
             self._teams, self._turn = all_teams(table.chunks.parts.sets, self._servers), table.turns()
         self._buffers: dict[str, Ints] = {}
         gathered = list(table.gatherings())
-        reads = self._reads = _all_reads(table, gathered)
+        self._reads = reads_of(table, gathered)
         self._of_round = {n: list(some) for n, some in groupby(gathered, key=lambda each: each.round)}
-        self._rounds = int(table.round_of.max(initial=-1)) + 1
-        self._held = _Held(reads, world, self._rounds, prefetch)
+        self._rounds, self._prefetch = int(table.round_of.max(initial=-1)) + 1, prefetch
 
     def count(self) -> RankTotals:
         table, world = self._table, self._world
-        order, start = _by_number(table.round_of, self._rounds)
+        order, start = by_number(table.round_of, self._rounds)
+        fresh, begin = by_number(self._reads.first, self._rounds)
         counted = tuple(
-            self._round(number, order[low:high]) for number, (low, high) in enumerate(zip(start, start[1:]))
+            self._round(number, order[slice(*start[number : number + 2])], fresh[slice(*begin[number : number + 2])])
+            for number in range(self._rounds)
         )
         made = self._reads
         buffers = min(2, len(counted)) * sum(self._buffers.values(), np.zeros(world, np.int64))
-        staging = buffers + self._held.most * int(made.nbytes.max(initial=0))
+        staging = buffers + held_bytes(made, world, self._rounds, self._prefetch)
         read = sums(made.reader, made.nbytes, world)
         reads = np.bincount(made.reader, minlength=world)
         columns = (self._wanted, read, reads, self._sent, self._received, self._messages)
@@ -140,8 +141,7 @@ class _Counter:
         cell = chunks.reader.astype(np.int64) // self._group * columns + chunks.file // group
         return sums(cell, chunks.nbytes, self._groups * columns).reshape(self._groups, columns), group
 
-    def _round(self, number: int, parts: Ints) -> RoundTally:
-        fresh = self._held.enter(number)
+    def _round(self, number: int, parts: Ints, fresh: Ints) -> RoundTally:
         before = int(self._between.sum())
         parts = parts[self._reader[parts] < self._world]
         received, messages = self._tiered(parts) if self._table.ways.tiered else self._flat(parts)
@@ -280,58 +280,3 @@ class _Counter:
         self._between += sums(sender, sizes * away, self._world)
         self._inside += sums(sender, sizes * (copies - away), self._world)
         self._crossing += sums(server[far], sizes[which[far]] * count[far], len(self._crossing))
-
-
-class _Reads(NamedTuple):
-    """All reads, as columns: the rank, the file, the bytes, and the first and last round that needs them."""
-
-    reader: Ints
-    file: Ints
-    nbytes: Ints
-    first: Ints
-    last: Ints
-
-
-def _all_reads(table: ExchangeTable, gathered: Sequence[Gathering]) -> _Reads:
-    """The chunks that one rank reads, and the pieces of streams."""
-    chunks, start = table.chunks, table.chunks.start[:-1]
-    alone = (chunks.reader < table.world) & (not chunks.parts.in_memory)
-    first, last = (by.reduceat(table.round_of, start)[alone] for by in (np.minimum, np.maximum))
-    columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone], first, last]]
-    for each in gathered:
-        pieces = each.stream.pieces
-        members = np.array(chunks.parts.sets.members[each.group.ranks])
-        when = np.full(len(pieces.member), each.round)
-        columns.append([members[pieces.member], pieces.file, pieces.nbytes, when, when])
-    return _Reads(*(np.concatenate(column) for column in zip(*columns)))
-
-
-class _Held:
-    """Reads in memory: from `prefetch` rounds before the first that needs them to the last."""
-
-    def __init__(self, reads: _Reads, world: int, count: int, prefetch: int) -> None:
-        self._by_first, self._first = _by_number(reads.first, count)
-        self._by_last, self._last = _by_number(reads.last, count)
-        self._reader, self._prefetch = reads.reader, prefetch
-        self._now = np.zeros(world, np.int64)
-        self._begun = 0
-        self.most = np.zeros(world, np.int64)
-
-    def enter(self, number: int) -> Ints:
-        """Go on to a round; returns the reads that it needs first."""
-        low, high = self._first[number : number + 2]
-        ahead = self._first[min(number + self._prefetch + 1, len(self._first) - 1)]
-        self._add(self._by_first[self._begun : ahead], 1)
-        self._begun = ahead
-        np.maximum(self.most, self._now, out=self.most)
-        self._add(self._by_last[slice(*self._last[number : number + 2])], -1)
-        return self._by_first[low:high]
-
-    def _add(self, reads: Ints, count: int) -> None:
-        self._now += count * np.bincount(self._reader[reads], minlength=len(self._now))
-
-
-def _by_number(column: Ints, count: int) -> tuple[Ints, list[int]]:
-    """Places of a column in the order of its numbers, all below `count`, and where each number begins among them."""
-    order = np.argsort(column, kind="stable").astype(narrow(len(column)))
-    return order, starts(sums(column, np.broadcast_to(1, len(column)), count)).tolist()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Generic, Optional, Protocol, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, LocalPiece
+from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, SLAB, LocalPiece
 from ms_ckpt_ext.core.exchange.one_rank import RankRound
 from ms_ckpt_ext.core.exchange.plan import ExchangePlan
 from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ms_ckpt_ext.engine.load.replicas import SliceBytes
 
 B_in = TypeVar("B_in", contravariant=True)
-_SLAB = 4 << 20
-"""Small chunks share slabs of this size: a copy to a device has a price of its own, and bandwidth from here on."""
 
 
 class Mover(Protocol[B]):
@@ -201,7 +199,7 @@ class Slabs(Generic[B]):
         self._plan, self._turns, self._mover, self._readers, self._trace = plan, turns, mover, readers, trace
         self._pool = ThreadPool(threads, "read")
         sizes = [[plan.chunks[chunk].nbytes for chunk in turn.chunks] for turn in turns]
-        shared = min(_SLAB, max((sum(map(_aligned, each)) for each in sizes), default=0))
+        shared = min(SLAB, max((sum(map(_aligned, each)) for each in sizes), default=0))
         self._slab = max([shared, *(nbytes for each in sizes for nbytes in each)])
         self._last_use = plan.last_use()
         self._reading: dict[int, list[_Slab[B]]] = {}

@@ -8,6 +8,7 @@ import pytest
 from ms_ckpt_ext.core.exchange import ragged
 from ms_ckpt_ext.core.exchange.ragged import (
     Sets,
+    by_number,
     classes_of_ranks,
     entries_of,
     joined,
@@ -62,6 +63,11 @@ def test_sums_of_more_than_one_block() -> None:
     owner[-2:] = 2
     assert sums(owner, np.full(count, 7, np.int8), 4).tolist() == [7 * (count - 2), 0, 14, 0]
     assert sums(owner[:0], owner[:0], 2).tolist() == [0, 0]
+
+
+def test_places_by_number() -> None:
+    order, begins = by_number(np.array([2, 0, 2, 0, 3]), 5)
+    assert (order.tolist(), begins) == ([1, 3, 0, 2, 4], [0, 2, 2, 4, 5, 5])
 
 
 def test_numbers_are_mixed_as_splitmix64_does() -> None:
