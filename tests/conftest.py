@@ -52,7 +52,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 _LONG = ("bridge/mindformers", "e2e", "docs", "live", "transport/test_job_transports", "scripts")
 """What takes longest for a file begins first, so that no worker is left alone with it in the end."""
 
-# No deadlines: the machines that run this are shared, and a slow example is no wrong one.
+# No deadlines: the machines that run this are shared, and a slow example is not a wrong one.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("default", _COMMON, max_examples=50)
 settings.register_profile("ci", _COMMON, max_examples=100, derandomize=True, database=None, print_blob=True)
@@ -77,7 +77,7 @@ def golden() -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    """Grows by every read of a file, from now on."""
+    """A list that grows by every read of a file from now on."""
     from tests.support.machine import watch_reads
 
     return watch_reads(monkeypatch)

@@ -1,4 +1,4 @@
-"""How many modules of this package a load brings in: what there is no work for stays out."""
+"""How many modules of this package a load imports: only those that it has work for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_NEEDED = (
     "core.planning.weight_rules",
 )
 MOST = {"load": 60, "resume": 64}
-"""Doors of rooms aside. A third are of the plan of an exchange and its geometry, which every such load makes."""
+"""Without the `__init__` of folders. A third of them plan an exchange and its geometry, which every such load does."""
 
 
 @pytest.mark.parametrize("what", sorted(MOST))

@@ -1,4 +1,4 @@
-"""`Model.train` with MindSpore's and our callback on the CPU, torn, and gone on with."""
+"""`Model.train` on the CPU with MindSpore's callback and ours; checkpoints are damaged, and training goes on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run after another, by a seed: a job, what befalls it, what came of it, and the same job again in peace."""
+"""One run after another, by a seed: a job, a fault, the outcome, and the same job again without the fault."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Ran(NamedTuple):
 
 
 class Campaign:
-    """What all runs share: the checkpoints, the injector, and what every job makes when nothing befalls it.
+    """What all runs share: the checkpoints, the injector, and what every job makes without a fault.
 
     Args:
         root: a folder of its own.
@@ -98,7 +98,7 @@ class Campaign:
         return self.root / f"right-{job.name}-B" / "disk" / "out"
 
     def strike(self, rng: Random, job: Job, fault: str) -> tuple[Optional[Struck], int]:
-        """What befalls the job, and which rank; None where the fault has no meaning for it."""
+        """What happens to the job, and at which rank; None where the fault does not apply to it."""
         self.right(job)
         victim = rng.randrange(job.processes) if job.processes > 1 and rng.random() < 0.8 else -1
         counts = self._counts[job.name][max(victim, 0)]
@@ -108,7 +108,7 @@ class Campaign:
         return struck, victim
 
     def run(self, seed: int, number: int, job: Job, fault: str) -> Optional[Ran]:
-        """One run, and the same job again; None where the fault has no meaning."""
+        """One run, and the same job again; None where the fault does not apply."""
         rng = Random(f"{seed} {job.name} {fault} {number}")
         struck, victim = self.strike(rng, job, fault)
         if struck is None:
@@ -221,7 +221,7 @@ def _mounted(folder: Path, room: Optional[int]) -> Iterator[None]:
 
 
 def can_mount(memory: bool) -> bool:
-    """Give this process mounts of its own, which go with it, `memory` among them; False where it may not have them."""
+    """Give this process mounts of its own, which end with it, `memory` among them; False where that is not allowed."""
     if os.geteuid() != 0 or ctypes.CDLL(None, use_errno=True).unshare(_NEWNS) != 0:
         return False
     private = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, check=False)

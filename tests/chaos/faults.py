@@ -1,4 +1,4 @@
-"""What befalls a run: where, when, for how long; and what may come of it. A row of `FAULTS` for each.
+"""Faults: where, when and for how long; and the outcomes that are allowed. A row of `FAULTS` for each.
 
 Most faults are a class of calls, on files of the source or the target, and a number among them; how often a job makes
 each was counted before, so a fault may strike anywhere from its first look to its last rename. Others are deeds done
@@ -33,7 +33,7 @@ class Scene(Protocol):
 
     place: Place
     other: Place
-    """The other checkpoint, to be had for a replacement."""
+    """The other checkpoint, whose files may take the place of the source's."""
     pids: Sequence[int]
     """Processes that the fault is for."""
     rng: Random
@@ -49,14 +49,14 @@ class Struck(NamedTuple):
     """What happens to one run.
 
     Attributes:
-        injection: to its calls.
+        injection: what happens to its calls.
         deed: what is done from outside while a call is held; or, where none is, after `after` seconds.
         limit: a limit of the process from its start: which, and how much.
         room: bytes of the file system that the target is on; None for the one that is there.
-        may: what may come of it.
+        may: the outcomes that are allowed.
         told: the error must name a file of the run.
-        spoils: the source is not what it was afterwards.
-        gone: for good: nothing can be tidied up in the target.
+        spoils: the source is changed.
+        gone: the target is gone for good, so that nothing can be tidied up there.
         silent: the process never comes to its end by itself.
         anew: the process is a new Python, with its imports.
     """
@@ -75,12 +75,12 @@ class Struck(NamedTuple):
 
 
 Strike = Callable[[Random, Job, Counts], Optional[Struck]]
-"""Gives what happens; None where the fault has no meaning for a job."""
+"""Gives what happens; None where the fault does not apply to a job."""
 _MAY_FAIL = frozenset({RIGHT, ERROR})
 _MAY_DIE = frozenset({RIGHT, KILLED})
 _BOTH = ("source", "target")
 _TAKING = ("open", "write", "copy", "reserve", "sync", "rename", "mkdir")
-"""Calls that may find no room."""
+"""Calls that may find no space left."""
 _ALL = ("open", "stat", "list", "read", "write", "copy", "reserve", "sync", "rename", "unlink", "mkdir")
 _RETRIED = ("open", "read", "write", "copy", "reserve", "sync")
 """Calls that may be interrupted by a signal."""
@@ -178,7 +178,7 @@ def _file_of(scene: Scene) -> Path:
 
 
 def _replaced(scene: Scene) -> None:
-    """A file is another's all at once, or written over in place."""
+    """A file is replaced by another at once, or overwritten in place."""
     path = _file_of(scene)
     other = next(iter(scene.other.source.glob(str(path.relative_to(scene.place.source)))), path).read_bytes()
     if scene.rng.random() < 0.5:
@@ -236,7 +236,7 @@ def _few_files(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
 
 
 def _little_memory(scene: Scene) -> None:
-    """From now on a process has what it has, and a little more."""
+    """From some call on a process may take only a little more than it has."""
     spare = scene.rng.choice((0, 1 << 16, 1 << 20, 4 << 20))
     for pid in scene.pids:
         with contextlib.suppress(OSError), open(f"/proc/{pid}/statm", encoding="ascii") as file:
@@ -260,7 +260,7 @@ class Fault(NamedTuple):
     """One kind of fault.
 
     Attributes:
-        strike: how it befalls a run.
+        strike: what it does to a run.
         needs: what a job must have for it: files that it reads ("source"), a "target", "several" ranks in processes of
             their own; and what the machine must allow: "mounts".
     """
@@ -269,7 +269,7 @@ class Fault(NamedTuple):
     needs: frozenset[str] = frozenset()
 
     def fits(self, job: Job, mounts: bool) -> bool:
-        """Whether it has a meaning for a job, and can be had."""
+        """Whether it applies to a job, and the machine allows it."""
         has = {"source": bool(job.source), "target": job.writes, "several": job.processes > 1, "mounts": mounts}
         return all(has[need] for need in self.needs)
 

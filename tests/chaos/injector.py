@@ -1,4 +1,4 @@
-"""Builds the library of `injector.c`, and says in an environment what it shall do in one process."""
+"""Builds the library of `injector.c`, and says by environment variables what it does in one process."""
 
 from __future__ import annotations
 

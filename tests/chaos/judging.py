@@ -1,4 +1,4 @@
-"""What a run left behind, and whether that may be."""
+"""What a run left behind, and whether that is allowed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Result(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What came of a run, and what is wrong with that."""
+    """The outcome of a run, and what is wrong with it."""
 
     outcome: str
     wrong: tuple[str, ...]
@@ -51,7 +51,7 @@ def result_of(job: Job, place: Place, ended: Sequence[Ended]) -> Result:
 
 
 def visible(job: Job, target: Path) -> dict[str, bytes]:
-    """Files of a result. Of encrypted ones what is inside, for they are never alike."""
+    """Files of a result; encrypted ones as their plaintext, since their bytes differ every time."""
     found = {}
     for name in everything(target):
         if not name.startswith(HIDDEN):
@@ -79,7 +79,7 @@ def _opened(path: Path) -> bytes:
 
 
 def _told(document: bytes) -> bytes:
-    """A JSON document as such: the order of its entries says nothing."""
+    """A JSON document, whatever the order of its entries."""
     return json.dumps(json.loads(document), sort_keys=True).encode()
 
 
@@ -93,7 +93,7 @@ def judge(
     older: Sequence[Result],
     victim: int,
 ) -> Verdict:
-    """What came of a run under a fault.
+    """The outcome of a run under a fault.
 
     Args:
         right: what it may make.
@@ -150,7 +150,7 @@ def _of_command(job: Job, place: Place, struck: Struck, ended: Ended, wrong: lis
 
 
 def _of_ranks(ended: Sequence[Ended], struck: Struck, right: Sequence[Result], victim: int, wrong: list[str]) -> str:
-    """Every rank holds what it should, or has an error of the package's; ranks come to one end."""
+    """Every rank holds what it should, or has an error of the package's; all ranks end alike."""
     told = _reports(ended)
     dead = [number for number, each in enumerate(ended) if each.code is None or each.code < 0]
     interrupted = [number for number, each in enumerate(ended) if each.code == 1 and "KeyboardInterrupt" in each.err]

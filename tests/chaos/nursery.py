@@ -1,4 +1,4 @@
-"""A process that has everything imported, and becomes the processes of runs: starting Python takes longer than a job.
+"""A process that has everything imported, and forks the processes of runs: starting Python takes longer than a job.
 
 Started with the injector, which does nothing until a child has told it what to do. A child is orphaned at birth, so the
 campaign, who is the reaper of its descendants, waits for it as for one of its own.
@@ -26,7 +26,7 @@ from tests.chaos.jobs import ROOT
 _CHILD_SUBREAPER = 36
 _LIBRARY = "CHAOS_LIBRARY"
 WHERE = signal.SIGUSR2
-"""Has a process tell on standard error where its threads are."""
+"""Has a process print the stacks of its threads to standard error."""
 
 
 class Birth(NamedTuple):
@@ -169,7 +169,7 @@ def _live(birth: Birth, entries: Mapping[str, Any]) -> int:
     os.environ.update(birth.environment)
     module, argv = birth.command[2], list(birth.command[3:])
     sys.argv = [module, *argv]
-    with contextlib.suppress(OSError):  # what the mother has opened
+    with contextlib.suppress(OSError):  # what the parent has opened
         for number in map(int, os.listdir("/proc/self/fd")):
             if number > 2:
                 os.close(number)

@@ -18,7 +18,7 @@ from tests.chaos.nursery import WHERE, Birth, Nursery, Process
 from tests.harness.meeting_point import MeetingPoint
 
 TIMEOUT = 40.0
-"""Seconds of a run. Whatever waits in the package waits less; the machine may be busy."""
+"""Seconds that a run may take: longer than any wait in the package, as the machine may be busy."""
 _RIVAL_SECONDS = 1.5
 
 

@@ -1,4 +1,4 @@
-"""Storage that fails at any look at a source: what is done is right, and what is not has a name and tells the file."""
+"""Storage that fails at any access to a source: a job does what is right, or raises an error that names the file."""
 
 from __future__ import annotations
 

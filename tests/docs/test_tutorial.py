@@ -1,6 +1,6 @@
 """docs/tutorial.md is followed to the letter: its files are saved, its commands run, and print what the page says.
 
-What is free elsewhere is so here: times and rates, and the port where ranks meet. Both languages have the same blocks
+Times and rates, and the port where ranks meet, may differ. Both languages have the same blocks
 (see test_pages.py), so one is enough.
 """
 

@@ -29,7 +29,7 @@ _TOOLS = ("bash", "g++", "nm", "strings")
 def emulator_or_skip(old: bool = False) -> Path:
     """Directory of a ready build (it holds `cann/`); skips the calling test where one cannot be made.
 
-    `old`: a MindSpore will do under which nothing can be loaded into an NPU's memory.
+    `old`: a MindSpore that is too old to load into an NPU's memory will do.
     """
     reason = why_not() or (None if old else too_old())
     if reason:

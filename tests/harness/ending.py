@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def descendants(pid: int) -> list[int]:
-    """The descendants of a process, from their own files: looking at all processes of a machine takes milliseconds."""
+    """The descendants of a process, by files in /proc/PID: listing all processes of a machine takes milliseconds."""
     found = [pid]
     for parent in found:
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -32,8 +32,8 @@ def descendants(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def taking_all_along(grace: float = 5.0) -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C end all descendants before this process, which goes by an exception through whatever
-    removes its files: `SystemExit` of 128 and the signal's number, or `KeyboardInterrupt`.
+    """SIGTERM, SIGHUP and Ctrl-C end all descendants of this process, then raise in it, so that its files are removed:
+    `SystemExit` of 128 and the signal's number, or `KeyboardInterrupt`.
 
     Orphans among the descendants become children of this process, so none is lost. A signal that is ignored, as by
     `nohup`, stays ignored.
@@ -78,7 +78,7 @@ def _end_descendants(grace: float) -> None:
 
 
 def running(pids: list[int]) -> list[int]:
-    """Those that have not ended; a zombie has."""
+    """Those that still run; a zombie does not."""
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -6,9 +6,9 @@
 Each host has an interface `eth0` that leads to a bridge, which lies in a namespace of its own, so that the machine's
 network is not touched. A directory may be given to each as its disk: all see their own under one path.
 
-Nothing outlives the test, nor a test that was killed: a host is the namespaces of one process, its first, which ends
-when its standard input does, and that is a pipe of the test's. The kernel then kills what runs in the host, and takes
-down interfaces and mounts with the namespaces. Nothing has a name outside.
+Nothing outlives the test, even when that is killed: a host is the namespaces of one process, which ends when its
+standard input, a pipe from the test, is closed. The kernel then kills what runs in the host, and removes interfaces and
+mounts with the namespaces. Nothing has a name outside.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Namespaces:
             raise RuntimeError(f"namespaces for host {name!r} could not be made")
         (first,) = psutil.Process(self._keeper.pid).children()
         self.pid: int = first.pid
-        """Of the first process, as the machine counts."""
+        """Number of the first process, as the machine sees it."""
 
     def enter(self, command: Sequence[object]) -> list[str]:
         """`command`, to be run inside."""
@@ -125,7 +125,7 @@ class Host(_Namespaces):
         self.run(["mount", "--bind", disk, at])
 
     def open_only(self, port: int) -> None:
-        """Drop all TCP that comes to this host but what goes to one port, as a firewall does; also answers to it."""
+        """Drop all incoming TCP but to one port, as a firewall does; also answers to connections from this host."""
         for family in ("-4", "-6"):
             self.ip(
                 "rule add pref 100 lookup local",
@@ -137,7 +137,7 @@ class Host(_Namespaces):
 
 
 class Hosts:
-    """`count` hosts, to be entered: gives them in a list.
+    """`count` hosts; a context manager that gives them in a list.
 
     Args:
         names: what they are called; "host0", "host1", … by default.

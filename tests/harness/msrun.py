@@ -8,7 +8,7 @@ Two ways of starting the same script:
 * unsupervised (default): the same processes with the environment variables that msrun sets (MindSpore's "dynamic
   cluster" start-up), and nobody who kills survivors, as on a cluster whose other hosts have launchers of their own.
   Fault tests need it: how a survivor ends is then its own doing. They are forked from one that has imported MindSpore,
-  which takes each more time than most of what is done in it.
+  since the import takes longer than most of what a rank does.
 
 One rank of a run, and no more, may die of SIGSEGV after its script came to its end; that is a warning: MindSpore's
 teardown crashes now and then (2.10.0, one of some thousand ranks on the CPU; known of other projects' tests as well).
@@ -122,7 +122,7 @@ def run_msrun(
 
 
 def _excused(codes: list[Optional[int]], log_dir: Path) -> list[Optional[int]]:
-    """The codes, that of a single rank that MindSpore crashed at exit replaced by 0; with a warning."""
+    """The codes; where MindSpore crashed exactly one rank at exit, its code becomes 0, with a warning."""
     crashed = [
         rank
         for rank, code in enumerate(codes)
@@ -137,13 +137,13 @@ def _excused(codes: list[Optional[int]], log_dir: Path) -> list[Optional[int]]:
 
 
 def _said(log: Path) -> str:
-    """What was written to standard output, then what to standard error, which in one file cut each other's lines."""
+    """Standard output, then standard error; in one file they would break each other's lines."""
     err = log.with_suffix(".err")
     return log.read_text(errors="replace") + (err.read_text(errors="replace") if err.exists() else "")
 
 
 def _environment(device: str, extra: Mapping[str, str], old: bool, scratch: Path) -> dict[str, str]:
-    """For the workers. One thread per rank: 8 ranks on 2 cores otherwise spend their time waiting for each other."""
+    """For the workers. One thread per rank: with more, 8 ranks on 2 cores mostly wait for each other."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("MS_", "RANK_", "DEVICE_"))}
     env[PATIENCE] = os.environ.get(PATIENCE, "1")  # scripts whose own limits are short multiply them as well
     env.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", GLOG_v="2")
@@ -194,7 +194,7 @@ def _dynamic_cluster(
 
 
 class _Forked:
-    """A process that another one has forked, and of which it notes how it ended."""
+    """A process that the starter has forked; the starter writes down how it ended."""
 
     def __init__(self, starter: subprocess.Popen[bytes], code: Path) -> None:
         self._starter, self._code = starter, code
@@ -212,7 +212,7 @@ class _Process(Protocol):
 def _wait(processes: Sequence[_Process], deadline: float, patient: bool) -> list[Optional[int]]:
     """Return codes of all; None for one that still ran at the deadline.
 
-    Unless `patient`, what is left when one has failed has only `_GRACE` seconds more: it may wait for the dead.
+    Unless `patient`, the others have only `_GRACE` seconds more once one has failed: they may be waiting for it.
     """
     while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
         if any(codes) and not patient:
@@ -222,7 +222,7 @@ def _wait(processes: Sequence[_Process], deadline: float, patient: bool) -> list
 
 
 def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Kill what is left of these, descendants first listed then killed, so that none is lost with its parent."""
+    """Kill those that still run, and their descendants, which are listed first so that none is lost with its parent."""
     victims = []
     for process in processes:
         if process.poll() is None:

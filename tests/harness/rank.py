@@ -1,8 +1,8 @@
 """`rank.py JOB`: run a worker script as every process of a job; JOB is a file that `msrun` wrote, see `start`.
 
 1. What takes longest, importing MindSpore, is done once; then the processes are forked.
-2. A process whose script came to its end leaves the file NAME.ended. So one that MindSpore crashes while it takes
-   itself down, after all was done, is told from one that failed.
+2. A process whose script came to its end leaves the file NAME.ended. So one that crashes in MindSpore's teardown,
+   after all was done, is told from one that failed.
 3. How a process ended is written to NAME.code.
 """
 
@@ -71,7 +71,7 @@ def _run(script: Path, arguments: list[str], mark: Path) -> None:
 
 
 def _wait_for(port: int) -> None:
-    """Until somebody listens at a port, without knocking at it."""
+    """Wait until somebody listens at a port, without connecting to it."""
     wanted, until = f":{port:04X}", time.monotonic() + _PATIENCE
     while time.monotonic() < until:
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:

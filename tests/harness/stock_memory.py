@@ -1,6 +1,6 @@
 """Keeps stock MindSpore's merges from waiting for memory.
 
-After every file that it wrote, stock `unified_safetensors` sleeps, a second at a time, without a word and without end,
+After every file that it writes, stock `unified_safetensors` sleeps, a second at a time, silently and without end,
 while more than half of the machine's memory is in use (2.10.0). Where much lies in /dev/shm, or other jobs run, that is
 always so.
 """

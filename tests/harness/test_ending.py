@@ -1,4 +1,4 @@
-"""Scripts that are told to end: nothing of theirs goes on, and nothing of theirs is left."""
+"""Scripts that are told to end leave neither processes nor files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_descendants_end_and_the_folder_is_removed(number: int, code: int, tmp_p
 
 
 def test_shell_scripts(tmp_path: Path) -> None:
-    """By the folder that they share: `make_scratch` of _venv.sh."""
+    """`make_scratch` of _venv.sh removes the folder that they share."""
     work = tmp_path / "work"
     work.mkdir()
     script = f"set -euo pipefail\nsource {ROOT}/scripts/_venv.sh\nTMPDIR={work} make_scratch\n"

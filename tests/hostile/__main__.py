@@ -76,7 +76,7 @@ def _search(name: str, seconds: float, seed: int, engine: str, folder: Path, scr
     words = [sys.executable, "-m", "tests.hostile.one", name, str(seconds), str(seed), engine, str(folder)]
     began = time.monotonic()
     with open(folder / f"{name}.log", "wb") as log:
-        # The work of a fuzzer is in one thread; libraries that start one for each core only take address space.
+        # A fuzzer works in one thread; libraries that start one for each core only take up address space.
         few = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", SCRATCH: scratch}
         ended = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, env=few, timeout=seconds + 600, check=False)
     lines = ended.stdout.splitlines()

@@ -11,7 +11,7 @@ from ms_ckpt_ext.errors import CheckpointError
 from tests.hostile.parsers import Parser
 
 SECONDS = 2.0
-"""Of the processor for one input of at most `LONGEST` bytes; a parser takes thousandths."""
+"""Seconds of the processor for one input of at most `LONGEST` bytes; a parser takes milliseconds."""
 MEMORY = 768 << 20
 """Bytes of address space beyond what the process has when it begins."""
 LONGEST = 1 << 16

@@ -110,7 +110,7 @@ def _field(field: tuple[int, int, bytes]) -> bytes:
 
 
 def _fields(data: bytes) -> list[tuple[int, int, bytes]]:
-    """(number, wire type, contents) of what is well formed at the front."""
+    """(number, wire type, contents) of the fields at the beginning that are well formed."""
     found, at = [], 0
     while at < len(data):
         key, at = _varint(data, at)

@@ -55,7 +55,7 @@ class Search:
         return self.parser.mutator(data, self.chance)
 
     def leave(self) -> None:
-        """End the process, and say what came of it; libFuzzer ends one without Python's own ways out."""
+        """End the process, and say what came of it; libFuzzer ends it without running Python's exit handlers."""
         import shutil
 
         from tests.hostile.seeds import folder

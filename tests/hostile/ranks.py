@@ -1,4 +1,4 @@
-"""What ranks tell each other, told by one that means harm: jobs of rank 0 in a world of two, whose rank 1 is a script.
+"""What ranks tell each other, when one is malicious: jobs of rank 0 in a world of two, whose rank 1 is a script.
 
 A script is what rank 1 tells, one entry for each time that all ranks share something: `{"json": value}` for what is
 packed, `{"text": words}`, `{"hex": bytes}`, or null for whatever rank 0 tells itself. Those that mutation begins with

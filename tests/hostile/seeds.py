@@ -101,7 +101,7 @@ HEADS = (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", 
 
 
 SCRATCH = "MS_CKPT_EXT_HOSTILE_SCRATCH"
-"""Environment variable: where processes of a search have their folders, which who began it removes."""
+"""Environment variable: where processes of a search have their folders; whoever started the search removes them."""
 _PREFIX = "ms_ckpt_ext_hostile_"
 
 

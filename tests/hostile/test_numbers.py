@@ -168,7 +168,7 @@ def test_architectures_that_are_no_list_of_names(architectures: Any, tmp_path: P
 
 
 def test_a_configuration_that_requires_more_parameters_than_any_model_has(tmp_path: Path) -> None:
-    """Layers and experts, each of which a model could have; all together nobody counts through."""
+    """Numbers of layers and of experts that a model could have; their product is too large to be listed."""
     from ms_ckpt_ext.engine.huggingface.families import read_family
     from tests.hostile.seeds import CONFIG
 

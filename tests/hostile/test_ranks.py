@@ -1,4 +1,4 @@
-"""What ranks tell each other, when one of them means harm: errors that name it; answers where it is honest."""
+"""What ranks tell each other, when one of them is malicious: errors that name it; answers where it is honest."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ VICTIM = 1
 
 
 def hear(name: str, rank: int, cell: ms.nn.Cell, act: Callable[[], Any]) -> None:
-    """Something that must fail here; prints what the rank is told, and what is changed."""
+    """Do what must fail here; print what the rank is told, and what is changed."""
     before, began = bytes_of(cell), time.monotonic()
     try:
         act()
@@ -63,7 +63,7 @@ class Job:
         )  # fmt: skip
 
     def fail(self, name: str, **changes: Any) -> None:
-        """A load that must fail here; tells how."""
+        """Make a load that must fail here; print how."""
         cell = poisoned(self.expected)
         hear(name, self.rank, cell, lambda: self.load(cell, **changes))
 
@@ -100,7 +100,7 @@ class Job:
 
 
 def gone(source: str) -> Any:
-    """No file of a checkpoint can be opened meanwhile: it is not there any more."""
+    """Meanwhile no file of a checkpoint can be opened: it is gone."""
     real = os.open
 
     def refuse(path: Any, *more: Any, **named: Any) -> int:

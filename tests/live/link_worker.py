@@ -52,7 +52,7 @@ def main(case: dict[str, Any], folder: Path) -> None:
     print(told, flush=True)
     (folder / f"writing_{rank}").write_text(json.dumps(told))
     (folder / f"writing_{rank}").rename(folder / f"told_{rank}")
-    os._exit(0)  # at exit MindSpore waits for who is out of reach
+    os._exit(0)  # at exit MindSpore waits for the ranks that are out of reach
 
 
 if __name__ == "__main__":

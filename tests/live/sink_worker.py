@@ -77,7 +77,7 @@ def raw(parameter: ms.Parameter) -> bytes:
 
 
 def counted(root: Path, rank: int) -> None:
-    """Collectives, bytes up and down and over the links, device memory: of one load, before anything else is."""
+    """What one load takes of collectives, of bytes up, down and over the links, and of device memory; run first."""
     truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
     cell = cell_of({name: poison(name, t.shape, DTYPES[t.dtype]) for name, t in truth.items()})
     load(cell, root, "cooperative")  # the pool of the backend takes its first blocks, the streams are made
@@ -290,7 +290,7 @@ def measured(root: Path, rank: int) -> None:
 
 
 def encrypted(root: Path, rank: int, mode: str) -> None:
-    """Decrypted by who reads it, exchanged and cut on the device: our container, and MindSpore's blocks."""
+    """Decrypted by the rank that reads it, exchanged and cut on the device: our container, and MindSpore's blocks."""
     truth = read_file(root / f"expected/rank_{rank}/net.safetensors")
     for folder, form in (("sealed", "safetensors"), ("sealed_ckpt", "ckpt")):
         cell = cell_of({n: poison(n, t.shape, DTYPES[t.dtype]) for n, t in truth.items()})

@@ -1,6 +1,6 @@
 """msrun on several hosts, as the documentation has it: loads are exact in all modes, with shared and with own disks.
 
-Hosts are namespaces of one machine. Few in a default run; `scripts/e2e.sh` runs all.
+Hosts are namespaces of one machine. A default run has few of them; `scripts/e2e.sh` runs all.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def start(hosts: Sequence[Host], tmp_path: Path, worker: Path, *arguments: objec
 
 
 def logs(tmp_path: Path) -> list[str]:
-    """Of all ranks, in their order."""
+    """The logs of all ranks, in their order."""
     return [log.read_text(errors="replace") for log in sorted(tmp_path.glob("logs_*/worker_*.log"))]
 
 
 def msrun(hosts: Sequence[Host], tmp_path: Path, cases: Sequence[dict[str, Any]], seconds: float = 240) -> list[str]:
-    """Run the worker on all ranks; the logs of all. All must end well."""
+    """Run the worker on all ranks, which must succeed; returns their logs."""
     (tmp_path / "cases.json").write_text(json.dumps(cases, default=str))
     launched = start(hosts, tmp_path, WORKER, tmp_path / "cases.json")
     codes = [process.wait(seconds) for process in launched]
@@ -73,7 +73,7 @@ def tails(said: Sequence[str]) -> str:
 
 @pytest.fixture
 def disks(golden: Path, tmp_path: Path) -> dict[str, Any]:
-    """A case whose source is `tmp_path/disk`, which is all hosts' until they mount their own."""
+    """A case whose source is `tmp_path/disk`, which all hosts share until they mount their own."""
     for rank in range(8):
         shutil.copytree(golden / f"dp2_tp4_zero/shards/rank_{rank}", tmp_path / f"disk/save/rank_{rank}")
     return {
@@ -152,7 +152,7 @@ def test_a_rank_that_does_not_come_is_named_on_the_other_host(disks: dict[str, A
 
 
 def wait_for(condition: Callable[[], bool], tmp_path: Path, seconds: float = 120.0) -> None:
-    """Until it holds; fails with what the ranks said."""
+    """Wait until it holds; fails with what the ranks printed."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, tails(logs(tmp_path))

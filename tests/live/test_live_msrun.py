@@ -155,7 +155,7 @@ def test_the_pairs_hold_what_they_should(golden: Path) -> None:
 
 
 def local_disks(golden: Path, root: Path) -> list[dict[str, Any]]:
-    """Eight shards on two disks, each seen by half of the ranks; then one of them is on neither."""
+    """Eight shards on two disks, each seen by half of the ranks; then one shard is on neither."""
     case = golden_case(golden, "dp2_tp4_zero", "tp4")
     for rank in range(8):
         for name in ("whole", "lacking") if rank != 5 else ("whole",):

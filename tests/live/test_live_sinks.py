@@ -73,7 +73,7 @@ def test_every_kind_of_parameter_and_every_cost(tmp_path: Path) -> None:
 
 
 def check_counts(counts: dict[str, Any]) -> None:
-    """One rank's: at most two collectives a round, and nothing through the host but what is read."""
+    """One rank's counts: at most two collectives a round, and nothing through the host but what is read."""
     assert counts["rounds"] <= counts["collectives"] <= 2 * counts["rounds"] + 1
     assert counts["received"] <= counts["link"] <= 1.05 * counts["received"]
     assert counts["read"] <= counts["up"] <= counts["read"] + 64 * 1024

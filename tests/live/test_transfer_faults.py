@@ -1,5 +1,5 @@
-"""What goes wrong on one rank of a transfer, or of a resume from peers, is told to all, and nothing is half-written in
-silence. A plan outlives what all ranks were told together."""
+"""What goes wrong on one rank of a transfer, or of a resume from peers, is told to all, and nothing is half-written
+without an error. A plan can be run again after an error that all ranks were told."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """One rank of a job on several servers of the emulated Ascend: tier_worker.py CASE_DIR BUCKET RANKS_A_SERVER.
 
-Ranks of even and of odd number have a group each, as data parallelism would make. Prints what a load moved, in all and
-between servers, by the device's own count, less what ranks need to meet; what it took of the device for communicators;
-and what its report says.
+Ranks of even and of odd number have a group each, as data parallelism would make. Prints what a load moved, in total
+and between servers, by the device's own count, less what ranks need to meet; what it took of the device for
+communicators; and what its report says.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from tests.live.fault_worker import VICTIM, Job, device_lost, hear, kill
 from tests.live.transfer_worker import network, shards, wrong
 
 LAST, GIVEN = "layers.1.wo.weight", "b.w"
-"""What does not land on the victim: of a transfer, and of a resume that takes it from another rank."""
+"""What fails to land on the victim: in a transfer, and in a resume that takes it from another rank."""
 
 
 class Ranks:
@@ -38,7 +38,7 @@ class Ranks:
         self.target = network(self.truth, poison=True)
 
     def plan(self, timeout: float = 30.0) -> Any:
-        """Planned anew, in many rounds."""
+        """A new plan, of many rounds."""
         return plan_transfer(
             self.source, self.target, source_strategy=self.case["trained"], target_strategy=self.case["predicted"],
             bucket_bytes=16384, timeout=timeout,

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def ms() -> Iterator[Any]:
-    """MindSpore on the CPU. This process's processors are left as they were: stock's merge claims all of them."""
+    """MindSpore on the CPU. This process keeps the cores that it may use, which stock's merge changes."""
     import mindspore
 
     mindspore.set_device("CPU")

@@ -1,4 +1,4 @@
-"""What functions return is what stock MindSpore returns; where that is nothing, a report may be there instead."""
+"""Functions return what stock MindSpore's return; where that is None, they may return a report instead."""
 
 from __future__ import annotations
 

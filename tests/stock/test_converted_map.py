@@ -1,7 +1,8 @@
 """MindFormers' flow for Hugging Face weights: a map of its own names beside the original files, and `name_map`.
 
 Its `load_checkpoint_utils` writes `param_name_map.json` with the network's names into the folder of the original files,
-and calls `load_distributed_checkpoint` with `name_map` (network's name -> file's name). Stock is asked where it can be.
+and calls `load_distributed_checkpoint` with `name_map` (network's name -> file's name). Where stock can do that, its
+result is compared.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def test_files_for_ranks(tmp_path: Path) -> None:
 
 
 def test_a_source_in_another_file_than_the_map_says(tmp_path: Path) -> None:
-    """Stock leaves such a Parameter as it is and reports nothing; where the file's name is, is plain."""
+    """Stock leaves such a Parameter as it is and reports nothing; which file has the name is unambiguous."""
     source = folder(tmp_path / "hf", index=False)
     names = json.loads((source / "param_name_map.json").read_text())
     names["model.norm_out.weight"] = TWO[1]

@@ -1,7 +1,7 @@
 """`.ckpt` files have their parameters in MindSpore's order, so that they are the same files, byte for byte.
 
-Stock is not always of one mind: from safetensors, pipeline stages that become one come in the order in which its
-processes end, and training scalars in that of a set of text, so contents are compared there.
+Stock's order is not always the same: from safetensors, pipeline stages that become one come in the order in which its
+processes end, and training scalars in that of a set of str, so contents are compared there.
 """
 
 from __future__ import annotations

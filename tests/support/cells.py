@@ -21,7 +21,7 @@ from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from ms_ckpt_ext.transport.select import lent
 from tests.support.parameters import held_by
 
-ms.set_device("CPU")  # here, where tests are collected: after the first kernel MindSpore refuses it, also to others
+ms.set_device("CPU")  # while tests are collected: MindSpore refuses it once a kernel has run
 POISON = 77
 HERE = threading.local()
 
@@ -52,7 +52,7 @@ def cell(shapes: Mapping[str, Any], cut: bool = False) -> Any:
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MindSpore says of a thread that it is the rank whose transport it has."""
+    """MindSpore's `get_rank` gives, in every thread, the rank of that thread's transport."""
     monkeypatch.setattr(ms.communication, "get_rank", lambda: HERE.transport.rank)
     monkeypatch.setattr(ms.communication, "get_group_size", lambda: HERE.transport.size)
 

@@ -1,4 +1,4 @@
-"""What is decrypted, seen at the door of `cryptography`."""
+"""What is decrypted, observed where `cryptography` is called."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import ciphers
 
 
 def decrypted_units(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Grows by the nonce of every unit of AES-GCM that is decrypted from now on: each unit has its own."""
+    """A list that grows by the nonce of every AES-GCM unit that is decrypted from now on; each unit has its own."""
     found: list[bytes] = []
     real = ciphers.Cipher
 

@@ -33,7 +33,7 @@ class Counts:
 def counted(transport: LocalTransport) -> Counts:
     """Count from here on, also the calls of code that gets this transport from `select_transport`.
 
-    What counts holds no reference to the transport, which goes with its connections when nobody else has it.
+    The counter holds no reference to the transport, which is freed, with its connections, when nobody else has one.
     """
     counts, everybody, rank, its = Counts(), range(transport.size), transport.rank, weakref.ref(transport)
 

@@ -87,7 +87,7 @@ def damaged(draw: st.DrawFn, document: Any) -> Any:
 
 
 HOPELESS = (b"", b"null", b"[]", b"{}", b"7", b'"x"', b"\xff\xfe{}", b"\x00", b"[" * 200_000, b'{"":' * 100_000, b"NaN")
-"""What no document is, and what takes more of a parser than it has."""
+"""Documents that hold nothing of use, texts that are none, and nesting that exhausts a parser."""
 
 LIES = tuple(bytes.fromhex(text) for text in ("ffffffffffffffff7f", "ffffff7f", "ffffffff0f", "0000008000000000"))
 """Huge numbers as varints and as little-endian words."""

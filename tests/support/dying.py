@@ -1,4 +1,4 @@
-"""Jobs that are killed: in a process of their own, without a word to anybody, before a call that changes the disk."""
+"""Jobs that are killed, in a process of their own and without notice, before a call that changes the disk."""
 
 from __future__ import annotations
 

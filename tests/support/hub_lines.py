@@ -25,7 +25,7 @@ Took = Callable[[str, float], None]
 
 @pytest.fixture
 def took(request: pytest.FixtureRequest) -> Took:
-    """Tells how many seconds something took."""
+    """Prints how many seconds something took."""
     return lambda what, seconds: print(f"TOOK {seconds:.2f} {what}, {request.node.name}")
 
 
@@ -37,7 +37,7 @@ class Job(NamedTuple):
     lines: list[Line]
 
     def connect(self, rank: int, token: str = TOKEN, size: Optional[int] = None) -> socket.socket:
-        """A connection that has been let in, and is nobody's."""
+        """A connection that has been let in, and belongs to no line."""
         connection = socket.create_connection(("127.0.0.1", self.port), HANG)
         try:
             return arrive(connection, Guest(token, rank, size or len(self.lines))).connection

@@ -1,4 +1,4 @@
-"""What the machine is made out to be, at the doors of the operating system."""
+"""Makes the machine behave otherwise, at functions of the operating system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOOT_FILE = "/proc/sys/kernel/random/boot_id"
 
 
 def booted(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
-    """The machine was started anew: its boot is called so."""
+    """Make the machine appear rebooted: this is the identity of its boot."""
     real = builtins.open
 
     def opened(path: Any, *args: Any, **more: Any) -> Any:
@@ -30,7 +30,7 @@ def booted(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
 
 
 def system_call(monkeypatch: pytest.MonkeyPatch, name: str, call: Callable[..., Any]) -> None:
-    """A function of `os`, also where pathlib has a reference of its own to it, as before Python 3.11."""
+    """Replace a function of `os`, also where pathlib has a reference of its own to it, as before Python 3.11."""
     monkeypatch.setattr(os, name, call)
     if hasattr(pathlib, "_NormalAccessor") and hasattr(pathlib._NormalAccessor, name):
         monkeypatch.setattr(pathlib._NormalAccessor, name, staticmethod(call))
@@ -52,14 +52,14 @@ class _Library:
 def c_library(
     monkeypatch: pytest.MonkeyPatch, there: bool = True, **calls: Optional[Callable[..., int]]
 ) -> Optional[_Library]:
-    """The C library does `calls` otherwise; or is not `there`, as on other systems. Gives what it was before."""
+    """Replace `calls` of the C library, or make it absent, as on other systems. Returns the real one."""
     real = linux._libc()
     monkeypatch.setattr(linux, "_libc", lambda: _Library(real, calls) if there else None)
     return real  # type: ignore[no-any-return]
 
 
 def fails(code: int) -> Callable[..., int]:
-    """A function of the C library that fails with this error number."""
+    """A function for the C library that fails with this error number."""
 
     def call(*_: Any) -> int:
         ctypes.set_errno(code)
@@ -69,7 +69,7 @@ def fails(code: int) -> Callable[..., int]:
 
 
 def copies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file system copies by itself, as NFS 4.2 does."""
+    """Make every file system copy by itself, as NFS 4.2 does."""
 
     def fstatfs(_fd: int, status: Any) -> int:
         status[0] = 0x6969
@@ -87,7 +87,7 @@ class ReadMade(NamedTuple):
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[ReadMade]:
-    """Grows by every read at an offset of a file, from now on."""
+    """A list that grows by every read at an offset of a file from now on."""
     found: list[ReadMade] = []
     preadv, library = os.preadv, linux._libc()
 

@@ -12,13 +12,13 @@ REPORTS: list[LoadReport] = []
 
 
 class _Reports(logging.Handler):
-    """Keeps the report of every load, which is told at its end."""
+    """Keeps the report of every load, which is logged at its end."""
 
     def emit(self, record: logging.LogRecord) -> None:
         REPORTS.extend(told for told in record.args or () if isinstance(told, LoadReport))
 
 
 def keep_reports() -> None:
-    """From now on."""
+    """Keep reports from now on."""
     logging.getLogger(log.NAME).setLevel(logging.INFO)
     logging.getLogger(log.NAME).addHandler(_Reports())

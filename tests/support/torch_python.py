@@ -1,4 +1,4 @@
-"""A Python that has torch and transformers, which the environment of the tests has not."""
+"""A Python that has torch and transformers, which the tests' own environment lacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify`, when it is known what kind of answer it gives."""
+"""`verify`, which must give the kind of answer that is expected."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ms_ckpt_ext.engine.integrity.soundness import Health
 
 
 def compared(*paths: Any, **options: Any) -> Comparison:
-    """Two checkpoints."""
+    """Compare two checkpoints."""
     found = verify(*paths, **options)
     assert isinstance(found, Comparison)
     return found
 
 
 def checked(path: Any, **options: Any) -> Health:
-    """One by itself."""
+    """Verify one checkpoint by itself."""
     found = verify(path, **options)
     assert isinstance(found, Health)
     return found

@@ -1,6 +1,6 @@
-"""Two ranks, of which rank 1 comes when FILE is there: `late_worker.py FILE`. Who is content prints "CONTENT <rank>".
+"""Two ranks, of which rank 1 comes when FILE is there: `late_worker.py FILE`. A content one prints "CONTENT <rank>".
 
-Rank 0 is told, by every function that meets, after its timeout. No call of the backend is left under way: so both meet
+Every function that meets fails on rank 0 after its timeout. No call of the backend is left under way: so both meet
 afterwards, and both processes end by themselves.
 """
 

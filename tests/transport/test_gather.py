@@ -1,4 +1,4 @@
-"""What is too much for a hub, over a backend."""
+"""Payloads that are too much for a hub are gathered by the backend."""
 
 from __future__ import annotations
 

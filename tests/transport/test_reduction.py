@@ -1,4 +1,4 @@
-"""What a hub makes of what ranks tell: pure, so literal."""
+"""How a hub reduces what ranks tell: pure functions, so literal values."""
 
 from __future__ import annotations
 

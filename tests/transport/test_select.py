@@ -1,4 +1,4 @@
-"""Which transport is chosen. That the backends are, where they fit, is in test_job_transports.py."""
+"""Which transport is chosen; for MCCL and HCCL, in jobs that have them, see test_job_transports.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What no rank of a job tells: refused by name, whatever it claims to be, in bounded memory."""
+"""Messages that no rank of a job sends: refused by name, whatever they claim to be, in bounded memory."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Any
 
 
 class _Name(type):
-    """A class that is its own attribute, whatever it is asked for."""
+    """A class of which every attribute is the class itself."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):

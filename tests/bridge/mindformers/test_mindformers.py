@@ -130,7 +130,7 @@ def test_resume_by_yaml_alone(page: Page, resumed: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize("form", ["legacy", "ckpt"])
 def test_the_legacy_way_by_yaml_alone(form: str, page: Page, resumed: dict[str, Run], trained: Trained) -> None:
-    """One device, safetensors and .ckpt: every byte is read by us, none by MindSpore's functions, with the same end."""
+    """One device, safetensors and .ckpt: we read every byte, MindSpore's functions none, and the end is the same."""
     stock, ours = resumed[f"{form}_stock"], resumed[f"{form}_ours"]
     held = load_file(trained.legacy.output / "checkpoint/rank_0/qwen3_rank_0-1_4.safetensors")
     assert (ours.stock, stock.read) == (0, 0)

@@ -160,7 +160,7 @@ def held(folder: Path) -> dict[str, Stored]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_names_and_shapes_are_the_networks(name: str, built: Built) -> None:
-    """What the network has beyond them, the rule file knows as no weight."""
+    """What else the network has is no weight, by the rule file."""
     case = CASES[name]
     config = Config(config_of(case.family, **case.config), "config.json")
     leaves = [Pattern(leaf) for leaf in read_family(case.family, config, case.switches).leaves]

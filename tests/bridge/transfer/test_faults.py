@@ -1,4 +1,4 @@
-"""What goes wrong between runs and in the middle of one: told on all ranks, nothing half-written in silence."""
+"""What goes wrong between runs and in the middle of one: all ranks are told, nothing is half-written without an error."""
 
 from __future__ import annotations
 

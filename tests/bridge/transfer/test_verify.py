@@ -1,4 +1,4 @@
-"""`verify` of a transfer: what each finds, and what it does not."""
+"""`verify` of a transfer: what each kind finds, and what it does not."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Flipping:
 
 
 def flip() -> None:
-    """From now on, on this rank."""
+    """Flip that byte from now on, on this rank."""
     start = HERE.transport.start_all_to_all
 
     def flipped(send: Any, send_counts: Any, recv: Any, recv_counts: Any) -> Any:

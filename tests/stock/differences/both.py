@@ -20,7 +20,7 @@ ROWS, COLUMNS, WHOLE = Layout((2,), ((0,), ())), Layout((2,), ((), (0,))), Layou
 
 
 def by_stock(name: str, *args: Any, helped: bool = True, **named: Any) -> tuple[Any, list[BaseException]]:
-    """Call a function of stock MindSpore, its processes in this one: what it returns, and what it says nothing of."""
+    """Call a function of stock MindSpore, its processes inside this one: what it returns, and errors it hides."""
     silent: list[BaseException] = []
     paths = [str(value) if isinstance(value, Path) else value for value in args]
     named = {key: str(value) if isinstance(value, Path) else value for key, value in named.items()}

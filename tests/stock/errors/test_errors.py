@@ -89,7 +89,7 @@ def held(ms: Any, tmp_path_factory: pytest.TempPathFactory) -> Places:
 
 
 class Raised(NamedTuple):
-    """An error without its frames, which hold what MindSpore leaves open."""
+    """An error without its frames, which hold files that MindSpore leaves open."""
 
     builtin: type[BaseException]
     text: str

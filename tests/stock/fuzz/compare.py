@@ -110,7 +110,7 @@ def _values(case: Case, stock: Outcome, ours: Outcome) -> list[Difference]:
 
 
 def _unordered(value: Any) -> Any:
-    """What a load answers, where the second list is in no order that is told."""
+    """What a load answers; its second list has no defined order."""
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, list) for each in value):
         return value[0], sorted(value[1])
     return value

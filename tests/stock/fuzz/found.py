@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
     @property
     def ours_is_right(self) -> bool:
-        """By the truth; of a mistake there is none, and the rule alone decides."""
+        """By the truth; a mistake has none, and the rule alone decides."""
         right = self.difference.right
         return right == "ours" or (right == "unknown" and "mistake" in self.case.tags)
 
