@@ -1,4 +1,4 @@
-"""What goes wrong between runs and in the middle of one: all ranks are told, nothing is half-written without an error."""
+"""What goes wrong between runs and within one: all ranks are told, and nothing is half-written without an error."""
 
 from __future__ import annotations
 
