@@ -23,23 +23,26 @@ Call = Callable[[Any, Path, Path], Any]
 
 
 def files(root: Path) -> list[str]:
-    return [*family._files(root, "ckpt").values()]
-
-
-def strategy(root: Path) -> str:
-    return str(root / "strategy.ckpt")
+    return [*family.rank_files(root, "ckpt").values()]
 
 
 WHOLE = {"a.w": ([1], [-1, -1], [], 0, True, ""), "b.w": ([1], [-1], [], 0, True, "")}
 LOADS: dict[str, Call] = {
-    "ckpt": lambda m, r, o: m.load_distributed_checkpoint(family.network(), files(r), None, strategy(r)),
-    "ckpt with layouts": lambda m, r, o: m.load_distributed_checkpoint(family.network(), files(r), WHOLE, strategy(r)),
-    "ckpt, not compiled": lambda m, r, o: m.load_distributed_checkpoint(family.network(), files(r), {}, strategy(r)),
+    "ckpt": lambda m, r, o: m.load_distributed_checkpoint(family.network(), files(r), None, family.strategy_file(r)),
+    "ckpt with layouts": lambda m, r, o: m.load_distributed_checkpoint(
+        family.network(), files(r), WHOLE, family.strategy_file(r)
+    ),
+    "ckpt, not compiled": lambda m, r, o: m.load_distributed_checkpoint(
+        family.network(), files(r), {}, family.strategy_file(r)
+    ),
     "ckpt, strict": lambda m, r, o: m.load_distributed_checkpoint(
-        family.network(), files(r), None, strategy(r), strict_load=True
+        family.network(), files(r), None, family.strategy_file(r), strict_load=True
     ),
     "ckpt, all by name": lambda m, r, o: m.load_distributed_checkpoint(
-        network=family.network(), checkpoint_filenames=files(r), train_strategy_filename=strategy(r), format="ckpt"
+        network=family.network(),
+        checkpoint_filenames=files(r),
+        train_strategy_filename=family.strategy_file(r),
+        format="ckpt",
     ),
     "safetensors": lambda m, r, o: m.load_distributed_checkpoint(
         family.network(), format="safetensors", unified_safetensors_dir=str(r / "merged")
@@ -56,14 +59,14 @@ LOADS: dict[str, Call] = {
         None,
         format="safetensors",
         unified_safetensors_dir=str(r / "merged"),
-        predict_strategy=strategy(r),
+        predict_strategy=family.strategy_file(r),
         dst_safetensors_dir=str(o),
     ),
     "save mode of one rank": lambda m, r, o: m.load_distributed_checkpoint(
         None,
         format="safetensors",
         unified_safetensors_dir=str(r / "merged"),
-        predict_strategy=strategy(r),
+        predict_strategy=family.strategy_file(r),
         dst_safetensors_dir=str(o),
         rank_id=1,
     ),
@@ -71,13 +74,17 @@ LOADS: dict[str, Call] = {
 NOTHING: dict[str, Call] = {
     "merge_pipeline_strategys": lambda m, r, o: m.merge_pipeline_strategys(str(r / "stages"), str(o / "m.ckpt")),
     "ckpt_to_safetensors": lambda m, r, o: m.ckpt_to_safetensors(files(r)[0], str(o)),
-    "safetensors_to_ckpt": lambda m, r, o: m.safetensors_to_ckpt(family._files(r, "safetensors")[0], str(o)),
+    "safetensors_to_ckpt": lambda m, r, o: m.safetensors_to_ckpt(family.rank_files(r, "safetensors")[0], str(o)),
 }
 REPORTS: dict[str, Call] = {
-    "unified_safetensors": lambda m, r, o: m.unified_safetensors(str(r / "safetensors"), strategy(r), str(o)),
-    "transform_checkpoints": lambda m, r, o: m.transform_checkpoints(str(r / "ckpt"), str(o), "x", strategy(r), None),
+    "unified_safetensors": lambda m, r, o: m.unified_safetensors(
+        str(r / "safetensors"), family.strategy_file(r), str(o)
+    ),
+    "transform_checkpoints": lambda m, r, o: m.transform_checkpoints(
+        str(r / "ckpt"), str(o), "x", family.strategy_file(r), None
+    ),
     "transform_checkpoint_by_rank": lambda m, r, o: m.transform_checkpoint_by_rank(
-        0, family._files(r, "ckpt"), str(o / "x.ckpt"), strategy(r), None
+        0, family.rank_files(r, "ckpt"), str(o / "x.ckpt"), family.strategy_file(r), None
     ),
 }
 
@@ -107,12 +114,14 @@ def test_reports_where_stock_says_nothing(title: str, ms: Any, held: Path, tmp_p
 )
 def test_calls_of_our_own_tell_what_went_where(more: dict[str, Any], ms: Any, held: Path) -> None:
     """Also those of forms that MindSpore does not take."""
-    answer = ms_ckpt_ext.load_distributed_checkpoint(family.network(), files(held), None, strategy(held), **more)
+    answer = ms_ckpt_ext.load_distributed_checkpoint(
+        family.network(), files(held), None, family.strategy_file(held), **more
+    )
     assert answer == ([], ["global_step"])
     for filenames, predict, trained in (
-        (str(held / "ckpt"), None, strategy(held)),
+        (str(held / "ckpt"), None, family.strategy_file(held)),
         (files(held), None, str(held / "stages")),
-        (files(held), strategy(held), Path(strategy(held))),
+        (files(held), family.strategy_file(held), Path(family.strategy_file(held))),
     ):
         answer = ms_ckpt_ext.load_distributed_checkpoint(family.network(), filenames, predict, trained)
         assert isinstance(answer, tuple)

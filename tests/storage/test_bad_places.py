@@ -27,7 +27,7 @@ from tests.support.checkpoints import (
     source,
     tree,
 )
-from tests.support.machine import c_library, fails, system_call
+from tests.support.machine import c_library, fails, refuses, system_call
 
 
 @pytest.fixture
@@ -75,14 +75,11 @@ def test_disk_full_on_the_way_and_a_rerun(small_disk: Path, tmp_path: Path, monk
 def test_the_disk_refuses(code: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = source(tmp_path / "src")
 
-    def refuse(*_: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
     with monkeypatch.context() as patch:
         if call == "fallocate":
             c_library(patch, fallocate=fails(code))
         else:
-            patch.setattr(os, call, refuse)
+            patch.setattr(os, call, refuses(code))
         with pytest.raises(errors.StorageError, match=os.strerror(code)) as caught:
             unified_safetensors(root / "shards", root / "strategy.ckpt", tmp_path / "out")
         assert caught.value.errno == code

@@ -24,7 +24,7 @@ from ms_ckpt_ext.storage.sink import FileSink, MemorySink
 from ms_ckpt_ext.storage.staging import Staging
 from tests.support.checkpoints import assert_merged, merge, read_merged, source, strategy_of, tree
 from tests.support.dying import begun
-from tests.support.machine import c_library, copies_by_itself, fails
+from tests.support.machine import c_library, copies_by_itself, fails, refuses
 
 ROWS = 1 << 14  # slices of 512 KiB and more: long enough for direct copies
 
@@ -38,13 +38,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copying(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target's file system copies by itself, as NFS 4.2 does."""
     copies_by_itself(monkeypatch)
-
-
-def refusing(code: int) -> Callable[..., int]:
-    def call(*_: Any) -> int:
-        raise OSError(code, os.strerror(code))
-
-    return call
 
 
 def reluctant() -> Callable[..., int]:
@@ -69,7 +62,7 @@ def test_a_kernel_that_does_not_copy(how: str, large: Path, tmp_path: Path, monk
         "zero": lambda *_: 0,
         "after a while": reluctant(),
         "short": lambda s, t, count, *at: real(s, t, min(count, 70_001), *at),
-    }.get(how) or refusing(getattr(errno, how))
+    }.get(how) or refuses(getattr(errno, how))
 
     def counted(*args: Any) -> int:
         calls.append(args)
@@ -83,14 +76,14 @@ def test_a_kernel_that_does_not_copy(how: str, large: Path, tmp_path: Path, monk
 
 @pytest.mark.usefixtures("copying")
 def test_a_kernel_copy_that_fails_for_good(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "copy_file_range", refusing(errno.EIO))
+    monkeypatch.setattr(os, "copy_file_range", refuses(errno.EIO))
     with pytest.raises(errors.StorageError, match="cannot copy .* bytes from .* into offset .*Input/output error"):
         merge(large, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_local_file_systems_are_not_asked_to_copy(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "copy_file_range", refusing(errno.EIO))
+    monkeypatch.setattr(os, "copy_file_range", refuses(errno.EIO))
     with (tmp_path / "f").open("wb") as file:
         if sink.copies_by_itself(file.fileno()):
             pytest.skip("the temporary folder is on a file system that copies by itself")
@@ -335,7 +328,7 @@ def test_no_descriptor_is_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = os.listdir("/proc/self/fd")
     merge(root, tmp_path / "good")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", refusing(errno.EIO))
+        patch.setattr(os, "fsync", refuses(errno.EIO))
         with pytest.raises(errors.StorageError):
             merge(root, tmp_path / "bad")
     assert len(os.listdir("/proc/self/fd")) == len(before)

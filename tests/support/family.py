@@ -70,14 +70,15 @@ def _filled(root: Path, out: Path, load: Callable[..., Any], **more: Any) -> Any
     return cell
 
 
-def _files(root: Path, kind: str) -> dict[int, str]:
+def rank_files(root: Path, kind: str) -> dict[int, str]:
+    """Rank -> its file, "ckpt" or "safetensors"."""
     return {rank: str(root / kind / f"rank_{rank}" / f"net.{kind}") for rank in range(2)}
 
 
 def _by_rank(root: Path, out: Path, by_rank: Callable[..., Any]) -> Any:
     strategy = str(root / "strategy.ckpt")
     out.mkdir()
-    by_rank(0, _files(root, "ckpt"), str(out / "net0.ckpt"), strategy, None)
+    by_rank(0, rank_files(root, "ckpt"), str(out / "net0.ckpt"), strategy, None)
     return out
 
 
@@ -96,13 +97,14 @@ def _merged_strategy(root: Path, out: Path) -> Any:
     return (out / "merged.ckpt").read_bytes()
 
 
-def _strategy(root: Path) -> str:
+def strategy_file(root: Path) -> str:
+    """The strategy file beside them."""
     return str(root / "strategy.ckpt")
 
 
 Call = Callable[[Path, Path], Any]
 CALLS: dict[str, Call] = {
-    "unified_safetensors": lambda r, o: _made(o, mindspore.unified_safetensors, r / "safetensors", _strategy(r), o),
+    "unified_safetensors": lambda r, o: _made(o, mindspore.unified_safetensors, r / "safetensors", strategy_file(r), o),
     "merge_pipeline_strategys": _merged_strategy,
     "load_distributed_checkpoint": lambda r, o: _filled(
         r, o, mindspore.load_distributed_checkpoint, format="safetensors", unified_safetensors_dir=str(r / "merged")
@@ -111,18 +113,18 @@ CALLS: dict[str, Call] = {
         r,
         o,
         mindspore.load_distributed_checkpoint,
-        checkpoint_filenames=[*_files(r, "ckpt").values()],
-        train_strategy_filename=_strategy(r),
+        checkpoint_filenames=[*rank_files(r, "ckpt").values()],
+        train_strategy_filename=strategy_file(r),
     ),
     "load_distributed_checkpoint by its old name": lambda r, o: _filled(
         r,
         o,
         mindspore.train.load_distributed_checkpoint,
-        checkpoint_filenames=[*_files(r, "ckpt").values()],
-        train_strategy_filename=_strategy(r),
+        checkpoint_filenames=[*rank_files(r, "ckpt").values()],
+        train_strategy_filename=strategy_file(r),
     ),
     "transform_checkpoints": lambda r, o: _made(
-        o, mindspore.transform_checkpoints, r / "ckpt", o, "net", _strategy(r), _strategy(r)
+        o, mindspore.transform_checkpoints, r / "ckpt", o, "net", strategy_file(r), strategy_file(r)
     ),
     "transform_checkpoints of safetensors": lambda r, o: _made(
         o,
@@ -130,32 +132,32 @@ CALLS: dict[str, Call] = {
         r / "safetensors",
         o,
         "net",
-        _strategy(r),
-        _strategy(r),
+        strategy_file(r),
+        strategy_file(r),
         output_format="safetensors",
     ),
     "transform_checkpoint_by_rank": lambda r, o: _by_rank(r, o, mindspore.transform_checkpoint_by_rank),
-    "rank_list_for_transform": lambda r, o: mindspore.rank_list_for_transform(0, _strategy(r), None),
+    "rank_list_for_transform": lambda r, o: mindspore.rank_list_for_transform(0, strategy_file(r), None),
     "convert_checkpoints": lambda r, o: _made(
-        o, mindspore.parallel.convert_checkpoints, r / "ckpt", o, "net", _strategy(r), _strategy(r)
+        o, mindspore.parallel.convert_checkpoints, r / "ckpt", o, "net", strategy_file(r), strategy_file(r)
     ),
     "convert_checkpoint_by_rank": lambda r, o: _by_rank(r, o, mindspore.parallel.convert_checkpoint_by_rank),
-    "rank_list_for_convert": lambda r, o: mindspore.parallel.rank_list_for_convert(0, _strategy(r), None),
+    "rank_list_for_convert": lambda r, o: mindspore.parallel.rank_list_for_convert(0, strategy_file(r), None),
     "ckpt_to_safetensors": lambda r, o: _made(o, mindspore.ckpt_to_safetensors, r / "ckpt", o),
     "ckpt_to_safetensors of a file": lambda r, o: _made(
-        o, mindspore.ckpt_to_safetensors, _files(r, "ckpt")[1], o, name_map={"a.w": "c.w"}
+        o, mindspore.ckpt_to_safetensors, rank_files(r, "ckpt")[1], o, name_map={"a.w": "c.w"}
     ),
     "safetensors_to_ckpt": lambda r, o: _made(
         o, mindspore.safetensors_to_ckpt, r / "safetensors", o, name_map={"a.w": "c.w"}
     ),
     "load_segmented_checkpoints": lambda r, o: mindspore.load_segmented_checkpoints(str(r / "ckpt" / "rank_0")),
-    "load_checkpoint": lambda r, o: mindspore.load_checkpoint(_files(r, "ckpt")[0]),
+    "load_checkpoint": lambda r, o: mindspore.load_checkpoint(rank_files(r, "ckpt")[0]),
     "load_checkpoint of safetensors": lambda r, o: mindspore.train.serialization.load_checkpoint(
-        _files(r, "safetensors")[0], format="safetensors"
+        rank_files(r, "safetensors")[0], format="safetensors"
     ),
-    "load_checkpoint_async": lambda r, o: mindspore.load_checkpoint_async(_files(r, "ckpt")[0]),
-    "build_searched_strategy": lambda r, o: mindspore.build_searched_strategy(_strategy(r)),
-    "build_searched_strategy by its old name": lambda r, o: mindspore.train.build_searched_strategy(_strategy(r)),
+    "load_checkpoint_async": lambda r, o: mindspore.load_checkpoint_async(rank_files(r, "ckpt")[0]),
+    "build_searched_strategy": lambda r, o: mindspore.build_searched_strategy(strategy_file(r)),
+    "build_searched_strategy by its old name": lambda r, o: mindspore.train.build_searched_strategy(strategy_file(r)),
     "merge_sliced_parameter": lambda r, o: _slices(
         r, mindspore.merge_sliced_parameter, mindspore.build_searched_strategy
     ),
@@ -167,7 +169,7 @@ CALLS: dict[str, Call] = {
         str(r / "groups.pb")
     ),
     "get_ckpt_path_with_strategy": lambda r, o: os.path.relpath(
-        mindspore.get_ckpt_path_with_strategy(_files(r, "ckpt")[0], _strategy(r)), r
+        mindspore.get_ckpt_path_with_strategy(rank_files(r, "ckpt")[0], strategy_file(r)), r
     ),
 }
 """Name of the function, and what is special about the call -> it: (checkpoint, directory for results) -> outcome."""

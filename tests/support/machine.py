@@ -68,6 +68,15 @@ def fails(code: int) -> Callable[..., int]:
     return call
 
 
+def refuses(code: int) -> Callable[..., Any]:
+    """A function for `os` that fails with this error number."""
+
+    def refuse(*_: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
 def copies_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every file system copy by itself, as NFS 4.2 does."""
 

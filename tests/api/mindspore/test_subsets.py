@@ -115,14 +115,14 @@ def test_some(many: int, held: Path, stock: dict[str, Any], tmp_path: Path) -> N
 def test_by_names_that_were_imported_before(held: Path, entered: list[str]) -> None:
     """`from mindspore.train.serialization import load_checkpoint`, as most code has it, in its own module."""
     ms_ckpt_ext.install()
-    assert load_checkpoint(family._files(held, "ckpt")[0])
+    assert load_checkpoint(family.rank_files(held, "ckpt")[0])
     assert entered == ["load_checkpoint"]
 
 
 def test_other_threads_and_processes(held: Path, entered: list[str], stock: dict[str, Any]) -> None:
     """A function that goes to another process is named to it as MindSpore's: where that is ours, it is ours there."""
     ms_ckpt_ext.install()
-    files = family._files(held, "ckpt")
+    files = family.rank_files(held, "ckpt")
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(mindspore.load_checkpoint, [files[0], files[0]]))
     assert [family.told(each) for each in found] == [stock["load_checkpoint"]] * 2
@@ -136,7 +136,7 @@ def test_what_a_choice_of_a_stock_call_calls_is_stock(held: Path, entered: list[
     ms_ckpt_ext.install(skip=["load_segmented_checkpoints"])
 
     def choice(name: str) -> bool:
-        mindspore.load_checkpoint(family._files(held, "ckpt")[0])
+        mindspore.load_checkpoint(family.rank_files(held, "ckpt")[0])
         return True
 
     assert mindspore.load_segmented_checkpoints(str(held / "ckpt" / "rank_0"), choice_func=choice)
