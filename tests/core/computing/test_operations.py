@@ -41,6 +41,11 @@ def assert_any_box(
         box = Region(tuple(low for low, _ in ends), tuple(high for _, high in ends))
         found = computed(operation, box, operands, output, data.draw(st.integers(0, 2)))
         assert found.tobytes() == whole[box.slices].tobytes()
+        reached = operation.gives(operation.takes(box)[0])
+        assert reached.intersect(box) == box, "what the box takes of the first operand is needed for all of it"
+        assert all(
+            taken.intersect(Region.whole(each.shape)) == taken for taken, each in zip(operation.takes(box), operands)
+        )
 
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
