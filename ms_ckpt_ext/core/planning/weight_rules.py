@@ -277,10 +277,10 @@ class Experts(Rule):
         """See `Rule`."""
         if any(len(tensor.meta.shape) != 2 for tensor in all_of(members)):
             raise LayoutMismatchError(f"{name!r}: experts must be matrices, got {shapes_of(all_of(members))}")
-        widths = [tensors[0].meta.shape[0] for tensors in members]
+        widths, inners = zip(*(_same_shape(name, tensors) for tensors in members))
         require_shares(name, widths, self.shares, all_of(members))
         offsets = [0, *accumulate(widths)]
-        experts, inner = len(members[0]), members[0][0].meta.shape[1]
+        experts, inner = max(map(len, members)), max(inners)
         if self.experts not in (None, experts):
             raise LayoutMismatchError(f"{name!r}: the rule speaks of {self.experts} experts, but there are {experts}")
         view = (experts, inner, offsets[-1]) if self.transpose else (experts, offsets[-1], inner)

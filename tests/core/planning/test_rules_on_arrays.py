@@ -21,7 +21,7 @@ def array(first: int, *shape: int) -> np.ndarray:
 
 
 A, B, C = array(100, 4, 6), array(200, 4, 6), array(300, 2, 6)
-HELD = {"a": A, "b": B, "c": C, "cube": array(400, 2, 3, 4)}
+HELD = {"a": A, "b": B, "c": C, "cube": array(400, 2, 3, 4), "odd.0": A, "odd.1": C}
 HELD |= {f"e.{n}.{name}": array(1000 * n + start, 3, 5) for n in range(2) for name, start in (("g", 500), ("u", 600))}
 G = np.stack([HELD["e.0.g"], HELD["e.1.g"]])
 U = np.stack([HELD["e.0.u"], HELD["e.1.u"]])
@@ -90,6 +90,8 @@ def test_what_a_rule_makes(rule: Rule, expected: np.ndarray) -> None:
         (Concat(["a", "b"], "t", axis=2), "there is no axis 2 among 2"),
         (Part("a", "t", 0, 2, axis=-3), "there is no axis -3 among 2"),
         (Experts(["a", "e.1.g"], "t"), "not filled exactly"),
+        (Experts(["e.1.g", "a"], "t"), "not filled exactly"),
+        (Experts("odd.{n}", "t"), "its sources must have one shape"),
         (Concat(["a", "cube"], "t"), "cannot be joined along axis 0"),
         (Interleave(["a", "c"], "t"), "its sources must have one shape"),
         (Interleave(["a", "b"], "t", rows=3), "no multiple of 3 rows"),
