@@ -71,10 +71,10 @@ class StrategyInfo(NamedTuple):
     parameters: int
 
 
-def describe(layout: Layout, stage: int = 0) -> LayoutInfo:
+def describe(layout: Layout, stage: int) -> LayoutInfo:
     """A layout in words.
 
-    >>> str(describe(Layout((2, 4), ((0,), ()))))
+    >>> str(describe(Layout((2, 4), ((0,), ())), 0))
     'axis 0 in 4 (device axis 1); 2 copies; device matrix [2, 4]'
     """
     last = len(layout.dev_matrix) - 1

@@ -33,7 +33,7 @@ class _Said(NamedTuple):
     origin: str
 
 
-def put_together(parts: Sequence[StrategyPart], stage: int = 0) -> Strategy:
+def put_together(parts: Sequence[StrategyPart], stage: int) -> Strategy:
     """One strategy out of several parts.
 
     Args:

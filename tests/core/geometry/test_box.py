@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.box import Box
+from ms_ckpt_ext.core.geometry.layout import cell_region, digits
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
 
 
@@ -23,6 +28,15 @@ def test_a_box_may_be_a_slice(box: Box, parts: object, cell: object) -> None:
     assert box.parts == parts
     assert cell is None or box.cell == cell
     assert box.region == Region(box.offsets, tuple(a + b for a, b in zip(box.offsets, box.shape)))
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), max_size=3), st.data())
+def test_a_slice_of_a_grid_is_a_box_that_names_it(axes: list[tuple[int, int]], data: st.DataObject) -> None:
+    parts, shape = tuple(n for n, _ in axes), tuple(n * extent for n, extent in axes)
+    cell = digits(data.draw(st.integers(0, prod(parts) - 1)), parts)
+    region = cell_region(cell, parts, shape)
+    box = Box(shape, region.start, region.shape)
+    assert (box.region, box.parts, box.cell) == (region, parts, cell)
 
 
 def test_a_box_without_elements() -> None:

@@ -24,7 +24,7 @@ from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
     ],
 )
 def test_a_layout_in_words(layout: Layout, words: str) -> None:
-    assert str(describe(layout)).startswith(words)
+    assert str(describe(layout, 0)).startswith(words)
 
 
 def test_a_layout_as_values() -> None:
@@ -32,7 +32,7 @@ def test_a_layout_as_values() -> None:
     assert (found.stage, found.device_matrix, found.parts, found.copies) == (3, (4, 2), (2, 2), 2)
     assert found.split == (AxisSplit(0, 2, (), 2), AxisSplit(1, 2, (1,), 1))
     assert found.optimizer_shard == (1, 2)
-    assert describe(Layout((4, 2), ((), (0,)))).optimizer_shard is None
+    assert describe(Layout((4, 2), ((), (0,))), 0).optimizer_shard is None
 
 
 def test_a_strategy_in_numbers() -> None:

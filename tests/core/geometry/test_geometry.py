@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import product
+from math import lcm, prod
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.geometry.array import Region
 from ms_ckpt_ext.core.geometry.layout import (
@@ -17,6 +22,7 @@ from ms_ckpt_ext.core.geometry.layout import (
     whole,
 )
 from ms_ckpt_ext.errors import LayoutMismatchError, StrategyError
+from tests.support.strategies import layouts
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,38 @@ def test_layout(name: str) -> None:
         assert layout.region(rank, shape) == Region(start, stop)
     held = [rank for ranks in layout.holders.values() for rank in ranks]
     assert sorted(held) == list(range(layout.devices))
+
+
+def place_of(layout: Layout, rank: int) -> list[tuple[int, int]]:
+    """(index, parts) on every tensor axis, coordinate by coordinate as MindSpore's rules say."""
+    matrix, last = layout.dev_matrix, len(layout.dev_matrix) - 1
+    coordinates = [int(coordinate) for coordinate in np.unravel_index(rank, matrix)]
+    found = []
+    for group in layout.tensor_map:
+        axes = [last - value for value in group]
+        index = 0
+        for axis in axes:
+            index = index * matrix[axis] + coordinates[axis]
+        found.append((index, prod(matrix[axis] for axis in axes)))
+    if layout.opt_sharded:
+        replicas = [axis for axis in range(last + 1) if all(last - axis not in group for group in layout.tensor_map)]
+        size = layout.opt_shard_size if layout.opt_shard_size > 0 else prod(matrix[axis] for axis in replicas)
+        number, ways = 0, 1
+        for axis in reversed(replicas):
+            here = min(matrix[axis], size // ways)
+            number, ways = number + coordinates[axis] % here * ways, ways * here
+        found[0] = (found[0][0] * ways + number, found[0][1] * ways)
+    return found
+
+
+@given(st.integers(1, 3).flatmap(layouts))
+def test_slices_are_a_grid_in_which_every_rank_has_its_place(layout: Layout) -> None:
+    for rank in range(layout.devices):
+        assert [*zip(layout.cells[rank], layout.parts)] == place_of(layout, rank)
+    assert sorted(layout.holders) == [*product(*map(range, layout.parts))], "every slice is held"
+    copies = {len(ranks) for ranks in layout.holders.values()}
+    assert copies == {layout.devices // prod(layout.parts)}, "by as many ranks as every other"
+    assert len({layout.coordinates(rank) for rank in range(layout.devices)}) == layout.devices
 
 
 @pytest.mark.parametrize(
@@ -176,3 +214,10 @@ def test_layouts_from_json() -> None:
 def test_the_same_slices_may_be_written_otherwise(one: Layout, two: Layout, same: bool) -> None:
     assert same_slices(one, two) is same
     assert same_slices(two, one) is same
+
+
+@given(layouts(2, 8), layouts(2, 8))
+def test_same_slices_are_the_same_boxes(one: Layout, two: Layout) -> None:
+    shape = tuple(map(lcm, one.parts, two.parts))
+    boxes = ([each.region(rank, shape) for rank in range(each.devices)] for each in (one, two))
+    assert same_slices(one, two) is (next(boxes) == next(boxes))

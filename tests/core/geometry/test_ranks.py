@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
+from hypothesis import given
 
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.geometry.ranks import needed_for_whole, needed_ranks
 from ms_ckpt_ext.core.geometry.strategy import LayoutItem, Strategy
 from ms_ckpt_ext.errors import StrategyError
+from tests.support.strategies import pairs
 
 ROWS, COLUMNS, WHOLE = Layout((4,), ((0,), ())), Layout((4,), ((), (0,))), Layout((4,), ((), ()))
 
@@ -53,3 +57,17 @@ def test_two_numbers_may_be_of_one_axis() -> None:
     source, target = strategy(("b", 0, Layout((2, 2), ((1,), (0,))))), strategy(("b", 0, Layout((4,), ((0,),))))
     for rank in range(4):
         assert needed_ranks(source, target, rank) == needed_ranks(target, source, rank) == {rank}
+
+
+@given(pairs(16))
+def test_the_ranks_named_hold_all_that_is_wanted_once(case: tuple[Layout, Layout, tuple[int, ...]]) -> None:
+    one, two, shape = case
+    source, target = strategy(("w", 0, one)), strategy(("w", 0, two))
+    for rank in range(two.devices):
+        wanted = two.region(rank, shape)
+        common = [one.region(each, shape).intersect(wanted) for each in needed_ranks(source, target, rank)]
+        assert sum(each.size for each in common if each) == wanted.size, "slices do not overlap: no element is missing"
+        assert None not in common, "nobody is named for nothing"
+        assert needed_ranks(target, target, rank) == {rank}
+    slices = [one.region(each, shape) for each in needed_for_whole(source)]
+    assert (len({*slices}), sum(each.size for each in slices)) == (len(slices), prod(shape))

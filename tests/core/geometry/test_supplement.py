@@ -57,7 +57,7 @@ def test_put_together(parts: list[Any], expected: dict[str, dict[int, Layout]]) 
 )  # fmt: skip
 def test_contradictions(parts: list[Any], told: str) -> None:
     with pytest.raises(StrategyError, match=told):
-        put_together(parts)
+        put_together(parts, 0)
 
 
 @given(st.data())
@@ -68,5 +68,5 @@ def test_the_order_of_parts_does_not_matter(data: st.DataObject) -> None:
     split = data.draw(st.integers(1, len(names) - 1))
     items = list(names.items())
     parts = [of(**{n: {0: la, 1: la} for n, la in items[:split]}), ByName(dict(items[split:]), "d")]
-    there, back = put_together(parts), put_together(parts[::-1])
+    there, back = put_together(parts, 0), put_together(parts[::-1], 0)
     assert there.layouts == back.layouts == {name: {0: layout, 1: layout} for name, layout in items}
