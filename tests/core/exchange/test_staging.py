@@ -37,6 +37,14 @@ def test_chunks_of_a_round_share_slabs(chunks: list[tuple[int, int, int, int]], 
     assert held_bytes(reads(*chunks), 2, 1, 0).tolist() == [held, 0]
 
 
+def test_every_rank_fills_slabs_of_its_own_for_every_round() -> None:
+    """As many chunks of a MiB as make two slabs, one and three; in the next round one, none and two."""
+    counts = {(0, 0): 5, (1, 0): 1, (2, 0): 9, (0, 1): 2, (2, 1): 8}
+    some = [(rank, MIB, number, number) for (rank, number), count in counts.items() for _ in range(count)]
+    assert held_bytes(reads(*some), 4, 2, 0).tolist() == [3 * SLAB, MIB, 5 * SLAB, 0]
+    assert held_bytes(reads(*some[::-1]), 4, 2, 0).tolist() == [3 * SLAB, MIB, 5 * SLAB, 0]
+
+
 @pytest.mark.parametrize(("prefetch", "slabs"), [(0, 2), (1, 3), (2, 4), (4, 6), (9, 6)])
 def test_rounds_are_read_ahead_while_one_is_under_way(prefetch: int, slabs: int) -> None:
     """A chunk for each of six rounds; another rank has one for the third."""
