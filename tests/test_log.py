@@ -1,4 +1,4 @@
-"""What is told names who told it, and costs nothing where nobody listens."""
+"""A log record names its caller, and costs nothing where nobody listens."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Campaign:
         if struck is None:
             return None
         if rng.random() < _ANEW and struck.told:  # without memory not even Python starts
-            struck = struck._replace(anew=True, after=struck.after and struck.after + _START)
+            struck = struck._replace(new_python=True, after=struck.after and struck.after + _START)
         began = time.monotonic()
         place, other = (self.place(f"run-{number}{end}", job, which) for end, which in (("", "A"), ("-other", "B")))
         over = job.writes and struck.room is None and not struck.spoils and rng.random() < 0.4
@@ -198,7 +198,7 @@ def _worded(struck: Struck) -> str:
         parts.append(f"after {struck.after:.3f} s")
     if struck.limit:
         parts.append(f"limit {struck.limit}")
-    if struck.anew:
+    if struck.new_python:
         parts.append("a new Python")
     if struck.room:
         parts.append(f"{struck.room} bytes of room")

@@ -1,7 +1,7 @@
 """Faults: where, when and for how long; and the outcomes that are allowed. A row of `FAULTS` for each.
 
 Most faults are a class of calls, on files of the source or the target, and a number among them; how often a job makes
-each was counted before, so a fault may strike anywhere from its first look to its last rename. Others are deeds done
+each was counted before, so a fault may strike anywhere from its first look to its last rename. Others are actions done
 from outside while such a call waits.
 """
 
@@ -29,7 +29,7 @@ Counts = Mapping[str, int]
 
 
 class Scene(Protocol):
-    """What a deed may look at and use."""
+    """What an action may look at and use."""
 
     place: Place
     other: Place
@@ -42,7 +42,7 @@ class Scene(Protocol):
         """Start the same command once more, or that of the other checkpoint; it ends when it likes."""
 
 
-Deed = Callable[[Scene], None]
+Action = Callable[[Scene], None]
 
 
 class Struck(NamedTuple):
@@ -50,7 +50,7 @@ class Struck(NamedTuple):
 
     Attributes:
         injection: what happens to its calls.
-        deed: what is done from outside while a call is held; or, where none is, after `after` seconds.
+        action: what is done from outside while a call is held; or, where none is, after `after` seconds.
         limit: a limit of the process from its start: which, and how much.
         room: bytes of the file system that the target is on; None for the one that is there.
         may: the outcomes that are allowed.
@@ -58,11 +58,11 @@ class Struck(NamedTuple):
         spoils: the source is changed.
         gone: the target is gone for good, so that nothing can be tidied up there.
         silent: the process never comes to its end by itself.
-        anew: the process is a new Python, with its imports.
+        new_python: the process is a new Python, with its imports.
     """
 
     injection: Injection = Injection()
-    deed: Optional[Deed] = None
+    action: Optional[Action] = None
     after: float = 0.0
     limit: Optional[tuple[int, int]] = None
     room: Optional[int] = None
@@ -71,7 +71,7 @@ class Struck(NamedTuple):
     spoils: bool = False
     gone: bool = False
     silent: bool = False
-    anew: bool = False
+    new_python: bool = False
 
 
 Strike = Callable[[Random, Job, Counts], Optional[Struck]]
@@ -138,26 +138,26 @@ def _clock(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
     return Struck(Injection(clock=(rng.randint(1, max(1, counts.get("clock", 1))), by)))
 
 
-def _done(deed: Deed, may: frozenset[str], sides: Sequence[str] = _BOTH, **more: bool) -> Strike:
-    """A deed while a call is held."""
+def _done(action: Action, may: frozenset[str], sides: Sequence[str] = _BOTH, **more: bool) -> Strike:
+    """An action while a call is held."""
 
     def strike(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
         if not job.source:  # ranks that move what they hold: no call of theirs marks the way
             seconds = rng.uniform(0.1, 0.9) * counts["milliseconds"] / 1000
-            return Struck(deed=deed, after=seconds, may=may, **more)
+            return Struck(action=action, after=seconds, may=may, **more)
         held = _somewhere(rng, counts, _ALL, sides, "hold")
-        return None if held is None else Struck(held, deed, may=may, **more)
+        return None if held is None else Struck(held, action, may=may, **more)
 
     return strike
 
 
-def _signal(number: int) -> Deed:
-    def deed(scene: Scene) -> None:
+def _signal(number: int) -> Action:
+    def action(scene: Scene) -> None:
         for pid in scene.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    return deed
+    return action
 
 
 def _pause(scene: Scene) -> None:
@@ -250,10 +250,10 @@ def _memory(rng: Random, job: Job, counts: Counts) -> Optional[Struck]:
 
 
 def _rivalled(other: bool) -> Strike:
-    def deed(scene: Scene) -> None:
+    def action(scene: Scene) -> None:
         scene.rival(other)
 
-    return _done(deed, _MAY_FAIL, ("target",))
+    return _done(action, _MAY_FAIL, ("target",))
 
 
 class Fault(NamedTuple):

@@ -33,7 +33,7 @@ class Result(NamedTuple):
     ranks: Mapping[str, str]
     files: Mapping[str, bytes]
     names: frozenset[str]
-    """Of all there is in the target, hidden files too."""
+    """Names of all files in the target, hidden ones too."""
 
 
 class Verdict(NamedTuple):

@@ -113,18 +113,18 @@ class Stage:
             *(str(place.root / f"{name}.{end}") for end in ("out", "err")),
             self.struck.limit if name.startswith("rank") else None,
         )
-        return (self._nursery.start if self.struck.anew else self._nursery.bear)(birth)
+        return (self._nursery.start if self.struck.new_python else self._nursery.bear)(birth)
 
     def _watch(self) -> None:
-        """Wait for the end of all, or for the moment of the deed, which is done once."""
-        began, deed = time.monotonic(), self.struck.deed
+        """Wait for the end of all, or for the moment of the action, which is done once."""
+        began, action = time.monotonic(), self.struck.action
         while any(process.poll() is None for process in self._started):
             elapsed = time.monotonic() - began
             due = self._mark.exists() or bool(self.struck.after and elapsed > self.struck.after)
-            if deed is not None and due:
+            if action is not None and due:
                 self.fired = True
-                deed(self)
-                deed = None
+                action(self)
+                action = None
                 self._mark.unlink(missing_ok=True)
                 if self.struck.silent:
                     self._after_others(began)

@@ -141,7 +141,7 @@ def placed(root: Path, rank: int, mode: str) -> None:
     went = [acl_uploaded(True) - before[0], acl_uploaded(False) - before[1]]
     assert all(parameter.device.startswith("Ascend") for parameter in fresh.get_parameters())
     read = wanted if mode == "direct" else REPORTS[0].reads.nbytes
-    assert read <= went[0] <= read + 16 * len(truth) + 512, (went, read)  # by 512 ranks find each other
+    assert read <= went[0] <= read + 16 * len(truth) + 512, (went, read)  # 512: ranks meet
     assert went[1] == 0, went
     meta = cell_of({n: ms.Parameter(mint.empty(t.shape, dtype=DTYPES[t.dtype], device=None if WITHOUT_META else "meta"),
                                     name=n) for n, t in truth.items()})  # fmt: skip
@@ -206,7 +206,7 @@ def cast(root: Path, rank: int, mode: str) -> None:
     before = Meter.read() if mode == "cooperative" else None
     assert load(cell, root, mode) == ([], [])
     if before is not None:
-        assert Meter.read().down - before.down <= 1024, "a cast went through the host"  # ranks find each other by 512
+        assert Meter.read().down - before.down <= 1024, "a cast went through the host"  # 512: ranks meet
     for parameter in cell.get_parameters():
         stored = truth[parameter.name]
         values = np.frombuffer(stored.data, numpy[stored.dtype]).reshape(stored.shape)

@@ -99,8 +99,8 @@ def in_all_modes(golden: Path, tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def frozen(root: Path) -> list[dict[str, Any]]:
-    """A frozen matrix that is cut, and a state of each rank's own, which no strategy lists: the same ranks take their
-    own, and others are told."""
+    """A frozen matrix that is cut, and a state of each rank's own, which no strategy lists: under the same
+    strategy ranks take their own, and another one is refused."""
     matrix = np.arange(64 * 96, dtype=np.float32).reshape(64, 96)
     held: dict[str, Content] = {
         "dense.weight": slices(Layout((2, 2), ((0,), ())), matrix, 4),

@@ -39,7 +39,7 @@ def golden_case(golden: Path, source: str, target: str, give: Sequence[int], tak
 
 
 def on_four(golden: Path) -> list[Any]:
-    """Four ranks: the same, others, some of both; places in an order of its own, a cast, a refusal on all."""
+    """Four ranks: to themselves, also in another order, with a cast; and a strategy for too many, refused on all."""
     refused = golden_case(golden, "dp2_tp2", "tp4", range(4), range(3))
     return [
         golden_case(golden, "dp2_tp2", "tp4", range(4), range(4), options={"verify": "replicas"}),
@@ -49,7 +49,7 @@ def on_four(golden: Path) -> list[Any]:
 
 
 def on_eight(golden: Path) -> list[Any]:
-    """Eight ranks: others, overlapping; pipelines on both sides, optimizer shards."""
+    """Eight ranks: from four to the other four, to some of all, from some to all; pipelines, optimizer shards."""
     return [
         golden_case(golden, "tp4", "dp2_tp2", range(4), range(4, 8)),
         golden_case(golden, "tp4_pp2", "dp2_tp2", range(8), [2, 3, 6, 7]),

@@ -177,7 +177,7 @@ def test_arguments_are_mindspores(ms: Any) -> None:
         "export",
         "load",
         "reshard",
-    }  # graphs, tensors: no relatives
+    }  # these are of graphs and tensors there
     assert {"load_checkpoint", "load_segmented_checkpoints", "unified_safetensors", "ckpt_to_safetensors"} <= both
     for name in both:
         theirs = [(p.name, p.default) for p in stock[name].values()]

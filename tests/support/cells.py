@@ -58,7 +58,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_ranks(ranks: int, work: Callable[[LocalTransport], Filled]) -> list[Filled]:
-    """`work` on every rank; errors are results."""
+    """Run `work` on every rank; errors are results."""
 
     def rank(transport: LocalTransport) -> Filled:
         HERE.transport = transport
@@ -73,7 +73,7 @@ def load(
     by: Optional[Callable[[LocalTransport], LocalTransport]] = None,
     **arguments: Any,
 ) -> list[Filled]:
-    """`load_distributed_checkpoint` into a Cell on every rank; `by` what is made of its transport."""
+    """`load_distributed_checkpoint` into a Cell on every rank; `by` wraps its transport."""
 
     def work(transport: LocalTransport) -> Filled:
         made = cell(wanted(transport.rank))

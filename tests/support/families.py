@@ -168,7 +168,7 @@ def training(golden: Path, shapes: Mapping[str, tuple[int, ...]], states: bool =
 
 
 def _cut(like: Layout, shape: tuple[int, ...]) -> Layout:
-    """The golden layout where it divides the shape; else less of it."""
+    """The golden layout where it divides the shape; else without its optimizer shard, or without cuts."""
     split = tuple(like.tensor_map[axis] if axis < len(like.tensor_map) else () for axis in range(len(shape)))
     whole: tuple[tuple[int, ...], ...] = ((),) * len(shape)
     for tensor_map in (split, whole):

@@ -46,7 +46,7 @@ class Losses(Callback):
         self.begun: dict[str, str] = {}
 
     def on_train_begin(self, run_context: Any) -> None:
-        """Whose function MindFormers' trainer calls: ours wraps the one it stands for."""
+        """Note whose function MindFormers' trainer calls (ours wraps the one that it replaces), and all values."""
         self.ours = hasattr(base_trainer.load_checkpoint, "__wrapped__")
         network = run_context.original_args().train_network
         for parameter in network.get_parameters():

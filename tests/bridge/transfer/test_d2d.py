@@ -1,4 +1,4 @@
-"""TransformParametersD2D, distributed tensors, and the choice of what they mean."""
+"""TransformParametersD2D, and transfers of distributed tensors, which tell their own layouts."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ VICTIM = 1
 
 
 def run(work: Callable[[int], Any], timeout: float = 20.0) -> list[Any]:
-    """`work` on two ranks that leave their world when they close what they have of it; the world may end."""
+    """Run `work` on two ranks, each of which leaves the world when it closes its transport; the world may fail."""
     found = {}
 
     def rank(transport: LocalTransport) -> None:
