@@ -188,7 +188,7 @@ def _parts(box: Region) -> Iterator[Region]:
         yield box
         return
     *outer, (top, bottom), (left, right) = zip(box.start, box.stop)
-    step = max(1, _AT_ONCE // (right - left))
+    step = max(1, _AT_ONCE // box.shape[-1])
     for matrix in product(*(range(low, high) for low, high in outer)):
         behind = tuple(index + 1 for index in matrix)
         for low in range(top, bottom, step):
