@@ -280,8 +280,6 @@ def _any(values: Ints, start: Ints) -> Ints:
 
 def _alike(values: Ints, start: Ints) -> Ints:
     """Of every row of a ragged table, none of them empty, the value that all have but for `_NONE`; or `_SEVERAL`."""
-    if not len(values):
-        return np.empty(0, np.int64)
     none, least, most = values == _NONE, np.iinfo(np.int64).min, np.iinfo(np.int64).max
     high = np.maximum.reduceat(np.where(none, least, values), start[:-1])
     low = np.minimum.reduceat(np.where(none, most, values), start[:-1])

@@ -8,7 +8,7 @@ grows with the ranks. Bytes between servers take another link than those inside 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -68,13 +68,13 @@ class Traffic(NamedTuple):
 
 def direct_seconds(wanted: Sequence[int], hardware: Hardware) -> float:
     """Every rank reads `wanted[rank]` bytes."""
-    return max(_storage_seconds(wanted, hardware), max(wanted, default=0) / hardware.upload)
+    return max(_storage_seconds(wanted, hardware), _most(wanted) / hardware.upload)
 
 
 def cooperative_seconds(traffic: Traffic, hardware: Hardware) -> float:
     """The ranks read and exchange what `traffic` says."""
     reading = _storage_seconds(traffic.read, hardware)
-    uploading = max(traffic.read, default=0) / hardware.upload
+    uploading = _most(traffic.read) / hardware.upload
     calls = traffic.calls or traffic.rounds
     return max(reading, uploading, _exchange_seconds(traffic, hardware)) + calls * _latency(len(traffic.read), hardware)
 
@@ -87,8 +87,8 @@ def cooperates(wanted: Sequence[int], traffic: Traffic, hardware: Hardware) -> b
 def _exchange_seconds(traffic: Traffic, hardware: Hardware) -> float:
     between = hardware.between or hardware.link
     sending = (near / hardware.link + far / between for near, far in zip(traffic.inside, traffic.between))
-    arriving = max(traffic.crossing, default=0) / (between * hardware.ranks_per_host)
-    return max(max(traffic.received, default=0) / hardware.link, max(sending, default=0.0), arriving)
+    arriving = _most(traffic.crossing) / (between * hardware.ranks_per_host)
+    return max(_most(traffic.received) / hardware.link, _most(sending), arriving)
 
 
 def _latency(ranks: int, hardware: Hardware) -> float:
@@ -98,8 +98,12 @@ def _latency(ranks: int, hardware: Hardware) -> float:
 
 def _storage_seconds(read: Sequence[int], hardware: Hardware) -> float:
     size = hardware.ranks_per_host
-    busiest = max((sum(read[first : first + size]) for first in range(0, len(read), size)), default=0)
-    alone = max(read, default=0) / hardware.reader
+    busiest = _most(sum(read[first : first + size]) for first in range(0, len(read), size))
+    alone = _most(read) / hardware.reader
     if hardware.shared:
         return max(sum(read) / hardware.storage, busiest / hardware.host, alone)
     return max(busiest / hardware.storage, alone)
+
+
+def _most(values: Iterable[float]) -> float:
+    return max(values, default=0)

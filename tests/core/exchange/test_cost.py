@@ -43,7 +43,7 @@ def test_a_machine_of_which_little_is_known() -> None:
 )
 def test_every_rank_reads_its_own(hardware: Hardware, seconds: float) -> None:
     assert math.isclose(direct_seconds(READ, hardware), seconds)
-    assert direct_seconds((), hardware) == 0
+    assert direct_seconds((), hardware._replace(upload=1.0, reader=1.0)) == 0
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,8 @@ def test_every_rank_reads_its_own(hardware: Hardware, seconds: float) -> None:
         (LOCAL, Traffic((40,), (0,), 1, 0, (50, 10), (0, 20)), 5.0 + 0.5),
         # what arrives on a server comes over the links of all its ranks
         (LOCAL._replace(between=2.0), Traffic((40,), (0,), 1, crossing=(8, 80)), 20.0 + 0.5),
-        (LOCAL, Traffic((), (), 0), 0.0),
+        (LOCAL._replace(counts=5.0), Traffic((40, 10, 0), (30, 20, 0), 1), 3.0 + 0.5 + 5.0 * 9 / 10),
+        (LOCAL._replace(upload=8.0), Traffic((), (), 0), 0.0),
     ],
 )
 def test_ranks_exchange(hardware: Hardware, traffic: Traffic, seconds: float) -> None:
