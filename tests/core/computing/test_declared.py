@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 
@@ -360,24 +360,32 @@ def test_a_product_is_of_three_dtypes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("short", "said"),
+    ("kind", "needed", "said"),
     [
-        (Concat("a", "t"), Concat("a", "t", axis=0, shares=None)),
-        (QKV("a", "t", 2), QKV("a", "t", groups=2, axis=0, shares=None)),
-        (Interleave("a", "t"), Interleave("a", "t", axis=0, rows=1)),
-        (Stack("a", "t"), Stack("a", "t", axis=0)),
-        (Transpose("a", "t"), Transpose("a", "t", axes=None)),
-        (Experts("a", "t"), Experts("a", "t", transpose=True, merge=True, experts=None, shares=None)),
-        (Part("a", "t", 1, 2), Part("a", "t", number=1, parts=2, axis=0)),
-        (Dequantize(["a", "s"], "t"), Dequantize(["a", "s"], "t", block=(128, 128), dtype="BF16")),
-        (Scale("a", "t"), Scale("a", "t", factor=1.0, dtype=None)),
-        (AddProduct(["w", "b", "a"], "t"), AddProduct(["w", "b", "a"], "t", factor=1.0, dtype=None)),
-        (Pad("a", "t", 8), Pad("a", "t", size=8, axis=0, value=0.0, source_size=None)),
-        (Crop("a", "t", 8), Crop("a", "t", size=8, axis=0, source_size=None, value=0.0)),
+        (Concat, {}, {"axis": 0, "shares": None}),
+        (QKV, {"groups": 2}, {"axis": 0, "shares": None}),
+        (Interleave, {}, {"axis": 0, "rows": 1}),
+        (Stack, {}, {"axis": 0}),
+        (Transpose, {}, {"axes": None}),
+        (Experts, {}, {"transpose": True, "merge": True, "experts": None, "shares": None}),
+        (Part, {"number": 1, "parts": 2}, {"axis": 0}),
+        (Dequantize, {}, {"block": (128, 128), "dtype": "BF16"}),
+        (Scale, {}, {"factor": 1.0, "dtype": None}),
+        (AddProduct, {}, {"factor": 1.0, "dtype": None}),
+        (Pad, {"size": 8}, {"axis": 0, "value": 0.0, "source_size": None}),
+        (Crop, {"size": 8}, {"axis": 0, "source_size": None, "value": 0.0}),
     ],
 )
-def test_what_a_rule_means_that_says_little(short: Rule, said: Rule) -> None:
-    assert short == said
+def test_what_a_rule_means_that_says_little(kind: type[Rule], needed: dict[str, Any], said: dict[str, Any]) -> None:
+    """Arguments that are needed come first, in this order; what else there is has these values by default."""
+    sources = [f"s{number}" for number in range(len(kind.takes) or 1)]
+    short = kind(sources, "t", *needed.values())
+    assert short == kind(sources, "t", *needed.values(), *said.values()) == kind(sources, "t", **needed, **said)
+    for name, value in {**needed, **said}.items():
+        assert getattr(short, name) == value
+
+
+def test_one_expert_has_all() -> None:
     assert Experts("a", "t", experts=1).source_shapes("t", (3, 2)) == [[(2, 3)]]
 
 
