@@ -134,6 +134,18 @@ def test_up_to_64_ranks_have_a_row_of_the_matrix_each(world: int, group: int) ->
     assert total.matrix.sum() == 32
 
 
+@pytest.mark.parametrize(
+    ("files", "group", "columns"), [(64, 1, [16] * 64), (129, 3, [48] * 43), (130, 3, [48] * 43 + [16])]
+)
+def test_up_to_64_files_have_a_column_each(files: int, group: int, columns: list[int]) -> None:
+    """Vectors of 16 bytes, each in a file of its own, that rank 1 wants."""
+    cells = [{(0,): (file,)} for file in range(files)]
+    tensors = [SourceTensor(TensorMeta("w", U8, (16,)), "w", (Placement((1,), held, held),)) for held in cells]
+    demands = [Demand("w", tensor, (Grid((1,), {(0,): (1,)}),)) for tensor in tensors]
+    total = tally(decide(demands, 3, lambda _file, _name: (Extent(0, 16),), LIMITS))
+    assert (total.file_group, total.files.tolist()) == (group, [[0] * len(columns), columns, [0] * len(columns)])
+
+
 def test_a_load_in_which_nothing_is_wanted() -> None:
     table = table_of(count=0)
     assert plan_of(table) == plan_of(table, 1) == ExchangePlan(3, (), (), (), ())
