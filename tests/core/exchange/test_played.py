@@ -169,12 +169,12 @@ def test_memory_to_memory(case: Pair, dtypes: list[DType], data: st.DataObject) 
 @pytest.mark.parametrize("tiered", [False, True])
 def test_more_ranks_and_files_than_the_matrix_shows(tiered: bool) -> None:
     """Totals of groups of neighbours."""
-    before, after = Layout((130,), ((0,), ())), Layout((65, 2), ((), (0,)))
-    source = source_of(before, [TensorMeta("w", DTYPES["F32"], (130, 66))])
-    ways = Ways(gather=False, servers=tuple(rank // 8 for rank in range(130)), tiered=tiered)
-    demands = demands_for(source.tensors, after, range(130))
+    before, after = Layout((65,), ((0,), ())), Layout((13, 5), ((), (0,)))
+    source = source_of(before, [TensorMeta("w", DTYPES["F32"], (65, 20))])
+    ways = Ways(gather=False, servers=tuple(rank // 8 for rank in range(65)), tiered=tiered)
+    demands = demands_for(source.tensors, after, range(65))
     limits = ExchangeLimits(1 << 20, 1 << 12)
-    plan = assert_played(decide(demands, 130, source.stored, limits, None, ways), source, source.whole, 1 << 20)
+    plan = assert_played(decide(demands, 65, source.stored, limits, None, ways), source, source.whole, 1 << 20)
     assert len({chunk.reader for chunk in plan.chunks}) > 64
 
 
