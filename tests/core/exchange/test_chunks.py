@@ -292,6 +292,11 @@ def test_whether_anything_is_sent_and_sent_on(ranks: tuple[int, ...], servers: S
     assert moving(chunks, 4, np.array([2]), servers) == Moving((False, False, moves[0]), (False, False, moves[1]))
 
 
+def test_something_is_sent_on_inside_the_first_server_as_well() -> None:
+    chunks = chunks_of(parts_of([Part(0, 0, 10, (0, 1))]), 4, LIMITS, {0: frozenset({2})}, ALONE)
+    assert moving(chunks, 4, np.array([0]), (0, 0, 1, 1)) == Moving((True,), (True,))
+
+
 def test_what_groups_are_fed_is_no_all_to_all() -> None:
     chunks = chunks_of(parts_of([Part(0, 0, 10, (0, 1))]), 2, LIMITS, None, Ways())
     assert moving(chunks, 2, np.array([0]), (0, 1)) == Moving((False,), (False,))
