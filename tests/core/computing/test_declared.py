@@ -157,6 +157,7 @@ def test_inverses() -> None:
     assert invert([Pad("a", "b", 8, 1, value=2.0, source_size=5)]) == [Crop("b", "a", 5, 1, source_size=8, value=2.0)]
     assert invert([Crop("b", "a", 5, 1, source_size=8, value=2.0)]) == [Pad("a", "b", 8, 1, value=2.0, source_size=5)]
     assert invert([Scale("a", "b", -0.25)]) == [Scale("b", "a", -4.0)]
+    assert invert([Scale("a", "b", 2.0**-1023)]) == [Scale("b", "a", 2.0**1023)]
     back = invert([Scale("a", "a", 0.5), Concat(["a", "b"], "t", shares=(1, 1))])
     assert [(rule.sources, rule.target) for rule in back] == [(("t",), "a"), (("a",), "a")]
     assert back[1] == Scale("a", "a", 2.0)
@@ -168,6 +169,7 @@ def test_inverses() -> None:
         (ALL, "rounded when they were quantised"),
         (AddProduct(["w", "b", "a"], "t"), "cannot be told apart again"),
         (Scale("a", "b", 3.0), "only powers of two"),
+        (Scale("a", "b", 2.0**-1024), "only powers of two"),  # 2 ** 1024 is infinite
         (Scale("a", "b", 2.0, dtype="BF16"), "it rounds to BF16"),
         (Pad("a", "b", 8), "give source_size="),
         (Crop("a", "b", 8), "give source_size="),

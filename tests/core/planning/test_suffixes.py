@@ -101,6 +101,7 @@ def test_weights_are_not_made_up_however_many_are_lost(group: str, beside: str, 
     [
         ("0.w 1.w", "block.10.w block.0.w block.1.w", {"0.w": "block.0.w", "1.w": "block.1.w"}),
         ("w", "low xw .w", {"w": ".w"}),
+        ("d.w", ".d.w", {"d.w": ".d.w"}),
         ("w", "layer.w10 layer_w a/w", {}),
         ("norm.g", "prenorm.g x.prenorm.g x.norm.g", {"norm.g": "x.norm.g"}),
         ("1.w", "x.11.w", {}),
