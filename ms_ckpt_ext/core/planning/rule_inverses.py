@@ -7,6 +7,7 @@ is written twice. The way back is exact, whatever the layout of the target.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,7 +82,7 @@ def _are_two_parts(one: Rule, other: Rule) -> bool:
 
 
 def _joined(sources: tuple[str, ...], axis: int, found: Mapping[int, Part], count: int) -> Rule:
-    absent = next(number for number in range(len(found) + 1) if number not in found)
+    absent = next(number for number in itertools.count() if number not in found)
     if absent < count:
         raise UsageError(
             f"Part of {sources[0]!r} cannot be inverted: nothing takes part {absent} of {count}, so it would be lost"
