@@ -107,7 +107,7 @@ def _files_of_small(task: Task, limits: Limits) -> tuple[int, ...]:
     tensor, targets = task
     if len(targets) != 1 or not tensor.placements:
         return ()
-    (region, landings), placement = targets[0], tensor.placements[0]
+    ((region, landings),), placement = targets, tensor.placements[0]
     if len(landings) != 1 or region.stop != tensor.meta.shape or any(region.start) or prod(placement.parts) > 1:
         return ()
     (landing,) = landings

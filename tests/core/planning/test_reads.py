@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from ms_ckpt_ext.core.geometry.array import Region
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.strided import StridedCopy
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
 from ms_ckpt_ext.core.planning.io_units import Batch, Extent, Landing, Target, Task
+from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
 from ms_ckpt_ext.core.planning.schedule import schedule
 from ms_ckpt_ext.rules import Stack
 from tests.core.planning.test_schedule import LIMITS, at, reads, tensor, whole
@@ -76,7 +77,7 @@ def test_long_gaps_are_read_over_where_little_of_a_read_is_one(offset: int) -> N
         ((2, 30), [Region((0, 0), (2, 20))], [(0, 500, 50)]),
         ((2, 31), [Region((0, 0), (2, 20))], [(0, 500, 20), (0, 531, 20)]),
         # the share counts from where the first copy begins, though the last one wants all that it spans
-        ((2, 50), [Region((0, 0), (2, 8)), Region((1, 8), (2, 50))], [(0, 500, 8), (0, 550, 50)]),
+        ((2, 30), [Region((0, 0), (2, 4)), Region((1, 4), (2, 30))], [(0, 500, 4), (0, 530, 30)]),
         # eight bytes between eight that are wanted are no long gap, however long the read
         ((6, 12), [Region((0, 0), (6, 4)), Region((0, 4), (6, 8))], [(0, 500, 68)]),
         ((6, 13), [Region((0, 0), (6, 4)), Region((0, 4), (6, 8))], [(0, 500, 60), (0, 565, 8)]),
@@ -159,3 +160,12 @@ def test_stacked_rows_at_even_distances_are_one_copy(offsets: tuple[int, ...], c
     (unit,) = schedule([whole(made)], at(lying), LIMITS)
     assert isinstance(unit, Batch)
     assert [copy.copy for copy in unit.reads[0].copies] == copies
+
+
+def test_what_a_read_brings_anyhow_is_not_read_twice() -> None:
+    """An element is longer than a tile here, and two targets want it."""
+    box = Region((0,), (1,))
+    source = stored_whole(TensorMeta("a", DTYPES["F32"], (1,)), (0,))
+    task = Task(source, tuple(Target(box, (Landing(n, (Extent(0, 4),)),)) for n in range(2)))
+    (unit,) = schedule([task], at({"a": 500}), LIMITS._replace(tile=1))
+    assert reads(unit) == [(0, 500, 4)]
