@@ -42,7 +42,7 @@ class Assembly(NamedTuple):
     region: Region
     moved: tuple[Sourced, ...]
     steps: tuple[Step, ...]
-    kept: bool = False
+    kept: bool
 
     @property
     def nbytes(self) -> int:

@@ -85,8 +85,9 @@ class Pattern:
         ['blocks.1.w', 'blocks.2.w']
         """
         bounds = [self._bounds.get(key, (0, None)) for key in self.keys]
-        if all(high is not None for _, high in bounds):
-            for numbers in product(*(map(str, range(low, high or 0)) for low, high in bounds)):
+        ranges = [range(low, high) for low, high in bounds if high is not None]
+        if len(ranges) == len(bounds):
+            for numbers in product(*(map(str, each) for each in ranges)):
                 yield self.fill(dict(zip(self.keys, numbers))), numbers
 
     def fill(self, values: Mapping[str, str]) -> str:

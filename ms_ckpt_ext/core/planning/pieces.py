@@ -237,4 +237,5 @@ def _shift(piece: Piece, rest: Region, target: Region) -> Piece:
 
 
 def _cell_at(placement: Placement, region: Region, tensor: SourceTensor) -> Cell:
-    return pieces(tensor.meta.shape, placement.parts, region)[0].cell
+    (piece,) = pieces(tensor.meta.shape, placement.parts, region)  # what is missing lies in one cell of each placement
+    return piece.cell

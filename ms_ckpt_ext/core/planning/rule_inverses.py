@@ -82,12 +82,12 @@ def _are_two_parts(one: Rule, other: Rule) -> bool:
 
 
 def _joined(sources: tuple[str, ...], axis: int, found: Mapping[int, Part], count: int) -> Rule:
-    absent = next(number for number in itertools.count() if number not in found)
+    (source,), absent = sources, next(number for number in itertools.count() if number not in found)
     if absent < count:
         raise UsageError(
-            f"Part of {sources[0]!r} cannot be inverted: nothing takes part {absent} of {count}, so it would be lost"
+            f"Part of {source!r} cannot be inverted: nothing takes part {absent} of {count}, so it would be lost"
         )
-    return Concat([found[number].target for number in range(count)], sources[0], axis=axis, shares=(1,) * count)
+    return Concat([found[number].target for number in range(count)], source, axis=axis, shares=(1,) * count)
 
 
 class _Origin(NamedTuple):
@@ -143,11 +143,11 @@ class Inverse(Rule):
 
     def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
         """See `Rule`; the members are the tensor as it is, and as the forward rule sees it."""
-        tensor, *seen = all_of(members)
-        if not seen:
+        tensor, *others = all_of(members)
+        if not others:
             return SourceTensor(tensor.meta._replace(name=name), tensor.stored_name, tensor.placements, tensor.recipe)
-        origin = _plan(self.rule, tensor.meta.shape).origins[self._which(name)]
-        return made_of(name, origin.shape, origin.view, [Block(seen[0], origin.region, origin.axes, origin.start)])
+        (seen,), origin = others, _plan(self.rule, tensor.meta.shape).origins[self._which(name)]
+        return made_of(name, origin.shape, origin.view, [Block(seen, origin.region, origin.axes, origin.start)])
 
     def source_shapes(self, name: str, shape: Shape) -> list[list[Shape]]:
         """Not defined: `invert` gives back the rule itself."""

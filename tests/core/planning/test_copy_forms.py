@@ -33,6 +33,7 @@ def test_a_piece_that_comes_again_is_known() -> None:
     other = forms.of(columns(4), (4, 2), U8)
     assert other is not known
     assert other.parts[0].form is known.parts[0].form, "equal forms are one object"
+    assert forms.of(piece, (4, 2), U8) is known, "still"
     assert forms.run_of(7) is forms.run_of(7) == Form(7, (), (), (), 7)
 
 

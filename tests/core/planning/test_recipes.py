@@ -95,6 +95,7 @@ def test_four_bits_are_seen_as_bytes() -> None:
     found = packed_as_bytes(tensor("w", 4, 6, dtype="F4"))
     assert (found.meta.shape, found.meta.dtype.name) == ((4, 3), "U8")
     assert packed_as_bytes(tensor("w", 4, 8, dtype="F4", parts=(1, 2))).meta.shape == (4, 4)
+    assert packed_as_bytes(tensor("w", 8, dtype="F4", parts=(2,))).meta.shape == (4,)
     for refused in (tensor("w", 4, 5, dtype="F4"), tensor("w", 4, 6, dtype="F4", parts=(1, 2))):
         with pytest.raises(LayoutMismatchError, match="is cut inside one"):
             packed_as_bytes(refused)
@@ -199,6 +200,27 @@ def test_which_operands_are_needed_whole() -> None:
     ):
         every = [*assembled(made, Region.whole(made.meta.shape)).every()]
         assert [(each.number, each.kept) for each in every] == list(enumerate(kept))
+
+
+def test_what_is_moved_stands_beside_what_is_computed() -> None:
+    """In either order, whatever comes first in the box."""
+    for names in (["scaled", "a"], ["a", "scaled"]):
+        made = apply_rules({**HELD, "scaled": MADE["scaled"]}, [Concat(names, "t")])["t"]
+        found = assembled(made, Region.whole((8, 6)))
+        assert [sourced.stored_name for sourced in found.moved] == ["a"]
+        assert [step.piece.in_target.shape for step in found.steps] == [(4, 6)]
+
+
+def test_what_is_computed_of_an_absent_slice_is_missing() -> None:
+    made = apply_rules({"h": tensor("h", 4, 6, parts=(2, 1))}, [Scale("h", "t", 2.0)])["t"]
+    assert len(locate(made, Region((0, 0), (2, 6)))) == 1
+    with pytest.raises(CoverageError, match="'h': no file holds region"):
+        locate(made, Region((1, 0), (3, 6)))
+
+
+def test_a_view_splits_the_axes_of_its_parameter() -> None:
+    with pytest.raises(ValueError, match="does not split the axes"):
+        made_of("t", (6, 4), (4, 6), [Block(HELD["a"], Region.whole((4, 6)), (0, 1), (0, 0))])
 
 
 def test_rules_without_inverse_say_so() -> None:

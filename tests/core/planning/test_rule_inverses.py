@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import ms_ckpt_ext
-from ms_ckpt_ext.core.geometry.array import DTYPES
+from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.geometry.layout import Layout
 from ms_ckpt_ext.core.planning.apply_rules import apply_rules
-from ms_ckpt_ext.core.planning.pieces import TensorMeta, stored_whole
+from ms_ckpt_ext.core.planning.pieces import SourceTensor, TensorMeta, locate, stored_whole
+from ms_ckpt_ext.core.planning.recipes import Block, box_of_stored, made_of
 from ms_ckpt_ext.errors import ArgumentTypeError, LayoutMismatchError, UsageError
-from ms_ckpt_ext.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Stack, Transpose, invert
+from ms_ckpt_ext.rules import QKV, Concat, Experts, Interleave, Part, Rename, Rule, Scale, Stack, Transpose, invert
 from tests.core.planning.test_weight_rules import Case, cases, layout_for, strategy
 from tests.support.checkpoints import cut
 
@@ -93,6 +95,40 @@ def test_parts_are_joined_again() -> None:
     assert invert(others) == [Concat(["o"], "other", shares=(1,)), back]
     with pytest.raises(UsageError, match="nothing takes part 1 of 3"):
         invert([Part("fused", "gate", 0, 3), Part("fused", "up", 2, 3)])
+
+
+def test_rules_that_compute_go_back_from_the_last_to_the_first() -> None:
+    """Each takes what the one before it made, be it of the same name."""
+    named, *scaled = invert([Scale("a", "a", 2.0), Scale("a", "b", 4.0), Rename("b", "c")])
+    assert (named.sources, named.target) == (("c",), "b")
+    assert scaled == [Scale("b", "a", 0.25), Scale("a", "a", 0.5)]
+    moved = [Stack(["a", "b"], "t"), Rename("c", "s")]
+    assert [(rule.sources, rule.target) for rule in invert(moved)] == [(("t",), "a"), (("s",), "c")]
+    with pytest.raises(UsageError, match="'a' is used twice"):
+        invert([*invert([Rename("x", "y")]), Rename("a", "a"), Rename("a", "t")])
+
+
+class Grid(Rule):
+    """Four vectors of three as the rows of a grid: sources that lack two axes of their target."""
+
+    def make(self, name: str, members: Sequence[Sequence[SourceTensor]]) -> SourceTensor:
+        """See `Rule`."""
+        corners = [(row, column, 0) for row in range(2) for column in range(2)]
+        blocks = [Block(tensor, Region.whole((3,)), (2,), at) for (tensor,), at in zip(members, corners)]
+        return made_of(name, (2, 2, 3), (2, 2, 3), blocks)
+
+    def source_shapes(self, name: str, shape: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
+        """See `Rule`."""
+        return [[(3,)]] * 4
+
+
+def test_a_source_may_lack_several_axes() -> None:
+    held = {"t": stored_whole(TensorMeta("t", DTYPES["F32"], (2, 2, 3)), (0,))}
+    made = apply_rules(held, invert([Grid(["a", "b", "c", "d"], "t")]))
+    assert {name: tensor.meta.shape for name, tensor in made.items()} == dict.fromkeys("abcd", (3,))
+    assert box_of_stored(made["c"]) == (held["t"], Region((1, 0, 0), (2, 1, 3)))
+    (piece,) = locate(made["b"], Region((1,), (3,)))
+    assert piece.piece.in_source == Region((0, 1, 1), (1, 2, 3))
 
 
 def test_twice_inverted_is_the_rule() -> None:

@@ -154,6 +154,7 @@ def test_parameters_that_are_made_of_one_tensor_share_reads() -> None:
     tasks = {name: whole(made[name]) for name in ("up", "gate", "h")}
     assert tasks["up"].shares(tasks["gate"])
     assert not tasks["up"].shares(tasks["h"])
+    assert not tasks["up"].shares(whole(held["f"])) and not whole(held["f"]).shares(tasks["up"])
     assert not tasks["h"].shares(tasks["up"])
     assert not tasks["h"].shares(tasks["h"]), "a stored one is read by itself"
     filled = SourceTensor(TensorMeta("z", DTYPES["U8"], (4,)), "", (), Computation(Fill(b"\x00"), ()))
