@@ -69,6 +69,21 @@ def test_rules_behind_take_what_is_computed() -> None:
     assert kinds(made) == {"all": ("BF16", (2, 256, 300)), "norm.weight": ("BF16", (300,))}
 
 
+def test_an_adapter_is_added_to_what_is_dequantised_and_rules_behind_take_the_sum() -> None:
+    tensors = {**FOLDER, **held(e__0__w__B=("F32", (256, 2)), turned=("F32", (300, 2)))}
+    added = AddProduct(["{*}.weight", "{*}.B", "{*}.A"], "{*}.weight")
+    made = apply_rules(tensors, [ALL, Transpose("turned", "e.0.w.A"), added, Stack("e.{n}.w.weight", "all")])
+    assert kinds(made) == {"all": ("BF16", (2, 256, 300)), "norm.weight": ("BF16", (300,))}
+    assert isinstance(made["all"].recipe, Recipe)
+    first, second = (block.tensor.recipe for block in made["all"].recipe.blocks)
+    assert isinstance(first, Computation)
+    assert isinstance(second, Computation)
+    assert first.operation == AddedProduct(1.0, ("BF16", "F32", "F32"), 2, "BF16")
+    weight = first.operands[0].recipe
+    assert isinstance(weight, Computation)
+    assert weight.operation == second.operation
+
+
 def test_what_a_rule_that_computes_takes_of_one_that_moves_is_no_result() -> None:
     made = apply_rules(held(a=("F32", (2, 2)), b=("F32", (3, 2))), [Concat(["a", "b"], "ab"), Scale("ab", "c", 3.0)])
     assert kinds(made) == {"c": ("F32", (5, 2))}
