@@ -222,7 +222,7 @@ def _merged(shape: Shape, source: int, source_strides: Shape, target: int, targe
     for count, s, t in reversed(list(zip(shape, source_strides, target_strides))):
         if count == 1:
             continue
-        if (s, t) == (length * step, length * landing):
+        if s == length * step and t == length * landing:
             length *= count
         else:
             axes.append((length, step, landing))
