@@ -14,7 +14,7 @@ import numpy as np
 
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, SLAB
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
-from ms_ckpt_ext.core.exchange.ragged import Ints, by_number
+from ms_ckpt_ext.core.exchange.ragged import Ints, by_number, joined, narrow
 from ms_ckpt_ext.core.exchange.rounds import Gathering
 
 
@@ -33,13 +33,13 @@ def reads_of(table: ExchangeTable, gathered: Sequence[Gathering]) -> Reads:
     chunks, start = table.chunks, table.chunks.start[:-1]
     alone = (chunks.reader < table.world) & (not chunks.parts.in_memory)
     first, last = (by.reduceat(table.round_of, start)[alone] for by in (np.minimum, np.maximum))
-    columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone], first, last]]
+    columns = [[chunks.reader[alone], chunks.file[alone], chunks.nbytes[alone].astype(np.int64), first, last]]
     for each in gathered:
         pieces = each.stream.pieces
         members = np.array(chunks.parts.sets.members[each.group.ranks])
         when = np.full(len(pieces.member), each.round)
         columns.append([members[pieces.member], pieces.file, pieces.nbytes, when, when])
-    return Reads(*(np.concatenate(column) for column in zip(*columns)))
+    return Reads(*(joined(column, column[0].dtype) for column in zip(*columns)))
 
 
 def held_bytes(reads: Reads, world: int, rounds: int, prefetch: int) -> Ints:
@@ -70,8 +70,8 @@ class _Slabs(NamedTuple):
 
 def _slabs_of(reads: Reads, world: int) -> _Slabs:
     """As large as what is read for a round, up to `SLAB`, and as the largest chunk."""
-    order = np.lexsort((reads.first, reads.reader))
-    reader, first, nbytes = reads.reader[order], reads.first[order], reads.nbytes[order].astype(np.int64)
+    order = np.lexsort((reads.first, reads.reader)).astype(narrow(len(reads.reader)))
+    reader, first, nbytes = reads.reader[order], reads.first[order], reads.nbytes[order]
     before = np.concatenate([[0], np.cumsum(nbytes + -nbytes % ALIGNMENT)])
     begins = np.append(True, (np.diff(reader) != 0) | (np.diff(first) != 0))[: len(order)]
     runs = np.append(np.flatnonzero(begins), len(order))
