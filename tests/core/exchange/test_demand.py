@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from ms_ckpt_ext.core.exchange.demand import Demand, ExchangeLimits, Grid, Leg, Servers, Ways, legs, local_pieces
+from ms_ckpt_ext.core.exchange.demand import (
+    Demand,
+    ExchangeLimits,
+    Grid,
+    Leg,
+    Servers,
+    Ways,
+    boxes_moved,
+    legs,
+    local_pieces,
+)
 from ms_ckpt_ext.core.geometry.array import DTYPES, Region
 from ms_ckpt_ext.core.planning.pieces import Placement, SourceTensor, TensorMeta
 
@@ -73,3 +83,15 @@ def test_a_rank_takes_of_its_memory_what_of_its_box_it_holds() -> None:
         [],
     ]
     assert {(p.demand, p.name, p.shape, p.dtype.name) for p in local_pieces(demand, 7, 0)} == {(7, "held", (4,), "F32")}
+
+
+def test_what_is_stored_lands_in_the_box_that_is_wanted() -> None:
+    """It is not kept for anything that is computed."""
+    holders = {(0,): (0,), (1,): (1,)}
+    tensor = SourceTensor(TensorMeta("w", DTYPES["F32"], (8,)), "held", (Placement((2,), holders, holders),))
+    [box] = boxes_moved(tensor, Region((2,), (6,)))
+    assert (box.into, box.dtype, box.shape, box.kept) == (0, DTYPES["F32"], (4,), False)
+    assert [(files, piece.in_target) for piece, files, *_ in box.pieces] == [
+        ((0,), Region((0,), (2,))),
+        ((1,), Region((2,), (4,))),
+    ]
