@@ -174,8 +174,8 @@ class Batch(NamedTuple):
 
     reads: tuple[Read, ...]
     stretches: tuple[Stretch, ...]
-    last: bool = False
-    computes: tuple[Compute, ...] = ()
+    last: bool
+    computes: tuple[Compute, ...]
 
     @property
     def nbytes(self) -> int:

@@ -119,7 +119,7 @@ def test_sizes_by_default() -> None:
 
 
 def test_bytes_of_units() -> None:
-    units = Direct(0, 0, 0, 0, 7), Read(0, EXTENTS, ()), Batch((), (Stretch(3, ()), Stretch(4, ())))
+    units = Direct(0, 0, 0, 0, 7), Read(0, EXTENTS, ()), Batch((), (Stretch(3, ()), Stretch(4, ())), True, ())
     assert [unit.nbytes for unit in units] == [7, 12, 7]
 
 
