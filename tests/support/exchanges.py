@@ -219,7 +219,7 @@ def assert_within(plan: ExchangePlan, played: Sequence[Sequence[object]], bucket
             if turn.spread is not None:
                 passed += [*turn.spread.send_counts, *turn.spread.receive_counts]
             padding = 16 * (2 * len(turns) + len(turn.gathers) * len(turns)) * 2
-            assert read + sum(passed) <= bucket * 9 / 8 + padding
+            assert read + sum(passed) <= bucket + padding
 
 
 def assert_played(

@@ -4,7 +4,8 @@ demand     what the ranks want, what they have in memory, and the sizes that bou
 slices     what lands where of which source slice, in boxes that travel as they are
 parts      which sets of ranks want which cut
 chunks     the long reads that bring the parts, and who makes them; what of them concerns one rank
-rounds     which parts travel together, and what groups gather of them in equal shares
+rounds     which parts travel together
+streams    what groups gather of them in equal shares
 tiers      what crosses between servers once, and is spread inside
 plan       all of it put together
 one_rank   what one rank packs, sends, receives and unpacks in a round

@@ -28,7 +28,8 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup, Moving
 from ms_ckpt_ext.core.exchange.demand import ALL_RANKS, Demand, ExchangeLimits, Sees, Ways
 from ms_ckpt_ext.core.exchange.parts import Located, parts_of
 from ms_ckpt_ext.core.exchange.ragged import Ints
-from ms_ckpt_ext.core.exchange.rounds import Classes, Gathering, classes_of, gatherings, rounds_of
+from ms_ckpt_ext.core.exchange.rounds import Classes, classes_of, rounds_of
+from ms_ckpt_ext.core.exchange.streams import Gathering, gatherings
 from ms_ckpt_ext.core.exchange.tiers import turns
 from ms_ckpt_ext.core.geometry.array import DType, Region, Shape, View
 from ms_ckpt_ext.core.planning.io_units import Extent

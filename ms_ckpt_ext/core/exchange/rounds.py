@@ -4,17 +4,11 @@ The bucket is shared out between reading, sending and receiving as the whole loa
 before the others; each has an eighth at least. In a tiered plan half of what is for receiving is for sending on.
 
 Every reader has a queue of parts, in the order of the parameters, and so has every group that gathers. In a round they
-take turns, all at once: each offers its next part; those that fit what is left of its own share (read, sent) and of the
-receivers' shares, counted in the order of the ranks, are taken. Who cannot go on waits for the next round. A part that
-is too large for any round travels alone.
+take turns, all at once: each offers its next part; those that fit what is left of the readers' shares (read, sent) and
+of the receivers', counted in the order of the queues, are taken. One share holds for what a rank reads and sends alone
+and for all its groups. Who cannot go on waits for the next round. A part that is too large for any round travels alone.
 
 Receivers are counted by *classes*: ranks that get the same parts throughout (replicas) fill up together.
-
-The parts that a group wants whole are laid one after another, as they lie in their files: a *stream*. It is cut into as
-many equal shares as there are ranks; each reads its share, whatever parts that touches, and an all-gather of equal
-shares puts the stream together on all of them. So nobody contributes more than another, and nothing is padded but the
-end of the stream, to a multiple of `ALIGNMENT` bytes a rank. Where one rank reads for the group, the stream is its
-share, which it broadcasts.
 """
 
 from __future__ import annotations
@@ -24,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks, FedGroup
-from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits, Ways
+from ms_ckpt_ext.core.exchange.chunks import EVERYBODY, Chunks
+from ms_ckpt_ext.core.exchange.demand import ExchangeLimits, Ways
 from ms_ckpt_ext.core.exchange.parts import Rows
 from ms_ckpt_ext.core.exchange.ragged import (
     Ints,
@@ -129,11 +123,12 @@ class _Filler:
         sizes = np.array([len(members) for members in parts.sets.members], np.int64)
         self._carries = 2 if ways.tiered else 1
         self._copies, self._nbytes = _copies(rows, _receivers(parts.sets, ways) if ways.tiered else sizes), rows.nbytes
-        sharing = [int(sizes[each.ranks]) if each.root == EVERYBODY else 1 for each in chunks.groups]
-        self._members = np.concatenate([np.ones(self._world, np.int64), np.array(sharing, np.int64)])
+        feeding = [parts.sets.members[each.ranks] if each.root == EVERYBODY else (each.root,) for each in chunks.groups]
+        self._sharing = np.append(np.ones(self._world, np.int64), np.fromiter(map(len, feeding), np.int64))
+        self._work, self._workers = starts(self._sharing), joined([np.arange(self._world), *map(np.array, feeding)])
         self._class_of = np.concatenate([classes.of_rank, np.full(len(chunks.groups), len(classes.size))])
         self._queue = _queue(chunks)
-        offers = sums(chunks.reader, np.diff(chunks.start), len(self._members))
+        offers = sums(chunks.reader, np.diff(chunks.start), len(self._sharing))
         self._stop = np.cumsum(offers)
         self._head = self._stop - offers
         self._reads = np.zeros(len(parts.row), chunks.nbytes.dtype)
@@ -145,13 +140,15 @@ class _Filler:
 
     def _totals(self, chunks: Chunks, gathered: Ints) -> Shares:
         """What the ranks with the most of it read, send and receive in all; what a reader keeps counts as sent, too."""
-        reads = sums(chunks.reader, chunks.staged, len(self._members))
+        readers = np.arange(len(self._sharing))
+        reads = sums(chunks.reader, chunks.staged, len(readers))
         copies = np.where(gathered, self._nbytes[self._row], self._copies[self._row])
-        sent = sums(chunks.reader[chunks.of_part], copies, len(self._members))
+        sent = sums(chunks.reader[chunks.of_part], copies, len(readers))
         times = np.bincount(self._row, minlength=len(self._nbytes))
         owner, entry = entries_of(self._classes.start, np.arange(len(self._nbytes)))
         wanted = sums(self._classes.gets[entry], self._classes.nbytes[entry] * times[owner], len(self._classes.size))
-        each = (column // self._members for column in (reads, sent))
+        _, rank, *work = self._work_of(readers, reads, sent)
+        each = (sums(rank, column, self._world) for column in work)
         return Shares(*(int(column.max()) for column in (*each, wanted * self._carries)))
 
     def fill(self) -> Ints:
@@ -160,7 +157,7 @@ class _Filler:
             active = np.flatnonzero(self._head < self._stop)
             if not len(active):
                 return self._round.astype(narrow(number))
-            self._sent, self._read = self._shares.sent * self._members, self._shares.read * self._members
+            self._read, self._sent = (np.full(self._world, share) for share in self._shares[:2])
             self._room = np.full(len(self._classes.size), self._shares.received // self._carries)
             empty, several = True, most
             while len(active):
@@ -188,12 +185,14 @@ class _Filler:
         got = sums(gets, nbytes, len(self._room))
         sent = sums(which, np.where(readers < self._world, self._copies[row] - own, self._nbytes[row]), len(active))
         reads = sums(which, self._reads[part], len(active))
-        if (sent > self._sent[active]).any() or (reads > self._read[active]).any() or (got > self._room).any():
+        _, rank, *work = self._work_of(active, reads, sent)
+        reads, sent = (sums(rank, column, self._world) for column in work)
+        if (sent > self._sent).any() or (reads > self._read).any() or (got > self._room).any():
             return False
         self._round[part] = number
         self._head[active] += counts
-        self._sent[active] -= sent
-        self._read[active] -= reads
+        self._sent -= sent
+        self._read -= reads
         self._room -= got
         return True
 
@@ -201,23 +200,25 @@ class _Filler:
         """Every active reader offers its next part; returns those that may offer another."""
         part = self._queue[self._head[active]]
         row = self._row[part]
-        *columns, own = self._loads(active, row)
-        by_class = np.argsort(columns[1], kind="stable")
-        owner, gets, nbytes = (column[by_class] for column in columns)
+        owner, gets, nbytes, own = self._loads(active, row)
         sent = np.where(active < self._world, self._copies[row] - own, self._nbytes[row])
-        reads = self._reads[part]
-        fits = (self._sent[active] >= sent) & (self._read[active] >= reads)
-        fits[owner[self._crowded(gets, nbytes, owner)]] = False
-        taken, some = fits.copy(), fits[owner]
-        taken[owner[some][self._crowded(gets[some], nbytes[some])]] = False
+        which, rank, reads, sent = self._work_of(active, self._reads[part], sent)
+        needs = [
+            _Need(self._room, *_by_place(owner, gets, nbytes)),
+            *(_Need(room, *_by_place(which, rank, work)) for room, work in ((self._read, reads), (self._sent, sent))),
+        ]
+        fits = np.ones(len(active), bool)
+        for need in needs:
+            fits[need.alone()] = False
+        taken = fits.copy()
+        for need in needs:
+            taken[need.of(fits).together()] = False
         if empty and not taken.any():
             taken[0] = True
-        readers, mine = active[taken], taken[owner]
         self._round[part[taken]] = number
-        self._head[readers] += 1
-        self._sent[readers] -= sent[taken]
-        self._read[readers] -= reads[taken]
-        self._room -= sums(gets[mine], nbytes[mine], len(self._room))
+        self._head[active[taken]] += 1
+        for need in needs:
+            need.of(taken).take()
         again: Ints = active[fits & (self._head[active] < self._stop[active])]
         return again
 
@@ -231,91 +232,47 @@ class _Filler:
         travels = ~(stays & (classes.size[gets] == 1))
         return owner[travels], gets[travels], nbytes[travels], own
 
-    def _crowded(self, gets: Ints, nbytes: Ints, *owner: Ints) -> Ints:
-        """Of entries in the order of their class, which no longer fit it after those before them; or, where owners are
-        given, after those of the same owner before them: a part may have several boxes for one class."""
-        begins = np.any([np.diff(column, prepend=-1) != 0 for column in (gets, *owner)], axis=0)
-        first, total = np.flatnonzero(begins), np.cumsum(nbytes)
-        before = np.repeat((total - nbytes)[first], np.diff(np.append(first, len(gets))))
-        crowded: Ints = total - before > self._room[gets]
-        return crowded
+    def _work_of(self, active: Ints, reads: Ints, sent: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """(which reader, rank) of the ranks that do the work of readers, and what each reads and sends of it."""
+        which, entry = entries_of(self._work, active)
+        shared = self._sharing[active]
+        reads, sent = ((-(-column // shared))[which] for column in (reads, sent))
+        return which, self._workers[entry], reads, sent
 
 
-class Pieces(NamedTuple):
-    """Reads of a stream, as columns, in its order: which member reads how many bytes from where, and their place."""
+class _Need(NamedTuple):
+    """What offers need of the room that there is in places (ranks, or classes of them), in the order of the places."""
 
-    member: Ints
-    file: Ints
-    offset: Ints
+    room: Ints
+    owner: Ints
+    place: Ints
     nbytes: Ints
-    at: Ints
+
+    def of(self, some: Ints) -> _Need:
+        """What some of the owners need."""
+        kept = some[self.owner]
+        return _Need(self.room, *(column[kept] for column in self[1:]))
+
+    def alone(self) -> Ints:
+        """Owners that do not fit where there is no other; one may need several stretches of one place."""
+        return self.owner[self._before(self.owner, self.place) + self.nbytes > self.room[self.place]]
+
+    def together(self) -> Ints:
+        """Owners that do not fit after those before them."""
+        return self.owner[self._before(self.place) + self.nbytes > self.room[self.place]]
+
+    def take(self) -> None:
+        """Take the room."""
+        np.subtract.at(self.room, self.place, self.nbytes)
+
+    def _before(self, *columns: Ints) -> Ints:
+        """What entries before this one need that are equal to it in these columns; equal ones lie together."""
+        begins = np.any([np.diff(column, prepend=-1) != 0 for column in columns], axis=0)
+        first, before = np.flatnonzero(begins), np.cumsum(self.nbytes) - self.nbytes
+        found: Ints = before - np.repeat(before[first], np.diff(np.append(first, len(self.owner))))
+        return found
 
 
-class Stream(NamedTuple):
-    """A stream.
-
-    Attributes:
-        at: where every part begins in it.
-        share: bytes of every member's share, of which the last may have less to read; of all, where one reads.
-        pieces: the reads.
-    """
-
-    at: Ints
-    share: int
-    pieces: Pieces
-
-
-class Gathering(NamedTuple):
-    """What a group is fed in a round: the group, the parts by number, and their stream."""
-
-    round: int
-    group: FedGroup
-    parts: Ints
-    stream: Stream
-
-
-def gatherings(chunks: Chunks, round_of: Ints, world: int, most: int) -> Iterator[Gathering]:
-    """Everything that is gathered, by round, then by group; `most`: bytes of a read at most."""
-    parts = chunks.parts
-    group = chunks.reader[chunks.of_part].astype(np.int64) - world
-    numbers = np.flatnonzero(group >= 0)
-    order = numbers[np.lexsort((group[numbers], round_of[numbers]))]
-    differ = (np.diff(round_of[order]) != 0) | (np.diff(group[order]) != 0)
-    for same in np.split(order, np.flatnonzero(differ) + 1):
-        if len(same):
-            fed = chunks.groups[int(group[same[0]])]
-            members = parts.sets.members[fed.ranks]
-            sizes = parts.rows.nbytes[parts.row[same]].astype(np.int64)
-            columns = (parts.file[same], parts.offset[same].astype(np.int64), sizes)
-            stream = stream_of(*columns, len(members) if fed.root == EVERYBODY else 1, most)
-            if fed.root != EVERYBODY:
-                stream.pieces.member[:] = members.index(fed.root)
-            yield Gathering(int(round_of[same[0]]), fed, same, stream)
-
-
-def stream_of(file: Ints, offset: Ints, nbytes: Ints, members: int, most: int) -> Stream:
-    """The stream of parts that lie at `offset` of `file`, `nbytes` long; parts that are neighbours stay so.
-
-    >>> stream = stream_of(np.array([0, 0, 1]), np.array([0, 40, 8]), np.array([40, 24, 10]), 2, 1 << 20)
-    >>> stream.at.tolist(), stream.share
-    ([0, 40, 64], 48)
-    >>> [list(map(int, piece)) for piece in zip(*stream.pieces)]
-    [[0, 0, 0, 48, 0], [1, 0, 48, 16, 48], [1, 1, 8, 10, 64]]
-    """
-    begins = np.ones(len(file), bool)
-    begins[1:] = (file[1:] != file[:-1]) | (offset[1:] != offset[:-1] + nbytes[:-1])
-    first = np.flatnonzero(begins)
-    length = np.add.reduceat(nbytes, first)
-    padded = length + -length % ALIGNMENT
-    start = np.cumsum(padded) - padded
-    run = np.cumsum(begins) - 1
-    at = start[run] + offset - offset[first][run]
-    share = -(-int(start[-1] + length[-1]) // members)
-    share += -share % ALIGNMENT
-    low = np.unique(np.concatenate([start, (np.arange(members)[:, None] * share + np.arange(0, share, most)).ravel()]))
-    within = np.searchsorted(start, low, side="right") - 1
-    stop = np.minimum(np.append(low[1:], share * members), (start + length)[within])
-    read = stop > low
-    low, stop, within = low[read], stop[read], within[read]
-    pieces = Pieces(low // share, file[first][within], offset[first][within] + low - start[within], stop - low, low)
-    return Stream(at, share, pieces)
+def _by_place(owner: Ints, place: Ints, nbytes: Ints) -> Iterator[Ints]:
+    order = np.argsort(place, kind="stable")
+    return (column[order] for column in (owner, place, nbytes))

@@ -15,7 +15,7 @@ import numpy as np
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, SLAB
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
 from ms_ckpt_ext.core.exchange.ragged import Ints, by_number, joined, narrow
-from ms_ckpt_ext.core.exchange.rounds import Gathering
+from ms_ckpt_ext.core.exchange.streams import Gathering
 
 
 class Reads(NamedTuple):

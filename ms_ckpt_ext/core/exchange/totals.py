@@ -16,8 +16,8 @@ from ms_ckpt_ext.core.exchange.chunks import EVERYBODY
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT
 from ms_ckpt_ext.core.exchange.plan import ExchangeTable
 from ms_ckpt_ext.core.exchange.ragged import Ints, by_number, entries_of, starts, sums
-from ms_ckpt_ext.core.exchange.rounds import Gathering
 from ms_ckpt_ext.core.exchange.staging import held_bytes, reads_of
+from ms_ckpt_ext.core.exchange.streams import Gathering
 from ms_ckpt_ext.core.exchange.tiers import all_teams, broadcast_crossing, gather_crossing, hops
 
 MATRIX = 64

@@ -242,3 +242,15 @@ def test_what_groups_are_fed_crosses_between_servers(servers: tuple[int, ...], b
     assert_played(table, source, source.whole, 1 << 14, sees)
     total = tally(table)
     assert total.between.sum() == total.crossing.sum() >= max(servers) * 48 * 64 * 4
+
+
+def test_a_bucket_holds_for_what_a_rank_reads_alone_and_with_all_together() -> None:
+    source = source_of(Layout((1,), ((), ())), [TensorMeta(name, DTYPES["U8"], (512, 256)) for name in "ab"])
+    halves = Grid((), {(0, 0, 512, 176): (0, 1), (0, 80, 512, 256): (2, 3)}, uneven=True)
+    demands = [
+        Demand("a", source.tensors["a"], (Grid((1, 1), {(0, 0): (0, 1, 2, 3)}),)),
+        Demand("b", source.tensors["b"], (halves,)),
+    ]
+    table = decide(demands, 4, source.stored, ExchangeLimits(1 << 16, 1 << 12))
+    plan = assert_played(table, source, source.whole, 1 << 16)
+    assert any(each.gathers and each.parts for each in plan.rounds)

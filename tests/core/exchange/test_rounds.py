@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 import pytest
 from hypothesis import example, given, settings
@@ -47,9 +48,9 @@ class Model:
         kind = [tuple(number for number, ranks in enumerate(members) if rank in ranks) for rank in range(world)]
         alike = Counter(kind)
         self.queues: dict[int, list[int]] = {}
-        self.size = dict.fromkeys(range(world), 1)
-        self.size.update(
-            (world + n, len(members[each.ranks]) if each.root == EVERYBODY else 1)
+        self.workers: dict[int, tuple[int, ...]] = {rank: (rank,) for rank in range(world)}
+        self.workers.update(
+            (world + n, members[each.ranks] if each.root == EVERYBODY else (each.root,))
             for n, each in enumerate(chunks.groups)
         )
         self.read, self.sent, self.gets, self.wanted = [], [], [], Counter[tuple[int, ...]]()
@@ -92,47 +93,55 @@ class Model:
 
     def shares(self, limits: ExchangeLimits) -> Shares:
         """What a rank may do in a round."""
-        most = [0, 0]
+        reads, sent = Counter[int](), Counter(self.kept)
         for reader, queue in self.queues.items():
-            for which, column in enumerate((self.read, self.sent)):
-                total = sum(column[part] for part in queue) + (self.kept[reader] if which else 0)
-                most[which] = max(most[which], total // self.size[reader])
-        return shares_of(Shares(*most, max(self.wanted.values(), default=0) * self.carries), limits)
+            for total, column in ((reads, self.read), (sent, self.sent)):
+                total.update(self.work(reader, sum(column[part] for part in queue)))
+        most = (max(column.values(), default=0) for column in (reads, sent, self.wanted))
+        return shares_of(Shares(*most)._replace(received=max(self.wanted.values(), default=0) * self.carries), limits)
+
+    def work(self, reader: int, nbytes: int) -> dict[int, int]:
+        """What every rank does of what a reader reads or sends."""
+        return dict.fromkeys(self.workers[reader], -(-nbytes // len(self.workers[reader])))
 
     def rounds(self, limits: ExchangeLimits) -> list[int]:
         """The round of every part."""
         shares, found, number = self.shares(limits), [-1] * len(self.read), 0
         left = {reader: list(queue) for reader, queue in sorted(self.queues.items())}
         while any(left.values()):
-            sent, read = ({r: share * self.size[r] for r in left} for share in (shares.sent, shares.read))
+            ranks = [rank for rank in self.workers if self.workers[rank] == (rank,)]
+            sent, read = (dict.fromkeys(ranks, share) for share in (shares.sent, shares.read))
             room = dict.fromkeys(self.room_of, shares.received // self.carries)
             active, empty = [reader for reader in left if left[reader]], True
             while active:
                 offers = {reader: left[reader][0] for reader in active}
-                fit = [r for r, n in offers.items() if self.fits(n, sent[r], read[r], room)]
-                offered = Counter[tuple[int, ...]]()
+                rooms = read, sent, room
+                needs = {
+                    r: (self.work(r, self.read[n]), self.work(r, self.sent[n]), self.gets[n]) for r, n in offers.items()
+                }
+                fit = [r for r in offers if all(map(_fits, needs[r], rooms))]
+                offered = Counter[int](), Counter[int](), Counter[tuple[int, ...]]()
                 taken = []
                 for reader in fit:
-                    offered.update(self.gets[offers[reader]])
-                    if all(offered[each] <= room[each] for each in self.gets[offers[reader]]):
+                    for so_far, need in zip(offered, needs[reader]):
+                        so_far.update(need)
+                    if all(
+                        _fits({each: so_far[each] for each in need}, room)
+                        for so_far, need, room in zip(offered, needs[reader], rooms)
+                    ):
                         taken.append(reader)
                 for reader in taken or active[:1] * empty:
-                    part = left[reader].pop(0)
-                    found[part], sent[reader], read[reader] = (
-                        number,
-                        sent[reader] - self.sent[part],
-                        read[reader] - self.read[part],
-                    )
-                    for each, nbytes in self.gets[part].items():
-                        room[each] -= nbytes
+                    found[left[reader].pop(0)] = number
+                    for room, need in zip(rooms, needs[reader]):
+                        for each, nbytes in need.items():
+                            room[each] -= nbytes
                 active, empty = [reader for reader in fit if left[reader]], False
             number += 1
         return found
 
-    def fits(self, part: int, sent: int, read: int, room: dict[tuple[int, ...], int]) -> bool:
-        """Whether a part fits by itself."""
-        received = all(nbytes <= room[each] for each, nbytes in self.gets[part].items())
-        return received and self.sent[part] <= sent and self.read[part] <= read
+
+def _fits(need: Mapping[Any, int], room: Mapping[Any, int]) -> bool:
+    return all(nbytes <= room[each] for each, nbytes in need.items())
 
 
 RANKS = st.sets(st.integers(0, WORLD - 1), min_size=1, max_size=WORLD).map(lambda ranks: tuple(sorted(ranks)))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ms_ckpt_ext.core.exchange.chunks import FedGroup, chunks_of
 from ms_ckpt_ext.core.exchange.demand import ALIGNMENT, ExchangeLimits, Ways
-from ms_ckpt_ext.core.exchange.rounds import gatherings, stream_of
+from ms_ckpt_ext.core.exchange.streams import gatherings, stream_of
 from tests.core.exchange.test_chunks import Part, apart, parts_of
 
 # Parts of a file: gaps before them (0: a neighbour of the one before) and lengths.
