@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from typing import ClassVar, Optional, Union
 
 from ms_ckpt_ext.core.geometry.array import Shape
@@ -127,10 +128,11 @@ def _slots(rule: Rule, tensors: Mapping[str, SourceTensor]) -> dict[str, list[di
 
 
 def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTensor]]) -> list[list[SourceTensor]]:
-    wanted = sorted({counter for slot in slots for counter in slot})
-    if len(wanted[0]) == 1:
-        most = min(*max(wanted), len(wanted) + _SHOWN)  # beyond these at least as many are absent as are shown
-        wanted = [(number,) for number in range(most + 1)]
+    counters = {counter for slot in slots for counter in slot}
+    values: list[Sequence[int]] = [sorted(set(column)) for column in zip(*counters)]
+    if len(values) == 1:
+        values = [range(values[0][-1] + 1)]
+    wanted = list(islice(product(*values), len(counters) + _SHOWN))  # of more, as many are absent as are shown
     for source, slot in zip(rule.sources, slots):
         absent = [counter for counter in wanted if counter not in slot]
         if absent:

@@ -5,8 +5,8 @@ gives parameters that planning treats like stored ones: any layout can be cut fr
 its own slice, and fusing happens where the pieces land. Nothing is computed: a rule moves elements. Those that compute
 are in `core.computing.rules`.
 
-A placeholder, `{layer}` or just `{}`, stands for digits. One that a source has and the target has not counts: its
-values 0, 1, 2, … are the members of a stack. `{*}` stands for any text.
+A placeholder, `{layer}` or just `{}`, stands for digits, `{*}` for any text. What only a source has counts: its values
+0, 1, 2, … are the members of a stack; where several count, every value of one is there with every value of the others.
 
 `source_shapes` says what shapes the sources of a target have; with it `rule_inverses` turns every rule round.
 

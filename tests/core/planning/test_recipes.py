@@ -256,14 +256,25 @@ def test_shapes_of_four_are_told(count: int, told: str) -> None:
         (["e.0", "f.0", "e.1"], "'f.{n}' for 1:"),
         (["g", "e.0"], "'e.{n}':"),  # one counts, the other does not
         (["d.0.1", "c.0.1", "d.0.2"], "'c.{n}.{m}' for 0 2:"),
+        (["e.3.0", "e.3.1", "e.4.1"], "'e.{n}.{m}' for 4 0:"),  # where two count, every value of one with every other's
+        ([f"e.{n}.{n}" for n in range(9)], "'e.{n}.{m}' for 0 1, 0 2, 0 3, 0 4, 0 5:"),
     ],
 )
 def test_what_a_rule_lacks_is_told_by_number(names: list[str], absent: str) -> None:
     sources = ["e.{n}", "f.{n}"] if "f.0" in names else ["e.{n}", "g"] if "g" in names else ["e.{n}"]
     sources = ["d.{n}.{m}", "c.{n}.{m}"] if "d.0.1" in names else sources
+    sources = ["e.{n}.{m}"] if names[-1].count(".") == 2 and len(sources) == 1 else sources
     with pytest.raises(CoverageError) as caught:
         apply_rules({name: tensor(name, 2) for name in names}, [Stack(sources, "t")])
     assert f"is made of {len(sources)} sources, but the checkpoint has nothing called {absent}" in str(caught.value)
+
+
+def test_two_placeholders_count_from_any_number() -> None:
+    names = ["e.3.1", "e.3.0", "e.4.0", "e.4.1"]
+    found = apply_rules({name: tensor(name, 2) for name in names}, [Stack("e.{n}.{m}", "t")])
+    assert found["t"].meta.shape == (4, 2)
+    assert found["t"].recipe is not None
+    assert [block.tensor.meta.name for block in found["t"].recipe.blocks] == sorted(names)
 
 
 def test_what_is_required_is_looked_for_where_a_slice_is_absent() -> None:
