@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 import signal
 import tracemalloc
@@ -105,8 +106,11 @@ def lies(data: bytes) -> Iterator[bytes]:
 def time_limit(seconds: float = SECONDS) -> Iterator[None]:
     """Turn a hang into a failure.
 
-    What computes has `seconds` of the processor, however busy the machine is; what waits has fifteen times as long.
+    What computes has `seconds` of the processor, however busy the machine is; what waits has fifteen times as long. A
+    processor that is emulated (scripts/aarch64.sh) takes that much longer, too.
     """
+    if os.environ.get("MS_CKPT_EXT_EMULATED"):
+        seconds *= 15
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"nothing after {seconds:g} s of the processor, or {15 * seconds:g} s in all: it hangs")
