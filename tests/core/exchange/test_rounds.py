@@ -217,6 +217,8 @@ ALL = (0, 1, 2, 3, 4)
     [
         # of 800 bytes rank 0 may read 225 a round and send 412: 40 of each of the first parts, none of the others
         (many((20, (1, 2, 3, 4)), (20, (0,))), FLAT, (0,), [10, 22, 8]),
+        # rank 0 may send 457 a round, and keeps one copy of five: 40 of each
+        (many((20, ALL)), FLAT, (0,), [11, 9]),
         # a rank may receive 155 a round, and each is sent 200
         (many((20, (1,)), (20, (2,)), (20, (3,)), (20, (4,))), FLAT, (0,), [15, 20, 20, 20, 5]),
         # rank 0 may send 350 a round: one part to two ranks, and once to the other server
@@ -248,6 +250,15 @@ def test_what_a_rank_gathers_and_what_it_is_sent_fill_one_share(rank: int) -> No
     limits = ExchangeLimits(800, 4096)
     chunks = chunks_of(parts_of(parts), WORLD, limits, sees, FED)
     assert rounds_of(chunks, classes_of(chunks, WORLD), limits, FED).tolist() == Model(chunks, FED).rounds(limits)
+
+
+def test_parts_of_many_lengths_that_come_to_one_rank_in_a_turn() -> None:
+    lengths = {0: 10, 1: 30, 2: 20, 3: 7}
+    parts = [Part(reader, 2 * n * each, each, (4,)) for reader, each in lengths.items() for n in range(20)]
+    sees = {reader: frozenset({reader}) for reader in lengths}
+    limits = ExchangeLimits(800, 4096)
+    chunks = chunks_of(parts_of(parts), WORLD, limits, sees, FLAT)
+    assert rounds_of(chunks, classes_of(chunks, WORLD), limits, FLAT).tolist() == Model(chunks, FLAT).rounds(limits)
 
 
 def test_of_what_lies_in_memory_nothing_is_read_so_there_is_more_room_to_send() -> None:
