@@ -12,7 +12,8 @@ from mindspore.train import Callback, CheckpointConfig, Model, ModelCheckpoint
 
 from ms_ckpt_ext import CheckpointRecorder, load_for_inference, resume
 from ms_ckpt_ext.errors import ArgumentTypeError, DiscoveryError
-from tests.bridge.test_resume import Batches, contents, network, optimizer_of
+from tests.bridge.test_resume import contents, network, optimizer_of
+from tests.support.batches import Batches
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -32,7 +33,7 @@ class Failing(Callback):
 def train(root: Path, callbacks: list[Any], epochs: int = 1) -> nn.Cell:
     ms.set_device("CPU")
     net = network()
-    data = ms.dataset.GeneratorDataset(Batches(), ["x", "y"], shuffle=False).batch(2)
+    data = ms.dataset.GeneratorDataset(Batches(6), ["x", "y"], shuffle=False).batch(2)
     try:
         Model(net, nn.MSELoss(), optimizer_of(net)).train(epochs, data, callbacks=callbacks, dataset_sink_mode=False)
     except RuntimeError as error:

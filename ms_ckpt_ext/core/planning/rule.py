@@ -131,7 +131,7 @@ def _complete(rule: Rule, name: str, slots: list[dict[tuple[int, ...], SourceTen
     counters = {counter for slot in slots for counter in slot}
     values: list[Sequence[int]] = [sorted(set(column)) for column in zip(*counters)]
     if len(values) == 1:
-        values = [range(values[0][-1] + 1)]
+        values = [range(min(values[0][-1] + 1, len(counters) + _SHOWN))]
     wanted = list(islice(product(*values), len(counters) + _SHOWN))  # of more, as many are absent as are shown
     for source, slot in zip(rule.sources, slots):
         absent = [counter for counter in wanted if counter not in slot]
