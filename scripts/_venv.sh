@@ -27,9 +27,11 @@ descendants() { # PID
 }
 
 end_descendants() {
-  local pids pid
-  mapfile -t pids < <(descendants $$)
-  for pid in "${pids[@]}"; do kill -9 "$pid" 2>/dev/null || true; done
+  local pids pid signal
+  for signal in STOP STOP KILL; do # what is stopped starts nothing while the others are looked for
+    mapfile -t pids < <(descendants $$)
+    for pid in "${pids[@]}"; do kill -"$signal" "$pid" 2>/dev/null || true; done
+  done
 }
 
 suits() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }

@@ -16,7 +16,7 @@ from typing import Any, Callable, Generic, NoReturn, Optional, TypeVar
 
 import numpy as np
 
-from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks
+from ms_ckpt_ext.errors import PeerError, TransportError, UsageError, name_ranks, named
 from ms_ckpt_ext.transport.base import (
     Bytes,
     Handle,
@@ -76,6 +76,7 @@ class LocalWorld:
 
         Raises:
             what the first rank that failed raised; `errors` has the others' too. A world that failed stays failed.
+            StorageError: the system gives a rank no thread, or no memory for one.
         """
         results: dict[int, _T] = {}
         ended: set[int] = set()
@@ -95,13 +96,18 @@ class LocalWorld:
                 ended.add(rank)
                 self._changed.notify_all()
 
-        for rank in range(self.size):
-            threading.Thread(target=work, args=(rank,), name=f"rank {rank}", daemon=True).start()
+        begun = 0
+        try:
+            while begun < self.size:
+                threading.Thread(target=work, args=(begun,), name=f"rank {begun}", daemon=True).start()
+                begun += 1
+        except (RuntimeError, MemoryError) as error:
+            self.abort(begun, named(error, f"start a thread for rank {begun}"))
         with self._changed:
-            self._changed.wait_for(lambda: len(ended) == self.size or self._failure is not None)
+            self._changed.wait_for(lambda: len(ended) == begun or self._failure is not None)
             # A rank that is in an exchange now leaves it at once. One that is stuck elsewhere cannot be stopped; it is
             # waited for at most `timeout`, so that the cause is raised even if it never ends.
-            self._changed.wait_for(lambda: len(ended) == self.size, self.timeout)
+            self._changed.wait_for(lambda: len(ended) == begun, self.timeout)
         if self._failure:
             raise self._failure[1]
         return [results[rank] for rank in range(self.size)]

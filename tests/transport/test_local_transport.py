@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from typing import Any, Callable
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_ckpt_ext.errors import PeerError, TransportError, UsageError
+from ms_ckpt_ext.errors import PeerError, StorageError, TransportError, UsageError
 from ms_ckpt_ext.transport.local import LocalTransport, LocalWorld
 from tests.support.counting import counted
 
@@ -275,3 +276,21 @@ def test_both_exchanges_equal_numpy(matrix: list[list[int]], seed: int) -> None:
     for rank, (scattered, gathered) in enumerate(LocalWorld(n).run(work)):
         assert scattered == b"".join(pieces[source][rank].tobytes() for source in range(n))
         assert gathered == b"".join(send[:least].tobytes() for send in sends)
+
+
+def test_where_a_rank_gets_no_thread_the_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun = threading.Thread.start, []
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "rank 2":
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(StorageError, match="cannot start a thread for rank 2: Cannot allocate memory"):
+        LocalWorld(4).run(lambda transport: transport.share(b""))
+    assert [thread.name for thread in begun] == ["rank 0", "rank 1"]
+    for thread in begun:
+        thread.join(5)
+        assert not thread.is_alive()
